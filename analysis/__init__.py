@@ -1,0 +1,1 @@
+"""What the probes say: metrics, evaluation, pictures and reports."""

@@ -1,0 +1,1 @@
+"""The activation cache: extraction, the format on disk, and reading without the model."""

@@ -1,0 +1,123 @@
+"""Reads one array of a cache: memory-mapped shards where they are raw, else through zarr."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .decode import decode
+from .errors import CorruptError
+from .layout import ArrayLayout
+from .shard import ShardReader
+
+OPEN_SHARDS = 64
+"""Memory maps kept open per array."""
+
+
+class CacheArray:
+    """A stored array with float rows decoded to float32; slicing along the first axis reads it.
+
+    Looks enough like an array for dask (`shape`, `dtype`, `ndim`, `__getitem__`), is safe to
+    pickle (only its path travels), and keeps no rows in memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        try:
+            meta = json.loads((self.path / "zarr.json").read_bytes())
+        except FileNotFoundError:
+            raise CorruptError(f"{self.path} has no zarr.json") from None
+        except ValueError as error:
+            raise CorruptError(f"{self.path}/zarr.json is not JSON: {error}") from None
+        self.layout = ArrayLayout.from_zarr_json(meta, str(self.path))
+        self.shape = self.layout.shape
+        self.ndim = len(self.shape)
+        stored = np.dtype(self.layout.stored_dtype)
+        is_float = stored.kind == "f" or self.layout.logical_dtype == "bfloat16"
+        self.dtype = np.dtype(np.float32) if is_float else stored
+        self._shards: dict[int, ShardReader] = {}
+        self._lock = threading.Lock()
+        self._zarr: Any = None
+
+    def __reduce__(self) -> tuple[type["CacheArray"], tuple[Path]]:
+        return CacheArray, (self.path,)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"CacheArray({self.path.name}, shape={self.shape}, {self.layout.logical_dtype})"
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """Rows `start:stop`, or any index of numpy's on the rows that the first axis selects."""
+        first, *rest = key if isinstance(key, tuple) else (key,)
+        if isinstance(first, slice):
+            start, stop, step = first.indices(self.shape[0])
+            if step == 1:
+                rows = self.read(start, max(start, stop))
+                return rows[(slice(None), *rest)] if rest else rows
+            first = np.arange(start, stop, step)
+        if isinstance(first, int | np.integer):
+            row = int(first) + (self.shape[0] if first < 0 else 0)
+            if not 0 <= row < self.shape[0]:
+                raise IndexError(f"row {first} is out of range for {self.shape[0]} rows")
+            return self.read(row, row + 1)[(0, *rest)]
+        rows = self.take(np.asarray(first))
+        return rows[(slice(None), *rest)] if rest else rows
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start:stop`; floats come as float32."""
+        return decode(self.read_stored(start, stop), self.layout.logical_dtype)
+
+    def read_stored(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start:stop` as they are stored (bfloat16 as uint16)."""
+        layout = self.layout
+        if not layout.raw:
+            return np.asarray(self._open_zarr()[start:stop])
+        out = np.empty((stop - start, *self.shape[1:]), layout.stored_dtype)
+        row = start
+        while row < stop:
+            shard, inside = divmod(row, layout.shard_rows)
+            take = min(stop - row, layout.shard_rows - inside)
+            part = out[row - start : row - start + take]
+            self._shard(shard).read(inside, inside + take, part)
+            row += take
+        return out
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Any rows, in any order, each row's chunk checked on first touch."""
+        if rows.dtype == bool:
+            rows = np.flatnonzero(rows)
+        rows = np.where(rows < 0, rows + self.shape[0], rows)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.shape[0]):
+            raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
+        layout = self.layout
+        if not layout.raw:
+            return decode(np.asarray(self._open_zarr().oindex[rows]), layout.logical_dtype)
+        out = np.empty((len(rows), *self.shape[1:]), layout.stored_dtype)
+        chunks = rows // layout.chunk_rows
+        for chunk in np.unique(chunks):
+            here = np.flatnonzero(chunks == chunk)
+            per_shard = layout.shard_rows // layout.chunk_rows
+            view = self._shard(int(chunk) // per_shard).chunk(int(chunk) % per_shard)
+            out[here] = view[rows[here] - chunk * layout.chunk_rows]
+        return decode(out, layout.logical_dtype)
+
+    def _shard(self, shard: int) -> ShardReader:
+        with self._lock:
+            reader = self._shards.get(shard)
+            if reader is None:
+                while len(self._shards) >= OPEN_SHARDS:
+                    self._shards.pop(next(iter(self._shards)))
+                reader = ShardReader(self.path / self.layout.shard_key(shard), self.layout)
+                self._shards[shard] = reader
+            return reader
+
+    def _open_zarr(self) -> Any:
+        if self._zarr is None:
+            import zarr
+
+            self._zarr = zarr.open_array(self.path, mode="r")
+        return self._zarr

@@ -1,0 +1,135 @@
+"""Makes a new cache folder, whole or not at all, and writes its parts."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from .array import CacheArray
+from .decode import encode
+from .errors import UsageError
+from .journal import Journal, PartRecord, ShardRecord
+from .jsonfile import sync_folder, write_json
+from .layout import Layout
+from .manifest import Manifest
+from .shard import ShardWriter
+from .tokens import TokenStream
+from .writer import create_residual, write_table
+
+FP16_LIMIT = 16384.0
+"""Calibrated absmax up to which a float32 or float16 layer is kept in float16."""
+FOLDERS = ("head", "journal", "leases", "moments")
+
+
+def create_cache(
+    root: Path,
+    manifest: Manifest,
+    stream: TokenStream,
+    hashes: np.ndarray,
+    dtypes: Mapping[int, str],
+    write_head: Callable[[Path], None],
+    provenance: dict,
+) -> Path:
+    """Write manifest, head, tokens and empty residual arrays, then rename the folder to its id.
+
+    A cache folder with an id therefore always has all of these; a crash leaves only a
+    `.new-*` folder. If another process made the same cache meanwhile, theirs stays.
+    """
+    target = root / manifest.id
+    root.mkdir(parents=True, exist_ok=True)
+    staging = root / f".new-{uuid.uuid4().hex}"
+    try:
+        for folder in FOLDERS:
+            (staging / folder).mkdir(parents=True)
+        manifest.write(staging / "manifest.json")
+        write_json(staging / "provenance.json", provenance)
+        write_head(staging / "head")
+        store = staging / "arrays.zarr"
+        tables = stream.tables(hashes)
+        record = {
+            name: write_table(store, name, values, axis) for name, (values, axis) in tables.items()
+        }
+        for layer, dtype in dtypes.items():
+            create_residual(
+                store, layer, stream.positions, manifest.d_model, dtype, manifest.layout
+            )
+        Journal(staging / "journal").commit_tables(record)
+        try:
+            os.rename(staging, target)
+        except OSError:
+            if not (target / "manifest.json").is_file():
+                raise
+        sync_folder(root)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def choose_dtype(absmax: float, compute_dtype: str, policy: str) -> str:
+    """Stored dtype of a layer: never one that the calibrated values do not fit."""
+    if policy != "auto":
+        return policy
+    if compute_dtype == "bfloat16":
+        return "bfloat16"
+    return "float16" if absmax <= FP16_LIMIT else "bfloat16"
+
+
+class PartWriter:
+    """Writes the rows of one part on every layer, then commits them at once."""
+
+    def __init__(self, path: Path, layout: Layout, part: int, layers: tuple[int, ...]) -> None:
+        arrays = {layer: CacheArray(path / "arrays.zarr" / "residual" / str(layer)) for layer in layers}
+        self.part = part
+        self.start, self.stop = layout.rows(part, next(iter(arrays.values())).shape[0])
+        self.dtypes = {layer: array.layout.logical_dtype for layer, array in arrays.items()}
+        self._journal = Journal(path / "journal")
+        self._absmax = dict.fromkeys(layers, 0.0)
+        self._nonfinite = dict.fromkeys(layers, 0)
+        self._shards = {
+            layer: ShardWriter(
+                array.path / array.layout.shard_key(part), array.layout, self.stop - self.start
+            )
+            for layer, array in arrays.items()
+        }
+
+    def write(self, layer: int, position: int, values: np.ndarray) -> None:
+        """Put float32 rows, `(rows, d_model)`, at `position` of the cache.
+
+        Raises `UsageError` if the stored dtype turns a finite value into an infinity.
+        """
+        stored = encode(values, self.dtypes[layer])
+        self._measure(layer, values, stored)
+        self._shards[layer].write(position - self.start, stored)
+
+    def _measure(self, layer: int, values: np.ndarray, stored: np.ndarray) -> None:
+        absmax = float(np.abs(values).max(initial=0.0))
+        if not np.isfinite(absmax):
+            finite = np.isfinite(values)
+            self._nonfinite[layer] += int(values.size - finite.sum())
+            absmax = float(np.abs(values[finite]).max(initial=0.0))
+        if self.dtypes[layer] == "float16" and absmax > 65504.0:
+            raise UsageError(
+                f"layer {layer} reaches {absmax:.3g}, which float16 cannot hold although the "
+                "calibration batch stayed below; extract with --dtype bfloat16 or float32"
+            )
+        self._absmax[layer] = max(self._absmax[layer], absmax)
+
+    def commit(self) -> PartRecord:
+        """Make every shard appear, then the commit record."""
+        arrays = {
+            f"residual/{layer}": ShardRecord(
+                **shard.commit(), absmax=self._absmax[layer], nonfinite=self._nonfinite[layer]
+            )
+            for layer, shard in self._shards.items()
+        }
+        record = PartRecord(self.part, self.start, self.stop, arrays)
+        self._journal.commit(record)
+        return record
+
+    def abandon(self) -> None:
+        """Drop what was written of this part."""
+        for shard in self._shards.values():
+            shard.abandon()

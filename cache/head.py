@@ -1,0 +1,184 @@
+"""The head: final norm, unembedding, bias, scale and softcap, kept as data in `head/`.
+
+    z = norm(h) * weight + norm_bias            h, z (..., d_model)
+    logits = softcap(scale * (z Wᵀ + bias))     (..., vocab);  softcap(x) = c tanh(x / c)
+
+`norm` is `layernorm` (subtract the mean, divide by sqrt(variance + eps)), `rmsnorm` (divide by
+sqrt(mean square + eps)) or `none`. Evaluated in float32 by numpy or torch; never by model code.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .decode import decode
+from .errors import CorruptError
+from .jsonfile import read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+NORMS = ("layernorm", "rmsnorm", "none")
+_SAFETENSORS_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """Maps the residual stream of layer L to logits; `(..., d_model)` -> `(..., vocab)`."""
+
+    norm: str
+    """One of `NORMS`."""
+    eps: float
+    """Added to the variance or mean square before the root."""
+    norm_weight: np.ndarray
+    """`(d_model,)` float32, the gain after the norm (ones if there is none)."""
+    norm_bias: np.ndarray
+    """`(d_model,)` float32 (zeros if there is none)."""
+    unembedding: np.ndarray
+    """`(vocab, d_model)` float32."""
+    bias: np.ndarray
+    """`(vocab,)` float32 (zeros if there is none)."""
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def d_model(self) -> int:
+        return self.unembedding.shape[1]
+
+    @property
+    def vocab(self) -> int:
+        return self.unembedding.shape[0]
+
+    @cached_property
+    def geometry(self) -> str:
+        """Hex sha256 of everything that the head computes with: equal heads read equal streams."""
+        hasher = hashlib.sha256(json.dumps(self._spec(), sort_keys=True).encode())
+        for name in _TENSORS:
+            hasher.update(np.ascontiguousarray(getattr(self, name), np.float32).tobytes())
+        return hasher.hexdigest()
+
+    def normalize(self, hidden: np.ndarray) -> np.ndarray:
+        """The final norm with its gain and bias, in float32; `(..., d_model)`."""
+        hidden = np.asarray(hidden, np.float32)
+        if self.norm == "layernorm":
+            hidden = hidden - hidden.mean(-1, keepdims=True, dtype=np.float32)
+        if self.norm != "none":
+            square = np.einsum("...i,...i->...", hidden, hidden)[..., None] / np.float32(self.d_model)
+            hidden = hidden / np.sqrt(square + np.float32(self.eps))
+        return hidden * self.norm_weight + self.norm_bias
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """Logits in float32, `(..., vocab)`."""
+        out = self.normalize(hidden) @ self.unembedding.T
+        out += self.bias
+        if self.scale != 1.0:
+            out *= np.float32(self.scale)
+        if self.softcap is not None:
+            np.tanh(out / np.float32(self.softcap), out=out)
+            out *= np.float32(self.softcap)
+        return out
+
+    def torch(self, device: str = "cpu") -> "TorchHead":
+        """The same head for torch tensors, differentiable."""
+        return TorchHead(self, device)
+
+    def _spec(self) -> dict[str, Any]:
+        return {"norm": self.norm, "eps": self.eps, "scale": self.scale, "softcap": self.softcap}
+
+    def save(self, folder: Path, tensors: dict[str, "torch.Tensor"] | None = None) -> None:
+        """Write `head.safetensors`, then `head.json`; `tensors` in the model's own dtype win."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "head.safetensors"
+        if tensors is None:
+            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}, path)
+        else:
+            from safetensors.torch import save_file as save_torch
+
+            save_torch({name: tensors[name].contiguous().clone() for name in _TENSORS}, path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        write_json(folder / "head.json", {"kind": "explicit", **self._spec(), "tensors": digest})
+
+    @classmethod
+    def load(cls, folder: Path) -> "Head":
+        """Read and check a saved head; raises `CorruptError` on any difference."""
+        spec = read_json(folder / "head.json")
+        raw = (folder / "head.safetensors").read_bytes()
+        if hashlib.sha256(raw).hexdigest() != spec.get("tensors"):
+            raise CorruptError(f"{folder / 'head.safetensors'} was changed after it was written")
+        tensors = _read_safetensors(raw, folder)
+        try:
+            if spec["kind"] != "explicit" or spec["norm"] not in NORMS:
+                raise CorruptError(f"{folder / 'head.json'}: unknown head {spec['kind']!r}")
+            arrays = {name: tensors[name] for name in _TENSORS}
+            return cls(spec["norm"], spec["eps"], **arrays, scale=spec["scale"], softcap=spec["softcap"])
+        except (KeyError, TypeError) as error:
+            raise CorruptError(f"{folder} is not a head of this format: {error}") from None
+
+    def with_vocab(self, vocab: int) -> "Head":
+        """The first `vocab` rows of the unembedding, where a model drops padding rows."""
+        return replace(self, unembedding=self.unembedding[:vocab], bias=self.bias[:vocab])
+
+
+_TENSORS = ("norm_weight", "norm_bias", "unembedding", "bias")
+
+
+def _read_safetensors(raw: bytes, where: Path) -> dict[str, np.ndarray]:
+    """float32 tensors of a safetensors file; numpy alone cannot read its bfloat16."""
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        entries = deserialize(raw)
+    except SafetensorError as error:
+        raise CorruptError(f"{where / 'head.safetensors'}: {error}") from None
+    out = {}
+    for name, entry in entries:
+        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CorruptError(f"{where}: tensor {name} has dtype {entry['dtype']}")
+        stored = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+        logical = "bfloat16" if entry["dtype"] == "BF16" else stored.dtype.name
+        out[name] = decode(stored, logical)
+    return out
+
+
+class TorchHead:
+    """`Head` on torch tensors; gradients flow to the hidden states."""
+
+    def __init__(self, head: Head, device: str = "cpu") -> None:
+        import torch
+
+        def move(array: np.ndarray) -> torch.Tensor:
+            # A copy: tensors must not be writable views of the head's read-only arrays.
+            return torch.tensor(array, dtype=torch.float32, device=device)
+
+        self.head = head
+        self.norm_weight = move(head.norm_weight)
+        self.norm_bias = move(head.norm_bias)
+        self.unembedding = move(head.unembedding)
+        self.bias = move(head.bias)
+
+    def normalize(self, hidden: "torch.Tensor") -> "torch.Tensor":
+        """The final norm with its gain and bias; `(..., d_model)`."""
+        if self.head.norm == "layernorm":
+            hidden = hidden - hidden.mean(-1, keepdim=True)
+        if self.head.norm != "none":
+            hidden = hidden * (hidden.square().mean(-1, keepdim=True) + self.head.eps).rsqrt()
+        return hidden * self.norm_weight + self.norm_bias
+
+    def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
+        """Logits, `(..., vocab)`."""
+        import torch
+
+        out = torch.nn.functional.linear(self.normalize(hidden), self.unembedding, self.bias)
+        if self.head.scale != 1.0:
+            out = out * self.head.scale
+        if self.head.softcap is not None:
+            out = torch.tanh(out / self.head.softcap) * self.head.softcap
+        return out

@@ -1,0 +1,88 @@
+"""The journal: one commit record per part, written last; rows without a record are not data."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import CorruptError
+from .jsonfile import read_json, write_json
+
+TABLES = "tables"
+"""Name of the record that commits the one-dimensional arrays."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What was written of one array for one part."""
+
+    bytes: int
+    """Size of the shard file."""
+    crc32c: int
+    """crc32c of the shard's chunk checksums."""
+    absmax: float = 0.0
+    """Largest finite absolute value, in float32, before the cast to the stored dtype."""
+    nonfinite: int = 0
+    """Number of infinities and NaNs."""
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """Commit record of one part: its rows and, per array, its shard."""
+
+    part: int
+    start: int
+    """First position of the part."""
+    stop: int
+    """End of the part."""
+    arrays: dict[str, ShardRecord] = field(default_factory=dict)
+
+
+class Journal:
+    """The folder `journal/` of a cache.
+
+    A part may have several records: the first, `<part>.json`, and `<part>.<n>.json` for arrays
+    that were added later. What the records of a part name is committed, and nothing else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def commit(self, record: PartRecord) -> None:
+        """Make the arrays of `record` count; atomic and durable."""
+        arrays = {name: vars(shard) for name, shard in record.arrays.items()}
+        value = {"part": record.part, "rows": [record.start, record.stop], "arrays": arrays}
+        name = f"{record.part:08d}"
+        number = 0
+        while (path := self.folder / (f"{name}.{number}.json" if number else f"{name}.json")).exists():
+            number += 1
+        write_json(path, value)
+
+    def commit_tables(self, tables: dict[str, dict[str, Any]]) -> None:
+        """Record the shards of the one-dimensional arrays: array -> shard number -> record."""
+        write_json(self.folder / f"{TABLES}.json", {"arrays": tables})
+
+    def tables(self) -> dict[str, dict[str, dict[str, int]]]:
+        """What `commit_tables` recorded."""
+        return read_json(self.folder / f"{TABLES}.json")["arrays"]
+
+    def parts(self) -> dict[int, PartRecord]:
+        """All committed parts, the records of a part merged."""
+        found: dict[int, PartRecord] = {}
+        for path in sorted(self.folder.glob("*.json")):
+            if re.fullmatch(r"\d{8}(\.\d+)?\.json", path.name):
+                record = _parse(path)
+                known = found.get(record.part)
+                arrays = {**known.arrays, **record.arrays} if known else record.arrays
+                found[record.part] = PartRecord(record.part, record.start, record.stop, arrays)
+        return found
+
+
+def _parse(path: Path) -> PartRecord:
+    value = read_json(path)
+    try:
+        arrays = {name: ShardRecord(**shard) for name, shard in value["arrays"].items()}
+        start, stop = value["rows"]
+        return PartRecord(value["part"], start, stop, arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"{path} is not a commit record: {error}") from None

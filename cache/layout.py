@@ -1,0 +1,115 @@
+"""How positions are cut into chunks, shards and parts, and how each array is stored."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import CorruptError
+
+CHUNK_BYTES = 3 << 20
+"""A residual chunk holds the largest power of two of rows that fits in this many bytes."""
+CHUNK_ROWS_MAX = 16384
+CHUNKS_PER_SHARD = 16
+SHARD_ROWS_MAX = 65536
+TABLE_CHUNK_ROWS = 1 << 18
+"""Rows of a chunk in the one-dimensional arrays (tokens and sequences)."""
+CHECKSUM_BYTES = 4
+STORED_DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
+"""Logical dtype of a residual array -> dtype of its bytes (zarr has no bfloat16)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows per chunk and per shard, the same for the residual arrays of all layers."""
+
+    chunk_rows: int
+    """Positions of one chunk, a power of two."""
+    part_rows: int
+    """Positions of one shard and of one part, a multiple of `chunk_rows`."""
+
+    @classmethod
+    def choose(cls, d_model: int, itemsize: int, part_positions: int | None = None) -> "Layout":
+        """Chunks of 1.5-3 MiB and shards of 24-48 MiB, smaller where rows are narrow."""
+        rows = max(1, CHUNK_BYTES // (d_model * itemsize))
+        chunk = min(1 << (rows.bit_length() - 1), CHUNK_ROWS_MAX)
+        if part_positions is None:
+            return cls(chunk, min(chunk * CHUNKS_PER_SHARD, SHARD_ROWS_MAX))
+        chunk = min(chunk, 1 << (max(1, part_positions).bit_length() - 1))
+        return cls(chunk, max(1, part_positions // chunk) * chunk)
+
+    def parts(self, positions: int) -> int:
+        """Number of parts that hold `positions` rows."""
+        return -(-positions // self.part_rows)
+
+    def rows(self, part: int, positions: int) -> tuple[int, int]:
+        """First row and end of `part`."""
+        return part * self.part_rows, min((part + 1) * self.part_rows, positions)
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """What `zarr.json` says of one array: enough to read its shards without zarr."""
+
+    shape: tuple[int, ...]
+    stored_dtype: str
+    """numpy dtype string of the bytes, little-endian."""
+    logical_dtype: str
+    """What the bytes mean: equal to the stored dtype, but `bfloat16` is kept as uint16."""
+    chunk_rows: int
+    shard_rows: int
+    raw: bool
+    """True if chunks are uncompressed with a crc32c, so that shards can be memory-mapped."""
+
+    @property
+    def row_items(self) -> int:
+        return int(np.prod(self.shape[1:], dtype=np.int64))
+
+    @property
+    def row_bytes(self) -> int:
+        return self.row_items * np.dtype(self.stored_dtype).itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one encoded chunk, its checksum included."""
+        return self.chunk_rows * self.row_bytes + CHECKSUM_BYTES
+
+    @property
+    def shards(self) -> int:
+        return -(-self.shape[0] // self.shard_rows)
+
+    def shard_key(self, shard: int) -> str:
+        """Path of a shard inside its array."""
+        return "/".join(["c", str(shard)] + ["0"] * (len(self.shape) - 1))
+
+    @classmethod
+    def from_zarr_json(cls, meta: dict[str, Any], where: str) -> "ArrayLayout":
+        """Parse the metadata of a zarr v3 array that was written by this package."""
+        try:
+            shape = tuple(int(n) for n in meta["shape"])
+            outer = meta["chunk_grid"]["configuration"]["chunk_shape"]
+            dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+            codec = meta["codecs"][0]
+            sharded = codec["name"] == "sharding_indexed"
+            inner = codec["configuration"]["chunk_shape"] if sharded else outer
+            raw = sharded and _is_raw(codec["configuration"]) and len(meta["codecs"]) == 1
+            logical = meta.get("attributes", {}).get("logical_dtype", dtype.name)
+            return cls(shape, dtype.str, logical, int(inner[0]), int(outer[0]), raw)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CorruptError(
+                f"{where} is not the metadata of an array of this format: {error}"
+            ) from None
+
+
+def _is_raw(sharding: dict[str, Any]) -> bool:
+    names = [codec["name"] for codec in sharding["codecs"]]
+    index = [codec["name"] for codec in sharding["index_codecs"]]
+    return (
+        names == ["bytes", "crc32c"]
+        and index == ["bytes", "crc32c"]
+        and sharding.get("index_location", "end") == "end"
+        and sharding["codecs"][0].get("configuration", {}).get("endian", "little") == "little"
+    )

@@ -1,0 +1,168 @@
+"""One shard file: streaming writer and memory-mapped reader of zarr's `sharding_indexed` codec.
+
+A shard is its chunks (rows, then a crc32c), each at a fixed place, and an index at the end:
+for every chunk offset and length as little-endian uint64 (all ones where there is no chunk),
+then the crc32c of the index. Files are byte-identical to those of zarr-python.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import google_crc32c
+import numpy as np
+
+from .errors import CorruptError
+from .jsonfile import sync_folder
+from .layout import CHECKSUM_BYTES, ArrayLayout
+
+MISSING = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+
+
+def combine(checksums: Iterable[bytes]) -> int:
+    """One number for a shard: the crc32c of its chunks' checksums, in order."""
+    return google_crc32c.value(b"".join(checksums))
+
+
+class ShardWriter:
+    """Writes one shard; rows may come in any order, a chunk is kept in memory until it is full.
+
+    Rows that come in order need one chunk of memory. `commit` makes the file appear under its
+    name, whole and durable; `abandon`, or a crash, leaves nothing under that name.
+    """
+
+    def __init__(self, path: Path, layout: ArrayLayout, rows: int) -> None:
+        self.path = path
+        self.layout = layout
+        self.rows = rows
+        self._chunks = -(-rows // layout.chunk_rows)
+        self._buffers: dict[int, np.ndarray] = {}
+        self._missing = [self._rows_of(chunk) for chunk in range(self._chunks)]
+        self._checksums: dict[int, bytes] = {}
+        self._offsets = np.full((layout.shard_rows // layout.chunk_rows, 2), MISSING, "<u8")
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 (closed by commit)
+
+    def _rows_of(self, chunk: int) -> int:
+        return min(self.layout.chunk_rows, self.rows - chunk * self.layout.chunk_rows)
+
+    def write(self, row: int, values: np.ndarray) -> None:
+        """Put `values`, `(rows, ...)` in the stored dtype, at `row` of this shard."""
+        size = self.layout.chunk_rows
+        done = 0
+        while done < len(values):
+            chunk, inside = divmod(row + done, size)
+            take = min(len(values) - done, size - inside)
+            buffer = self._buffer(chunk)
+            buffer[inside : inside + take] = values[done : done + take]
+            self._missing[chunk] -= take
+            if self._missing[chunk] == 0:
+                self._flush(chunk)
+            done += take
+
+    def _buffer(self, chunk: int) -> np.ndarray:
+        buffer = self._buffers.get(chunk)
+        if buffer is None:
+            shape = (self.layout.chunk_rows, *self.layout.shape[1:])
+            buffer = np.zeros(shape, self.layout.stored_dtype)
+            self._buffers[chunk] = buffer
+        return buffer
+
+    def _flush(self, chunk: int) -> None:
+        data = self._buffers.pop(chunk).reshape(-1).view(np.uint8)
+        checksum = google_crc32c.value(data).to_bytes(CHECKSUM_BYTES, "little")
+        # Chunks lie in order of their number, so that equal rows give equal files.
+        offset = chunk * self.layout.chunk_bytes
+        self._file.seek(offset)
+        self._file.write(data.data)
+        self._file.write(checksum)
+        self._offsets[chunk] = offset, self.layout.chunk_bytes
+        self._checksums[chunk] = checksum
+
+    def commit(self) -> dict[str, int]:
+        """Close the shard; returns its `bytes` and the `crc32c` of its chunks' checksums."""
+        if len(self._checksums) != self._chunks:
+            raise AssertionError(f"{self.path}: only {len(self._checksums)} of {self._chunks}")
+        index = self._offsets.tobytes()
+        checksum = google_crc32c.value(index)
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(index + checksum.to_bytes(CHECKSUM_BYTES, "little"))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        size = self._file.tell()
+        self._file.close()
+        os.replace(self._temporary, self.path)
+        sync_folder(self.path.parent)
+        return {"bytes": size, "crc32c": combine(self._checksums[c] for c in range(self._chunks))}
+
+    def abandon(self) -> None:
+        """Drop what was written."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class ShardReader:
+    """Rows of one shard through a memory map; a chunk's crc32c is checked on first touch."""
+
+    def __init__(self, path: Path, layout: ArrayLayout) -> None:
+        self.path = path
+        self.layout = layout
+        try:
+            self._bytes = np.memmap(path, np.uint8, mode="r")
+        except FileNotFoundError:
+            raise CorruptError(f"{path} is missing; `residua verify` says what is lost") from None
+        except ValueError:
+            raise CorruptError(f"{path} is empty") from None
+        self._offsets = self._read_index()
+        self._checked = np.zeros(len(self._offsets), bool)
+
+    def _read_index(self) -> np.ndarray:
+        chunks = self.layout.shard_rows // self.layout.chunk_rows
+        size = chunks * 16
+        if len(self._bytes) < size + CHECKSUM_BYTES:
+            raise CorruptError(f"{self.path} is cut short: {len(self._bytes)} bytes")
+        tail = self._bytes[-(size + CHECKSUM_BYTES) :].tobytes()
+        index, checksum = tail[:size], int.from_bytes(tail[size:], "little")
+        if google_crc32c.value(index) != checksum:
+            raise CorruptError(f"{self.path}: the index of the shard does not match its checksum")
+        return np.frombuffer(index, "<u8").reshape(chunks, 2)
+
+    def chunk(self, chunk: int) -> np.ndarray:
+        """All rows of one chunk, `(chunk_rows, ...)`, as a read-only view of the file."""
+        layout = self.layout
+        offset, size = (int(value) for value in self._offsets[chunk])
+        if size != layout.chunk_bytes or offset + size > len(self._bytes):
+            raise CorruptError(f"{self.path}: chunk {chunk} is not in this shard")
+        data = self._bytes[offset : offset + size - CHECKSUM_BYTES]
+        if not self._checked[chunk]:
+            end = self._bytes[offset + size - CHECKSUM_BYTES : offset + size]
+            if google_crc32c.value(data) != int.from_bytes(end.tobytes(), "little"):
+                first = chunk * layout.chunk_rows
+                raise CorruptError(
+                    f"{self.path}: rows {first}-{first + layout.chunk_rows - 1} of this shard "
+                    "do not match their checksum; run `residua verify`"
+                )
+            self._checked[chunk] = True
+        return data.view(layout.stored_dtype).reshape(layout.chunk_rows, *layout.shape[1:])
+
+    def verify(self, rows: int) -> int:
+        """Check every chunk of a shard that holds `rows`; returns what `commit` returned."""
+        self._checked[:] = False
+        checksums = []
+        for chunk in range(-(-rows // self.layout.chunk_rows)):
+            self.chunk(chunk)
+            end = int(self._offsets[chunk].sum())
+            checksums.append(self._bytes[end - CHECKSUM_BYTES : end].tobytes())
+        return combine(checksums)
+
+    def read(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Copy rows `start:stop` of this shard into `out`, in the stored dtype."""
+        size = self.layout.chunk_rows
+        row = start
+        while row < stop:
+            chunk, inside = divmod(row, size)
+            take = min(stop - row, size - inside)
+            out[row - start : row - start + take] = self.chunk(chunk)[inside : inside + take]
+            row += take

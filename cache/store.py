@@ -1,0 +1,227 @@
+"""Opens a cache for reading: no model, no torch, no transformers, no data set."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .array import CacheArray
+from .errors import IncompleteError, NotFoundError, UsageError
+from .journal import Journal, PartRecord
+from .manifest import SHORT_ID, Manifest
+
+if TYPE_CHECKING:
+    import dask.array
+
+    from .head import Head
+
+SPLITS = ("train", "validation", "test")
+"""Names of the splits; `sequences/split` holds the index into this tuple."""
+BLOCK_BYTES = 16 << 20
+"""Largest float32 block of one read; larger blocks cost twice the time per byte."""
+
+
+class ActivationCache:
+    """Residual streams of one model on one token stream, read lazily from disk.
+
+    Arrays are position-major: layer `l` is `(positions, d_model)`. Layer 0 is the embedding
+    output, layer `l` the output of block `l`, layer `L = depth` the last one before the final
+    norm. Raises `NotFoundError` if there is no cache at `path`, `CorruptError` if it is damaged,
+    `IncompleteError` if its extraction is not finished.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "manifest.json").is_file():
+            raise NotFoundError(f"{self.path} is not a cache: it has no manifest.json")
+        self.manifest = Manifest.read(self.path / "manifest.json")
+        self.journal = Journal(self.path / "journal")
+
+    def __repr__(self) -> str:
+        return (
+            f"<ActivationCache {self.id[:SHORT_ID]} of {self.manifest.model_name!r}: "
+            f"{self.positions} positions x {self.d_model}, layers {span(self.layers)}>"
+        )
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+    @property
+    def positions(self) -> int:
+        return self.manifest.tokens.positions
+
+    @property
+    def d_model(self) -> int:
+        return self.manifest.d_model
+
+    @property
+    def vocab(self) -> int:
+        return self.manifest.vocab
+
+    @property
+    def depth(self) -> int:
+        """Number L of blocks, which is also the number of the last layer."""
+        return self.manifest.depth
+
+    @property
+    def parts(self) -> int:
+        return self.manifest.layout.parts(self.positions)
+
+    @cached_property
+    def committed(self) -> dict[int, PartRecord]:
+        """Committed parts by number, as they were when first asked for."""
+        return self.journal.parts()
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that are complete over all positions."""
+        found = self.committed
+        if len(found) < self.parts:
+            return ()
+        names = set.intersection(*(set(record.arrays) for record in found.values()))
+        return tuple(sorted(int(n.split("/")[1]) for n in names if n.startswith("residual/")))
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.layers)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of all files of this cache."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    def array(self, name: str) -> CacheArray:
+        """A stored array by its name inside `arrays.zarr`, such as `tokens/ids`."""
+        return CacheArray(self.path / "arrays.zarr" / name)
+
+    def layer(self, layer: int) -> CacheArray:
+        """Layer `layer` as an array that reads on slicing, `(positions, d_model)` float32."""
+        return self._arrays[self._check(layer)]
+
+    def residual(self, layer: int, dtype: Any = np.float32) -> "dask.array.Array":
+        """Layer `layer` as a lazy dask array, `(positions, d_model)`."""
+        return self._lazy(self.layer(layer), self.block_rows()).astype(dtype, copy=False)
+
+    def logits(self, layer: int | None = None) -> "dask.array.Array":
+        """Logits `(positions, vocab)` of the head on `layer` (default: L, the model's own), lazy."""
+        source = self.layer(self.depth if layer is None else layer)
+        rows = max(1, BLOCK_BYTES // (4 * self.vocab))
+        head = self.head
+        return self._lazy(source, rows).map_blocks(
+            head.logits, dtype=np.float32, chunks=(rows_of(self.positions, rows), (self.vocab,))
+        )
+
+    def _lazy(self, source: CacheArray, rows: int) -> "dask.array.Array":
+        import dask.array
+
+        name = f"{source.path.parent.name}-{source.path.name}-{self.id[:SHORT_ID]}-{rows}"
+        return dask.array.from_array(source, chunks=(rows, -1), name=name, asarray=False)
+
+    def block_rows(self, rows: int = 1 << 16) -> int:
+        """Rows of a block of at most `rows` rows and `BLOCK_BYTES` bytes of float32."""
+        return max(1, min(rows, BLOCK_BYTES // (4 * self.d_model)))
+
+    def blocks(self, sequences: np.ndarray, rows: int | None = None) -> Iterator[np.ndarray]:
+        """Group whole `sequences` (numbers, in any order) so that a group has about `rows` rows."""
+        limit = rows or self.block_rows()
+        lengths = self.sequence_length[sequences]
+        start, size = 0, 0
+        for index, length in enumerate(lengths):
+            if size and size + length > limit:
+                yield sequences[start:index]
+                start, size = index, 0
+            size += int(length)
+        if size:
+            yield sequences[start:]
+
+    def rows(self, sequences: np.ndarray) -> np.ndarray:
+        """Positions of whole `sequences`, one sequence after the other."""
+        starts, lengths = self.sequence_start[sequences], self.sequence_length[sequences]
+        ends = np.cumsum(lengths)
+        return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+
+    def split(self, name: str) -> np.ndarray:
+        """Numbers of the sequences of a split: `train`, `validation`, `test` or `all`."""
+        if name == "all":
+            return np.arange(len(self.sequence_split))
+        if name not in SPLITS:
+            raise UsageError(f"there is no split {name!r}; splits are {', '.join(SPLITS)}, all")
+        return np.flatnonzero(self.sequence_split == SPLITS.index(name))
+
+    @cached_property
+    def tokens(self) -> CacheArray:
+        """Token ids, `(positions,)` int32, read on slicing."""
+        return self.array("tokens/ids")
+
+    @cached_property
+    def sequence_start(self) -> np.ndarray:
+        """First position of each sequence, `(sequences,)` int64."""
+        return self.array("sequences/start")[:]
+
+    @cached_property
+    def sequence_length(self) -> np.ndarray:
+        """Tokens of each sequence, `(sequences,)` int64."""
+        return self.array("sequences/length")[:].astype(np.int64)
+
+    @cached_property
+    def sequence_split(self) -> np.ndarray:
+        """Split of each sequence as an index into `SPLITS`, `(sequences,)` uint8."""
+        return self.array("sequences/split")[:]
+
+    @cached_property
+    def sequence_hash(self) -> np.ndarray:
+        """64 bits of the sha256 of each sequence's token ids, `(sequences,)` uint64."""
+        return self.array("sequences/hash")[:]
+
+    @cached_property
+    def head(self) -> "Head":
+        """Final norm, unembedding, bias, scale and softcap: residual of layer L -> logits."""
+        from .head import Head
+
+        return Head.load(self.path / "head")
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, from the files kept in the cache; imports `tokenizers` only."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.path / "head" / "tokenizer.json"))
+
+    def check_complete(self) -> None:
+        """Raise `IncompleteError` if rows are missing."""
+        if not self.complete:
+            raise IncompleteError(
+                f"cache {self.id[:SHORT_ID]} has {len(self.committed)} of {self.parts} parts; "
+                "run the same `residua extract` again to finish it"
+            )
+
+    @cached_property
+    def _arrays(self) -> dict[int, CacheArray]:
+        return {layer: self.array(f"residual/{layer}") for layer in self.layers}
+
+    def _check(self, layer: int) -> int:
+        self.check_complete()
+        if layer not in self.layers:
+            raise NotFoundError(
+                f"layer {layer} is not in this cache; it holds {span(self.layers)}"
+            )
+        return layer
+
+
+def span(numbers: Sequence[int]) -> str:
+    """`0-4, 6` for 0, 1, 2, 3, 4, 6."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+
+
+def rows_of(positions: int, rows: int) -> tuple[int, ...]:
+    """Chunk sizes of `positions` rows in blocks of `rows`."""
+    full, rest = divmod(positions, rows)
+    return (rows,) * full + ((rest,) if rest else ())

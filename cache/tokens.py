@@ -1,0 +1,102 @@
+"""The token stream of a cache: sequences of token ids, their hashes and their splits."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .store import SPLITS
+
+TEST_SHARE = 0.1
+VALIDATION_SHARE = 0.1
+_DENOMINATOR = 1 << 32
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Sequences in the order of the cache."""
+
+    ids: np.ndarray
+    """Token ids of all sequences, one after the other, `(positions,)` int32."""
+    lengths: np.ndarray
+    """Tokens of each sequence, `(sequences,)` int64."""
+    row_ids: np.ndarray
+    """Number of the source document in which each sequence starts, `(sequences,)` int64."""
+
+    @property
+    def positions(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def starts(self) -> np.ndarray:
+        """First position of each sequence, `(sequences,)` int64."""
+        return np.concatenate([[0], np.cumsum(self.lengths)[:-1]]).astype(np.int64)
+
+    def sequence(self, number: int) -> np.ndarray:
+        start = int(self.starts[number])
+        return self.ids[start : start + int(self.lengths[number])]
+
+    def digests(self) -> tuple[str, np.ndarray]:
+        """Hex sha256 of the whole stream, and 64 bits of the sha256 of each sequence's ids."""
+        whole = hashlib.sha256()
+        hashes = np.empty(len(self.lengths), np.uint64)
+        start = 0
+        for number, length in enumerate(self.lengths):
+            data = self.ids[start : start + length].astype("<i4").tobytes()
+            whole.update(int(length).to_bytes(8, "little"))
+            whole.update(data)
+            hashes[number] = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+            start += int(length)
+        return whole.hexdigest(), hashes
+
+    def tables(self, hashes: np.ndarray) -> dict[str, tuple[np.ndarray, str]]:
+        """The one-dimensional arrays of the cache: name -> (values, axis name)."""
+        number = np.arange(len(self.lengths))
+        index = np.arange(self.positions) - np.repeat(self.starts, self.lengths)
+        return {
+            "tokens/ids": (self.ids.astype(np.int32), "positions"),
+            "tokens/sequence": (np.repeat(number, self.lengths).astype(np.int32), "positions"),
+            "tokens/index": (index.astype(np.int32), "positions"),
+            "sequences/row_id": (self.row_ids.astype(np.int64), "sequences"),
+            "sequences/start": (self.starts, "sequences"),
+            "sequences/length": (self.lengths.astype(np.int32), "sequences"),
+            "sequences/split": (assign_splits(hashes), "sequences"),
+            "sequences/hash": (hashes, "sequences"),
+        }
+
+
+def from_sequences(sequences: Sequence[Sequence[int]]) -> TokenStream:
+    """A stream of the given token ids, one row id per sequence."""
+    lengths = np.array([len(ids) for ids in sequences], np.int64)
+    ids = np.concatenate([np.asarray(ids, np.int32) for ids in sequences])
+    return TokenStream(ids, lengths, np.arange(len(lengths)))
+
+
+def assign_splits(hashes: np.ndarray) -> np.ndarray:
+    """Split of each sequence by its hash, `(sequences,)` uint8 index into `SPLITS`.
+
+    A tenth goes to `test`, a tenth to `validation`. Equal sequences share a split. Where chance
+    leaves a split of a small set empty, the sequences nearest to its threshold fill it.
+    """
+    share = (hashes >> np.uint64(32)).astype(np.float64) / _DENOMINATOR
+    splits = np.full(len(hashes), SPLITS.index("train"), np.uint8)
+    splits[share < TEST_SHARE + VALIDATION_SHARE] = SPLITS.index("validation")
+    splits[share < TEST_SHARE] = SPLITS.index("test")
+    distinct = np.unique(hashes)
+    if len(distinct) < len(SPLITS):
+        return splits
+    distinct = distinct[np.argsort(distinct >> np.uint64(32), kind="stable")]
+    if not np.any(splits == SPLITS.index("test")):
+        splits[hashes == distinct[0]] = SPLITS.index("test")
+    if not np.any(splits == SPLITS.index("validation")):
+        first = next(h for h in distinct if not np.any(splits[hashes == h] == SPLITS.index("test")))
+        splits[hashes == first] = SPLITS.index("validation")
+    if not np.any(splits == SPLITS.index("train")):
+        splits[hashes == distinct[-1]] = SPLITS.index("train")
+    return splits
+
+
+def folds_of(hashes: np.ndarray, folds: int) -> np.ndarray:
+    """Fold of each sequence for cross-validation, from bits that do not decide its split."""
+    return ((hashes & np.uint64(0xFFFF_FFFF)) % np.uint64(folds)).astype(np.int64)

@@ -1,0 +1,69 @@
+"""Writes arrays of a cache: zarr makes the metadata, our shard writer the data."""
+
+from pathlib import Path
+
+import numpy as np
+
+from .layout import STORED_DTYPES, TABLE_CHUNK_ROWS, ArrayLayout, Layout
+from .shard import ShardWriter
+
+TABLE_CHUNKS_PER_SHARD = 16
+
+
+def create_residual(
+    store: Path, layer: int, positions: int, d_model: int, logical_dtype: str, layout: Layout
+) -> ArrayLayout:
+    """Create the empty array `residual/<layer>`, `(positions, d_model)`."""
+    return _create(
+        store,
+        f"residual/{layer}",
+        (positions, d_model),
+        STORED_DTYPES[logical_dtype],
+        layout.chunk_rows,
+        layout.part_rows,
+        ("positions", "d_model"),
+        {"logical_dtype": logical_dtype},
+    )
+
+
+def write_table(store: Path, name: str, values: np.ndarray, axis: str) -> dict[str, dict]:
+    """Create and fill the one-dimensional array `name`; returns the record of its shards."""
+    chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, len(values) - 1).bit_length())
+    shard_rows = chunk * TABLE_CHUNKS_PER_SHARD
+    array = _create(store, name, values.shape, values.dtype.str, chunk, shard_rows, (axis,), {})
+    record = {}
+    for shard in range(array.shards):
+        rows = values[shard * shard_rows : (shard + 1) * shard_rows]
+        writer = ShardWriter(store / name / array.shard_key(shard), array, len(rows))
+        writer.write(0, rows)
+        record[str(shard)] = writer.commit()
+    return record
+
+
+def _create(
+    store: Path,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    chunk_rows: int,
+    shard_rows: int,
+    axes: tuple[str, ...],
+    attributes: dict[str, str],
+) -> ArrayLayout:
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec
+
+    group = zarr.open_group(store, mode="a", zarr_format=3)
+    array = group.create_array(
+        name,
+        shape=shape,
+        chunks=(chunk_rows, *shape[1:]),
+        shards=(shard_rows, *shape[1:]),
+        dtype=np.dtype(dtype),
+        serializer=BytesCodec(endian="little"),
+        compressors=(Crc32cCodec(),),
+        dimension_names=axes,
+        attributes=attributes,
+        fill_value=0,
+    )
+    return ArrayLayout.from_zarr_json(array.metadata.to_dict(), name)

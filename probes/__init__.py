@@ -1,0 +1,1 @@
+"""Probes: everything that is fitted from a cache, out of core, without the model."""

@@ -1,0 +1,60 @@
+"""What evaluation asks of anything that predicts tokens from a cache: the `Readout` protocol."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ..cache.head import TorchHead
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..cache.store import ActivationCache
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Positions t of whole sequences for which t+N lies in the same sequence."""
+
+    hidden: "torch.Tensor | None"
+    """Residual stream of the asked layer at t, `(n, d_model)` float32; None without a layer."""
+    last_token: "torch.Tensor"
+    """Token at t+N, the last one the model read before the token to be predicted, `(n,)` int64."""
+    head: TorchHead
+    """The cache's head."""
+
+
+class Readout(Protocol):
+    """Gives a distribution over the vocabulary for what the model says at t+N."""
+
+    kind: str
+    """Name in tables: `logit`, `ridge`, `lens`, `vocab`, `bigram`, ..."""
+
+    def pairs(self) -> list[tuple[int | None, int]]:
+        """The (layer, offset) pairs it can read; layer None if it reads no residual stream."""
+        ...
+
+    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+        """Logits (or log-probabilities), `(n, vocab)` float32."""
+        ...
+
+
+class LogitLens:
+    """The head applied to a middle layer as it is (nostalgebraist, 2020); needs no fit."""
+
+    kind = "logit"
+
+    def __init__(self, layers: tuple[int, ...], offsets: tuple[int, ...]) -> None:
+        self.layers = layers
+        self.offsets = offsets
+
+    @classmethod
+    def of(cls, cache: "ActivationCache", offsets: tuple[int, ...]) -> "LogitLens":
+        """The logit lens for every layer of `cache`."""
+        return cls(cache.layers, offsets)
+
+    def pairs(self) -> list[tuple[int | None, int]]:
+        return [(layer, offset) for layer in self.layers for offset in self.offsets]
+
+    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+        assert batch.hidden is not None
+        return batch.head(batch.hidden)

@@ -1,0 +1,70 @@
+"""Caches from arrays given by a test: the same files as extraction writes, without a model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from residua.cache.create import PartWriter, create_cache
+from residua.cache.head import Head
+from residua.cache.layout import Layout
+from residua.cache.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
+from residua.cache.store import ActivationCache
+from residua.cache.tokens import from_sequences
+
+
+def random_head(d_model: int, vocab: int, seed: int = 0) -> Head:
+    """A layer-norm head with no parameter at its default."""
+    rng = np.random.default_rng(seed)
+    return Head(
+        norm="layernorm",
+        eps=1e-5,
+        norm_weight=rng.normal(1, 0.3, d_model).astype(np.float32),
+        norm_bias=rng.normal(0, 0.3, d_model).astype(np.float32),
+        unembedding=rng.normal(0, 0.5, (vocab, d_model)).astype(np.float32),
+        bias=rng.normal(0, 0.2, vocab).astype(np.float32),
+    )
+
+
+def make_cache(
+    root: Path,
+    layers: Sequence[np.ndarray],
+    lengths: Sequence[int],
+    head: Head,
+    ids: np.ndarray | None = None,
+    dtype: str = "float32",
+    part_rows: int = 256,
+    chunk_rows: int = 64,
+    seed: int = 0,
+) -> ActivationCache:
+    """A complete cache of `layers`, each `(sum(lengths), d_model)`, with random token ids."""
+    positions, d_model = layers[0].shape
+    rng = np.random.default_rng(seed)
+    if ids is None:
+        ids = rng.integers(0, head.vocab, positions)
+    stream = from_sequences(np.split(ids, np.cumsum(lengths)[:-1]))
+    digest, hashes = stream.digests()
+    layout = Layout(chunk_rows, part_rows)
+    manifest = Manifest(
+        ModelIdentity("0" * 64, "0" * 64, "Synthetic"),
+        TokenIdentity(digest, positions, len(lengths), "0" * 64, max(lengths), False, seed),
+        CaptureIdentity("float32", dtype, "none"),
+        layout,
+        d_model,
+        head.vocab,
+        len(layers) - 1,
+        1024,
+        "synthetic",
+        "random",
+    )
+    numbers = tuple(range(len(layers)))
+    path = create_cache(
+        root, manifest, stream, hashes, dict.fromkeys(numbers, dtype), head.save, {}
+    )
+    for part in range(layout.parts(positions)):
+        writer = PartWriter(path, layout, part, numbers)
+        for number, values in enumerate(layers):
+            rows = values[writer.start : writer.stop].astype(np.float32)
+            writer.write(number, writer.start, rows)
+        writer.commit()
+    return ActivationCache(path)
