@@ -12,7 +12,7 @@ from .array import CacheArray
 from .decode import encode
 from .errors import UsageError
 from .journal import Journal, PartRecord, ShardRecord
-from .jsonfile import sync_folder, write_json
+from .jsonfile import file_digest, sync_folder, write_json
 from .layout import Layout
 from .manifest import Manifest
 from .shard import ShardWriter
@@ -56,7 +56,8 @@ def create_cache(
             create_residual(
                 store, layer, stream.positions, manifest.d_model, dtype, manifest.layout
             )
-        Journal(staging / "journal").commit_tables(record)
+        files = {p.relative_to(staging).as_posix(): file_digest(p) for p in _plain_files(staging)}
+        Journal(staging / "journal").commit_base(record, files)
         try:
             os.rename(staging, target)
         except OSError:
@@ -66,6 +67,12 @@ def create_cache(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def _plain_files(folder: Path) -> list[Path]:
+    """Files that are not shards: manifest, provenance, head and array metadata."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(p for p in files if "arrays.zarr" not in p.parts or p.name == "zarr.json")
 
 
 def choose_dtype(absmax: float, compute_dtype: str, policy: str) -> str:
@@ -81,7 +88,9 @@ class PartWriter:
     """Writes the rows of one part on every layer, then commits them at once."""
 
     def __init__(self, path: Path, layout: Layout, part: int, layers: tuple[int, ...]) -> None:
-        arrays = {layer: CacheArray(path / "arrays.zarr" / "residual" / str(layer)) for layer in layers}
+        arrays = {
+            layer: CacheArray(path / "arrays.zarr" / "residual" / str(layer)) for layer in layers
+        }
         self.part = part
         self.start, self.stop = layout.rows(part, next(iter(arrays.values())).shape[0])
         self.dtypes = {layer: array.layout.logical_dtype for layer, array in arrays.items()}

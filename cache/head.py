@@ -68,7 +68,9 @@ class Head:
         if self.norm == "layernorm":
             hidden = hidden - hidden.mean(-1, keepdims=True, dtype=np.float32)
         if self.norm != "none":
-            square = np.einsum("...i,...i->...", hidden, hidden)[..., None] / np.float32(self.d_model)
+            square = np.einsum("...i,...i->...", hidden, hidden)[..., None] / np.float32(
+                self.d_model
+            )
             hidden = hidden / np.sqrt(square + np.float32(self.eps))
         return hidden * self.norm_weight + self.norm_bias
 
@@ -117,7 +119,9 @@ class Head:
             if spec["kind"] != "explicit" or spec["norm"] not in NORMS:
                 raise CorruptError(f"{folder / 'head.json'}: unknown head {spec['kind']!r}")
             arrays = {name: tensors[name] for name in _TENSORS}
-            return cls(spec["norm"], spec["eps"], **arrays, scale=spec["scale"], softcap=spec["softcap"])
+            return cls(
+                spec["norm"], spec["eps"], **arrays, scale=spec["scale"], softcap=spec["softcap"]
+            )
         except (KeyError, TypeError) as error:
             raise CorruptError(f"{folder} is not a head of this format: {error}") from None
 

@@ -8,8 +8,8 @@ from typing import Any
 from .errors import CorruptError
 from .jsonfile import read_json, write_json
 
-TABLES = "tables"
-"""Name of the record that commits the one-dimensional arrays."""
+BASE = "base.json"
+"""Record of what every cache has from its creation: the token and sequence arrays, the head."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,20 @@ class Journal:
         value = {"part": record.part, "rows": [record.start, record.stop], "arrays": arrays}
         name = f"{record.part:08d}"
         number = 0
-        while (path := self.folder / (f"{name}.{number}.json" if number else f"{name}.json")).exists():
+        while (
+            path := self.folder / (f"{name}.{number}.json" if number else f"{name}.json")
+        ).exists():
             number += 1
         write_json(path, value)
 
-    def commit_tables(self, tables: dict[str, dict[str, Any]]) -> None:
-        """Record the shards of the one-dimensional arrays: array -> shard number -> record."""
-        write_json(self.folder / f"{TABLES}.json", {"arrays": tables})
+    def commit_base(self, arrays: dict[str, dict[str, Any]], files: dict[str, str]) -> None:
+        """Record the shards of the one-dimensional arrays and the sha256 of all other files."""
+        write_json(self.folder / BASE, {"arrays": arrays, "files": files})
 
-    def tables(self) -> dict[str, dict[str, dict[str, int]]]:
-        """What `commit_tables` recorded."""
-        return read_json(self.folder / f"{TABLES}.json")["arrays"]
+    def base(self) -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, str]]:
+        """What `commit_base` recorded: array -> shard -> numbers, and file -> sha256."""
+        record = read_json(self.folder / BASE)
+        return record["arrays"], record["files"]
 
     def parts(self) -> dict[int, PartRecord]:
         """All committed parts, the records of a part merged."""

@@ -147,15 +147,18 @@ class ShardReader:
             self._checked[chunk] = True
         return data.view(layout.stored_dtype).reshape(layout.chunk_rows, *layout.shape[1:])
 
-    def verify(self, rows: int) -> int:
-        """Check every chunk of a shard that holds `rows`; returns what `commit` returned."""
+    def check(self, rows: int) -> tuple[list[int], int]:
+        """Re-read a shard of `rows`: numbers of its damaged chunks, and what `commit` returned."""
         self._checked[:] = False
-        checksums = []
+        damaged, checksums = [], []
         for chunk in range(-(-rows // self.layout.chunk_rows)):
-            self.chunk(chunk)
+            try:
+                self.chunk(chunk)
+            except CorruptError:
+                damaged.append(chunk)
             end = int(self._offsets[chunk].sum())
             checksums.append(self._bytes[end - CHECKSUM_BYTES : end].tobytes())
-        return combine(checksums)
+        return damaged, combine(checksums)
 
     def read(self, start: int, stop: int, out: np.ndarray) -> None:
         """Copy rows `start:stop` of this shard into `out`, in the stored dtype."""

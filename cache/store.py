@@ -106,7 +106,7 @@ class ActivationCache:
         return self._lazy(self.layer(layer), self.block_rows()).astype(dtype, copy=False)
 
     def logits(self, layer: int | None = None) -> "dask.array.Array":
-        """Logits `(positions, vocab)` of the head on `layer` (default: L, the model's own), lazy."""
+        """Logits `(positions, vocab)` of the head on `layer` (default: L, the model), lazy."""
         source = self.layer(self.depth if layer is None else layer)
         rows = max(1, BLOCK_BYTES // (4 * self.vocab))
         head = self.head
@@ -118,7 +118,8 @@ class ActivationCache:
         import dask.array
 
         name = f"{source.path.parent.name}-{source.path.name}-{self.id[:SHORT_ID]}-{rows}"
-        return dask.array.from_array(source, chunks=(rows, -1), name=name, asarray=False)
+        chunks: Any = (rows, -1)
+        return dask.array.from_array(source, chunks=chunks, name=name, asarray=False)
 
     def block_rows(self, rows: int = 1 << 16) -> int:
         """Rows of a block of at most `rows` rows and `BLOCK_BYTES` bytes of float32."""
@@ -204,9 +205,7 @@ class ActivationCache:
     def _check(self, layer: int) -> int:
         self.check_complete()
         if layer not in self.layers:
-            raise NotFoundError(
-                f"layer {layer} is not in this cache; it holds {span(self.layers)}"
-            )
+            raise NotFoundError(f"layer {layer} is not in this cache; it holds {span(self.layers)}")
         return layer
 
 

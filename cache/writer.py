@@ -63,7 +63,7 @@ def _create(
         serializer=BytesCodec(endian="little"),
         compressors=(Crc32cCodec(),),
         dimension_names=axes,
-        attributes=attributes,
+        attributes={**attributes},
         fill_value=0,
     )
     return ArrayLayout.from_zarr_json(array.metadata.to_dict(), name)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-
 from residua.cache.create import PartWriter, create_cache
 from residua.cache.head import Head
 from residua.cache.layout import Layout

@@ -1,0 +1,76 @@
+"""Which sequences go through the model together: a fixed plan, the same for any worker.
+
+A part needs the sequences that overlap its rows. Those that start in it are sorted by length
+within windows and grouped; the one that runs on into the next part goes through the model
+alone, so that the next part, made by another worker, gets the same bytes for it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .layout import Layout
+
+WINDOW_CHUNKS = 4
+"""Sequences are sorted by length only within this many chunks, which bounds the writer's memory."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Numbers of sequences, none longer than the first one by `plan_part`'s order."""
+
+    sequences: tuple[int, ...]
+
+
+def plan_part(
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    layout: Layout,
+    part: int,
+    batch_tokens: int,
+    pad: bool = True,
+) -> list[Batch]:
+    """Batches for `part`, in the order in which they should run.
+
+    `batch_tokens` bounds sequences times longest length. Without `pad` only sequences of equal
+    length share a batch.
+    """
+    positions = int(starts[-1] + lengths[-1])
+    begin, end = layout.rows(part, positions)
+    first = int(np.searchsorted(starts, begin, side="right")) - 1
+    last = int(np.searchsorted(starts, end, side="left"))
+    batches: list[Batch] = []
+    if starts[first] < begin:
+        if starts[first] + lengths[first] > begin:
+            batches.append(Batch((first,)))
+        first += 1
+    alone = last > first and starts[last - 1] + lengths[last - 1] > end
+    inside = np.arange(first, last - 1 if alone else last)
+    window = (starts[inside] - begin) // (WINDOW_CHUNKS * layout.chunk_rows)
+    order = inside[np.lexsort((inside, -lengths[inside], window))]
+    batches += _group(
+        order, lengths, window[order - first] if len(order) else window, batch_tokens, pad
+    )
+    if alone:
+        batches.append(Batch((last - 1,)))
+    return batches
+
+
+def _group(
+    order: np.ndarray, lengths: np.ndarray, window: np.ndarray, batch_tokens: int, pad: bool
+) -> list[Batch]:
+    """Cut `order` (longest first within a window) into batches."""
+    groups: list[list[int]] = []
+    for place, number in enumerate(order):
+        length, group = lengths[number], groups[-1] if groups else None
+        fits = (
+            group is not None
+            and window[place] == window[place - 1]
+            and (len(group) + 1) * max(lengths[group[0]], length) <= batch_tokens
+            and (pad or lengths[group[0]] == length)
+        )
+        if fits and group is not None:
+            group.append(int(number))
+        else:
+            groups.append([int(number)])
+    return [Batch(tuple(group)) for group in groups]

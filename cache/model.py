@@ -1,0 +1,89 @@
+"""The only door to transformers: loads a frozen causal language model and its tokenizer."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ModelError
+from .source import ModelSource
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+
+def choose_device(device: str) -> str:
+    """`auto` is the first GPU if there is one, else the CPU."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {device!r} cannot be used: {error}") from None
+    return device
+
+
+def load_model(
+    source: ModelSource,
+    device: str = "cpu",
+    attention: str = "default",
+    trust_remote_code: bool = False,
+) -> "torch.nn.Module":
+    """The model in eval mode, without gradients, in the dtype of its checkpoint.
+
+    Only safetensors are read. Code that comes with a model runs only if `trust_remote_code`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kwargs: dict[str, Any] = {} if attention == "default" else {"attn_implementation": attention}
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype="auto",
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                **kwargs,
+            )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{source.name} cannot be loaded as a causal language model: {reason}"
+        ) from None
+    module: Any = model
+    return module.to(device).eval().requires_grad_(False)
+
+
+def convert_tokenizer(folder: Path) -> "Tokenizer":
+    """A fast tokenizer from the older vocabulary files of `folder`."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return tokenizer.backend_tokenizer
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{folder} has no tokenizer that can be read: {reason}") from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the screen."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

@@ -1,0 +1,54 @@
+"""What to extract: the options of `residua extract` and of `residua.extract`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UsageError
+from .layout import STORED_DTYPES
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to extract; field names are the options of `residua extract`."""
+
+    model: str
+    """Folder of a model saved by transformers, or a hub id."""
+    data: str
+    """.txt, .jsonl, .json, .csv, .tsv or .parquet file, a saved `datasets` folder, or a hub id."""
+    root: Path | None = None
+    """Folder of caches; default $RESIDUA_ROOT, else the XDG cache folder."""
+    context: int | None = None
+    """Longest sequence in tokens; default the model's, at most 1024."""
+    pack: bool = True
+    """Pack documents to the context length; else one sequence per document."""
+    text_column: str | None = None
+    """Column that holds the text."""
+    split: str | None = None
+    """Split of a data set that has several."""
+    max_tokens: int | None = None
+    """Stop the token stream after this many tokens, at the end of a sequence."""
+    dtype: str = "auto"
+    """Stored dtype: auto, float16, bfloat16 or float32."""
+    seed: int = 0
+    """Seed of the permutation of the documents."""
+    device: str = "auto"
+    """Where the model runs: auto, cpu, cuda, cuda:1, mps."""
+    batch_tokens: int | None = None
+    """Tokens of one forward batch; default 4096 on CPU, 32768 on GPU."""
+    part_positions: int | None = None
+    """Positions of a part, the unit of commit and resume; default by size, 24-48 MiB per layer."""
+    attention: str = "default"
+    """Attention kernel: default, eager, sdpa, flash_attention_2."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *STORED_DTYPES):
+            known = ", ".join(("auto", *STORED_DTYPES))
+            raise UsageError(f"dtype {self.dtype!r} is unknown; choose one of {known}")
+        for name in ("context", "max_tokens", "batch_tokens", "part_positions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
