@@ -4,13 +4,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analysis.evaluate import Evaluation as Evaluation
+    from .analysis.evaluate import evaluate as evaluate
+    from .cache.catalog import find_cache as find_cache
+    from .cache.errors import ResiduaError as ResiduaError
+    from .cache.extract import extract as extract
+    from .cache.head import Head as Head
     from .cache.store import ActivationCache as ActivationCache
+    from .cache.verify import verify as verify
+    from .probes.bigram import Bigram as Bigram
+    from .probes.readout import LogitLens as LogitLens
+    from .probes.ridge import RidgeProbe as RidgeProbe
+    from .probes.save import load_probe as load_probe
+    from .probes.save import save_probe as save_probe
 
 __version__ = "0.1.0"
 
 # Public name -> module; imported on first use, so that `import residua` stays light.
 _PUBLIC = {
     "ActivationCache": ".cache.store",
+    "Bigram": ".probes.bigram",
+    "Evaluation": ".analysis.evaluate",
+    "Head": ".cache.head",
+    "LogitLens": ".probes.readout",
+    "ResiduaError": ".cache.errors",
+    "RidgeProbe": ".probes.ridge",
+    "evaluate": ".analysis.evaluate",
+    "extract": ".cache.extract",
+    "find_cache": ".cache.catalog",
+    "load_probe": ".probes.save",
+    "save_probe": ".probes.save",
+    "verify": ".cache.verify",
 }
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 

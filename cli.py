@@ -1,2 +1,374 @@
-"""Placeholder of the command line."""
-def main() -> None: ...
+"""The command line: parses, calls, prints. `residua --help` loads nothing heavy."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from residua import __version__
+from residua.cache.errors import Interrupted, ResiduaError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Numbers(click.ParamType):
+    """Numbers and ranges: `0-3`, `0,2,5`, `4`."""
+
+    name = "NUMBERS"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        numbers: set[int] = set()
+        try:
+            for piece in str(value).split(","):
+                first, _, last = piece.strip().partition("-")
+                numbers.update(range(int(first), int(last or first) + 1))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers; write it like 0-3 or 0,2,5", param, ctx)
+        if not numbers:
+            self.fail(f"{value!r} names no number", param, ctx)
+        return tuple(sorted(numbers))
+
+
+NUMBERS = Numbers()
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --root and --json, and turns errors into messages and exit codes.
+
+    The function gets `root`, `quiet` (no progress) and its own options; what it returns is the
+    JSON object, and the callable beside it prints the same for people.
+    """
+
+    @click.option("--root", type=click.Path(path_type=Path), help="Folder of caches.  [default: "
+                  "$RESIDUA_ROOT, else the XDG cache folder]")  # fmt: skip
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+    @wraps(function)
+    def run(root: Path | None, as_json: bool, **options: Any) -> None:
+        from residua.cache.catalog import cache_root
+
+        try:
+            try:
+                value, show = function(root=cache_root(root), quiet=as_json, **options)
+            except KeyboardInterrupt:
+                raise Interrupted("interrupted; the same command goes on from here") from None
+        except ResiduaError as error:
+            _fail(error, as_json)
+        if as_json:
+            click.echo(json.dumps(value, default=str))
+        else:
+            show()
+        sys.exit(value.pop("exit_code", 0) if isinstance(value, dict) else 0)
+
+    return run
+
+
+def _fail(error: ResiduaError, as_json: bool) -> None:
+    message = str(error)
+    if as_json:
+        kind = type(error).__name__
+        click.echo(json.dumps({"error": kind, "message": message, "exit_code": error.exit_code}))
+    else:
+        click.echo(f"Error: {message}", err=True)
+    sys.exit(error.exit_code)
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="residua")
+def main() -> None:
+    """Run a language model once, keep its residual streams, fit every probe from the cache.
+
+    \b
+    residua quickstart                          the whole flow on a small model, in minutes
+    residua extract MODEL texts.jsonl           model + texts -> cache
+    residua fit ridge CACHE --offsets 0-3       cache -> probe, without the model
+    residua evaluate CACHE PROBE --html r.html  what the probe says, layer by layer
+    """
+
+
+@main.command()
+@click.argument("model")
+@click.argument("data")
+@click.option("--context", type=int, help="Longest sequence in tokens.  [default: the model's, "
+              "at most 1024]")  # fmt: skip
+@click.option("--pack/--no-pack", default=True, help="Pack documents to the context length, or "
+              "keep one sequence per document.")  # fmt: skip
+@click.option("--text-column", help="Column that holds the text.  [default: the obvious one]")
+@click.option("--split", help="Split of a data set that has several.  [default: train]")
+@click.option("--max-tokens", type=int, help="Stop after this many tokens, at a sequence's end.")
+@click.option("--dtype", default="auto", show_default=True, help="Stored dtype: auto, float16, "
+              "bfloat16 or float32.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Seed of the order of documents.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, auto.")
+@click.option("--batch-tokens", type=int, help="Tokens of one forward batch.  [default: 4096 on "
+              "CPU, 32768 on GPU]")  # fmt: skip
+@click.option("--part-positions", type=int, help="Positions of a part, the unit of commit and "
+              "resume.  [default: 24-48 MiB per layer]")  # fmt: skip
+@click.option("--attention", default="default", show_default=True, help="Attention kernel: "
+              "default, eager, sdpa, flash_attention_2.")  # fmt: skip
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@command
+def extract(root: Path, quiet: bool, **options: Any) -> Any:
+    """Run MODEL on the texts of DATA once and keep every layer's residual stream.
+
+    MODEL is a folder saved by transformers or a hub id; DATA a .txt, .jsonl, .csv, .tsv or
+    .parquet file, a folder saved by datasets, or a hub id (name or name:config). Asking again
+    for what is there is answered at once; an interrupted run goes on where it stopped.
+
+    \b
+    residua extract gpt2 texts.jsonl --max-tokens 1000000
+    residua extract ./my-model books.txt --context 512 --root caches
+    residua extract ./my-model prompts.csv --text-column prompt --no-pack
+    """
+    from residua.analysis.terminal import meter, size
+    from residua.cache.extract import run
+    from residua.cache.request import Request
+    from residua.cache.store import span
+
+    with meter(quiet) as shown:
+        done = run(Request(root=root, **options), shown.stage)
+    value = done.to_dict()
+
+    def show() -> None:
+        click.echo(f"{value['status']}: cache {value['cache'][:12]}")
+        click.echo(
+            f"  {value['positions']:,} positions, layers {span(value['layers'])}, "
+            f"{size(value['bytes'])}, head error {value['head_error']:.1e}"
+        )
+        click.echo(f"  {value['path']}")
+        click.echo(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
+
+    return value, show
+
+
+@main.command("ls")
+@command
+def list_(root: Path, quiet: bool) -> Any:
+    """List the caches under the root.
+
+    \b
+    residua ls
+    residua ls --root caches --json
+    """
+    from residua.analysis.terminal import short, size, table
+    from residua.cache.catalog import list_caches
+    from residua.cache.store import span
+
+    caches = list_caches(root)
+
+    def show() -> None:
+        if not caches:
+            click.echo(f"no caches under {root}; make one with residua extract MODEL DATA")
+            return
+        rows = [
+            (c["cache"][:12], short(c["model"]), short(c["data"]), c["positions"],
+             span(c["layers"]), c["d_model"], size(c["bytes"]), c["state"])
+            for c in caches
+        ]  # fmt: skip
+        columns = ("cache", "model", "data", "positions", "layers", "d_model", "size", "state")
+        table(str(root), columns, rows)
+
+    return {"root": str(root), "caches": caches}, show
+
+
+@main.command()
+@click.argument("cache")
+@command
+def info(root: Path, quiet: bool, cache: str) -> Any:
+    """Say what CACHE holds: model, tokens, layers, dtypes, measured errors, splits.
+
+    CACHE is any unique prefix of an id, or a path.
+
+    \b
+    residua info 3f2a
+    residua info caches/3f2a... --json
+    """
+    from residua.analysis.terminal import details
+    from residua.cache.catalog import describe, find_cache
+
+    value = describe(find_cache(cache, root))
+    return value, lambda: details(value)
+
+
+@main.command()
+@click.argument("cache")
+@command
+def verify(root: Path, quiet: bool, cache: str) -> Any:
+    """Re-read every byte of CACHE and say what is damaged. Exit code 4 if anything is.
+
+    \b
+    residua verify 3f2a
+    """
+    from residua.analysis.terminal import meter, size
+    from residua.cache.catalog import find_path
+    from residua.cache.verify import verify as check
+
+    path = find_path(cache, root)
+    with meter(quiet) as shown:
+        found = check(path, shown.of("verify"))
+    value = {"path": str(path), **found.to_dict()}
+
+    def show() -> None:
+        for damage in found.damages:
+            rows = f" rows {damage.start}-{damage.stop - 1}" if damage.stop else ""
+            click.echo(f"damaged: {damage.file}{rows}: {damage.message}")
+        state = "ok" if found.ok else f"{len(found.damages)} damaged"
+        missing = f", {len(found.missing_parts)} parts not extracted yet" * bool(
+            found.missing_parts
+        )
+        click.echo(f"{state}: {found.shards} shards, {size(found.bytes)} read{missing}")
+
+    return {**value, "exit_code": 0 if found.ok else 4}, show
+
+
+@main.group()
+def fit() -> None:
+    """Fit a probe from a cache, out of core, without the model."""
+
+
+@fit.command()
+@click.argument("cache")
+@click.option("--offsets", type=NUMBERS, default="0", show_default=True, help="Predict N tokens "
+              "further on; 0 is the next token.")  # fmt: skip
+@click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]")
+@click.option("--alpha", type=float, help="One fixed penalty, scikit-learn's meaning.  [default: "
+              "the best of a path by cross-validation]")  # fmt: skip
+@click.option("--folds", default=5, show_default=True, help="Folds of the cross-validation.")
+@click.option(
+    "--products",
+    type=click.Choice(["float64", "float32"]),
+    default="float64",
+    show_default=True,
+    help="dtype of block products; float32 is twice as fast, to 1e-6.",
+)
+@click.option("--memory", type=float, help="Memory for the moments, in GiB.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the probe.  [default: "
+              "under the root]")  # fmt: skip
+@command
+def ridge(
+    root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
+    alpha: float | None, folds: int, products: str, memory: float | None, out: Path | None,
+) -> Any:  # fmt: skip
+    """Ridge maps from every layer to the last layer N tokens on, in one pass over CACHE.
+
+    The penalty of each (layer, offset) is chosen by exact cross-validation. Read through the
+    model's head, the map is a lens.
+
+    \b
+    residua fit ridge 3f2a --offsets 0-3
+    residua fit ridge 3f2a --offsets 1 --layers 4-8 --out my-probe
+    """
+    from residua.analysis.terminal import meter, table
+    from residua.cache.catalog import find_cache
+    from residua.probes.library import probe_path
+    from residua.probes.ridge import RidgeProbe
+    from residua.probes.save import save_probe
+
+    source = find_cache(cache, root)
+    probe = RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products)
+    with meter(quiet) as shown:
+        probe.fit(source, memory=None if memory is None else int(memory * 2**30),
+                  progress=shown.of("moments"))  # fmt: skip
+    path = save_probe(probe, out or probe_path(root, probe))
+    metrics = probe.metrics()
+
+    def show() -> None:
+        table(
+            f"ridge, cache {source.id[:12]}", list(metrics[0]), [list(r.values()) for r in metrics]
+        )
+        click.echo(f"probe: {path}")
+        click.echo(f"next: residua evaluate {source.id[:12]} {path.name} --html report.html")
+
+    return {"probe": str(path), "cache": source.id, "metrics": metrics}, show
+
+
+@main.command()
+@click.argument("cache")
+@click.argument("probes", nargs=-1, metavar="PROBE...")
+@click.option("--offsets", type=NUMBERS, help="Offsets.  [default: those of the probes, else 0-3]")
+@click.option("--layers", type=NUMBERS, help="Layers.  [default: all]")
+@click.option("--split", default="test", show_default=True, help="train, validation, test or all.")
+@click.option("--max-positions", default=16384, show_default=True, help="Positions to evaluate.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the choice of sequences.")
+@click.option("--force", is_flag=True, help="Use probes of another model's geometry all the same.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained report.")
+@click.option("--png", type=click.Path(path_type=Path), help="Folder to write pictures to.")
+@command
+def evaluate(
+    root: Path, quiet: bool, cache: str, probes: Sequence[str], offsets: tuple[int, ...] | None,
+    layers: tuple[int, ...] | None, split: str, max_positions: int, seed: int, force: bool,
+    html: Path | None, png: Path | None,
+) -> Any:  # fmt: skip
+    """Measure PROBEs on the held-out split of CACHE, beside the logit lens and a bigram.
+
+    PROBE is a folder, or a name (or unique prefix) under the root. KL is in nats per position
+    from the model to the probe; precision@k, nll and surprisal are against the model's own
+    top token.
+
+    \b
+    residua evaluate 3f2a ridge-3f2a
+    residua evaluate 3f2a ridge-3f2a --html report.html --png pictures
+    """
+    from residua.analysis.evaluate import evaluate as measure
+    from residua.analysis.output import write
+    from residua.analysis.terminal import meter, print_evaluation
+    from residua.cache.catalog import find_cache
+    from residua.probes.library import find_probe, load_for
+
+    source = find_cache(cache, root)
+    loaded = [load_for(source, find_probe(name, root), force) for name in probes]
+    with meter(quiet) as shown:
+        found = measure(source, loaded, split=split, offsets=offsets, layers=layers,
+                        max_positions=max_positions, seed=seed,
+                        progress=shown.of("evaluate"))  # fmt: skip
+    written = write(found, html, png, " ".join(["residua", *sys.argv[1:]]))
+
+    def show() -> None:
+        print_evaluation(found)
+        for path in written:
+            click.echo(f"wrote {path}")
+
+    return {"cache": source.id, "split": split, "rows": found.to_dicts(), "files": written}, show
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("quickstart"),
+    show_default=True,
+    help="Folder for the report, the pictures and the cache.",
+)
+@click.option("--max-tokens", type=int, help="Use less text.")
+@command
+def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> Any:
+    """The whole flow on a small model and text that come along: about two minutes.
+
+    Extracts every layer, fits ridge probes for the next token and three further on, measures
+    them on held-out text, and writes a report with pictures.
+
+    \b
+    residua quickstart
+    residua quickstart --out /tmp/residua --json
+    """
+    from residua.analysis.quickstart import run
+    from residua.analysis.terminal import meter, print_evaluation
+
+    with meter(quiet) as shown:
+        value, found = run(out, root if "--root" in sys.argv else None, max_tokens, shown)
+
+    def show() -> None:
+        print_evaluation(found)
+        click.echo(value["text"])
+
+    return value, show
+
+
+if __name__ == "__main__":
+    main()

@@ -17,8 +17,9 @@ from .tokens import TokenStream
 
 ROWS = 4
 LENGTH = 48
-PADDING_TOLERANCE = 1e-4
-"""Largest relative change of a residual by right padding; beyond it, batches are not padded."""
+PADDING_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest relative change of a residual by right padding, per dtype of the model; beyond it,
+only sequences of equal length share a batch."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class Canary:
 
     @property
     def pad(self) -> bool:
-        return self.padding_error <= PADDING_TOLERANCE
+        """Whether a row is independent of padding, up to rounding."""
+        limit = PADDING_TOLERANCE.get(_dtype(self.stack.model), 1e-4)
+        return self.padding_error <= limit
 
     def report(self) -> dict[str, object]:
         """The measured numbers, for `provenance.json` and people."""
@@ -59,7 +62,7 @@ def examine(model: torch.nn.Module, stream: TokenStream, compute_dtype: str, pol
         stack = find_stack(model, ids, other)
         head, tensors = probe_head(stack, other)
         hidden, logits = stack.residuals(fresh)[-1], run(model, fresh).logits
-        error = verify_head(head, hidden, logits)
+        error = verify_head(head, hidden, logits, _dtype(model))
         absmax = calibrate(stack, stream, device)
         dtypes = {n: choose_dtype(a, compute_dtype, policy) for n, a in enumerate(absmax)}
         return Canary(
@@ -82,7 +85,8 @@ def reexamine(model: torch.nn.Module, cache: ActivationCache) -> Stack:
     with torch.inference_mode():
         ids, other, fresh = _batches(stream, cache.vocab, device)
         stack = find_stack(model, ids, other)
-        verify_head(cache.head, stack.residuals(fresh)[-1], run(model, fresh).logits)
+        hidden, logits = stack.residuals(fresh)[-1], run(model, fresh).logits
+        verify_head(cache.head, hidden, logits, _dtype(model))
     return stack
 
 
@@ -95,6 +99,12 @@ def _batches(stream: TokenStream, vocab: int, device: torch.device) -> tuple[tor
     fresh = ids[2, :3, : LENGTH - 11].copy()
     fresh[0, :] = ids[0, 1, : LENGTH - 11]
     return tuple(torch.from_numpy(a).to(device) for a in (ids[0], ids[1], fresh))
+
+
+def _dtype(model: torch.nn.Module) -> torch.dtype:
+    """The lowest precision among the weights of the model."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _vocabulary(model: torch.nn.Module) -> int:

@@ -1,10 +1,10 @@
 """The caches under a root: where the root is, which caches it has, which one a name means."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from .errors import NotFoundError, UsageError
+from .errors import NotFoundError, ResiduaError, UsageError
 from .store import SHORT_ID, ActivationCache
 
 
@@ -18,29 +18,99 @@ def cache_root(root: str | Path | None = None) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "residua"
 
 
-def list_caches(root: Path) -> Iterator[ActivationCache]:
-    """Every cache under `root`, oldest first."""
+def list_paths(root: Path) -> list[Path]:
+    """Folders of all caches under `root`, oldest first; nothing is read."""
     if not root.is_dir():
-        return
-    manifests = [path / "manifest.json" for path in root.iterdir() if not path.name.startswith(".")]
-    for manifest in sorted((m for m in manifests if m.is_file()), key=lambda m: m.stat().st_mtime):
-        yield ActivationCache(manifest.parent)
+        return []
+    found = [p / "manifest.json" for p in root.iterdir() if not p.name.startswith(".")]
+    found = [manifest for manifest in found if manifest.is_file()]
+    return [m.parent for m in sorted(found, key=lambda m: (m.stat().st_mtime, m))]
 
 
-def find_cache(name: str, root: Path) -> ActivationCache:
-    """The cache whose id begins with `name`, or the one at the path `name`.
+def find_path(name: str, root: Path) -> Path:
+    """Folder of the cache whose id begins with `name`, or the path `name` itself.
 
     Raises `NotFoundError` if there is none and `UsageError` if several ids begin so.
     """
-    if (Path(name).expanduser() / "manifest.json").is_file():
-        return ActivationCache(Path(name).expanduser())
-    found = [cache for cache in list_caches(root) if cache.id.startswith(name)] if name else []
+    path = Path(name).expanduser()
+    if (path / "manifest.json").is_file():
+        return path
+    paths = list_paths(root)
+    found = [path for path in paths if name and path.name.startswith(name)]
     if len(found) > 1:
-        ids = ", ".join(cache.id[:SHORT_ID] for cache in found)
+        ids = ", ".join(path.name[:SHORT_ID] for path in found)
         raise UsageError(f"{name!r} begins the ids of {len(found)} caches: {ids}; give more of it")
     if not found:
-        ids = ", ".join(cache.id[:SHORT_ID] for cache in list_caches(root)) or "none"
+        ids = ", ".join(path.name[:SHORT_ID] for path in paths) or "none"
         raise NotFoundError(
             f"no cache {name!r} under {root} (there: {ids}); give a prefix of an id, or a path"
         )
     return found[0]
+
+
+def find_cache(name: str, root: Path) -> ActivationCache:
+    """The cache that `find_path` finds, opened."""
+    return ActivationCache(find_path(name, root))
+
+
+def list_caches(root: Path) -> list[dict[str, Any]]:
+    """A summary of every cache under `root`; a damaged one is listed with what is wrong."""
+    return [_summary(path) for path in list_paths(root)]
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        cache = ActivationCache(path)
+        state = "complete" if cache.complete else f"{len(cache.committed)} of {cache.parts} parts"
+        return {
+            "cache": cache.id,
+            "model": cache.manifest.model_name,
+            "data": cache.manifest.data_name,
+            "positions": cache.positions,
+            "sequences": cache.manifest.tokens.sequences,
+            "layers": list(cache.layers),
+            "d_model": cache.d_model,
+            "bytes": cache.bytes,
+            "state": state,
+            "path": str(path),
+        }
+    except ResiduaError as error:
+        empty = dict.fromkeys(("model", "data", "positions", "sequences", "d_model"))
+        state = f"damaged: {error}"
+        return {
+            "cache": path.name,
+            **empty,
+            "layers": [],
+            "bytes": 0,
+            "state": state,
+            "path": str(path),
+        }
+
+
+def describe(cache: ActivationCache) -> dict[str, Any]:
+    """Everything that is known of `cache` without reading its arrays."""
+    from .jsonfile import read_json
+
+    manifest = cache.manifest
+    splits = {name: len(cache.split(name)) for name in ("train", "validation", "test")}
+    layers = {}
+    for layer in range(manifest.depth + 1):
+        records = [r.arrays[f"residual/{layer}"] for r in cache.committed.values()]
+        layers[str(layer)] = {
+            "dtype": cache.array(f"residual/{layer}").layout.logical_dtype,
+            "absmax": max((record.absmax for record in records), default=None),
+            "nonfinite": sum(record.nonfinite for record in records),
+        }
+    return {
+        **_summary(cache.path),
+        "vocab": manifest.vocab,
+        "depth": manifest.depth,
+        "splits": splits,
+        "identity": manifest.identity,
+        "layout": manifest.layout.to_json(),
+        "batch_tokens": manifest.batch_tokens,
+        "layer_arrays": layers,
+        "head": {"norm": cache.head.norm, "eps": cache.head.eps, "scale": cache.head.scale,
+                 "softcap": cache.head.softcap, "geometry": cache.head.geometry},
+        "provenance": read_json(cache.path / "provenance.json"),
+    }  # fmt: skip

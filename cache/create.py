@@ -109,11 +109,10 @@ class PartWriter:
 
         Raises `UsageError` if the stored dtype turns a finite value into an infinity.
         """
-        stored = encode(values, self.dtypes[layer])
-        self._measure(layer, values, stored)
-        self._shards[layer].write(position - self.start, stored)
+        self._measure(layer, values)
+        self._shards[layer].write(position - self.start, encode(values, self.dtypes[layer]))
 
-    def _measure(self, layer: int, values: np.ndarray, stored: np.ndarray) -> None:
+    def _measure(self, layer: int, values: np.ndarray) -> None:
         absmax = float(np.abs(values).max(initial=0.0))
         if not np.isfinite(absmax):
             finite = np.isfinite(values)
@@ -138,7 +137,10 @@ class PartWriter:
         self._journal.commit(record)
         return record
 
-    def abandon(self) -> None:
-        """Drop what was written of this part."""
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Drop what was not committed."""
         for shard in self._shards.values():
             shard.abandon()

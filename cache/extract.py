@@ -54,6 +54,20 @@ class Extraction:
     seconds: float
     """Wall time of this call."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `residua extract`."""
+        return {
+            "cache": self.cache.id,
+            "path": str(self.cache.path),
+            "status": self.status,
+            "positions": self.cache.positions,
+            "layers": list(self.cache.layers),
+            "bytes": self.cache.bytes,
+            "head_error": self.head_error,
+            "written": self.positions,
+            "seconds": round(self.seconds, 3),
+        }
+
 
 def extract(
     model: str, data: str, *, progress: Progress | None = None, **options: Any

@@ -41,7 +41,8 @@ def probe_head(stack: Stack, ids: torch.Tensor) -> tuple[Head, dict[str, torch.T
     """
     unembed = _unembedding(stack.model)
     hidden = stack.residuals(ids)[-1]
-    tolerance = FIT_TOLERANCE.get(hidden.dtype, 1e-4)
+    # The stream may be float32 where norm and unembedding are not (mamba).
+    tolerance = FIT_TOLERANCE.get(unembed.weight.dtype, 1e-4)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(hidden.shape, generator=generator).to(hidden) * hidden.float().std().to(
         hidden
@@ -75,8 +76,8 @@ def probe_head(stack: Stack, ids: torch.Tensor) -> tuple[Head, dict[str, torch.T
         eps,
         weight.astype(np.float32),
         bias.astype(np.float32),
-        native.float().numpy(),
-        linear_bias[:vocab].numpy(),
+        native.float().clone().numpy(),
+        linear_bias[:vocab].clone().numpy(),
         scale,
         softcap,
     )
@@ -89,16 +90,18 @@ def probe_head(stack: Stack, ids: torch.Tensor) -> tuple[Head, dict[str, torch.T
     return head, tensors
 
 
-def verify_head(head: Head, hidden: torch.Tensor, logits: torch.Tensor) -> float:
-    """Largest |head(hidden) - logits| relative to the largest |logit|; raises if too large."""
+def verify_head(
+    head: Head, hidden: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype
+) -> float:
+    """Largest |head(hidden) - logits| over the largest |logit|; raises if too large for `dtype`."""
     want = logits.float().cpu().numpy()
     got = head.logits(hidden.float().cpu().numpy())
     error = float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-30))
-    limit = TOLERANCE.get(hidden.dtype, 1e-5)
+    limit = TOLERANCE.get(dtype, 1e-5)
     if not error <= limit:
         raise HeadMismatchError(
             f"the head read from this model does not reproduce its logits: relative error "
-            f"{error:.1e}, allowed {limit:.0e} for {hidden.dtype}; nothing was written"
+            f"{error:.1e}, allowed {limit:.0e} for {dtype}; nothing was written"
         )
     return error
 
@@ -192,7 +195,7 @@ def _output(
     """Scale and softcap between the unembedding's output and the logits."""
     raw, logits = seen.raw[:, : seen.logits.shape[-1]], seen.logits
     size = np.abs(logits).max()
-    limit = tolerance / 10
+    limit = tolerance / 5
     slope = float((raw * logits).sum() / max((raw**2).sum(), 1e-300))
     scales = [1.0, *constants, *(1 / c for c in constants if c)]
     scale = min(scales, key=lambda s: abs(s - slope))

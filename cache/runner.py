@@ -34,8 +34,7 @@ class PartRunner:
         batches = plan_part(
             self.starts, self.lengths, manifest.layout, part, manifest.batch_tokens, pad
         )
-        writer = PartWriter(self.cache.path, manifest.layout, part, self.layers)
-        try:
+        with PartWriter(self.cache.path, manifest.layout, part, self.layers) as writer:
             with _Background() as background:
                 for batch in batches:
                     rows = 0
@@ -46,9 +45,6 @@ class PartRunner:
                         rows += last - first
                     yield rows
             writer.commit()
-        except BaseException:
-            writer.abandon()
-            raise
 
     def _write_sequence(
         self, writer: PartWriter, number: int, hidden: list[np.ndarray], first: int, last: int

@@ -98,7 +98,7 @@ class ShardWriter:
         return {"bytes": size, "crc32c": combine(self._checksums[c] for c in range(self._chunks))}
 
     def abandon(self) -> None:
-        """Drop what was written."""
+        """Drop what was written; nothing to do after `commit`."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 

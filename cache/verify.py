@@ -1,8 +1,9 @@
 """Re-reads a whole cache and says what is damaged: file, array, rows."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .array import CacheArray
 from .errors import CorruptError, ResiduaError
@@ -44,6 +45,10 @@ class Verification:
     @property
     def ok(self) -> bool:
         return not self.damages
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `residua verify`."""
+        return {"ok": self.ok, **asdict(self)}
 
 
 @dataclass(frozen=True)

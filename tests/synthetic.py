@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from residua.cache.create import PartWriter, create_cache
 from residua.cache.head import Head
 from residua.cache.layout import Layout
@@ -61,9 +62,9 @@ def make_cache(
         root, manifest, stream, hashes, dict.fromkeys(numbers, dtype), head.save, {}
     )
     for part in range(layout.parts(positions)):
-        writer = PartWriter(path, layout, part, numbers)
-        for number, values in enumerate(layers):
-            rows = values[writer.start : writer.stop].astype(np.float32)
-            writer.write(number, writer.start, rows)
-        writer.commit()
+        with PartWriter(path, layout, part, numbers) as writer:
+            for number, values in enumerate(layers):
+                rows = values[writer.start : writer.stop].astype(np.float32)
+                writer.write(number, writer.start, rows)
+            writer.commit()
     return ActivationCache(path)

@@ -1,0 +1,47 @@
+"""Where probes lie under a root, and how a name finds one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cache.errors import MismatchError, NotFoundError, UsageError
+from ..cache.jsonfile import digest
+from .save import check_geometry, load_probe, plain
+
+if TYPE_CHECKING:
+    from ..cache.store import ActivationCache
+
+FOLDER = "probes"
+
+
+def probe_path(root: Path, probe: Any) -> Path:
+    """`<root>/probes/<kind>-<cache>-<parameters>`: the same fit again has the same name."""
+    parameters = digest(plain(probe.get_params()))[:8]
+    return root / FOLDER / f"{probe.kind}-{probe.cache_id_[:12]}-{parameters}"
+
+
+def find_probe(name: str, root: Path) -> Path:
+    """The probe at the path `name`, or the one under `root` whose name begins with it."""
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    folder = root / FOLDER
+    there = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    found = [p for p in there if name and p.name.startswith(name)]
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise UsageError(f"{name!r} begins the names of {len(found)} probes: {names}")
+    if not found:
+        names = ", ".join(p.name for p in there) or "none"
+        raise NotFoundError(f"no probe {name!r} (under {root}: {names}); fit one with residua fit")
+    return found[0]
+
+
+def load_for(cache: "ActivationCache", path: Path, force: bool = False) -> Any:
+    """The probe at `path`, checked against the geometry of `cache` unless `force`."""
+    probe = load_probe(path)
+    try:
+        check_geometry(probe, cache)
+    except MismatchError as error:
+        if not force or probe.n_features_in_ != cache.d_model:
+            raise MismatchError(f"{path}: {error}") from None
+    return probe

@@ -1,0 +1,146 @@
+"""The command line: one JSON object on request, clear messages, exit codes, help for all."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from residua.cache.request import Request
+from residua.cache.store import ActivationCache
+from residua.cli import Numbers, main
+
+
+def invoke(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def parsed(*args: object, code: int = 0) -> dict[str, Any]:
+    """The one JSON object that a command prints with --json."""
+    result = invoke(*args, "--json")
+    assert result.exit_code == code, result.output
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def commands(group: click.Group = main, path: str = "") -> list[tuple[str, click.Command]]:
+    found = []
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found += commands(command, f"{path}{name} ")
+        else:
+            found.append((f"{path}{name}", command))
+    return found
+
+
+@pytest.fixture(scope="module")
+def root(tiny_cache: ActivationCache) -> Path:
+    return tiny_cache.path.parent
+
+
+def test_every_command_has_root_json_an_example_and_help_for_every_option() -> None:
+    for name, command in commands():
+        options = {option for p in command.params for option in p.opts}
+        assert {"--root", "--json"} <= options, name
+        assert f"residua {name}" in (command.help or ""), name
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, (name, parameter.name)
+
+
+def test_options_of_extract_are_the_fields_of_its_request() -> None:
+    names = {p.name for p in dict(commands())["extract"].params} - {"as_json"}
+    assert names == {field.name for field in dataclasses.fields(Request)}
+
+
+def test_the_whole_flow_as_json(model_folder: Path, texts_file: Path, tmp_path: Path) -> None:
+    root = ("--root", tmp_path)
+    made = parsed("extract", model_folder, texts_file, "--context", 64, *root)
+    assert made["status"] == "extracted"
+    assert {"cache", "path", "positions", "layers", "bytes", "head_error"} <= set(made)
+    assert made["layers"] == [0, 1, 2, 3]
+    assert Path(made["path"], "manifest.json").is_file()
+    assert parsed("extract", model_folder, texts_file, "--context", 64, *root)["status"] == "hit"
+    short = made["cache"][:6]
+    assert parsed("ls", *root)["caches"][0]["cache"] == made["cache"]
+    assert parsed("info", short, *root)["positions"] == made["positions"]
+    assert parsed("verify", short, *root)["ok"] is True
+    fitted = parsed("fit", "ridge", short, "--offsets", "0-2", *root)
+    assert {(r["layer"], r["offset"]) for r in fitted["metrics"]} == {
+        (layer, offset) for layer in range(4) for offset in range(3)
+    }
+    rows = parsed("evaluate", short, Path(fitted["probe"]).name, *root)["rows"]
+    assert {row["probe"] for row in rows} == {"logit", "ridge", "bigram"}
+    columns = "probe layer offset kl precision_at_1 precision_at_5 precision_at_10 nll surprisal n"
+    assert all(set(columns.split()) <= set(row) for row in rows)
+    assert {row["offset"] for row in rows if row["probe"] == "bigram"} == {1, 2}
+    last = next(r for r in rows if (r["probe"], r["layer"], r["offset"]) == ("logit", 3, 0))
+    assert last["kl"] < 1e-5
+    assert last["precision_at_1"] == 1.0
+    assert last["nll"] == pytest.approx(last["surprisal"])
+
+
+def test_commands_also_speak_to_people(root: Path, tiny_cache: ActivationCache) -> None:
+    short = tiny_cache.id[:8]
+    assert short in invoke("ls", "--root", root).stdout
+    info = invoke("info", short, "--root", root).stdout
+    assert "GPTNeoXForCausalLM" in info
+    assert "head error" in info
+    assert "ok:" in invoke("verify", short, "--root", root).stdout
+    fitted = invoke("fit", "ridge", tiny_cache.path, "--root", root, "--alpha", "10")
+    assert "next: residua evaluate" in fitted.stdout
+    shown = invoke("evaluate", short, "ridge", "--root", root)
+    assert shown.exit_code == 0, shown.output
+    assert "logit KL" in shown.stdout
+
+
+def test_a_damaged_cache_gives_exit_code_4(tmp_path: Path, root: Path, tiny_cache: Any) -> None:
+    import shutil
+
+    copy = tmp_path / tiny_cache.id
+    shutil.copytree(tiny_cache.path, copy)
+    shard = copy / "arrays.zarr/residual/1/c/0/0"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    found = parsed("verify", tiny_cache.id, "--root", tmp_path, code=4)
+    assert found["damages"][0]["array"] == "residual/1"
+    assert invoke("verify", copy).exit_code == 4
+    assert parsed("fit", "ridge", copy, "--root", tmp_path, code=4)["error"] == "CorruptError"
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["info", "zzz"], 2, "no cache 'zzz'"),
+        (["extract", "nowhere/at/all", "x.txt"], 2, "is not a model folder"),
+        (["fit", "ridge", "{cache}", "--offsets", "a-b"], 2, "write it like 0-3"),
+        (["fit", "ridge", "{cache}", "--layers", "40"], 2, "layer 40 is not in this cache"),
+        (["evaluate", "{cache}", "nothing"], 2, "no probe 'nothing'"),
+        (["evaluate", "{cache}", "--split", "dev"], 2, "no split 'dev'"),
+    ],
+)
+def test_mistakes_end_with_a_message_not_a_traceback(
+    args: list[str], code: int, message: str, root: Path, tiny_cache: ActivationCache
+) -> None:
+    args = [arg.format(cache=tiny_cache.id) for arg in args]
+    result = invoke(*args, "--root", root)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_errors_are_objects_with_json(root: Path) -> None:
+    found = parsed("info", "zzz", "--root", root, code=2)
+    assert found["error"] == "NotFoundError"
+    assert found["exit_code"] == 2
+
+
+def test_numbers_are_read_as_ranges_and_lists() -> None:
+    assert Numbers().convert("0-3", None, None) == (0, 1, 2, 3)
+    assert Numbers().convert("5,0,2-3", None, None) == (0, 2, 3, 5)
+    with pytest.raises(click.BadParameter):
+        Numbers().convert("3-1", None, None)

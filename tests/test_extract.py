@@ -1,0 +1,243 @@
+"""What extraction keeps is what the model computed, however it was cut, stopped or repeated."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import residua
+from residua.cache import runner
+from residua.cache.errors import (
+    DataError,
+    HeadMismatchError,
+    IncompleteError,
+    ModelError,
+    NoSpaceError,
+    UsageError,
+)
+from residua.cache.extract import run
+from residua.cache.model import quiet
+from residua.cache.request import Request
+from residua.cache.store import ActivationCache
+
+from models import save_model, texts
+
+
+def load(folder: Path) -> torch.nn.Module:
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def plain_layers(cache: ActivationCache, model: torch.nn.Module, number: int) -> list[np.ndarray]:
+    """Layers 0..L-1 of one sequence by transformers alone."""
+    rows = cache.rows(np.array([number]))
+    ids = torch.from_numpy(cache.tokens.take(rows).astype(np.int64))[None]
+    with torch.inference_mode():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    return [state[0].numpy() for state in states[:-1]]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_every_row_is_what_the_model_gives_for_its_sequence_alone(
+    model_folder: Path, texts_file: Path, tmp_path: Path, pack: bool
+) -> None:
+    cache = residua.extract(
+        str(model_folder),
+        str(texts_file),
+        root=tmp_path,
+        context=48,
+        pack=pack,
+        dtype="float32",
+        part_positions=256,
+        batch_tokens=300,
+    )
+    assert cache.parts > 2
+    model = load(model_folder)
+    for number in range(0, len(cache.sequence_length), 5):
+        rows = cache.rows(np.array([number]))
+        for layer, want in enumerate(plain_layers(cache, model, number)):
+            np.testing.assert_allclose(cache.layer(layer).take(rows), want, rtol=0, atol=2e-5)
+
+
+def test_logits_from_the_cache_are_the_logits_of_the_model(
+    tiny_cache: ActivationCache, model_folder: Path
+) -> None:
+    model = load(model_folder)
+    length = int(tiny_cache.sequence_length[0])
+    ids = torch.from_numpy(tiny_cache.tokens[:length].astype(np.int64))[None]
+    with torch.inference_mode():
+        want = model(input_ids=ids).logits[0].numpy()
+    got = tiny_cache.logits()[:length].compute()
+    assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max()  # float16 rows
+
+
+def test_the_same_request_is_a_hit_and_writes_nothing(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    request = Request(str(model_folder), str(texts_file), tmp_path, context=64)
+    first = run(request)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    second = run(request)
+    assert (first.status, second.status) == ("extracted", "hit")
+    assert second.positions == 0
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_identity_follows_weights_and_tokens_not_places(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    options = {"root": tmp_path / "a", "context": 64, "max_tokens": 1000}
+    one = residua.extract(str(model_folder), str(texts_file), **options)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(model_folder, moved)
+    assert residua.extract(str(moved), str(texts_file), **options).path == one.path
+    other = save_model(tmp_path / "tuned", seed=5)
+    assert residua.extract(str(other), str(texts_file), **options).id != one.id
+    assert (
+        residua.extract(str(model_folder), str(texts_file), **{**options, "seed": 1}).id != one.id
+    )
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """Make the model fail after some batches, as a killed process would."""
+    left = [batches]
+    forward = runner.PartRunner._residuals
+
+    def failing(self: runner.PartRunner, batch: object) -> list[np.ndarray]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return forward(self, batch)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(runner.PartRunner, "_residuals", failing)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    model_folder: Path,
+    texts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pack: bool,
+) -> None:
+    def request(name: str) -> Request:
+        return Request(
+            str(model_folder), str(texts_file), tmp_path / name, context=40, pack=pack,
+            part_positions=512, batch_tokens=200,
+        )  # fmt: skip
+
+    whole = run(request("whole")).cache
+    for batches in (2, 7, 12):
+        with monkeypatch.context() as patch:
+            stop_after(patch, batches)
+            with pytest.raises(KeyboardInterrupt):
+                run(request("broken"))
+    part = ActivationCache(tmp_path / "broken" / whole.id)
+    assert not part.complete
+    with pytest.raises(IncompleteError, match="run the same `residua extract` again"):
+        part.layer(0)
+    done = run(request("broken"))
+    assert done.status == "resumed"
+    assert 0 < done.positions < whole.positions
+    for file in sorted((whole.path / "arrays.zarr").rglob("*")):
+        if file.is_file():
+            twin = done.cache.path / file.relative_to(whole.path)
+            assert twin.read_bytes() == file.read_bytes(), file
+    assert residua.verify(done.cache.path).ok
+
+
+def test_resuming_with_other_weights_is_refused(
+    model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from residua.cache.canary import reexamine
+
+    cache = residua.extract(str(model_folder), str(texts_file), root=tmp_path, max_tokens=500)
+    other = load(save_model(tmp_path / "other", seed=7)).eval()
+    with pytest.raises(HeadMismatchError):
+        reexamine(other, cache)
+
+
+def test_splits_and_tokens_survive(tiny_cache: ActivationCache, texts_file: Path) -> None:
+    splits = [set(tiny_cache.split(name)) for name in ("train", "validation", "test")]
+    assert all(splits)
+    assert sum(map(len, splits)) == len(tiny_cache.sequence_length)
+    text = tiny_cache.tokenizer().decode(list(tiny_cache.tokens[:200]), skip_special_tokens=True)
+    words = set(" ".join(texts(120)).split())
+    assert len(words & set(text.split())) > 10
+
+
+def test_overflow_in_float16_is_refused(tiny_cache: ActivationCache, tmp_path: Path) -> None:
+    from synthetic import make_cache, random_head
+
+    rows = np.ones((64, 4), np.float32)
+    rows[3, 2] = 7e4
+    with pytest.raises(UsageError, match="float16 cannot hold"):
+        make_cache(tmp_path, [rows, rows], [64], random_head(4, 9), dtype="float16")
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 10**6)
+    monkeypatch.setattr("residua.cache.extract.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(NoSpaceError, match="needs .* has 0.00 GB free"):
+        residua.extract(str(model_folder), str(texts_file), root=tmp_path / "full")
+    assert not list((tmp_path / "full").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "error", "message"),
+    [
+        ("nowhere/at/all", "{data}", {}, ModelError, "is not a model folder"),
+        ("{data}", "{data}", {}, ModelError, "is not a model folder"),
+        ("{model}", "missing.jsonl", {}, DataError, "does not exist"),
+        ("{model}", "{data}", {"context": 4096}, UsageError, "longer than this model's 128"),
+        ("{model}", "{data}", {"context": 0}, UsageError, "must be at least 1"),
+        ("{model}", "{data}", {"dtype": "int8"}, UsageError, "choose one of auto, float16"),
+        ("{model}", "{data}", {"text_column": "body"}, DataError, "text columns are: text"),
+        ("{model}", "{data}", {"max_tokens": 5}, DataError, "less than one sequence"),
+        ("{model}", "{data}", {"device": "cuda:9"}, ModelError, "cannot be used"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong_and_leave_nothing(
+    model: str,
+    data: str,
+    options: dict,
+    error: type[Exception],
+    message: str,
+    model_folder: Path,
+    texts_file: Path,
+    tmp_path: Path,
+) -> None:
+    names = {"model": model_folder, "data": texts_file}
+    with pytest.raises(error, match=message):
+        residua.extract(
+            model.format(**names), data.format(**names), root=tmp_path / "root", **options
+        )
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "wrong"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 50}))
+    with pytest.raises(ModelError, match="do not belong to this model"):
+        residua.extract(str(folder), str(texts_file), root=tmp_path / "root")
+
+
+def test_pickled_weights_are_not_read(model_folder: Path, texts_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ModelError, match="pickled weights are not read"):
+        residua.extract(str(folder), str(texts_file), root=tmp_path / "root")
