@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -68,7 +68,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _fail(error: ResiduaError, as_json: bool) -> None:
+def _fail(error: ResiduaError, as_json: bool) -> NoReturn:
     message = str(error)
     if as_json:
         kind = type(error).__name__

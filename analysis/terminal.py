@@ -104,7 +104,9 @@ def text(cell: object) -> str:
     if cell is None:
         return "-"
     if isinstance(cell, float):
-        return f"{cell:.4g}" if abs(cell) < 1e-3 or abs(cell) >= 1e4 else f"{cell:.3f}"
+        if cell and abs(cell) < 5e-4:
+            return f"{cell:.1e}"
+        return f"{cell:.3f}" if abs(cell) < 1e4 else f"{cell:.4g}"
     if isinstance(cell, int) and not isinstance(cell, bool):
         return f"{cell:,}"
     return str(cell)

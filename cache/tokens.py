@@ -66,7 +66,7 @@ class TokenStream:
         }
 
 
-def from_sequences(sequences: Sequence[Sequence[int]]) -> TokenStream:
+def from_sequences(sequences: Sequence[Sequence[int] | np.ndarray]) -> TokenStream:
     """A stream of the given token ids, one row id per sequence."""
     lengths = np.array([len(ids) for ids in sequences], np.int64)
     ids = np.concatenate([np.asarray(ids, np.int32) for ids in sequences])

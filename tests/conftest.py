@@ -1,13 +1,9 @@
 """Fixtures: a model folder, a file of texts, and a cache of both, made once."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-# Helper modules of the tests lie beside this file; `importlib` mode does not add the folder.
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,7 +23,7 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-NeoX with its tokenizer."""
-    from models import save_model
+    from .models import save_model
 
     return save_model(tmp_path_factory.mktemp("models") / "neox")
 
@@ -35,7 +31,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 documents as .jsonl."""
-    from models import texts
+    from .models import texts
 
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(120)))

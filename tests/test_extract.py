@@ -24,7 +24,7 @@ from residua.cache.model import quiet
 from residua.cache.request import Request
 from residua.cache.store import ActivationCache
 
-from models import save_model, texts
+from .models import save_model, texts
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -171,7 +171,7 @@ def test_splits_and_tokens_survive(tiny_cache: ActivationCache, texts_file: Path
 
 
 def test_overflow_in_float16_is_refused(tiny_cache: ActivationCache, tmp_path: Path) -> None:
-    from synthetic import make_cache, random_head
+    from .synthetic import make_cache, random_head
 
     rows = np.ones((64, 4), np.float32)
     rows[3, 2] = 7e4

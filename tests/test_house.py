@@ -8,7 +8,7 @@ from pathlib import Path
 
 import residua
 
-ROOT = Path(residua.__file__).parent
+ROOT = Path(residua.__file__ or "").parent
 ROOMS = ("cache", "probes", "analysis")
 DOORS = {
     "zarr": {"cache/writer.py", "cache/array.py"},

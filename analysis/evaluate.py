@@ -1,0 +1,251 @@
+"""Evaluates probes against the model's own predictions, streamed from a cache without the model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..cache.errors import UsageError
+from ..cache.head import TorchHead
+from ..probes.bigram import Bigram
+from ..probes.readout import Batch, LogitLens, Readout
+from .metrics import MetricSums, Reference, Row, resampling
+from .windows import Window, choose_sequences, windows
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..cache.store import ActivationCache
+    from .heatmap import Heatmap
+    from .report import OffsetTable
+
+DEFAULT_OFFSETS = (0, 1, 2, 3)
+
+Key = tuple[str, int | None, int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured, with what is needed to say on which data."""
+
+    rows: list[Row]
+    """Sorted by offset, probe, layer."""
+    cache_id: str
+    model_name: str
+    data_name: str
+    split: str
+    seed: int
+    n: int
+    """Positions evaluated; a pair at offset N also needs t+N inside the sequence."""
+    sequences: int
+    layers: tuple[int, ...]
+    offsets: tuple[int, ...]
+    probes: tuple[str, ...]
+    """Names of the probes, baselines first."""
+    cache: "ActivationCache | None" = field(default=None, repr=False, compare=False)
+    readouts: tuple[Readout, ...] = field(default=(), repr=False, compare=False)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One dictionary of plain numbers per row."""
+        return [row.to_dict() for row in self.rows]
+
+    def select(self, probe: str, offset: int) -> list[Row]:
+        """Rows of one probe at one offset, by layer."""
+        return [row for row in self.rows if row.probe == probe and row.offset == offset]
+
+    def table(self) -> "list[OffsetTable]":
+        """KL and precision@1 by layer, one table per offset."""
+        from .report import offset_table
+
+        return [offset_table(self, offset) for offset in self.offsets]
+
+    def heatmaps(self, split: str | None = None) -> "list[Heatmap]":
+        """Lens heatmaps of one passage: the logit lens and the probes that read offset 0."""
+        from .heatmap import heatmaps
+
+        if self.cache is None:
+            return []
+        return heatmaps(self.cache, self.readouts, split=split or self.split)
+
+    def to_html(
+        self,
+        path: str | Path,
+        cache: "ActivationCache | None" = None,
+        heatmaps: "Sequence[Heatmap] | None" = None,
+        title: str | None = None,
+        command: str | None = None,
+    ) -> Path:
+        """Write the report: one HTML file that needs nothing else."""
+        from .report import write_report
+
+        chosen = self.heatmaps() if heatmaps is None else heatmaps
+        return write_report(path, self, cache or self.cache, chosen, title=title, command=command)
+
+
+def evaluate(
+    cache: "ActivationCache",
+    probes: Sequence[Readout] = (),
+    *,
+    split: str = "test",
+    offsets: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    max_positions: int = 16384,
+    batch_rows: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure `probes`, the logit lens and the bigram on whole sequences of `split`.
+
+    Sequences are taken in a seeded random order up to `max_positions` positions (one at least).
+    `offsets` and `layers` default to those of the probes, else to 0-3 and all layers. `batch_rows`
+    limits the rows of a `(rows, vocab)` matrix. Float32; sums in float64. Raises `UsageError` if
+    the split is empty or holds no pair, `NotFoundError` for a layer that the cache lacks.
+    """
+    import torch
+
+    sequences = choose_sequences(cache, split, max_positions, seed)
+    plan = _plan(cache, probes, offsets, layers)
+    sums = {key: MetricSums(len(sequences)) for key in plan.wanted()}
+    total = int(cache.sequence_length[sequences].sum())
+    head = cache.head.torch()
+    with torch.inference_mode():
+        for window in windows(cache, sequences, plan.offsets, batch_rows):
+            _add_window(cache, head, plan, window, sums)
+            if progress is not None:
+                progress(window.stop, total)
+    weights = resampling(len(sequences), seed)
+    rows = [row for key, value in sums.items() if (row := value.row(*key, weights)) is not None]
+    if not rows:
+        longest = int(cache.sequence_length[sequences].max())
+        raise UsageError(
+            f"no {split} sequence is longer than the offsets {plan.offsets} ask for: "
+            f"the longest of {len(sequences)} has {longest} tokens"
+        )
+    return _evaluation(cache, plan, rows, split=split, seed=seed, n=total, sequences=len(sequences))
+
+
+def _evaluation(
+    cache: "ActivationCache", plan: "_Plan", rows: list[Row], **taken: Any
+) -> Evaluation:
+    return Evaluation(
+        rows=rows,
+        cache_id=cache.id,
+        model_name=cache.manifest.model_name,
+        data_name=cache.manifest.data_name,
+        layers=plan.layers,
+        # An offset beyond every sequence has no row.
+        offsets=tuple(sorted({row.offset for row in rows})),
+        probes=tuple(plan.readouts),
+        cache=cache,
+        readouts=tuple(plan.readouts.values()),
+        **taken,
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which probe is read at which layers and offsets."""
+
+    readouts: dict[str, Readout]
+    layers: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    def wanted(self) -> list[Key]:
+        """(name, layer, offset), sorted by offset, then probe, then layer."""
+        found = []
+        for order, (name, readout) in enumerate(self.readouts.items()):
+            for layer, offset in readout.pairs():
+                if offset in self.offsets and (layer is None or layer in self.layers):
+                    found.append((offset, order, -1 if layer is None else layer, name))
+        return [(n, None if la < 0 else la, offset) for offset, _, la, n in sorted(set(found))]
+
+
+def _plan(
+    cache: "ActivationCache",
+    probes: Sequence[Readout],
+    offsets: Sequence[int] | None,
+    layers: Sequence[int] | None,
+) -> _Plan:
+    pairs = [pair for probe in probes for pair in probe.pairs()]
+    if offsets is None:
+        offsets = sorted({offset for _, offset in pairs}) or DEFAULT_OFFSETS
+    if layers is None:
+        layers = sorted({layer for layer, _ in pairs if layer is not None}) or cache.layers
+    if not len(offsets) or min(offsets) < 0:
+        raise UsageError(f"offsets must be 0 or more, not {list(offsets)}")
+    # Raises where the cache lacks a layer; the model's own logits come from the last one.
+    for layer in (*layers, cache.depth):
+        cache.layer(layer)
+    offsets, layers = tuple(sorted(set(offsets))), tuple(sorted(set(layers)))
+    readouts = _named([*_baselines(cache, probes, layers, offsets), *probes])
+    return _Plan(readouts, layers, offsets)
+
+
+def _baselines(
+    cache: "ActivationCache",
+    probes: Sequence[Readout],
+    layers: tuple[int, ...],
+    offsets: tuple[int, ...],
+) -> list[Readout]:
+    """The logit lens, and the bigram where it says something, unless they are given."""
+    given = {probe.kind for probe in probes}
+    ahead = tuple(offset for offset in offsets if offset > 0)
+    out: list[Readout] = []
+    if Bigram.kind not in given and ahead and len(cache.split("train")):
+        out.append(Bigram(ahead).fit(cache))
+    if LogitLens.kind not in given:
+        out.append(LogitLens(layers, offsets))
+    return out
+
+
+def _named(readouts: Sequence[Readout]) -> dict[str, Readout]:
+    """Readouts by kind; a second one of the same kind is called `ridge 2`."""
+    named: dict[str, Readout] = {}
+    for readout in readouts:
+        same = sum(other.kind == readout.kind for other in named.values())
+        named[f"{readout.kind} {same + 1}" if same else readout.kind] = readout
+    return named
+
+
+def _add_window(
+    cache: "ActivationCache",
+    head: TorchHead,
+    plan: _Plan,
+    window: Window,
+    sums: dict[Key, MetricSums],
+) -> None:
+    """Add one window to every sum: the model's logits once, then layer by layer."""
+    model = head(_hidden(cache, cache.depth, window.positions[window.lead :]))
+    reference = Reference.of(model, window.text)
+    del model
+    for layer, keys in groupby(sorted(sums, key=_layer_of), key=_layer_of):
+        hidden = None if layer < 0 else _hidden(cache, layer, window.positions)
+        # The logit lens says the same at every offset: one head for all of them.
+        lens = None
+        for key in keys:
+            readout, offset = plan.readouts[key[0]], key[2]
+            targets = window.targets(offset)
+            if not len(targets):
+                continue
+            sources = window.lead + targets - offset
+            if hidden is not None and type(readout) is LogitLens:
+                lens = head(hidden) if lens is None else lens
+                logits = lens[sources]
+            else:
+                states = None if hidden is None else hidden[sources]
+                batch = Batch(states, window.token[targets], head)
+                logits = readout.logits(batch, key[1], offset)
+            sums[key].add(window.slot[targets], reference.take(targets), logits)
+
+
+def _layer_of(key: Key) -> int:
+    return -1 if key[1] is None else key[1]
+
+
+def _hidden(cache: "ActivationCache", layer: int, positions: np.ndarray) -> "torch.Tensor":
+    import torch
+
+    return torch.from_numpy(cache.layer(layer)[positions])

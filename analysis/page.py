@@ -1,0 +1,94 @@
+"""Words, style and script of the HTML report; no numbers."""
+
+GLOSSARY = {
+    "layer": "0 is the embedding output, l the output of block l; the last one comes before the "
+    "final norm, so there the logit lens at N = 0 is the model itself.",
+    "N (offset)": "From the residual stream at token t the probe predicts what the model says at "
+    "token t+N; N = 0 is the ordinary next token. A pair (t, t+N) lies inside one sequence.",
+    "n": "Number of pairs measured. n text: those for which the text goes on.",
+    "nats": "Unit of information with the natural logarithm; 1 nat is 1.44 bits.",
+    "KL": "KL(model ‖ probe): nats lost when the probe's distribution stands in for the model's. "
+    "0 is perfect. Mean over pairs.",
+    "p@k (precision@k)": "Share of pairs for which the model's top token at t+N is among the "
+    "probe's k likeliest tokens; ties go to the lower token id.",
+    "NLL": "-log of the probe's probability of the model's top token, nats.",
+    "surprisal": "-log of the model's probability of the probe's top token, nats: how much the "
+    "probe's choice would surprise the model (Din et al., arXiv 2303.09435; Future Lens).",
+    "text": "NLL text and p@k text compare with the token that follows in the text, x[t+N+1], "
+    "instead of the model's top token.",
+    "95 % interval": "Percentile bootstrap over whole sequences, seeded; empty for one sequence. "
+    "It says nothing about another corpus or another training run.",
+    "logit lens": "The model's own head on a middle layer, without any fit.",
+    "bigram": "Witten-Bell bigram of the train split. It reads x[t+N], which no probe of the "
+    "residual stream at t sees.",
+}
+KL_NOTE = (
+    "How far each probe is from the model at t+N: lower is better. Bands are 95 % intervals, the "
+    "dashed line is the bigram. Where an axis is logarithmic, values below 0.001 are drawn there."
+)
+PRECISION_NOTE = (
+    "How often the model's top token is among the probe's k likeliest: higher is better. The "
+    "panels have scales of their own."
+)
+MAP_NOTE = (
+    "One passage of the evaluated split. A cell is the token that the lens finds likeliest at this "
+    "layer after this input token; darker is more probable. Hover for more."
+)
+TABLE_NOTE = "Click a column's name to sort by it."
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';
+ script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
+<title>{title}</title>
+<style>{style}</style>
+<script>{plotly}</script>
+</head>
+<body>
+<main>
+{body}
+</main>
+<script>{sort}</script>
+</body>
+</html>
+"""
+STYLE = """
+body { margin: 0; color: #1c2733; background: #fff;
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 24px 28px 64px; }
+h1 { font-size: 27px; line-height: 1.25; margin: 8px 0 18px; }
+h2 { font-size: 20px; margin: 40px 0 6px; padding-top: 14px; border-top: 1px solid #d8dee5; }
+p { margin: 4px 0 12px; max-width: 76ch; color: #44525f; }
+code { font: 13px/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
+.facts th { text-align: left; font-weight: 500; color: #5b6a78; padding: 1px 20px 1px 0;
+  vertical-align: top; white-space: nowrap; }
+.headlines { padding: 14px 18px 14px 36px; background: #f1f5f9; border-radius: 6px; }
+.scroll { overflow: auto; max-height: 560px; border: 1px solid #d8dee5; border-radius: 6px; }
+.numbers { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+.numbers th { position: sticky; top: 0; background: #f1f5f9; cursor: pointer; padding: 6px 9px;
+  text-align: right; white-space: nowrap; }
+.numbers td { padding: 3px 9px; text-align: right; white-space: nowrap; }
+.numbers .name, .numbers th:first-child { text-align: left; }
+.numbers tbody tr:nth-child(even) { background: #f8fafc; }
+dt { font-weight: 600; margin-top: 8px; }
+dd { margin: 0 0 0 20px; max-width: 76ch; color: #44525f; }
+"""
+SORT = """
+document.querySelectorAll(".numbers th").forEach((head, column) => {
+  let down = false;
+  head.addEventListener("click", () => {
+    const body = head.closest("table").tBodies[0];
+    const value = row => row.cells[column].dataset.v;
+    const compare = (a, b) => {
+      const x = value(a), y = value(b);
+      if (x === "" || y === "") return (x === "") - (y === "");
+      const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+      return down ? -order : order;
+    };
+    [...body.rows].sort(compare).forEach(row => body.append(row));
+    down = !down;
+  });
+});
+"""

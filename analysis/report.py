@@ -1,0 +1,253 @@
+"""Writes an evaluation for people: one HTML file that needs nothing else, PNGs, terminal tables."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..cache.manifest import SHORT_ID
+from .evaluate import Evaluation
+from .heatmap import Heatmap
+from .metrics import KS, Row
+from .page import GLOSSARY, KL_NOTE, MAP_NOTE, PAGE, PRECISION_NOTE, SORT, STYLE, TABLE_NOTE
+from .plots import ahead, label, short_name
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from ..cache.store import ActivationCache
+
+PRECISIONS = tuple(f"precision_at_{k}" for k in KS)
+BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]
+"""Plotly's buttons that work without a network."""
+COLUMNS = {
+    "probe": "probe",
+    "layer": "layer",
+    "offset": "N",
+    "n": "n",
+    "kl": "KL, nats",
+    "kl_interval": "95 % interval",
+    "precision_at_1": "p@1",
+    "precision_at_1_interval": "95 % interval",
+    "precision_at_5": "p@5",
+    "precision_at_10": "p@10",
+    "nll": "NLL",
+    "surprisal": "surprisal",
+    "n_text": "n text",
+    "nll_text": "NLL text",
+    "precision_at_1_text": "p@1 text",
+    "precision_at_5_text": "p@5 text",
+    "precision_at_10_text": "p@10 text",
+}
+
+
+@dataclass(frozen=True)
+class OffsetTable:
+    """KL and precision@1 of all probes at one offset, side by side for a terminal."""
+
+    offset: int
+    columns: tuple[str, ...]
+    """`layer`, then `<probe> KL` and `<probe> p@1` for each probe that reads layers."""
+    rows: list[tuple[float | None, ...]]
+    """One per layer, from the lowest; None where a probe does not read it."""
+    caption: str
+    """N, n, and the baselines that read no layer."""
+
+
+def offset_table(evaluation: Evaluation, offset: int) -> OffsetTable:
+    """The rows of one offset side by side, layers down."""
+    rows = [row for row in evaluation.rows if row.offset == offset]
+    probes = [name for name in evaluation.probes if any(_reads(row, name) for row in rows)]
+    cells = {(row.layer, row.probe): (row.kl, row.precision_at_1) for row in rows}
+    lines: list[tuple[float | None, ...]] = []
+    for layer in sorted({row.layer for row in rows if row.layer is not None}):
+        pairs = [cells.get((layer, name), (None, None)) for name in probes]
+        lines.append((layer, *(value for pair in pairs for value in pair)))
+    baselines = [
+        f"{row.probe}: KL {row.kl:.3f}, p@1 {row.precision_at_1:.3f}"
+        for row in rows
+        if row.layer is None
+    ]
+    n = max((row.n for row in rows), default=0)
+    caption = "; ".join([f"N = {offset} ({ahead(offset)}), n = {n:,}", *baselines])
+    columns = ("layer", *(f"{name} {what}" for name in probes for what in ("KL", "p@1")))
+    return OffsetTable(offset, columns, lines, caption)
+
+
+def _reads(row: Row, probe: str) -> bool:
+    return row.probe == probe and row.layer is not None
+
+
+def headlines(evaluation: Evaluation) -> list[str]:
+    """Sentences that the numbers say, plain text; the first at the middle layer, N = 0."""
+    return [s for offset in evaluation.offsets for s in _headline(evaluation, offset)]
+
+
+def _headline(evaluation: Evaluation, offset: int) -> list[str]:
+    rows = [row for row in evaluation.rows if row.offset == offset]
+    lenses = [row for row in rows if row.layer is not None]
+    if not lenses:
+        return []
+    if offset == 0:
+        layers = sorted({row.layer for row in lenses if row.layer is not None})
+        middle = layers[len(layers) // 2]
+        first, *rest = sorted((r for r in lenses if r.layer == middle), key=lambda row: row.kl)
+        says = f"At layer {middle} the {label(first.probe)} is {_kl(first)} nats from the model"
+        return [", ".join([says, *(f"the {label(r.probe)} {_kl(r)}" for r in rest)]) + " (N = 0)."]
+    best = {p: [r for r in lenses if r.probe == p] for p in evaluation.probes}
+    tops = [max(found, key=lambda row: row.precision_at_1) for found in best.values() if found]
+    tops.sort(key=lambda row: -row.precision_at_1)
+    parts = [f"{_share(row)} for the {label(row.probe)} (layer {row.layer})" for row in tops]
+    parts += [
+        f"{_share(row)} for the {label(row.probe)} (which reads token t+{offset})"
+        for row in rows
+        if row.layer is None
+    ]
+    says = f"At N = {offset} ({ahead(offset)}) the best precision@1 is "
+    return [says + ", ".join(parts) + "; each layer was chosen on the same data."]
+
+
+def _kl(row: Row) -> str:
+    return f"{row.kl:.2f}" + _bounds(row.kl_low, row.kl_high, 2)
+
+
+def _share(row: Row) -> str:
+    bounds = _bounds(row.precision_at_1_low, row.precision_at_1_high, 3)
+    return f"{row.precision_at_1:.3f}{bounds}"
+
+
+def _bounds(low: float | None, high: float | None, digits: int) -> str:
+    return "" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def write_pngs(
+    folder: str | Path, evaluation: Evaluation, heatmaps: Sequence[Heatmap] = ()
+) -> list[Path]:
+    """Write `kl.png`, `precision_at_<k>.png` and `heatmap_<probe>_N<offset>.png`, 150 dpi."""
+    from . import plots
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {measure: plots.curves(evaluation, measure) for measure in ("kl", *PRECISIONS)}
+    for number, heatmap in enumerate(heatmaps):
+        kind = "".join(c if c.isalnum() else "_" for c in heatmap.probe)
+        name = f"heatmap_{kind}_N{heatmap.offset}"
+        figures[f"{name}_{number}" if name in figures else name] = plots.heatmap_figure(heatmap)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f"{name}.png")
+        # No version or date in the file: equal numbers give equal bytes.
+        figure.savefig(paths[-1], dpi=150, metadata={"Software": None})
+    return paths
+
+
+def write_report(
+    path: str | Path,
+    evaluation: Evaluation,
+    cache: "ActivationCache | None" = None,
+    heatmaps: Sequence[Heatmap] = (),
+    *,
+    title: str | None = None,
+    command: str | None = None,
+) -> Path:
+    """Write one HTML file with plotly inside: no network, no fonts, no date; same in, same out."""
+    from plotly.offline import get_plotlyjs
+
+    from . import interactive
+
+    title = title or f"What {short_name(evaluation.model_name)} already says in its middle layers"
+    kl = interactive.curves(evaluation, ("kl",))
+    precision = interactive.curves(evaluation, PRECISIONS)
+    maps = [interactive.heatmap_figure(heatmap) for heatmap in heatmaps]
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        _facts(evaluation, cache, command),
+        "<ul class='headlines'>",
+        *(f"<li>{escape(text)}</li>" for text in headlines(evaluation)),
+        "</ul>",
+        _section("KL to the model by layer", KL_NOTE, [kl], "kl"),
+        _section("Precision@k by layer", PRECISION_NOTE, [precision], "precision"),
+        _section("What each layer says, token by token", MAP_NOTE, maps, "map") if maps else "",
+        "<h2>All numbers</h2>",
+        f"<p>{TABLE_NOTE}</p>",
+        _table(evaluation.rows),
+        "<h2>Glossary</h2>",
+        _glossary(),
+    ]
+    page = PAGE.format(
+        title=escape(title), style=STYLE, plotly=get_plotlyjs(), body="\n".join(body), sort=SORT
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _facts(evaluation: Evaluation, cache: "ActivationCache | None", command: str | None) -> str:
+    facts = {
+        "model": evaluation.model_name,
+        "data": evaluation.data_name,
+        "cache": evaluation.cache_id[:SHORT_ID],
+    }
+    if cache is not None:
+        facts["cache holds"] = f"{cache.positions:,} positions, layers 0-{cache.depth}"
+        facts["d_model, vocab"] = f"{cache.d_model:,}, {cache.vocab:,}"
+    facts["evaluated"] = (
+        f"{evaluation.split} split, {evaluation.n:,} positions of "
+        f"{evaluation.sequences:,} sequences, seed {evaluation.seed}"
+    )
+    if command:
+        facts["command"] = command
+    cells = (
+        f"<tr><th>{escape(name)}</th><td>{_code(name, value)}</td></tr>"
+        for name, value in facts.items()
+    )
+    return "<table class='facts'>" + "".join(cells) + "</table>"
+
+
+def _glossary() -> str:
+    words = (f"<dt>{escape(word)}</dt><dd>{escape(says)}</dd>" for word, says in GLOSSARY.items())
+    return "<dl>" + "".join(words) + "</dl>"
+
+
+def _code(name: str, value: str) -> str:
+    text = escape(value)
+    return f"<code>{text}</code>" if name in ("cache", "command") else text
+
+
+def _section(title: str, note: str, figures: "Iterable[Figure]", name: str) -> str:
+    divs = [
+        figure.to_html(
+            include_plotlyjs=False,
+            full_html=False,
+            div_id=f"{name}-{number}",
+            config={"displaylogo": False, "responsive": True, "modeBarButtons": [BUTTONS]},
+        )
+        for number, figure in enumerate(figures)
+    ]
+    return f"<h2>{escape(title)}</h2><p>{note}</p>" + "".join(divs)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS.values())
+    body = "".join(
+        "<tr>" + "".join(_cell_of(row, name) for name in COLUMNS) + "</tr>" for row in rows
+    )
+    return (
+        f"<div class='scroll'><table class='numbers'><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell_of(row: Row, name: str) -> str:
+    if name.endswith("_interval"):
+        measure = name.removesuffix("_interval")
+        low, high = getattr(row, f"{measure}_low"), getattr(row, f"{measure}_high")
+        text = _bounds(low, high, 3).strip()
+        return f"<td data-v='{'' if low is None else low}'>{text}</td>"
+    value = getattr(row, name)
+    if isinstance(value, str):
+        return f"<td class='name' data-v='{escape(label(value))}'>{escape(label(value))}</td>"
+    text = "" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+    return f"<td data-v='{'' if value is None else value}'>{text}</td>"

@@ -1,0 +1,92 @@
+"""Positions of an evaluation: which sequences are taken, and how they are cut for the head."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..cache.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..cache.store import ActivationCache
+
+VOCAB_BYTES = 16 << 20
+"""Largest float32 matrix `(rows, vocab)` of a window; about six of them live at a time."""
+MAX_ROWS = 4096
+"""Most target rows of a window."""
+
+
+def choose_sequences(
+    cache: "ActivationCache", split: str, max_positions: int, seed: int
+) -> np.ndarray:
+    """Whole sequences of `split` in a seeded random draw, sorted for reading."""
+    if max_positions < 1:
+        raise UsageError(f"max_positions must be 1 or more, not {max_positions}")
+    numbers = cache.split(split)
+    if not len(numbers):
+        raise UsageError(
+            f"the {split} split of this cache is empty; extract more sequences or use split='all'"
+        )
+    drawn = np.random.default_rng(seed).permutation(numbers)
+    fits = np.cumsum(cache.sequence_length[drawn]) <= max_positions
+    return np.sort(drawn[: max(1, int(fits.sum()))])
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive target positions s = t+N, with the positions before them that offsets need."""
+
+    start: int
+    """Number of the first target among all positions evaluated."""
+    stop: int
+    lead: int
+    """Positions before the first target that are read as well."""
+    positions: np.ndarray
+    """Positions in the cache, `(lead + targets,)`."""
+    index: np.ndarray
+    """Place of each target in its sequence, `(targets,)`."""
+    slot: np.ndarray
+    """Which of the chosen sequences each target belongs to, `(targets,)`."""
+    token: "torch.Tensor"
+    """Token at each target, `(targets,)` int64."""
+    text: "torch.Tensor"
+    """Token after each target, -1 at the end of its sequence, `(targets,)` int64."""
+
+    def targets(self, offset: int) -> np.ndarray:
+        """Targets s whose source s - offset lies in the same sequence, by number."""
+        return np.flatnonzero(self.index >= offset)
+
+
+def windows(
+    cache: "ActivationCache",
+    sequences: np.ndarray,
+    offsets: Sequence[int],
+    batch_rows: int | None = None,
+) -> Iterator[Window]:
+    """Cut the positions of `sequences` into windows, so that every target comes exactly once."""
+    import torch
+
+    limit = batch_rows or min(MAX_ROWS, max(1, VOCAB_BYTES // (4 * cache.vocab)))
+    positions = cache.rows(sequences)
+    lengths = cache.sequence_length[sequences]
+    slot = np.repeat(np.arange(len(sequences)), lengths)
+    index = positions - cache.sequence_start[sequences][slot]
+    token = cache.tokens[positions].astype(np.int64)
+    text = np.where(index + 1 < lengths[slot], np.append(token[1:], -1), -1)
+    for start in range(0, len(positions), limit):
+        stop = min(start + limit, len(positions))
+        lead = min(start, max(offsets))
+        here = slice(start, stop)
+        yield Window(
+            start,
+            stop,
+            lead,
+            positions[start - lead : stop],
+            index[here],
+            slot[here],
+            torch.from_numpy(token[here]),
+            torch.from_numpy(text[here]),
+        )

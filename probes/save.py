@@ -1,0 +1,98 @@
+"""Probes on disk: a folder with `probe.safetensors` and `config.json`, never a pickle."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .. import __version__
+from ..cache.errors import CorruptError, MismatchError, UsageError
+from ..cache.jsonfile import read_json, write_json
+from .moments import file_digest
+
+if TYPE_CHECKING:
+    from ..cache.store import ActivationCache
+
+KINDS = {"ridge": (".ridge", "RidgeProbe")}
+"""Module and class of each kind of probe; imported when one is loaded."""
+
+
+class Saved(Protocol):
+    """What a probe offers to be kept on disk; `restore(params, config, tensors)` reads it back."""
+
+    kind: str
+
+    def get_params(self) -> dict[str, Any]:
+        """The parameters of the constructor."""
+        ...
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """A JSON object with `cache`, `geometry`, `d_model`, `split` and `pairs`, and tensors."""
+        ...
+
+
+def save_probe(probe: Saved, folder: str | Path) -> Path:
+    """Write a fitted `probe` (see `Saved`) to `folder`; tensors first, then `config.json`."""
+    from safetensors.numpy import save_file
+
+    if getattr(probe, "kind", None) not in KINDS:
+        raise UsageError(f"{type(probe).__name__} cannot be saved; kinds are {', '.join(KINDS)}")
+    config, tensors = probe.state()
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    temporary = path / ".probe.safetensors.tmp"
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary)
+    temporary.replace(path / "probe.safetensors")
+    about = {
+        "kind": probe.kind,
+        "params": plain(probe.get_params()),
+        "residua": __version__,
+        "tensors": file_digest(path / "probe.safetensors"),
+    }
+    write_json(path / "config.json", {**plain(config), **about})
+    return path
+
+
+def load_probe(folder: str | Path) -> Any:
+    """Read a probe of `save_probe`, without its cache; any changed byte raises `CorruptError`."""
+    from safetensors.numpy import load_file
+
+    config, file = read_json(Path(folder) / "config.json"), Path(folder) / "probe.safetensors"
+    if not file.is_file() or file_digest(file) != config.get("tensors"):
+        raise CorruptError(f"{file} is missing or was changed after it was written; save it again")
+    if config.get("kind") not in KINDS:
+        raise UsageError(
+            f"{folder} holds a probe of kind {config.get('kind')!r}, written by residua "
+            f"{config.get('residua')}; this version knows {', '.join(KINDS)}"
+        )
+    module, name = KINDS[config["kind"]]
+    probe_class = getattr(import_module(module, __package__), name)
+    return probe_class.restore(config["params"], config, load_file(file))
+
+
+def check_geometry(probe: Any, cache: "ActivationCache") -> None:
+    """Raise `MismatchError` unless `cache` has the residual geometry that `probe` was fitted on."""
+    if probe.n_features_in_ != cache.d_model:
+        raise MismatchError(
+            f"the probe reads residual streams of width {probe.n_features_in_}, this cache has "
+            f"width {cache.d_model}; use a cache of the same model or fit a new probe"
+        )
+    found = cache.head.geometry
+    # A probe of arrays knows no head; its width is all there is to compare.
+    if probe.geometry_ is not None and probe.geometry_ != found:
+        raise MismatchError(
+            f"the probe was fitted on a cache with head {probe.geometry_[:12]}, this cache has "
+            f"head {found[:12]}; use a cache of the same model or fit a new probe"
+        )
+
+
+def plain(value: Any) -> Any:
+    """`value` with numpy's numbers, arrays and tuples as those of JSON."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [plain(item) for item in value]
+    return value

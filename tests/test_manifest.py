@@ -1,0 +1,121 @@
+"""Claims about identity: what a cache is called depends on what was run, and on nothing else."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from residua.cache.errors import CorruptError
+from residua.cache.jsonfile import digest, read_json, write_json
+from residua.cache.layout import Layout
+from residua.cache.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
+
+MANIFEST = Manifest(
+    ModelIdentity("a" * 64, "b" * 64, "LlamaForCausalLM", "c" * 40),
+    TokenIdentity("d" * 64, 1000, 10, "e" * 64, 128, True, 0),
+    CaptureIdentity("bfloat16", "auto", "sdpa"),
+    Layout(64, 256),
+    d_model=8,
+    vocab=20,
+    depth=3,
+    batch_tokens=1024,
+    model_name="some/model",
+    data_name="texts.jsonl",
+    extra={"pad": True},
+)
+IDENTITY = [
+    (part, field.name)
+    for part in ("model", "tokens", "capture")
+    for field in fields(getattr(MANIFEST, part))
+]
+REST: dict[str, Any] = {
+    "layout": Layout(32, 64),
+    "d_model": 16,
+    "vocab": 21,
+    "depth": 4,
+    "batch_tokens": 2048,
+    "model_name": "elsewhere",
+    "data_name": "other.txt",
+    "extra": {},
+}
+
+
+def other(value: Any) -> Any:
+    """A value of the same type that differs."""
+    return not value if isinstance(value, bool) else value + (1 if isinstance(value, int) else "x")
+
+
+def with_field(part: str, name: str, value: Any) -> Manifest:
+    changes: dict[str, Any] = {part: replace(getattr(MANIFEST, part), **{name: value})}
+    return replace(MANIFEST, **changes)
+
+
+@pytest.mark.parametrize(("part", "name"), IDENTITY)
+def test_the_id_changes_with_every_field_of_the_identity(part, name):
+    assert with_field(part, name, other(getattr(getattr(MANIFEST, part), name))).id != MANIFEST.id
+
+
+@pytest.mark.parametrize("name", sorted(REST))
+def test_the_id_does_not_change_with_layout_names_and_sizes(name):
+    changed = replace(MANIFEST, **{name: REST[name]})
+    assert changed != MANIFEST
+    assert changed.id == MANIFEST.id
+
+
+def test_every_field_is_either_identity_or_not():
+    assert {"model", "tokens", "capture", *REST} == {field.name for field in fields(Manifest)}
+
+
+def test_the_id_is_the_digest_of_the_identity_in_the_file(tmp_path):
+    MANIFEST.write(tmp_path / "manifest.json")
+    value = read_json(tmp_path / "manifest.json")
+    assert value["id"] == MANIFEST.id == digest(value["identity"])
+    assert value["identity"]["format"] == 1
+    assert set(value) == {"id", "identity", *REST}
+
+
+def test_the_id_of_format_1_is_fixed():
+    assert MANIFEST.id == "d502e4dc712bf9384830bcf38d924897f89ae13aaea32983cba0f7f08357284b"
+
+
+def test_a_manifest_that_is_read_equals_the_one_that_was_written(tmp_path):
+    MANIFEST.write(tmp_path / "manifest.json")
+    assert Manifest.read(tmp_path / "manifest.json") == MANIFEST
+
+
+def rewritten(path: Path, **changes: Any) -> Path:
+    """The manifest with `changes`, its digest valid."""
+    MANIFEST.write(path)
+    write_json(path, {**read_json(path), **changes})
+    return path
+
+
+def test_an_unknown_format_says_what_to_do(tmp_path):
+    identity = {**MANIFEST.identity, "format": 2}
+    path = rewritten(tmp_path / "manifest.json", identity=identity, id=digest(identity))
+    with pytest.raises(CorruptError, match="has format 2, this version reads 1; install"):
+        Manifest.read(path)
+
+
+def test_an_identity_that_does_not_give_the_id_is_corrupt(tmp_path):
+    path = rewritten(tmp_path / "manifest.json", id="0" * 64)
+    with pytest.raises(CorruptError, match="does not match the identity"):
+        Manifest.read(path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"surprise": 1}, {"identity": {"format": 1}}, {"layout": {}}, {"identity": None}]
+)
+def test_unknown_or_missing_fields_are_corrupt(tmp_path, changes):
+    path = rewritten(tmp_path / "manifest.json", **changes)
+    with pytest.raises(CorruptError, match="not a manifest of this format"):
+        Manifest.read(path)
+
+
+def test_a_changed_byte_is_found(tmp_path):
+    path = tmp_path / "manifest.json"
+    MANIFEST.write(path)
+    path.write_bytes(path.read_bytes().replace(b"texts.jsonl", b"texts.jsonk"))
+    with pytest.raises(CorruptError, match="changed after it was written"):
+        Manifest.read(path)
