@@ -89,7 +89,14 @@ class CacheArray:
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Any rows, in any order, each row's chunk checked on first touch."""
         if rows.dtype == bool:
+            if rows.shape != self.shape[:1]:
+                raise IndexError(
+                    f"a boolean index must have shape {self.shape[:1]}, got {rows.shape}"
+                )
             rows = np.flatnonzero(rows)
+        if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+            raise IndexError(f"rows must be a list of integers, got {rows.dtype} {rows.shape}")
+        rows = rows.astype(np.int64)
         rows = np.where(rows < 0, rows + self.shape[0], rows)
         if rows.size and (rows.min() < 0 or rows.max() >= self.shape[0]):
             raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")

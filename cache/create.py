@@ -21,6 +21,8 @@ from .writer import create_residual, write_table
 
 FP16_LIMIT = 16384.0
 """Calibrated absmax up to which a float32 or float16 layer is kept in float16."""
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3961773e38}
+"""Largest value that a dtype does not round to infinity (float16 would round 65519 down)."""
 FOLDERS = ("head", "journal", "leases", "moments")
 
 
@@ -58,6 +60,8 @@ def create_cache(
             )
         files = {p.relative_to(staging).as_posix(): file_digest(p) for p in _plain_files(staging)}
         Journal(staging / "journal").commit_base(record, files)
+        for path in (*staging.rglob("*"), staging):
+            sync_folder(path)
         try:
             os.rename(staging, target)
         except OSError:
@@ -118,10 +122,12 @@ class PartWriter:
             finite = np.isfinite(values)
             self._nonfinite[layer] += int(values.size - finite.sum())
             absmax = float(np.abs(values[finite]).max(initial=0.0))
-        if self.dtypes[layer] == "float16" and absmax > 65504.0:
+        dtype = self.dtypes[layer]
+        if absmax > LARGEST.get(dtype, np.inf):
+            other = "bfloat16 or float32" if dtype == "float16" else "float32"
             raise UsageError(
-                f"layer {layer} reaches {absmax:.3g}, which float16 cannot hold although the "
-                "calibration batch stayed below; extract with --dtype bfloat16 or float32"
+                f"layer {layer} reaches {absmax:.3g}, which {dtype} cannot hold although the "
+                f"calibration batch stayed below; extract with --dtype {other}"
             )
         self._absmax[layer] = max(self._absmax[layer], absmax)
 

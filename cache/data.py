@@ -24,6 +24,7 @@ FILES = {
 SEPARATOR = "<|endoftext|>"
 """Where a .txt file has this mark, it separates documents."""
 TEXT_COLUMNS = ("text", "content", "document", "sentence", "story", "prompt")
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 READ_ROWS = 256
 
 Progress = Callable[[int, int], None]
@@ -39,19 +40,28 @@ def load_documents(
     """
     path = Path(data).expanduser()
     if path.is_file():
-        if path.suffix == ".txt":
+        if _ending(path) == ".txt":
             return _text_documents(path, lines)
         return _column(_load_file(path), text_column, data)
     if path.is_dir():
         return _column(_load_folder(path, split), text_column, data)
-    if path.suffix in FILES or data.startswith((".", "/", "~")) or data.count("/") > 1:
+    if _ending(path) in FILES or data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise DataError(f"{data} does not exist; give a file, a saved data set or a hub id")
     return _column(_load_hub(data, split), text_column, data)
 
 
+def _ending(path: Path) -> str:
+    """The ending without that of a compression."""
+    return next((s for s in reversed(path.suffixes) if s not in COMPRESSIONS), "")
+
+
 def _text_documents(path: Path, lines: bool) -> list[str]:
+    import fsspec
+
     try:
-        text = path.read_text(encoding="utf-8")
+        opened: Any = fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig")
+        with opened as file:
+            text = file.read()
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text (byte {error.start}); convert it first"
@@ -59,17 +69,17 @@ def _text_documents(path: Path, lines: bool) -> list[str]:
     if SEPARATOR in text:
         documents = [piece.strip("\n") for piece in text.split(SEPARATOR)]
     else:
-        documents = text.splitlines() if lines else [text]
+        documents = text.split("\n") if lines else [text]
     return [document for document in documents if document.strip()]
 
 
 def _load_file(path: Path) -> Any:
-    suffixes = [s for s in path.suffixes if s not in (".gz", ".zst", ".bz2", ".xz")]
-    kind = FILES.get(suffixes[-1]) if suffixes else None
+    ending = _ending(path)
+    kind = FILES.get(ending)
     if kind is None:
         known = ", ".join(FILES)
         raise DataError(f"{path.name} has no known ending; expected one of {known} (or .gz of one)")
-    kwargs = {"delimiter": "\t"} if suffixes[-1] == ".tsv" else {}
+    kwargs = {"delimiter": "\t"} if ending == ".tsv" else {}
     return _load(
         kind, f"{path} cannot be read as {kind}", data_files=str(path), split="train", **kwargs
     )
@@ -125,15 +135,19 @@ def _first(error: BaseException) -> str:
 class _Column(Sequence[str]):
     """One text column of a data set, read by row numbers."""
 
-    def __init__(self, rows: Any, name: str) -> None:
+    def __init__(self, rows: Any, name: str, data: str) -> None:
         self.rows = rows.select_columns([name])
         self.name = name
+        self.data = data
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key: Any) -> Any:
-        return self.rows[key][self.name]
+        try:
+            return self.rows[key][self.name]
+        except UnicodeDecodeError:
+            raise DataError(f"{self.data} is not UTF-8 text; convert it first") from None
 
 
 def _column(rows: Any, name: str | None, data: str) -> _Column:
@@ -151,7 +165,7 @@ def _column(rows: Any, name: str | None, data: str) -> _Column:
         raise DataError(
             f"{data} has {wanted}; text columns are: {listed} (choose with --text-column)"
         )
-    return _Column(rows, name)
+    return _Column(rows, name, data)
 
 
 def tokenize(

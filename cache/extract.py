@@ -70,7 +70,7 @@ class Extraction:
 
 
 def extract(
-    model: str, data: str, *, progress: Progress | None = None, **options: Any
+    model: str | Path, data: str | Path, *, progress: Progress | None = None, **options: Any
 ) -> ActivationCache:
     """Run `model` on the texts of `data` once and return the cache of its residual streams.
 

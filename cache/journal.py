@@ -1,6 +1,7 @@
 """The journal: one commit record per part, written last; rows without a record are not data."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,17 +72,28 @@ class Journal:
 
     def parts(self) -> dict[int, PartRecord]:
         """All committed parts, the records of a part merged."""
-        found: dict[int, PartRecord] = {}
-        for path in sorted(self.folder.glob("*.json")):
-            if re.fullmatch(r"\d{8}(\.\d+)?\.json", path.name):
-                record = _parse(path)
-                known = found.get(record.part)
-                arrays = {**known.arrays, **record.arrays} if known else record.arrays
-                found[record.part] = PartRecord(record.part, record.start, record.stop, arrays)
-        return found
+        return merge(read_record(path) for path in self.paths())
+
+    def paths(self) -> list[Path]:
+        """Files of the commit records, later ones of a part after the earlier."""
+        found = []
+        for path in self.folder.glob("*.json"):
+            if match := re.fullmatch(r"(\d{8})(?:\.(\d+))?\.json", path.name):
+                found.append((match[1], int(match[2] or 0), path))
+        return [path for _, _, path in sorted(found)]
 
 
-def _parse(path: Path) -> PartRecord:
+def merge(records: Iterable[PartRecord]) -> dict[int, PartRecord]:
+    """One record per part; where two name an array, the later one holds."""
+    found: dict[int, PartRecord] = {}
+    for record in records:
+        known = found.get(record.part)
+        arrays = {**known.arrays, **record.arrays} if known else record.arrays
+        found[record.part] = PartRecord(record.part, record.start, record.stop, arrays)
+    return found
+
+
+def read_record(path: Path) -> PartRecord:
     value = read_json(path)
     try:
         arrays = {name: ShardRecord(**shard) for name, shard in value["arrays"].items()}

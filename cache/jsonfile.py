@@ -37,10 +37,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise NotFoundError(f"{path} is missing") from None
     try:
         value = json.loads(raw)
-        recorded = value.pop(DIGEST_KEY)
+        value.pop(DIGEST_KEY)
+        whole = canonical({**value, DIGEST_KEY: digest(value)}) + b"\n"
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CorruptError(f"{path} is not a file of this cache format: {error}") from None
-    if digest(value) != recorded or raw != canonical({**value, DIGEST_KEY: recorded}) + b"\n":
+    if raw != whole:
         raise CorruptError(f"{path} was changed after it was written (digest differs)")
     return value
 
@@ -57,7 +58,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable."""
+    """Make a rename in `folder` (or the bytes of a file) durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

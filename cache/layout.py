@@ -97,8 +97,11 @@ class ArrayLayout:
             inner = codec["configuration"]["chunk_shape"] if sharded else outer
             raw = sharded and _is_raw(codec["configuration"]) and len(meta["codecs"]) == 1
             logical = meta.get("attributes", {}).get("logical_dtype", dtype.name)
-            return cls(shape, dtype.str, logical, int(inner[0]), int(outer[0]), raw)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            chunk, shard = int(inner[0]), int(outer[0])
+            if not shape or min(shape) < 0 or chunk < 1 or shard < 1 or shard % chunk:
+                raise ValueError(f"shape {shape}, chunks of {chunk} rows, shards of {shard}")
+            return cls(shape, dtype.str, logical, chunk, shard, raw)
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise CorruptError(
                 f"{where} is not the metadata of an array of this format: {error}"
             ) from None

@@ -94,7 +94,9 @@ class ShardWriter:
         size = self._file.tell()
         self._file.close()
         os.replace(self._temporary, self.path)
-        sync_folder(self.path.parent)
+        # The folders of a chunk key (`c/0` in `c` in the array's) may be new too.
+        for folder in self.path.parents[: len(self.layout.shape) + 1]:
+            sync_folder(folder)
         return {"bytes": size, "crc32c": combine(self._checksums[c] for c in range(self._chunks))}
 
     def abandon(self) -> None:

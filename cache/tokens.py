@@ -83,17 +83,19 @@ def assign_splits(hashes: np.ndarray) -> np.ndarray:
     splits = np.full(len(hashes), SPLITS.index("train"), np.uint8)
     splits[share < TEST_SHARE + VALIDATION_SHARE] = SPLITS.index("validation")
     splits[share < TEST_SHARE] = SPLITS.index("test")
-    distinct = np.unique(hashes)
-    if len(distinct) < len(SPLITS):
+    distinct, first = np.unique(hashes, return_index=True)
+    count = len(distinct)
+    if count < len(SPLITS) or len(np.unique(splits)) == len(SPLITS):
         return splits
-    distinct = distinct[np.argsort(distinct >> np.uint64(32), kind="stable")]
-    if not np.any(splits == SPLITS.index("test")):
-        splits[hashes == distinct[0]] = SPLITS.index("test")
-    if not np.any(splits == SPLITS.index("validation")):
-        first = next(h for h in distinct if not np.any(splits[hashes == h] == SPLITS.index("test")))
-        splits[hashes == first] = SPLITS.index("validation")
-    if not np.any(splits == SPLITS.index("train")):
-        splits[hashes == distinct[-1]] = SPLITS.index("train")
+    # Hashes in ascending order are test, validation, train: only the two borders may have to move.
+    kinds = splits[first]
+    test = min(max(int((kinds == SPLITS.index("test")).sum()), 1), count - 2)
+    known = int((kinds != SPLITS.index("train")).sum())
+    validation = min(max(known, test + 1), count - 1)
+    rank = np.searchsorted(distinct, hashes)
+    splits[:] = SPLITS.index("train")
+    splits[rank < validation] = SPLITS.index("validation")
+    splits[rank < test] = SPLITS.index("test")
     return splits
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .array import CacheArray
 from .errors import CorruptError, ResiduaError
-from .journal import Journal, PartRecord, ShardRecord
+from .journal import Journal, PartRecord, ShardRecord, merge, read_record
 from .jsonfile import file_digest
 from .manifest import Manifest
 from .shard import ShardReader
@@ -62,7 +62,6 @@ def verify(path: Path, progress: Progress | None = None) -> Verification:
     """Check every file of the cache at `path` against its digest; reads everything once."""
     damages: list[Damage] = []
     journal = Journal(path / "journal")
-    parts: dict[int, PartRecord] = {}
     shards: list[_Shard] = []
     missing: tuple[int, ...] = ()
     try:
@@ -80,8 +79,8 @@ def verify(path: Path, progress: Progress | None = None) -> Verification:
         ]
     except (ResiduaError, KeyError, TypeError) as error:
         damages.append(Damage("journal/base.json", str(error)))
-    for number, record in _records(journal, damages):
-        parts[number] = record
+    parts = merge(_records(journal, damages))
+    for number, record in parts.items():
         shards += [_Shard(name, number, shard) for name, shard in record.arrays.items()]
     read = 0
     for done, shard in enumerate(shards):
@@ -102,11 +101,12 @@ def _check_files(path: Path, files: dict[str, str]) -> Iterator[Damage]:
             yield Damage(name, "the file is not what was written (sha256 differs)")
 
 
-def _records(journal: Journal, damages: list[Damage]) -> Iterator[tuple[int, PartRecord]]:
-    try:
-        yield from journal.parts().items()
-    except CorruptError as error:
-        damages.append(Damage("journal", str(error)))
+def _records(journal: Journal, damages: list[Damage]) -> Iterator[PartRecord]:
+    for path in journal.paths():
+        try:
+            yield read_record(path)
+        except CorruptError as error:
+            damages.append(Damage(f"journal/{path.name}", str(error)))
 
 
 def _check_shard(path: Path, shard: _Shard) -> Iterator[Damage]:

@@ -100,6 +100,8 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
             self.split_ = moments.split
             for pair, found in self._solve(moments).items():
                 self._keep(pair, found, found.map if dtype is None else found.map.astype(dtype))
+            # Else these matrices would stay while the next pass makes its own.
+            del moments
         if not self.maps_:
             raise UsageError("there are no moments to fit")
         shape = next(iter(self.maps_.values())).weight.shape

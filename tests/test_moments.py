@@ -18,7 +18,8 @@ from residua.probes.collect import (
     divide,
 )
 from residua.probes.moments import Accumulator, Moments, MomentSet, Shifted, merge_all
-from residua.tests.synthetic import make_cache, random_head
+
+from .synthetic import make_cache, random_head
 
 WIDTH, VOCAB, DEPTH, FOLDS = 12, 40, 2, 3
 OFFSETS = (0, 1, 2, 3, 9)

@@ -22,7 +22,8 @@ from residua.probes.readout import Batch
 from residua.probes.ridge import RidgeProbe
 from residua.probes.save import check_geometry, load_probe, save_probe
 from residua.probes.solve import GRID
-from residua.tests.synthetic import make_cache, random_head
+
+from .synthetic import make_cache, random_head
 
 WIDTH, VOCAB, DEPTH, FOLDS = 10, 30, 2, 4
 OFFSETS = (0, 1, 3)
