@@ -87,7 +87,11 @@ class CacheArray:
         return out
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Any rows, in any order, each row's chunk checked on first touch."""
+        """Any rows, in any order; floats come as float32."""
+        return decode(self.take_stored(rows), self.layout.logical_dtype)
+
+    def take_stored(self, rows: np.ndarray) -> np.ndarray:
+        """Any rows, in any order, as they are stored."""
         if rows.dtype == bool:
             if rows.shape != self.shape[:1]:
                 raise IndexError(
@@ -102,7 +106,7 @@ class CacheArray:
             raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
         layout = self.layout
         if not layout.raw:
-            return decode(np.asarray(self._open_zarr().oindex[rows]), layout.logical_dtype)
+            return np.asarray(self._open_zarr().oindex[rows])
         out = np.empty((len(rows), *self.shape[1:]), layout.stored_dtype)
         chunks = rows // layout.chunk_rows
         for chunk in np.unique(chunks):
@@ -110,7 +114,7 @@ class CacheArray:
             per_shard = layout.shard_rows // layout.chunk_rows
             view = self._shard(int(chunk) // per_shard).chunk(int(chunk) % per_shard)
             out[here] = view[rows[here] - chunk * layout.chunk_rows]
-        return decode(out, layout.logical_dtype)
+        return out
 
     def _shard(self, shard: int) -> ShardReader:
         with self._lock:

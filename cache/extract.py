@@ -202,7 +202,7 @@ def _create(
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, folder / name)
 
-    provenance = _provenance(model, canary.report())
+    provenance = {**_provenance(model, canary.report()), "revision": source.revision}
     path = create_cache(root, manifest, stream, hashes, canary.dtypes, write_head, provenance)
     return path, canary.stack
 

@@ -24,8 +24,6 @@ class ModelIdentity:
     """sha256 of the configuration, without the paths and versions it may carry."""
     architecture: str
     """Class name of the model."""
-    revision: str | None = None
-    """Commit of the hub repository, if the model came from the hub."""
 
 
 @dataclass(frozen=True)

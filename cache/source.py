@@ -115,7 +115,7 @@ class ModelSource:
         hashes = {file.name: file_digest(file) for file in weights}
         config = {k: v for k, v in self.config.items() if k not in _VOLATILE}
         names = self.config.get("architectures") or [self.config.get("model_type", "unknown")]
-        return ModelIdentity(digest(hashes), digest(config), str(names[0]), self.revision)
+        return ModelIdentity(digest(hashes), digest(config), str(names[0]))
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":

@@ -4,7 +4,6 @@ Integer fields are made small by their name, per-layer lists keep every kind of 
 constants leave their defaults, every parameter gets noise. `BY_HAND` holds what no rule can know.
 """
 
-import copy
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -51,26 +50,70 @@ SCALARS: dict[str, float] = {
     "output_logit_soft_cap": 3.0,
     "logits_soft_cap": 2.0,
 }
-BY_HAND: dict[str, dict[str, Any]] = {}
+_UNSET = r"num_experts_per_tok|n_routed_experts|head_dim|num_key_value_heads|indexer_.*|.*_experts"
+"""Fields that some classes leave at None although the model needs them."""
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+BY_HAND: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 200, "patching_threshold": 4.0},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen4_exp": {"text_config": {"indexer_budget": 64, "indexer_compress_ratio": 4}},
+    "qwen4_exp_text": {"indexer_budget": 64, "indexer_compress_ratio": 4},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xlm": {"causal": True},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention"],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "zamba2": {"num_mem_blocks": 1},
+}
+"""What no rule can know, per model type."""
+SAME_TEXT = {"dots3_note": "dots3_note_text"}
+"""Composite types that are built from the config of their text model."""
 
 
-def shrink(config: PretrainedConfig) -> PretrainedConfig:
-    """A config of the same class with small fields."""
+def shrink(config: PretrainedConfig, hand: dict[str, Any] | None = None) -> PretrainedConfig:
+    """A config of the same class with small fields; `hand` wins over the rules."""
+    hand = hand or {}
     fields = {k: v for k, v in vars(config).items() if not k.startswith("_")}
-    new: dict[str, Any] = {}
+    new = dict(_scalars(fields))
     for name, value in fields.items():
         if isinstance(value, PretrainedConfig):
-            new[name] = shrink(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            new[name] = _integer(name, value)
-        elif name in SCALARS:
-            new[name] = SCALARS[name]
-        elif isinstance(value, float) and "eps" in name:
-            new[name] = 3e-4
+            new[name] = shrink(value, hand.get(name))
+    # What is equal in the default stays equal: a rotary width that is also the head's.
+    if fields.get("qk_rope_head_dim") == fields.get("head_dim") is not None:
+        new["head_dim"] = new["qk_rope_head_dim"]
     if "kv_lora_rank" in new and "num_key_value_heads" in new:
         new["num_key_value_heads"] = new["num_attention_heads"]
-    new.update(_lists(fields))
-    return type(config)(**{k: v for k, v in new.items() if v != fields[k]})
+    keep = _kept_layers(fields)
+    new.update(_lists(fields, keep))
+    if spec := getattr(config, "_heterogeneity_spec", None):
+        own = spec.per_layer_overrides
+        kept = [n for n in keep if n in own]
+        new["per_layer_config"] = {keep.index(n): dict(_scalars(own[n])) for n in kept}
+    new.update({k: v for k, v in hand.items() if not isinstance(fields.get(k), PretrainedConfig)})
+    return type(config)(**new)
+
+
+def _scalars(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            small = _integer(name, value)
+            if small != value:
+                yield name, small
+        elif value is None and re.fullmatch(_UNSET, name):
+            yield name, _integer(name, 4)
+        elif name in SCALARS:
+            yield name, SCALARS[name]
+        elif isinstance(value, float) and "eps" in name:
+            yield name, 3e-4
 
 
 def _integer(name: str, value: int) -> int:
@@ -82,34 +125,43 @@ def _integer(name: str, value: int) -> int:
     return value
 
 
-def _lists(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Per-layer lists, cut alike so that every kind of layer is kept."""
+def _kept_layers(fields: dict[str, Any]) -> list[int]:
+    """Numbers of `DEPTH` layers, among them one of every kind that the per-layer lists know."""
     depth = next((v for k, v in fields.items() if re.fullmatch(_LAYERS, k)), 0)
-    lists = {k: v for k, v in fields.items() if isinstance(v, list | tuple) and len(v) == depth}
-    rows = list(zip(*lists.values(), strict=True))
-    if depth <= DEPTH or not rows:
-        return
-    first = sorted({repr(row): n for n, row in reversed(list(enumerate(rows)))}.values())[:DEPTH]
-    rest = [n for n in range(depth) if n not in first]
-    keep = sorted([*first, *rest[: DEPTH - len(first)]])
-    for name, values in lists.items():
-        yield name, [_integer(name.removesuffix("_per_layer"), values[n])
-                     if type(values[n]) is int else values[n] for n in keep]
+    lists = [v for v in fields.values() if isinstance(v, list | tuple) and len(v) == depth]
+    first: dict[str, int] = {}
+    for number in range(depth):
+        first.setdefault(repr([values[number] for values in lists]), number)
+    kinds = list(first.values())[:DEPTH]
+    rest = [n for n in range(depth) if n not in kinds]
+    return sorted([*kinds, *rest[: DEPTH - len(kinds)]])
+
+
+def _lists(fields: dict[str, Any], keep: list[int]) -> Iterator[tuple[str, Any]]:
+    depth = next((v for k, v in fields.items() if re.fullmatch(_LAYERS, k)), 0)
+    for name, values in fields.items():
+        if isinstance(values, list | tuple) and len(values) == depth > DEPTH:
+            small = name.removesuffix("_per_layer")
+            chosen = [values[n] for n in keep]
+            yield name, [_integer(small, v) if type(v) is int else v for v in chosen]
 
 
 def tiny_config(kind: str) -> PretrainedConfig:
     """The small config of a model type."""
-    config = shrink(CONFIG_MAPPING[kind]())
-    for name, value in BY_HAND.get(kind, {}).items():
-        setattr(config, name, copy.deepcopy(value))
-    return config
+    kind = SAME_TEXT.get(kind, kind)
+    return shrink(CONFIG_MAPPING[kind](), BY_HAND.get(kind))
 
 
 def build(kind: str, seed: int = 0, noise: float = 0.1) -> torch.nn.Module:
     """A causal model of type `kind` in eval mode, every parameter off its initial value."""
     torch.manual_seed(seed)
+    config = tiny_config(kind)
     with quiet():
-        model: Any = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32)
+        if kind.startswith("musicgen"):  # the mapping names the decoder, the type has more
+            config = config.get_text_config(decoder=True)
+            model: Any = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[kind]](config)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
