@@ -100,7 +100,10 @@ def main() -> None:
               "keep one sequence per document.")  # fmt: skip
 @click.option("--text-column", help="Column that holds the text.  [default: the obvious one]")
 @click.option("--split", help="Split of a data set that has several.  [default: train]")
+@click.option("--layers", type=NUMBERS, help="Layers to keep; the last one always is.  "
+              "[default: all]")  # fmt: skip
 @click.option("--max-tokens", type=int, help="Stop after this many tokens, at a sequence's end.")
+@click.option("--max-bytes", type=int, help="Stop where the cache would have more bytes.")
 @click.option("--dtype", default="auto", show_default=True, help="Stored dtype: auto, float16, "
               "bfloat16 or float32.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of documents.")
@@ -109,12 +112,14 @@ def main() -> None:
               "CPU, 32768 on GPU]")  # fmt: skip
 @click.option("--part-positions", type=int, help="Positions of a part, the unit of commit and "
               "resume.  [default: 24-48 MiB per layer]")  # fmt: skip
+@click.option("--part", metavar="I/N", help="Write only share I of N, for job arrays.")
 @click.option("--attention", default="default", show_default=True, help="Attention kernel: "
               "default, eager, sdpa, flash_attention_2.")  # fmt: skip
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take and write nothing.")
 @command
-def extract(root: Path, quiet: bool, **options: Any) -> Any:
+def extract(root: Path, quiet: bool, dry_run: bool, **options: Any) -> Any:
     """Run MODEL on the texts of DATA once and keep every layer's residual stream.
 
     MODEL is a folder saved by transformers or a hub id; DATA a .txt, .jsonl, .csv, .tsv or
@@ -125,14 +130,19 @@ def extract(root: Path, quiet: bool, **options: Any) -> Any:
     residua extract gpt2 texts.jsonl --max-tokens 1000000
     residua extract ./my-model books.txt --context 512 --root caches
     residua extract ./my-model prompts.csv --text-column prompt --no-pack
+    residua extract gpt2 texts.jsonl --layers 0,6 --max-bytes 50000000000 --dry-run
     """
-    from residua.analysis.terminal import meter, size
-    from residua.cache.extract import run
+    from residua.analysis.terminal import estimated, meter, size
+    from residua.cache.extract import plan, run
     from residua.cache.request import Request
     from residua.cache.store import span
 
+    request = Request(root=root, **options)
     with meter(quiet) as shown:
-        done = run(Request(root=root, **options), shown.stage)
+        if dry_run:
+            wanted = plan(request, shown.stage)
+            return wanted.to_dict(), lambda: estimated(wanted.to_dict())
+        done = run(request, shown.stage)
     value = done.to_dict()
 
     def show() -> None:
@@ -145,6 +155,34 @@ def extract(root: Path, quiet: bool, **options: Any) -> Any:
         click.echo(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
 
     return value, show
+
+
+@main.command()
+@click.argument("one")
+@click.argument("other")
+@command
+def diff(root: Path, quiet: bool, one: str, other: str) -> Any:
+    """Name the fields in which the caches ONE and OTHER differ.
+
+    \b
+    residua diff 3f2a 81d9
+    """
+    from residua.analysis.terminal import table
+    from residua.cache.catalog import find_cache
+    from residua.cache.resolve import compare
+
+    first, second = find_cache(one, root), find_cache(other, root)
+    found = compare(first.manifest.identity, second.manifest.identity)
+    fields = ("field", first.id[:12], second.id[:12])
+
+    def show() -> None:
+        if found:
+            table("", fields, found)
+        else:
+            click.echo("the caches have the same identity")
+
+    names = ("field", "one", "other")
+    return {"differences": [dict(zip(names, row, strict=True)) for row in found]}, show
 
 
 @main.command("ls")

@@ -167,3 +167,16 @@ def short(name: str | None) -> str:
         return "-"
     path = Path(name)
     return path.name if path.is_absolute() or len(path.parts) > 2 else name
+
+
+def estimated(value: dict[str, Any]) -> None:
+    """Print what `residua extract --dry-run` found."""
+    rows = [(name, size(count)) for name, count in value["arrays"].items()]
+    table(
+        f"{value['positions']:,} positions, {value['files']:,} shard files",
+        ("array", "bytes"),
+        rows,
+    )
+    fits = "fits" if value["fits"] else "does NOT fit"
+    print(f"{size(value['bytes'])} in all, largest {value['largest']}")
+    print(f"{fits} into {size(value['free'])} free")

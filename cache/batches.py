@@ -35,9 +35,11 @@ def plan_part(
     `batch_tokens` bounds sequences times longest length. Without `pad` only sequences of equal
     length share a batch.
     """
+    if not len(starts):
+        return []
     positions = int(starts[-1] + lengths[-1])
     begin, end = layout.rows(part, positions)
-    first = int(np.searchsorted(starts, begin, side="right")) - 1
+    first = max(0, int(np.searchsorted(starts, begin, side="right")) - 1)
     last = int(np.searchsorted(starts, end, side="left"))
     batches: list[Batch] = []
     if starts[first] < begin:

@@ -50,9 +50,8 @@ def create_cache(
         write_json(staging / "provenance.json", provenance)
         write_head(staging / "head")
         store = staging / "arrays.zarr"
-        tables = stream.tables(hashes)
         record = {
-            name: write_table(store, name, values, axis) for name, (values, axis) in tables.items()
+            name: write_table(store, name, values) for name, values in stream.tables(hashes).items()
         }
         for layer, dtype in dtypes.items():
             create_residual(

@@ -1,28 +1,30 @@
-"""Extraction: a frozen model and texts go in, a cache comes out; hit, resume or extract.
+"""Extraction: a frozen model and texts go in, a cache comes out: hit, extend, resume or extract.
 
-ids -> forward up to the last block -> valid rows -> float32 on the host -> shard writers
+texts -> tokens -> is it there? -> model -> checks -> empty cache -> parts
 """
 
 import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .budget import Estimate, estimate, shorten
 from .catalog import cache_root
-from .create import create_cache
+from .create import choose_dtype, create_cache
 from .data import load_documents, tokenize
-from .errors import ModelError, NoSpaceError, UsageError
+from .errors import ModelError, UsageError
+from .fill import fill
+from .grow import add_layers, add_tokens, joined
 from .jsonfile import read_json
 from .layout import STORED_DTYPES, Layout
-from .lease import lease
 from .manifest import CaptureIdentity, Manifest, TokenIdentity
 from .request import Request
-from .runner import PartRunner
+from .resolve import Resolution, Wanted, resolve
 from .source import ModelSource
 from .store import ActivationCache
 from .tokens import TokenStream
@@ -30,14 +32,13 @@ from .tokens import TokenStream
 if TYPE_CHECKING:
     import torch
 
+    from .canary import Canary
     from .stack import Stack
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are `tokenize` (documents) and `extract` (positions)."""
 DEFAULT_CONTEXT = 1024
 BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
-SPARE_BYTES = 64 << 20
-"""Free space that is left on the disk."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Extraction:
 
     cache: ActivationCache
     status: str
-    """`extracted`, `resumed` or `hit`."""
+    """`extracted`, `extended`, `resumed` or `hit`."""
     head_error: float
     """Largest |head(layer L) - model's logits| over the largest |logit|, measured on a canary."""
-    positions: int
+    written: int
     """Positions written by this call."""
     seconds: float
     """Wall time of this call."""
@@ -64,7 +65,7 @@ class Extraction:
             "layers": list(self.cache.layers),
             "bytes": self.cache.bytes,
             "head_error": self.head_error,
-            "written": self.positions,
+            "written": self.written,
             "seconds": round(self.seconds, 3),
         }
 
@@ -74,51 +75,66 @@ def extract(
 ) -> ActivationCache:
     """Run `model` on the texts of `data` once and return the cache of its residual streams.
 
-    An existing cache of the same weights, tokens and capture is returned at once; an unfinished
-    one is finished. Options are the fields of `Request`. Raises `ModelError`, `DataError`,
-    `HeadMismatchError` before anything is written, `NoSpaceError` if the disk is too small.
+    A cache that holds what is asked, or more, is returned at once; an unfinished one is finished,
+    one that lacks layers or tokens is extended. Options are the fields of `Request`. Raises
+    `ModelError`, `DataError`, `HeadMismatchError` or `NoSpaceError` before anything is written.
     """
-    if options.get("root") is not None:
-        options["root"] = Path(options["root"])
+    for name in ("root", "layers"):
+        if options.get(name) is not None:
+            options[name] = Path(options[name]) if name == "root" else tuple(options[name])
     return run(Request(str(model), str(data), **options), progress).cache
 
 
 def run(request: Request, progress: Progress | None = None) -> Extraction:
-    """Answer `request` from an existing cache, or finish it, or make it."""
+    """Answer `request` from an existing cache, or finish or extend one, or make it."""
     began = time.perf_counter()
     root = cache_root(request.root)
     source = ModelSource.locate(request.model, request.revision)
-    context = choose_context(request, source)
-    stream = read_stream(request, source, context, progress)
-    digest, hashes = stream.digests()
-    identity = (
-        source.identity,
-        TokenIdentity(
-            digest, stream.positions, len(stream.lengths), source.tokenizer_digest,
-            context, request.pack, request.seed,
-        ),
-        CaptureIdentity(source.compute_dtype, request.dtype, request.attention),
-    )  # fmt: skip
-    probe = Manifest(*identity, Layout(1, 1), 0, 0, 0, 0, "", "")
-    path = root / probe.id
-    status = "resumed" if (path / "manifest.json").is_file() else "extracted"
-    if status == "resumed" and (cache := ActivationCache(path)).complete:
-        return _result(cache, "hit", 0, began)
-    model = _load(request, source)
-    if status == "resumed":
-        from .canary import reexamine
-
-        stack = reexamine(model, ActivationCache(path))
-    else:
-        path, stack = _create(request, source, model, identity, stream, hashes, root)
-    written = fill(ActivationCache(path), stack, progress)
-    return _result(ActivationCache(path), status, written, began)
-
-
-def _result(cache: ActivationCache, status: str, written: int, began: float) -> Extraction:
-    cache.check_complete()
+    stream = read_stream(request, source, progress)
+    model: torch.nn.Module | None = None
+    canary: Canary | None = None
+    if request.max_bytes is not None:
+        model = load(request, source)
+        canary, stream = _shortened(request, source, model, stream, root)
+    wanted = want(request, source, stream)
+    found = resolve(wanted, root)
+    path, status = found.path, "hit"
+    written = 0
+    if path is None or found.answer in ("miss", "partial"):
+        model = model or load(request, source)
+        if path is None or found.answer == "miss":
+            status, (path, stack) = (
+                "extracted",
+                _create(request, source, model, canary, wanted, stream, root),
+            )
+        else:
+            status, path, stack = _extend(request, model, found, wanted, stream, progress)
+        written = fill(ActivationCache(path), stack, progress, request.share)
+    cache = ActivationCache(path)
+    if request.part is None:
+        cache.check_complete()
     error = read_json(cache.path / "provenance.json")["canary"]["head_error"]
     return Extraction(cache, status, error, written, time.perf_counter() - began)
+
+
+def plan(request: Request, progress: Progress | None = None) -> Estimate:
+    """What `request` would take on the disk; loads the model, writes nothing."""
+    root = cache_root(request.root)
+    source = ModelSource.locate(request.model, request.revision)
+    stream = read_stream(request, source, progress)
+    model = load(request, source)
+    if request.max_bytes is not None:
+        canary, stream = _shortened(request, source, model, stream, root)
+    else:
+        canary = _examine(request, source, model, stream)
+    return _estimate(request, canary, stream, root)
+
+
+def find(request: Request, progress: Progress | None = None) -> Resolution:
+    """Which cache answers `request`, if any; loads no weights."""
+    source = ModelSource.locate(request.model, request.revision)
+    stream = read_stream(request, source, progress)
+    return resolve(want(request, source, stream), cache_root(request.root))
 
 
 def choose_context(request: Request, source: ModelSource) -> int:
@@ -133,22 +149,18 @@ def choose_context(request: Request, source: ModelSource) -> int:
     return request.context
 
 
-def read_stream(
-    request: Request, source: ModelSource, context: int, progress: Progress | None
-) -> TokenStream:
+def read_stream(request: Request, source: ModelSource, progress: Progress | None) -> TokenStream:
     """The token stream of the request."""
     documents = load_documents(request.data, request.text_column, request.split, not request.pack)
     stream = tokenize(
         documents,
         source.tokenizer,
-        context=context,
+        context=choose_context(request, source),
         pack=request.pack,
         separator=source.separator,
         seed=request.seed,
         max_tokens=request.max_tokens,
-        progress=None
-        if progress is None
-        else lambda done, total: progress("tokenize", done, total),
+        progress=progress and (lambda done, total: progress("tokenize", done, total)),
     )
     vocab = source.constant("vocab_size")
     if isinstance(vocab, int) and int(stream.ids.max()) >= vocab:
@@ -159,32 +171,96 @@ def read_stream(
     return stream
 
 
-def _load(request: Request, source: ModelSource) -> "torch.nn.Module":
+def want(request: Request, source: ModelSource, stream: TokenStream) -> Wanted:
+    """The identity that the request asks for."""
+    digest, hashes = stream.digests()
+    tokens = TokenIdentity(
+        digest,
+        stream.positions,
+        len(stream.lengths),
+        source.tokenizer_digest,
+        choose_context(request, source),
+        request.pack,
+        request.seed,
+    )
+    capture = CaptureIdentity(source.compute_dtype, request.dtype, request.attention)
+    return Wanted(source.identity, tokens, capture, hashes, request.layers)
+
+
+def load(request: Request, source: ModelSource) -> "torch.nn.Module":
+    """The model of the request, on its device."""
     from .model import choose_device, load_model
 
     device = choose_device(request.device)
     return load_model(source, device, request.attention, request.trust_remote_code)
 
 
+def _examine(
+    request: Request, source: ModelSource, model: "torch.nn.Module", stream: TokenStream
+) -> "Canary":
+    """What a few sequences show of the model, with the dtypes of the layers that are kept."""
+    from .canary import examine
+
+    canary = examine(model, stream, source.compute_dtype, request.dtype)
+    kept = _kept(request.layers, canary.stack.depth)
+    return replace(canary, dtypes={layer: canary.dtypes[layer] for layer in kept})
+
+
+def _kept(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
+    """The layers to keep: those asked for, and layer L."""
+    if layers is None:
+        return tuple(range(depth + 1))
+    if max(layers) > depth:
+        raise UsageError(f"layer {max(layers)} is not in this model; it has layers 0-{depth}")
+    return tuple(sorted({*layers, depth}))
+
+
+def _layout(request: Request, canary: "Canary") -> Layout:
+    itemsize = max(np.dtype(STORED_DTYPES[dtype]).itemsize for dtype in canary.dtypes.values())
+    return Layout.choose(canary.head.d_model, itemsize, request.part_positions)
+
+
+def _head_bytes(canary: "Canary") -> int:
+    return sum(tensor.nbytes for tensor in canary.tensors.values())
+
+
+def _estimate(request: Request, canary: "Canary", stream: TokenStream, root: Path) -> Estimate:
+    return estimate(
+        root, _layout(request, canary), canary.head.d_model, canary.dtypes, stream.positions,
+        len(stream.lengths), _head_bytes(canary),
+    )  # fmt: skip
+
+
+def _shortened(
+    request: Request, source: ModelSource, model: "torch.nn.Module", stream: TokenStream, root: Path
+) -> tuple["Canary", TokenStream]:
+    """The model's canary, and the stream cut to `max_bytes`."""
+    assert request.max_bytes is not None
+    canary = _examine(request, source, model, stream)
+    layout, size = _layout(request, canary), _head_bytes(canary)
+    return canary, shorten(
+        stream, request.max_bytes, root, layout, canary.head.d_model, canary.dtypes, size
+    )
+
+
 def _create(
     request: Request,
     source: ModelSource,
     model: "torch.nn.Module",
-    identity: tuple[Any, TokenIdentity, CaptureIdentity],
+    canary: "Canary | None",
+    wanted: Wanted,
     stream: TokenStream,
-    hashes: np.ndarray,
     root: Path,
 ) -> tuple[Path, "Stack"]:
     """Examine the model, check the space and make the empty cache."""
-    from .canary import examine
-
-    canary = examine(model, stream, source.compute_dtype, request.dtype)
-    itemsize = max(np.dtype(STORED_DTYPES[dtype]).itemsize for dtype in canary.dtypes.values())
-    layout = Layout.choose(canary.head.d_model, itemsize, request.part_positions)
+    canary = canary or _examine(request, source, model, stream)
+    _estimate(request, canary, stream, root).check(root)
     kind = "cpu" if next(model.parameters()).device.type == "cpu" else "gpu"
     manifest = Manifest(
-        *identity,
-        layout,
+        wanted.model,
+        wanted.tokens,
+        wanted.capture,
+        _layout(request, canary),
         canary.head.d_model,
         canary.head.vocab,
         canary.stack.depth,
@@ -193,7 +269,6 @@ def _create(
         request.data,
         extra={"pad": canary.pad, "causal": canary.causal},
     )
-    _check_space(root, manifest, canary.dtypes, canary.head.unembedding.nbytes)
 
     def write_head(folder: Path) -> None:
         canary.head.save(folder, canary.tensors)
@@ -203,8 +278,53 @@ def _create(
                 shutil.copyfile(source.folder / name, folder / name)
 
     provenance = {**_provenance(model, canary.report()), "revision": source.revision}
-    path = create_cache(root, manifest, stream, hashes, canary.dtypes, write_head, provenance)
+    path = create_cache(
+        root, manifest, stream, wanted.hashes, canary.dtypes, write_head, provenance
+    )
     return path, canary.stack
+
+
+def _extend(
+    request: Request,
+    model: "torch.nn.Module",
+    found: Resolution,
+    wanted: Wanted,
+    stream: TokenStream,
+    progress: Progress | None,
+) -> tuple[str, Path, "Stack"]:
+    """Give the cache that was found its missing layers and tokens, still to be filled."""
+    from .canary import reexamine
+
+    assert found.path is not None
+    cache = ActivationCache(found.path)
+    stack = reexamine(model, cache)
+    kept = _kept(request.layers, cache.depth)
+    new = tuple(layer for layer in kept if layer not in cache.target_layers)
+    if new:
+        add_layers(cache, _dtypes(stack, stream, cache.manifest.capture, new))
+    if not found.missing_sequences:
+        return "extended" if new else "resumed", cache.path, stack
+    fill(cache, stack, progress)
+    cache = ActivationCache(cache.path)
+    longer = joined(cache, stream, found.missing_sequences)
+    digest, _ = longer.digests()
+    tokens = replace(
+        wanted.tokens, digest=digest, positions=longer.positions, sequences=len(longer.lengths)
+    )
+    return "extended", add_tokens(cache, tokens, longer), stack
+
+
+def _dtypes(
+    stack: "Stack", stream: TokenStream, capture: CaptureIdentity, layers: tuple[int, ...]
+) -> dict[int, str]:
+    """Stored dtypes of further layers, by a calibration pass."""
+    import torch
+
+    from .canary import calibrate
+
+    with torch.inference_mode():
+        absmax = calibrate(stack, stream, next(stack.model.parameters()).device)
+    return {n: choose_dtype(absmax[n], capture.compute_dtype, capture.dtype) for n in layers}
 
 
 def _provenance(model: "torch.nn.Module", canary: dict[str, object]) -> dict[str, Any]:
@@ -222,35 +342,3 @@ def _provenance(model: "torch.nn.Module", canary: dict[str, object]) -> dict[str
         },
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _check_space(root: Path, manifest: Manifest, dtypes: dict[int, str], head_bytes: int) -> None:
-    """Refuse a cache that does not fit on the disk, before anything is written."""
-    width = (
-        sum(np.dtype(STORED_DTYPES[dtype]).itemsize for dtype in dtypes.values()) * manifest.d_model
-    )
-    chunks = -(-manifest.tokens.positions // manifest.layout.chunk_rows)
-    need = chunks * manifest.layout.chunk_rows * width + manifest.tokens.positions * 12 + head_bytes
-    root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free
-    if need + SPARE_BYTES > free:
-        raise NoSpaceError(
-            f"this cache needs {need / 1e9:.2f} GB, {root} has {free / 1e9:.2f} GB free; "
-            "use --max-tokens, or another --root"
-        )
-
-
-def fill(cache: ActivationCache, stack: "Stack", progress: Progress | None = None) -> int:
-    """Write every part that is not committed and not leased by another; returns positions."""
-    runner = PartRunner(cache, stack)
-    written = 0
-    done = sum(record.stop - record.start for record in cache.journal.parts().values())
-    for part in range(cache.parts):
-        with lease(cache.path / "leases", part) as mine:
-            if not mine or part in cache.journal.parts():
-                continue
-            for rows in runner.write_part(part):
-                written += rows
-                if progress is not None:
-                    progress("extract", done + written, cache.positions)
-    return written

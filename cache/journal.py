@@ -9,9 +9,6 @@ from typing import Any
 from .errors import CorruptError
 from .jsonfile import read_json, write_json
 
-BASE = "base.json"
-"""Record of what every cache has from its creation: the token and sequence arrays, the head."""
-
 
 @dataclass(frozen=True)
 class ShardRecord:
@@ -53,22 +50,39 @@ class Journal:
         """Make the arrays of `record` count; atomic and durable."""
         arrays = {name: vars(shard) for name, shard in record.arrays.items()}
         value = {"part": record.part, "rows": [record.start, record.stop], "arrays": arrays}
-        name = f"{record.part:08d}"
-        number = 0
-        while (
-            path := self.folder / (f"{name}.{number}.json" if number else f"{name}.json")
-        ).exists():
-            number += 1
-        write_json(path, value)
+        write_json(self._free(f"{record.part:08d}"), value)
 
     def commit_base(self, arrays: dict[str, dict[str, Any]], files: dict[str, str]) -> None:
-        """Record the shards of the one-dimensional arrays and the sha256 of all other files."""
-        write_json(self.folder / BASE, {"arrays": arrays, "files": files})
+        """Record the shards of the one-dimensional arrays and the sha256 of all other files.
+
+        Later records, `base.<n>.json`, add to the first: the metadata of layers added later.
+        """
+        write_json(self._free("base"), {"arrays": arrays, "files": files})
 
     def base(self) -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, str]]:
         """What `commit_base` recorded: array -> shard -> numbers, and file -> sha256."""
-        record = read_json(self.folder / BASE)
-        return record["arrays"], record["files"]
+        arrays, files = {}, {}
+        for path in [self.folder / "base.json", *self._numbered("base")]:
+            record = read_json(path)
+            arrays |= record["arrays"]
+            files |= record["files"]
+        return arrays, files
+
+    def _numbered(self, name: str) -> list[Path]:
+        """`<name>.1.json`, `<name>.2.json`, ... as far as they go without a gap."""
+        paths = []
+        while (path := self.folder / f"{name}.{len(paths) + 1}.json").exists():
+            paths.append(path)
+        return paths
+
+    def _free(self, name: str) -> Path:
+        """`<name>.json`, or the first free `<name>.<n>.json`."""
+        first = self.folder / f"{name}.json"
+        return (
+            self.folder / f"{name}.{len(self._numbered(name)) + 1}.json"
+            if first.exists()
+            else first
+        )
 
     def parts(self) -> dict[int, PartRecord]:
         """All committed parts, the records of a part merged."""

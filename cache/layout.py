@@ -14,6 +14,7 @@ CHUNKS_PER_SHARD = 16
 SHARD_ROWS_MAX = 65536
 TABLE_CHUNK_ROWS = 1 << 18
 """Rows of a chunk in the one-dimensional arrays (tokens and sequences)."""
+TABLE_CHUNKS_PER_SHARD = 16
 CHECKSUM_BYTES = 4
 STORED_DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
 """Logical dtype of a residual array -> dtype of its bytes (zarr has no bfloat16)."""

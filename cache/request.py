@@ -25,8 +25,12 @@ class Request:
     """Column that holds the text."""
     split: str | None = None
     """Split of a data set that has several."""
+    layers: tuple[int, ...] | None = None
+    """Layers to keep; layer L, which the logits come from, is always kept. Default all."""
     max_tokens: int | None = None
     """Stop the token stream after this many tokens, at the end of a sequence."""
+    max_bytes: int | None = None
+    """Stop the token stream where the cache would have more bytes."""
     dtype: str = "auto"
     """Stored dtype: auto, float16, bfloat16 or float32."""
     seed: int = 0
@@ -37,6 +41,8 @@ class Request:
     """Tokens of one forward batch; default 4096 on CPU, 32768 on GPU."""
     part_positions: int | None = None
     """Positions of a part, the unit of commit and resume; default by size, 24-48 MiB per layer."""
+    part: str | None = None
+    """Write only share i of n of the parts, as `i/n`, for job arrays; waits for nobody."""
     attention: str = "default"
     """Attention kernel: default, eager, sdpa, flash_attention_2."""
     revision: str | None = None
@@ -48,7 +54,23 @@ class Request:
         if self.dtype not in ("auto", *STORED_DTYPES):
             known = ", ".join(("auto", *STORED_DTYPES))
             raise UsageError(f"dtype {self.dtype!r} is unknown; choose one of {known}")
-        for name in ("context", "max_tokens", "batch_tokens", "part_positions"):
+        for name in ("context", "max_tokens", "max_bytes", "batch_tokens", "part_positions"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            raise UsageError(f"layers must be numbers from 0 on, got {self.layers}")
+        self.share  # noqa: B018 (raises if it cannot be read)
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """`part` as numbers (i, n); (1, 1) without."""
+        if self.part is None:
+            return 1, 1
+        try:
+            number, shares = (int(piece) for piece in self.part.split("/"))
+        except ValueError:
+            number, shares = 0, 0
+        if not 1 <= number <= shares:
+            raise UsageError(f"part {self.part!r} is not a share; write it like 2/8")
+        return number, shares

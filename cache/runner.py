@@ -16,27 +16,25 @@ if TYPE_CHECKING:
 
 
 class PartRunner:
-    """Extracts the parts of `cache` with the blocks of `stack`."""
+    """Extracts parts of `cache` with the blocks of `stack`; rows of `ancestor` are copied."""
 
-    def __init__(self, cache: ActivationCache, stack: "Stack") -> None:
+    def __init__(
+        self, cache: ActivationCache, stack: "Stack", ancestor: ActivationCache | None = None
+    ) -> None:
         self.cache = cache
         self.stack = stack
+        self.ancestor = ancestor
         self.starts = cache.sequence_start
         self.lengths = cache.sequence_length
-        self.layers = tuple(range(cache.depth + 1))
         self.device = next(stack.model.parameters()).device
         self._straddler: tuple[int, list[np.ndarray]] | None = None
 
-    def write_part(self, part: int) -> Iterator[int]:
-        """Extract and commit `part`; yields the number of rows after each batch."""
-        manifest = self.cache.manifest
-        pad = bool(manifest.extra.get("pad", True))
-        batches = plan_part(
-            self.starts, self.lengths, manifest.layout, part, manifest.batch_tokens, pad
-        )
-        with PartWriter(self.cache.path, manifest.layout, part, self.layers) as writer:
+    def write_part(self, part: int, layers: tuple[int, ...]) -> Iterator[int]:
+        """Extract and commit `layers` of `part`; yields the number of rows after each batch."""
+        with PartWriter(self.cache.path, self.cache.manifest.layout, part, layers) as writer:
             with _Background() as background:
-                for batch in batches:
+                yield self._copy(writer)
+                for batch in self._plan(part):
                     rows = 0
                     for number, hidden in self._forward(batch):
                         first = max(int(self.starts[number]), writer.start)
@@ -46,11 +44,35 @@ class PartRunner:
                     yield rows
             writer.commit()
 
+    def _plan(self, part: int) -> list[Batch]:
+        """Batches of the part, but for the sequences that are copied."""
+        manifest = self.cache.manifest
+        pad = bool(manifest.extra.get("pad", True))
+        held = 0 if self.ancestor is None else len(self.ancestor.sequence_length)
+        batches = plan_part(
+            self.starts[held:], self.lengths[held:], manifest.layout, part,
+            manifest.batch_tokens, pad,
+        )  # fmt: skip
+        return [Batch(tuple(held + number for number in batch.sequences)) for batch in batches]
+
+    def _copy(self, writer: PartWriter) -> int:
+        """Take the rows that the ancestor has from it; returns how many."""
+        if self.ancestor is None:
+            return 0
+        stop = min(writer.stop, self.ancestor.positions)
+        size = self.cache.manifest.layout.chunk_rows
+        for layer in writer.dtypes:
+            source = self.ancestor.layer(layer)
+            for start in range(writer.start, stop, size):
+                end = min(start + size, stop)
+                writer.write(layer, start, source.read(start, end))
+        return max(0, stop - writer.start)
+
     def _write_sequence(
         self, writer: PartWriter, number: int, hidden: list[np.ndarray], first: int, last: int
     ) -> None:
         start = int(self.starts[number])
-        for layer in self.layers:
+        for layer in writer.dtypes:
             writer.write(layer, first, hidden[layer][first - start : last - start])
 
     def _forward(self, batch: Batch) -> Iterator[tuple[int, list[np.ndarray]]]:

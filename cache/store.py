@@ -86,7 +86,19 @@ class ActivationCache:
 
     @property
     def complete(self) -> bool:
+        """Whether at least one layer can be read over all positions."""
         return bool(self.layers)
+
+    @property
+    def target_layers(self) -> tuple[int, ...]:
+        """Layers that this cache has or is meant to get: those with an array."""
+        found = (self.path / "arrays.zarr" / "residual").glob("*/zarr.json")
+        return tuple(sorted(int(path.parent.name) for path in found))
+
+    @property
+    def finished(self) -> bool:
+        """Whether every layer that the cache is meant to have is complete."""
+        return self.complete and self.layers == self.target_layers
 
     @cached_property
     def bytes(self) -> int:

@@ -13,6 +13,19 @@ VALIDATION_SHARE = 0.1
 _DENOMINATOR = 1 << 32
 
 
+TABLE_DTYPES = {
+    "tokens/ids": "<i4",
+    "tokens/sequence": "<i4",
+    "tokens/index": "<i4",
+    "sequences/row_id": "<i8",
+    "sequences/start": "<i8",
+    "sequences/length": "<i4",
+    "sequences/split": "u1",
+    "sequences/hash": "<u8",
+}
+"""The one-dimensional arrays of a cache; the part before the slash names their axis."""
+
+
 @dataclass(frozen=True)
 class TokenStream:
     """Sequences in the order of the cache."""
@@ -37,6 +50,14 @@ class TokenStream:
         start = int(self.starts[number])
         return self.ids[start : start + int(self.lengths[number])]
 
+    def select(self, numbers: np.ndarray) -> "TokenStream":
+        """The sequences `numbers`, in that order."""
+        lengths = self.lengths[numbers]
+        ends = np.cumsum(lengths)
+        rows = np.arange(ends[-1] if len(ends) else 0)
+        rows += np.repeat(self.starts[numbers] - ends + lengths, lengths)
+        return TokenStream(self.ids[rows], lengths, self.row_ids[numbers])
+
     def digests(self) -> tuple[str, np.ndarray]:
         """Hex sha256 of the whole stream, and 64 bits of the sha256 of each sequence's ids."""
         whole = hashlib.sha256()
@@ -50,20 +71,26 @@ class TokenStream:
             start += int(length)
         return whole.hexdigest(), hashes
 
-    def tables(self, hashes: np.ndarray) -> dict[str, tuple[np.ndarray, str]]:
-        """The one-dimensional arrays of the cache: name -> (values, axis name)."""
+    def tables(self, hashes: np.ndarray) -> dict[str, np.ndarray]:
+        """The one-dimensional arrays of the cache by name, in their stored dtypes."""
         number = np.arange(len(self.lengths))
-        index = np.arange(self.positions) - np.repeat(self.starts, self.lengths)
-        return {
-            "tokens/ids": (self.ids.astype(np.int32), "positions"),
-            "tokens/sequence": (np.repeat(number, self.lengths).astype(np.int32), "positions"),
-            "tokens/index": (index.astype(np.int32), "positions"),
-            "sequences/row_id": (self.row_ids.astype(np.int64), "sequences"),
-            "sequences/start": (self.starts, "sequences"),
-            "sequences/length": (self.lengths.astype(np.int32), "sequences"),
-            "sequences/split": (assign_splits(hashes), "sequences"),
-            "sequences/hash": (hashes, "sequences"),
+        values = {
+            "tokens/ids": self.ids,
+            "tokens/sequence": np.repeat(number, self.lengths),
+            "tokens/index": np.arange(self.positions) - np.repeat(self.starts, self.lengths),
+            "sequences/row_id": self.row_ids,
+            "sequences/start": self.starts,
+            "sequences/length": self.lengths,
+            "sequences/split": assign_splits(hashes),
+            "sequences/hash": hashes,
         }
+        return {name: value.astype(TABLE_DTYPES[name]) for name, value in values.items()}
+
+
+def concatenate(*streams: TokenStream) -> TokenStream:
+    """One stream after the other."""
+    names = ("ids", "lengths", "row_ids")
+    return TokenStream(*(np.concatenate([getattr(s, n) for s in streams]) for n in names))
 
 
 def from_sequences(sequences: Sequence[Sequence[int] | np.ndarray]) -> TokenStream:

@@ -4,10 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .layout import STORED_DTYPES, TABLE_CHUNK_ROWS, ArrayLayout, Layout
+from .layout import (
+    STORED_DTYPES,
+    TABLE_CHUNK_ROWS,
+    TABLE_CHUNKS_PER_SHARD,
+    ArrayLayout,
+    Layout,
+)
 from .shard import ShardWriter
-
-TABLE_CHUNKS_PER_SHARD = 16
 
 
 def create_residual(
@@ -26,8 +30,9 @@ def create_residual(
     )
 
 
-def write_table(store: Path, name: str, values: np.ndarray, axis: str) -> dict[str, dict]:
+def write_table(store: Path, name: str, values: np.ndarray) -> dict[str, dict]:
     """Create and fill the one-dimensional array `name`; returns the record of its shards."""
+    axis = "positions" if name.startswith("tokens/") else "sequences"
     chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, len(values) - 1).bit_length())
     shard_rows = chunk * TABLE_CHUNKS_PER_SHARD
     array = _create(store, name, values.shape, values.dtype.str, chunk, shard_rows, (axis,), {})

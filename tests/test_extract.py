@@ -83,7 +83,7 @@ def test_the_same_request_is_a_hit_and_writes_nothing(
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     second = run(request)
     assert (first.status, second.status) == ("extracted", "hit")
-    assert second.positions == 0
+    assert second.written == 0
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
@@ -142,7 +142,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
         part.layer(0)
     done = run(request("broken"))
     assert done.status == "resumed"
-    assert 0 < done.positions < whole.positions
+    assert 0 < done.written < whole.positions
     for file in sorted((whole.path / "arrays.zarr").rglob("*")):
         if file.is_file():
             twin = done.cache.path / file.relative_to(whole.path)
@@ -185,7 +185,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")(10**9, 10**9, 10**6)
-    monkeypatch.setattr("residua.cache.extract.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("residua.cache.budget.shutil.disk_usage", lambda _: usage)
     with pytest.raises(NoSpaceError, match="needs .* has 0.00 GB free"):
         residua.extract(str(model_folder), str(texts_file), root=tmp_path / "full")
     assert not list((tmp_path / "full").iterdir())

@@ -1,0 +1,112 @@
+"""Bytes of a cache before it is made: per array, to the byte, and whether they fit."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import NoSpaceError, UsageError
+from .layout import (
+    CHECKSUM_BYTES,
+    STORED_DTYPES,
+    TABLE_CHUNK_ROWS,
+    TABLE_CHUNKS_PER_SHARD,
+    Layout,
+)
+from .tokens import TABLE_DTYPES, TokenStream
+
+SPARE_BYTES = 64 << 20
+"""Free space that is left on the disk."""
+SMALL_FILES = 1 << 18
+"""Allowance for JSON files and array metadata."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a cache will take."""
+
+    positions: int
+    sequences: int
+    arrays: dict[str, int]
+    """Bytes per array and of the head."""
+    files: int
+    """Number of shard files."""
+    free: int
+    """Free bytes at the root."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.arrays.values())
+
+    @property
+    def largest(self) -> str:
+        return max(self.arrays, key=lambda name: self.arrays[name])
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes + SPARE_BYTES <= self.free
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `residua extract --dry-run`."""
+        shown = {"bytes": self.bytes, "largest": self.largest, "fits": self.fits}
+        return {**asdict(self), **shown}
+
+    def check(self, root: Path) -> None:
+        """Raise `NoSpaceError` if the cache does not fit, before anything is written."""
+        if not self.fits:
+            raise NoSpaceError(
+                f"this cache needs {self.bytes / 1e9:.2f} GB, {root} has {self.free / 1e9:.2f} GB "
+                f"free; the largest array is {self.largest}; use --max-bytes, --max-tokens, "
+                "fewer --layers, or another --root"
+            )
+
+
+def estimate(
+    root: Path, layout: Layout, d_model: int, dtypes: dict[int, str], positions: int,
+    sequences: int, head_bytes: int,
+) -> Estimate:  # fmt: skip
+    """What `positions` rows of the layers in `dtypes` take, with tokens and head."""
+    root.mkdir(parents=True, exist_ok=True)
+    arrays = {"head": head_bytes + SMALL_FILES}
+    for layer, dtype in dtypes.items():
+        row = np.dtype(STORED_DTYPES[dtype]).itemsize * d_model
+        arrays[f"residual/{layer}"] = _array(positions, layout.chunk_rows, layout.part_rows, row)
+    for name, dtype in TABLE_DTYPES.items():
+        rows = positions if name.startswith("tokens/") else sequences
+        chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, rows - 1).bit_length())
+        shard = chunk * TABLE_CHUNKS_PER_SHARD
+        arrays[name] = _array(rows, chunk, shard, np.dtype(dtype).itemsize)
+    files = layout.parts(positions) * len(dtypes)
+    return Estimate(positions, sequences, arrays, files, shutil.disk_usage(root).free)
+
+
+def _array(rows: int, chunk_rows: int, shard_rows: int, row_bytes: int) -> int:
+    """Bytes of all shards of an array: chunks with their checksums, and the indices."""
+    chunks, shards = -(-rows // chunk_rows), -(-rows // shard_rows)
+    index = shard_rows // chunk_rows * 16 + CHECKSUM_BYTES
+    return chunks * (chunk_rows * row_bytes + CHECKSUM_BYTES) + shards * index
+
+
+def shorten(
+    stream: TokenStream, limit: int, root: Path, layout: Layout, d_model: int,
+    dtypes: dict[int, str], head_bytes: int,
+) -> TokenStream:  # fmt: skip
+    """The longest beginning of `stream`, in whole sequences, whose cache has `limit` bytes."""
+    ends = np.cumsum(stream.lengths)
+
+    def size(sequences: int) -> int:
+        positions = int(ends[sequences - 1])
+        return estimate(root, layout, d_model, dtypes, positions, sequences, head_bytes).bytes
+
+    low, high = 0, len(ends)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(middle) <= limit else (low, middle - 1)
+    if low == 0:
+        raise UsageError(
+            f"max_bytes {limit:,} is less than the cache of one sequence needs, {size(1):,} bytes; "
+            "allow more, or take fewer layers or smaller parts (--part-positions)"
+        )
+    return stream if low == len(ends) else stream.select(np.arange(low))

@@ -1,0 +1,112 @@
+"""Extends a cache: layers are added in place, tokens in a new cache that shares the old shards.
+
+Cache folders are immutable but for layers that are added, so nothing that is there can be hurt:
+a cache of more tokens gets its own id, hard links to every full shard of the old one (a copy
+where the file system has no links), and the old rows of the shard in which the old tokens end.
+"""
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from .create import create_cache
+from .journal import Journal
+from .jsonfile import file_digest, read_json, sync_folder
+from .manifest import Manifest, TokenIdentity
+from .store import ActivationCache
+from .tokens import TokenStream, concatenate
+from .writer import create_residual
+
+EXTENDS = "extends"
+"""Key of the manifest's `extra`: id of the cache whose rows come first."""
+
+
+def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
+    """Create the empty arrays of further layers; `fill` then writes them part by part."""
+    store = cache.path / "arrays.zarr"
+    files = {}
+    for layer, dtype in dtypes.items():
+        path = store / "residual" / str(layer) / "zarr.json"
+        if not path.is_file():
+            create_residual(
+                store, layer, cache.positions, cache.d_model, dtype, cache.manifest.layout
+            )
+        files[path.relative_to(cache.path).as_posix()] = file_digest(path)
+    cache.journal.commit_base({}, files)
+
+
+def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]) -> TokenStream:
+    """The stream of `cache` followed by the sequences `lacking` of `stream`."""
+    row_ids = cache.array("sequences/row_id")[:]
+    held = TokenStream(cache.tokens[:], cache.sequence_length, row_ids)
+    return concatenate(held, stream.select(np.array(lacking)))
+
+
+def add_tokens(cache: ActivationCache, tokens: TokenIdentity, stream: TokenStream) -> Path:
+    """A cache of `stream`, which begins with all sequences of `cache`; full parts are linked.
+
+    `cache` must be complete in its layers. The rest is left to `fill`.
+    """
+    old = cache.manifest
+    manifest = Manifest(
+        old.model, tokens, old.capture, old.layout, old.d_model, old.vocab, old.depth,
+        old.batch_tokens, old.model_name, old.data_name, {**old.extra, EXTENDS: cache.id},
+    )  # fmt: skip
+    dtypes = {layer: cache.layer(layer).layout.logical_dtype for layer in cache.layers}
+    provenance = {**read_json(cache.path / "provenance.json"), EXTENDS: cache.id}
+    _, hashes = stream.digests()
+    path = create_cache(
+        cache.path.parent,
+        manifest,
+        stream,
+        hashes,
+        dtypes,
+        partial(_copy_folder, cache.path / "head"),
+        provenance,
+    )
+    share_parts(cache, ActivationCache(path))
+    return path
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def share_parts(old: ActivationCache, new: ActivationCache) -> None:
+    """Link every shard of `old` that is full, and commit its part in `new`."""
+    journal = Journal(new.path / "journal")
+    done = journal.parts()
+    for part, record in sorted(old.committed.items()):
+        if record.stop - record.start < old.manifest.layout.part_rows or part in done:
+            continue
+        for name in record.arrays:
+            key = old.array(name).layout.shard_key(part)
+            link(old.path / "arrays.zarr" / name / key, new.path / "arrays.zarr" / name / key)
+        journal.commit(record)
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link to `source`, durable; a copy where there are no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        with open(target, "rb+") as file:
+            os.fsync(file.fileno())
+    for folder in target.parents[:3]:
+        sync_folder(folder)
+
+
+def ancestor(cache: ActivationCache) -> ActivationCache | None:
+    """The cache that `cache` extends, if it is still there and complete."""
+    name = cache.manifest.extra.get(EXTENDS)
+    path = cache.path.parent / str(name)
+    if name is None or not (path / "manifest.json").is_file():
+        return None
+    found = ActivationCache(path)
+    return found if set(found.layers) >= set(cache.target_layers) else None

@@ -1,0 +1,137 @@
+"""Does a cache answer a request? Coverage, not equality: more layers or more tokens also do."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .catalog import list_paths
+from .errors import ResiduaError
+from .manifest import CaptureIdentity, ModelIdentity, TokenIdentity
+from .store import ActivationCache
+
+ANSWERS = ("hit", "covers", "partial", "miss")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks for, known without loading the model's weights."""
+
+    model: ModelIdentity
+    tokens: TokenIdentity
+    capture: CaptureIdentity
+    hashes: np.ndarray
+    """64 bits of the sha256 of each sequence, `(sequences,)` uint64."""
+    layers: tuple[int, ...] | None = None
+    """None for all layers."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        named = {"model": self.model, "tokens": self.tokens, "capture": self.capture}
+        return {name: asdict(value) for name, value in named.items()}
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The best answer that the caches under a root give."""
+
+    answer: str
+    """`hit`: just this; `covers`: this and more; `partial`: a part is missing; `miss`."""
+    path: Path | None = None
+    """Folder of the cache that answers; for a miss the nearest one, if there is any."""
+    missing_layers: tuple[int, ...] = ()
+    missing_sequences: tuple[int, ...] = ()
+    """Numbers of the request's sequences that the cache lacks."""
+    unfinished: bool = False
+    """True if the cache's own extraction was interrupted."""
+    differences: tuple[tuple[str, Any, Any], ...] = ()
+    """For a miss: (field, asked, found) of the nearest cache."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object."""
+        value = asdict(self)
+        value["cache"] = self.path.name if self.path else None
+        value["path"] = str(self.path) if self.path else None
+        value["missing_sequences"] = len(self.missing_sequences)
+        fields = ("field", "asked", "found")
+        value["differences"] = [dict(zip(fields, d, strict=True)) for d in self.differences]
+        return value
+
+
+def resolve(wanted: Wanted, root: Path) -> Resolution:
+    """The best answer to `wanted` among the caches under `root`; damaged caches are passed over."""
+    found = []
+    for path in list_paths(root):
+        try:
+            found.append(_answer(wanted, ActivationCache(path)))
+        except ResiduaError:
+            continue
+    return min(found, key=_preference, default=Resolution("miss"))
+
+
+def _preference(resolution: Resolution) -> tuple[int, int, int]:
+    missing = len(resolution.missing_layers), len(resolution.missing_sequences)
+    closeness = len(resolution.differences) if resolution.answer == "miss" else sum(missing)
+    return ANSWERS.index(resolution.answer), closeness, missing[0]
+
+
+def _answer(wanted: Wanted, cache: ActivationCache) -> Resolution:
+    identity = wanted.identity
+    differences = compare(identity, cache.manifest.identity)
+    if any(name not in _STREAM for name, _, _ in differences):
+        return Resolution("miss", cache.path, differences=differences)
+    lacking, extra = _sequences(wanted.hashes, cache.sequence_hash)
+    if lacking and extra:
+        return Resolution("miss", cache.path, differences=differences)
+    asked = range(cache.depth + 1) if wanted.layers is None else wanted.layers
+    layers = tuple(layer for layer in asked if layer not in cache.layers)
+    unfinished = not cache.finished
+    if lacking or layers:
+        return Resolution("partial", cache.path, layers, lacking, unfinished)
+    more = extra or len(set(asked) | {cache.depth}) < len(cache.layers)
+    return Resolution("covers" if more else "hit", cache.path, unfinished=unfinished)
+
+
+_STREAM = frozenset(f"tokens.{name}" for name in ("digest", "positions", "sequences", "seed"))
+"""Fields that may differ where one token stream holds the other."""
+
+
+def _sequences(asked: np.ndarray, held: np.ndarray) -> tuple[tuple[int, ...], bool]:
+    """Numbers of the asked sequences that are not held, and whether more are held than asked."""
+    if np.array_equal(asked, held):
+        return (), False
+    left = Counter(held.tolist())
+    lacking = []
+    for number, sequence in enumerate(asked.tolist()):
+        if left[sequence] > 0:
+            left[sequence] -= 1
+        else:
+            lacking.append(number)
+    return tuple(lacking), +left != Counter()
+
+
+def compare(
+    one: dict[str, Any], other: dict[str, Any], prefix: str = ""
+) -> tuple[tuple[str, Any, Any], ...]:
+    """Fields in which two identities differ: (name, in one, in other); `format` is left out."""
+    differences: list[tuple[str, Any, Any]] = []
+    for name in sorted((set(one) | set(other)) - {"format"}):
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            differences += compare(a, b, f"{prefix}{name}.")
+        elif a != b:
+            differences.append((f"{prefix}{name}", a, b))
+    return tuple(differences)
+
+
+def describe(differences: Sequence[tuple[str, Any, Any]]) -> str:
+    """Differences in one line."""
+    return "; ".join(f"{name}: {_short(a)} is not {_short(b)}" for name, a, b in differences)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text

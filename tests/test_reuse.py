@@ -1,0 +1,189 @@
+"""What is there is not computed again: hits, coverage, more layers, more tokens."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import residua
+from residua.cache import runner
+from residua.cache.errors import UsageError
+from residua.cache.extract import find, run
+from residua.cache.request import Request
+from residua.cache.store import ActivationCache
+from residua.cli import main
+
+from .models import save_model, texts
+
+OPTIONS: dict[str, Any] = {"context": 40, "part_positions": 512, "batch_tokens": 200}
+
+
+def ask(model: Path, data: Path, root: Path, **options: Any) -> Request:
+    return Request(str(model), str(data), root, **{**OPTIONS, **options})
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of every forward batch that extraction runs."""
+    seen: list[int] = []
+    original = runner.PartRunner._residuals
+
+    def counting(self: runner.PartRunner, batch: Any) -> Any:
+        seen.append(int(sum(self.lengths[n] for n in batch.sequences)))
+        return original(self, batch)
+
+    monkeypatch.setattr(runner.PartRunner, "_residuals", counting)
+    return seen
+
+
+def same_rows(one: ActivationCache, other: ActivationCache, rows: int) -> None:
+    for layer in one.layers:
+        a, b = one.layer(layer).read(0, rows), other.layer(layer).read(0, rows)
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_cache_with_all_layers_answers_a_request_for_two(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    whole = run(ask(model_folder, texts_file, tmp_path))
+    asked = ask(model_folder, texts_file, tmp_path, layers=(0, 2))
+    assert find(asked).answer == "covers"
+    assert run(asked).status == "hit"
+    assert run(asked).cache.id == whole.cache.id
+
+
+def test_more_layers_extend_the_cache_in_place(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    some = run(ask(model_folder, texts_file, tmp_path / "a", layers=(1,)))
+    assert some.cache.layers == (1, 3)  # layer L is always kept
+    before = {p: p.read_bytes() for p in some.cache.path.rglob("*/c/*/0")}
+    asked = ask(model_folder, texts_file, tmp_path / "a")
+    assert find(asked).missing_layers == (0, 2)
+    more = run(asked)
+    assert (more.status, more.cache.id) == ("extended", some.cache.id)
+    assert more.cache.layers == (0, 1, 2, 3)
+    assert {p: p.read_bytes() for p in before} == before
+    whole = run(ask(model_folder, texts_file, tmp_path / "b"))
+    for file in (whole.cache.path / "arrays.zarr").rglob("*"):
+        if file.is_file():
+            twin = more.cache.path / file.relative_to(whole.cache.path)
+            assert twin.read_bytes() == file.read_bytes()
+    assert residua.verify(more.cache.path).ok
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_more_tokens_extend_without_running_what_is_there(
+    model_folder: Path, texts_file: Path, tmp_path: Path, forwards: list[int], pack: bool
+) -> None:
+    few = run(ask(model_folder, texts_file, tmp_path, max_tokens=1300, pack=pack)).cache
+    forwards.clear()
+    asked = ask(model_folder, texts_file, tmp_path, pack=pack)
+    assert find(asked).answer == "partial"
+    more = run(asked)
+    assert more.status == "extended"
+    assert sum(forwards) <= more.cache.positions - few.positions + 2 * 40
+    same_rows(few, more.cache, few.positions)
+    alone = run(ask(model_folder, texts_file, tmp_path / "alone", pack=pack)).cache
+    np.testing.assert_array_equal(more.cache.tokens[:], alone.tokens[:])
+    for layer in alone.layers:
+        np.testing.assert_allclose(
+            more.cache.layer(layer)[:], alone.layer(layer)[:], rtol=2e-3, atol=2e-3
+        )
+    assert residua.verify(more.cache.path).ok
+    assert residua.verify(few.path).ok
+    assert run(ask(model_folder, texts_file, tmp_path, max_tokens=1300, pack=pack)).status == "hit"
+
+
+def test_full_shards_are_shared_not_copied(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    few = run(ask(model_folder, texts_file, tmp_path, max_tokens=1300)).cache
+    more = run(ask(model_folder, texts_file, tmp_path)).cache
+    key = "arrays.zarr/residual/1/c/0/0"
+    assert (few.path / key).stat().st_ino == (more.path / key).stat().st_ino
+
+
+def test_texts_added_to_the_data_extend_a_cache_of_rows(
+    model_folder: Path, tmp_path: Path, forwards: list[int]
+) -> None:
+    def write(number: int) -> Path:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(number, seed=4)))
+        return path
+
+    few = run(ask(model_folder, write(30), tmp_path / "root", pack=False)).cache
+    forwards.clear()
+    more = run(ask(model_folder, write(50), tmp_path / "root", pack=False))
+    assert more.status == "extended"
+    assert len(more.cache.sequence_length) == 50
+    assert sum(forwards) == more.cache.positions - few.positions
+    same_rows(few, more.cache, few.positions)
+    assert run(ask(model_folder, write(50), tmp_path / "root", pack=False)).status == "hit"
+
+
+def test_an_interrupted_extension_is_finished_and_the_old_cache_reads_on(
+    model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = run(ask(model_folder, texts_file, tmp_path, layers=(1,), max_tokens=1300)).cache
+    with monkeypatch.context() as patch:
+
+        def failing(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(runner.PartRunner, "_residuals", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(ask(model_folder, texts_file, tmp_path, max_tokens=1300))
+    again = ActivationCache(few.path)
+    assert again.layers == (1, 3)
+    assert not again.finished
+    np.testing.assert_array_equal(again.layer(1)[:], few.layer(1)[:])
+    done = run(ask(model_folder, texts_file, tmp_path, max_tokens=1300))
+    assert done.cache.layers == (0, 1, 2, 3)
+    assert done.status == "resumed"
+
+
+def test_other_weights_or_capture_are_a_miss_that_says_why(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    run(ask(model_folder, texts_file, tmp_path, max_tokens=500))
+    tuned = save_model(tmp_path / "tuned", seed=3)
+    found = find(ask(tuned, texts_file, tmp_path, max_tokens=500))
+    assert found.answer == "miss"
+    assert [name for name, _, _ in found.differences] == ["model.weights"]
+    found = find(ask(model_folder, texts_file, tmp_path, max_tokens=500, dtype="float32"))
+    assert [name for name, _, _ in found.differences] == ["capture.dtype"]
+
+
+def test_diff_names_the_fields(model_folder: Path, texts_file: Path, tmp_path: Path) -> None:
+    one = run(ask(model_folder, texts_file, tmp_path, max_tokens=500)).cache
+    other = run(ask(model_folder, texts_file, tmp_path, max_tokens=500, dtype="float32")).cache
+    args = ["diff", one.id, other.id, "--root", str(tmp_path), "--json"]
+    (found,) = json.loads(CliRunner().invoke(main, args).stdout)["differences"]
+    assert found == {"field": "capture.dtype", "one": "auto", "other": "float32"}
+
+
+def test_a_hit_needs_no_weights_in_memory(
+    model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(ask(model_folder, texts_file, tmp_path))
+    monkeypatch.setattr("residua.cache.extract.load", lambda *_: pytest.fail("model loaded"))
+    assert run(ask(model_folder, texts_file, tmp_path)).status == "hit"
+
+
+def test_a_moved_root_still_answers(model_folder: Path, texts_file: Path, tmp_path: Path) -> None:
+    run(ask(model_folder, texts_file, tmp_path / "here"))
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    assert run(ask(model_folder, texts_file, tmp_path / "there")).status == "hit"
+
+
+def test_layers_out_of_range_are_refused(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="layer 40 is not in this model; it has layers 0-3"):
+        run(ask(model_folder, texts_file, tmp_path, layers=(0, 40)))
+    assert not list(tmp_path.glob("*/manifest.json"))
