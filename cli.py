@@ -113,6 +113,8 @@ def main() -> None:
 @click.option("--part-positions", type=int, help="Positions of a part, the unit of commit and "
               "resume.  [default: 24-48 MiB per layer]")  # fmt: skip
 @click.option("--part", metavar="I/N", help="Write only share I of N, for job arrays.")
+@click.option("--on-error", type=click.Choice(["quarantine", "raise"]), default="quarantine",
+              show_default=True, help="What to do with a sequence that is not finite.")  # fmt: skip
 @click.option("--attention", default="default", show_default=True, help="Attention kernel: "
               "default, eager, sdpa, flash_attention_2.")  # fmt: skip
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
@@ -263,6 +265,38 @@ def verify(root: Path, quiet: bool, cache: str) -> Any:
         click.echo(f"{state}: {found.shards} shards, {size(found.bytes)} read{missing}")
 
     return {**value, "exit_code": 0 if found.ok else 4}, show
+
+
+@main.command()
+@click.argument("cache")
+@click.option("--model", help="Where the model is now.  [default: where it was]")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, auto.")
+@command
+def repair(root: Path, quiet: bool, cache: str, model: str | None, device: str) -> Any:
+    """Verify CACHE and extract its damaged parts again; the rest stays as it is.
+
+    \b
+    residua repair 3f2a
+    residua repair 3f2a --model /new/place/of/the/model
+    """
+    from residua.analysis.terminal import meter
+    from residua.cache.catalog import find_path
+    from residua.cache.repair import repair as mend
+
+    path = find_path(cache, root)
+    with meter(quiet) as shown:
+        found = mend(path, model, device, shown.stage)
+
+    def show() -> None:
+        for name in found.mended:
+            click.echo(f"mended: {name}")
+        for name in found.changed:
+            click.echo(f"written anew, not byte for byte the same: {name}")
+        for damage in found.left:
+            click.echo(f"cannot be mended: {damage.file}: {damage.message}; extract again")
+        click.echo("ok" if found.ok else f"{len(found.left)} damaged")
+
+    return {"path": str(path), **found.to_dict(), "exit_code": 0 if found.ok else 4}, show
 
 
 @main.group()

@@ -98,6 +98,7 @@ class PartWriter:
         self.start, self.stop = layout.rows(part, next(iter(arrays.values())).shape[0])
         self.dtypes = {layer: array.layout.logical_dtype for layer, array in arrays.items()}
         self._journal = Journal(path / "journal")
+        self.quarantine: dict[int, str] = {}
         self._absmax = dict.fromkeys(layers, 0.0)
         self._nonfinite = dict.fromkeys(layers, 0)
         self._shards = {
@@ -107,19 +108,21 @@ class PartWriter:
             for layer, array in arrays.items()
         }
 
-    def write(self, layer: int, position: int, values: np.ndarray) -> None:
-        """Put float32 rows, `(rows, d_model)`, at `position` of the cache.
+    def write(self, layer: int, position: int, values: np.ndarray) -> int:
+        """Put float32 rows, `(rows, d_model)`, at `position`; returns their non-finite values.
 
         Raises `UsageError` if the stored dtype turns a finite value into an infinity.
         """
-        self._measure(layer, values)
+        nonfinite = self._measure(layer, values)
         self._shards[layer].write(position - self.start, encode(values, self.dtypes[layer]))
+        return nonfinite
 
-    def _measure(self, layer: int, values: np.ndarray) -> None:
+    def _measure(self, layer: int, values: np.ndarray) -> int:
+        nonfinite = 0
         absmax = float(np.abs(values).max(initial=0.0))
         if not np.isfinite(absmax):
             finite = np.isfinite(values)
-            self._nonfinite[layer] += int(values.size - finite.sum())
+            nonfinite = int(values.size - finite.sum())
             absmax = float(np.abs(values[finite]).max(initial=0.0))
         dtype = self.dtypes[layer]
         if absmax > LARGEST.get(dtype, np.inf):
@@ -129,17 +132,20 @@ class PartWriter:
                 f"calibration batch stayed below; extract with --dtype {other}"
             )
         self._absmax[layer] = max(self._absmax[layer], absmax)
+        self._nonfinite[layer] += nonfinite
+        return nonfinite
 
-    def commit(self) -> PartRecord:
-        """Make every shard appear, then the commit record."""
+    def commit(self, expected: PartRecord | None = None) -> PartRecord:
+        """Make every shard appear, then the commit record, if it says more than `expected`."""
         arrays = {
             f"residual/{layer}": ShardRecord(
                 **shard.commit(), absmax=self._absmax[layer], nonfinite=self._nonfinite[layer]
             )
             for layer, shard in self._shards.items()
         }
-        record = PartRecord(self.part, self.start, self.stop, arrays)
-        self._journal.commit(record)
+        record = PartRecord(self.part, self.start, self.stop, arrays, self.quarantine)
+        if expected is None or any(expected.arrays.get(n) != s for n, s in arrays.items()):
+            self._journal.commit(record)
         return record
 
     def __enter__(self) -> "PartWriter":

@@ -23,6 +23,7 @@ from .grow import add_layers, add_tokens, joined
 from .jsonfile import read_json
 from .layout import STORED_DTYPES, Layout
 from .manifest import CaptureIdentity, Manifest, TokenIdentity
+from .replay import check, record
 from .request import Request
 from .resolve import Resolution, Wanted, resolve
 from .source import ModelSource
@@ -109,7 +110,7 @@ def run(request: Request, progress: Progress | None = None) -> Extraction:
             )
         else:
             status, path, stack = _extend(request, model, found, wanted, stream, progress)
-        written = fill(ActivationCache(path), stack, progress, request.share)
+        written = fill(ActivationCache(path), stack, progress, request.share, request.on_error)
     cache = ActivationCache(path)
     if request.part is None:
         cache.check_complete()
@@ -271,17 +272,23 @@ def _create(
     )
 
     def write_head(folder: Path) -> None:
-        canary.head.save(folder, canary.tensors)
-        source.tokenizer.save(str(folder / "tokenizer.json"))
-        for name in ("config.json", "tokenizer_config.json"):
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, folder / name)
+        save_head(folder, source, canary)
+        record(canary.stack, stream, folder)
 
     provenance = {**_provenance(model, canary.report()), "revision": source.revision}
     path = create_cache(
         root, manifest, stream, wanted.hashes, canary.dtypes, write_head, provenance
     )
     return path, canary.stack
+
+
+def save_head(folder: Path, source: ModelSource, canary: "Canary") -> None:
+    """The head, the tokenizer and copies of the configuration."""
+    canary.head.save(folder, canary.tensors)
+    source.tokenizer.save(str(folder / "tokenizer.json"))
+    for name in ("config.json", "tokenizer_config.json"):
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
 
 
 def _extend(
@@ -298,13 +305,14 @@ def _extend(
     assert found.path is not None
     cache = ActivationCache(found.path)
     stack = reexamine(model, cache)
+    check(stack, cache.path, cache.manifest.capture.compute_dtype)
     kept = _kept(request.layers, cache.depth)
     new = tuple(layer for layer in kept if layer not in cache.target_layers)
     if new:
         add_layers(cache, _dtypes(stack, stream, cache.manifest.capture, new))
     if not found.missing_sequences:
         return "extended" if new else "resumed", cache.path, stack
-    fill(cache, stack, progress)
+    fill(cache, stack, progress, on_error=request.on_error)
     cache = ActivationCache(cache.path)
     longer = joined(cache, stream, found.missing_sequences)
     digest, _ = longer.digests()

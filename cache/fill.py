@@ -26,6 +26,7 @@ def fill(
     stack: "Stack",
     progress: Progress | None = None,
     share: tuple[int, int] = (1, 1),
+    on_error: str = "quarantine",
 ) -> int:
     """Write every (part, layer) that is not committed; returns the positions written here.
 
@@ -33,7 +34,7 @@ def fill(
     `share` (i, n) only every n-th part is written, and nothing is waited for. SIGTERM ends the
     work after the part in hand with `Interrupted`.
     """
-    runner = PartRunner(cache, stack, ancestor(cache))
+    runner = PartRunner(cache, stack, ancestor(cache), on_error)
     written = 0
     with stop_signal() as stopped:
         while missing := missing_parts(cache, share):

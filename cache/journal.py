@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class PartRecord:
     stop: int
     """End of the part."""
     arrays: dict[str, ShardRecord] = field(default_factory=dict)
+    quarantine: dict[int, str] = field(default_factory=dict)
+    """Sequence -> why its rows in this part are not to be used."""
 
 
 class Journal:
@@ -50,6 +52,8 @@ class Journal:
         """Make the arrays of `record` count; atomic and durable."""
         arrays = {name: vars(shard) for name, shard in record.arrays.items()}
         value = {"part": record.part, "rows": [record.start, record.stop], "arrays": arrays}
+        if record.quarantine:
+            value["quarantine"] = {str(k): reason for k, reason in record.quarantine.items()}
         write_json(self._free(f"{record.part:08d}"), value)
 
     def commit_base(self, arrays: dict[str, dict[str, Any]], files: dict[str, str]) -> None:
@@ -102,8 +106,11 @@ def merge(records: Iterable[PartRecord]) -> dict[int, PartRecord]:
     found: dict[int, PartRecord] = {}
     for record in records:
         known = found.get(record.part)
-        arrays = {**known.arrays, **record.arrays} if known else record.arrays
-        found[record.part] = PartRecord(record.part, record.start, record.stop, arrays)
+        if known is not None:
+            arrays = {**known.arrays, **record.arrays}
+            quarantine = {**known.quarantine, **record.quarantine}
+            record = replace(record, arrays=arrays, quarantine=quarantine)
+        found[record.part] = record
     return found
 
 
@@ -112,6 +119,7 @@ def read_record(path: Path) -> PartRecord:
     try:
         arrays = {name: ShardRecord(**shard) for name, shard in value["arrays"].items()}
         start, stop = value["rows"]
-        return PartRecord(value["part"], start, stop, arrays)
+        quarantine = {int(k): str(reason) for k, reason in value.get("quarantine", {}).items()}
+        return PartRecord(value["part"], start, stop, arrays, quarantine)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{path} is not a commit record: {error}") from None

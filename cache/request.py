@@ -43,6 +43,8 @@ class Request:
     """Positions of a part, the unit of commit and resume; default by size, 24-48 MiB per layer."""
     part: str | None = None
     """Write only share i of n of the parts, as `i/n`, for job arrays; waits for nobody."""
+    on_error: str = "quarantine"
+    """What to do with a sequence whose activations are not finite: quarantine or raise."""
     attention: str = "default"
     """Attention kernel: default, eager, sdpa, flash_attention_2."""
     revision: str | None = None
@@ -54,6 +56,8 @@ class Request:
         if self.dtype not in ("auto", *STORED_DTYPES):
             known = ", ".join(("auto", *STORED_DTYPES))
             raise UsageError(f"dtype {self.dtype!r} is unknown; choose one of {known}")
+        if self.on_error not in ("quarantine", "raise"):
+            raise UsageError(f"on_error {self.on_error!r} is unknown; choose quarantine or raise")
         for name in ("context", "max_tokens", "max_bytes", "batch_tokens", "part_positions"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -9,6 +9,8 @@ import numpy as np
 
 from .batches import Batch, plan_part
 from .create import PartWriter
+from .errors import ModelError
+from .journal import PartRecord
 from .store import ActivationCache
 
 if TYPE_CHECKING:
@@ -19,17 +21,24 @@ class PartRunner:
     """Extracts parts of `cache` with the blocks of `stack`; rows of `ancestor` are copied."""
 
     def __init__(
-        self, cache: ActivationCache, stack: "Stack", ancestor: ActivationCache | None = None
+        self,
+        cache: ActivationCache,
+        stack: "Stack",
+        ancestor: ActivationCache | None = None,
+        on_error: str = "quarantine",
     ) -> None:
         self.cache = cache
         self.stack = stack
         self.ancestor = ancestor
+        self.on_error = on_error
         self.starts = cache.sequence_start
         self.lengths = cache.sequence_length
         self.device = next(stack.model.parameters()).device
         self._straddler: tuple[int, list[np.ndarray]] | None = None
 
-    def write_part(self, part: int, layers: tuple[int, ...]) -> Iterator[int]:
+    def write_part(
+        self, part: int, layers: tuple[int, ...], expected: PartRecord | None = None
+    ) -> Iterator[int]:
         """Extract and commit `layers` of `part`; yields the number of rows after each batch."""
         with PartWriter(self.cache.path, self.cache.manifest.layout, part, layers) as writer:
             with _Background() as background:
@@ -42,7 +51,7 @@ class PartRunner:
                         background.put(self._write_sequence, writer, number, hidden, first, last)
                         rows += last - first
                     yield rows
-            writer.commit()
+            writer.commit(expected)
 
     def _plan(self, part: int) -> list[Batch]:
         """Batches of the part, but for the sequences that are copied."""
@@ -73,7 +82,16 @@ class PartRunner:
     ) -> None:
         start = int(self.starts[number])
         for layer in writer.dtypes:
-            writer.write(layer, first, hidden[layer][first - start : last - start])
+            bad = writer.write(layer, first, hidden[layer][first - start : last - start])
+            if bad:
+                reason = f"{bad} non-finite values at layer {layer}"
+                if self.on_error == "raise":
+                    row = int(self.cache.array("sequences/row_id")[number])
+                    raise ModelError(
+                        f"sequence {number} (document {row}) has {reason}; --on-error quarantine "
+                        "keeps going and leaves such sequences out of the splits"
+                    )
+                writer.quarantine.setdefault(number, reason)
 
     def _forward(self, batch: Batch) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Each sequence of `batch` with its layers, `(length, d_model)` float32."""

@@ -156,8 +156,21 @@ class ActivationCache:
         ends = np.cumsum(lengths)
         return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
 
+    @cached_property
+    def quarantined(self) -> dict[int, str]:
+        """Sequence -> why it is in no split: its activations are not finite."""
+        records = self.committed.values()
+        return {number: why for record in records for number, why in record.quarantine.items()}
+
     def split(self, name: str) -> np.ndarray:
-        """Numbers of the sequences of a split: `train`, `validation`, `test` or `all`."""
+        """Numbers of the sequences of a split: `train`, `validation`, `test` or `all`.
+
+        Quarantined sequences are in none of them.
+        """
+        numbers = self._split(name)
+        return numbers[~np.isin(numbers, list(self.quarantined))] if self.quarantined else numbers
+
+    def _split(self, name: str) -> np.ndarray:
         if name == "all":
             return np.arange(len(self.sequence_split))
         if name not in SPLITS:

@@ -1,0 +1,180 @@
+"""Mends a damaged cache: only the damaged parts go through the model again."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CorruptError, MismatchError
+from .grow import ancestor
+from .journal import Journal
+from .jsonfile import file_digest, sync_folder
+from .lease import lease
+from .manifest import Manifest
+from .replay import check
+from .runner import PartRunner
+from .source import ModelSource
+from .store import ActivationCache
+from .verify import Damage, verify
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What `repair` did."""
+
+    mended: tuple[str, ...]
+    """Files that are as they were again."""
+    changed: tuple[str, ...]
+    """Files written anew that differ from the first ones; their new digests are in the journal."""
+    left: tuple[Damage, ...]
+    """Damage that only a new extraction can mend."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.left
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `residua repair`."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def repair(
+    path: Path, model: str | None = None, device: str = "auto", progress: Progress | None = None
+) -> Repair:
+    """Verify the cache at `path` and write its damaged shards, head and metadata anew.
+
+    `model` is where the model is now, if it has moved. Raises `MismatchError` if it is another
+    model, `CorruptError` if the manifest itself is damaged. Tokens cannot be mended.
+    """
+    found = verify(path, progress and (lambda done, total: progress("verify", done, total)))
+    if found.ok:
+        return Repair((), (), ())
+    manifest = Manifest.read(path / "manifest.json")
+    mended = _copy_metadata(path, found.damages)
+    wrong = [damage for damage in found.damages if damage.file not in mended]
+    if any(_is_residual(d) or d.file.startswith("head/") for d in wrong):
+        source, loaded = _load(manifest, model, device)
+        mended += _rebuild_head(path, source, loaded, manifest, wrong)
+        again, changed = _rewrite_shards(path, loaded, wrong, progress)
+        mended += again
+    else:
+        changed = []
+    done = {*mended, *changed}
+    left = tuple(damage for damage in wrong if damage.file not in done)
+    return Repair(tuple(mended), tuple(changed), left)
+
+
+def _is_residual(damage: Damage) -> bool:
+    return (damage.array or "").startswith("residual/") and damage.start is not None
+
+
+def _copy_metadata(path: Path, damages: tuple[Damage, ...]) -> list[str]:
+    """Metadata of an array from another array's file with the same digest."""
+    _, files = Journal(path / "journal").base()
+    mended = []
+    for name in dict.fromkeys(d.file for d in damages if d.file.endswith("/zarr.json")):
+        twins = [twin for twin, digest in files.items() if digest == files.get(name)]
+        for twin in twins:
+            if twin != name and file_digest(path / twin) == files[name]:
+                _replace(path / twin, path / name)
+                mended.append(name)
+                break
+    return mended
+
+
+def _replace(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
+    sync_folder(target.parent)
+
+
+def _load(
+    manifest: Manifest, model: str | None, device: str
+) -> tuple[ModelSource, "torch.nn.Module"]:
+    from .model import choose_device, load_model
+
+    source = ModelSource.locate(model or manifest.model_name)
+    if source.identity != manifest.model:
+        raise MismatchError(
+            f"{source.name} is not the model of this cache: its weights are "
+            f"{source.identity.weights[:12]}, expected {manifest.model.weights[:12]}; say where "
+            "the model is with --model"
+        )
+    return source, load_model(source, choose_device(device), manifest.capture.attention)
+
+
+def _rebuild_head(
+    path: Path,
+    source: ModelSource,
+    model: "torch.nn.Module",
+    manifest: Manifest,
+    damages: list[Damage],
+) -> list[str]:
+    """Files of `head/` made from the model again, where they come out as they were."""
+    from .canary import examine
+    from .extract import save_head
+    from .replay import record
+    from .tokens import TokenStream
+
+    names = [damage.file for damage in damages if damage.file.startswith("head/")]
+    if not names:
+        return []
+    cache = ActivationCache(path)
+    stream = TokenStream(cache.tokens[:], cache.sequence_length, cache.array("sequences/row_id")[:])
+    canary = examine(model, stream, manifest.capture.compute_dtype, manifest.capture.dtype)
+    _, files = cache.journal.base()
+    mended = []
+    with tempfile.TemporaryDirectory(dir=path) as folder:
+        save_head(Path(folder), source, canary)
+        record(canary.stack, stream, Path(folder))
+        for name in names:
+            fresh = Path(folder) / Path(name).name
+            if fresh.is_file() and file_digest(fresh) == files.get(name):
+                _replace(fresh, path / name)
+                mended.append(name)
+    return mended
+
+
+def _rewrite_shards(
+    path: Path, model: "torch.nn.Module", damages: list[Damage], progress: Progress | None
+) -> tuple[list[str], list[str]]:
+    """Run the damaged parts again; files that came out as they were, and files that did not."""
+    from .canary import reexamine
+
+    wanted: dict[int, set[int]] = {}
+    cache = ActivationCache(path)
+    for damage in filter(_is_residual, damages):
+        assert damage.array is not None
+        assert damage.start is not None
+        part = damage.start // cache.manifest.layout.part_rows
+        wanted.setdefault(part, set()).add(int(damage.array.split("/")[1]))
+    if not wanted:
+        return [], []
+    stack = reexamine(model, cache)
+    check(stack, path, cache.manifest.capture.compute_dtype)
+    runner = PartRunner(cache, stack, ancestor(cache))
+    mended, changed = [], []
+    before = cache.journal.parts()
+    for number, (part, layers) in enumerate(sorted(wanted.items())):
+        with lease(path / "leases", part) as mine:
+            if not mine:
+                raise CorruptError(f"part {part} is being written by another process; wait for it")
+            for _ in runner.write_part(part, tuple(sorted(layers)), before[part]):
+                pass
+        after = cache.journal.parts()[part]
+        for layer in sorted(layers):
+            name = f"residual/{layer}"
+            file = f"arrays.zarr/{name}/{cache.array(name).layout.shard_key(part)}"
+            same = after.arrays[name] == before[part].arrays[name]
+            (mended if same else changed).append(file)
+        if progress is not None:
+            progress("repair", number + 1, len(wanted))
+    return mended, changed
