@@ -40,9 +40,8 @@ def make_cache(
     """A complete cache of `layers`, each `(sum(lengths), d_model)`, with random token ids."""
     positions, d_model = layers[0].shape
     rng = np.random.default_rng(seed)
-    if ids is None:
-        ids = rng.integers(0, head.vocab, positions)
-    stream = from_sequences(np.split(ids, np.cumsum(lengths)[:-1]))
+    chosen = rng.integers(0, head.vocab, positions) if ids is None else ids
+    stream = from_sequences(np.split(chosen, np.cumsum(lengths)[:-1]))
     digest, hashes = stream.digests()
     layout = Layout(chunk_rows, part_rows)
     manifest = Manifest(

@@ -151,7 +151,15 @@ def test_the_example_on_the_format_page_reads_what_activation_cache_reads(tmp_pa
         cache.head.save(cache.path / "head", tensors)
         cache = ActivationCache(cache.path)
     out = tmp_path / "out.npz"
-    command = [sys.executable, "-W", "error", "-c", "".join(blocks) + tail, str(cache.path), str(out)]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        "".join(blocks) + tail,
+        str(cache.path),
+        str(out),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
