@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 TOP = 5
 """Tokens kept per cell."""
+SEARCHED = 16
+SEARCHED_TOKENS = 512
+"""Sequences, and tokens of each, that are searched for a telling passage."""
 WIDTH = 24
 """Tokens of a passage."""
 MOST = 3
@@ -52,10 +55,41 @@ class Heatmap:
 def heatmaps(
     cache: "ActivationCache", readouts: Sequence[Readout], split: str = "test", width: int = WIDTH
 ) -> list[Heatmap]:
-    """The same passage through the logit lens and the first readouts of offset 0, `MOST` in all."""
+    """One passage through the logit lens and the first readouts of offset 0, `MOST` in all.
+
+    The passage is the one of the first sequences in which the model is sure of most that its
+    middle layer does not say yet.
+    """
     lenses = [LogitLens.of(cache, (0,))]
     lenses += [r for r in readouts if r.kind != LogitLens.kind and _layers_of(r, 0)]
-    return [heatmap(cache, lens, split=split, width=width) for lens in lenses[:MOST]]
+    sequence, start = telling_passage(cache, split, width)
+    return [
+        heatmap(cache, lens, split=split, sequence=sequence, start=start, width=width)
+        for lens in lenses[:MOST]
+    ]
+
+
+def telling_passage(cache: "ActivationCache", split: str, width: int) -> tuple[int, int]:
+    """Sequence and first token of the window where the model's sureness is newest.
+
+    A token counts with the model's largest probability if the logit lens of the middle layer
+    has another top token there.
+    """
+    best = (-1.0, _passage(cache, split, width), 0)
+    middle = cache.layers[len(cache.layers) // 2]
+    for sequence in cache.split(split)[:SEARCHED]:
+        rows = cache.rows(np.array([sequence]))[:SEARCHED_TOKENS]
+        if len(rows) < width:
+            continue
+        logits = cache.head.logits(cache.layer(cache.depth).take(rows))
+        early = cache.head.logits(cache.layer(middle).take(rows)).argmax(-1)
+        top = logits.max(-1)
+        sure = 1 / np.exp(logits - top[:, None]).sum(-1)
+        news = np.concatenate([[0.0], np.cumsum(sure * (early != logits.argmax(-1)))])
+        windows = news[width:] - news[:-width]
+        if len(windows) and windows.max() > best[0]:
+            best = (float(windows.max()), int(sequence), int(windows.argmax()))
+    return best[1:]
 
 
 def heatmap(

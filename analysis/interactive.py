@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_html
 from typing import TYPE_CHECKING, Any
 
 from .evaluate import Evaluation
@@ -39,6 +39,11 @@ LOG_AXIS: dict[str, Any] = {
 }
 LINEAR_AXIS: dict[str, Any] = {"rangemode": "tozero"}
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
+
+
+def escape(text: str) -> str:
+    """`text` for plotly, which reads `&`, `<` and `>` as HTML but shows `&quot;` as it stands."""
+    return escape_html(text, quote=False)
 
 
 def curves(evaluation: Evaluation, measures: Sequence[str]) -> "Figure":
