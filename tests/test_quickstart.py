@@ -1,0 +1,30 @@
+"""The quickstart runs as a newcomer runs it, and says what the pages promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_the_quickstart_makes_cache_probe_report_and_pictures(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "residua.cli", "quickstart", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert done.stderr == ""
+    assert Path(tmp_path, found["path"], "manifest.json").is_file()
+    page = Path(tmp_path, found["report"]).read_text()
+    assert "ridge lens" in page
+    assert 'src="http' not in page
+    assert all(Path(tmp_path, name).stat().st_size > 10_000 for name in found["pictures"])
+    rows = {(r["probe"], r["layer"], r["offset"]): r for r in found["rows"]}
+    last = max(layer for _, layer, _ in rows if layer is not None)
+    assert rows["logit", 1, 0]["kl"] > 3
+    for layer in range(last):
+        assert rows["ridge", layer, 0]["kl"] < rows["logit", layer, 0]["kl"]
+    assert rows["ridge", last, 0]["kl"] < 1e-4
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert json.loads(again.stdout)["status"] == "hit"
