@@ -8,8 +8,13 @@ if TYPE_CHECKING:
     from .analysis.evaluate import evaluate as evaluate
     from .cache.catalog import find_cache as find_cache
     from .cache.errors import ResiduaError as ResiduaError
+    from .cache.export import export as export
     from .cache.extract import extract as extract
     from .cache.head import Head as Head
+    from .cache.loader import RowLoader as RowLoader
+    from .cache.repair import repair as repair
+    from .cache.share import pull as pull
+    from .cache.share import push as push
     from .cache.store import ActivationCache as ActivationCache
     from .cache.verify import verify as verify
     from .probes.bigram import Bigram as Bigram
@@ -29,10 +34,15 @@ _PUBLIC = {
     "LogitLens": ".probes.readout",
     "ResiduaError": ".cache.errors",
     "RidgeProbe": ".probes.ridge",
+    "RowLoader": ".cache.loader",
     "evaluate": ".analysis.evaluate",
+    "export": ".cache.export",
     "extract": ".cache.extract",
     "find_cache": ".cache.catalog",
     "load_probe": ".probes.save",
+    "pull": ".cache.share",
+    "push": ".cache.share",
+    "repair": ".cache.repair",
     "save_probe": ".probes.save",
     "verify": ".cache.verify",
 }

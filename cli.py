@@ -299,6 +299,133 @@ def repair(root: Path, quiet: bool, cache: str, model: str | None, device: str) 
     return {"path": str(path), **found.to_dict(), "exit_code": 0 if found.ok else 4}, show
 
 
+@main.command()
+@click.argument("cache")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    type=click.Choice(["safetensors", "numpy"]),
+    default="safetensors",
+    show_default=True,
+    help="One .safetensors file per layer, or .npy files to memory-map.",
+)
+@click.option("--layers", type=NUMBERS, help="Layers to write.  [default: all]")
+@click.option("--split", default="all", show_default=True, help="train, validation, test or all.")
+@click.option("--dtype", help="float16, bfloat16 or float32.  [default: as stored]")
+@command
+def export(
+    root: Path, quiet: bool, cache: str, folder: Path, format: str, layers: tuple[int, ...] | None,
+    split: str, dtype: str | None,
+) -> Any:  # fmt: skip
+    """Write CACHE into the new FOLDER as plain safetensors or .npy files, for other tools.
+
+    One file per layer, `(positions, d_model)`, with tokens, sequences, head and tokenizer beside
+    it; index.json has the digests. Rows stream: memory stays small.
+
+    \b
+    residua export 3f2a layers/
+    residua export 3f2a layers/ --format numpy --layers 6,12 --split train
+    """
+    from residua.analysis.terminal import meter, size
+    from residua.cache.catalog import find_cache
+    from residua.cache.export import export as write
+
+    with meter(quiet) as shown:
+        index = write(find_cache(cache, root), folder, format=format, layers=layers, split=split,
+                      dtype=dtype, progress=shown.of("export"))  # fmt: skip
+    total = sum(entry["bytes"] for entry in index["files"].values())
+
+    def show() -> None:
+        click.echo(
+            f"{index['positions']:,} positions, {len(index['layers'])} layers, {size(total)}"
+        )
+        click.echo(f"  {folder} (README.md says how to open it)")
+
+    return {"folder": str(folder), **index}, show
+
+
+@main.command()
+@click.argument("cache")
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--private", is_flag=True, help="Make the repository private, if it is new.")
+@click.option("--revision", help="Branch to push to; made if needed.  [default: main]")
+@click.option("--verify/--no-verify", default=True, help="Re-read every byte before it is sent.")
+@command
+def push(
+    root: Path, quiet: bool, cache: str, repo: str, private: bool, revision: str | None,
+    verify: bool,
+) -> Any:  # fmt: skip
+    """Upload CACHE to a dataset repository of the Hugging Face hub, with a card.
+
+    Log in first (`hf auth login`, or set HF_TOKEN). An interrupted push goes on where it
+    stopped; a card that is there already is left as it is.
+
+    \b
+    residua push 3f2a me/gpt2-residuals
+    residua push 3f2a me/gpt2-residuals --private --revision pile-1m
+    """
+    from residua.analysis.terminal import meter, size
+    from residua.cache.card import NO_LICENCE
+    from residua.cache.catalog import find_cache
+    from residua.cache.share import push as upload
+
+    with meter(quiet) as shown:
+        done = upload(find_cache(cache, root), repo, private=private, revision=revision,
+                      verify=verify, progress=shown.stage)  # fmt: skip
+
+    def show() -> None:
+        click.echo(f"pushed: {done.files:,} files, {size(done.bytes)}")
+        click.echo(f"  {done.url}")
+        if done.card:
+            click.echo(f"{NO_LICENCE}: set `license:` in the card (README.md) there")
+        click.echo(f"next: residua pull {repo} --root another-root")
+
+    return vars(done), show
+
+
+@main.command()
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--expect", help="Refuse any cache whose id does not begin so.")
+@click.option("--revision", help="Branch, tag or commit.  [default: main]")
+@command
+def pull(root: Path, quiet: bool, repo: str, expect: str | None, revision: str | None) -> Any:
+    """Download the cache of a dataset repository of the Hugging Face hub.
+
+    Every byte is checked before the cache appears under the root; a cache that is there is a
+    hit. An interrupted pull goes on where it stopped.
+
+    \b
+    residua pull someone/gpt2-residuals
+    residua pull someone/gpt2-residuals --expect 3f2a --root caches
+    """
+    from residua.analysis.terminal import meter, size
+    from residua.cache.share import pull as download
+    from residua.cache.store import span
+
+    with meter(quiet) as shown:
+        done = download(repo, root, expect=expect, revision=revision, progress=shown.stage)
+    cache = done.cache
+    value = {
+        "status": done.status,
+        "cache": cache.id,
+        "positions": cache.positions,
+        "layers": list(cache.layers),
+        "bytes": cache.bytes,
+        "commit": done.commit,
+        "path": str(cache.path),
+    }
+
+    def show() -> None:
+        click.echo(f"{done.status}: cache {cache.id[:12]}")
+        click.echo(
+            f"  {cache.positions:,} positions, layers {span(cache.layers)}, {size(cache.bytes)}"
+        )
+        click.echo(f"  {cache.path}")
+        click.echo(f"next: residua info {cache.id[:12]}")
+
+    return value, show
+
+
 @main.group()
 def fit() -> None:
     """Fit a probe from a cache, out of core, without the model."""

@@ -8,6 +8,8 @@ Three patterns: `sequential` (4096-row steps), `blocks` (128-row slabs in random
 on both sides. `first` is the first epoch of a fresh reader, which checks every chunk's crc32c and
 maps every page, against the first epoch of a fresh np.memmap; `later` are epochs after it. The
 ratio is the best np.memmap round over the best of ours: 1.00 is as fast as np.memmap.
+The last line is `RowLoader` (4096-row batches of shuffled rows as float32 tensors) against true
+random 4096-row batches of np.memmap made float32 by torch, one thread each.
 """
 
 import argparse
@@ -123,6 +125,39 @@ def measure(sources: tuple[Source, Source], pattern: str, args: argparse.Namespa
     return best
 
 
+def loaders(cache: ActivationCache, path: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    """One epoch of shuffled float32 batches: np.memmap, and ours."""
+    import torch
+
+    from residua.cache.loader import RowLoader
+
+    torch.set_num_threads(1)
+    layout = cache.layer(0).layout
+    rows = np.memmap(path, layout.stored_dtype, mode="r", shape=layout.shape)
+    bfloat16 = layout.logical_dtype == "bfloat16"
+    order = np.random.default_rng(0).permutation(cache.positions)
+    loader = RowLoader(cache, 0, split="all", batch_rows=STEP)
+
+    def baseline() -> None:
+        for start in range(0, len(order), STEP):
+            found = rows[order[start : start + STEP]]
+            signed = found.view(np.int16) if bfloat16 else found
+            tensor = torch.from_numpy(signed)
+            (tensor.view(torch.bfloat16) if bfloat16 else tensor).float()
+
+    def ours() -> None:
+        for _ in loader:
+            pass
+
+    return baseline, ours
+
+
+def timed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def main() -> None:
     args = arguments()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -139,6 +174,10 @@ def main() -> None:
                 rates = size / best[1] / 1e9
                 name = f"{pattern}, {'stored' if stored else 'float32'}"
                 print(f"{name:22s}{first:8.2f}{later:8.2f}{target:8.2f}   {rates.round(2)}")
+        works = loaders(cache, Path(folder) / "raw.bin")
+        seconds = np.array([[timed(work) for work in works] for _ in range(args.rounds)]).min(0)
+        ratio, rates = seconds[0] / seconds[1], size / seconds / 1e9
+        print(f"{'loader, float32':22s}{'':8s}{ratio:8.2f}{'':8s}   {rates.round(2)}")
 
 
 if __name__ == "__main__":

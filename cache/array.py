@@ -9,8 +9,10 @@ import numpy as np
 
 from .decode import decode
 from .errors import CorruptError
+from .half import decode_into
 from .layout import ArrayLayout
 from .shard import ShardReader
+from .window import Window
 
 OPEN_SHARDS = 64
 """Memory maps kept open per array."""
@@ -37,7 +39,10 @@ class CacheArray:
         stored = np.dtype(self.layout.stored_dtype)
         is_float = stored.kind == "f" or self.layout.logical_dtype == "bfloat16"
         self.dtype = np.dtype(np.float32) if is_float else stored
+        self._stored = stored
         self._shards: dict[int, ShardReader] = {}
+        self._checked: dict[int, np.ndarray] = {}
+        self._window: Window | None = None
         self._lock = threading.Lock()
         self._zarr: Any = None
 
@@ -69,26 +74,39 @@ class CacheArray:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop`; floats come as float32."""
-        return decode(self.read_stored(start, stop), self.layout.logical_dtype)
-
-    def read_stored(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start:stop` as they are stored (bfloat16 as uint16)."""
-        layout = self.layout
-        if not layout.raw:
-            return np.asarray(self._open_zarr()[start:stop])
-        out = np.empty((stop - start, *self.shape[1:]), layout.stored_dtype)
-        row = start
-        while row < stop:
-            shard, inside = divmod(row, layout.shard_rows)
-            take = min(stop - row, layout.shard_rows - inside)
-            part = out[row - start : row - start + take]
-            self._shard(shard).read(inside, inside + take, part)
-            row += take
+        if not self.layout.raw:
+            return decode(self.read_stored(start, stop), self.layout.logical_dtype)
+        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        self._read(start, stop, out)
         return out
+
+    def read_stored(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows `start:stop` as they are stored (bfloat16 as uint16), into `out` if given."""
+        if out is None:
+            out = np.empty((stop - start, *self.shape[1:]), self._stored)
+        if self.layout.raw:
+            self._read(start, stop, out)
+        else:
+            out[...] = self._open_zarr()[start:stop]
+        return out
+
+    def _read(self, start: int, stop: int, out: np.ndarray) -> None:
+        layout = self.layout
+        done = 0
+        while start < stop:
+            shard, inside = divmod(start, layout.shard_rows)
+            end = min(inside + stop - start, layout.shard_rows)
+            for piece in self._shard(shard).pieces(inside, end):
+                decode_into(piece, layout.logical_dtype, out[done : done + len(piece)])
+                done += len(piece)
+            start += end - inside
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Any rows, in any order; floats come as float32."""
-        return decode(self.take_stored(rows), self.layout.logical_dtype)
+        stored = self.take_stored(rows)
+        out = np.empty(stored.shape, self.dtype)
+        decode_into(stored, self.layout.logical_dtype, out)
+        return out
 
     def take_stored(self, rows: np.ndarray) -> np.ndarray:
         """Any rows, in any order, as they are stored."""
@@ -104,17 +122,40 @@ class CacheArray:
         rows = np.where(rows < 0, rows + self.shape[0], rows)
         if rows.size and (rows.min() < 0 or rows.max() >= self.shape[0]):
             raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
-        layout = self.layout
-        if not layout.raw:
+        if not rows.size:
+            return np.empty((0, *self.shape[1:]), self._stored)
+        if not self.layout.raw:
             return np.asarray(self._open_zarr().oindex[rows])
-        out = np.empty((len(rows), *self.shape[1:]), layout.stored_dtype)
-        chunks = rows // layout.chunk_rows
-        for chunk in np.unique(chunks):
-            here = np.flatnonzero(chunks == chunk)
-            per_shard = layout.shard_rows // layout.chunk_rows
-            view = self._shard(int(chunk) // per_shard).chunk(int(chunk) % per_shard)
-            out[here] = view[rows[here] - chunk * layout.chunk_rows]
+        return self._gather(rows)
+
+    def _gather(self, rows: np.ndarray) -> np.ndarray:
+        chunks, inside = np.divmod(rows, self.layout.chunk_rows)
+        window = self._window
+        found = window.take(chunks, inside) if window else None
+        if found is not None:
+            return found
+        touched = np.unique(chunks)
+        shards = np.unique(touched * self.layout.chunk_rows // self.layout.shard_rows)
+        if len(shards) <= OPEN_SHARDS:
+            window = self._cover(shards.tolist())
+            window.check(touched)
+            found = window.take(chunks, inside)
+            assert found is not None
+            return found
+        out = np.empty((len(rows), *self.shape[1:]), self._stored)
+        middle = int(shards[len(shards) // 2]) * self.layout.shard_rows
+        for half in (np.flatnonzero(rows < middle), np.flatnonzero(rows >= middle)):
+            out[half] = self._gather(rows[half])
         return out
+
+    def _cover(self, shards: list[int]) -> Window:
+        """A window with all `shards`."""
+        window = self._window
+        if window is None or window.missing(shards):
+            needed = {shard: self._shard(shard) for shard in shards}
+            with self._lock:
+                window = self._window = Window({**self._shards, **needed}, self.layout)
+        return window
 
     def _shard(self, shard: int) -> ShardReader:
         with self._lock:
@@ -122,7 +163,9 @@ class CacheArray:
             if reader is None:
                 while len(self._shards) >= OPEN_SHARDS:
                     self._shards.pop(next(iter(self._shards)))
-                reader = ShardReader(self.path / self.layout.shard_key(shard), self.layout)
+                path = self.path / self.layout.shard_key(shard)
+                reader = ShardReader(path, self.layout, self._checked.get(shard))
+                self._checked[shard] = reader.checked
                 self._shards[shard] = reader
             return reader
 

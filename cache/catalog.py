@@ -110,7 +110,6 @@ def describe(cache: ActivationCache) -> dict[str, Any]:
         "layout": manifest.layout.to_json(),
         "batch_tokens": manifest.batch_tokens,
         "layer_arrays": layers,
-        "head": {"norm": cache.head.norm, "eps": cache.head.eps, "scale": cache.head.scale,
-                 "softcap": cache.head.softcap, "geometry": cache.head.geometry},
+        "head": {**cache.head.describe(), "geometry": cache.head.geometry},
         "provenance": read_json(cache.path / "provenance.json"),
     }  # fmt: skip

@@ -2,18 +2,21 @@
 
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from .array import CacheArray
-from .decode import encode
+from .decode import decode, encode
 from .errors import UsageError
 from .journal import Journal, PartRecord, ShardRecord
 from .jsonfile import file_digest, sync_folder, write_json
 from .layout import Layout
+from .lease import try_lock
 from .manifest import Manifest
 from .shard import ShardWriter
 from .tokens import TokenStream
@@ -23,6 +26,8 @@ FP16_LIMIT = 16384.0
 """Calibrated absmax up to which a float32 or float16 layer is kept in float16."""
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3961773e38}
 """Largest value that a dtype does not round to infinity (float16 would round 65519 down)."""
+UNFINISHED_SECONDS = 24 * 3600.0
+"""Age at which an unfinished cache is given up on where folders cannot be locked."""
 FOLDERS = ("head", "journal", "leases", "moments")
 
 
@@ -42,10 +47,9 @@ def create_cache(
     """
     target = root / manifest.id
     root.mkdir(parents=True, exist_ok=True)
-    staging = root / f".new-{uuid.uuid4().hex}"
-    try:
+    with _staging(root) as staging:
         for folder in FOLDERS:
-            (staging / folder).mkdir(parents=True)
+            (staging / folder).mkdir()
         manifest.write(staging / "manifest.json")
         write_json(staging / "provenance.json", provenance)
         write_head(staging / "head")
@@ -67,9 +71,56 @@ def create_cache(
             if not (target / "manifest.json").is_file():
                 raise
         sync_folder(root)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+@contextmanager
+def _staging(root: Path) -> Iterator[Path]:
+    """A new folder `.new-*` that is locked as long as it is in use, and then removed."""
+    while True:
+        staging = root / f".new-{uuid.uuid4().hex}"
+        staging.mkdir()
+        try:
+            descriptor = os.open(staging, os.O_RDONLY)
+        except FileNotFoundError:  # swept away by another process, which saw no lock yet
+            continue
+        try:
+            if try_lock(descriptor) is False or not _is_open(descriptor, staging):
+                continue
+            try:
+                yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_open(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def sweep_unfinished(root: Path) -> None:
+    """Remove the `.new-*` folders of makers that died: those that nobody has locked.
+
+    Where folders cannot be locked, those that are older than `UNFINISHED_SECONDS`.
+    """
+    for staging in root.glob(".new-*"):
+        try:
+            descriptor = os.open(staging, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            free = try_lock(descriptor)
+            if free is None:
+                free = time.time() - os.fstat(descriptor).st_mtime > UNFINISHED_SECONDS
+            if free:
+                shutil.rmtree(staging, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def _plain_files(folder: Path) -> list[Path]:
@@ -101,39 +152,56 @@ class PartWriter:
         self.quarantine: dict[int, str] = {}
         self._absmax = dict.fromkeys(layers, 0.0)
         self._nonfinite = dict.fromkeys(layers, 0)
-        self._shards = {
-            layer: ShardWriter(
-                array.path / array.layout.shard_key(part), array.layout, self.stop - self.start
-            )
-            for layer, array in arrays.items()
-        }
+        self._shards: dict[int, ShardWriter] = {}
+        try:
+            for layer, array in arrays.items():
+                path = array.path / array.layout.shard_key(part)
+                # Not the array's own folder: a cache that vanished must not come back as a stump.
+                for folder in reversed(path.parents[:2]):
+                    folder.mkdir(exist_ok=True)
+                self._shards[layer] = ShardWriter(path, array.layout, self.stop - self.start)
+        except BaseException:
+            self._abandon()
+            raise
 
     def write(self, layer: int, position: int, values: np.ndarray) -> int:
         """Put float32 rows, `(rows, d_model)`, at `position`; returns their non-finite values.
 
         Raises `UsageError` if the stored dtype turns a finite value into an infinity.
         """
-        nonfinite = self._measure(layer, values)
-        self._shards[layer].write(position - self.start, encode(values, self.dtypes[layer]))
-        return nonfinite
+        peaks = np.abs(values).max(-1, initial=0.0)
+        self.check(layer, peaks)
+        return self.put(layer, position, encode(values, self.dtypes[layer]), peaks)
 
-    def _measure(self, layer: int, values: np.ndarray) -> int:
+    def put(self, layer: int, position: int, stored: np.ndarray, peaks: np.ndarray) -> int:
+        """Put rows that are in the stored dtype, with the float32 peak |value| of each row.
+
+        Returns the number of non-finite values.
+        """
+        self.check(layer, peaks)
         nonfinite = 0
-        absmax = float(np.abs(values).max(initial=0.0))
+        absmax = float(peaks.max(initial=0.0))
         if not np.isfinite(absmax):
+            values = decode(stored, self.dtypes[layer])
             finite = np.isfinite(values)
             nonfinite = int(values.size - finite.sum())
             absmax = float(np.abs(values[finite]).max(initial=0.0))
+            stored = encode(values, self.dtypes[layer])  # one bit pattern for every NaN
+        self._absmax[layer] = max(self._absmax[layer], absmax)
+        self._nonfinite[layer] += nonfinite
+        self._shards[layer].write(position - self.start, stored)
+        return nonfinite
+
+    def check(self, layer: int, peaks: np.ndarray) -> None:
+        """Raise `UsageError` if a finite peak does not fit the layer's stored dtype."""
         dtype = self.dtypes[layer]
+        absmax = float(peaks[np.isfinite(peaks)].max(initial=0.0))
         if absmax > LARGEST.get(dtype, np.inf):
             other = "bfloat16 or float32" if dtype == "float16" else "float32"
             raise UsageError(
                 f"layer {layer} reaches {absmax:.3g}, which {dtype} cannot hold although the "
                 f"calibration batch stayed below; extract with --dtype {other}"
             )
-        self._absmax[layer] = max(self._absmax[layer], absmax)
-        self._nonfinite[layer] += nonfinite
-        return nonfinite
 
     def commit(self, expected: PartRecord | None = None) -> PartRecord:
         """Make every shard appear, then the commit record, if it says more than `expected`."""
@@ -153,5 +221,9 @@ class PartWriter:
 
     def __exit__(self, *_: object) -> None:
         """Drop what was not committed."""
-        for shard in self._shards.values():
-            shard.abandon()
+        self._abandon()
+
+    def _abandon(self) -> None:
+        with ExitStack() as stack:  # each one, even if another cannot be dropped
+            for shard in self._shards.values():
+                stack.callback(shard.abandon)

@@ -15,8 +15,9 @@ import numpy as np
 
 from .budget import Estimate, estimate, shorten
 from .catalog import cache_root
-from .create import choose_dtype, create_cache
+from .create import choose_dtype, create_cache, sweep_unfinished
 from .data import load_documents, tokenize
+from .disk import check_writable, disk_errors
 from .errors import ModelError, UsageError
 from .fill import fill
 from .grow import add_layers, add_tokens, joined
@@ -64,6 +65,8 @@ class Extraction:
             "status": self.status,
             "positions": self.cache.positions,
             "layers": list(self.cache.layers),
+            "complete": self.cache.finished,
+            "parts": [len(self.cache.committed), self.cache.parts],
             "bytes": self.cache.bytes,
             "head_error": self.head_error,
             "written": self.written,
@@ -102,14 +105,17 @@ def run(request: Request, progress: Progress | None = None) -> Extraction:
     path, status = found.path, "hit"
     written = 0
     if path is None or found.answer in ("miss", "partial"):
+        check_writable(root)
+        sweep_unfinished(root)
         model = model or load(request, source)
-        if path is None or found.answer == "miss":
-            status, (path, stack) = (
-                "extracted",
-                _create(request, source, model, canary, wanted, stream, root),
-            )
-        else:
-            status, path, stack = _extend(request, model, found, wanted, stream, progress)
+        with disk_errors(root):
+            if path is None or found.answer == "miss":
+                status, (path, stack) = (
+                    "extracted",
+                    _create(request, source, model, canary, wanted, stream, root),
+                )
+            else:
+                status, path, stack = _extend(request, model, found, wanted, stream, progress)
         written = fill(ActivationCache(path), stack, progress, request.share, request.on_error)
     cache = ActivationCache(path)
     if request.part is None:
@@ -268,7 +274,7 @@ def _create(
         request.batch_tokens or BATCH_TOKENS[kind],
         request.model,
         request.data,
-        extra={"pad": canary.pad, "causal": canary.causal},
+        extra={"pad": canary.pad, "causal": canary.causal, "embedding": canary.embedding},
     )
 
     def write_head(folder: Path) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from .disk import disk_errors
 from .errors import Interrupted
 from .grow import ancestor
-from .lease import lease
+from .journal import merge, read_record
+from .lease import holder, lease
 from .runner import PartRunner
 from .store import ActivationCache
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 WAIT_SECONDS = 0.2
 """Pause between looks at parts that other processes hold."""
+NOTICE_SECONDS = 10.0
+"""Time without any part to write after which progress says who is waited for."""
 
 
 def fill(
@@ -32,35 +36,48 @@ def fill(
 
     Parts that another process holds are waited for, and taken over if that process dies. Of a
     `share` (i, n) only every n-th part is written, and nothing is waited for. SIGTERM ends the
-    work after the part in hand with `Interrupted`.
+    work after the part in hand with `Interrupted`; a disk that is full or gone with an error of
+    `disk_errors`.
     """
-    runner = PartRunner(cache, stack, ancestor(cache), on_error)
+    tell = progress or (lambda *_: None)
     written = 0
-    with stop_signal() as stopped:
+    with disk_errors(cache.path), stop_signal() as stopped:
+        runner = PartRunner(cache, stack, ancestor(cache), on_error)
+        idle_since = time.monotonic()
         while missing := missing_parts(cache, share):
-            before = written
+            done, before = _done(cache), written
             for part in missing:
                 for rows in _write(cache, runner, part):
                     written += rows
-                    if progress is not None:
-                        progress("extract", _done(cache, missing) + written, cache.positions)
+                    tell("extract", done + written - before, cache.positions)
                 if stopped.is_set():
-                    raise Interrupted(
-                        f"stopped after part {part}; the same command goes on from here"
-                    )
+                    _stop(cache, share)
+                    return written
             if share != (1, 1):
                 break
-            if written == before:
-                time.sleep(WAIT_SECONDS)
+            if written > before:
+                idle_since = time.monotonic()
+                continue
+            if time.monotonic() - idle_since > NOTICE_SECONDS:
+                tell(f"waiting for {holder(cache.path / 'leases', missing[0])}", done,
+                     cache.positions)  # fmt: skip
+            time.sleep(WAIT_SECONDS)
     return written
 
 
-def _done(cache: ActivationCache, missing: list[int]) -> int:
-    """Positions that were there when the work began."""
-    return cache.positions - sum(
-        stop - start
-        for start, stop in (cache.manifest.layout.rows(part, cache.positions) for part in missing)
-    )
+def _stop(cache: ActivationCache, share: tuple[int, int]) -> None:
+    """Raise `Interrupted` unless there is nothing left to do."""
+    if left := missing_parts(cache, share):
+        raise Interrupted(
+            f"stopped by SIGTERM with {len(left)} parts still to be written; "
+            "the same command goes on from here"
+        )
+
+
+def _done(cache: ActivationCache) -> int:
+    """Positions of the parts that lack nothing."""
+    rows = [cache.manifest.layout.rows(part, cache.positions) for part in missing_parts(cache)]
+    return cache.positions - sum(stop - start for start, stop in rows)
 
 
 def missing_parts(cache: ActivationCache, share: tuple[int, int] = (1, 1)) -> list[int]:
@@ -80,11 +97,25 @@ def _write(cache: ActivationCache, runner: PartRunner, part: int) -> Iterator[in
     with lease(cache.path / "leases", part) as mine:
         if not mine:
             return
-        record = cache.journal.parts().get(part)
-        held = set(record.arrays) if record else set()
+        held = _held(cache, part)
         layers = tuple(la for la in cache.target_layers if f"residual/{la}" not in held)
         if layers:
+            _sweep(cache, part)
             yield from runner.write_part(part, layers)
+
+
+def _held(cache: ActivationCache, part: int) -> set[str]:
+    """Arrays that the records of `part` name; reads no other record."""
+    paths = [path for path in cache.journal.paths() if path.name.startswith(f"{part:08d}.")]
+    return {name for record in merge(map(read_record, paths)).values() for name in record.arrays}
+
+
+def _sweep(cache: ActivationCache, part: int) -> None:
+    """Remove what writers of this part that died left; only the holder of its lease may."""
+    residual = cache.path / "arrays.zarr" / "residual"
+    left = [*residual.glob(f"*/c/{part}/.*.tmp"), *cache.journal.folder.glob(f".{part:08d}.*.tmp")]
+    for path in left:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ sqrt(mean square + eps)) or `none`. Evaluated in float32 by numpy or torch; neve
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -46,9 +47,17 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    kind = "explicit"
+    """`explicit` here; `program` for heads that are kept as operations (`programhead`)."""
+
     @property
     def d_model(self) -> int:
         return self.unembedding.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors in float32."""
+        return sum(getattr(self, name).nbytes for name in _TENSORS)
 
     @property
     def vocab(self) -> int:
@@ -61,6 +70,9 @@ class Head:
         for name in _TENSORS:
             hasher.update(np.ascontiguousarray(getattr(self, name), np.float32).tobytes())
         return hasher.hexdigest()
+
+    def __dask_tokenize__(self) -> str:
+        return self.geometry
 
     def normalize(self, hidden: np.ndarray) -> np.ndarray:
         """The final norm with its gain and bias, in float32; `(..., d_model)`."""
@@ -89,37 +101,35 @@ class Head:
         """The same head for torch tensors, differentiable."""
         return TorchHead(self, device)
 
+    def describe(self) -> dict[str, Any]:
+        """The head in a few words."""
+        return {"kind": self.kind, **self._spec()}
+
     def _spec(self) -> dict[str, Any]:
         return {"norm": self.norm, "eps": self.eps, "scale": self.scale, "softcap": self.softcap}
 
     def save(self, folder: Path, tensors: dict[str, "torch.Tensor"] | None = None) -> None:
         """Write `head.safetensors`, then `head.json`; `tensors` in the model's own dtype win."""
-        from safetensors.numpy import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "head.safetensors"
-        if tensors is None:
-            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}, path)
-        else:
-            from safetensors.torch import save_file as save_torch
-
-            save_torch({name: tensors[name].contiguous().clone() for name in _TENSORS}, path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        write_json(folder / "head.json", {"kind": "explicit", **self._spec(), "tensors": digest})
+        arrays = {name: getattr(self, name) for name in _TENSORS}
+        save_head(folder, {"kind": self.kind, **self._spec()}, arrays, tensors)
 
     @classmethod
     def load(cls, folder: Path) -> "Head":
-        """Read and check a saved head; raises `CorruptError` on any difference."""
+        """Read and check a saved head of any kind; raises `CorruptError` on any difference."""
         spec = read_json(folder / "head.json")
         raw = (folder / "head.safetensors").read_bytes()
         if hashlib.sha256(raw).hexdigest() != spec.get("tensors"):
             raise CorruptError(f"{folder / 'head.safetensors'} was changed after it was written")
         tensors = _read_safetensors(raw, folder)
+        if spec.get("kind") == "program":
+            from .programhead import ProgramHead
+
+            return ProgramHead.from_parts(spec, tensors)
         try:
             if spec["kind"] != "explicit" or spec["norm"] not in NORMS:
                 raise CorruptError(f"{folder / 'head.json'}: unknown head {spec['kind']!r}")
             arrays = {name: tensors[name] for name in _TENSORS}
-            return cls(
+            return Head(
                 spec["norm"], spec["eps"], **arrays, scale=spec["scale"], softcap=spec["softcap"]
             )
         except (KeyError, TypeError) as error:
@@ -131,6 +141,29 @@ class Head:
 
 
 _TENSORS = ("norm_weight", "norm_bias", "unembedding", "bias")
+
+
+def save_head(
+    folder: Path,
+    spec: dict[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    tensors: "dict[str, torch.Tensor] | None",
+) -> None:
+    """Write `head.safetensors`, then `head.json` with its digest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "head.safetensors"
+    if tensors is None:
+        from safetensors.numpy import save_file
+
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    else:
+        from safetensors.torch import save_file as save_torch
+
+        save_torch(
+            {name: tensors[name].detach().cpu().contiguous().clone() for name in arrays}, path
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    write_json(folder / "head.json", {**spec, "tensors": digest})
 
 
 def _read_safetensors(raw: bytes, where: Path) -> dict[str, np.ndarray]:

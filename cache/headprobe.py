@@ -21,6 +21,10 @@ from .stack import Stack
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest |head - model| / max |model| over the canary's logits, per compute dtype."""
 FIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+LARGE = 100.0
+"""Standard deviation of residuals beside which no norm's eps matters."""
+SMALL = 1e-3
+"""Standard deviation of residuals beside which every norm's eps matters."""
 COMMON_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 0.0)
 
 
@@ -40,63 +44,84 @@ def probe_head(stack: Stack, ids: torch.Tensor) -> tuple[Head, dict[str, torch.T
     Raises `ModelError` where the tail is not norm, linear, scale, softcap.
     """
     unembed = _unembedding(stack.model)
-    hidden = stack.residuals(ids)[-1]
     # The stream may be float32 where norm and unembedding are not (mamba).
     tolerance = FIT_TOLERANCE.get(unembed.weight.dtype, 1e-4)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(hidden.shape, generator=generator).to(hidden) * hidden.float().std().to(
-        hidden
-    )
-    seen = observe(stack, unembed, ids, hidden + noise)
-    tiny = observe(stack, unembed, ids, (hidden + noise) * 1e-3)
     constants = sorted(set(_constants(stack.model)))
-    kind, weight, bias, error = _norm(seen, tolerance)
+    noisy = _noisy(stack.residuals(ids)[-1])
+    kind, eps, weight, bias = _probe_norm(stack, unembed, ids, noisy, constants, tolerance)
+    seen = observe(stack, unembed, ids, noisy)
+    scale, softcap = _output(seen, constants, tolerance)
+    vocab = seen.logits.shape[-1]
+    native = unembed.weight.detach().cpu()[:vocab]
+    shift = unembed.bias.detach().float().cpu() if unembed.bias is not None else torch.zeros(vocab)
+    tensors = {
+        "norm_weight": torch.from_numpy(weight),
+        "norm_bias": torch.from_numpy(bias),
+        "unembedding": native,
+        "bias": shift[:vocab],
+    }
+    # Copies: the model may be changed or freed while the head lives.
+    arrays = {name: tensor.float().clone().numpy() for name, tensor in tensors.items()}
+    return Head(kind, eps, **arrays, scale=scale, softcap=softcap), tensors
+
+
+def _noisy(hidden: torch.Tensor) -> torch.Tensor:
+    """The residual stream with noise of its own size: every direction moves."""
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+    return hidden + noise * hidden.float().std().to(hidden)
+
+
+def scaled(hidden: torch.Tensor, size: float) -> torch.Tensor:
+    """`hidden` with a standard deviation of `size`."""
+    return hidden * (size / hidden.float().std()).to(hidden)
+
+
+def _probe_norm(
+    stack: Stack,
+    unembed: nn.Linear,
+    ids: torch.Tensor,
+    noisy: torch.Tensor,
+    constants: list[float],
+    tolerance: float,
+) -> tuple[str, float, np.ndarray, np.ndarray]:
+    """Kind, eps, gain and bias of what happens before the unembedding."""
+    # So large that eps is nothing beside the variance, then so small that it matters.
+    large = observe(stack, unembed, ids, scaled(noisy, LARGE))
+    kind, weight, bias, error = _norm(large, tolerance)
     if error > tolerance:
         raise ModelError(
             f"{type(stack.model).__name__}: what enters the unembedding is not a layer norm or RMS "
             f"norm of the last block's output (relative error {error:.1e})"
         )
-    shape = weight.shape
     vectors = [
-        p.detach().float().cpu().numpy() for p in stack.model.parameters() if p.shape == shape
+        p.detach().float().cpu().numpy()
+        for p in stack.model.parameters()
+        if p.shape == weight.shape
     ]
     weight = _snap(weight, [*vectors, *(1 + v for v in vectors), np.ones_like(weight)], tolerance)
     bias = _snap(bias, [np.zeros_like(bias), *vectors], tolerance)
-    eps = _eps(kind, weight, bias, tiny, [*constants, *COMMON_EPS]) if kind != "none" else 0.0
-    scale, softcap = _output(seen, constants, tolerance)
-    vocab = seen.logits.shape[-1]
-    native = unembed.weight.detach().cpu()[:vocab]
-    linear_bias = (
-        unembed.bias.detach().float().cpu()
-        if unembed.bias is not None
-        else torch.zeros(len(native))
-    )
-    head = Head(
-        kind,
-        eps,
-        weight.astype(np.float32),
-        bias.astype(np.float32),
-        native.float().clone().numpy(),
-        linear_bias[:vocab].clone().numpy(),
-        scale,
-        softcap,
-    )
-    tensors = {
-        "norm_weight": torch.from_numpy(head.norm_weight),
-        "norm_bias": torch.from_numpy(head.norm_bias),
-        "unembedding": native,
-        "bias": linear_bias[:vocab],
-    }
-    return head, tensors
+    eps = 0.0
+    if kind != "none":
+        tiny = observe(stack, unembed, ids, scaled(noisy, SMALL))
+        eps = _eps(kind, weight, bias, tiny, [*constants, *COMMON_EPS])
+    return kind, eps, weight.astype(np.float32), bias.astype(np.float32)
 
 
 def verify_head(
     head: Head, hidden: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype
 ) -> float:
-    """Largest |head(hidden) - logits| over the largest |logit|; raises if too large for `dtype`."""
-    want = logits.float().cpu().numpy()
-    got = head.logits(hidden.float().cpu().numpy())
-    error = float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-30))
+    """Largest |head(hidden) - logits| over the largest |logit|; raises if too large for `dtype`.
+
+    Rows go to the head in another order, and one alone: each must decode by itself.
+    """
+    want = logits.float().cpu().numpy().reshape(-1, logits.shape[-1])
+    rows = hidden.float().cpu().numpy().reshape(len(want), -1)
+    order = np.random.default_rng(0).permutation(len(rows))
+    size = max(float(np.abs(want).max()), 1e-30)
+    error = max(
+        float(np.abs(head.logits(rows[place]) - want[place]).max()) / size
+        for place in (order, order[:1])
+    )
     limit = TOLERANCE.get(dtype, 1e-5)
     if not error <= limit:
         raise HeadMismatchError(
@@ -162,10 +187,16 @@ def _norm(seen: Observation, tolerance: float) -> tuple[str, np.ndarray, np.ndar
 
 
 def _snap(value: np.ndarray, candidates: list[np.ndarray], tolerance: float) -> np.ndarray:
-    """The candidate that `value` measures, or `value` itself if there is none."""
+    """The candidate that `value` measures, or a multiple of it, or `value` if there is none."""
+    limit = 3 * tolerance * max(1.0, float(np.abs(value).max()))
     best = min(candidates, key=lambda c: float(np.abs(value - c).max()))
-    near = float(np.abs(value - best).max()) <= 3 * tolerance * max(1.0, float(np.abs(value).max()))
-    return best if near else value
+    if float(np.abs(value - best).max()) <= limit:
+        return best
+    # Some models divide by a constant of their own between norm and unembedding.
+    slopes = [float(value @ c) / max(float(c @ c), 1e-300) for c in candidates]
+    multiples = [c * slope for c, slope in zip(candidates, slopes, strict=True)]
+    best = min(multiples, key=lambda c: float(np.abs(value - c).max()))
+    return best if float(np.abs(value - best).max()) <= limit else value
 
 
 def _eps(
@@ -174,9 +205,9 @@ def _eps(
     """The constant that explains the norm of residuals so small that eps matters."""
 
     def error(eps: float) -> float:
-        return float(
-            np.abs(_standardize(tiny.hidden, kind, eps) * weight + bias - tiny.normed).max()
-        )
+        # A root of a mean: rounding in half precision drowns the largest difference.
+        difference = _standardize(tiny.hidden, kind, eps) * weight + bias - tiny.normed
+        return float(np.sqrt((difference**2).mean()))
 
     variance = _standardize(tiny.hidden, kind, 0.0)
     # |normed| = |standardized| sqrt(v / (v + eps)) gives eps directly; constants then win over it.

@@ -2,21 +2,64 @@
 
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .errors import UsageError
 
 
 @contextmanager
 def lease(folder: Path, part: int) -> Iterator[bool]:
-    """Hold the lease of `part` within the context; yields False if another process has it."""
-    descriptor = os.open(folder / f"{part:08d}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    """Hold the lease of `part` within the context; yields False if another process has it.
+
+    Raises `UsageError` where the file system has no locks.
+    """
+    descriptor = os.open(_path(folder, part), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        mine = try_lock(descriptor)
+        if mine is None:
+            raise UsageError(
+                f"the file system of {folder} has no file locks, so that two processes could "
+                "write one part; choose a --root on another disk, or mount this one with locks"
+            )
+        if mine:
+            _sign(descriptor)
+        yield mine
     finally:
         os.close(descriptor)
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Lock an open file or folder; False if another process holds it, None if there are no locks.
+
+    A process that is stopped keeps its locks; one that dies, in whatever way, loses them.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def holder(folder: Path, part: int) -> str:
+    """Who wrote last into the lease file of `part`, such as `process 12 on host`."""
+    try:
+        pid, host = _path(folder, part).read_text().split()
+    except (OSError, ValueError):
+        return "another process"
+    return f"process {pid} on {host}"
+
+
+def _path(folder: Path, part: int) -> Path:
+    return folder / f"{part:08d}.lock"
+
+
+def _sign(descriptor: int) -> None:
+    """Write who holds the lease into its file, for people; a full disk does not matter here."""
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)

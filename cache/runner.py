@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from .journal import PartRecord
 from .store import ActivationCache
 
 if TYPE_CHECKING:
+    import torch
+
     from .stack import Stack
 
 
@@ -34,7 +37,7 @@ class PartRunner:
         self.starts = cache.sequence_start
         self.lengths = cache.sequence_length
         self.device = next(stack.model.parameters()).device
-        self._straddler: tuple[int, list[np.ndarray]] | None = None
+        self._alone: dict[tuple[int, ...], dict[int, dict[int, Rows]]] = {}
 
     def write_part(
         self, part: int, layers: tuple[int, ...], expected: PartRecord | None = None
@@ -44,14 +47,17 @@ class PartRunner:
             with _Background() as background:
                 yield self._copy(writer)
                 for batch in self._plan(part):
-                    rows = 0
-                    for number, hidden in self._forward(batch):
-                        first = max(int(self.starts[number]), writer.start)
-                        last = min(int(self.starts[number] + self.lengths[number]), writer.stop)
-                        background.put(self._write_sequence, writer, number, hidden, first, last)
-                        rows += last - first
-                    yield rows
+                    sequences = self._forward(batch, writer.dtypes)
+                    background.put(self._write, writer, sequences)
+                    yield sum(last - first for _, first, last in self._inside(writer, batch))
             writer.commit(expected)
+
+    def _inside(self, writer: PartWriter, batch: Batch) -> Iterator[tuple[int, int, int]]:
+        """Each sequence of `batch` with its first position and end inside the part."""
+        for number in batch.sequences:
+            start = int(self.starts[number])
+            stop = start + int(self.lengths[number])
+            yield number, max(start, writer.start), min(stop, writer.stop)
 
     def _plan(self, part: int) -> list[Batch]:
         """Batches of the part, but for the sequences that are copied."""
@@ -77,36 +83,44 @@ class PartRunner:
                 writer.write(layer, start, source.read(start, end))
         return max(0, stop - writer.start)
 
-    def _write_sequence(
-        self, writer: PartWriter, number: int, hidden: list[np.ndarray], first: int, last: int
-    ) -> None:
-        start = int(self.starts[number])
-        for layer in writer.dtypes:
-            bad = writer.write(layer, first, hidden[layer][first - start : last - start])
-            if bad:
-                reason = f"{bad} non-finite values at layer {layer}"
-                if self.on_error == "raise":
-                    row = int(self.cache.array("sequences/row_id")[number])
-                    raise ModelError(
-                        f"sequence {number} (document {row}) has {reason}; --on-error quarantine "
-                        "keeps going and leaves such sequences out of the splits"
-                    )
-                writer.quarantine.setdefault(number, reason)
+    def _write(self, writer: PartWriter, sequences: dict[int, dict[int, "Rows"]]) -> None:
+        """Hand the rows of a batch that lie in the part to `writer`."""
+        batch = Batch(tuple(sequences))
+        for number, first, last in self._inside(writer, batch):
+            start = int(self.starts[number])
+            for layer, rows in sequences[number].items():
+                inside = slice(first - start, last - start)
+                bad = writer.put(layer, first, rows.stored[inside], rows.peaks[inside])
+                if bad:
+                    self._quarantine(writer, number, f"{bad} non-finite values at layer {layer}")
 
-    def _forward(self, batch: Batch) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Each sequence of `batch` with its layers, `(length, d_model)` float32."""
-        if self._straddler is not None and batch.sequences == (self._straddler[0],):
-            yield self._straddler
-            return
-        layers = self._residuals(batch)
-        for place, number in enumerate(batch.sequences):
-            rows = [layer[place, : self.lengths[number]] for layer in layers]
-            if len(batch.sequences) == 1:
-                self._straddler = (number, rows)
-            yield number, rows
+    def _quarantine(self, writer: PartWriter, number: int, reason: str) -> None:
+        if self.on_error == "raise":
+            row = int(self.cache.array("sequences/row_id")[number])
+            raise ModelError(
+                f"sequence {number} (document {row}) has {reason}; --on-error quarantine keeps "
+                "going and leaves such sequences out of the splits"
+            )
+        writer.quarantine.setdefault(number, reason)
 
-    def _residuals(self, batch: Batch) -> list[np.ndarray]:
-        """All layers of a batch on the host, `(sequences, length, d_model)` float32."""
+    def _forward(self, batch: Batch, dtypes: dict[int, str]) -> dict[int, dict[int, "Rows"]]:
+        """Sequence -> layer -> rows of the batch; a lone sequence is kept for the next part."""
+        if batch.sequences in self._alone:
+            return self._alone[batch.sequences]
+        layers = self._residuals(batch, dtypes)
+        found = {
+            number: {
+                layer: Rows(r.stored[place, : self.lengths[number]], r.peaks[place])
+                for layer, r in layers.items()
+            }
+            for place, number in enumerate(batch.sequences)
+        }
+        if len(batch.sequences) == 1:
+            self._alone = {batch.sequences: found}
+        return found
+
+    def _residuals(self, batch: Batch, dtypes: dict[int, str]) -> dict[int, "Rows"]:
+        """Layers of a batch on the host, `(sequences, length, d_model)` in their stored dtypes."""
         import torch
 
         lengths = [int(self.lengths[number]) for number in batch.sequences]
@@ -117,17 +131,37 @@ class PartRunner:
         tokens = torch.from_numpy(ids).to(self.device)
         mask = None
         if min(lengths) < max(lengths):
-            mask = (
-                (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(self.device)
-            )
+            mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            mask = mask.long().to(self.device)
         with torch.inference_mode():
-            return [layer.float().cpu().numpy() for layer in self.stack.residuals(tokens, mask)]
+            hidden = self.stack.residuals(tokens, mask)
+            return {layer: _to_host(hidden[layer], dtype) for layer, dtype in dtypes.items()}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one layer as they are stored, and their peaks."""
+
+    stored: np.ndarray
+    """`(..., d_model)` in the stored dtype."""
+    peaks: np.ndarray
+    """Largest |value| of each row before the cast, `(...)` float32; NaN if a value is."""
+
+
+def _to_host(hidden: "torch.Tensor", dtype: str) -> Rows:
+    """Cast on the device, where it is fifteen times as fast as numpy's, then one copy."""
+    import torch
+
+    peaks = torch.maximum(hidden.amax(-1), -hidden.amin(-1)).float().cpu().numpy()
+    cast = hidden.to(getattr(torch, dtype)).cpu()
+    stored = cast.view(torch.uint16) if dtype == "bfloat16" else cast
+    return Rows(stored.numpy(), peaks)
 
 
 class _Background:
-    """One thread that writes while the model computes; its first error is raised on exit."""
+    """One thread that writes a few batches behind the model; its first error is raised on exit."""
 
-    def __init__(self, depth: int = 64) -> None:
+    def __init__(self, depth: int = 2) -> None:
         self._tasks: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None] = queue.Queue(
             depth
         )

@@ -5,8 +5,12 @@ for every chunk offset and length as little-endian uint64 (all ones where there 
 then the crc32c of the index. Files are byte-identical to those of zarr-python.
 """
 
+import errno
+import math
 import os
-from collections.abc import Iterable
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -101,24 +105,51 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Drop what was written; nothing to do after `commit`."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            with suppress(OSError):  # closing writes what is buffered, which a full disk refuses
+                self._file.close()
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+def _map(path: Path) -> np.ndarray:
+    """The bytes of a file; a plain array, as every slice of a np.memmap costs microseconds.
+
+    Each map holds a file descriptor: where they run out, the soft limit is raised to the hard.
+    """
+    try:
+        return np.asarray(np.memmap(path, np.uint8, mode="r"))
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return np.asarray(np.memmap(path, np.uint8, mode="r"))
 
 
 class ShardReader:
-    """Rows of one shard through a memory map; a chunk's crc32c is checked on first touch."""
+    """Rows of one shard through a memory map; a chunk's crc32c is checked on first touch.
 
-    def __init__(self, path: Path, layout: ArrayLayout) -> None:
+    `checked`, one flag per chunk, remembers over several readers of a shard what was checked.
+    """
+
+    def __init__(self, path: Path, layout: ArrayLayout, checked: np.ndarray | None = None) -> None:
         self.path = path
         self.layout = layout
         try:
-            self._bytes = np.memmap(path, np.uint8, mode="r")
+            self._bytes = _map(path)
         except FileNotFoundError:
             raise CorruptError(f"{path} is missing; `residua verify` says what is lost") from None
         except ValueError:
             raise CorruptError(f"{path} is empty") from None
         self._offsets = self._read_index()
-        self._checked = np.zeros(len(self._offsets), bool)
+        self.checked = np.zeros(len(self._offsets), bool) if checked is None else checked
+        """Flags of the chunks whose crc32c was found right."""
+        self._views: list[np.ndarray | None] = [None] * len(self._offsets)
+        self.address = self._bytes.ctypes.data
+        present = self._offsets[self._offsets[:, 0] != MISSING, 0]
+        self.step = math.gcd(layout.row_bytes, *present.tolist())
+        """Divides the offsets of all chunks and the bytes of a row."""
 
     def _read_index(self) -> np.ndarray:
         chunks = self.layout.shard_rows // self.layout.chunk_rows
@@ -131,43 +162,67 @@ class ShardReader:
             raise CorruptError(f"{self.path}: the index of the shard does not match its checksum")
         return np.frombuffer(index, "<u8").reshape(chunks, 2)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self._bytes)
+
+    def first_row(self) -> np.ndarray:
+        """The row at the beginning of the file, `(1, ...)`, unchecked."""
+        row = self._bytes[: self.layout.row_bytes].view(self.layout.stored_dtype)
+        return row.reshape(1, *self.layout.shape[1:])
+
+    def checked_addresses(self) -> np.ndarray:
+        """Where in memory each chunk begins, 0 for those that were not checked yet."""
+        return np.where(self.checked, self._offsets[:, 0].astype(np.int64) + self.address, 0)
+
     def chunk(self, chunk: int) -> np.ndarray:
         """All rows of one chunk, `(chunk_rows, ...)`, as a read-only view of the file."""
+        view = self._views[chunk]
+        if view is None:
+            view = self._views[chunk] = self._open(chunk, not self.checked[chunk])
+            self.checked[chunk] = True
+        return view
+
+    def _open(self, chunk: int, check: bool = True) -> np.ndarray:
         layout = self.layout
         offset, size = (int(value) for value in self._offsets[chunk])
         if size != layout.chunk_bytes or offset + size > len(self._bytes):
             raise CorruptError(f"{self.path}: chunk {chunk} is not in this shard")
         data = self._bytes[offset : offset + size - CHECKSUM_BYTES]
-        if not self._checked[chunk]:
-            end = self._bytes[offset + size - CHECKSUM_BYTES : offset + size]
-            if google_crc32c.value(data) != int.from_bytes(end.tobytes(), "little"):
-                first = chunk * layout.chunk_rows
-                raise CorruptError(
-                    f"{self.path}: rows {first}-{first + layout.chunk_rows - 1} of this shard "
-                    "do not match their checksum; run `residua verify`"
-                )
-            self._checked[chunk] = True
+        end = self._bytes[offset + size - CHECKSUM_BYTES : offset + size]
+        if check and google_crc32c.value(data) != int.from_bytes(end.tobytes(), "little"):
+            first = chunk * layout.chunk_rows
+            raise CorruptError(
+                f"{self.path}: rows {first}-{first + layout.chunk_rows - 1} of this shard "
+                "do not match their checksum; run `residua verify`"
+            )
         return data.view(layout.stored_dtype).reshape(layout.chunk_rows, *layout.shape[1:])
 
     def check(self, rows: int) -> tuple[list[int], int]:
         """Re-read a shard of `rows`: numbers of its damaged chunks, and what `commit` returned."""
-        self._checked[:] = False
         damaged, checksums = [], []
         for chunk in range(-(-rows // self.layout.chunk_rows)):
             try:
-                self.chunk(chunk)
+                self._open(chunk)
             except CorruptError:
                 damaged.append(chunk)
             end = int(self._offsets[chunk].sum())
             checksums.append(self._bytes[end - CHECKSUM_BYTES : end].tobytes())
         return damaged, combine(checksums)
 
+    def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Rows `start:stop` of this shard as views of its chunks, in order."""
+        size = self.layout.chunk_rows
+        while start < stop:
+            chunk, inside = divmod(start, size)
+            take = min(stop - start, size - inside)
+            yield self.chunk(chunk)[inside : inside + take]
+            start += take
+
     def read(self, start: int, stop: int, out: np.ndarray) -> None:
         """Copy rows `start:stop` of this shard into `out`, in the stored dtype."""
-        size = self.layout.chunk_rows
-        row = start
-        while row < stop:
-            chunk, inside = divmod(row, size)
-            take = min(stop - row, size - inside)
-            out[row - start : row - start + take] = self.chunk(chunk)[inside : inside + take]
-            row += take
+        done = 0
+        for piece in self.pieces(start, stop):
+            out[done : done + len(piece)] = piece
+            done += len(piece)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,11 +108,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     left = [batches]
     forward = runner.PartRunner._residuals
 
-    def failing(self: runner.PartRunner, batch: object) -> list[np.ndarray]:
+    def failing(self: runner.PartRunner, *args: Any) -> Any:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        return forward(self, batch)  # pyright: ignore[reportArgumentType]
+        return forward(self, *args)
 
     monkeypatch.setattr(runner.PartRunner, "_residuals", failing)
 

@@ -32,9 +32,9 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     original = runner.PartRunner._residuals
 
-    def counting(self: runner.PartRunner, batch: Any) -> Any:
+    def counting(self: runner.PartRunner, batch: Any, dtypes: Any) -> Any:
         seen.append(int(sum(self.lengths[n] for n in batch.sequences)))
-        return original(self, batch)
+        return original(self, batch, dtypes)
 
     monkeypatch.setattr(runner.PartRunner, "_residuals", counting)
     return seen

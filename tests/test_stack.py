@@ -5,15 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel
 
 from residua.cache.canary import examine
+from residua.cache.discover import find_stack
 from residua.cache.errors import HeadMismatchError, ModelError
 from residua.cache.headprobe import verify_head
-from residua.cache.stack import find_stack, run
+from residua.cache.stack import run
 from residua.cache.tokens import TokenStream, from_sequences
 
+from . import toys
 from .models import CONFIGS, VOCAB, build_model
+from .toys import Toy
 
 
 def stream() -> TokenStream:
@@ -96,20 +98,6 @@ def test_post_norm_states_are_not_taken_for_layer_l() -> None:
         verify_head(canary.head, normed, logits, torch.float32)
 
 
-def test_a_head_with_a_transform_is_refused_with_the_reason() -> None:
-    config = BertConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        vocab_size=VOCAB,
-        max_position_embeddings=128,
-        is_decoder=True,
-    )
-    with pytest.raises(ModelError, match="not a layer norm or RMS norm"):
-        examine(BertLMHeadModel(config).eval(), stream(), "float32", "auto")
-
-
 def test_a_bidirectional_model_is_seen_not_to_be_causal() -> None:
     model = build_model("llama")
     for module in model.modules():
@@ -122,6 +110,70 @@ def test_a_bidirectional_model_is_seen_not_to_be_causal() -> None:
     assert examine(build_model("llama"), stream(), "float32", "auto").causal
 
 
+def test_a_toy_model_that_nothing_spoils_extracts() -> None:
+    canary = examine(Toy(), stream(), "float32", "auto")
+    assert canary.head.kind == "explicit"
+    assert canary.causal
+    assert canary.embedding
+    assert canary.head_error <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("model", "depth", "width"),
+    [
+        (toys.InDictionary, 2, 16),
+        (toys.InDataclass, 2, 16),
+        (toys.SecondOfTwo, 2, 16),
+        (toys.TwoStreams, 2, 32),
+        (toys.ByKeyword, 2, 16),
+        (toys.OtherClasses, 2, 16),
+        (toys.SkippedBlock, 2, 16),
+        (toys.Looped, 4, 16),
+        (toys.PositionFirst, 2, 16),
+        (toys.StreamsInside, 2, 16),
+        (toys.StreamsFirst, 2, 16),
+        (toys.Prompted, 2, 16),
+        (toys.Repeated, 2, 48),
+    ],
+)
+def test_streams_of_every_form_are_found_and_decode_row_by_row(
+    model: type[Toy], depth: int, width: int
+) -> None:
+    toy = model()
+    canary = examine(toy, stream(), "float32", "auto")
+    assert (canary.stack.depth, canary.head.d_model) == (depth, width)
+    assert canary.causal
+    assert canary.embedding
+    assert canary.pad
+    ids = batch(8, rows=2, length=9)
+    layers, want = canary.stack.residuals(ids), run(toy, ids).logits
+    assert [tuple(layer.shape) for layer in layers] == [(2, 9, width)] * (depth + 1)
+    got = canary.head.logits(layers[-1].reshape(-1, width).numpy())
+    torch.testing.assert_close(torch.from_numpy(got), want.reshape(-1, VOCAB), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (toys.MixingTail, "not one of a head program|does not reproduce its logits"),
+        (toys.PositionTail, "depends on the tokens or on the size"),
+        (toys.TokenTail, "not a function of the last block's output alone"),
+        (toys.EarlierBlock, "not a function of the last block's output alone"),
+        (toys.Crowd, "other rows of its batch"),
+        (toys.Random, "is not deterministic"),
+        (toys.Infinite, "not finite"),
+        (toys.Stepped, "operator round is not one of a head program"),
+        (toys.FilledInPlace, "operator copy is not one of a head program"),
+        (toys.Pooled, "one row of logits per token"),
+    ],
+)
+def test_what_a_cache_would_get_wrong_is_refused_with_the_reason(
+    model: type[Toy], reason: str
+) -> None:
+    with pytest.raises((ModelError, HeadMismatchError), match=reason):
+        examine(model(), stream(), "float32", "auto")
+
+
 def test_a_model_without_blocks_is_refused() -> None:
     class Flat(torch.nn.Module):
         def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> None:
@@ -131,5 +183,9 @@ def test_a_model_without_blocks_is_refused() -> None:
         def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> None:
             return None
 
-    with pytest.raises(ModelError, match="no decoder blocks"):
+    with pytest.raises(ModelError, match="no logits"):
         find_stack(Bare(), batch(1), batch(2))
+    flat = Toy()
+    flat.blocks = torch.nn.ModuleList()
+    with pytest.raises(ModelError, match="no decoder blocks"):
+        find_stack(flat, batch(1), batch(2))

@@ -1,0 +1,94 @@
+"""What the operating system says of a disk, as errors that say what is kept and what to do."""
+
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import CorruptError, NoSpaceError, NotFoundError, ResiduaError, UsageError
+
+FULL = {
+    errno.ENOSPC: "the disk of {} is full",
+    errno.EDQUOT: "your quota on the disk of {} is used up",
+}
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+_RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors and tokenizers, which raise no OSError, give the number of one."""
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Errors of the disk under `folder`, which is written within the context, become ours.
+
+    Raises `NoSpaceError` for a full disk, `UsageError` for one that cannot be written,
+    `NotFoundError` if the folder vanished; errors that are not about `folder` pass unchanged.
+    """
+    try:
+        yield
+    except (CorruptError, NotFoundError) as error:
+        # To a reader that is in the middle of it, a cache that vanished looks damaged.
+        if folder.is_dir():
+            raise
+        raise _vanished(folder) from error
+    except ResiduaError:
+        raise
+    except Exception as error:
+        found = _translate(error, folder)
+        if found is None:
+            raise
+        raise found from error
+
+
+def check_writable(root: Path) -> None:
+    """Make `root` and open a file in it; raises as `disk_errors` does."""
+    with disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):  # one without a name, where the system has such
+            pass
+
+
+def _translate(error: Exception, folder: Path) -> ResiduaError | None:
+    number = _number(error)
+    if number in FULL:
+        return NoSpaceError(
+            f"{FULL[number].format(folder)}; parts that are committed are kept: free some space "
+            "and give the same command again, it goes on from there"
+        )
+    if not _concerns(error, folder):
+        return None
+    if number in READ_ONLY:
+        return UsageError(
+            f"{folder} cannot be written ({os.strerror(number).lower()}); what is in it is kept: "
+            "make it writable and give the same command again, or choose another --root"
+        )
+    return _vanished(folder) if number in GONE else None
+
+
+def _number(error: Exception) -> int:
+    """The `errno` of an error, 0 if it has none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    match = _RUST.search(str(error))
+    return int(match[1]) if match else 0
+
+
+def _concerns(error: Exception, folder: Path) -> bool:
+    """Whether an error is about a file under `folder`, above it, or names no file."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str | os.PathLike):
+        return True
+    path = Path(os.path.abspath(name))
+    whole = Path(os.path.abspath(folder))
+    return path.is_relative_to(whole) or whole.is_relative_to(path)
+
+
+def _vanished(folder: Path) -> NotFoundError:
+    return NotFoundError(
+        f"{folder} vanished, or files in it, while it was written (removed, renamed or "
+        "unmounted?); if it comes back, its committed parts are as they were: give the same "
+        "command again"
+    )

@@ -1,0 +1,56 @@
+"""Claims about fast decoding: every float16 and bfloat16 comes out exactly as numpy's cast."""
+
+import numpy as np
+import pytest
+import torch
+
+from residua.cache.decode import decode
+from residua.cache.half import BLOCK, decode_into
+
+EVERY = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
+
+
+def stored(dtype: str) -> np.ndarray:
+    """Every value of a 16-bit dtype, as it is stored."""
+    return EVERY.view(np.float16) if dtype == "float16" else EVERY
+
+
+def decoded(values: np.ndarray, dtype: str) -> np.ndarray:
+    out = np.full(values.shape, 7, np.float32)
+    decode_into(values, dtype, out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(-1, 8), (-1,), (4, -1)])
+def test_every_bit_pattern_is_decoded_exactly(dtype, shape):
+    values = stored(dtype).reshape(shape)
+    got, want = decoded(values, dtype), decode(values, dtype)
+    np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+
+
+@pytest.mark.parametrize("place", [0, BLOCK - 1, BLOCK, BLOCK + 5])
+@pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan, 65504.0, -65504.0])
+def test_a_special_value_anywhere_in_a_block_survives(place, special):
+    values = np.ones(BLOCK + 6, np.float16)
+    values[place] = special
+    np.testing.assert_array_equal(decoded(values, "float16"), values.astype(np.float32))
+
+
+def test_subnormals_survive_a_thread_that_flushes_them_to_zero():
+    values = np.arange(1, 1024, dtype=np.uint16).view(np.float16)
+    want = values.astype(np.float32)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        got = decoded(values, "float16")
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_other_dtypes_are_copied():
+    values = np.arange(6, dtype=np.int32).reshape(2, 3)
+    out = np.empty((2, 3), np.int32)
+    decode_into(values, "int32", out)
+    np.testing.assert_array_equal(out, values)
