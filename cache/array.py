@@ -34,6 +34,7 @@ class CacheArray:
         except ValueError as error:
             raise CorruptError(f"{self.path}/zarr.json is not JSON: {error}") from None
         self.layout = ArrayLayout.from_zarr_json(meta, str(self.path))
+        self.attributes: dict[str, Any] = meta.get("attributes") or {}
         self.shape = self.layout.shape
         self.ndim = len(self.shape)
         stored = np.dtype(self.layout.stored_dtype)

@@ -15,7 +15,7 @@ from .layout import (
     TABLE_CHUNKS_PER_SHARD,
     Layout,
 )
-from .tokens import TABLE_DTYPES, TokenStream
+from .tokens import SPAN_DTYPES, TABLE_DTYPES, TokenStream
 
 SPARE_BYTES = 64 << 20
 """Free space that is left on the disk."""
@@ -73,7 +73,7 @@ def estimate(
     for layer, dtype in dtypes.items():
         row = np.dtype(STORED_DTYPES[dtype]).itemsize * d_model
         arrays[f"residual/{layer}"] = _array(positions, layout.chunk_rows, layout.part_rows, row)
-    for name, dtype in TABLE_DTYPES.items():
+    for name, dtype in (TABLE_DTYPES | SPAN_DTYPES).items():
         rows = positions if name.startswith("tokens/") else sequences
         chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, rows - 1).bit_length())
         shard = chunk * TABLE_CHUNKS_PER_SHARD

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,8 @@ def create_cache(
         write_head(staging / "head")
         store = staging / "arrays.zarr"
         record = {
-            name: write_table(store, name, values) for name, values in stream.tables(hashes).items()
+            name: write_table(store, name, values, _attributes(stream, name))
+            for name, values in stream.tables(hashes).items()
         }
         for layer, dtype in dtypes.items():
             create_residual(
@@ -123,6 +125,12 @@ def sweep_unfinished(root: Path) -> None:
             os.close(descriptor)
 
 
+def _attributes(stream: TokenStream, name: str) -> dict[str, Any]:
+    """What zarr keeps beside a label that is coded: the words by code."""
+    words = stream.categories.get(name)
+    return {} if words is None else {"categories": list(words)}
+
+
 def _plain_files(folder: Path) -> list[Path]:
     """Files that are not shards: manifest, provenance, head and array metadata."""
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -159,7 +167,8 @@ class PartWriter:
                 # Not the array's own folder: a cache that vanished must not come back as a stump.
                 for folder in reversed(path.parents[:2]):
                     folder.mkdir(exist_ok=True)
-                self._shards[layer] = ShardWriter(path, array.layout, self.stop - self.start)
+                rows = self.stop - self.start
+                self._shards[layer] = ShardWriter(path, array.layout, rows, make=False)
         except BaseException:
             self._abandon()
             raise

@@ -16,8 +16,9 @@ import numpy as np
 from .budget import Estimate, estimate, shorten
 from .catalog import cache_root
 from .create import choose_dtype, create_cache, sweep_unfinished
-from .data import load_documents, tokenize
+from .data import load_documents
 from .disk import check_writable, disk_errors
+from .encode import tokenize
 from .errors import ModelError, UsageError
 from .fill import fill
 from .grow import add_layers, add_tokens, joined

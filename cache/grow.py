@@ -40,8 +40,14 @@ def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
 
 def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]) -> TokenStream:
     """The stream of `cache` followed by the sequences `lacking` of `stream`."""
-    row_ids = cache.array("sequences/row_id")[:]
-    held = TokenStream(cache.tokens[:], cache.sequence_length, row_ids)
+    held = TokenStream(
+        cache.tokens[:],
+        cache.sequence_length,
+        cache.array("sequences/row_id")[:],
+        {name: cache.array(name)[:] for name in stream.of_tokens if cache.has(name)},
+        {name: cache.array(name)[:] for name in stream.of_sequences if cache.has(name)},
+        {name: words for name in stream.categories if (words := cache.categories(name))},
+    )
     return concatenate(held, stream.select(np.array(lacking)))
 
 

@@ -109,6 +109,34 @@ class ActivationCache:
         """A stored array by its name inside `arrays.zarr`, such as `tokens/ids`."""
         return CacheArray(self.path / "arrays.zarr" / name)
 
+    def has(self, name: str) -> bool:
+        """Whether there is an array of that name."""
+        return (self.path / "arrays.zarr" / name / "zarr.json").is_file()
+
+    def categories(self, name: str) -> tuple[str, ...]:
+        """The words that the codes of an array stand for; empty if its numbers are no codes."""
+        return tuple(self.array(name).attributes.get("categories", ()))
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Labels that the sequences have: the other columns of the data they came from."""
+        folder = self.path / "arrays.zarr" / "sequences" / "labels"
+        return tuple(sorted(path.parent.name for path in folder.glob("*/zarr.json")))
+
+    def label(self, name: str) -> np.ndarray:
+        """One value per sequence, `(sequences,)`; words as str, the empty one where missing."""
+        if name not in self.label_names:
+            known = ", ".join(self.label_names) or "none"
+            raise NotFoundError(f"there is no label {name!r} in this cache; labels are: {known}")
+        values = self.array(f"sequences/labels/{name}")[:]
+        words = self.categories(f"sequences/labels/{name}")
+        return np.array([*words, ""])[values] if words else values
+
+    def spans(self, positions: np.ndarray) -> np.ndarray:
+        """Document, first character and end of each position, `(n, 3)` int64."""
+        names = ("tokens/row_id", "tokens/char_start", "tokens/char_stop")
+        return np.stack([self.array(name).take(positions) for name in names], -1)
+
     def layer(self, layer: int) -> CacheArray:
         """Layer `layer` as an array that reads on slicing, `(positions, d_model)` float32."""
         return self._arrays[self._check(layer)]

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,7 +23,11 @@ TABLE_DTYPES = {
     "sequences/split": "u1",
     "sequences/hash": "<u8",
 }
-"""The one-dimensional arrays of a cache; the part before the slash names their axis."""
+"""The one-dimensional arrays of every cache; the part before the slash names their axis."""
+SPAN_DTYPES = {"tokens/row_id": "<i8", "tokens/char_start": "<i4", "tokens/char_stop": "<i4"}
+"""Where each token came from, in caches that were made from texts."""
+
+_DTYPES = TABLE_DTYPES | SPAN_DTYPES
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,12 @@ class TokenStream:
     """Tokens of each sequence, `(sequences,)` int64."""
     row_ids: np.ndarray
     """Number of the source document in which each sequence starts, `(sequences,)` int64."""
+    of_tokens: dict[str, np.ndarray] = field(default_factory=dict)
+    """Further arrays of one number per position: array name -> `(positions,)`."""
+    of_sequences: dict[str, np.ndarray] = field(default_factory=dict)
+    """Further arrays of one number per sequence, the labels: array name -> `(sequences,)`."""
+    categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """What the codes of a label stand for: array name -> words."""
 
     @property
     def positions(self) -> int:
@@ -56,7 +66,14 @@ class TokenStream:
         ends = np.cumsum(lengths)
         rows = np.arange(ends[-1] if len(ends) else 0)
         rows += np.repeat(self.starts[numbers] - ends + lengths, lengths)
-        return TokenStream(self.ids[rows], lengths, self.row_ids[numbers])
+        return TokenStream(
+            self.ids[rows],
+            lengths,
+            self.row_ids[numbers],
+            {name: values[rows] for name, values in self.of_tokens.items()},
+            {name: values[numbers] for name, values in self.of_sequences.items()},
+            self.categories,
+        )
 
     def digests(self) -> tuple[str, np.ndarray]:
         """Hex sha256 of the whole stream, and 64 bits of the sha256 of each sequence's ids."""
@@ -84,13 +101,26 @@ class TokenStream:
             "sequences/split": assign_splits(hashes),
             "sequences/hash": hashes,
         }
-        return {name: value.astype(TABLE_DTYPES[name]) for name, value in values.items()}
+        values |= self.of_tokens | self.of_sequences
+        return {n: v.astype(_DTYPES.get(n, v.dtype.str)) for n, v in values.items()}
 
 
 def concatenate(*streams: TokenStream) -> TokenStream:
-    """One stream after the other."""
+    """One stream after the other, with the further arrays that all of them have alike."""
     names = ("ids", "lengths", "row_ids")
-    return TokenStream(*(np.concatenate([getattr(s, n) for s in streams]) for n in names))
+    further = []
+    for kind in ("of_tokens", "of_sequences"):
+        tables = [getattr(stream, kind) for stream in streams]
+        common = [n for n in tables[0] if all(n in t and _alike(n, streams) for t in tables)]
+        further.append({n: np.concatenate([table[n] for table in tables]) for n in common})
+    ids, lengths, rows = (np.concatenate([getattr(s, n) for s in streams]) for n in names)
+    categories = {n: v for n, v in streams[0].categories.items() if n in further[1]}
+    return TokenStream(ids, lengths, rows, further[0], further[1], categories)
+
+
+def _alike(name: str, streams: tuple[TokenStream, ...]) -> bool:
+    """Whether the codes of a label mean the same in all streams."""
+    return len({stream.categories.get(name) for stream in streams}) == 1
 
 
 def from_sequences(sequences: Sequence[Sequence[int] | np.ndarray]) -> TokenStream:

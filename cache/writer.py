@@ -1,6 +1,7 @@
 """Writes arrays of a cache: zarr makes the metadata, our shard writer the data."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,12 +31,16 @@ def create_residual(
     )
 
 
-def write_table(store: Path, name: str, values: np.ndarray) -> dict[str, dict]:
+def write_table(
+    store: Path, name: str, values: np.ndarray, attributes: dict[str, Any]
+) -> dict[str, dict]:
     """Create and fill the one-dimensional array `name`; returns the record of its shards."""
     axis = "positions" if name.startswith("tokens/") else "sequences"
     chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, len(values) - 1).bit_length())
     shard_rows = chunk * TABLE_CHUNKS_PER_SHARD
-    array = _create(store, name, values.shape, values.dtype.str, chunk, shard_rows, (axis,), {})
+    array = _create(
+        store, name, values.shape, values.dtype.str, chunk, shard_rows, (axis,), attributes
+    )
     record = {}
     for shard in range(array.shards):
         rows = values[shard * shard_rows : (shard + 1) * shard_rows]
@@ -53,7 +58,7 @@ def _create(
     chunk_rows: int,
     shard_rows: int,
     axes: tuple[str, ...],
-    attributes: dict[str, str],
+    attributes: dict[str, Any],
 ) -> ArrayLayout:
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec

@@ -45,7 +45,7 @@ def test_every_row_of_a_table_is_a_document(tmp_path, ending):
     documents = load_documents(str(write_rows(tmp_path / f"my.data{ending}", TEXTS)))
     assert len(documents) == len(TEXTS)
     assert list(documents) == TEXTS
-    assert documents[1] == TEXTS[1]
+    assert documents.texts([1, 0]) == [TEXTS[1], TEXTS[0]]
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".json"])
@@ -59,33 +59,33 @@ def test_compressed_tables_are_read(tmp_path, ending):
 def test_a_text_file_is_one_document(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one\n\ntwo\nthree\n", encoding="utf-8")
-    assert load_documents(str(file)) == ["one\n\ntwo\nthree\n"]
+    assert list(load_documents(str(file))) == ["one\n\ntwo\nthree\n"]
 
 
 def test_a_text_file_by_lines_is_one_document_per_line(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one\n\n  \ntwo é\nthree", encoding="utf-8")
-    assert load_documents(str(file), lines=True) == ["one", "two é", "three"]
+    assert list(load_documents(str(file), lines=True)) == ["one", "two é", "three"]
 
 
 def test_only_a_newline_ends_a_line(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("page\x0cbreak\nline\u2028separator\nnext\x85line\n", encoding="utf-8")
     want = ["page\x0cbreak", "line\u2028separator", "next\x85line"]
-    assert load_documents(str(file), lines=True) == want
+    assert list(load_documents(str(file), lines=True)) == want
 
 
 @pytest.mark.parametrize("lines", [True, False])
 def test_the_separator_wins_over_lines(tmp_path, lines):
     file = tmp_path / "a.txt"
     file.write_text(f"one\nmore\n{SEPARATOR}\ntwo{SEPARATOR}\n \n{SEPARATOR}three\n", "utf-8")
-    assert load_documents(str(file), lines=lines) == ["one\nmore", "two", "three"]
+    assert list(load_documents(str(file), lines=lines)) == ["one\nmore", "two", "three"]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes(b"\xef\xbb\xbfone")
-    assert load_documents(str(file)) == ["one"]
+    assert list(load_documents(str(file))) == ["one"]
 
 
 @pytest.mark.parametrize("text", ["one\nmore\n", f"one\nmore{SEPARATOR}two\nlines{SEPARATOR}"])

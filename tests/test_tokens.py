@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from residua.cache.data import tokenize
+from residua.cache.documents import Documents
+from residua.cache.encode import tokenize
 from residua.cache.errors import DataError
 from residua.cache.store import SPLITS
 from residua.cache.tokens import TokenStream, assign_splits, folds_of, from_sequences
@@ -171,7 +172,7 @@ def documents_of(seed: int, count: int = 300) -> tuple[list[str], list[list[int]
 
 def stream_of(texts: list[str], marked: bool = False, **options) -> TokenStream:
     defaults = {"context": 16, "pack": True, "separator": MARK, "seed": 0, "max_tokens": None}
-    return tokenize(texts, word_tokenizer(marked), **{**defaults, **options})
+    return tokenize(Documents(texts), word_tokenizer(marked), **{**defaults, **options})
 
 
 def permuted(ids: list[list[int]], seed: int) -> list[int]:
