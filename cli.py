@@ -102,6 +102,8 @@ def main() -> None:
 @click.option("--split", help="Split of a data set that has several.  [default: train]")
 @click.option("--layers", type=NUMBERS, help="Layers to keep; the last one always is.  "
               "[default: all]")  # fmt: skip
+@click.option("--positions", default="all", show_default=True, help="Positions to keep: all, "
+              "last, sample:K, answer or explicit (columns `answer`, `positions`).")  # fmt: skip
 @click.option("--max-tokens", type=int, help="Stop after this many tokens, at a sequence's end.")
 @click.option("--max-bytes", type=int, help="Stop where the cache would have more bytes.")
 @click.option("--dtype", default="auto", show_default=True, help="Stored dtype: auto, float16, "
@@ -109,7 +111,7 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of documents.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, auto.")
 @click.option("--batch-tokens", type=int, help="Tokens of one forward batch.  [default: 4096 on "
-              "CPU, 32768 on GPU]")  # fmt: skip
+              "CPU, on GPU what fits, at most 32768]")  # fmt: skip
 @click.option("--part-positions", type=int, help="Positions of a part, the unit of commit and "
               "resume.  [default: 24-48 MiB per layer]")  # fmt: skip
 @click.option("--part", metavar="I/N", help="Write only share I of N, for job arrays.")
@@ -119,9 +121,11 @@ def main() -> None:
               "default, eager, sdpa, flash_attention_2.")  # fmt: skip
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--scheduler", metavar="ADDRESS", help="Let the workers of this dask scheduler "
+              "share the work, like tcp://host:8786.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what it would take and write nothing.")
 @command
-def extract(root: Path, quiet: bool, dry_run: bool, **options: Any) -> Any:
+def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **options: Any) -> Any:
     """Run MODEL on the texts of DATA once and keep every layer's residual stream.
 
     MODEL is a folder saved by transformers or a hub id; DATA a .txt, .jsonl, .csv, .tsv or
@@ -134,17 +138,26 @@ def extract(root: Path, quiet: bool, dry_run: bool, **options: Any) -> Any:
     residua extract ./my-model prompts.csv --text-column prompt --no-pack
     residua extract gpt2 texts.jsonl --layers 0,6 --max-bytes 50000000000 --dry-run
     """
-    from residua.analysis.terminal import estimated, meter, size
+    from residua.analysis.terminal import bandwidths, estimated, meter, size
     from residua.cache.extract import plan, run
     from residua.cache.request import Request
+    from residua.cache.stages import Stages
     from residua.cache.store import span
 
     request = Request(root=root, **options)
+    stages = Stages()
     with meter(quiet) as shown:
+        shown.note("extract", lambda: bandwidths(stages.to_dict()))
         if dry_run:
             wanted = plan(request, shown.stage)
             return wanted.to_dict(), lambda: estimated(wanted.to_dict())
-        done = run(request, shown.stage)
+        if scheduler is None:
+            done = run(request, shown.stage, stages)
+        else:
+            from residua.cache.distributed import connect, run_on
+
+            with connect(scheduler) as client:
+                done = run_on(client, request, shown.stage, stages)
     value = done.to_dict()
 
     def show() -> None:
@@ -153,6 +166,8 @@ def extract(root: Path, quiet: bool, dry_run: bool, **options: Any) -> Any:
             f"  {value['positions']:,} positions, layers {span(value['layers'])}, "
             f"{size(value['bytes'])}, head error {value['head_error']:.1e}"
         )
+        if speeds := bandwidths(value["stages"]):
+            click.echo(f"  {speeds}")
         click.echo(f"  {value['path']}")
         click.echo(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
 

@@ -29,11 +29,13 @@ def plan_part(
     part: int,
     batch_tokens: int,
     pad: bool = True,
+    sizes: np.ndarray | None = None,
 ) -> list[Batch]:
     """Batches for `part`, in the order in which they should run.
 
-    `batch_tokens` bounds sequences times longest length. Without `pad` only sequences of equal
-    length share a batch.
+    `starts` and `lengths` are rows of the cache, `sizes` tokens that the model reads (default:
+    the lengths). `batch_tokens` bounds sequences times longest size. Without `pad` only
+    sequences of equal size share a batch.
     """
     if not len(starts):
         return []
@@ -47,11 +49,12 @@ def plan_part(
             batches.append(Batch((first,)))
         first += 1
     alone = last > first and starts[last - 1] + lengths[last - 1] > end
+    sizes = lengths if sizes is None else sizes
     inside = np.arange(first, last - 1 if alone else last)
     window = (starts[inside] - begin) // (WINDOW_CHUNKS * layout.chunk_rows)
-    order = inside[np.lexsort((inside, -lengths[inside], window))]
+    order = inside[np.lexsort((inside, -sizes[inside], window))]
     batches += _group(
-        order, lengths, window[order - first] if len(order) else window, batch_tokens, pad
+        order, sizes, window[order - first] if len(order) else window, batch_tokens, pad
     )
     if alone:
         batches.append(Batch((last - 1,)))

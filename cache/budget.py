@@ -65,11 +65,14 @@ class Estimate:
 
 def estimate(
     root: Path, layout: Layout, d_model: int, dtypes: dict[int, str], positions: int,
-    sequences: int, head_bytes: int,
+    sequences: int, head_bytes: int, context_tokens: int = 0,
 ) -> Estimate:  # fmt: skip
-    """What `positions` rows of the layers in `dtypes` take, with tokens and head."""
+    """What `positions` rows of the layers in `dtypes` take, with tokens and head.
+
+    `context_tokens` are those of whole sequences, where only some positions are kept.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    arrays = {"head": head_bytes + SMALL_FILES}
+    arrays = {"head": head_bytes + SMALL_FILES, "context/ids": 4 * context_tokens}
     for layer, dtype in dtypes.items():
         row = np.dtype(STORED_DTYPES[dtype]).itemsize * d_model
         arrays[f"residual/{layer}"] = _array(positions, layout.chunk_rows, layout.part_rows, row)
@@ -94,11 +97,14 @@ def shorten(
     dtypes: dict[int, str], head_bytes: int,
 ) -> TokenStream:  # fmt: skip
     """The longest beginning of `stream`, in whole sequences, whose cache has `limit` bytes."""
-    ends = np.cumsum(stream.lengths)
+    ends = np.cumsum(stream.kept)
 
     def size(sequences: int) -> int:
         positions = int(ends[sequences - 1])
-        return estimate(root, layout, d_model, dtypes, positions, sequences, head_bytes).bytes
+        tokens = 0 if stream.runs is None else int(stream.lengths[:sequences].sum())
+        return estimate(
+            root, layout, d_model, dtypes, positions, sequences, head_bytes, tokens
+        ).bytes
 
     low, high = 0, len(ends)
     while low < high:

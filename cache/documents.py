@@ -28,6 +28,14 @@ class Documents:
         """The documents `numbers`."""
         return [self._texts[number] for number in numbers]
 
+    def has(self, column: str) -> bool:
+        """Whether there is such a column."""
+        return False
+
+    def column(self, numbers: list[int], column: str) -> list[Any]:
+        """Values of a column beside the documents `numbers`; raises `DataError` without it."""
+        raise DataError(f"the data have no column {column!r}, which this choice of positions reads")
+
     def labels(
         self, numbers: np.ndarray
     ) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]:
@@ -54,6 +62,14 @@ class Table(Documents):
 
     def texts(self, numbers: list[int]) -> list[str]:
         return self._read(numbers, self._name)
+
+    def has(self, column: str) -> bool:
+        return column in self._rows.features
+
+    def column(self, numbers: list[int], column: str) -> list[Any]:
+        if not self.has(column):
+            return super().column(numbers, column)
+        return self._read(numbers, column)
 
     def labels(
         self, numbers: np.ndarray

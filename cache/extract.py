@@ -7,7 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +21,23 @@ from .disk import check_writable, disk_errors
 from .encode import tokenize
 from .errors import ModelError, UsageError
 from .fill import fill
-from .grow import add_layers, add_tokens, joined
+from .grow import add_layers, add_tokens, joined, unnamed_layers
 from .jsonfile import read_json
 from .layout import STORED_DTYPES, Layout
 from .manifest import CaptureIdentity, Manifest, TokenIdentity
+from .oom import choose_batch_tokens
+from .policy import keep
 from .replay import check, record
 from .request import Request
 from .resolve import Resolution, Wanted, resolve
 from .source import ModelSource
+from .stages import Stages
 from .store import ActivationCache
 from .tokens import TokenStream
 
 if TYPE_CHECKING:
     import torch
+    from distributed import Client
 
     from .canary import Canary
     from .stack import Stack
@@ -41,7 +45,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are `tokenize` (documents) and `extract` (positions)."""
 DEFAULT_CONTEXT = 1024
-BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Extraction:
     """Positions written by this call."""
     seconds: float
     """Wall time of this call."""
+    stages: Stages = field(default_factory=Stages)
+    """How busy forward, copy and write were; with a scheduler, of all workers together."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `residua extract`."""
@@ -72,27 +77,45 @@ class Extraction:
             "head_error": self.head_error,
             "written": self.written,
             "seconds": round(self.seconds, 3),
+            "stages": self.stages.to_dict(),
         }
 
 
 def extract(
-    model: str | Path, data: str | Path, *, progress: Progress | None = None, **options: Any
+    model: str | Path,
+    data: str | Path,
+    *,
+    client: "Client | None" = None,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> ActivationCache:
     """Run `model` on the texts of `data` once and return the cache of its residual streams.
 
     A cache that holds what is asked, or more, is returned at once; an unfinished one is finished,
-    one that lacks layers or tokens is extended. Options are the fields of `Request`. Raises
+    one that lacks layers or tokens is extended. Options are the fields of `Request`; all workers
+    of `client`, of `dask.distributed`, share the work if they see the same files. Raises
     `ModelError`, `DataError`, `HeadMismatchError` or `NoSpaceError` before anything is written.
     """
     for name in ("root", "layers"):
         if options.get(name) is not None:
             options[name] = Path(options[name]) if name == "root" else tuple(options[name])
-    return run(Request(str(model), str(data), **options), progress).cache
+    request = Request(str(model), str(data), **options)
+    if client is not None:
+        from .distributed import run_on
+
+        return run_on(client, request, progress).cache
+    return run(request, progress).cache
 
 
-def run(request: Request, progress: Progress | None = None) -> Extraction:
-    """Answer `request` from an existing cache, or finish or extend one, or make it."""
+def run(
+    request: Request, progress: Progress | None = None, stages: Stages | None = None
+) -> Extraction:
+    """Answer `request` from an existing cache, or finish or extend one, or make it.
+
+    `stages`, which others may look at meanwhile, books how busy forward, copy and write are.
+    """
     began = time.perf_counter()
+    stages = Stages() if stages is None else stages
     root = cache_root(request.root)
     source = ModelSource.locate(request.model, request.revision)
     stream = read_stream(request, source, progress)
@@ -116,13 +139,21 @@ def run(request: Request, progress: Progress | None = None) -> Extraction:
                     _create(request, source, model, canary, wanted, stream, root),
                 )
             else:
-                status, path, stack = _extend(request, model, found, wanted, stream, progress)
-        written = fill(ActivationCache(path), stack, progress, request.share, request.on_error)
+                status, path, stack = _extend(
+                    request, model, found, wanted, stream, progress, stages
+                )
+        written = fill(
+            ActivationCache(path), stack, progress, request.share, request.on_error, stages
+        )
+        if unnamed_layers(ActivationCache(path), _kept(request.layers, stack.depth)):
+            # Another process, which wants fewer layers, made this cache a moment before.
+            done = run(request, progress, stages)
+            return replace(done, written=done.written + written)
     cache = ActivationCache(path)
     if request.part is None:
         cache.check_complete()
     error = read_json(cache.path / "provenance.json")["canary"]["head_error"]
-    return Extraction(cache, status, error, written, time.perf_counter() - began)
+    return Extraction(cache, status, error, written, time.perf_counter() - began, stages)
 
 
 def plan(request: Request, progress: Progress | None = None) -> Estimate:
@@ -176,7 +207,7 @@ def read_stream(request: Request, source: ModelSource, progress: Progress | None
             f"the tokenizer gives token {int(stream.ids.max())}, but the model's vocabulary has "
             f"{vocab}; the tokenizer files do not belong to this model"
         )
-    return stream
+    return keep(request.positions, stream, documents, request.seed)
 
 
 def want(request: Request, source: ModelSource, stream: TokenStream) -> Wanted:
@@ -185,13 +216,17 @@ def want(request: Request, source: ModelSource, stream: TokenStream) -> Wanted:
     tokens = TokenIdentity(
         digest,
         stream.positions,
-        len(stream.lengths),
+        stream.sequences,
         source.tokenizer_digest,
         choose_context(request, source),
         request.pack,
         request.seed,
     )
-    capture = CaptureIdentity(source.compute_dtype, request.dtype, request.attention)
+    capture = CaptureIdentity(
+        source.compute_dtype, request.dtype, request.attention, request.positions
+    )
+    if stream.runs is not None:
+        hashes = hashes[stream.runs.sequence]
     return Wanted(source.identity, tokens, capture, hashes, request.layers)
 
 
@@ -224,8 +259,11 @@ def _kept(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
 
 
 def _layout(request: Request, canary: "Canary") -> Layout:
-    itemsize = max(np.dtype(STORED_DTYPES[dtype]).itemsize for dtype in canary.dtypes.values())
-    return Layout.choose(canary.head.d_model, itemsize, request.part_positions)
+    return Layout.choose(canary.head.d_model, _itemsize(canary), request.part_positions)
+
+
+def _itemsize(canary: "Canary") -> int:
+    return max(np.dtype(STORED_DTYPES[dtype]).itemsize for dtype in canary.dtypes.values())
 
 
 def _head_bytes(canary: "Canary") -> int:
@@ -235,7 +273,7 @@ def _head_bytes(canary: "Canary") -> int:
 def _estimate(request: Request, canary: "Canary", stream: TokenStream, root: Path) -> Estimate:
     return estimate(
         root, _layout(request, canary), canary.head.d_model, canary.dtypes, stream.positions,
-        len(stream.lengths), _head_bytes(canary),
+        stream.sequences, _head_bytes(canary), 0 if stream.runs is None else len(stream.ids),
     )  # fmt: skip
 
 
@@ -263,7 +301,6 @@ def _create(
     """Examine the model, check the space and make the empty cache."""
     canary = canary or _examine(request, source, model, stream)
     _estimate(request, canary, stream, root).check(root)
-    kind = "cpu" if next(model.parameters()).device.type == "cpu" else "gpu"
     manifest = Manifest(
         wanted.model,
         wanted.tokens,
@@ -272,7 +309,7 @@ def _create(
         canary.head.d_model,
         canary.head.vocab,
         canary.stack.depth,
-        request.batch_tokens or BATCH_TOKENS[kind],
+        request.batch_tokens or choose_batch_tokens(canary.stack, stream, _itemsize(canary)),
         request.model,
         request.data,
         extra={"pad": canary.pad, "causal": canary.causal, "embedding": canary.embedding},
@@ -284,7 +321,7 @@ def _create(
 
     provenance = {**_provenance(model, canary.report()), "revision": source.revision}
     path = create_cache(
-        root, manifest, stream, wanted.hashes, canary.dtypes, write_head, provenance
+        root, manifest, stream, stream.digests()[1], canary.dtypes, write_head, provenance
     )
     return path, canary.stack
 
@@ -305,6 +342,7 @@ def _extend(
     wanted: Wanted,
     stream: TokenStream,
     progress: Progress | None,
+    stages: Stages,
 ) -> tuple[str, Path, "Stack"]:
     """Give the cache that was found its missing layers and tokens, still to be filled."""
     from .canary import reexamine
@@ -314,17 +352,17 @@ def _extend(
     stack = reexamine(model, cache)
     check(stack, cache.path, cache.manifest.capture.compute_dtype)
     kept = _kept(request.layers, cache.depth)
-    new = tuple(layer for layer in kept if layer not in cache.target_layers)
+    new = unnamed_layers(cache, kept)
     if new:
         add_layers(cache, _dtypes(stack, stream, cache.manifest.capture, new))
     if not found.missing_sequences:
         return "extended" if new else "resumed", cache.path, stack
-    fill(cache, stack, progress, on_error=request.on_error)
+    fill(cache, stack, progress, on_error=request.on_error, stages=stages)
     cache = ActivationCache(cache.path)
     longer = joined(cache, stream, found.missing_sequences)
     digest, _ = longer.digests()
     tokens = replace(
-        wanted.tokens, digest=digest, positions=longer.positions, sequences=len(longer.lengths)
+        wanted.tokens, digest=digest, positions=longer.positions, sequences=longer.sequences
     )
     return "extended", add_tokens(cache, tokens, longer), stack
 

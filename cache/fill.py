@@ -13,6 +13,7 @@ from .grow import ancestor
 from .journal import merge, read_record
 from .lease import holder, lease
 from .runner import PartRunner
+from .stages import Stages
 from .store import ActivationCache
 
 if TYPE_CHECKING:
@@ -31,21 +32,22 @@ def fill(
     progress: Progress | None = None,
     share: tuple[int, int] = (1, 1),
     on_error: str = "quarantine",
+    stages: Stages | None = None,
 ) -> int:
     """Write every (part, layer) that is not committed; returns the positions written here.
 
     Parts that another process holds are waited for, and taken over if that process dies. Of a
     `share` (i, n) only every n-th part is written, and nothing is waited for. SIGTERM ends the
     work after the part in hand with `Interrupted`; a disk that is full or gone with an error of
-    `disk_errors`.
+    `disk_errors`. `stages` books how long each stage of the work was busy.
     """
     tell = progress or (lambda *_: None)
     written = 0
     with disk_errors(cache.path), stop_signal() as stopped:
-        runner = PartRunner(cache, stack, ancestor(cache), on_error)
+        runner = PartRunner(cache, stack, ancestor(cache), on_error, stages)
         idle_since = time.monotonic()
         while missing := missing_parts(cache, share):
-            done, before = _done(cache), written
+            done, before = done_positions(cache), written
             for part in missing:
                 for rows in _write(cache, runner, part):
                     written += rows
@@ -74,7 +76,7 @@ def _stop(cache: ActivationCache, share: tuple[int, int]) -> None:
         )
 
 
-def _done(cache: ActivationCache) -> int:
+def done_positions(cache: ActivationCache) -> int:
     """Positions of the parts that lack nothing."""
     rows = [cache.manifest.layout.rows(part, cache.positions) for part in missing_parts(cache)]
     return cache.positions - sum(stop - start for start, stop in rows)

@@ -15,6 +15,7 @@ import numpy as np
 from .create import create_cache
 from .journal import Journal
 from .jsonfile import file_digest, read_json, sync_folder
+from .lease import exclusive, lease
 from .manifest import Manifest, TokenIdentity
 from .store import ActivationCache
 from .tokens import TokenStream, concatenate
@@ -25,17 +26,38 @@ EXTENDS = "extends"
 
 
 def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
-    """Create the empty arrays of further layers; `fill` then writes them part by part."""
+    """Create the empty arrays of further layers; `fill` then writes them part by part.
+
+    One process at a time; layers that another one, or one that died, created are not touched.
+    """
     store = cache.path / "arrays.zarr"
-    files = {}
-    for layer, dtype in dtypes.items():
-        path = store / "residual" / str(layer) / "zarr.json"
-        if not path.is_file():
-            create_residual(
-                store, layer, cache.positions, cache.d_model, dtype, cache.manifest.layout
-            )
-        files[path.relative_to(cache.path).as_posix()] = file_digest(path)
-    cache.journal.commit_base({}, files)
+    with exclusive(cache.path / "leases", "layers"):
+        for pattern in ("*", "residual/*", "residual/*/*"):  # what zarr leaves when it is killed
+            for left in store.glob(f"{pattern}.partial"):
+                left.unlink()
+        files = {}
+        for layer in unnamed_layers(cache, tuple(dtypes)):
+            path = cache.path / _metadata(layer)
+            if not path.is_file():
+                create_residual(
+                    store, layer, cache.positions, cache.d_model, dtypes[layer],
+                    cache.manifest.layout,
+                )  # fmt: skip
+            for changed in (path, *path.parents[:2]):
+                sync_folder(changed)
+            files[_metadata(layer)] = file_digest(path)
+        if files:
+            cache.journal.commit_base({}, files)
+
+
+def unnamed_layers(cache: ActivationCache, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of `layers` that the journal does not know, whether or not they have an array."""
+    _, named = cache.journal.base()
+    return tuple(layer for layer in layers if _metadata(layer) not in named)
+
+
+def _metadata(layer: int) -> str:
+    return f"arrays.zarr/residual/{layer}/zarr.json"
 
 
 def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]) -> TokenStream:
@@ -84,26 +106,35 @@ def _copy_folder(source: Path, target: Path) -> None:
 def share_parts(old: ActivationCache, new: ActivationCache) -> None:
     """Link every shard of `old` that is full, and commit its part in `new`."""
     journal = Journal(new.path / "journal")
-    done = journal.parts()
     for part, record in sorted(old.committed.items()):
-        if record.stop - record.start < old.manifest.layout.part_rows or part in done:
+        if record.stop - record.start < old.manifest.layout.part_rows:
             continue
-        for name in record.arrays:
-            key = old.array(name).layout.shard_key(part)
-            link(old.path / "arrays.zarr" / name / key, new.path / "arrays.zarr" / name / key)
-        journal.commit(record)
+        with lease(new.path / "leases", part) as mine:
+            if not mine or (journal.folder / f"{part:08d}.json").exists():
+                continue
+            for name in record.arrays:
+                key = old.array(name).layout.shard_key(part)
+                link(old.path / "arrays.zarr" / name / key, new.path / "arrays.zarr" / name / key)
+            journal.commit(record)
 
 
 def link(source: Path, target: Path) -> None:
-    """A hard link to `source`, durable; a copy where there are no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
+    """A hard link to `source`, durable; a copy where there are no links.
+
+    What was under the name `target` stays until the new file is whole.
+    """
+    for folder in reversed(target.parents[:2]):  # of the chunk key; see `PartWriter`
+        folder.mkdir(exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, target)
-        with open(target, "rb+") as file:
+        shutil.copyfile(source, temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # rename leaves both names of one file
     for folder in target.parents[:3]:
         sync_folder(folder)
 

@@ -31,6 +31,17 @@ def lease(folder: Path, part: int) -> Iterator[bool]:
         os.close(descriptor)
 
 
+@contextmanager
+def exclusive(folder: Path, name: str) -> Iterator[None]:
+    """Hold the lock `name` within the context; waits for a process that has it."""
+    descriptor = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def try_lock(descriptor: int) -> bool | None:
     """Lock an open file or folder; False if another process holds it, None if there are no locks.
 

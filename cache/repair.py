@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .errors import CorruptError, MismatchError
 from .grow import ancestor
 from .journal import Journal
@@ -128,7 +130,8 @@ def _rebuild_head(
     if not names:
         return []
     cache = ActivationCache(path)
-    stream = TokenStream(cache.tokens[:], cache.sequence_length, cache.array("sequences/row_id")[:])
+    ids, lengths = cache.contexts.ids[:], cache.contexts.length
+    stream = TokenStream(ids, lengths, np.arange(len(lengths)))
     canary = examine(model, stream, manifest.capture.compute_dtype, manifest.capture.dtype)
     _, files = cache.journal.base()
     mended = []

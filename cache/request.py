@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .errors import UsageError
 from .layout import STORED_DTYPES
+from .policy import check as check_policy
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Request:
     """Split of a data set that has several."""
     layers: tuple[int, ...] | None = None
     """Layers to keep; layer L, which the logits come from, is always kept. Default all."""
+    positions: str = "all"
+    """Positions to keep: all, last, sample:K, answer or explicit (columns of the data)."""
     max_tokens: int | None = None
     """Stop the token stream after this many tokens, at the end of a sequence."""
     max_bytes: int | None = None
@@ -38,7 +41,7 @@ class Request:
     device: str = "auto"
     """Where the model runs: auto, cpu, cuda, cuda:1, mps."""
     batch_tokens: int | None = None
-    """Tokens of one forward batch; default 4096 on CPU, 32768 on GPU."""
+    """Tokens of one forward batch; default 4096 on CPU, on GPU what fits, at most 32768."""
     part_positions: int | None = None
     """Positions of a part, the unit of commit and resume; default by size, 24-48 MiB per layer."""
     part: str | None = None
@@ -62,6 +65,7 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        check_policy(self.positions, self.pack)
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise UsageError(f"layers must be numbers from 0 on, got {self.layers}")
         self.share  # noqa: B018 (raises if it cannot be read)

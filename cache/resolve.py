@@ -84,7 +84,8 @@ def _answer(wanted: Wanted, cache: ActivationCache) -> Resolution:
     if any(name not in _STREAM for name, _, _ in differences):
         return Resolution("miss", cache.path, differences=differences)
     lacking, extra = _sequences(wanted.hashes, cache.sequence_hash)
-    if lacking and extra:
+    # Where only some positions are kept, a cache of more tokens is a new one.
+    if lacking and (extra or wanted.capture.positions != "all"):
         return Resolution("miss", cache.path, differences=differences)
     asked = range(cache.depth + 1) if wanted.layers is None else wanted.layers
     layers = tuple(layer for layer in asked if layer not in cache.layers)

@@ -2,26 +2,31 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .batches import Batch, plan_part
+from .copies import Rows, copies, to_device
 from .create import PartWriter
 from .errors import ModelError
 from .journal import PartRecord
+from .oom import Halving
+from .stages import Stages
 from .store import ActivationCache
 
 if TYPE_CHECKING:
-    import torch
-
     from .stack import Stack
 
 
 class PartRunner:
-    """Extracts parts of `cache` with the blocks of `stack`; rows of `ancestor` are copied."""
+    """Extracts parts of `cache` with the blocks of `stack`; rows of `ancestor` are copied.
+
+    A batch that does not fit into memory runs in halves, whose rows may differ from the whole
+    one's in their last bits. `stages` books what each stage takes.
+    """
 
     def __init__(
         self,
@@ -29,15 +34,21 @@ class PartRunner:
         stack: "Stack",
         ancestor: ActivationCache | None = None,
         on_error: str = "quarantine",
+        stages: Stages | None = None,
     ) -> None:
         self.cache = cache
         self.stack = stack
         self.ancestor = ancestor
         self.on_error = on_error
-        self.starts = cache.sequence_start
-        self.lengths = cache.sequence_length
+        self.contexts = cache.contexts
+        self.starts, self.rows = self.contexts.row, self.contexts.rows
+        self.lengths = self.contexts.length
+        self.sparse = cache.has("context/ids")
         self.device = next(stack.model.parameters()).device
-        self._alone: dict[tuple[int, ...], dict[int, dict[int, Rows]]] = {}
+        self.stages = Stages() if stages is None else stages
+        self._copies = copies(self.device, self.stages)
+        self._halving = Halving(self.lengths, self._copies.drain)
+        self._alone: dict[tuple[Batch, tuple[int, ...]], dict[int, dict[int, Rows]]] = {}
 
     def write_part(
         self, part: int, layers: tuple[int, ...], expected: PartRecord | None = None
@@ -47,16 +58,26 @@ class PartRunner:
             with _Background() as background:
                 yield self._copy(writer)
                 for batch in self._plan(part):
-                    sequences = self._forward(batch, writer.dtypes)
-                    background.put(self._write, writer, sequences)
-                    yield sum(last - first for _, first, last in self._inside(writer, batch))
-            writer.commit(expected)
+                    yield from self._run(batch, writer, background)
+            with self.stages.timed("write"):
+                writer.commit(expected)
+
+    def _run(self, batch: Batch, writer: PartWriter, background: "_Background") -> Iterator[int]:
+        """Hand the rows of `batch`, in pieces where it is too large, to the background."""
+        if kept := self._alone.get((batch, tuple(writer.dtypes))):
+            pieces = iter([(batch, kept)])
+        else:
+            pieces = self._halving.run(batch, lambda piece: self._forward(piece, writer.dtypes))
+        for piece, sequences in pieces:
+            with self.stages.waiting():
+                background.put(self._write, writer, sequences)
+            yield sum(last - first for _, first, last in self._inside(writer, piece))
 
     def _inside(self, writer: PartWriter, batch: Batch) -> Iterator[tuple[int, int, int]]:
         """Each sequence of `batch` with its first position and end inside the part."""
         for number in batch.sequences:
             start = int(self.starts[number])
-            stop = start + int(self.lengths[number])
+            stop = start + int(self.rows[number])
             yield number, max(start, writer.start), min(stop, writer.stop)
 
     def _plan(self, part: int) -> list[Batch]:
@@ -65,8 +86,8 @@ class PartRunner:
         pad = bool(manifest.extra.get("pad", True))
         held = 0 if self.ancestor is None else len(self.ancestor.sequence_length)
         batches = plan_part(
-            self.starts[held:], self.lengths[held:], manifest.layout, part,
-            manifest.batch_tokens, pad,
+            self.starts[held:], self.rows[held:], manifest.layout, part,
+            manifest.batch_tokens, pad, self.lengths[held:],
         )  # fmt: skip
         return [Batch(tuple(held + number for number in batch.sequences)) for batch in batches]
 
@@ -84,15 +105,27 @@ class PartRunner:
         return max(0, stop - writer.start)
 
     def _write(self, writer: PartWriter, sequences: dict[int, dict[int, "Rows"]]) -> None:
-        """Hand the rows of a batch that lie in the part to `writer`."""
+        """Hand the rows of a batch that lie in the part to `writer`, once they are here."""
+        for layers in sequences.values():
+            for rows in layers.values():
+                rows.wait()
+        written, began = 0, time.perf_counter()
         batch = Batch(tuple(sequences))
         for number, first, last in self._inside(writer, batch):
             start = int(self.starts[number])
             for layer, rows in sequences[number].items():
-                inside = slice(first - start, last - start)
+                inside = (
+                    self._kept(first, last) if self.sparse else slice(first - start, last - start)
+                )
                 bad = writer.put(layer, first, rows.stored[inside], rows.peaks[inside])
+                written += rows.stored[inside].nbytes
                 if bad:
                     self._quarantine(writer, number, f"{bad} non-finite values at layer {layer}")
+        self.stages.add("write", time.perf_counter() - began, written)
+
+    def _kept(self, first: int, last: int) -> np.ndarray:
+        """Indices in their sequence of the positions `first:last` of the cache."""
+        return self.cache.array("tokens/index").read(first, last)
 
     def _quarantine(self, writer: PartWriter, number: int, reason: str) -> None:
         if self.on_error == "raise":
@@ -101,22 +134,21 @@ class PartRunner:
                 f"sequence {number} (document {row}) has {reason}; --on-error quarantine keeps "
                 "going and leaves such sequences out of the splits"
             )
-        writer.quarantine.setdefault(number, reason)
+        numbers = [number]
+        if self.sparse:
+            numbers = np.flatnonzero(self.cache.array("sequences/context")[:] == number).tolist()
+        for sequence in numbers:
+            writer.quarantine.setdefault(sequence, reason)
 
     def _forward(self, batch: Batch, dtypes: dict[int, str]) -> dict[int, dict[int, "Rows"]]:
         """Sequence -> layer -> rows of the batch; a lone sequence is kept for the next part."""
-        if batch.sequences in self._alone:
-            return self._alone[batch.sequences]
         layers = self._residuals(batch, dtypes)
         found = {
-            number: {
-                layer: Rows(r.stored[place, : self.lengths[number]], r.peaks[place])
-                for layer, r in layers.items()
-            }
+            number: {la: r.part(place, int(self.lengths[number])) for la, r in layers.items()}
             for place, number in enumerate(batch.sequences)
         }
         if len(batch.sequences) == 1:
-            self._alone = {batch.sequences: found}
+            self._alone = {(batch, tuple(dtypes)): found}
         return found
 
     def _residuals(self, batch: Batch, dtypes: dict[int, str]) -> dict[int, "Rows"]:
@@ -126,36 +158,19 @@ class PartRunner:
         lengths = [int(self.lengths[number]) for number in batch.sequences]
         ids = np.zeros((len(lengths), max(lengths)), np.int64)
         for place, number in enumerate(batch.sequences):
-            start = int(self.starts[number])
-            ids[place, : lengths[place]] = self.cache.tokens[start : start + lengths[place]]
-        tokens = torch.from_numpy(ids).to(self.device)
+            start = int(self.contexts.start[number])
+            ids[place, : lengths[place]] = self.contexts.ids[start : start + lengths[place]]
+        tokens = torch.from_numpy(ids)
         mask = None
         if min(lengths) < max(lengths):
-            mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-            mask = mask.long().to(self.device)
+            mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+        def run() -> list[torch.Tensor]:
+            there = None if mask is None else to_device(mask, self.device)
+            return self.stack.residuals(to_device(tokens, self.device), there)
+
         with torch.inference_mode():
-            hidden = self.stack.residuals(tokens, mask)
-            return {layer: _to_host(hidden[layer], dtype) for layer, dtype in dtypes.items()}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one layer as they are stored, and their peaks."""
-
-    stored: np.ndarray
-    """`(..., d_model)` in the stored dtype."""
-    peaks: np.ndarray
-    """Largest |value| of each row before the cast, `(...)` float32; NaN if a value is."""
-
-
-def _to_host(hidden: "torch.Tensor", dtype: str) -> Rows:
-    """Cast on the device, where it is fifteen times as fast as numpy's, then one copy."""
-    import torch
-
-    peaks = torch.maximum(hidden.amax(-1), -hidden.amin(-1)).float().cpu().numpy()
-    cast = hidden.to(getattr(torch, dtype)).cpu()
-    stored = cast.view(torch.uint16) if dtype == "bfloat16" else cast
-    return Rows(stored.numpy(), peaks)
+            return self._copies.take(run, dtypes, sum(lengths))
 
 
 class _Background:

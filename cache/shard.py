@@ -33,10 +33,11 @@ class ShardWriter:
     """Writes one shard; rows may come in any order, a chunk is kept in memory until it is full.
 
     Rows that come in order need one chunk of memory. `commit` makes the file appear under its
-    name, whole and durable; `abandon`, or a crash, leaves nothing under that name.
+    name, whole and durable; `abandon`, or a crash, leaves nothing under that name. With `make`
+    the folders above the file are made.
     """
 
-    def __init__(self, path: Path, layout: ArrayLayout, rows: int) -> None:
+    def __init__(self, path: Path, layout: ArrayLayout, rows: int, make: bool = True) -> None:
         self.path = path
         self.layout = layout
         self.rows = rows
@@ -46,7 +47,8 @@ class ShardWriter:
         self._checksums: dict[int, bytes] = {}
         self._offsets = np.full((layout.shard_rows // layout.chunk_rows, 2), MISSING, "<u8")
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make:
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 (closed by commit)
 
     def _rows_of(self, chunk: int) -> int:

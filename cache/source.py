@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .digests import known_digests
 from .errors import ModelError
-from .jsonfile import digest, file_digest
+from .jsonfile import digest
 from .manifest import ModelIdentity
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class ModelSource:
                 f"{self.folder} holds no *.safetensors weights; pickled weights are not read, "
                 "save the model with save_pretrained(..., safe_serialization=True)"
             )
-        hashes = {file.name: file_digest(file) for file in weights}
+        hashes = known_digests(weights)
         config = {k: v for k, v in self.config.items() if k not in _VOLATILE}
         names = self.config.get("architectures") or [self.config.get("model_type", "unknown")]
         return ModelIdentity(digest(hashes), digest(config), str(names[0]))

@@ -1,6 +1,8 @@
 """Opens a cache for reading: no model, no torch, no transformers, no data set."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,22 @@ SPLITS = ("train", "validation", "test")
 """Names of the splits; `sequences/split` holds the index into this tuple."""
 BLOCK_BYTES = 16 << 20
 """Largest float32 block of one read; larger blocks cost twice the time per byte."""
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Whole sequences as the model read them; all arrays `(contexts,)` but `ids`."""
+
+    ids: CacheArray
+    """Token ids of all contexts, `(tokens,)`, read on slicing."""
+    start: np.ndarray
+    """First token of each context."""
+    length: np.ndarray
+    """Tokens of each context."""
+    row: np.ndarray
+    """First position of the cache that comes from each context."""
+    rows: np.ndarray
+    """Positions that come from each context."""
 
 
 class ActivationCache:
@@ -103,7 +121,11 @@ class ActivationCache:
     @cached_property
     def bytes(self) -> int:
         """Bytes of all files of this cache."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        total = 0
+        for file in self.path.rglob("*"):
+            with suppress(FileNotFoundError):  # a temporary file that its writer has just renamed
+                total += file.stat().st_size if file.is_file() else 0
+        return total
 
     def array(self, name: str) -> CacheArray:
         """A stored array by its name inside `arrays.zarr`, such as `tokens/ids`."""
@@ -229,6 +251,19 @@ class ActivationCache:
     def sequence_hash(self) -> np.ndarray:
         """64 bits of the sha256 of each sequence's token ids, `(sequences,)` uint64."""
         return self.array("sequences/hash")[:]
+
+    @cached_property
+    def contexts(self) -> "Contexts":
+        """The whole sequences that went through the model, and the rows that each gave."""
+        if not self.has("context/ids"):
+            start, length = self.sequence_start, self.sequence_length
+            return Contexts(self.tokens, start, length, start, length)
+        of_run = self.array("sequences/context")[:]
+        start, length = self.array("contexts/start")[:], self.array("contexts/length")[:]
+        rows = np.bincount(of_run, self.sequence_length, len(start)).astype(np.int64)
+        return Contexts(
+            self.array("context/ids"), start, length.astype(np.int64), np.cumsum(rows) - rows, rows
+        )
 
     @cached_property
     def head(self) -> "Head":

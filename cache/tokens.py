@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,12 +27,31 @@ TABLE_DTYPES = {
 SPAN_DTYPES = {"tokens/row_id": "<i8", "tokens/char_start": "<i4", "tokens/char_stop": "<i4"}
 """Where each token came from, in caches that were made from texts."""
 
-_DTYPES = TABLE_DTYPES | SPAN_DTYPES
+CONTEXT_DTYPES = {
+    "sequences/context": "<i4",
+    "context/ids": "<i4",
+    "contexts/start": "<i8",
+    "contexts/length": "<i4",
+}
+"""Whole sequences that went through the model, where not all their positions are kept."""
+_DTYPES = TABLE_DTYPES | SPAN_DTYPES | CONTEXT_DTYPES
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of consecutive positions that are kept, in the order of their sequences."""
+
+    sequence: np.ndarray
+    """Number of the sequence, `(runs,)` int64, not decreasing."""
+    first: np.ndarray
+    """Index in the sequence of the run's first token, `(runs,)` int64."""
+    length: np.ndarray
+    """Tokens, `(runs,)` int64."""
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Sequences in the order of the cache."""
+    """Sequences in the order of the cache, and which of their positions are kept."""
 
     ids: np.ndarray
     """Token ids of all sequences, one after the other, `(positions,)` int32."""
@@ -46,10 +65,31 @@ class TokenStream:
     """Further arrays of one number per sequence, the labels: array name -> `(sequences,)`."""
     categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """What the codes of a label stand for: array name -> words."""
+    runs: Runs | None = None
+    """Kept positions; None if all are."""
 
     @property
     def positions(self) -> int:
-        return int(self.lengths.sum())
+        """Rows of the cache: tokens that are kept."""
+        return int((self.lengths if self.runs is None else self.runs.length).sum())
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the cache: runs, where not all positions are kept."""
+        return len(self.lengths if self.runs is None else self.runs.length)
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Rows of the cache that each sequence that the model reads gives, `(sequences,)`."""
+        if self.runs is None:
+            return self.lengths
+        rows = np.zeros(len(self.lengths), np.int64)
+        np.add.at(rows, self.runs.sequence, self.runs.length)
+        return rows
+
+    def with_runs(self, runs: Runs) -> "TokenStream":
+        """The same stream with only `runs` kept."""
+        return replace(self, runs=runs)
 
     @property
     def starts(self) -> np.ndarray:
@@ -73,7 +113,16 @@ class TokenStream:
             {name: values[rows] for name, values in self.of_tokens.items()},
             {name: values[numbers] for name, values in self.of_sequences.items()},
             self.categories,
+            self._runs_of(numbers),
         )
+
+    def _runs_of(self, numbers: np.ndarray) -> Runs | None:
+        if self.runs is None:
+            return None
+        kept = [np.flatnonzero(self.runs.sequence == number) for number in numbers]
+        chosen = np.concatenate(kept)
+        sequence = np.repeat(np.arange(len(numbers)), [len(run) for run in kept])
+        return Runs(sequence, self.runs.first[chosen], self.runs.length[chosen])
 
     def digests(self) -> tuple[str, np.ndarray]:
         """Hex sha256 of the whole stream, and 64 bits of the sha256 of each sequence's ids."""
@@ -86,22 +135,38 @@ class TokenStream:
             whole.update(data)
             hashes[number] = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
             start += int(length)
+        if self.runs is not None:
+            for values in (self.runs.sequence, self.runs.first, self.runs.length):
+                whole.update(values.astype("<i8").tobytes())
         return whole.hexdigest(), hashes
 
     def tables(self, hashes: np.ndarray) -> dict[str, np.ndarray]:
         """The one-dimensional arrays of the cache by name, in their stored dtypes."""
-        number = np.arange(len(self.lengths))
+        runs = self.runs or Runs(
+            np.arange(len(self.lengths)), np.zeros(len(self.lengths), np.int64), self.lengths
+        )
+        ends = np.cumsum(runs.length)
+        index = np.arange(self.positions) + np.repeat(runs.first - ends + runs.length, runs.length)
+        token = index + np.repeat(self.starts[runs.sequence], runs.length)
         values = {
-            "tokens/ids": self.ids,
-            "tokens/sequence": np.repeat(number, self.lengths),
-            "tokens/index": np.arange(self.positions) - np.repeat(self.starts, self.lengths),
-            "sequences/row_id": self.row_ids,
-            "sequences/start": self.starts,
-            "sequences/length": self.lengths,
-            "sequences/split": assign_splits(hashes),
-            "sequences/hash": hashes,
+            "tokens/ids": self.ids[token],
+            "tokens/sequence": np.repeat(np.arange(self.sequences), runs.length),
+            "tokens/index": index,
+            "sequences/row_id": self.row_ids[runs.sequence],
+            "sequences/start": ends - runs.length,
+            "sequences/length": runs.length,
+            "sequences/split": assign_splits(hashes)[runs.sequence],
+            "sequences/hash": hashes[runs.sequence],
         }
-        values |= self.of_tokens | self.of_sequences
+        values |= {name: found[token] for name, found in self.of_tokens.items()}
+        values |= {name: found[runs.sequence] for name, found in self.of_sequences.items()}
+        if self.runs is not None:
+            values |= {
+                "sequences/context": runs.sequence,
+                "context/ids": self.ids,
+                "contexts/start": self.starts,
+                "contexts/length": self.lengths,
+            }
         return {n: v.astype(_DTYPES.get(n, v.dtype.str)) for n, v in values.items()}
 
 

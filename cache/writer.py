@@ -14,6 +14,14 @@ from .layout import (
 )
 from .shard import ShardWriter
 
+AXES = {
+    "tokens": "positions",
+    "sequences": "sequences",
+    "context": "tokens",
+    "contexts": "contexts",
+}
+"""Axis of the one-dimensional arrays, by the first part of their name."""
+
 
 def create_residual(
     store: Path, layer: int, positions: int, d_model: int, logical_dtype: str, layout: Layout
@@ -32,14 +40,14 @@ def create_residual(
 
 
 def write_table(
-    store: Path, name: str, values: np.ndarray, attributes: dict[str, Any]
+    store: Path, name: str, values: np.ndarray, attributes: dict[str, Any] | None = None
 ) -> dict[str, dict]:
     """Create and fill the one-dimensional array `name`; returns the record of its shards."""
-    axis = "positions" if name.startswith("tokens/") else "sequences"
+    axis = AXES[name.split("/")[0]]
     chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, len(values) - 1).bit_length())
     shard_rows = chunk * TABLE_CHUNKS_PER_SHARD
     array = _create(
-        store, name, values.shape, values.dtype.str, chunk, shard_rows, (axis,), attributes
+        store, name, values.shape, values.dtype.str, chunk, shard_rows, (axis,), attributes or {}
     )
     record = {}
     for shard in range(array.shards):

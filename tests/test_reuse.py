@@ -147,6 +147,18 @@ def test_an_interrupted_extension_is_finished_and_the_old_cache_reads_on(
     assert done.status == "resumed"
 
 
+def test_neighbouring_parts_that_lack_different_layers_get_all_of_them(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    """The sequence that runs over their border goes through the model for one, then the other."""
+    whole = run(ask(model_folder, texts_file, tmp_path / "whole")).cache
+    run(ask(model_folder, texts_file, tmp_path / "root", layers=(1,), part="1/2"))
+    done = run(ask(model_folder, texts_file, tmp_path / "root"))
+    assert done.cache.parts > 2
+    assert done.cache.layers == (0, 1, 2, 3)
+    same_rows(whole, done.cache, whole.positions)
+
+
 def test_other_weights_or_capture_are_a_miss_that_says_why(
     model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:

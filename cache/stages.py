@@ -1,0 +1,77 @@
+"""How busy the stages of an extraction were: forward, copy to the host, write; and the waiting."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STAGES: tuple[str, ...] = ("forward", "copy", "write")
+"""The model's blocks; cast and device to host; shard files with their commit. They overlap where
+they can, so their seconds may add up to more than the wall time."""
+
+
+class Stages:
+    """Seconds and bytes of each stage, filled from several threads; a few µs per batch."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.bytes = dict.fromkeys(STAGES, 0)
+        """Bytes of rows in their stored dtype that left the stage."""
+        self.tokens = 0
+        """Tokens that went through the model, without padding."""
+        self.waited = 0.0
+        """Seconds in which the model stood still because the writer was behind."""
+        self._lock = threading.Lock()
+
+    def add(self, stage: str, seconds: float, count: int = 0, tokens: int = 0) -> None:
+        """`stage` was busy for `seconds` with `count` bytes."""
+        with self._lock:
+            self.seconds[stage] += seconds
+            self.bytes[stage] += count
+            self.tokens += tokens
+
+    @contextmanager
+    def timed(self, stage: str, count: int = 0, tokens: int = 0) -> Iterator[None]:
+        """Add the time that the context takes, unless it raises."""
+        began = time.perf_counter()
+        yield
+        self.add(stage, time.perf_counter() - began, count, tokens)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Add the time that the context takes to the waiting."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add what another process, at the same time, gave as `to_dict`."""
+        for stage in STAGES:
+            self.add(stage, other[stage]["seconds"], other[stage]["bytes"])
+        self.tokens += other["forward"]["tokens"]
+        self.waited += other["waited"]
+
+    @property
+    def bottleneck(self) -> str | None:
+        """The stage that was busy longest; None if nothing ran."""
+        slowest = max(STAGES, key=self.seconds.__getitem__)
+        return slowest if self.seconds[slowest] else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Per stage seconds, bytes and bytes per second; of `forward` also tokens, per second."""
+        value: dict[str, Any] = {
+            stage: {
+                "seconds": round(self.seconds[stage], 6),
+                "bytes": self.bytes[stage],
+                "bandwidth": _rate(self.bytes[stage], self.seconds[stage]),
+            }
+            for stage in STAGES
+        }
+        rate = _rate(self.tokens, self.seconds["forward"])
+        value["forward"] |= {"tokens": self.tokens, "tokens_per_second": rate}
+        return {**value, "waited": round(self.waited, 6), "bottleneck": self.bottleneck}
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if seconds else None

@@ -1,0 +1,148 @@
+"""Digests of weight files are remembered, and never believed when anything changed."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from residua.cache import digests
+from residua.cache.digests import known_digests, memo_path
+from residua.cache.extract import run
+from residua.cache.jsonfile import file_digest, read_json
+from residua.cache.request import Request
+from residua.cache.source import ModelSource
+
+
+@pytest.fixture(autouse=True)
+def memo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A memo of its own, which also keeps digests of small and of fresh files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(digests, "SMALLEST", 0)
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", 0)
+    return memo_path()
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were read to be hashed."""
+    names: list[str] = []
+
+    def counting(path: Path) -> str:
+        names.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr(digests, "file_digest", counting)
+    return names
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"one" * 100)
+    return path
+
+
+def test_a_file_is_hashed_once(weights: Path, hashed: list[str], memo: Path) -> None:
+    want = {weights.name: file_digest(weights)}
+    assert known_digests([weights]) == known_digests([weights]) == want
+    assert hashed == [weights.name]
+    assert list(read_json(memo)["files"]) == [str(weights.resolve())]
+
+
+def test_a_link_is_the_file_it_leads_to(weights: Path, tmp_path: Path, hashed: list[str]) -> None:
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(weights)
+    known_digests([weights])
+    assert known_digests([link]) == {link.name: file_digest(weights)}
+    assert hashed == [weights.name]
+
+
+def test_other_content_of_the_same_size_is_hashed_again(weights: Path, hashed: list[str]) -> None:
+    known_digests([weights])
+    before = weights.stat()
+    weights.write_bytes(b"two" * 100)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert known_digests([weights]) == {weights.name: file_digest(weights)}
+    weights.write_bytes(b"six" * 100)
+    # Even with the old time stamp put back, as some copying tools do.
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert known_digests([weights]) == {weights.name: file_digest(weights)}
+    assert len(hashed) == 3
+
+
+def test_a_file_that_took_the_place_of_another_is_hashed_again(
+    weights: Path, tmp_path: Path, hashed: list[str]
+) -> None:
+    known_digests([weights])
+    other, stat = tmp_path / "other", weights.stat()
+    other.write_bytes(b"two" * 100)
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.replace(weights)
+    assert known_digests([weights]) == {weights.name: file_digest(weights)}
+    assert len(hashed) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "strange", "empty"])
+def test_a_damaged_memo_is_ignored_and_replaced(
+    weights: Path, hashed: list[str], memo: Path, damage: str
+) -> None:
+    want = known_digests([weights])
+    raw = memo.read_bytes()
+    at = raw.index(want[weights.name].encode())
+    memo.write_bytes({
+        "cut": raw[:-20],
+        "flip": raw[:at] + (b"0" if raw[at:at + 1] != b"0" else b"1") + raw[at + 1 :],
+        "strange": b'{"files": {"a": 3}}',
+        "empty": b"",
+    }[damage])  # fmt: skip
+    assert known_digests([weights]) == want
+    assert hashed == [weights.name] * 2
+    known_digests([weights])
+    assert hashed == [weights.name] * 2
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_memo(
+    weights: Path, tmp_path: Path, hashed: list[str]
+) -> None:
+    (tmp_path / "xdg").write_text("a file where the folder should be")
+    want = {weights.name: file_digest(weights)}
+    assert known_digests([weights]) == known_digests([weights]) == want
+    assert len(hashed) == 2
+
+
+def test_small_and_fresh_files_are_not_remembered(
+    weights: Path, memo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "SETTLED_SECONDS", 60)
+        known_digests([weights])
+    monkeypatch.setattr(digests, "SMALLEST", 1000)
+    known_digests([weights])
+    assert not memo.exists()
+
+
+def test_the_memo_does_not_grow_without_end(
+    weights: Path, memo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digests, "ENTRIES", 3)
+    others = [weights.with_name(f"{number}.safetensors") for number in range(5)]
+    for number, other in enumerate(others):
+        other.write_bytes(bytes([number]))
+        known_digests([other])
+    kept = read_json(memo)["files"]
+    assert len(kept) == 3
+    assert str(others[-1].resolve()) in kept
+
+
+def test_asking_again_reads_no_weights_and_the_identity_stays(
+    model_folder: Path, texts_file: Path, tmp_path: Path, hashed: list[str]
+) -> None:
+    request = Request(str(model_folder), str(texts_file), tmp_path / "root", max_tokens=400)
+    made = run(request)
+    assert hashed == ["model.safetensors"]
+    again = run(request)
+    assert (again.status, again.cache.id) == ("hit", made.cache.id)
+    assert hashed == ["model.safetensors"]
+    assert not list((tmp_path / "root").rglob("digests.json"))
+    memo_path().unlink()
+    assert ModelSource.locate(str(model_folder)).identity == made.cache.manifest.model

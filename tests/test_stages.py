@@ -1,0 +1,303 @@
+"""Stages of an extraction: what they book, and batches that do not fit into memory."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import residua
+from residua.analysis.terminal import Meter, bandwidths
+from residua.cache import runner
+from residua.cache.batches import Batch
+from residua.cache.copies import DEPTH, Arrival, Ring, Rows
+from residua.cache.errors import ModelError
+from residua.cache.extract import run
+from residua.cache.oom import (
+    BATCH_TOKENS,
+    Halving,
+    choose_batch_tokens,
+    find_batch_tokens,
+    is_out_of_memory,
+)
+from residua.cache.request import Request
+from residua.cache.stack import Stack
+from residua.cache.stages import STAGES, Stages
+from residua.cache.tokens import TokenStream
+from residua.cli import main
+
+
+def test_every_row_passes_every_stage_once(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    request = Request(str(model_folder), str(texts_file), tmp_path, context=64, part_positions=512)
+    made = run(request)
+    cache, stages = made.cache, made.stages
+    layers = [cache.array(f"residual/{layer}") for layer in cache.layers]
+    rows = cache.positions * sum(array.layout.row_bytes for array in layers)
+    assert stages.bytes["write"] == rows
+    # The last sequence is short: what it is padded with is computed and copied, not written.
+    padding = -cache.positions % 64 * rows // cache.positions
+    assert stages.bytes["copy"] == stages.bytes["forward"] == rows + padding
+    # A sequence that runs over the end of a part goes through the model once all the same.
+    assert stages.tokens == cache.positions
+    assert all(0 < stages.seconds[stage] < made.seconds for stage in STAGES)
+    value = made.to_dict()["stages"]
+    assert value["bottleneck"] == max(STAGES, key=stages.seconds.__getitem__)
+    assert value["write"]["bandwidth"] == pytest.approx(rows / stages.seconds["write"])
+    hit = run(request).to_dict()["stages"]
+    assert hit["bottleneck"] is None
+    assert hit["forward"] == {
+        "seconds": 0, "bytes": 0, "bandwidth": None, "tokens": 0, "tokens_per_second": None,
+    }  # fmt: skip
+
+
+def test_the_longest_stage_is_the_bottleneck_and_is_named() -> None:
+    stages = Stages()
+    assert bandwidths(stages.to_dict()) == ""
+    stages.add("forward", 2.0, 4_000, tokens=6_200)
+    stages.add("copy", 0.5, 6_000_000_000)
+    stages.add("write", 2.5, 2_000_000_000)
+    assert bandwidths(stages.to_dict()) == (
+        "forward 3.1k tok/s · copy 12 GB/s · write 800 MB/s (bottleneck: write)"
+    )
+    stages.merge(stages.to_dict())
+    assert (stages.tokens, stages.seconds["copy"]) == (12_400, 1.0)
+
+
+def test_stages_lose_nothing_to_threads() -> None:
+    stages = Stages()
+
+    def book() -> None:
+        for _ in range(2000):
+            stages.add("write", 1.0, 3)
+
+    threads = [threading.Thread(target=book) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (stages.seconds["write"], stages.bytes["write"]) == (8000.0, 24000)
+
+
+def test_people_see_the_speeds_after_an_extraction_and_not_after_a_hit(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    args = ["extract", str(model_folder), str(texts_file), "--root", str(tmp_path)]
+    made, hit = (CliRunner().invoke(main, args).stdout for _ in range(2))
+    assert "tok/s" in made
+    assert "(bottleneck: " in made
+    assert "bottleneck" not in hit
+
+
+def test_a_terminal_shows_the_speeds_under_the_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    stages = Stages()
+    with Meter() as shown:
+        shown.note("extract", lambda: bandwidths(stages.to_dict()))
+        shown.stage("tokenize", 5, 5)
+        shown.stage("extract", 1, 2)
+        stages.add("forward", 1.0, 10, tokens=500)
+    lines = capsys.readouterr().err.splitlines()
+    (place,) = [n for n, line in enumerate(lines) if "forward 500 tok/s (bottleneck" in line]
+    assert " extract" in lines[place - 1]
+
+
+class Way:
+    """Something on its way; counts who waited for it."""
+
+    def __init__(self) -> None:
+        self.waits = 0
+
+    def wait(self) -> None:
+        self.waits += 1
+
+
+def test_the_ring_waits_for_the_oldest_before_it_takes_one_more() -> None:
+    ring, ways = Ring(2), [Way() for _ in range(5)]
+    for count, way in enumerate(ways, 1):
+        ring.add(way)
+        assert [w.waits for w in ways] == [1] * max(0, count - 2) + [0] * (5 - max(0, count - 2))
+    ring.drain()
+    assert [way.waits for way in ways] == [1] * 5
+    ring.drain()
+    assert [way.waits for way in ways] == [1] * 5
+    assert DEPTH >= 2  # one computes while one is copied
+
+
+class Mark:
+    """A stand-in for a CUDA event: its time in milliseconds, reached when it is waited for."""
+
+    def __init__(self, time: float) -> None:
+        self.time = time
+        self.reached = False
+
+    def synchronize(self) -> None:
+        self.reached = True
+
+    def elapsed_time(self, other: "Mark") -> float:
+        assert other.reached or self.time <= other.time
+        return other.time - self.time
+
+
+def test_rows_arrive_once_and_their_times_are_booked_once() -> None:
+    marks, stages = [Mark(t) for t in (0.0, 300.0, 400.0, 450.0)], Stages()
+    arrival = Arrival(marks, stages, 1000, 7)
+    rows = Rows(np.zeros((2, 3, 4), np.uint16), np.zeros((2, 3), np.float32), arrival.wait)
+    part = rows.part(1, 2)
+    assert part.stored.shape == (2, 4)
+    threads = [threading.Thread(target=part.wait) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert marks[3].reached
+    assert stages.tokens == 7
+    assert stages.seconds == {"forward": 0.3, "copy": 0.05, "write": 0.0}
+    assert stages.bytes == {"forward": 1000, "copy": 1000, "write": 0}
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("MPS backend out of memory"), True),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_that_say_that_memory_ran_out(error: Exception, is_memory: bool) -> None:
+    assert is_out_of_memory(error) is is_memory
+
+
+def limited(limit: int, error: type[Exception] = RuntimeError) -> Callable[[Batch], str]:
+    """A forward pass that runs out of memory beyond `limit` sequences of ten tokens."""
+
+    def forward(batch: Batch) -> str:
+        if 10 * len(batch.sequences) > limit:
+            raise error("CUDA out of memory")
+        return ",".join(map(str, batch.sequences))
+
+    return forward
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 33])
+@pytest.mark.parametrize("limit", [10, 25, 70, 1000])
+def test_halved_batches_keep_every_sequence_in_order(count: int, limit: int) -> None:
+    halving, freed = Halving(np.full(count, 10)), []
+    halving._release = lambda: freed.append(1)
+    found = list(halving.run(Batch(tuple(range(count))), limited(limit)))
+    assert ",".join(text for _, text in found) == ",".join(map(str, range(count)))
+    assert all(10 * len(piece.sequences) <= limit for piece, _ in found)
+    assert bool(freed) == (10 * count > limit)
+    # What was learnt holds for the next batch, which is cut before it is tried.
+    tried = len(freed)
+    again = list(halving.run(Batch(tuple(range(count))), limited(limit)))
+    assert [piece for piece, _ in again] == [piece for piece, _ in found]
+    assert len(freed) == tried
+
+
+def test_a_sequence_that_does_not_fit_alone_is_an_error_that_says_what_to_do() -> None:
+    halving = Halving(np.array([10, 10]))
+    with pytest.raises(ModelError, match="10 tokens does not fit .* shorter --context"):
+        list(halving.run(Batch((0, 1)), limited(5, MemoryError)))
+    with pytest.raises(RuntimeError, match="other"):
+        list(halving.run(Batch((0,)), lambda _: (_ for _ in ()).throw(RuntimeError("other"))))
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
+    """Make forward passes of more than `limit` tokens run out of memory; the sizes that ran."""
+    whole, sizes = Stack.residuals, list[int]()
+
+    def residuals(self: Stack, ids: torch.Tensor, mask: Any = None) -> Any:
+        if ids.numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(ids.numel())
+        return whole(self, ids, mask)
+
+    monkeypatch.setattr(Stack, "residuals", residuals)
+    return sizes
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_extraction_that_runs_out_of_memory_loses_no_row(
+    model_folder: Path,
+    texts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pack: bool,
+) -> None:
+    options: dict[str, Any] = {
+        "context": 48, "pack": pack, "dtype": "float32", "part_positions": 1024,
+    }  # fmt: skip
+    args = str(model_folder), str(texts_file)
+    whole = residua.extract(*args, root=tmp_path / "whole", **options)
+    sizes = shrink(monkeypatch, 200)
+    small = residua.extract(*args, root=tmp_path / "small", **options)
+    assert max(sizes) <= 200
+    assert small.id == whole.id
+    assert residua.verify(small.path).ok
+    for layer in whole.layers:
+        one, other = whole.layer(layer)[:], small.layer(layer)[:]
+        np.testing.assert_allclose(other, one, rtol=0, atol=2e-5)
+
+
+def test_a_model_that_fits_with_no_sequence_at_all_is_a_clear_error(
+    model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(runner.PartRunner, "_residuals", full)
+    with pytest.raises(ModelError, match="64 tokens does not fit .* shorter --context"):
+        residua.extract(str(model_folder), str(texts_file), root=tmp_path, context=64)
+
+
+class Greedy:
+    """A stack of which `limit` tokens of residuals fit into memory at once, alive ones counted."""
+
+    def __init__(self, limit: int) -> None:
+        self.model = torch.nn.Linear(1, 1)
+        self.depth, self.d_model = 1, 1
+        self.limit, self.seen = limit, list[int]()
+
+    def residuals(self, ids: torch.Tensor, mask: Any = None) -> list[torch.Tensor]:
+        self.seen.append(ids.numel())
+        if ids.numel() > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [ids, ids]
+
+
+@pytest.mark.parametrize(("limit", "cap", "want"), [
+    (300, 4096, 256), (300, 100, 64), (10**6, 4096, 4096), (20, 4096, 32), (10**6, 10, 32),
+])  # fmt: skip
+def test_the_batch_size_is_doubled_until_memory_or_the_cap_ends(
+    limit: int, cap: int, want: int
+) -> None:
+    stream = TokenStream(np.arange(96, dtype=np.int32), np.full(3, 32), np.arange(3))
+    stack: Any = Greedy(limit)
+    assert find_batch_tokens(stack, stream, cap) == want
+    assert max(stack.seen, default=0) <= 2 * max(want, 32)
+    assert choose_batch_tokens(stack, stream, 2) == BATCH_TOKENS["cpu"]
+
+
+def test_booking_a_batch_takes_microseconds() -> None:
+    stages = Stages()
+    began = time.perf_counter()
+    for _ in range(1000):
+        with stages.timed("write", 1), stages.waiting():
+            stages.add("forward", 0.0, 1, 1)
+    assert time.perf_counter() - began < 1.0
