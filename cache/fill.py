@@ -3,8 +3,9 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .disk import disk_errors
@@ -38,21 +39,23 @@ def fill(
 
     Parts that another process holds are waited for, and taken over if that process dies. Of a
     `share` (i, n) only every n-th part is written, and nothing is waited for. SIGTERM ends the
-    work after the part in hand with `Interrupted`; a disk that is full or gone with an error of
-    `disk_errors`. `stages` books how long each stage of the work was busy.
+    work after the part in hand with `Interrupted`, SIGINT after the batch in hand; a disk that is
+    full or gone with an error of `disk_errors`. `stages` books how long each stage of the work was busy.
     """
     tell = progress or (lambda *_: None)
     written = 0
-    with disk_errors(cache.path), stop_signal() as stopped:
+    with disk_errors(cache.path), stop_signals() as stop:
         runner = PartRunner(cache, stack, ancestor(cache), on_error, stages)
         idle_since = time.monotonic()
         while missing := missing_parts(cache, share):
             done, before = done_positions(cache), written
             for part in missing:
-                for rows in _write(cache, runner, part):
-                    written += rows
-                    tell("extract", done + written - before, cache.positions)
-                if stopped.is_set():
+                with closing(_write(cache, runner, part)) as batches:
+                    for rows in batches:
+                        written += rows
+                        tell("extract", done + written - before, cache.positions)
+                        stop.check()
+                if stop.after_part.is_set():
                     _stop(cache, share)
                     return written
             if share != (1, 1):
@@ -63,7 +66,8 @@ def fill(
             if time.monotonic() - idle_since > NOTICE_SECONDS:
                 tell(f"waiting for {holder(cache.path / 'leases', missing[0])}", done,
                      cache.positions)  # fmt: skip
-            time.sleep(WAIT_SECONDS)
+            stop.after_batch.wait(WAIT_SECONDS)
+            stop.check()
     return written
 
 
@@ -94,7 +98,7 @@ def missing_parts(cache: ActivationCache, share: tuple[int, int] = (1, 1)) -> li
     ]
 
 
-def _write(cache: ActivationCache, runner: PartRunner, part: int) -> Iterator[int]:
+def _write(cache: ActivationCache, runner: PartRunner, part: int) -> Generator[int, None, None]:
     """Write one part, unless another process holds it or has finished it meanwhile."""
     with lease(cache.path / "leases", part) as mine:
         if not mine:
@@ -120,20 +124,37 @@ def _sweep(cache: ActivationCache, part: int) -> None:
         path.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Stop:
+    """What signals ask for."""
+
+    after_part: threading.Event
+    """Set by SIGTERM: finish the part in hand."""
+    after_batch: threading.Event
+    """Set by SIGINT: drop the part in hand, but at a point where nothing is left half done."""
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` if SIGINT came."""
+        if self.after_batch.is_set():
+            raise KeyboardInterrupt
+
+
 @contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, once; a second SIGTERM ends the process as usual."""
-    stopped = threading.Event()
+def stop_signals() -> Iterator[Stop]:
+    """Turn the first SIGTERM and SIGINT into events; the second one acts as usual."""
+    stop = Stop(threading.Event(), threading.Event())
     if threading.current_thread() is not threading.main_thread():
-        yield stopped
+        yield stop
         return
+    events = {signal.SIGTERM: stop.after_part, signal.SIGINT: stop.after_batch}
 
-    def stop(*_: object) -> None:
-        stopped.set()
-        signal.signal(signal.SIGTERM, previous)
+    def note(number: int, _: object) -> None:
+        events[signal.Signals(number)].set()
+        signal.signal(number, previous[signal.Signals(number)])
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, note) for number in events}
     try:
-        yield stopped
+        yield stop
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
