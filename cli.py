@@ -169,7 +169,11 @@ def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **opt
         if speeds := bandwidths(value["stages"]):
             click.echo(f"  {speeds}")
         click.echo(f"  {value['path']}")
-        click.echo(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
+        if value["complete"]:
+            click.echo(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
+        else:
+            done, parts = value["parts"]
+            click.echo(f"{done} of {parts} parts are there; the other shares are still to be run")
 
     return value, show
 

@@ -72,7 +72,9 @@ def estimate(
     `context_tokens` are those of whole sequences, where only some positions are kept.
     """
     root.mkdir(parents=True, exist_ok=True)
-    arrays = {"head": head_bytes + SMALL_FILES, "context/ids": 4 * context_tokens}
+    arrays = {"head": head_bytes + SMALL_FILES}
+    if context_tokens:
+        arrays["context/ids"] = 4 * context_tokens
     for layer, dtype in dtypes.items():
         row = np.dtype(STORED_DTYPES[dtype]).itemsize * d_model
         arrays[f"residual/{layer}"] = _array(positions, layout.chunk_rows, layout.part_rows, row)
