@@ -71,7 +71,6 @@ def estimate(
 
     `context_tokens` are those of whole sequences, where only some positions are kept.
     """
-    root.mkdir(parents=True, exist_ok=True)
     arrays = {"head": head_bytes + SMALL_FILES}
     if context_tokens:
         arrays["context/ids"] = 4 * context_tokens
@@ -84,7 +83,12 @@ def estimate(
         shard = chunk * TABLE_CHUNKS_PER_SHARD
         arrays[name] = _array(rows, chunk, shard, np.dtype(dtype).itemsize)
     files = layout.parts(positions) * len(dtypes)
-    return Estimate(positions, sequences, arrays, files, shutil.disk_usage(root).free)
+    return Estimate(positions, sequences, arrays, files, shutil.disk_usage(_existing(root)).free)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path`, or itself, that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def _array(rows: int, chunk_rows: int, shard_rows: int, row_bytes: int) -> int:
