@@ -40,7 +40,8 @@ def fill(
     Parts that another process holds are waited for, and taken over if that process dies. Of a
     `share` (i, n) only every n-th part is written, and nothing is waited for. SIGTERM ends the
     work after the part in hand with `Interrupted`, SIGINT after the batch in hand; a disk that is
-    full or gone with an error of `disk_errors`. `stages` books how long each stage of the work was busy.
+    full or gone with an error of `disk_errors`. `stages` books how long each stage of the work
+    was busy.
     """
     tell = progress or (lambda *_: None)
     written = 0
