@@ -69,6 +69,8 @@ def _text_documents(path: Path, lines: bool) -> list[str]:
 
 def _load_file(path: Path) -> Any:
     ending = _ending(path)
+    if not path.stat().st_size:
+        raise DataError(f"{path} is empty; give a file with texts")
     kind = FILES.get(ending)
     if kind is None:
         known = ", ".join(FILES)

@@ -188,3 +188,9 @@ def test_a_folder_that_is_no_data_set_is_an_error(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=r"is not a folder saved by datasets\.save_to_disk"):
         load_documents(str(tmp_path / "folder"))
+
+
+def test_an_empty_table_is_said_to_be_empty(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DataError, match="is empty; give a file with texts"):
+        load_documents(str(tmp_path / "empty.jsonl"))
