@@ -15,7 +15,8 @@ from .layout import (
     TABLE_CHUNKS_PER_SHARD,
     Layout,
 )
-from .tokens import SPAN_DTYPES, TABLE_DTYPES, TokenStream
+from .tables import SPAN_DTYPES, TABLE_DTYPES
+from .tokens import TokenStream
 
 SPARE_BYTES = 64 << 20
 """Free space that is left on the disk."""

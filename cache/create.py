@@ -20,6 +20,7 @@ from .layout import Layout
 from .lease import try_lock
 from .manifest import Manifest
 from .shard import ShardWriter
+from .tables import tables
 from .tokens import TokenStream
 from .writer import create_residual, write_table
 
@@ -57,7 +58,7 @@ def create_cache(
         store = staging / "arrays.zarr"
         record = {
             name: write_table(store, name, values, _attributes(stream, name))
-            for name, values in stream.tables(hashes).items()
+            for name, values in tables(stream, hashes).items()
         }
         for layer, dtype in dtypes.items():
             create_residual(
