@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from .errors import NotFoundError, ResiduaError, UsageError
+from .place import as_path
 from .store import SHORT_ID, ActivationCache
 
 
 def cache_root(root: str | Path | None = None) -> Path:
-    """`root`, else $RESIDUA_ROOT, else the folder `residua` in the user's XDG cache folder."""
+    """`root`, a folder or URL, else $RESIDUA_ROOT, else the folder `residua` in the user's XDG cache folder."""
     if root is not None:
-        return Path(root).expanduser()
+        return as_path(root)
     if named := os.environ.get("RESIDUA_ROOT"):
-        return Path(named).expanduser()
+        return as_path(named)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "residua"
 
@@ -32,7 +33,7 @@ def find_path(name: str, root: Path) -> Path:
 
     Raises `NotFoundError` if there is none and `UsageError` if several ids begin so.
     """
-    path = Path(name).expanduser()
+    path = as_path(name)
     if (path / "manifest.json").is_file():
         return path
     paths = list_paths(root)

@@ -4,15 +4,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .disk import disk_errors
-from .errors import Interrupted
+from .errors import Interrupted, LeaseLostError
 from .grow import ancestor
 from .journal import merge, read_record
 from .lease import holder, lease
+from .place import is_remote
 from .runner import PartRunner
 from .stages import Stages
 from .store import ActivationCache
@@ -51,7 +52,7 @@ def fill(
         while missing := missing_parts(cache, share):
             done, before = done_positions(cache), written
             for part in missing:
-                with closing(_write(cache, runner, part)) as batches:
+                with closing(_write(cache, runner, part)) as batches, suppress(LeaseLostError):
                     for rows in batches:
                         written += rows
                         tell("extract", done + written - before, cache.positions)
@@ -108,7 +109,7 @@ def _write(cache: ActivationCache, runner: PartRunner, part: int) -> Generator[i
         layers = tuple(la for la in cache.target_layers if f"residual/{la}" not in held)
         if layers:
             _sweep(cache, part)
-            yield from runner.write_part(part, layers)
+            yield from runner.write_part(part, layers, held=mine)
 
 
 def _held(cache: ActivationCache, part: int) -> set[str]:
@@ -119,6 +120,8 @@ def _held(cache: ActivationCache, part: int) -> set[str]:
 
 def _sweep(cache: ActivationCache, part: int) -> None:
     """Remove what writers of this part that died left; only the holder of its lease may."""
+    if is_remote(cache.path):  # there, files appear whole or not at all
+        return
     residual = cache.path / "arrays.zarr" / "residual"
     left = [*residual.glob(f"*/c/{part}/.*.tmp"), *cache.journal.folder.glob(f".{part:08d}.*.tmp")]
     for path in left:

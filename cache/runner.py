@@ -13,6 +13,7 @@ from .copies import Rows, copies, to_device
 from .create import PartWriter
 from .errors import ModelError
 from .journal import PartRecord
+from .lease import Lease
 from .oom import Halving
 from .stages import Stages
 from .store import ActivationCache
@@ -51,10 +52,15 @@ class PartRunner:
         self._alone: dict[tuple[Batch, tuple[int, ...]], dict[int, dict[int, Rows]]] = {}
 
     def write_part(
-        self, part: int, layers: tuple[int, ...], expected: PartRecord | None = None
+        self,
+        part: int,
+        layers: tuple[int, ...],
+        expected: PartRecord | None = None,
+        held: Lease | None = None,
     ) -> Iterator[int]:
         """Extract and commit `layers` of `part`; yields the number of rows after each batch."""
-        with PartWriter(self.cache.path, self.cache.manifest.layout, part, layers) as writer:
+        layout = self.cache.manifest.layout
+        with PartWriter(self.cache.path, layout, part, layers, held) as writer:
             with _Background() as background:
                 yield self._copy(writer)
                 for batch in self._plan(part):

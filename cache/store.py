@@ -1,7 +1,7 @@
 """Opens a cache for reading: no model, no torch, no transformers, no data set."""
 
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from .array import CacheArray
 from .errors import IncompleteError, NotFoundError, UsageError
 from .journal import Journal, PartRecord
 from .manifest import SHORT_ID, Manifest
+from .place import as_path, total_bytes
 
 if TYPE_CHECKING:
     import dask.array
@@ -51,7 +52,7 @@ class ActivationCache:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         if not (self.path / "manifest.json").is_file():
             raise NotFoundError(f"{self.path} is not a cache: it has no manifest.json")
         self.manifest = Manifest.read(self.path / "manifest.json")
@@ -109,9 +110,10 @@ class ActivationCache:
 
     @property
     def target_layers(self) -> tuple[int, ...]:
-        """Layers that this cache has or is meant to get: those with an array."""
-        found = (self.path / "arrays.zarr" / "residual").glob("*/zarr.json")
-        return tuple(sorted(int(path.parent.name) for path in found))
+        """Layers that this cache has or is meant to get: those whose array the journal names."""
+        _, files = self.journal.base()
+        found = [re.fullmatch(r"arrays\.zarr/residual/(\d+)/zarr\.json", name) for name in files]
+        return tuple(sorted(int(match[1]) for match in found if match))
 
     @property
     def finished(self) -> bool:
@@ -121,11 +123,7 @@ class ActivationCache:
     @cached_property
     def bytes(self) -> int:
         """Bytes of all files of this cache."""
-        total = 0
-        for file in self.path.rglob("*"):
-            with suppress(FileNotFoundError):  # a temporary file that its writer has just renamed
-                total += file.stat().st_size if file.is_file() else 0
-        return total
+        return total_bytes(self.path)
 
     def array(self, name: str) -> CacheArray:
         """A stored array by its name inside `arrays.zarr`, such as `tokens/ids`."""
@@ -276,7 +274,7 @@ class ActivationCache:
         """The model's tokenizer, from the files kept in the cache; imports `tokenizers` only."""
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(self.path / "head" / "tokenizer.json"))
+        return Tokenizer.from_str((self.path / "head" / "tokenizer.json").read_text("utf-8"))
 
     def check_complete(self) -> None:
         """Raise `IncompleteError` if rows are missing."""
