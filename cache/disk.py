@@ -101,10 +101,7 @@ def _of_store(error: Exception, folder: Path) -> ResiduaError | None:
         advice = "make the bucket, or name another --root"
     else:
         advice = "check the address of the store (AWS_ENDPOINT_URL for s3://) and the credentials"
-    return UsageError(
-        f"the object store of {folder} says: {what}; {advice}. What is committed is kept: the same "
-        "command goes on from there"
-    )
+    return UsageError(f"the object store of {folder} says: {what}; {advice}")
 
 
 def _number(error: Exception) -> int:

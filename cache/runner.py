@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .batches import Batch, plan_part
+from .commits import Batches
 from .copies import Rows, copies, to_device
 from .create import PartWriter
 from .errors import ModelError
@@ -57,14 +58,18 @@ class PartRunner:
         layers: tuple[int, ...],
         expected: PartRecord | None = None,
         held: Lease | None = None,
-    ) -> Iterator[int]:
-        """Extract and commit `layers` of `part`; yields the number of rows after each batch."""
+    ) -> Batches:
+        """Extract and commit `layers` of `part`; yields the number of rows after each batch.
+
+        What follows the None that it yields, the commit, may run in another thread.
+        """
         layout = self.cache.manifest.layout
         with PartWriter(self.cache.path, layout, part, layers, held) as writer:
             with _Background() as background:
                 yield self._copy(writer)
                 for batch in self._plan(part):
                     yield from self._run(batch, writer, background)
+            yield None
             with self.stages.timed("write"):
                 writer.commit(expected)
 
