@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import NotFoundError, ResiduaError, UsageError
-from .place import as_path
+from .place import as_path, children
 from .store import SHORT_ID, ActivationCache
 
 
 def cache_root(root: str | Path | None = None) -> Path:
-    """`root`, a folder or URL, else $RESIDUA_ROOT, else the folder `residua` in the user's XDG cache folder."""
+    """`root`, a folder or a URL, else $RESIDUA_ROOT, else `residua` in the user's XDG cache."""
     if root is not None:
         return as_path(root)
     if named := os.environ.get("RESIDUA_ROOT"):
@@ -21,9 +21,7 @@ def cache_root(root: str | Path | None = None) -> Path:
 
 def list_paths(root: Path) -> list[Path]:
     """Folders of all caches under `root`, oldest first; nothing is read."""
-    if not root.is_dir():
-        return []
-    found = [p / "manifest.json" for p in root.iterdir() if not p.name.startswith(".")]
+    found = [p / "manifest.json" for p in children(root) if not p.name.startswith(".")]
     found = [manifest for manifest in found if manifest.is_file()]
     return [m.parent for m in sorted(found, key=lambda m: (m.stat().st_mtime, m))]
 

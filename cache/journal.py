@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import CorruptError, LeaseLostError, NotFoundError
 from .jsonfile import parse_json, read_json, write_json
-from .place import read_all
+from .place import children, read_all
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Journal:
     def _list(self, pattern: str) -> list[tuple[int, Path]]:
         """Number n and path of the records whose names are `pattern`, sorted by name and n."""
         found = []
-        for path in self.folder.glob("*.json"):
+        for path in children(self.folder):
             if match := re.fullmatch(pattern, path.name):
                 found.append((match[1], int(match[2] or 0), path))
         return [(number, path) for _, number, path in sorted(found, key=lambda f: f[:2])]

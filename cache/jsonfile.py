@@ -74,7 +74,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` (or the bytes of a file) durable; object stores do it themselves."""
+    """Make a rename in `folder` (or the bytes of a file) durable; object stores do so alone."""
     if is_remote(folder):
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LeaseLostError
-from .place import create, put
+from .place import children, create, put
 
 EXPIRY = 30.0
 """Seconds without a sign of life after which a lease may be taken over."""
@@ -167,7 +167,7 @@ def _myself() -> dict[str, Any]:
 def _generations(folder: Path, name: str) -> dict[int, Path]:
     """The objects of the lease `name` by their n."""
     found = {}
-    for path in folder.glob(f"{name}.*.json"):
+    for path in children(folder):
         if match := re.fullmatch(re.escape(name) + r"\.(\d+)\.json", path.name):
             found[int(match[1])] = path
     return found

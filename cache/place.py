@@ -26,7 +26,7 @@ def as_path(name: str | Path) -> Path:
     store (endpoint, credentials) come from its own environment variables and files. Raises
     `UsageError` where the library for such URLs is not installed.
     """
-    if isinstance(name, Path) and (match := re.match(r"(\w{2,}):/[^/]", str(name))):
+    if isinstance(name, Path) and re.match(r"\w{2,}:/[^/]", str(name)):
         raise UsageError(f"{name} was a URL, and lost a slash in pathlib.Path; give it as a str")
     if not isinstance(name, str):
         return name
@@ -94,6 +94,21 @@ def copy(source: Path, target: Path) -> None:
     store.cp_file(key, store_of(target)[1])
 
 
+def children(folder: Path) -> list[Path]:
+    """Everything in a folder, which may be missing, as it is at this moment."""
+    try:
+        if not is_remote(folder):
+            return list(folder.iterdir())
+        store, key = store_of(folder)
+        found = store.ls(key, detail=False, refresh=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = {
+        name.rstrip("/").rpartition("/")[2] for name in found if name.strip("/") != key.strip("/")
+    }
+    return [folder / name for name in sorted(names)]
+
+
 def read_all(paths: Sequence[Path]) -> list[bytes]:
     """The contents of several files; of remote ones, many at a time."""
     if not paths or not is_remote(paths[0]):
@@ -123,15 +138,18 @@ def check_creates(root: Path) -> None:
 
     probe = root / f".probe-{uuid.uuid4().hex}"
     try:
-        create(probe, b"")
-        try:
+        for _ in range(2):
             create(probe, b"")
-        except FileExistsError:
-            return
-        raise UsageError(
-            f"the store of {root} creates an object that exists already (it ignores the condition "
-            "`If-None-Match: *`), so that two workers could write one part; use a store that "
-            "honours it, or a folder"
-        )
+        said = "it creates an object that exists already"
+    except FileExistsError:
+        return
+    except (OSError, NotImplementedError) as error:
+        said = str(error)
+        if not re.search("condition|not.?(implemented|supported)", said, re.IGNORECASE):
+            raise
     finally:
         probe.unlink(missing_ok=True)
+    raise UsageError(
+        f"the store of {root} does not honour the condition `If-None-Match: *` ({said}), so that "
+        "two workers could write one part; use a store that does, or a folder"
+    )

@@ -187,7 +187,9 @@ class ShardReader:
         """Divides the offsets of all chunks and the bytes of a row."""
 
     def _read_index(self) -> np.ndarray:
-        return parse_index(self._bytes[-index_bytes(self.layout) :].tobytes(), self.layout, self.path)
+        return parse_index(
+            self._bytes[-index_bytes(self.layout) :].tobytes(), self.layout, self.path
+        )
 
     @property
     def size(self) -> int:

@@ -4,13 +4,13 @@ import fcntl
 import hashlib
 import os
 import shutil
-from tempfile import TemporaryDirectory
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from .card import card
