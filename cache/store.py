@@ -13,7 +13,7 @@ from .array import CacheArray
 from .errors import IncompleteError, NotFoundError, UsageError
 from .journal import Journal, PartRecord
 from .manifest import SHORT_ID, Manifest
-from .place import as_path, total_bytes
+from .place import as_path, is_remote, total_bytes
 
 if TYPE_CHECKING:
     import dask.array
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 """Names of the splits; `sequences/split` holds the index into this tuple."""
+SLAB_ROWS = 128
+"""Slabs of 64 to 256 rows, shuffled in a buffer, are as good as true random order."""
 BLOCK_BYTES = 16 << 20
 """Largest float32 block of one read; larger blocks cost twice the time per byte."""
 
@@ -184,6 +186,11 @@ class ActivationCache:
     def block_rows(self, rows: int = 1 << 16) -> int:
         """Rows of a block of at most `rows` rows and `BLOCK_BYTES` bytes of float32."""
         return max(1, min(rows, BLOCK_BYTES // (4 * self.d_model)))
+
+    @property
+    def slab_rows(self) -> int:
+        """Neighbouring rows that shuffled reads take at once: few, but whole chunks from afar."""
+        return self.manifest.layout.chunk_rows if is_remote(self.path) else SLAB_ROWS
 
     def blocks(self, sequences: np.ndarray, rows: int | None = None) -> Iterator[np.ndarray]:
         """Group whole `sequences` (numbers, in any order) so that a group has about `rows` rows."""

@@ -135,7 +135,7 @@ def test_every_way_of_reading_gives_what_the_disk_gives(
     np.testing.assert_array_equal(far.residual(2).compute(), local.residual(2).compute())
     np.testing.assert_array_equal(far.logits()[:50].compute(), local.logits()[:50].compute())
     assert far.tokenizer().to_str() == local.tokenizer().to_str()
-    loaders = (residua.RowLoader(c, 1, batch_rows=64, seed=3) for c in (far, local))
+    loaders = (residua.RowLoader(c, 1, batch_rows=64, seed=3, slab_rows=32) for c in (far, local))
     for ours, theirs in zip(*loaders, strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
