@@ -16,7 +16,8 @@ from .layout import (
     Layout,
 )
 from .place import is_remote
-from .tokens import SPAN_DTYPES, TABLE_DTYPES, TokenStream
+from .tables import SPAN_DTYPES, TABLE_DTYPES
+from .tokens import TokenStream
 
 SPARE_BYTES = 64 << 20
 """Free space that is left on the disk."""

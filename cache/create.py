@@ -23,6 +23,7 @@ from .lease import FileLease, Lease, exclusive, try_lock
 from .manifest import Manifest
 from .place import TRANSFERS, is_remote, upload
 from .shard import ShardWriter
+from .tables import tables
 from .tokens import TokenStream
 from .writer import create_residual, write_table
 
@@ -60,7 +61,7 @@ def create_cache(
         store = staging / "arrays.zarr"
         record = {
             name: write_table(store, name, values, _attributes(stream, name))
-            for name, values in stream.tables(hashes).items()
+            for name, values in tables(stream, hashes).items()
         }
         for layer, dtype in dtypes.items():
             create_residual(

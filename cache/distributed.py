@@ -33,6 +33,17 @@ NO_PART = "1000000000/1000000000"
 """A share of the parts so small that none is in it: the cache is made, and left empty."""
 
 
+def run_at(
+    scheduler: str,
+    request: Request,
+    progress: Progress | None = None,
+    stages: Stages | None = None,
+) -> Extraction:
+    """`run_on` the workers of the scheduler at an address like `tcp://host:8786`."""
+    with connect(scheduler) as client:
+        return run_on(client, request, progress, stages)
+
+
 @contextmanager
 def connect(scheduler: str) -> "Iterator[Client]":
     """A client of the scheduler at an address like `tcp://host:8786`."""

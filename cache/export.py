@@ -14,8 +14,9 @@ from .errors import UsageError
 from .flatfile import FORMATS, Column, check_space, write_file, writing
 from .jsonfile import file_digest, sync_folder, write_json
 from .layout import STORED_DTYPES
+from .numbers import span
 from .runs import Runs
-from .store import ActivationCache, span
+from .store import ActivationCache
 
 TABLE_ROWS = 1 << 20
 """Rows of a block of the one-dimensional arrays."""

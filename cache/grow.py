@@ -65,10 +65,10 @@ def _metadata(layer: int) -> str:
 def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]) -> TokenStream:
     """The stream of `cache` followed by the sequences `lacking` of `stream`."""
     held = TokenStream(
-        cache.tokens[:],
+        cache.tokens,
         cache.sequence_length,
         cache.array("sequences/row_id")[:],
-        {name: cache.array(name)[:] for name in stream.of_tokens if cache.has(name)},
+        {name: cache.array(name) for name in stream.of_tokens if cache.has(name)},
         {name: cache.array(name)[:] for name in stream.of_sequences if cache.has(name)},
         {name: words for name in stream.categories if (words := cache.categories(name))},
     )

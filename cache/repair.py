@@ -126,8 +126,8 @@ def _rebuild_head(
     if not names:
         return []
     cache = ActivationCache(path)
-    ids, lengths = cache.contexts.ids[:], cache.contexts.length
-    stream = TokenStream(ids, lengths, np.arange(len(lengths)))
+    lengths = cache.contexts.length
+    stream = TokenStream(cache.contexts.ids, lengths, np.arange(len(lengths)))
     canary = examine(model, stream, manifest.capture.compute_dtype, manifest.capture.dtype)
     _, files = cache.journal.base()
     mended = []

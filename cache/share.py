@@ -61,6 +61,18 @@ class Pull:
     commit: str | None
     """Commit of the repository."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `residua pull`."""
+        return {
+            "status": self.status,
+            "cache": self.cache.id,
+            "positions": self.cache.positions,
+            "layers": list(self.cache.layers),
+            "bytes": self.cache.bytes,
+            "commit": self.commit,
+            "path": str(self.cache.path),
+        }
+
 
 def push(
     cache: ActivationCache,

@@ -1,7 +1,7 @@
 """Opens a cache for reading: no model, no torch, no transformers, no data set."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from .array import CacheArray
 from .errors import IncompleteError, NotFoundError, UsageError
 from .journal import Journal, PartRecord
 from .manifest import SHORT_ID, Manifest
+from .numbers import span
 from .place import as_path, is_remote, total_bytes
 
 if TYPE_CHECKING:
@@ -300,17 +301,6 @@ class ActivationCache:
         if layer not in self.layers:
             raise NotFoundError(f"layer {layer} is not in this cache; it holds {span(self.layers)}")
         return layer
-
-
-def span(numbers: Sequence[int]) -> str:
-    """`0-4, 6` for 0, 1, 2, 3, 4, 6."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
 
 
 def rows_of(positions: int, rows: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .columns import Numbers
 from .layout import (
     STORED_DTYPES,
     TABLE_CHUNK_ROWS,
@@ -50,20 +51,21 @@ def create_residual(
 
 
 def write_table(
-    store: Path, name: str, values: np.ndarray, attributes: dict[str, Any] | None = None
+    store: Path, name: str, values: Numbers, attributes: dict[str, Any] | None = None
 ) -> dict[str, dict]:
     """Create and fill the one-dimensional array `name`; returns the record of its shards."""
     axis = AXES[name.split("/")[0]]
     chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, len(values) - 1).bit_length())
     shard_rows = chunk * TABLE_CHUNKS_PER_SHARD
     array = _create(
-        store, name, values.shape, values.dtype.str, chunk, shard_rows, (axis,), attributes or {}
+        store, name, (len(values),), values.dtype.str, chunk, shard_rows, (axis,), attributes or {}
     )
     record = {}
     for shard in range(array.shards):
-        rows = values[shard * shard_rows : (shard + 1) * shard_rows]
-        writer = ShardWriter(store / name / array.shard_key(shard), array, len(rows))
-        writer.write(0, rows)
+        start, stop = shard * shard_rows, min((shard + 1) * shard_rows, len(values))
+        writer = ShardWriter(store / name / array.shard_key(shard), array, stop - start)
+        for first in range(start, stop, chunk):
+            writer.write(first - start, values[first : min(first + chunk, stop)])
         record[str(shard)] = writer.commit()
     return record
 

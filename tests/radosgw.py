@@ -57,9 +57,7 @@ def serve(folder: Path, seconds: float) -> Iterator[Server]:
     fsid, disk = str(uuid.uuid4()), str(uuid.uuid4())
     for name in ("mon", "osd", "rgw", "crash"):
         (folder / name).mkdir()
-    text = CONFIGURATION.format(
-        fsid=fsid, host=HOST, monitor=monitor, port=port, folder=folder
-    )
+    text = CONFIGURATION.format(fsid=fsid, host=HOST, monitor=monitor, port=port, folder=folder)
     (folder / "ceph.conf").write_text(text)
     environment = {**os.environ, "CEPH_CONF": str(folder / "ceph.conf")}
 
@@ -78,10 +76,16 @@ def serve(folder: Path, seconds: float) -> Iterator[Server]:
             logs.mkdir()
             stack.enter_context(running([command], logs, environment))
 
-        call("monmaptool", "--create", "--addv", "a", f"[v2:{HOST}:{monitor}]", "--fsid", fsid, "map")
+        call(
+            "monmaptool", "--create", "--addv", "a", f"[v2:{HOST}:{monitor}]", "--fsid", fsid, "map"
+        )
         call("ceph-mon", "--mkfs", "-i", "a", "--monmap", "map")
         start("ceph-mon", "-f", "-i", "a")
-        until(lambda: call("ceph", "--connect-timeout", "5", "osd", "new", disk, check=False), seconds, folder)
+        until(
+            lambda: call("ceph", "--connect-timeout", "5", "osd", "new", disk, check=False),
+            seconds,
+            folder,
+        )
         call("ceph-osd", "--mkfs", "-i", "0", "--osd-uuid", disk)
         start("ceph-osd", "-f", "-i", "0")
         server = Server(f"http://{HOST}:{port}")
