@@ -80,7 +80,8 @@ def upload(source: Path, target: Path, last: Sequence[str] = ()) -> None:
     names = [path.relative_to(source).as_posix() for path in files]
 
     def send(name: str) -> None:
-        put(target / name, (source / name).read_bytes())
+        store, key = store_of(target / name)
+        store.put_file(str(source / name), key)
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
         list(pool.map(send, [name for name in names if name not in last]))
