@@ -47,7 +47,7 @@ rgw thread pool size = 64
 def missing() -> str:
     """Why the gateway cannot run here; empty if it can."""
     absent = [program for program in PROGRAMS if not shutil.which(program)]
-    return f"Ceph is not installed ({', '.join(absent)}); tests/radosgw.py names it" * bool(absent)
+    return f"Ceph's gateway is not installed: no {', '.join(absent)} in PATH" if absent else ""
 
 
 @contextlib.contextmanager
@@ -92,6 +92,11 @@ def serve(folder: Path, seconds: float) -> Iterator[Server]:
         call(
             "radosgw-admin", "user", "create", "--uid", "residua", "--display-name", "residua",
             "--access-key", server.key, "--secret-key", server.secret,
+        )  # fmt: skip
+        reader, secret = server.reader
+        call(
+            "radosgw-admin", "subuser", "create", "--uid", "residua", "--subuser", reader,
+            "--access", "read", "--key-type", "s3", "--access-key", reader, "--secret", secret,
         )  # fmt: skip
         start("radosgw", "-f", "-n", "client.rgw")
         yield make_bucket(server, seconds, folder)

@@ -1,7 +1,7 @@
-"""S3 servers on the loopback interface: moto in every run, OpenStack Swift and Ceph where installed.
+"""S3 servers on the loopback interface: moto in every run, Ceph and OpenStack Swift where installed.
 
 As a script it runs one until its standard input ends, so that no server outlives its test:
-`python tests/servers.py moto|swift|radosgw` prints one JSON line when the server answers.
+`python tests/servers.py moto|radosgw|swift` prints one JSON line when the server answers.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 HOST = "127.0.0.1"
 TESTS = Path(__file__).parent
@@ -27,17 +27,21 @@ TESTS = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Server:
-    """Where a server answers, and one bucket that is there."""
+    """Where a server answers, one bucket that is there, and two users."""
 
     endpoint: str
     key: str = "residua:tester"
     secret: str = "testing"
+    reader: tuple[str, str] = ("residua:reader", "reading")
+    """Key and secret of a user that may not write."""
     bucket: str = "residua"
+    atomic: bool = True
+    """Whether of two creates of one key at once exactly one is accepted."""
 
-    @property
-    def root(self) -> str:
-        """The bucket as a root."""
-        return f"s3://{self.bucket}"
+    def as_reader(self) -> "Server":
+        """The same server, seen by the user that may not write."""
+        key, secret = self.reader
+        return replace(self, key=key, secret=secret)
 
     def environment(self) -> dict[str, str]:
         """What makes any S3 client of a process use this server."""
@@ -103,7 +107,8 @@ def serving(name: str, seconds: float = 120) -> Iterator[Server]:
             if not line:
                 said.seek(0)
                 raise RuntimeError(f"the server {name} did not start: {said.read()[-4000:]}")
-            yield Server(**json.loads(line))
+            found = json.loads(line)
+            yield Server(**{**found, "reader": tuple(found["reader"])})
         finally:
             process.stdin.close()
             process.stdout.close()
@@ -159,11 +164,11 @@ def until(condition: Callable[[], bool], seconds: float, folder: Path) -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether an HTTP server, in whatever mood, is at `url`."""
+    """Whether an HTTP server is at `url`, whatever it says."""
     try:
         urlopen(url, timeout=5).close()
-    except HTTPError as error:
-        return error.code < 500
+    except HTTPError:
+        return True
     except (URLError, OSError):
         return False
     return True
@@ -186,7 +191,6 @@ def make_bucket(server: Server, seconds: float, folder: Path) -> Server:
             return False
         return True
 
-    until(lambda: answers(server.endpoint), seconds, folder)
     until(made, seconds, folder)
     client.close()
     return server
@@ -194,10 +198,32 @@ def make_bucket(server: Server, seconds: float, folder: Path) -> Server:
 
 @contextlib.contextmanager
 def moto(folder: Path, seconds: float) -> Iterator[Server]:
-    """The mock of PyPI `moto[server]`: real HTTP, objects in memory, any credentials are good."""
+    """The mock of PyPI `moto[server]`: real HTTP, real signatures, objects in memory."""
     (port,) = free_ports(1)
+    url = f"http://{HOST}:{port}"
     with running([(sys.executable, "-m", "moto.server", "-H", HOST, "-p", port)], folder):
-        yield make_bucket(Server(f"http://{HOST}:{port}"), seconds, folder)
+        until(lambda: answers(url), seconds, folder)
+        owner, reader = _moto_user(url, "owner", "s3:*"), _moto_user(url, "reader", "s3:[GL]*")
+        # from here on it checks signatures and rights, which it leaves out otherwise
+        kind = {"Content-Type": "text/plain"}
+        urlopen(Request(f"{url}/moto-api/reset-auth", b"0", kind, method="POST")).close()
+        yield make_bucket(Server(url, *owner, reader=reader), seconds, folder)
+
+
+def _moto_user(url: str, name: str, action: str) -> tuple[str, str]:
+    """Key and secret of a new user that may do `action`."""
+    import botocore.session
+
+    statement = {"Effect": "Allow", "Action": action, "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    iam = botocore.session.Session().create_client(
+        "iam", region_name="us-east-1", endpoint_url=url,
+        aws_access_key_id="any", aws_secret_access_key="any",
+    )  # fmt: skip
+    iam.create_user(UserName=name)
+    iam.put_user_policy(UserName=name, PolicyName=name, PolicyDocument=policy)
+    key = iam.create_access_key(UserName=name)["AccessKey"]
+    return key["AccessKeyId"], key["SecretAccessKey"]
 
 
 def main(name: str, seconds: str = "120") -> None:

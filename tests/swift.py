@@ -1,6 +1,6 @@
-"""OpenStack Swift with its S3 API: one proxy and one disk, a folder, out of Debian's packages.
+"""OpenStack Swift with its S3 API: one proxy and one disk, which is a folder.
 
-apt-get install swift-proxy swift-account swift-container swift-object memcached
+apt-get install memcached; pip install swift==2.38.3 in an environment of its own, its bin in PATH.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ PROGRAMS = (
     "memcached", "swift-ring-builder", "swift-proxy-server",
     *(f"swift-{kind}-server" for kind in STORAGE),
 )  # fmt: skip
+OLDEST = (2, 38)
 COMMON = """\
 [DEFAULT]
 bind_ip = {host}
@@ -71,7 +72,10 @@ def missing() -> str:
     """Why Swift cannot run here; empty if it can."""
     absent = [program for program in PROGRAMS if not shutil.which(program)]
     if absent:
-        return f"OpenStack Swift is not installed ({', '.join(absent)}); tests/swift.py names it"
+        return f"OpenStack Swift is not installed: no {', '.join(absent)} in PATH"
+    version = _version()
+    if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
+        return f"OpenStack Swift {version} refuses If-None-Match; 2.38.3 does not"
     with tempfile.NamedTemporaryFile() as file:
         try:
             os.setxattr(file.name, "user.swift.metadata", b"x" * 1024)
@@ -97,7 +101,18 @@ def serve(folder: Path, seconds: float) -> Iterator[Server]:
         *((f"swift-{kind}-server", folder / f"{kind}.conf") for kind in (*STORAGE, "proxy")),
     ]
     with running(commands, folder):
-        yield make_bucket(Server(f"http://{HOST}:{proxy}"), seconds, folder)
+        # it looks, then writes: of two creates at once both are accepted, and the later one stays
+        yield make_bucket(Server(f"http://{HOST}:{proxy}", atomic=False), seconds, folder)
+
+
+def _version() -> str:
+    """The version of Swift that the programs belong to."""
+    program = shutil.which("swift-proxy-server")
+    assert program
+    with open(program) as file:
+        python = file.readline().removeprefix("#!").split()
+    command = [*python, "-c", "import swift; print(swift.__version__)"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _ring(builder: Path, port: int) -> None:
