@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .errors import CorruptError, NoSpaceError, NotFoundError, ResiduaError, UsageError
-from .place import check_creates, is_remote
+from .place import check_creates, code_of, is_remote
 
 FULL = {
     errno.ENOSPC: "the disk of {} is full",
@@ -94,7 +94,9 @@ def _of_store(error: Exception, folder: Path) -> ResiduaError | None:
     name = getattr(error, "filename", None)
     if isinstance(name, str | os.PathLike) and Path(name).is_absolute():
         return None  # a file of this machine
-    what = str(error) or type(error).__name__
+    what = str(error)
+    if what in ("", "None"):
+        what = code_of(error) or type(error).__name__
     if isinstance(error, PermissionError):
         advice = "check the credentials, and what they may do there"
     elif isinstance(error, FileNotFoundError):

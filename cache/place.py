@@ -15,6 +15,8 @@ from urllib.request import url2pathname
 
 from .errors import UsageError
 
+LOST = ("PreconditionFailed", "ConditionalRequestConflict")
+"""What S3 servers say to all but one of those who create an object."""
 TRANSFERS = 8
 """Objects that are read or written at the same time."""
 
@@ -68,10 +70,23 @@ def put(path: Path, data: bytes) -> None:
 def create(path: Path, data: bytes) -> None:
     """Write a remote object that must not be there; raises `FileExistsError` if it is.
 
-    Of several writers at the same time one succeeds (for S3: `If-None-Match: *`).
+    Of several writers at the same time one succeeds (for S3: `If-None-Match: *`). For objects of
+    one request only: Ceph's gateway overwrites where there are many.
     """
     store, key = store_of(path)
-    store.pipe_file(key, data, mode="create")
+    try:
+        store.pipe_file(key, data, mode="create")
+    except OSError as error:
+        if code_of(error) in LOST:
+            raise FileExistsError(f"{path} exists") from error
+        raise
+
+
+def code_of(error: BaseException) -> str:
+    """What an S3 server called the error, such as `NoSuchBucket`; empty if it did not say."""
+    response = getattr(error.__cause__, "response", None)
+    found = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return str(found or "")
 
 
 def upload(source: Path, target: Path, last: Sequence[str] = ()) -> None:
@@ -145,8 +160,8 @@ def check_creates(root: Path) -> None:
     except FileExistsError:
         return
     except (OSError, NotImplementedError) as error:
-        said = str(error)
-        if not re.search("condition|not.?(implemented|supported)", said, re.IGNORECASE):
+        said = f"{code_of(error)} {error}"
+        if not re.search("not.?(implemented|supported)", said, re.IGNORECASE):
             raise
     finally:
         probe.unlink(missing_ok=True)

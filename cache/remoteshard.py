@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import CorruptError
 from .layout import CHECKSUM_BYTES, ArrayLayout
-from .place import store_of
+from .place import code_of, store_of
 from .shard import combine, index_bytes, parse_index
 
 KEPT_BYTES = 256 << 20
@@ -34,6 +34,10 @@ class RemoteShard:
             tail = self._store.cat_file(self._key, start=-index_bytes(layout))
         except FileNotFoundError:
             raise CorruptError(f"{path} is missing; `residua verify` says what is lost") from None
+        except OSError as error:
+            if code_of(error) != "InvalidRange":
+                raise
+            raise CorruptError(f"{path} is empty") from None
         self._offsets = parse_index(tail, layout, path)
 
     def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:

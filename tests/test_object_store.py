@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,18 +25,22 @@ from residua.cache.store import ActivationCache
 
 from .crashing import Driver, until
 from .models import texts
-from .servers import Server, serving
+from .servers import Server
 
 SIZE: dict[str, Any] = {"context": 40, "part_positions": 128, "batch_tokens": 200}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """A mock of S3 that speaks real HTTP; every client of the module talks to it."""
-    with serving("moto") as found, pytest.MonkeyPatch.context() as patch:
-        for name, value in found.environment().items():
+def server(s3_server: Server) -> Iterator[Server]:
+    """The mock of S3, and in slow runs real servers; every client of the module talks to it."""
+    from s3fs import S3FileSystem
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment().items():
             patch.setenv(name, value)
-        yield found
+        S3FileSystem.clear_instance_cache()  # its keys do not tell one server from another
+        yield s3_server
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +54,9 @@ def driver(
 
 
 @pytest.fixture
-def root(server: Server, request: pytest.FixtureRequest) -> str:
+def root(server: Server) -> str:
     """A root of its own for each test."""
-    return f"{server.root}/{request.node.name}"
+    return f"s3://{server.bucket}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +125,9 @@ def test_a_cache_in_an_object_store_has_the_bytes_of_one_on_a_disk(
 @pytest.fixture(scope="module")
 def far(server: Server, model_folder: Path, data: Path) -> ActivationCache:
     """A cache in the store that no test changes."""
-    return residua.extract(model_folder, data, root=f"{server.root}/far", **SIZE)
+    return residua.extract(
+        model_folder, data, root=f"s3://{server.bucket}/{uuid.uuid4().hex}", **SIZE
+    )
 
 
 def test_every_way_of_reading_gives_what_the_disk_gives(
