@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -64,16 +63,19 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     JSON object, and the callable beside it prints the same for people.
     """
 
-    @click.option("--root", type=click.Path(path_type=Path), help="Folder of caches.  [default: "
-                  "$RESIDUA_ROOT, else the XDG cache folder]")  # fmt: skip
+    @click.option("--root", help="Folder or URL (s3://...) of caches.  [default: $RESIDUA_ROOT, "
+                  "else the XDG cache folder]")  # fmt: skip
     @click.option(JSON, "as_json", is_flag=True, help="Print one JSON object and nothing else.")
     @wraps(function)
-    def run(root: Path | None, as_json: bool, **options: Any) -> None:
+    def run(root: str | None, as_json: bool, **options: Any) -> None:
         from ..cache.catalog import cache_root
+        from ..cache.disk import store_errors
 
         try:
             try:
-                value, show = function(root=cache_root(root), quiet=as_json, **options)
+                place = cache_root(root)
+                with store_errors(place):
+                    value, show = function(root=place, quiet=as_json, **options)
             except KeyboardInterrupt:
                 raise Interrupted("interrupted; the same command goes on from here") from None
         except ResiduaError as error:

@@ -15,6 +15,7 @@ from .layout import (
     TABLE_CHUNKS_PER_SHARD,
     Layout,
 )
+from .place import is_remote
 from .tables import SPAN_DTYPES, TABLE_DTYPES
 from .tokens import TokenStream
 
@@ -34,8 +35,8 @@ class Estimate:
     """Bytes per array and of the head."""
     files: int
     """Number of shard files."""
-    free: int
-    """Free bytes at the root."""
+    free: int | None
+    """Free bytes at the root; None in an object store, which has no end."""
 
     @property
     def bytes(self) -> int:
@@ -47,7 +48,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.bytes + SPARE_BYTES <= self.free
+        return self.free is None or self.bytes + SPARE_BYTES <= self.free
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `residua extract --dry-run`."""
@@ -56,7 +57,7 @@ class Estimate:
 
     def check(self, root: Path) -> None:
         """Raise `NoSpaceError` if the cache does not fit, before anything is written."""
-        if not self.fits:
+        if self.free is not None and not self.fits:
             raise NoSpaceError(
                 f"this cache needs {self.bytes / 1e9:.2f} GB, {root} has {self.free / 1e9:.2f} GB "
                 f"free; the largest array is {self.largest}; use --max-bytes, --max-tokens, "
@@ -84,7 +85,11 @@ def estimate(
         shard = chunk * TABLE_CHUNKS_PER_SHARD
         arrays[name] = _array(rows, chunk, shard, np.dtype(dtype).itemsize)
     files = layout.parts(positions) * len(dtypes)
-    return Estimate(positions, sequences, arrays, files, shutil.disk_usage(_existing(root)).free)
+    return Estimate(positions, sequences, arrays, files, _free(root))
+
+
+def _free(root: Path) -> int | None:
+    return None if is_remote(root) else shutil.disk_usage(_existing(root)).free
 
 
 def _existing(path: Path) -> Path:

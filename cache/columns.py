@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from .disk import disk_errors
+from .place import is_remote
 
 BLOCK = 1 << 18
 """Numbers that one read or write moves, and that a column keeps in memory."""
@@ -134,8 +135,11 @@ def take(values: Numbers, places: np.ndarray) -> np.ndarray:
 def scratch_folder(root: Path) -> Path | None:
     """Where temporary files go: beside the caches under `root`, where there is a disk for them.
 
-    None, the system's folder for temporary files, where nothing there can be written.
+    None, the system's folder for temporary files, where nothing there can be written, or where
+    they lie in an object store.
     """
+    if is_remote(root):
+        return None
     existing = next((f for f in (root, *root.absolute().parents) if f.is_dir()), None)
     usable = existing is not None and os.access(existing, os.W_OK | os.X_OK)
     return existing if usable else None

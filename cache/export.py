@@ -56,7 +56,9 @@ def export(
         staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            shutil.copytree(cache.path / "head", staging / "head")
+            (staging / "head").mkdir(parents=True)
+            for path in _head_files(cache):
+                (staging / "head" / path.name).write_bytes(path.read_bytes())
             written = _write_files(staging, files, format, progress)
             index = _index(cache, format, split, written)
             (staging / "README.md").write_text(_readme(index), encoding="utf-8")
@@ -208,7 +210,7 @@ def _index(
         "depth": cache.depth,
         "layers": {str(int(name.split(".")[1])): name for name in residual},
         "files": files,
-        "head": {path.name: file_digest(path) for path in sorted(_head_files(cache))},
+        "head": {path.name: file_digest(path) for path in sorted(_head_files(cache), key=str)},
     }
 
 

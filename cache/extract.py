@@ -27,6 +27,7 @@ from .jsonfile import read_json
 from .layout import STORED_DTYPES, Layout
 from .manifest import CaptureIdentity, Manifest, TokenIdentity
 from .oom import choose_batch_tokens
+from .place import as_path
 from .policy import keep
 from .replay import check, record
 from .request import Request
@@ -97,9 +98,10 @@ def extract(
     of `client`, of `dask.distributed`, share the work if they see the same files. Raises
     `ModelError`, `DataError`, `HeadMismatchError` or `NoSpaceError` before anything is written.
     """
-    for name in ("root", "layers"):
-        if options.get(name) is not None:
-            options[name] = Path(options[name]) if name == "root" else tuple(options[name])
+    if options.get("root") is not None:
+        options["root"] = as_path(options["root"])
+    if options.get("layers") is not None:
+        options["layers"] = tuple(options["layers"])
     request = Request(str(model), str(data), **options)
     if client is not None:
         from .distributed import run_on

@@ -1,6 +1,5 @@
 """Mends a damaged cache: only the damaged parts go through the model again."""
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from .errors import CorruptError, MismatchError
 from .grow import ancestor
 from .journal import Journal
-from .jsonfile import file_digest, sync_folder
+from .jsonfile import file_digest, write_atomically
 from .lease import lease
 from .manifest import Manifest
 from .replay import check
@@ -92,10 +91,7 @@ def _copy_metadata(path: Path, damages: tuple[Damage, ...]) -> list[str]:
 
 
 def _replace(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
-    sync_folder(target.parent)
+    write_atomically(target, source.read_bytes())
 
 
 def _load(
@@ -135,7 +131,7 @@ def _rebuild_head(
     canary = examine(model, stream, manifest.capture.compute_dtype, manifest.capture.dtype)
     _, files = cache.journal.base()
     mended = []
-    with tempfile.TemporaryDirectory(dir=path) as folder:
+    with tempfile.TemporaryDirectory(prefix="residua-") as folder:
         save_head(Path(folder), source, canary)
         record(canary.stack, stream, Path(folder))
         for name in names:
@@ -170,7 +166,7 @@ def _rewrite_shards(
         with lease(path / "leases", part) as mine:
             if not mine:
                 raise CorruptError(f"part {part} is being written by another process; wait for it")
-            for _ in runner.write_part(part, tuple(sorted(layers)), before[part]):
+            for _ in runner.write_part(part, tuple(sorted(layers)), before[part], mine):
                 pass
         after = cache.journal.parts()[part]
         for layer in sorted(layers):

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .batches import Batch, plan_part
+from .commits import Batches
 from .copies import Rows, copies, to_device
 from .create import PartWriter
 from .errors import ModelError
 from .journal import PartRecord
+from .lease import Lease
 from .oom import Halving
 from .stages import Stages
 from .store import ActivationCache
@@ -51,14 +53,23 @@ class PartRunner:
         self._alone: dict[tuple[Batch, tuple[int, ...]], dict[int, dict[int, Rows]]] = {}
 
     def write_part(
-        self, part: int, layers: tuple[int, ...], expected: PartRecord | None = None
-    ) -> Iterator[int]:
-        """Extract and commit `layers` of `part`; yields the number of rows after each batch."""
-        with PartWriter(self.cache.path, self.cache.manifest.layout, part, layers) as writer:
+        self,
+        part: int,
+        layers: tuple[int, ...],
+        expected: PartRecord | None = None,
+        held: Lease | None = None,
+    ) -> Batches:
+        """Extract and commit `layers` of `part`; yields the number of rows after each batch.
+
+        What follows the None that it yields, the commit, may run in another thread.
+        """
+        layout = self.cache.manifest.layout
+        with PartWriter(self.cache.path, layout, part, layers, held) as writer:
             with _Background() as background:
                 yield self._copy(writer)
                 for batch in self._plan(part):
                     yield from self._run(batch, writer, background)
+            yield None
             with self.stages.timed("write"):
                 writer.commit(expected)
 

@@ -1,5 +1,6 @@
 """Writes arrays of a cache: zarr makes the metadata, our shard writer the data."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .layout import (
     ArrayLayout,
     Layout,
 )
+from .place import is_remote, put
 from .shard import ShardWriter
 
 AXES = {
@@ -28,6 +30,14 @@ def create_residual(
     store: Path, layer: int, positions: int, d_model: int, logical_dtype: str, layout: Layout
 ) -> ArrayLayout:
     """Create the empty array `residual/<layer>`, `(positions, d_model)`."""
+    if is_remote(store):  # where zarr's many small requests would be slow
+        name = f"residual/{layer}/zarr.json"
+        with tempfile.TemporaryDirectory(prefix="residua-") as folder:
+            made = create_residual(
+                Path(folder), layer, positions, d_model, logical_dtype, layout
+            )  # fmt: skip
+            put(store / name, (Path(folder) / name).read_bytes())
+        return made
     return _create(
         store,
         f"residual/{layer}",
