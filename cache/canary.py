@@ -1,5 +1,6 @@
 """Checks before anything is written: does the head reproduce the model, do rows stand alone?"""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from .discover import find_stack
 from .errors import HeadMismatchError, ModelError
 from .head import Head
 from .headprobe import SMALL, probe_head, scaled, verify_head
+from .oom import is_out_of_memory, memory_errors
 from .programhead import ProgramHead
 from .record import record_head
 from .stack import Stack, logits_of, run
@@ -74,7 +76,7 @@ def examine(model: torch.nn.Module, stream: TokenStream, compute_dtype: str, pol
     Raises `ModelError` or `HeadMismatchError` with the reason if either is not the model's.
     """
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    with torch.inference_mode(), _memory(model, int(stream.lengths[:ROWS].max())):
         ids, other, fresh = _batches(stream, model, _vocabulary(model), device)
         stack = find_stack(model, ids, other)
         head, tensors, error = find_head(stack, ids, other, fresh)
@@ -95,6 +97,15 @@ def examine(model: torch.nn.Module, stream: TokenStream, compute_dtype: str, pol
             _is_embedding(stack, fresh),
             dtypes,
         )
+
+
+def _memory(model: torch.nn.Module, length: int) -> AbstractContextManager[None]:
+    """Memory that runs out here, before any batch can be halved, is an error that says so."""
+    return memory_errors(
+        f"{type(model).__name__} cannot be checked: {ROWS} sequences of {LENGTH} tokens, or one of "
+        f"{length}, do not fit into memory beside the model; extract with a shorter --context, or "
+        "on another --device; other programs may also hold memory"
+    )
 
 
 def find_head(
@@ -133,7 +144,7 @@ def reexamine(model: torch.nn.Module, cache: ActivationCache) -> Stack:
     device = next(model.parameters()).device
     rows = int(min(cache.positions, ROWS * LENGTH))
     stream = TokenStream(cache.tokens[:rows], np.array([rows]), np.array([0]))
-    with torch.inference_mode():
+    with torch.inference_mode(), _memory(model, LENGTH):
         ids, other, fresh = _batches(stream, model, _vocabulary(model), device)
         stack = find_stack(model, ids, other)
         _prove(cache.head, stack, fresh, other)
@@ -232,7 +243,9 @@ def _padding_error(stack: Stack, ids: torch.Tensor) -> float:
     alone = stack.residuals(ids[:1, :short])
     try:
         many = stack.residuals(padded, mask)
-    except (TypeError, RuntimeError):
+    except (TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         return 1.0  # the model takes no mask: batches of equal length only
     return max(_change(a[0], b[0, :short]) for a, b in zip(alone, many, strict=True))
 

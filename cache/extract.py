@@ -26,7 +26,7 @@ from .grow import add_layers, add_tokens, joined, unnamed_layers
 from .jsonfile import read_json
 from .layout import STORED_DTYPES, Layout
 from .manifest import CaptureIdentity, Manifest, TokenIdentity
-from .oom import choose_batch_tokens
+from .oom import choose_batch_tokens, memory_errors
 from .place import as_path
 from .policy import keep
 from .replay import check, record
@@ -243,7 +243,11 @@ def load(request: Request, source: ModelSource) -> "torch.nn.Module":
     from .model import choose_device, load_model
 
     device = choose_device(request.device)
-    return load_model(source, device, request.attention, request.trust_remote_code)
+    with memory_errors(
+        f"{source.name} does not fit into the memory of {device}; take another --device, or a "
+        "checkpoint of lower precision"
+    ):
+        return load_model(source, device, request.attention, request.trust_remote_code)
 
 
 def _examine(
