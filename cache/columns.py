@@ -140,8 +140,6 @@ def scratch_folder(root: Path) -> Path | None:
     """
     if is_remote(root):
         return None
-    if is_remote(root):
-        return None
     existing = next((f for f in (root, *root.absolute().parents) if f.is_dir()), None)
     usable = existing is not None and os.access(existing, os.W_OK | os.X_OK)
     return existing if usable else None
