@@ -104,6 +104,8 @@ def main() -> None:
               "[default: all]")  # fmt: skip
 @click.option("--positions", default="all", show_default=True, help="Positions to keep: all, "
               "last, sample:K, answer or explicit (columns `answer`, `positions`).")  # fmt: skip
+@click.option("--logits", default="recompute", show_default=True, help="Logits to keep: recompute "
+              "(none, the head gives them), topk:K or full.")  # fmt: skip
 @click.option("--max-tokens", type=int, help="Stop after this many tokens, at a sequence's end.")
 @click.option("--max-bytes", type=int, help="Stop where the cache would have more bytes.")
 @click.option("--dtype", default="auto", show_default=True, help="Stored dtype: auto, float16, "
@@ -137,6 +139,7 @@ def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **opt
     residua extract ./my-model books.txt --context 512 --root caches
     residua extract ./my-model prompts.csv --text-column prompt --no-pack
     residua extract gpt2 texts.jsonl --layers 0,6 --max-bytes 50000000000 --dry-run
+    residua extract gpt2 texts.jsonl --logits topk:64
     """
     from residua.analysis.terminal import bandwidths, estimated, meter, size
     from residua.cache.extract import plan, run
@@ -331,10 +334,11 @@ def repair(root: Path, quiet: bool, cache: str, model: str | None, device: str) 
 @click.option("--layers", type=NUMBERS, help="Layers to write.  [default: all]")
 @click.option("--split", default="all", show_default=True, help="train, validation, test or all.")
 @click.option("--dtype", help="float16, bfloat16 or float32.  [default: as stored]")
+@click.option("--logits/--no-logits", default=True, help="Write the logits that the cache keeps.")
 @command
 def export(
     root: Path, quiet: bool, cache: str, folder: Path, format: str, layers: tuple[int, ...] | None,
-    split: str, dtype: str | None,
+    split: str, dtype: str | None, logits: bool,
 ) -> Any:  # fmt: skip
     """Write CACHE into the new FOLDER as plain safetensors or .npy files, for other tools.
 
@@ -351,7 +355,7 @@ def export(
 
     with meter(quiet) as shown:
         index = write(find_cache(cache, root), folder, format=format, layers=layers, split=split,
-                      dtype=dtype, progress=shown.of("export"))  # fmt: skip
+                      dtype=dtype, logits=logits, progress=shown.of("export"))  # fmt: skip
     total = sum(entry["bytes"] for entry in index["files"].values())
 
     def show() -> None:

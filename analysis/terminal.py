@@ -178,6 +178,22 @@ def details(value: dict[str, Any]) -> None:
     layers = value["layer_arrays"]
     body = [(int(k), v["dtype"], v["absmax"], v["nonfinite"]) for k, v in layers.items()]
     table("", ("layer", "dtype", "absmax", "non-finite"), body)
+    if "logits" in canary:  # older caches have not measured them
+        logits_errors(capture["logits"], canary["logits"])
+
+
+def logits_errors(mode: str, measured: dict[str, Any]) -> None:
+    """Print what each logits mode costs; the cache's own is marked."""
+    rows = [
+        (
+            f"{name} *" if name == mode else name, error["dtype"], error["bytes"],
+            error["kl_mean"], error["kl_max"], f"{error['flips']} of {measured['rows']}",
+            error["relative_error"], error["tail_mass"],
+        )
+        for name, error in measured["modes"].items()
+    ]  # fmt: skip
+    columns = ("logits", "dtype", "bytes", "KL mean", "KL max", "flips", "rel. error", "tail mass")
+    table(f"logits against the model's, KL in nats (* this cache: {mode})", columns, rows)
 
 
 def print_evaluation(found: "Evaluation") -> None:

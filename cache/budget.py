@@ -1,6 +1,7 @@
 """Bytes of a cache before it is made: per array, to the byte, and whether they fit."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .layout import (
     TABLE_CHUNKS_PER_SHARD,
     Layout,
 )
+from .logits import LogitsArray
 from .tokens import SPAN_DTYPES, TABLE_DTYPES, TokenStream
 
 SPARE_BYTES = 64 << 20
@@ -65,9 +67,9 @@ class Estimate:
 
 def estimate(
     root: Path, layout: Layout, d_model: int, dtypes: dict[int, str], positions: int,
-    sequences: int, head_bytes: int, context_tokens: int = 0,
+    sequences: int, head_bytes: int, context_tokens: int = 0, logits: Sequence[LogitsArray] = (),
 ) -> Estimate:  # fmt: skip
-    """What `positions` rows of the layers in `dtypes` take, with tokens and head.
+    """What `positions` rows of the layers in `dtypes` and of `logits` take, with tokens and head.
 
     `context_tokens` are those of whole sequences, where only some positions are kept.
     """
@@ -77,12 +79,15 @@ def estimate(
     for layer, dtype in dtypes.items():
         row = np.dtype(STORED_DTYPES[dtype]).itemsize * d_model
         arrays[f"residual/{layer}"] = _array(positions, layout.chunk_rows, layout.part_rows, row)
+    for array in logits:
+        chunk = layout.chunk_of(array.row_bytes)
+        arrays[array.name] = _array(positions, chunk, layout.part_rows, array.row_bytes)
     for name, dtype in (TABLE_DTYPES | SPAN_DTYPES).items():
         rows = positions if name.startswith("tokens/") else sequences
         chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, rows - 1).bit_length())
         shard = chunk * TABLE_CHUNKS_PER_SHARD
         arrays[name] = _array(rows, chunk, shard, np.dtype(dtype).itemsize)
-    files = layout.parts(positions) * len(dtypes)
+    files = layout.parts(positions) * (len(dtypes) + len(logits))
     return Estimate(positions, sequences, arrays, files, shutil.disk_usage(_existing(root)).free)
 
 
@@ -100,7 +105,7 @@ def _array(rows: int, chunk_rows: int, shard_rows: int, row_bytes: int) -> int:
 
 def shorten(
     stream: TokenStream, limit: int, root: Path, layout: Layout, d_model: int,
-    dtypes: dict[int, str], head_bytes: int,
+    dtypes: dict[int, str], head_bytes: int, logits: Sequence[LogitsArray] = (),
 ) -> TokenStream:  # fmt: skip
     """The longest beginning of `stream`, in whole sequences, whose cache has `limit` bytes."""
     ends = np.cumsum(stream.kept)
@@ -109,7 +114,7 @@ def shorten(
         positions = int(ends[sequences - 1])
         tokens = 0 if stream.runs is None else int(stream.lengths[:sequences].sum())
         return estimate(
-            root, layout, d_model, dtypes, positions, sequences, head_bytes, tokens
+            root, layout, d_model, dtypes, positions, sequences, head_bytes, tokens, logits
         ).bytes
 
     low, high = 0, len(ends)

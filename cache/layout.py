@@ -1,5 +1,6 @@
 """How positions are cut into chunks, shards and parts, and how each array is stored."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,11 +19,26 @@ TABLE_CHUNKS_PER_SHARD = 16
 CHECKSUM_BYTES = 4
 STORED_DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
 """Logical dtype of a residual array -> dtype of its bytes (zarr has no bfloat16)."""
+WIDE_SHARD_BYTES = 512 << 20
+"""Most bytes of a shard whose rows are much wider than the residual stream: all logits."""
+Key = int | str
+"""An array of the parts: the number of a layer, or a name such as `logits/ids`."""
+
+
+def name_of(key: Key) -> str:
+    """Name of an array inside `arrays.zarr`."""
+    return key if isinstance(key, str) else f"residual/{key}"
+
+
+def key_of(name: str) -> Key:
+    """The key that `name_of` names."""
+    folder, _, rest = name.partition("/")
+    return int(rest) if folder == "residual" else name
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows per chunk and per shard, the same for the residual arrays of all layers."""
+    """Rows per chunk of the residual arrays of all layers, and per shard of all parts' arrays."""
 
     chunk_rows: int
     """Positions of one chunk, a power of two."""
@@ -30,14 +46,26 @@ class Layout:
     """Positions of one shard and of one part, a multiple of `chunk_rows`."""
 
     @classmethod
-    def choose(cls, d_model: int, itemsize: int, part_positions: int | None = None) -> "Layout":
-        """Chunks of 1.5-3 MiB and shards of 24-48 MiB, smaller where rows are narrow."""
-        rows = max(1, CHUNK_BYTES // (d_model * itemsize))
-        chunk = min(1 << (rows.bit_length() - 1), CHUNK_ROWS_MAX)
+    def choose(
+        cls, d_model: int, itemsize: int, part_positions: int | None = None, widest: int = 0
+    ) -> "Layout":
+        """Chunks of 1.5-3 MiB and shards of 24-48 MiB, smaller where rows are narrow.
+
+        Arrays with rows of `widest` bytes beside the residual stream make parts smaller, so that
+        their shards have at most `WIDE_SHARD_BYTES`.
+        """
+        chunk = chunk_rows(d_model * itemsize)
         if part_positions is None:
-            return cls(chunk, min(chunk * CHUNKS_PER_SHARD, SHARD_ROWS_MAX))
+            part = min(chunk * CHUNKS_PER_SHARD, SHARD_ROWS_MAX)
+            while part > chunk and part * widest > WIDE_SHARD_BYTES:
+                part //= 2
+            return cls(chunk, part)
         chunk = min(chunk, 1 << (max(1, part_positions).bit_length() - 1))
         return cls(chunk, max(1, part_positions // chunk) * chunk)
+
+    def chunk_of(self, row_bytes: int) -> int:
+        """Rows of a chunk of an array with other rows: by the same rule, and a divisor of a part."""
+        return math.gcd(chunk_rows(row_bytes), self.part_rows)
 
     def parts(self, positions: int) -> int:
         """Number of parts that hold `positions` rows."""
@@ -49,6 +77,11 @@ class Layout:
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
+
+
+def chunk_rows(row_bytes: int) -> int:
+    """The largest power of two of rows in `CHUNK_BYTES`, at least 1, at most `CHUNK_ROWS_MAX`."""
+    return min(1 << (max(1, CHUNK_BYTES // row_bytes).bit_length() - 1), CHUNK_ROWS_MAX)
 
 
 @dataclass(frozen=True)

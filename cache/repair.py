@@ -13,6 +13,7 @@ from .errors import CorruptError, MismatchError
 from .grow import ancestor
 from .journal import Journal
 from .jsonfile import file_digest, sync_folder
+from .layout import key_of, name_of
 from .lease import lease
 from .manifest import Manifest
 from .replay import check
@@ -61,7 +62,7 @@ def repair(
     manifest = Manifest.read(path / "manifest.json")
     mended = _copy_metadata(path, found.damages)
     wrong = [damage for damage in found.damages if damage.file not in mended]
-    if any(_is_residual(d) or d.file.startswith("head/") for d in wrong):
+    if any(_is_of_part(d) or d.file.startswith("head/") for d in wrong):
         source, loaded = _load(manifest, model, device)
         mended += _rebuild_head(path, source, loaded, manifest, wrong)
         again, changed = _rewrite_shards(path, loaded, wrong, progress)
@@ -73,8 +74,9 @@ def repair(
     return Repair(tuple(mended), tuple(changed), left)
 
 
-def _is_residual(damage: Damage) -> bool:
-    return (damage.array or "").startswith("residual/") and damage.start is not None
+def _is_of_part(damage: Damage) -> bool:
+    array = damage.array or ""
+    return array.startswith(("residual/", "logits/")) and damage.start is not None
 
 
 def _copy_metadata(path: Path, damages: tuple[Damage, ...]) -> list[str]:
@@ -152,13 +154,13 @@ def _rewrite_shards(
     """Run the damaged parts again; files that came out as they were, and files that did not."""
     from .canary import reexamine
 
-    wanted: dict[int, set[int]] = {}
+    wanted: dict[int, set[str]] = {}
     cache = ActivationCache(path)
-    for damage in filter(_is_residual, damages):
+    for damage in filter(_is_of_part, damages):
         assert damage.array is not None
         assert damage.start is not None
         part = damage.start // cache.manifest.layout.part_rows
-        wanted.setdefault(part, set()).add(int(damage.array.split("/")[1]))
+        wanted.setdefault(part, set()).add(damage.array)
     if not wanted:
         return [], []
     stack = reexamine(model, cache)
@@ -166,15 +168,16 @@ def _rewrite_shards(
     runner = PartRunner(cache, stack, ancestor(cache))
     mended, changed = [], []
     before = cache.journal.parts()
-    for number, (part, layers) in enumerate(sorted(wanted.items())):
+    for number, (part, names) in enumerate(sorted(wanted.items())):
+        # In the order in which a part is written: the first reason of a quarantine holds.
+        keys = tuple(key_of(name) for name in cache.target_names if name in names)
         with lease(path / "leases", part) as mine:
             if not mine:
                 raise CorruptError(f"part {part} is being written by another process; wait for it")
-            for _ in runner.write_part(part, tuple(sorted(layers)), before[part]):
+            for _ in runner.write_part(part, keys, before[part]):
                 pass
         after = cache.journal.parts()[part]
-        for layer in sorted(layers):
-            name = f"residual/{layer}"
+        for name in map(name_of, keys):
             file = f"arrays.zarr/{name}/{cache.array(name).layout.shard_key(part)}"
             same = after.arrays[name] == before[part].arrays[name]
             (mended if same else changed).append(file)

@@ -12,6 +12,7 @@ from .layout import (
     ArrayLayout,
     Layout,
 )
+from .logits import LogitsArray
 from .shard import ShardWriter
 
 AXES = {
@@ -36,6 +37,20 @@ def create_residual(
         layout.part_rows,
         ("positions", "d_model"),
         {"logical_dtype": logical_dtype},
+    )
+
+
+def create_logits(store: Path, array: LogitsArray, positions: int, layout: Layout) -> ArrayLayout:
+    """Create an empty array of logits, one shard per part."""
+    return _create(
+        store,
+        array.name,
+        (positions,) if array.width is None else (positions, array.width),
+        STORED_DTYPES.get(array.dtype, array.dtype),
+        layout.chunk_of(array.row_bytes),
+        layout.part_rows,
+        array.axes,
+        {"logical_dtype": array.dtype},
     )
 
 

@@ -1,0 +1,68 @@
+"""Takes the logits that a cache keeps from layer L on the device, a tile of rows at a time."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .head import Head
+from .logits import FULL, FULL_ARRAY, TOP_ARRAYS, top_size
+
+if TYPE_CHECKING:
+    from .store import ActivationCache
+
+TILE_BYTES = 64 << 20
+"""Most bytes of float32 logits at a time; a few times as many are in use."""
+Taken = tuple[torch.Tensor, torch.Tensor]
+"""Rows in their stored dtype, and the float32 peak |value| of each row before the cast."""
+
+
+class HeadPass:
+    """Layer L, `(rows, d_model)`, to the arrays of a logits mode, `(rows, numbers of a row)`.
+
+    The head runs in float32 on the residual stream as the model computed it, before any cast.
+    """
+
+    def __init__(self, head: Head, mode: str, dtype: str, device: torch.device) -> None:
+        self._head = head.torch(str(device))
+        self._top = top_size(mode)
+        self._dtype = getattr(torch, dtype)
+        self._narrow = head.vocab <= 1 << 16
+        self.tile_rows = max(1, TILE_BYTES // (4 * head.vocab))
+
+    @classmethod
+    def of(cls, cache: "ActivationCache", device: torch.device) -> "HeadPass | None":
+        """The pass for the arrays of `cache`; None if it keeps no logits."""
+        mode = cache.manifest.capture.logits
+        if mode != FULL and not top_size(mode):
+            return None
+        name = FULL_ARRAY if mode == FULL else TOP_ARRAYS[1]
+        return cls(cache.head, mode, cache.array(name).layout.logical_dtype, device)
+
+    def __call__(self, hidden: torch.Tensor) -> dict[str, Taken]:
+        """The arrays' rows by name."""
+        tiles = [self._tile(self._head(rows.float())) for rows in hidden.split(self.tile_rows)]
+        join = torch.cat if len(tiles) > 1 else lambda pieces: pieces[0]
+        return {n: (join([t[n][0] for t in tiles]), join([t[n][1] for t in tiles]))
+                for n in tiles[0]}  # fmt: skip
+
+    def _tile(self, logits: torch.Tensor) -> dict[str, Taken]:
+        if not self._top:
+            return {FULL_ARRAY: self._cast(logits)}
+        values, ids = logits.topk(self._top)
+        logsumexp = logits.logsumexp(-1, keepdim=True)
+        # The others' own sum: one minus that of the largest would drown in rounding.
+        others = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        tail = (others - logsumexp).exp()
+        # By way of int16: few devices cast to uint16.
+        ids = ids.to(torch.int16).view(torch.uint16) if self._narrow else ids.int()
+        taken = (
+            (ids, torch.zeros_like(tail[:, 0])),
+            self._cast(values),
+            (logsumexp, logsumexp[:, 0].abs()),
+            (tail, tail[:, 0]),
+        )
+        return dict(zip(TOP_ARRAYS, taken, strict=True))
+
+    def _cast(self, values: torch.Tensor) -> Taken:
+        peaks = torch.maximum(values.amax(-1), -values.amin(-1))
+        return values.to(self._dtype), peaks
