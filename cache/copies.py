@@ -163,9 +163,8 @@ class CudaCopies:
         torch keeps pinned memory for reuse, and hands it out again only after the copy's event.
         """
         for tensor in hidden if isinstance(hidden, tuple) else (hidden,):
-            tensor.record_stream(
-                self._stream
-            )  # not to be reused for the next batch before the cast
+            # Not to be reused for the next batch before the cast.
+            tensor.record_stream(self._stream)
         cast, peaks = _cast(hidden, dtype)
         return _pinned(cast), _pinned(peaks)
 

@@ -38,8 +38,8 @@ def export(
 
     Rows stream, a block at a time, and the folder appears whole or not at all. Each layer is one
     file with a tensor `(positions, d_model)` in its stored dtype, or in `dtype`. `logits` says
-    whether those that the cache keeps come along, as they are stored. Raises `UsageError` if the folder has files or `dtype` cannot hold a value, `NoSpaceError` before
-    anything is written.
+    whether those that the cache keeps come along, as they are stored. Raises `UsageError` if the
+    folder has files or `dtype` cannot hold a value, `NoSpaceError` before anything is written.
     """
     folder = Path(folder).expanduser()
     layers = tuple(cache.layers if layers is None else layers)
@@ -232,9 +232,9 @@ _README = """# Residual streams of {model}
 Exported by residua from cache `{cache}`: {split} split, {positions} positions of {data},
 layers {layers} (0 is the embedding output, {depth} the last block **before** the final norm).
 `residual.NN.{ending}` is layer NN, `(positions, d_model)`; `tokens` has ids, sequence and index
-of every position, `logits` (where the cache keeps some) what its mode does, `sequences` start, length, split, hash and source row of every sequence.
-`index.json` has dtypes, shapes and sha256 of all files, `head/` the final norm, the unembedding
-and the tokenizer.
+of every position, `logits` (where the cache keeps some) its logits, `sequences` start, length,
+split, hash and source row of every sequence. `index.json` has dtypes, shapes and sha256 of all
+files, `head/` the final norm, the unembedding and the tokenizer.
 
 ```python
 {example}

@@ -64,7 +64,7 @@ class Layout:
         return cls(chunk, max(1, part_positions // chunk) * chunk)
 
     def chunk_of(self, row_bytes: int) -> int:
-        """Rows of a chunk of an array with other rows: by the same rule, and a divisor of a part."""
+        """Rows of a chunk of an array of other rows: by the same rule, and a divisor of a part."""
         return math.gcd(chunk_rows(row_bytes), self.part_rows)
 
     def parts(self, positions: int) -> int:

@@ -73,7 +73,7 @@ def check_size(mode: str, vocab: int) -> None:
     """Raise `UsageError` if the mode keeps as many logits as there are."""
     if top_size(mode) >= vocab:
         raise UsageError(
-            f"logits {mode} keeps more than a vocabulary of {vocab} has; choose a smaller K, or full"
+            f"logits {mode} is no choice from a vocabulary of {vocab}; choose a smaller K, or full"
         )
 
 

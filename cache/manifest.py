@@ -60,7 +60,7 @@ class CaptureIdentity:
     norm: str = "pre"
     """Layer L is the last block's output before the final norm."""
     logits: str = "recompute"
-    """Logits that are kept: `recompute` (none: layer L and the head give them), `topk:K`, `full`."""
+    """Logits that are kept, one of `logits.MODES`; `recompute` keeps none."""
 
 
 @dataclass(frozen=True)
