@@ -108,6 +108,8 @@ def main() -> None:
               "(none, the head gives them), topk:K or full.")  # fmt: skip
 @click.option("--max-tokens", type=int, help="Stop after this many tokens, at a sequence's end.")
 @click.option("--max-bytes", type=int, help="Stop where the cache would have more bytes.")
+@click.option("--codec", default="raw", show_default=True, help="How chunks are kept: raw, which "
+              "reads fastest, or compact, for cold storage.")  # fmt: skip
 @click.option("--dtype", default="auto", show_default=True, help="Stored dtype: auto, float16, "
               "bfloat16 or float32.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of documents.")

@@ -1,4 +1,4 @@
-"""Reads one array of a cache: memory-mapped shards where they are raw, else through zarr."""
+"""Reads one array of a cache: memory-mapped shards, raw or compact; other codecs through zarr."""
 
 import json
 import threading
@@ -11,6 +11,7 @@ from .decode import decode
 from .errors import CorruptError
 from .half import decode_into
 from .layout import ArrayLayout
+from .packed import gather, shard_reader
 from .shard import ShardReader
 from .window import Window
 
@@ -75,7 +76,7 @@ class CacheArray:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop`; floats come as float32."""
-        if not self.layout.raw:
+        if not self.layout.ours:
             return decode(self.read_stored(start, stop), self.layout.logical_dtype)
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         self._read(start, stop, out)
@@ -85,7 +86,7 @@ class CacheArray:
         """Rows `start:stop` as they are stored (bfloat16 as uint16), into `out` if given."""
         if out is None:
             out = np.empty((stop - start, *self.shape[1:]), self._stored)
-        if self.layout.raw:
+        if self.layout.ours:
             self._read(start, stop, out)
         else:
             out[...] = self._open_zarr()[start:stop]
@@ -125,9 +126,18 @@ class CacheArray:
             raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
         if not rows.size:
             return np.empty((0, *self.shape[1:]), self._stored)
-        if not self.layout.raw:
+        if self.layout.raw:
+            return self._gather(rows)
+        if not self.layout.compact:
             return np.asarray(self._open_zarr().oindex[rows])
-        return self._gather(rows)
+        out = np.empty((len(rows), *self.shape[1:]), self._stored)
+        gather(rows, self.layout, self._chunk, out)
+        return out
+
+    def _chunk(self, chunk: int) -> np.ndarray:
+        """The rows of a chunk of the array."""
+        shard, number = divmod(chunk, self.layout.shard_rows // self.layout.chunk_rows)
+        return self._shard(shard).chunk(number)
 
     def _gather(self, rows: np.ndarray) -> np.ndarray:
         chunks, inside = np.divmod(rows, self.layout.chunk_rows)
@@ -165,7 +175,7 @@ class CacheArray:
                 while len(self._shards) >= OPEN_SHARDS:
                     self._shards.pop(next(iter(self._shards)))
                 path = self.path / self.layout.shard_key(shard)
-                reader = ShardReader(path, self.layout, self._checked.get(shard))
+                reader = shard_reader(path, self.layout, self._checked.get(shard))
                 self._checked[shard] = reader.checked
                 self._shards[shard] = reader
             return reader

@@ -20,6 +20,7 @@ from .layout import Key, Layout, name_of
 from .lease import try_lock
 from .logits import arrays_of
 from .manifest import Manifest
+from .packed import shard_writer
 from .shard import ShardWriter
 from .tokens import TokenStream
 from .writer import create_logits, create_residual, write_table
@@ -63,10 +64,11 @@ def create_cache(
         }
         for layer, dtype in dtypes.items():
             create_residual(
-                store, layer, stream.positions, manifest.d_model, dtype, manifest.layout
-            )
+                store, layer, stream.positions, manifest.d_model, dtype, manifest.layout,
+                manifest.codec,
+            )  # fmt: skip
         for array in arrays_of(manifest.capture.logits, manifest.vocab, logits_dtype):
-            create_logits(store, array, stream.positions, manifest.layout)
+            create_logits(store, array, stream.positions, manifest.layout, manifest.codec)
         files = {p.relative_to(staging).as_posix(): file_digest(p) for p in _plain_files(staging)}
         Journal(staging / "journal").commit_base(record, files)
         for path in (*staging.rglob("*"), staging):
@@ -171,7 +173,7 @@ class PartWriter:
                 for folder in reversed(path.parents[: array.ndim]):
                     folder.mkdir(exist_ok=True)
                 rows = self.stop - self.start
-                self._shards[key] = ShardWriter(path, array.layout, rows, make=False)
+                self._shards[key] = shard_writer(path, array.layout, rows, make=False)
         except BaseException:
             self._abandon()
             raise

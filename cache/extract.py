@@ -25,7 +25,7 @@ from .grow import add_layers, add_tokens, joined, unnamed_layers
 from .jsonfile import read_json
 from .layout import STORED_DTYPES, Layout
 from .logits import LogitsArray, arrays_of
-from .manifest import CaptureIdentity, Manifest, TokenIdentity
+from .manifest import CODEC, CaptureIdentity, Manifest, TokenIdentity
 from .oom import choose_batch_tokens
 from .policy import keep
 from .replay import check, record
@@ -337,7 +337,13 @@ def _create(
         _batch_tokens(request, canary, stream),
         request.model,
         request.data,
-        extra={"pad": canary.pad, "causal": canary.causal, "embedding": canary.embedding},
+        extra={
+            "pad": canary.pad,
+            "causal": canary.causal,
+            "embedding": canary.embedding,
+            # Left out where it is raw, as it was before there was a choice.
+            **({} if request.codec == "raw" else {CODEC: request.codec}),
+        },
     )
 
     def write_head(folder: Path) -> None:

@@ -41,7 +41,7 @@ def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
             if not path.is_file():
                 create_residual(
                     store, layer, cache.positions, cache.d_model, dtypes[layer],
-                    cache.manifest.layout,
+                    cache.manifest.layout, cache.manifest.codec,
                 )  # fmt: skip
             for changed in (path, *path.parents[:2]):
                 sync_folder(changed)

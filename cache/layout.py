@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .codec import is_compact
 from .errors import CorruptError
 
 CHUNK_BYTES = 3 << 20
@@ -97,6 +98,13 @@ class ArrayLayout:
     shard_rows: int
     raw: bool
     """True if chunks are uncompressed with a crc32c, so that shards can be memory-mapped."""
+    compact: bool = False
+    """True if chunks are those of `codec.pack` with a crc32c."""
+
+    @property
+    def ours(self) -> bool:
+        """Whether shards are read without zarr."""
+        return self.raw or self.compact
 
     @property
     def row_items(self) -> int:
@@ -129,24 +137,26 @@ class ArrayLayout:
             codec = meta["codecs"][0]
             sharded = codec["name"] == "sharding_indexed"
             inner = codec["configuration"]["chunk_shape"] if sharded else outer
-            raw = sharded and _is_raw(codec["configuration"]) and len(meta["codecs"]) == 1
+            known = sharded and len(meta["codecs"]) == 1 and _is_indexed(codec["configuration"])
+            codecs = codec["configuration"]["codecs"] if known else []
+            raw, compact = _is_raw(codecs), is_compact(codecs, dtype.itemsize)
             logical = meta.get("attributes", {}).get("logical_dtype", dtype.name)
             chunk, shard = int(inner[0]), int(outer[0])
             if not shape or min(shape) < 0 or chunk < 1 or shard < 1 or shard % chunk:
                 raise ValueError(f"shape {shape}, chunks of {chunk} rows, shards of {shard}")
-            return cls(shape, dtype.str, logical, chunk, shard, raw)
+            return cls(shape, dtype.str, logical, chunk, shard, raw, compact)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise CorruptError(
                 f"{where} is not the metadata of an array of this format: {error}"
             ) from None
 
 
-def _is_raw(sharding: dict[str, Any]) -> bool:
-    names = [codec["name"] for codec in sharding["codecs"]]
-    index = [codec["name"] for codec in sharding["index_codecs"]]
-    return (
-        names == ["bytes", "crc32c"]
-        and index == ["bytes", "crc32c"]
-        and sharding.get("index_location", "end") == "end"
-        and sharding["codecs"][0].get("configuration", {}).get("endian", "little") == "little"
+def _is_indexed(sharding: dict[str, Any]) -> bool:
+    """Whether the index of a shard is what our readers expect."""
+    return _is_raw(sharding["index_codecs"]) and sharding.get("index_location", "end") == "end"
+
+
+def _is_raw(codecs: list[dict[str, Any]]) -> bool:
+    return [codec["name"] for codec in codecs] == ["bytes", "crc32c"] and (
+        codecs[0].get("configuration", {}).get("endian", "little") == "little"
     )

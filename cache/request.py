@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from .codec import check as check_codec
 from .errors import UsageError
 from .layout import STORED_DTYPES
 from .logits import check as check_logits
@@ -37,6 +38,8 @@ class Request:
     """Stop the token stream after this many tokens, at the end of a sequence."""
     max_bytes: int | None = None
     """Stop the token stream where the cache would have more bytes."""
+    codec: str = "raw"
+    """How chunks are kept: raw, which reads fastest, or compact, for cold storage and objects."""
     dtype: str = "auto"
     """Stored dtype: auto, float16, bfloat16 or float32."""
     seed: int = 0
@@ -70,6 +73,7 @@ class Request:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         check_policy(self.positions, self.pack)
         check_logits(self.logits)
+        check_codec(self.codec)
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise UsageError(f"layers must be numbers from 0 on, got {self.layers}")
         self.share  # noqa: B018 (raises if it cannot be read)

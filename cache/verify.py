@@ -10,7 +10,7 @@ from .errors import CorruptError, ResiduaError
 from .journal import Journal, PartRecord, ShardRecord, merge, read_record
 from .jsonfile import file_digest
 from .manifest import Manifest
-from .shard import ShardReader
+from .packed import shard_reader
 
 Progress = Callable[[int, int], None]
 
@@ -125,7 +125,7 @@ def _check_shard(path: Path, shard: _Shard) -> Iterator[Damage]:
         return Damage(file, message, shard.array, start, stop)
 
     try:
-        damaged, combined = ShardReader(path / file, layout).check(last - first)
+        damaged, combined = shard_reader(path / file, layout).check(last - first)
     except CorruptError as error:
         yield damage(str(error))
         return

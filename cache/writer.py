@@ -1,10 +1,12 @@
 """Writes arrays of a cache: zarr makes the metadata, our shard writer the data."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .codec import LEVEL
 from .layout import (
     STORED_DTYPES,
     TABLE_CHUNK_ROWS,
@@ -25,8 +27,9 @@ AXES = {
 
 
 def create_residual(
-    store: Path, layer: int, positions: int, d_model: int, logical_dtype: str, layout: Layout
-) -> ArrayLayout:
+    store: Path, layer: int, positions: int, d_model: int, logical_dtype: str, layout: Layout,
+    codec: str = "raw",
+) -> ArrayLayout:  # fmt: skip
     """Create the empty array `residual/<layer>`, `(positions, d_model)`."""
     return _create(
         store,
@@ -37,10 +40,13 @@ def create_residual(
         layout.part_rows,
         ("positions", "d_model"),
         {"logical_dtype": logical_dtype},
+        codec,
     )
 
 
-def create_logits(store: Path, array: LogitsArray, positions: int, layout: Layout) -> ArrayLayout:
+def create_logits(
+    store: Path, array: LogitsArray, positions: int, layout: Layout, codec: str = "raw"
+) -> ArrayLayout:
     """Create an empty array of logits, one shard per part."""
     return _create(
         store,
@@ -51,6 +57,7 @@ def create_logits(store: Path, array: LogitsArray, positions: int, layout: Layou
         layout.part_rows,
         array.axes,
         {"logical_dtype": array.dtype},
+        codec,
     )
 
 
@@ -82,10 +89,12 @@ def _create(
     shard_rows: int,
     axes: tuple[str, ...],
     attributes: dict[str, Any],
+    codec: str = "raw",
 ) -> ArrayLayout:
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
 
+    packing = _packing(np.dtype(dtype).itemsize) if codec == "compact" else ()
     group = zarr.open_group(store, mode="a", zarr_format=3)
     array = group.create_array(
         name,
@@ -94,9 +103,21 @@ def _create(
         shards=(shard_rows, *shape[1:]),
         dtype=np.dtype(dtype),
         serializer=BytesCodec(endian="little"),
-        compressors=(Crc32cCodec(),),
+        compressors=(*packing, Crc32cCodec()),
         dimension_names=axes,
         attributes={**attributes},
         fill_value=0,
     )
     return ArrayLayout.from_zarr_json(array.metadata.to_dict(), name)
+
+
+def _packing(itemsize: int) -> tuple[Any, ...]:
+    """What `codec.pack` does, as codecs of zarr."""
+    from zarr.codecs import ZstdCodec
+    from zarr.codecs.numcodecs import Shuffle
+    from zarr.errors import ZarrUserWarning
+
+    with warnings.catch_warnings():
+        # That numcodecs' are no codecs of the specification is for the format page to say.
+        warnings.filterwarnings("ignore", "Numcodecs codecs are not in", ZarrUserWarning)
+        return Shuffle(elementsize=itemsize), ZstdCodec(level=LEVEL)
