@@ -155,7 +155,7 @@ def details(value: dict[str, Any]) -> None:
         ("cache", value["cache"]),
         ("path", value["path"]),
         ("state", value["state"]),
-        ("size", size(value["bytes"])),
+        ("size", f"{size(value['bytes'])}, {value['codec']}"),
         ("model", f"{value['model']}  ({model['architecture']}, weights {model['weights'][:12]})"),
         ("data", value["data"]),
         ("positions", f"{value['positions']:,} in {value['sequences']:,} sequences"),

@@ -1,6 +1,6 @@
 """Checks before anything is written: does the head reproduce the model, do rows stand alone?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,8 @@ class Canary:
     """Whether layer 0 follows from its own token: False if something mixes before the blocks."""
     dtypes: dict[int, str]
     """Stored dtype of each layer, from the calibrated absmax."""
+    ratios: dict[str, float] = field(default_factory=dict)
+    """Compressed over raw bytes by array, where the cache is to be compact."""
 
     @property
     def pad(self) -> bool:
@@ -68,7 +70,7 @@ class Canary:
 
     def report(self) -> dict[str, object]:
         """The measured numbers, for `provenance.json` and people."""
-        skip = {"stack", "head", "tensors", "dtypes", "logits"}
+        skip = {"stack", "head", "tensors", "dtypes", "logits", "ratios"}
         shown = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in skip}
         dtypes = {str(k): v for k, v in self.dtypes.items()}
         more = {"stored_kl": self.stored_kl, "logits": self.logits.to_dict(), "dtypes": dtypes}

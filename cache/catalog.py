@@ -112,6 +112,7 @@ def describe(cache: ActivationCache) -> dict[str, Any]:
         "batch_tokens": manifest.batch_tokens,
         "layer_arrays": layers,
         "logits": manifest.capture.logits,
+        "codec": manifest.codec,
         "head": {**cache.head.describe(), "geometry": cache.head.geometry},
         "provenance": read_json(cache.path / "provenance.json"),
     }  # fmt: skip

@@ -58,16 +58,14 @@ def unpack(payload: np.ndarray, out: np.ndarray) -> None:
     if found.size != out.nbytes:
         raise CorruptError(f"a chunk holds {found.size} bytes, not {out.nbytes}")
     planes, values = found.reshape(out.itemsize, -1), out.reshape(-1)
-    if out.itemsize != 2:
-        values.view(np.uint8).reshape(-1, out.itemsize)[...] = planes.T
-        return
-    low, high = planes
-    whole = values.view("<u2")
+    whole = values.view(f"<u{out.itemsize}")
     for start in range(0, whole.size, BLOCK):
         part = slice(start, start + BLOCK)
-        whole[part] = high[part]
-        whole[part] <<= 8
-        whole[part] |= low[part]
+        target = whole[part]
+        target[...] = planes[-1, part]
+        for plane in planes[-2::-1]:
+            target <<= 8
+            target |= plane[part]
 
 
 @cache

@@ -90,7 +90,7 @@ class HostCopies:
         began = time.perf_counter()
         hidden = run()
         computed = time.perf_counter()
-        rows = {layer: _to_host(hidden[layer], dtype) for layer, dtype in dtypes.items()}
+        rows = {layer: to_host(hidden[layer], dtype) for layer, dtype in dtypes.items()}
         count = sum(r.stored.nbytes for r in rows.values())
         self._stages.add("forward", computed - began, count, tokens)
         self._stages.add("copy", time.perf_counter() - computed, count)
@@ -100,7 +100,7 @@ class HostCopies:
         """Nothing is ever on its way."""
 
 
-def _to_host(hidden: "torch.Tensor | Taken", dtype: str) -> Rows:
+def to_host(hidden: "torch.Tensor | Taken", dtype: str) -> Rows:
     """Cast on the device, where it is fifteen times as fast as numpy's, then one copy."""
     cast, peaks = _cast(hidden, dtype)
     return Rows(_numpy(cast.cpu()), _numpy(peaks.cpu()))

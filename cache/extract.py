@@ -253,7 +253,14 @@ def _examine(
 
     canary = examine(model, stream, source.compute_dtype, request.dtype, request.logits)
     kept = _kept(request.layers, canary.stack.depth)
-    return replace(canary, dtypes={layer: canary.dtypes[layer] for layer in kept})
+    canary = replace(canary, dtypes={layer: canary.dtypes[layer] for layer in kept})
+    if request.codec == "raw":
+        return canary
+    from .ratio import measure
+
+    arrays = _logits(request, canary)
+    ratios = measure(canary, stream, _layout(request, canary), request.logits, arrays)
+    return replace(canary, ratios=ratios)
 
 
 def _kept(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
@@ -297,7 +304,7 @@ def _estimate(request: Request, canary: "Canary", stream: TokenStream, root: Pat
     return estimate(
         root, _layout(request, canary), canary.head.d_model, canary.dtypes, stream.positions,
         stream.sequences, _head_bytes(canary), 0 if stream.runs is None else len(stream.ids),
-        _logits(request, canary),
+        _logits(request, canary), canary.ratios,
     )  # fmt: skip
 
 
@@ -310,7 +317,7 @@ def _shortened(
     layout, size = _layout(request, canary), _head_bytes(canary)
     return canary, shorten(
         stream, request.max_bytes, root, layout, canary.head.d_model, canary.dtypes, size,
-        _logits(request, canary),
+        _logits(request, canary), canary.ratios,
     )  # fmt: skip
 
 
