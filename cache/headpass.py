@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .head import Head
-from .logits import FULL, FULL_ARRAY, TOP_ARRAYS, top_size
+from .logits import FULL, FULL_ARRAY, NARROW_VOCAB, TOP_ARRAYS, top_size
 
 if TYPE_CHECKING:
     from .store import ActivationCache
@@ -26,7 +26,7 @@ class HeadPass:
         self._head = head.torch(str(device))
         self._top = top_size(mode)
         self._dtype = getattr(torch, dtype)
-        self._narrow = head.vocab <= 1 << 16
+        self._narrow = head.vocab <= NARROW_VOCAB
         self.tile_rows = max(1, TILE_BYTES // (4 * head.vocab))
 
     @classmethod
@@ -41,9 +41,13 @@ class HeadPass:
     def __call__(self, hidden: torch.Tensor) -> dict[str, Taken]:
         """The arrays' rows by name."""
         tiles = [self._tile(self._head(rows.float())) for rows in hidden.split(self.tile_rows)]
-        join = torch.cat if len(tiles) > 1 else lambda pieces: pieces[0]
-        return {n: (join([t[n][0] for t in tiles]), join([t[n][1] for t in tiles]))
-                for n in tiles[0]}  # fmt: skip
+        arrays = {n: tuple(torch.cat(p) for p in zip(*(t[n] for t in tiles), strict=True))
+                  for n in tiles[0]}  # fmt: skip
+        if self._top and self._narrow:
+            # Through int16, of the same bits: few operations know uint16.
+            ids, peaks = arrays[TOP_ARRAYS[0]]
+            arrays[TOP_ARRAYS[0]] = ids.view(torch.uint16), peaks
+        return arrays
 
     def _tile(self, logits: torch.Tensor) -> dict[str, Taken]:
         if not self._top:
@@ -53,10 +57,8 @@ class HeadPass:
         # The others' own sum: one minus that of the largest would drown in rounding.
         others = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         tail = (others - logsumexp).exp()
-        # By way of int16: few devices cast to uint16.
-        ids = ids.to(torch.int16).view(torch.uint16) if self._narrow else ids.int()
         taken = (
-            (ids, torch.zeros_like(tail[:, 0])),
+            (ids.to(torch.int16 if self._narrow else torch.int32), torch.zeros_like(tail[:, 0])),
             self._cast(values),
             (logsumexp, logsumexp[:, 0].abs()),
             (tail, tail[:, 0]),

@@ -82,10 +82,10 @@ def measure(
         want = _log_softmax(model[tile])
         for name in names:
             if name == RECOMPUTE:
-                given = head.logits(decode(encode(hidden[tile], layer_dtype), layer_dtype))
+                given = head.logits(_stored(hidden[tile], layer_dtype))
                 rows = _row_errors(want, model[tile], given)
             elif name == FULL:
-                rows = _row_errors(want, model[tile], decode(encode(own, dtype), dtype))
+                rows = _row_errors(want, model[tile], _stored(own, dtype))
             else:
                 rows = _top_errors(want, model[tile], own, top_size(name), dtype)
             found[name].append(rows)
@@ -95,17 +95,29 @@ def measure(
         kl, flips, difference, tail = np.concatenate(pieces, -1)
         size = sum(array.row_bytes for array in arrays_of(name, head.vocab, dtype))
         modes[name] = ModeError(
-            layer_dtype if name == RECOMPUTE else dtype, size, max(0.0, float(kl.mean())),
-            max(0.0, float(kl.max())), int(flips.sum()), float(difference.max()) / scale,
+            layer_dtype if name == RECOMPUTE else dtype, size, _positive(kl.mean()),
+            _positive(kl.max()), int(flips.sum()), float(difference.max()) / scale,
             float(tail.mean()) if top_size(name) else None,
         )  # fmt: skip
     return LogitsErrors(len(hidden), dtype, modes)
 
 
+def _stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as they come back; a dtype that was asked for may be too narrow for them."""
+    with np.errstate(over="ignore"):
+        return decode(encode(values, dtype), dtype)
+
+
+def _positive(number: np.floating) -> float:
+    """Rounding may bring a KL below zero; NaN stays."""
+    return float(np.maximum(number, 0.0))
+
+
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     logits = logits.astype(np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        logits -= logits.max(-1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def _kl(want: np.ndarray, given: np.ndarray) -> np.ndarray:
@@ -132,7 +144,7 @@ def _top_errors(
 ) -> np.ndarray:
     """The same for the `size` largest as stored, the tail spread over all other tokens."""
     ids, values, logsumexp, tail = top(own, size)
-    values = decode(encode(values, dtype), dtype)
+    values = _stored(values, dtype)
     rest = np.log(np.maximum(tail, 1e-300, dtype=np.float64)) - np.log(own.shape[-1] - size)
     given = np.repeat(rest[:, None], own.shape[-1], -1)
     np.put_along_axis(given, ids, values - logsumexp[:, None].astype(np.float64), -1)
