@@ -41,8 +41,10 @@ class HeadPass:
     def __call__(self, hidden: torch.Tensor) -> dict[str, Taken]:
         """The arrays' rows by name."""
         tiles = [self._tile(self._head(rows.float())) for rows in hidden.split(self.tile_rows)]
-        arrays = {n: tuple(torch.cat(p) for p in zip(*(t[n] for t in tiles), strict=True))
-                  for n in tiles[0]}  # fmt: skip
+        arrays: dict[str, Taken] = {}
+        for name in tiles[0]:
+            stored, peaks = zip(*(tile[name] for tile in tiles), strict=True)
+            arrays[name] = torch.cat(stored), torch.cat(peaks)
         if self._top and self._narrow:
             # Through int16, of the same bits: few operations know uint16.
             ids, peaks = arrays[TOP_ARRAYS[0]]

@@ -13,7 +13,7 @@ from .errors import CorruptError, MismatchError
 from .grow import ancestor
 from .journal import Journal
 from .jsonfile import file_digest, sync_folder
-from .layout import key_of, name_of
+from .layout import STORED_DTYPES, key_of, name_of
 from .lease import lease
 from .manifest import Manifest
 from .replay import check
@@ -21,6 +21,7 @@ from .runner import PartRunner
 from .source import ModelSource
 from .store import ActivationCache
 from .verify import Damage, verify
+from .writer import create_part_array
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,7 @@ def repair(
         return Repair((), (), ())
     manifest = Manifest.read(path / "manifest.json")
     mended = _copy_metadata(path, found.damages)
+    mended += _make_metadata(path, manifest, found.damages, mended)
     wrong = [damage for damage in found.damages if damage.file not in mended]
     if any(_is_of_part(d) or d.file.startswith("head/") for d in wrong):
         source, loaded = _load(manifest, model, device)
@@ -86,11 +88,31 @@ def _copy_metadata(path: Path, damages: tuple[Damage, ...]) -> list[str]:
     for name in dict.fromkeys(d.file for d in damages if d.file.endswith("/zarr.json")):
         twins = [twin for twin, digest in files.items() if digest == files.get(name)]
         for twin in twins:
-            if twin != name and file_digest(path / twin) == files[name]:
+            if twin != name and (path / twin).is_file() and file_digest(path / twin) == files[name]:
                 _replace(path / twin, path / name)
                 mended.append(name)
                 break
     return mended
+
+
+def _make_metadata(
+    path: Path, manifest: Manifest, damages: tuple[Damage, ...], mended: list[str]
+) -> list[str]:
+    """Metadata of arrays that have no like, made anew in each dtype that they may have."""
+    _, files = Journal(path / "journal").base()
+    again = []
+    names = {d.file for d in damages if d.file.endswith("/zarr.json")} - set(mended)
+    for name in sorted(names):
+        array = name.removeprefix("arrays.zarr/").removesuffix("/zarr.json")
+        for dtype in STORED_DTYPES:
+            with tempfile.TemporaryDirectory(dir=path) as folder:
+                create_part_array(Path(folder), manifest, array, dtype)
+                fresh = Path(folder) / array / "zarr.json"
+                if fresh.is_file() and file_digest(fresh) == files.get(name):
+                    _replace(fresh, path / name)
+                    again.append(name)
+                    break
+    return again
 
 
 def _replace(source: Path, target: Path) -> None:

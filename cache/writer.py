@@ -13,8 +13,10 @@ from .layout import (
     TABLE_CHUNKS_PER_SHARD,
     ArrayLayout,
     Layout,
+    key_of,
 )
-from .logits import LogitsArray
+from .logits import LogitsArray, arrays_of
+from .manifest import Manifest
 from .shard import ShardWriter
 
 AXES = {
@@ -59,6 +61,16 @@ def create_logits(
         {"logical_dtype": array.dtype},
         codec,
     )
+
+
+def create_part_array(store: Path, manifest: Manifest, name: str, dtype: str) -> None:
+    """Create the empty array `name` of the parts in a logical dtype; nothing for another name."""
+    positions, layout, codec = manifest.tokens.positions, manifest.layout, manifest.codec
+    if isinstance(key := key_of(name), int):
+        create_residual(store, key, positions, manifest.d_model, dtype, layout, codec)
+    for array in arrays_of(manifest.capture.logits, manifest.vocab, dtype):
+        if array.name == name:
+            create_logits(store, array, positions, layout, codec)
 
 
 def write_table(

@@ -185,7 +185,7 @@ def test_decoded_chunks_take_bounded_memory(
 
 def test_a_writer_holds_what_waits_compressed(tmp_path: Path) -> None:
     layout = create_residual(tmp_path, 0, 128, WIDTH, "float16", LAYOUT, "compact")
-    rows = stored_rows("float16", 128)
+    rows = np.ones((128, WIDTH), np.float16)
     writer = shard_writer(tmp_path / "residual/0/c/0/0", layout, 128)
     assert isinstance(writer, packed.PackedShardWriter)
     writer.write(32, rows[32:])

@@ -235,6 +235,22 @@ def test_damage_is_named_and_mended(
     assert {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()} == want
 
 
+@pytest.mark.parametrize("name", ["logits/ids", "logits/values", "residual/0"])
+def test_metadata_of_an_array_without_its_like_is_made_anew(
+    kept: dict[str, ActivationCache], tmp_path: Path, name: str
+) -> None:
+    cache = kept[f"topk:{K}"]
+    path = Path(shutil.copytree(cache.path, tmp_path / cache.id))
+    for layer in cache.layers if name == "residual/0" else ():
+        (path / f"arrays.zarr/residual/{layer}/zarr.json").unlink()  # no twin is left
+    (path / "arrays.zarr" / name / "zarr.json").write_bytes(b"{}")
+    assert not verify(path).ok
+    assert repair(path).ok
+    assert verify(path).ok
+    file = f"arrays.zarr/{name}/zarr.json"
+    assert (path / file).read_bytes() == (cache.path / file).read_bytes()
+
+
 @pytest.mark.parametrize(("mode", "codec"), [(f"topk:{K}", "compact"), ("full", "raw")])
 def test_more_layers_and_more_tokens_keep_the_logits(
     model_folder: Path, texts_file: Path, tmp_path: Path, mode: str, codec: str
