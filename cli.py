@@ -142,6 +142,7 @@ def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **opt
     residua extract ./my-model prompts.csv --text-column prompt --no-pack
     residua extract gpt2 texts.jsonl --layers 0,6 --max-bytes 50000000000 --dry-run
     residua extract gpt2 texts.jsonl --logits topk:64
+    residua extract gpt2 texts.jsonl --codec compact --dtype bfloat16
     """
     from residua.analysis.terminal import bandwidths, estimated, meter, size
     from residua.cache.extract import plan, run

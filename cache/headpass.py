@@ -10,8 +10,8 @@ from .logits import FULL, FULL_ARRAY, NARROW_VOCAB, TOP_ARRAYS, top_size
 if TYPE_CHECKING:
     from .store import ActivationCache
 
-TILE_BYTES = 64 << 20
-"""Most bytes of float32 logits at a time; a few times as many are in use."""
+TILE_BYTES = 32 << 20
+"""Most bytes of float32 logits at a time; four times as many are in use at most."""
 Taken = tuple[torch.Tensor, torch.Tensor]
 """Rows in their stored dtype, and the float32 peak |value| of each row before the cast."""
 

@@ -29,7 +29,8 @@ class RowLoader(IterableDataset[Batch]):
     and `set_epoch` alone. With `with_tokens` a batch is `(rows, token ids)`. Memory: a buffer of
     `buffer_rows` rows in the stored dtype, per layer and worker. Give it to a DataLoader with
     `batch_size=None`; its workers, and the `world_size` ranks of a distributed run, share the
-    slabs of an epoch. With `drop_last` all of them give equally many batches.
+    slabs of an epoch. With `drop_last` all of them give equally many batches. Of a compact cache
+    every slab costs the decoding of its chunk: take `slab_rows` of a chunk, or a raw cache.
     """
 
     def __init__(
