@@ -22,9 +22,10 @@ from typing import Any
 UNSHARE = ("unshare", "--user", "--map-root-user", "--mount")
 MODULES = (
     "datasets", "fsspec", "numcodecs.zstd", "rich.progress", "safetensors.numpy",
-    "safetensors.torch", "torch", "transformers", "transformers.models.gpt_neox.modeling_gpt_neox", "zarr", "residua.cli",
-    "residua.analysis.terminal", "residua.cache.canary", "residua.cache.extract",
-    "residua.cache.headpass", "residua.cache.model", "residua.cache.ratio", "residua.cache.store",
+    "safetensors.torch", "torch", "transformers", "transformers.models.gpt_neox.modeling_gpt_neox",
+    "zarr", "residua.cli", "residua.analysis.terminal", "residua.cache.canary",
+    "residua.cache.extract", "residua.cache.headpass", "residua.cache.model", "residua.cache.ratio",
+    "residua.cache.store",
 )  # fmt: skip
 
 
