@@ -1,84 +1,17 @@
 """The command line: parses, calls, prints. `residua --help` loads nothing heavy."""
 
-import json
 import sys
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from residua import __version__
-from residua.cache.errors import Interrupted, ResiduaError
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+from residua.analysis.command import CONTEXT, NUMBERS, Commands, command
 
 
-class Numbers(click.ParamType):
-    """Numbers and ranges: `0-3`, `0,2,5`, `4`."""
-
-    name = "NUMBERS"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        numbers: set[int] = set()
-        try:
-            for piece in str(value).split(","):
-                first, _, last = piece.strip().partition("-")
-                numbers.update(range(int(first), int(last or first) + 1))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers; write it like 0-3 or 0,2,5", param, ctx)
-        if not numbers:
-            self.fail(f"{value!r} names no number", param, ctx)
-        return tuple(sorted(numbers))
-
-
-NUMBERS = Numbers()
-
-
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --root and --json, and turns errors into messages and exit codes.
-
-    The function gets `root`, `quiet` (no progress) and its own options; what it returns is the
-    JSON object, and the callable beside it prints the same for people.
-    """
-
-    @click.option("--root", type=click.Path(path_type=Path), help="Folder of caches.  [default: "
-                  "$RESIDUA_ROOT, else the XDG cache folder]")  # fmt: skip
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-    @wraps(function)
-    def run(root: Path | None, as_json: bool, **options: Any) -> None:
-        from residua.cache.catalog import cache_root
-
-        try:
-            try:
-                value, show = function(root=cache_root(root), quiet=as_json, **options)
-            except KeyboardInterrupt:
-                raise Interrupted("interrupted; the same command goes on from here") from None
-        except ResiduaError as error:
-            _fail(error, as_json)
-        if as_json:
-            click.echo(json.dumps(value, default=str))
-        else:
-            show()
-        sys.exit(value.pop("exit_code", 0) if isinstance(value, dict) else 0)
-
-    return run
-
-
-def _fail(error: ResiduaError, as_json: bool) -> NoReturn:
-    message = str(error)
-    if as_json:
-        kind = type(error).__name__
-        click.echo(json.dumps({"error": kind, "message": message, "exit_code": error.exit_code}))
-    else:
-        click.echo(f"Error: {message}", err=True)
-    sys.exit(error.exit_code)
-
-
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="residua")
 def main() -> None:
     """Run a language model once, keep its residual streams, fit every probe from the cache.
@@ -144,11 +77,12 @@ def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **opt
     residua extract gpt2 texts.jsonl --logits topk:64
     residua extract gpt2 texts.jsonl --codec compact --dtype bfloat16
     """
-    from residua.analysis.terminal import bandwidths, estimated, meter, size
+    from residua.analysis.messages import estimated, extracted
+    from residua.analysis.terminal import bandwidths, meter
+    from residua.cache.distributed import run_at
     from residua.cache.extract import plan, run
     from residua.cache.request import Request
     from residua.cache.stages import Stages
-    from residua.cache.store import span
 
     request = Request(root=root, **options)
     stages = Stages()
@@ -158,30 +92,10 @@ def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **opt
             wanted = plan(request, shown.stage)
             return wanted.to_dict(), lambda: estimated(wanted.to_dict())
         if scheduler is None:
-            done = run(request, shown.stage, stages)
+            value = run(request, shown.stage, stages).to_dict()
         else:
-            from residua.cache.distributed import connect, run_on
-
-            with connect(scheduler) as client:
-                done = run_on(client, request, shown.stage, stages)
-    value = done.to_dict()
-
-    def show() -> None:
-        click.echo(f"{value['status']}: cache {value['cache'][:12]}")
-        click.echo(
-            f"  {value['positions']:,} positions, layers {span(value['layers'])}, "
-            f"{size(value['bytes'])}, head error {value['head_error']:.1e}"
-        )
-        if speeds := bandwidths(value["stages"]):
-            click.echo(f"  {speeds}")
-        click.echo(f"  {value['path']}")
-        if value["complete"]:
-            click.echo(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
-        else:
-            done, parts = value["parts"]
-            click.echo(f"{done} of {parts} parts are there; the other shares are still to be run")
-
-    return value, show
+            value = run_at(scheduler, request, shown.stage, stages).to_dict()
+    return value, lambda: extracted(value)
 
 
 @main.command()
@@ -194,22 +108,13 @@ def diff(root: Path, quiet: bool, one: str, other: str) -> Any:
     \b
     residua diff 3f2a 81d9
     """
-    from residua.analysis.terminal import table
+    from residua.analysis.messages import differing
     from residua.cache.catalog import find_cache
-    from residua.cache.resolve import compare
+    from residua.cache.resolve import named_differences
 
     first, second = find_cache(one, root), find_cache(other, root)
-    found = compare(first.manifest.identity, second.manifest.identity)
-    fields = ("field", first.id[:12], second.id[:12])
-
-    def show() -> None:
-        if found:
-            table("", fields, found)
-        else:
-            click.echo("the caches have the same identity")
-
-    names = ("field", "one", "other")
-    return {"differences": [dict(zip(names, row, strict=True)) for row in found]}, show
+    found = named_differences(first.manifest.identity, second.manifest.identity)
+    return {"differences": found}, lambda: differing(first.id, second.id, found)
 
 
 @main.command("ls")
@@ -221,25 +126,11 @@ def list_(root: Path, quiet: bool) -> Any:
     residua ls
     residua ls --root caches --json
     """
-    from residua.analysis.terminal import short, size, table
+    from residua.analysis.messages import listed
     from residua.cache.catalog import list_caches
-    from residua.cache.store import span
 
     caches = list_caches(root)
-
-    def show() -> None:
-        if not caches:
-            click.echo(f"no caches under {root}; make one with residua extract MODEL DATA")
-            return
-        rows = [
-            (c["cache"][:12], short(c["model"]), short(c["data"]), c["positions"],
-             span(c["layers"]), c["d_model"], size(c["bytes"]), c["state"])
-            for c in caches
-        ]  # fmt: skip
-        columns = ("cache", "model", "data", "positions", "layers", "d_model", "size", "state")
-        table(str(root), columns, rows)
-
-    return {"root": str(root), "caches": caches}, show
+    return {"root": str(root), "caches": caches}, lambda: listed(root, caches)
 
 
 @main.command()
@@ -254,7 +145,7 @@ def info(root: Path, quiet: bool, cache: str) -> Any:
     residua info 3f2a
     residua info caches/3f2a... --json
     """
-    from residua.analysis.terminal import details
+    from residua.analysis.messages import details
     from residua.cache.catalog import describe, find_cache
 
     value = describe(find_cache(cache, root))
@@ -270,26 +161,16 @@ def verify(root: Path, quiet: bool, cache: str) -> Any:
     \b
     residua verify 3f2a
     """
-    from residua.analysis.terminal import meter, size
+    from residua.analysis.messages import verified
+    from residua.analysis.terminal import meter
     from residua.cache.catalog import find_path
     from residua.cache.verify import verify as check
 
     path = find_path(cache, root)
     with meter(quiet) as shown:
         found = check(path, shown.of("verify"))
-    value = {"path": str(path), **found.to_dict()}
-
-    def show() -> None:
-        for damage in found.damages:
-            rows = f" rows {damage.start}-{damage.stop - 1}" if damage.stop else ""
-            click.echo(f"damaged: {damage.file}{rows}: {damage.message}")
-        state = "ok" if found.ok else f"{len(found.damages)} damaged"
-        missing = f", {len(found.missing_parts)} parts not extracted yet" * bool(
-            found.missing_parts
-        )
-        click.echo(f"{state}: {found.shards} shards, {size(found.bytes)} read{missing}")
-
-    return {**value, "exit_code": 0 if found.ok else 4}, show
+    value = {"path": str(path), **found.to_dict(), "exit_code": 0 if found.ok else 4}
+    return value, lambda: verified(found)
 
 
 @main.command()
@@ -304,6 +185,7 @@ def repair(root: Path, quiet: bool, cache: str, model: str | None, device: str) 
     residua repair 3f2a
     residua repair 3f2a --model /new/place/of/the/model
     """
+    from residua.analysis.messages import repaired
     from residua.analysis.terminal import meter
     from residua.cache.catalog import find_path
     from residua.cache.repair import repair as mend
@@ -311,38 +193,22 @@ def repair(root: Path, quiet: bool, cache: str, model: str | None, device: str) 
     path = find_path(cache, root)
     with meter(quiet) as shown:
         found = mend(path, model, device, shown.stage)
-
-    def show() -> None:
-        for name in found.mended:
-            click.echo(f"mended: {name}")
-        for name in found.changed:
-            click.echo(f"written anew, not byte for byte the same: {name}")
-        for damage in found.left:
-            click.echo(f"cannot be mended: {damage.file}: {damage.message}; extract again")
-        click.echo("ok" if found.ok else f"{len(found.left)} damaged")
-
-    return {"path": str(path), **found.to_dict(), "exit_code": 0 if found.ok else 4}, show
+    value = {"path": str(path), **found.to_dict(), "exit_code": 0 if found.ok else 4}
+    return value, lambda: repaired(found)
 
 
 @main.command()
 @click.argument("cache")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--format",
-    type=click.Choice(["safetensors", "numpy"]),
-    default="safetensors",
-    show_default=True,
-    help="One .safetensors file per layer, or .npy files to memory-map.",
-)
+@click.option("--format", type=click.Choice(["safetensors", "numpy"]), default="safetensors",
+              show_default=True, help="One .safetensors file per layer, or .npy files to "
+              "memory-map.")  # fmt: skip
 @click.option("--layers", type=NUMBERS, help="Layers to write.  [default: all]")
 @click.option("--split", default="all", show_default=True, help="train, validation, test or all.")
 @click.option("--dtype", help="float16, bfloat16 or float32.  [default: as stored]")
 @click.option("--logits/--no-logits", default=True, help="Write the logits that the cache keeps.")
 @command
-def export(
-    root: Path, quiet: bool, cache: str, folder: Path, format: str, layers: tuple[int, ...] | None,
-    split: str, dtype: str | None, logits: bool,
-) -> Any:  # fmt: skip
+def export(root: Path, quiet: bool, cache: str, folder: Path, **options: Any) -> Any:
     """Write CACHE into the new FOLDER as plain safetensors or .npy files, for other tools.
 
     One file per layer, `(positions, d_model)`, with tokens, sequences, head and tokenizer beside
@@ -352,22 +218,14 @@ def export(
     residua export 3f2a layers/
     residua export 3f2a layers/ --format numpy --layers 6,12 --split train
     """
-    from residua.analysis.terminal import meter, size
+    from residua.analysis.messages import exported
+    from residua.analysis.terminal import meter
     from residua.cache.catalog import find_cache
     from residua.cache.export import export as write
 
     with meter(quiet) as shown:
-        index = write(find_cache(cache, root), folder, format=format, layers=layers, split=split,
-                      dtype=dtype, logits=logits, progress=shown.of("export"))  # fmt: skip
-    total = sum(entry["bytes"] for entry in index["files"].values())
-
-    def show() -> None:
-        click.echo(
-            f"{index['positions']:,} positions, {len(index['layers'])} layers, {size(total)}"
-        )
-        click.echo(f"  {folder} (README.md says how to open it)")
-
-    return {"folder": str(folder), **index}, show
+        index = write(find_cache(cache, root), folder, progress=shown.of("export"), **options)
+    return {"folder": str(folder), **index}, lambda: exported(folder, index)
 
 
 @main.command()
@@ -377,10 +235,7 @@ def export(
 @click.option("--revision", help="Branch to push to; made if needed.  [default: main]")
 @click.option("--verify/--no-verify", default=True, help="Re-read every byte before it is sent.")
 @command
-def push(
-    root: Path, quiet: bool, cache: str, repo: str, private: bool, revision: str | None,
-    verify: bool,
-) -> Any:  # fmt: skip
+def push(root: Path, quiet: bool, cache: str, repo: str, **options: Any) -> Any:
     """Upload CACHE to a dataset repository of the Hugging Face hub, with a card.
 
     Log in first (`hf auth login`, or set HF_TOKEN). An interrupted push goes on where it
@@ -390,23 +245,14 @@ def push(
     residua push 3f2a me/gpt2-residuals
     residua push 3f2a me/gpt2-residuals --private --revision pile-1m
     """
-    from residua.analysis.terminal import meter, size
-    from residua.cache.card import NO_LICENCE
+    from residua.analysis.messages import pushed
+    from residua.analysis.terminal import meter
     from residua.cache.catalog import find_cache
     from residua.cache.share import push as upload
 
     with meter(quiet) as shown:
-        done = upload(find_cache(cache, root), repo, private=private, revision=revision,
-                      verify=verify, progress=shown.stage)  # fmt: skip
-
-    def show() -> None:
-        click.echo(f"pushed: {done.files:,} files, {size(done.bytes)}")
-        click.echo(f"  {done.url}")
-        if done.card:
-            click.echo(f"{NO_LICENCE}: set `license:` in the card (README.md) there")
-        click.echo(f"next: residua pull {repo} --root another-root")
-
-    return vars(done), show
+        done = upload(find_cache(cache, root), repo, progress=shown.stage, **options)
+    return vars(done), lambda: pushed(done)
 
 
 @main.command()
@@ -424,32 +270,15 @@ def pull(root: Path, quiet: bool, repo: str, expect: str | None, revision: str |
     residua pull someone/gpt2-residuals
     residua pull someone/gpt2-residuals --expect 3f2a --root caches
     """
-    from residua.analysis.terminal import meter, size
+    from residua.analysis.messages import pulled
+    from residua.analysis.terminal import meter
     from residua.cache.share import pull as download
-    from residua.cache.store import span
 
     with meter(quiet) as shown:
-        done = download(repo, root, expect=expect, revision=revision, progress=shown.stage)
-    cache = done.cache
-    value = {
-        "status": done.status,
-        "cache": cache.id,
-        "positions": cache.positions,
-        "layers": list(cache.layers),
-        "bytes": cache.bytes,
-        "commit": done.commit,
-        "path": str(cache.path),
-    }
-
-    def show() -> None:
-        click.echo(f"{done.status}: cache {cache.id[:12]}")
-        click.echo(
-            f"  {cache.positions:,} positions, layers {span(cache.layers)}, {size(cache.bytes)}"
-        )
-        click.echo(f"  {cache.path}")
-        click.echo(f"next: residua info {cache.id[:12]}")
-
-    return value, show
+        value = download(
+            repo, root, expect=expect, revision=revision, progress=shown.stage
+        ).to_dict()
+    return value, lambda: pulled(value)
 
 
 @main.group()
@@ -489,7 +318,8 @@ def ridge(
     residua fit ridge 3f2a --offsets 0-3
     residua fit ridge 3f2a --offsets 1 --layers 4-8 --out my-probe
     """
-    from residua.analysis.terminal import meter, table
+    from residua.analysis.messages import fitted
+    from residua.analysis.terminal import meter
     from residua.cache.catalog import find_cache
     from residua.probes.library import probe_path
     from residua.probes.ridge import RidgeProbe
@@ -502,15 +332,8 @@ def ridge(
                   progress=shown.of("moments"))  # fmt: skip
     path = save_probe(probe, out or probe_path(root, probe))
     metrics = probe.metrics()
-
-    def show() -> None:
-        table(
-            f"ridge, cache {source.id[:12]}", list(metrics[0]), [list(r.values()) for r in metrics]
-        )
-        click.echo(f"probe: {path}")
-        click.echo(f"next: residua evaluate {source.id[:12]} {path.name} --html report.html")
-
-    return {"probe": str(path), "cache": source.id, "metrics": metrics}, show
+    value = {"probe": str(path), "cache": source.id, "metrics": metrics}
+    return value, lambda: fitted("ridge", source.id, path, metrics)
 
 
 @main.command()
@@ -526,9 +349,8 @@ def ridge(
 @click.option("--png", type=click.Path(path_type=Path), help="Folder to write pictures to.")
 @command
 def evaluate(
-    root: Path, quiet: bool, cache: str, probes: Sequence[str], offsets: tuple[int, ...] | None,
-    layers: tuple[int, ...] | None, split: str, max_positions: int, seed: int, force: bool,
-    html: Path | None, png: Path | None,
+    root: Path, quiet: bool, cache: str, probes: Sequence[str], force: bool, html: Path | None,
+    png: Path | None, **options: Any,
 ) -> Any:  # fmt: skip
     """Measure PROBEs on the held-out split of CACHE, beside the logit lens and a bigram.
 
@@ -541,35 +363,25 @@ def evaluate(
     residua evaluate 3f2a ridge-3f2a --html report.html --png pictures
     """
     from residua.analysis.evaluate import evaluate as measure
+    from residua.analysis.messages import evaluated
     from residua.analysis.output import write
-    from residua.analysis.terminal import meter, print_evaluation
+    from residua.analysis.terminal import meter
     from residua.cache.catalog import find_cache
     from residua.probes.library import find_probe, load_for
 
     source = find_cache(cache, root)
     loaded = [load_for(source, find_probe(name, root), force) for name in probes]
     with meter(quiet) as shown:
-        found = measure(source, loaded, split=split, offsets=offsets, layers=layers,
-                        max_positions=max_positions, seed=seed,
-                        progress=shown.of("evaluate"))  # fmt: skip
+        found = measure(source, loaded, progress=shown.of("evaluate"), **options)
     written = write(found, html, png, " ".join(["residua", *sys.argv[1:]]))
-
-    def show() -> None:
-        print_evaluation(found)
-        for path in written:
-            click.echo(f"wrote {path}")
-
-    return {"cache": source.id, "split": split, "rows": found.to_dicts(), "files": written}, show
+    value = {"cache": source.id, "split": options["split"], "rows": found.to_dicts()}
+    return {**value, "files": written}, lambda: evaluated(found, written)
 
 
 @main.command()
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("quickstart"),
-    show_default=True,
-    help="Folder for the report, the pictures and the cache.",
-)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("quickstart"),
+              show_default=True, help="Folder for the report, the pictures and the cache."
+              )  # fmt: skip
 @click.option("--max-tokens", type=int, help="Use less text.")
 @command
 def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> Any:
@@ -582,17 +394,13 @@ def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> An
     residua quickstart
     residua quickstart --out /tmp/residua --json
     """
+    from residua.analysis.messages import started
     from residua.analysis.quickstart import run
-    from residua.analysis.terminal import meter, print_evaluation
+    from residua.analysis.terminal import meter
 
     with meter(quiet) as shown:
         value, found = run(out, root if "--root" in sys.argv else None, max_tokens, shown)
-
-    def show() -> None:
-        print_evaluation(found)
-        click.echo(value["text"])
-
-    return value, show
+    return value, lambda: started(value, found)
 
 
 if __name__ == "__main__":

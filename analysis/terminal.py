@@ -147,55 +147,6 @@ def bandwidths(stages: dict[str, Any]) -> str:
     return f"{' · '.join(shown)} (bottleneck: {stages['bottleneck']})"
 
 
-def details(value: dict[str, Any]) -> None:
-    """Print what `residua info` found."""
-    identity, canary = value["identity"], value["provenance"]["canary"]
-    model, tokens, capture = identity["model"], identity["tokens"], identity["capture"]
-    rows = [
-        ("cache", value["cache"]),
-        ("path", value["path"]),
-        ("state", value["state"]),
-        ("size", f"{size(value['bytes'])}, {value['codec']}"),
-        ("model", f"{value['model']}  ({model['architecture']}, weights {model['weights'][:12]})"),
-        ("data", value["data"]),
-        ("positions", f"{value['positions']:,} in {value['sequences']:,} sequences"),
-        ("tokens", f"{'packed to' if tokens['packed'] else 'rows of at most'} {tokens['context']}"),
-        ("splits", ", ".join(f"{k} {v:,}" for k, v in value["splits"].items()) + " sequences"),
-        ("shape", f"L={value['depth']}, d_model {value['d_model']}, vocab {value['vocab']:,}"),
-        ("head", ", ".join(f"{k} {v}" for k, v in value["head"].items() if k != "geometry")),
-        ("ran in", f"{capture['compute_dtype']}, attention {capture['attention']}"),
-        (
-            "head error",
-            f"{canary['head_error']:.1e} of the largest logit, head on layer L vs model",
-        ),
-        ("stored KL", f"{canary['stored_kl']:.1e} nats per position, layer L as stored"),
-        ("padding", f"{canary['padding_error']:.1e} largest change of a residual by padding"),
-        ("causal", "yes" if canary["causal"] else "NO: later tokens change earlier residuals"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    for name, shown in rows:
-        print(f"{name:<{width}}  {shown}")
-    layers = value["layer_arrays"]
-    body = [(int(k), v["dtype"], v["absmax"], v["nonfinite"]) for k, v in layers.items()]
-    table("", ("layer", "dtype", "absmax", "non-finite"), body)
-    if "logits" in canary:  # older caches have not measured them
-        logits_errors(capture["logits"], canary["logits"])
-
-
-def logits_errors(mode: str, measured: dict[str, Any]) -> None:
-    """Print what each logits mode costs; the cache's own is marked."""
-    rows = [
-        (
-            f"{name} *" if name == mode else name, error["dtype"], error["bytes"],
-            error["kl_mean"], error["kl_max"], f"{error['flips']} of {measured['rows']}",
-            error["relative_error"], error["tail_mass"],
-        )
-        for name, error in measured["modes"].items()
-    ]  # fmt: skip
-    columns = ("logits", "dtype", "bytes", "KL mean", "KL max", "flips", "rel. error", "tail mass")
-    table(f"logits against the model's, KL in nats (* this cache: {mode})", columns, rows)
-
-
 def print_evaluation(found: "Evaluation") -> None:
     """Print KL and precision@1 by layer, one table per offset."""
     for part in found.table():
@@ -208,16 +159,3 @@ def short(name: str | None) -> str:
         return "-"
     path = Path(name)
     return path.name if path.is_absolute() or len(path.parts) > 2 else name
-
-
-def estimated(value: dict[str, Any]) -> None:
-    """Print what `residua extract --dry-run` found."""
-    rows = [(name, size(count)) for name, count in value["arrays"].items()]
-    table(
-        f"{value['positions']:,} positions, {value['files']:,} shard files",
-        ("array", "bytes"),
-        rows,
-    )
-    fits = "fits" if value["fits"] else "does NOT fit"
-    print(f"{size(value['bytes'])} in all, largest {value['largest']}")
-    print(f"{fits} into {size(value['free'])} free")

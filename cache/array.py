@@ -1,4 +1,7 @@
-"""Reads one array of a cache: memory-mapped shards, raw or compact; other codecs through zarr."""
+"""Reads one array of a cache: memory-mapped shards, raw or compact; other codecs through zarr.
+
+Shards in an object store are read by ranged requests.
+"""
 
 import json
 import threading
@@ -11,7 +14,9 @@ from .decode import decode
 from .errors import CorruptError
 from .half import decode_into
 from .layout import ArrayLayout
-from .packed import gather, shard_reader
+from .packed import PackedShardReader
+from .place import as_path, is_remote, store_of
+from .remoteshard import RemoteShard
 from .shard import ShardReader
 from .window import Window
 
@@ -27,7 +32,7 @@ class CacheArray:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         try:
             meta = json.loads((self.path / "zarr.json").read_bytes())
         except FileNotFoundError:
@@ -42,7 +47,8 @@ class CacheArray:
         is_float = stored.kind == "f" or self.layout.logical_dtype == "bfloat16"
         self.dtype = np.dtype(np.float32) if is_float else stored
         self._stored = stored
-        self._shards: dict[int, ShardReader] = {}
+        self._remote = is_remote(self.path)
+        self._shards: dict[int, Any] = {}
         self._checked: dict[int, np.ndarray] = {}
         self._window: Window | None = None
         self._lock = threading.Lock()
@@ -98,7 +104,7 @@ class CacheArray:
         while start < stop:
             shard, inside = divmod(start, layout.shard_rows)
             end = min(inside + stop - start, layout.shard_rows)
-            for piece in self._shard(shard).pieces(inside, end):
+            for piece in self.shard(shard).pieces(inside, end):
                 decode_into(piece, layout.logical_dtype, out[done : done + len(piece)])
                 done += len(piece)
             start += end - inside
@@ -126,18 +132,26 @@ class CacheArray:
             raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
         if not rows.size:
             return np.empty((0, *self.shape[1:]), self._stored)
-        if self.layout.raw:
-            return self._gather(rows)
-        if not self.layout.compact:
+        if not self.layout.ours:
             return np.asarray(self._open_zarr().oindex[rows])
-        out = np.empty((len(rows), *self.shape[1:]), self._stored)
-        gather(rows, self.layout, self._chunk, out)
-        return out
+        own = self.layout.raw and not self._remote
+        return self._gather(rows) if own else self._collect(rows)
 
-    def _chunk(self, chunk: int) -> np.ndarray:
-        """The rows of a chunk of the array."""
-        shard, number = divmod(chunk, self.layout.shard_rows // self.layout.chunk_rows)
-        return self._shard(shard).chunk(number)
+    def _collect(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of chunks that are fetched or decoded, each once."""
+        out = np.empty((len(rows), *self.shape[1:]), self._stored)
+        chunks, inside = np.divmod(rows, self.layout.chunk_rows)
+        order = np.argsort(chunks, kind="stable")
+        touched, first = np.unique(chunks[order], return_index=True)
+        places = dict(zip(touched.tolist(), np.split(order, first[1:]), strict=True))
+        per_shard = self.layout.shard_rows // self.layout.chunk_rows
+        for shard in np.unique(touched // per_shard).tolist():
+            base = shard * per_shard
+            numbers = touched[(touched >= base) & (touched < base + per_shard)] - base
+            for number, values in self.shard(shard).chunks(numbers.tolist()):
+                place = places[base + number]
+                out[place] = values[inside[place]]
+        return out
 
     def _gather(self, rows: np.ndarray) -> np.ndarray:
         chunks, inside = np.divmod(rows, self.layout.chunk_rows)
@@ -163,26 +177,38 @@ class CacheArray:
         """A window with all `shards`."""
         window = self._window
         if window is None or window.missing(shards):
-            needed = {shard: self._shard(shard) for shard in shards}
+            needed = {shard: self.shard(shard) for shard in shards}
             with self._lock:
                 window = self._window = Window({**self._shards, **needed}, self.layout)
         return window
 
-    def _shard(self, shard: int) -> ShardReader:
+    def shard(self, shard: int) -> Any:
+        """The `ShardReader` of a shard, or its `RemoteShard`."""
         with self._lock:
             reader = self._shards.get(shard)
             if reader is None:
                 while len(self._shards) >= OPEN_SHARDS:
                     self._shards.pop(next(iter(self._shards)))
-                path = self.path / self.layout.shard_key(shard)
-                reader = shard_reader(path, self.layout, self._checked.get(shard))
-                self._checked[shard] = reader.checked
-                self._shards[shard] = reader
+                reader = self._shards[shard] = self._open_shard(shard)
             return reader
+
+    def _open_shard(self, shard: int) -> ShardReader | RemoteShard:
+        path = self.path / self.layout.shard_key(shard)
+        if self._remote:
+            return RemoteShard(path, self.layout)
+        kind = PackedShardReader if self.layout.compact else ShardReader
+        reader = kind(path, self.layout, self._checked.get(shard))
+        self._checked[shard] = reader.checked
+        return reader
 
     def _open_zarr(self) -> Any:
         if self._zarr is None:
             import zarr
+            from zarr.storage import FsspecStore
 
-            self._zarr = zarr.open_array(self.path, mode="r")
+            found: Any = self.path
+            if self._remote:
+                store, key = store_of(self.path)
+                found = FsspecStore.from_mapper(store.get_mapper(key))
+            self._zarr = zarr.open_array(found, mode="r")
         return self._zarr

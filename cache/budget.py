@@ -17,7 +17,9 @@ from .layout import (
     Layout,
 )
 from .logits import LogitsArray
-from .tokens import SPAN_DTYPES, TABLE_DTYPES, TokenStream
+from .place import is_remote
+from .tables import SPAN_DTYPES, TABLE_DTYPES
+from .tokens import TokenStream
 
 SPARE_BYTES = 64 << 20
 """Free space that is left on the disk."""
@@ -37,8 +39,8 @@ class Estimate:
     """Bytes per array and of the head."""
     files: int
     """Number of shard files."""
-    free: int
-    """Free bytes at the root."""
+    free: int | None
+    """Free bytes at the root; None in an object store, which has no end."""
     slack: int = 0
     """Bytes by which a compact cache may be larger than was measured on its first rows."""
 
@@ -57,7 +59,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.most + SPARE_BYTES <= self.free
+        return self.free is None or self.most + SPARE_BYTES <= self.free
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `residua extract --dry-run`."""
@@ -66,7 +68,7 @@ class Estimate:
 
     def check(self, root: Path) -> None:
         """Raise `NoSpaceError` if the cache does not fit, before anything is written."""
-        if not self.fits:
+        if self.free is not None and not self.fits:
             raise NoSpaceError(
                 f"this cache needs {self.bytes / 1e9:.2f} GB, {root} has {self.free / 1e9:.2f} GB "
                 f"free; the largest array is {self.largest}; use --max-bytes, --max-tokens, "
@@ -107,8 +109,11 @@ def estimate(
         shard = chunk * TABLE_CHUNKS_PER_SHARD
         arrays[name] = _array(count, chunk, shard, np.dtype(dtype).itemsize)
     files = layout.parts(positions) * (len(dtypes) + len(logits))
-    free = shutil.disk_usage(_existing(root)).free
-    return Estimate(positions, sequences, arrays, files, free, round(slack))
+    return Estimate(positions, sequences, arrays, files, _free(root), round(slack))
+
+
+def _free(root: Path) -> int | None:
+    return None if is_remote(root) else shutil.disk_usage(_existing(root)).free
 
 
 def _existing(path: Path) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .columns import blocks
 from .create import choose_dtype
 from .discover import find_stack
 from .errors import HeadMismatchError, ModelError
@@ -165,7 +166,7 @@ def _batches(
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocab, (3, ROWS, LENGTH))
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    if isinstance(pad, int) and vocab > 1 and not (stream.ids == pad).any():
+    if isinstance(pad, int) and vocab > 1 and not any((b == pad).any() for b in blocks(stream.ids)):
         # Some models mask this token by its id; text that lacks it never meets that.
         ids[ids == pad] = (pad + 1) % vocab
     real = stream.ids[: ROWS * LENGTH].astype(np.int64)

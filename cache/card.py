@@ -5,7 +5,8 @@ from typing import Any
 
 from .jsonfile import read_json
 from .manifest import SHORT_ID
-from .store import SPLITS, ActivationCache, span
+from .numbers import span
+from .store import SPLITS, ActivationCache
 
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 """Bounds of the hub's size categories, from a thousand rows on."""

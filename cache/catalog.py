@@ -5,24 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from .errors import NotFoundError, ResiduaError, UsageError
+from .place import as_path, children
 from .store import SHORT_ID, ActivationCache
 
 
 def cache_root(root: str | Path | None = None) -> Path:
-    """`root`, else $RESIDUA_ROOT, else the folder `residua` in the user's XDG cache folder."""
+    """`root`, a folder or a URL, else $RESIDUA_ROOT, else `residua` in the user's XDG cache."""
     if root is not None:
-        return Path(root).expanduser()
+        return as_path(root)
     if named := os.environ.get("RESIDUA_ROOT"):
-        return Path(named).expanduser()
+        return as_path(named)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "residua"
 
 
 def list_paths(root: Path) -> list[Path]:
     """Folders of all caches under `root`, oldest first; nothing is read."""
-    if not root.is_dir():
-        return []
-    found = [p / "manifest.json" for p in root.iterdir() if not p.name.startswith(".")]
+    found = [p / "manifest.json" for p in children(root) if not p.name.startswith(".")]
     found = [manifest for manifest in found if manifest.is_file()]
     return [m.parent for m in sorted(found, key=lambda m: (m.stat().st_mtime, m))]
 
@@ -32,7 +31,7 @@ def find_path(name: str, root: Path) -> Path:
 
     Raises `NotFoundError` if there is none and `UsageError` if several ids begin so.
     """
-    path = Path(name).expanduser()
+    path = as_path(name)
     if (path / "manifest.json").is_file():
         return path
     paths = list_paths(root)

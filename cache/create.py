@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from .errors import UsageError
 from .journal import Journal, PartRecord, ShardRecord
 from .jsonfile import file_digest, sync_folder, write_json
 from .layout import Key, Layout, name_of
-from .lease import try_lock
+from .lease import FileLease, Lease, exclusive, try_lock
 from .logits import arrays_of
 from .manifest import Manifest
 from .packed import shard_writer
+from .place import TRANSFERS, is_remote, upload
 from .shard import ShardWriter
+from .tables import tables
 from .tokens import TokenStream
 from .writer import create_logits, create_residual, write_table
 
@@ -47,10 +51,10 @@ def create_cache(
     """Write manifest, head, tokens and empty arrays of the parts, then rename the folder to its id.
 
     A cache folder with an id therefore always has all of these; a crash leaves only a
-    `.new-*` folder. If another process made the same cache meanwhile, theirs stays.
+    `.new-*` folder. If another process made the same cache meanwhile, theirs stays. For an
+    object store the folder is made in the system's temporary folder, and sent.
     """
     target = root / manifest.id
-    root.mkdir(parents=True, exist_ok=True)
     with _staging(root) as staging:
         for folder in FOLDERS:
             (staging / folder).mkdir()
@@ -60,7 +64,7 @@ def create_cache(
         store = staging / "arrays.zarr"
         record = {
             name: write_table(store, name, values, _attributes(stream, name))
-            for name, values in stream.tables(hashes).items()
+            for name, values in tables(stream, hashes).items()
         }
         for layer, dtype in dtypes.items():
             create_residual(
@@ -71,20 +75,35 @@ def create_cache(
             create_logits(store, array, stream.positions, manifest.layout, manifest.codec)
         files = {p.relative_to(staging).as_posix(): file_digest(p) for p in _plain_files(staging)}
         Journal(staging / "journal").commit_base(record, files)
-        for path in (*staging.rglob("*"), staging):
-            sync_folder(path)
-        try:
-            os.rename(staging, target)
-        except OSError:
-            if not (target / "manifest.json").is_file():
-                raise
-        sync_folder(root)
+        publish(staging, target)
     return target
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Make the whole cache in the folder `staging` appear at `target`, unless there is one."""
+    if is_remote(target):
+        with exclusive(target / "leases", "create"):
+            if not (target / "manifest.json").is_file():
+                upload(staging, target, last=["manifest.json"])
+        return
+    for path in (*staging.rglob("*"), staging):
+        sync_folder(path)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        if not (target / "manifest.json").is_file():
+            raise
+    sync_folder(target.parent)
 
 
 @contextmanager
 def _staging(root: Path) -> Iterator[Path]:
     """A new folder `.new-*` that is locked as long as it is in use, and then removed."""
+    if is_remote(root):
+        with tempfile.TemporaryDirectory(prefix="residua-") as folder:
+            yield Path(folder)
+        return
+    root.mkdir(parents=True, exist_ok=True)
     while True:
         staging = root / f".new-{uuid.uuid4().hex}"
         staging.mkdir()
@@ -116,6 +135,8 @@ def sweep_unfinished(root: Path) -> None:
 
     Where folders cannot be locked, those that are older than `UNFINISHED_SECONDS`.
     """
+    if is_remote(root):  # what was sent of a cache without a manifest is sent again
+        return
     for staging in root.glob(".new-*"):
         try:
             descriptor = os.open(staging, os.O_RDONLY)
@@ -153,9 +174,20 @@ def choose_dtype(absmax: float, compute_dtype: str, policy: str) -> str:
 
 
 class PartWriter:
-    """Writes the rows of one part of every array of `keys`, then commits them at once."""
+    """Writes the rows of one part of every array of `keys`, then commits them at once.
 
-    def __init__(self, path: Path, layout: Layout, part: int, keys: Sequence[Key]) -> None:
+    Where a lease can be lost, `held` is looked at before anything appears.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        part: int,
+        keys: Sequence[Key],
+        held: Lease | None = None,
+    ) -> None:
+        self._held = held or FileLease()
         arrays = {key: CacheArray(path / "arrays.zarr" / name_of(key)) for key in keys}
         self.part = part
         self.start, self.stop = layout.rows(part, next(iter(arrays.values())).shape[0])
@@ -170,8 +202,9 @@ class PartWriter:
             for key, array in arrays.items():
                 path = array.path / array.layout.shard_key(part)
                 # Not the array's own folder: a cache that vanished must not come back as a stump.
-                for folder in reversed(path.parents[: array.ndim]):
-                    folder.mkdir(exist_ok=True)
+                if not is_remote(path):
+                    for folder in reversed(path.parents[: array.ndim]):
+                        folder.mkdir(exist_ok=True)
                 rows = self.stop - self.start
                 self._shards[key] = shard_writer(path, array.layout, rows, make=False)
         except BaseException:
@@ -225,14 +258,30 @@ class PartWriter:
         """Make every shard appear, then the commit record, if it says more than `expected`."""
         arrays = {
             name_of(key): ShardRecord(
-                **shard.commit(), absmax=self._absmax[key], nonfinite=self._nonfinite[key]
+                **shard, absmax=self._absmax[key], nonfinite=self._nonfinite[key]
             )
-            for key, shard in self._shards.items()
+            for key, shard in self._commit_shards().items()
         }
+        self._held.check()
         record = PartRecord(self.part, self.start, self.stop, arrays, self.quarantine)
         if expected is None or any(expected.arrays.get(n) != s for n, s in arrays.items()):
             self._journal.commit(record)
         return record
+
+    def _commit_shards(self) -> dict[Key, dict[str, int]]:
+        """Make every shard appear; several are sent to an object store at a time."""
+
+        def commit(shard: ShardWriter) -> dict[str, int]:
+            self._held.check()
+            return shard.commit()
+
+        shards = self._shards.values()
+        if any(is_remote(shard.path) for shard in shards):
+            with ThreadPoolExecutor(TRANSFERS) as pool:
+                done = list(pool.map(commit, shards))
+        else:
+            done = [commit(shard) for shard in shards]
+        return dict(zip(self._shards, done, strict=True))
 
     def __enter__(self) -> "PartWriter":
         return self

@@ -6,6 +6,7 @@ from typing import Any
 
 from .documents import Documents, Table
 from .errors import DataError
+from .textfile import TextFile
 
 FILES = {
     ".txt": "text",
@@ -16,8 +17,6 @@ FILES = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-SEPARATOR = "<|endoftext|>"
-"""Where a .txt file has this mark, it separates documents."""
 TEXT_COLUMNS = ("text", "content", "document", "sentence", "story", "prompt")
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 
@@ -25,9 +24,16 @@ Progress = Callable[[int, int], None]
 
 
 def load_documents(
-    data: str, text_column: str | None = None, split: str | None = None, lines: bool = False
+    data: str,
+    text_column: str | None = None,
+    split: str | None = None,
+    lines: bool = False,
+    scratch: Path | None = None,
 ) -> Documents:
     """Documents of a file, a saved `datasets` folder or a hub data set, by number.
+
+    Nothing is kept in memory: `datasets` maps its files, those of others are copied to one
+    without a name in the folder `scratch`.
 
     A .txt file is one document per `<|endoftext|>`-separated piece, or per line if `lines`;
     other formats give one document per row. Raises `DataError`.
@@ -35,7 +41,7 @@ def load_documents(
     path = Path(data).expanduser()
     if path.is_file():
         if _ending(path) == ".txt":
-            return Documents(_text_documents(path, lines))
+            return Documents(TextFile(path, lines, scratch))
         return _column(_load_file(path), text_column, data)
     if path.is_dir():
         return _column(_load_folder(path, split), text_column, data)
@@ -47,24 +53,6 @@ def load_documents(
 def _ending(path: Path) -> str:
     """The ending without that of a compression."""
     return next((s for s in reversed(path.suffixes) if s not in COMPRESSIONS), "")
-
-
-def _text_documents(path: Path, lines: bool) -> list[str]:
-    import fsspec
-
-    try:
-        opened: Any = fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig")
-        with opened as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
-        ) from None
-    if SEPARATOR in text:
-        documents = [piece.strip("\n") for piece in text.split(SEPARATOR)]
-    else:
-        documents = text.split("\n") if lines else [text]
-    return [document for document in documents if document.strip()]
 
 
 def _load_file(path: Path) -> Any:

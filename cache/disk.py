@@ -5,10 +5,11 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .errors import CorruptError, NoSpaceError, NotFoundError, ResiduaError, UsageError
+from .place import check_creates, code_of, is_remote
 
 FULL = {
     errno.ENOSPC: "the disk of {} is full",
@@ -16,6 +17,8 @@ FULL = {
 }
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs")
+"""Libraries whose errors are those of an object store."""
 _RUST = re.compile(r"\(os error (\d+)\)")
 """How safetensors and tokenizers, which raise no OSError, give the number of one."""
 
@@ -30,6 +33,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (CorruptError, NotFoundError) as error:
+        if is_remote(folder):
+            raise
         # To a reader that is in the middle of it, a cache that vanished looks damaged.
         if folder.is_dir():
             raise
@@ -37,15 +42,28 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except ResiduaError:
         raise
     except Exception as error:
-        found = _translate(error, folder)
+        found = _of_store(error, folder) if is_remote(folder) else _translate(error, folder)
         if found is None:
             raise
         raise found from error
 
 
+@contextmanager
+def store_errors(root: Path) -> Iterator[None]:
+    """Errors of the object store of `root`, whatever is done there, become ours."""
+    with disk_errors(root) if is_remote(root) else nullcontext():
+        yield
+
+
 def check_writable(root: Path) -> None:
-    """Make `root` and open a file in it; raises as `disk_errors` does."""
+    """Make `root` and open a file in it; raises as `disk_errors` does.
+
+    An object store must also refuse to create an object twice: see `check_creates`.
+    """
     with disk_errors(root):
+        if is_remote(root):
+            check_creates(root)
+            return
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):  # one without a name, where the system has such
             pass
@@ -66,6 +84,26 @@ def _translate(error: Exception, folder: Path) -> ResiduaError | None:
             "make it writable and give the same command again, or choose another --root"
         )
     return _vanished(folder) if number in GONE else None
+
+
+def _of_store(error: Exception, folder: Path) -> ResiduaError | None:
+    """What the client of an object store says; None if the error is not of a store."""
+    library = type(error).__module__.split(".")[0]
+    if not isinstance(error, OSError) and library not in CLIENTS:
+        return None
+    name = getattr(error, "filename", None)
+    if isinstance(name, str | os.PathLike) and Path(name).is_absolute():
+        return None  # a file of this machine
+    what = str(error)
+    if what in ("", "None"):
+        what = code_of(error) or type(error).__name__
+    if isinstance(error, PermissionError):
+        advice = "check the credentials, and what they may do there"
+    elif isinstance(error, FileNotFoundError):
+        advice = "make the bucket, or name another --root"
+    else:
+        advice = "check the address of the store (AWS_ENDPOINT_URL for s3://) and the credentials"
+    return UsageError(f"the object store of {folder} says: {what}; {advice}")
 
 
 def _number(error: Exception) -> int:

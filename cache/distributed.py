@@ -15,6 +15,7 @@ from .catalog import cache_root
 from .errors import UsageError
 from .extract import Extraction, Progress, run
 from .fill import done_positions, missing_parts
+from .place import is_remote
 from .request import Request
 from .stages import Stages
 from .store import ActivationCache
@@ -30,6 +31,17 @@ MOST_DEATHS = 3
 """Workers that die, per worker, before the driver finishes alone."""
 NO_PART = "1000000000/1000000000"
 """A share of the parts so small that none is in it: the cache is made, and left empty."""
+
+
+def run_at(
+    scheduler: str,
+    request: Request,
+    progress: Progress | None = None,
+    stages: Stages | None = None,
+) -> Extraction:
+    """`run_on` the workers of the scheduler at an address like `tcp://host:8786`."""
+    with connect(scheduler) as client:
+        return run_on(client, request, progress, stages)
 
 
 @contextmanager
@@ -65,7 +77,7 @@ def run_on(
     made = _make(client, request)
     written = int(made["written"])
     if made["status"] != "hit":
-        cache = ActivationCache(Path(made["path"]))
+        cache = ActivationCache(made["path"])
         for done in _share(client, request, cache, progress):
             stages.merge(done["stages"])
             written += done["written"]
@@ -81,7 +93,8 @@ def _absolute(request: Request) -> Request:
         path = Path(getattr(request, field)).expanduser()
         if path.exists():
             names[field] = str(path.resolve())
-    return replace(request, root=cache_root(request.root).resolve(), **names)
+    root = cache_root(request.root)
+    return replace(request, root=root if is_remote(root) else root.resolve(), **names)
 
 
 def _make(client: "Client", request: Request) -> dict[str, Any]:

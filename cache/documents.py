@@ -1,28 +1,35 @@
 """Documents by number, and the labels that stand beside them in a data set."""
 
 import re
+from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import DataError
 
+if TYPE_CHECKING:
+    from .textfile import TextFile
+
 LABEL_KINDS = re.compile(r"(u?int\d+|float\d+|bool|string|large_string)$")
 """Types of columns that are kept as labels."""
+READ_ROWS = 256
+"""Documents of one read."""
 
 
 class Documents:
     """Texts of a source by number, with the labels that stand beside them."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: "Sequence[str] | TextFile") -> None:
         self._texts = texts
 
     def __len__(self) -> int:
         return len(self._texts)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.texts(list(range(len(self)))))
+        for numbers in batches(np.arange(len(self))):
+            yield from self.texts(numbers)
 
     def texts(self, numbers: list[int]) -> list[str]:
         """The documents `numbers`."""
@@ -81,18 +88,36 @@ class Table(Documents):
             name = re.sub(r"\W", "_", column)
             if column == self._name or not LABEL_KINDS.match(kind):
                 continue
-            found = self._read([int(number) for number in numbers], column)
+            found = (v for some in batches(numbers) for v in self._read(some, column))
             if "string" in kind:
-                words = tuple(sorted({word for word in found if word is not None}))
-                codes = {word: code for code, word in enumerate(words)}
-                values[name] = np.array([codes.get(word, -1) for word in found], "<i4")
-                categories[name] = words
+                values[name], categories[name] = _codes(found)
             else:
                 values[name] = _numbers(found, kind)
         return values, categories
 
 
-def _numbers(found: list[Any], kind: str) -> np.ndarray:
-    if "float" in kind or any(value is None for value in found):
-        return np.array([np.nan if value is None else value for value in found], "<f8")
-    return np.array(found, "u1" if kind == "bool" else "<i8")
+def batches(numbers: np.ndarray) -> Iterator[list[int]]:
+    """`numbers` in lists of at most `READ_ROWS`."""
+    for start in range(0, len(numbers), READ_ROWS):
+        yield numbers[start : start + READ_ROWS].tolist()
+
+
+def _codes(found: Iterator[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Codes of words, -1 where one is missing, and the sorted words."""
+    seen: dict[str, int] = {}
+    order = array("i", (-1 if word is None else seen.setdefault(word, len(seen)) for word in found))
+    words = tuple(sorted(seen))
+    codes = np.full(len(words) + 1, -1, "<i4")  # the last place is that of -1
+    codes[[seen[word] for word in words]] = np.arange(len(words))
+    return codes[np.asarray(order)], words
+
+
+def _numbers(found: Iterator[Any], kind: str) -> np.ndarray:
+    """Numbers in as few bytes as they need; with one missing they are float64."""
+    dtype = "d" if "float" in kind else "b" if kind == "bool" else "q"
+    values = array(dtype)
+    for value in found:
+        if value is None and values.typecode != "d":
+            values = array("d", values)
+        values.append(np.nan if value is None else value)
+    return np.array(values, {"d": "<f8", "b": "u1", "q": "<i8"}[values.typecode])

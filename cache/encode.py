@@ -1,45 +1,64 @@
 """Documents -> token stream: tokens, where each came from, and cutting into sequences."""
 
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .documents import Documents
+from .columns import Column, take
+from .documents import Documents, batches
 from .errors import DataError
 from .tokens import TokenStream
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 Progress = Callable[[int, int], None]
-READ_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive tokens with the document and the characters that each came from."""
+class Tokens:
+    """The tokens of one document, and the characters that each came from."""
 
+    row: int
+    """Number of the document."""
     ids: np.ndarray
     """`(tokens,)` int32."""
-    rows: np.ndarray
-    """Number of the document, `(tokens,)` int64."""
     chars: np.ndarray
     """First character and end in the document, `(tokens, 2)` int32; equal for added marks."""
 
-    def __len__(self) -> int:
-        return len(self.ids)
 
-    def __getitem__(self, part: slice) -> "Piece":
-        return Piece(self.ids[part], self.rows[part], self.chars[part])
+class Written:
+    """The columns of a stream that grows document by document, on the disk."""
 
+    def __init__(self, scratch: Path | None) -> None:
+        self.ids, self.start, self.stop = (Column("<i4", scratch) for _ in range(3))
+        self.row = Column("<i8", scratch)
+        self._scratch = scratch
 
-def join(pieces: list[Piece]) -> Piece:
-    """One piece after the other."""
-    return Piece(
-        *(np.concatenate([getattr(p, n) for p in pieces]) for n in ("ids", "rows", "chars"))
-    )
+    def append(self, tokens: Tokens, count: int | None = None) -> None:
+        """Put the first `count` (default all) tokens of a document at the end."""
+        ids, chars = tokens.ids[:count], tokens.chars[:count]
+        self.ids.append(ids)
+        self.row.append(np.broadcast_to(np.int64(tokens.row), ids.shape))
+        self.start.append(chars[:, 0])
+        self.stop.append(chars[:, 1])
+
+    def shorten(self, count: int) -> None:
+        """Keep the first `count` tokens."""
+        for column in (self.ids, self.row, self.start, self.stop):
+            column.shorten(count)
+
+    def stream(
+        self, lengths: np.ndarray, rows: np.ndarray, cut: np.ndarray | None = None
+    ) -> TokenStream:
+        """The stream of sequences of `lengths`, which begin in the documents `rows`."""
+        spans = {"row_id": self.row, "char_start": self.start, "char_stop": self.stop}
+        further = {f"tokens/{name}": column for name, column in spans.items()}
+        return TokenStream(self.ids, lengths, rows, {**further}, cut=cut, scratch=self._scratch)
 
 
 def tokenize(
@@ -52,46 +71,34 @@ def tokenize(
     seed: int,
     max_tokens: int | None = None,
     progress: Progress | None = None,
+    scratch: Path | None = None,
 ) -> TokenStream:
     """Token stream of `documents` in an order permuted by `seed`.
 
     Packed: documents, each begun by the tokenizer's own mark or else by `separator`, are cut
     into sequences of `context` tokens; the last may be shorter. Not packed: one sequence per
     document, cut at `context`, with the document's labels. `max_tokens` ends the stream after
-    the last whole sequence.
+    the last whole sequence. Its columns lie in files without a name in the folder `scratch`.
     """
     order = np.random.default_rng(seed).permutation(len(documents))
     marked = (
         tokenizer.encode("a").ids[:1] != tokenizer.encode("a", add_special_tokens=False).ids[:1]
     )
     prefix = [] if marked or separator is None or not pack else [separator]
-    pieces: list[Piece] = []
-    total = 0
-    for piece in _cut(_encode(documents, order, tokenizer, prefix, progress), context, pack):
-        if max_tokens is not None and total + len(piece) > max_tokens:
-            break
-        pieces.append(piece)
-        total += len(piece)
-    if not total:
+    encoded = _encode(documents, order, tokenizer, prefix, progress)
+    join = _packed if pack else _one_by_one
+    stream = join(encoded, Written(scratch), context, max_tokens)
+    if not stream.sequences:
         least = (
             f"; max_tokens={max_tokens} is less than one sequence" if max_tokens is not None else ""
         )
         raise DataError(f"the data hold no text ({len(documents)} documents){least}")
-    whole = join(pieces)
-    row_ids = np.array([piece.rows[0] for piece in pieces], np.int64)
-    labels, categories = ({}, {}) if pack else documents.labels(row_ids)
-    return TokenStream(
-        whole.ids,
-        np.array([len(piece) for piece in pieces], np.int64),
-        row_ids,
-        {
-            "tokens/row_id": whole.rows,
-            "tokens/char_start": whole.chars[:, 0],
-            "tokens/char_stop": whole.chars[:, 1],
-        },
-        {f"sequences/labels/{name}": values for name, values in labels.items()},
-        {f"sequences/labels/{name}": names for name, names in categories.items()},
-    )
+    if pack:
+        return stream
+    labels, categories = documents.labels(stream.row_ids)
+    stream.of_sequences.update({f"sequences/labels/{n}": values for n, values in labels.items()})
+    stream.categories.update({f"sequences/labels/{n}": words for n, words in categories.items()})
+    return stream
 
 
 def _encode(
@@ -100,39 +107,63 @@ def _encode(
     tokenizer: "Tokenizer",
     prefix: list[int],
     progress: Progress | None,
-) -> Iterator[Piece]:
+) -> Iterator[Tokens]:
     """Tokens of each document, in `order`; empty documents are left out."""
-    for start in range(0, len(order), READ_ROWS):
-        numbers = [int(number) for number in order[start : start + READ_ROWS]]
+    done = 0
+    for numbers in batches(order):
         texts = documents.texts(numbers)
         kept = [(n, text) for n, text in zip(numbers, texts, strict=True) if text and text.strip()]
         encodings = tokenizer.encode_batch([text for _, text in kept])
         for (number, _), encoding in zip(kept, encodings, strict=True):
-            ids = np.array(prefix + encoding.ids, np.int32)
-            if len(ids):
-                chars = np.zeros((len(ids), 2), np.int32)
-                chars[len(prefix) :] = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-                yield Piece(ids, np.full(len(ids), number, np.int64), chars)
+            tokens = _tokens(number, encoding, prefix)
+            if len(tokens.ids):
+                yield tokens
+        done += len(numbers)
         if progress is not None:
-            progress(min(start + READ_ROWS, len(order)), len(order))
+            progress(done, len(order))
 
 
-def _cut(encoded: Iterator[Piece], context: int, pack: bool) -> Iterator[Piece]:
-    """Sequences of at most `context` tokens."""
-    if not pack:
-        for piece in encoded:
-            yield piece[:context]
-        return
-    held: list[Piece] = []
-    size = 0
-    for piece in encoded:
-        start = 0
-        while start < len(piece):
-            take = min(context - size, len(piece) - start)
-            held.append(piece[start : start + take])
-            size, start = size + take, start + take
-            if size == context:
-                yield join(held)
-                held, size = [], 0
-    if size:
-        yield join(held)
+def _tokens(number: int, encoding: "Encoding", prefix: list[int]) -> Tokens:
+    ids = np.array(prefix + encoding.ids, np.int32)
+    chars = np.zeros((len(ids), 2), np.int32)
+    chars[len(prefix) :] = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+    return Tokens(number, ids, chars)
+
+
+def _packed(
+    encoded: Iterator[Tokens], written: Written, context: int, max_tokens: int | None
+) -> TokenStream:
+    """Sequences of `context` tokens across documents, the last of the data may be shorter."""
+    limit = None if max_tokens is None else max_tokens // context * context
+    total = 0
+    for tokens in encoded:
+        total += len(tokens.ids)
+        written.append(tokens)
+        if max_tokens is not None and total > max_tokens:
+            break  # so the last sequence that fits is a whole one
+    else:
+        limit = None
+    kept = total if limit is None else limit
+    lengths = np.full(-(-kept // context), context, np.int64)
+    if kept % context:
+        lengths[-1] = kept % context
+    written.shorten(kept)
+    return written.stream(lengths, take(written.row, np.arange(0, kept, context)))
+
+
+def _one_by_one(
+    encoded: Iterator[Tokens], written: Written, context: int, max_tokens: int | None
+) -> TokenStream:
+    """One sequence per document, cut at `context`."""
+    lengths, rows, cut = array("q"), array("q"), array("q")
+    total = 0
+    for tokens in encoded:
+        length = min(len(tokens.ids), context)
+        if max_tokens is not None and total + length > max_tokens:
+            break
+        written.append(tokens, length)
+        lengths.append(length)
+        rows.append(tokens.row)
+        cut.append(len(tokens.ids) - length)
+        total += length
+    return written.stream(*(np.array(values, np.int64) for values in (lengths, rows, cut)))

@@ -9,6 +9,7 @@
     │   └── HeadMismatchError    3   the stored head does not give the model's logits
     ├── CorruptError             4   bytes on disk are not what was written
     ├── IncompleteError          2   extraction was not finished
+    ├── LeaseLostError           1   another worker took over what this one was writing
     ├── NoSpaceError             5   (also OSError) the disk is, or would be, full
     └── Interrupted             130   stopped by the user; the work done so far is kept
 
@@ -58,6 +59,10 @@ class CorruptError(ResiduaError):
     """Bytes on disk are not what was written."""
 
     exit_code = 4
+
+
+class LeaseLostError(ResiduaError):
+    """Another worker took over what this one was writing; nothing is lost."""
 
 
 class NoSpaceError(ResiduaError, OSError):

@@ -14,8 +14,9 @@ from .errors import UsageError
 from .flatfile import FORMATS, Column, check_space, write_file, writing
 from .jsonfile import file_digest, sync_folder, write_json
 from .layout import STORED_DTYPES
+from .numbers import span
 from .runs import Runs
-from .store import BLOCK_BYTES, ActivationCache, span
+from .store import BLOCK_BYTES, ActivationCache
 
 TABLE_ROWS = 1 << 20
 """Rows of a block of the one-dimensional arrays."""
@@ -56,7 +57,9 @@ def export(
         staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            shutil.copytree(cache.path / "head", staging / "head")
+            (staging / "head").mkdir(parents=True)
+            for path in _head_files(cache):
+                (staging / "head" / path.name).write_bytes(path.read_bytes())
             written = _write_files(staging, files, format, progress)
             index = _index(cache, format, split, written)
             (staging / "README.md").write_text(_readme(index), encoding="utf-8")
@@ -223,7 +226,7 @@ def _index(
         "depth": cache.depth,
         "layers": {str(int(name.split(".")[1])): name for name in residual},
         "files": files,
-        "head": {path.name: file_digest(path) for path in sorted(_head_files(cache))},
+        "head": {path.name: file_digest(path) for path in sorted(_head_files(cache), key=str)},
     }
 
 

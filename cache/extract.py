@@ -15,6 +15,7 @@ import numpy as np
 
 from .budget import Estimate, estimate, shorten
 from .catalog import cache_root
+from .columns import blocks, scratch_folder
 from .create import choose_dtype, create_cache, sweep_unfinished
 from .data import load_documents
 from .disk import check_writable, disk_errors
@@ -27,6 +28,7 @@ from .layout import STORED_DTYPES, Layout
 from .logits import LogitsArray, arrays_of
 from .manifest import CODEC, CaptureIdentity, Manifest, TokenIdentity
 from .oom import choose_batch_tokens
+from .place import as_path
 from .policy import keep
 from .replay import check, record
 from .request import Request
@@ -99,9 +101,10 @@ def extract(
     of `client`, of `dask.distributed`, share the work if they see the same files. Raises
     `ModelError`, `DataError`, `HeadMismatchError` or `NoSpaceError` before anything is written.
     """
-    for name in ("root", "layers"):
-        if options.get(name) is not None:
-            options[name] = Path(options[name]) if name == "root" else tuple(options[name])
+    if options.get("root") is not None:
+        options["root"] = as_path(options["root"])
+    if options.get("layers") is not None:
+        options["layers"] = tuple(options["layers"])
     request = Request(str(model), str(data), **options)
     if client is not None:
         from .distributed import run_on
@@ -193,7 +196,10 @@ def choose_context(request: Request, source: ModelSource) -> int:
 
 def read_stream(request: Request, source: ModelSource, progress: Progress | None) -> TokenStream:
     """The token stream of the request."""
-    documents = load_documents(request.data, request.text_column, request.split, not request.pack)
+    scratch = scratch_folder(cache_root(request.root))
+    documents = load_documents(
+        request.data, request.text_column, request.split, not request.pack, scratch
+    )
     stream = tokenize(
         documents,
         source.tokenizer,
@@ -203,11 +209,13 @@ def read_stream(request: Request, source: ModelSource, progress: Progress | None
         seed=request.seed,
         max_tokens=request.max_tokens,
         progress=progress and (lambda done, total: progress("tokenize", done, total)),
+        scratch=scratch,
     )
     vocab = source.constant("vocab_size")
-    if isinstance(vocab, int) and int(stream.ids.max()) >= vocab:
+    largest = max(int(block.max()) for block in blocks(stream.ids))
+    if isinstance(vocab, int) and largest >= vocab:
         raise ModelError(
-            f"the tokenizer gives token {int(stream.ids.max())}, but the model's vocabulary has "
+            f"the tokenizer gives token {largest}, but the model's vocabulary has "
             f"{vocab}; the tokenizer files do not belong to this model"
         )
     return keep(request.positions, stream, documents, request.seed)

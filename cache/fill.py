@@ -3,17 +3,19 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .commits import Batches, commits
 from .disk import disk_errors
 from .errors import Interrupted
 from .grow import ancestor
 from .journal import merge, read_record
 from .layout import key_of
 from .lease import holder, lease
+from .place import is_remote
 from .runner import PartRunner
 from .stages import Stages
 from .store import ActivationCache
@@ -42,24 +44,33 @@ def fill(
     `share` (i, n) only every n-th part is written, and nothing is waited for. SIGTERM ends the
     work after the part in hand with `Interrupted`, SIGINT after the batch in hand; a disk that is
     full or gone with an error of `disk_errors`. `stages` books how long each stage of the work
-    was busy.
+    was busy. A part is committed while the model computes the next one.
     """
     tell = progress or (lambda *_: None)
     written = 0
-    with disk_errors(cache.path), stop_signals() as stop:
+    with disk_errors(cache.path), stop_signals() as stop, commits() as committing:
         runner = PartRunner(cache, stack, ancestor(cache), on_error, stages)
         idle_since = time.monotonic()
         while missing := missing_parts(cache, share):
             done, before = done_positions(cache), written
             for part in missing:
-                with closing(_write(cache, runner, part)) as batches:
+                batches = _write(cache, runner, part)
+                try:
                     for rows in batches:
+                        if rows is None:
+                            committing.take(batches)
+                            break
                         written += rows
                         tell("extract", done + written - before, cache.positions)
                         stop.check()
+                except BaseException:
+                    batches.close()
+                    raise
                 if stop.after_part.is_set():
+                    committing.wait()
                     _stop(cache, share)
                     return written
+            committing.wait()
             if share != (1, 1):
                 break
             if written > before:
@@ -100,7 +111,7 @@ def missing_parts(cache: ActivationCache, share: tuple[int, int] = (1, 1)) -> li
     ]
 
 
-def _write(cache: ActivationCache, runner: PartRunner, part: int) -> Generator[int, None, None]:
+def _write(cache: ActivationCache, runner: PartRunner, part: int) -> Batches:
     """Write one part, unless another process holds it or has finished it meanwhile."""
     with lease(cache.path / "leases", part) as mine:
         if not mine:
@@ -109,7 +120,7 @@ def _write(cache: ActivationCache, runner: PartRunner, part: int) -> Generator[i
         keys = tuple(key_of(name) for name in cache.target_names if name not in held)
         if keys:
             _sweep(cache, part)
-            yield from runner.write_part(part, keys)
+            yield from runner.write_part(part, keys, held=mine)
 
 
 def _held(cache: ActivationCache, part: int) -> set[str]:
@@ -120,6 +131,8 @@ def _held(cache: ActivationCache, part: int) -> set[str]:
 
 def _sweep(cache: ActivationCache, part: int) -> None:
     """Remove what writers of this part that died left; only the holder of its lease may."""
+    if is_remote(cache.path):  # there, files appear whole or not at all
+        return
     arrays = cache.path / "arrays.zarr"
     left = list(cache.journal.folder.glob(f".{part:08d}.*.tmp"))
     for pattern in (f"residual/*/c/{part}/.*.tmp", f"logits/*/c/{part}/.*.tmp",

@@ -17,6 +17,7 @@ from .journal import Journal
 from .jsonfile import file_digest, read_json, sync_folder
 from .lease import exclusive, lease
 from .manifest import Manifest, TokenIdentity
+from .place import copy, is_remote
 from .store import ActivationCache
 from .tokens import TokenStream, concatenate
 from .writer import create_residual
@@ -32,9 +33,10 @@ def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
     """
     store = cache.path / "arrays.zarr"
     with exclusive(cache.path / "leases", "layers"):
-        for pattern in ("*", "residual/*", "residual/*/*"):  # what zarr leaves when it is killed
-            for left in store.glob(f"{pattern}.partial"):
-                left.unlink()
+        if not is_remote(store):
+            for pattern in ("*", "residual/*", "residual/*/*"):  # what zarr leaves when killed
+                for left in store.glob(f"{pattern}.partial"):
+                    left.unlink()
         files = {}
         for layer in unnamed_layers(cache, tuple(dtypes)):
             path = cache.path / _metadata(layer)
@@ -63,10 +65,10 @@ def _metadata(layer: int) -> str:
 def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]) -> TokenStream:
     """The stream of `cache` followed by the sequences `lacking` of `stream`."""
     held = TokenStream(
-        cache.tokens[:],
+        cache.tokens,
         cache.sequence_length,
         cache.array("sequences/row_id")[:],
-        {name: cache.array(name)[:] for name in stream.of_tokens if cache.has(name)},
+        {name: cache.array(name) for name in stream.of_tokens if cache.has(name)},
         {name: cache.array(name)[:] for name in stream.of_sequences if cache.has(name)},
         {name: words for name in stream.categories if (words := cache.categories(name))},
     )
@@ -103,7 +105,8 @@ def add_tokens(cache: ActivationCache, tokens: TokenIdentity, stream: TokenStrea
 
 
 def _copy_folder(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
 
 
 def share_parts(old: ActivationCache, new: ActivationCache) -> None:
@@ -124,8 +127,12 @@ def share_parts(old: ActivationCache, new: ActivationCache) -> None:
 def link(source: Path, target: Path) -> None:
     """A hard link to `source`, durable; a copy where there are no links.
 
-    What was under the name `target` stays until the new file is whole.
+    What was under the name `target` stays until the new file is whole. In an object store the
+    store itself copies.
     """
+    if is_remote(target):
+        copy(source, target)
+        return
     for folder in reversed(target.parents[:2]):  # of the chunk key; see `PartWriter`
         folder.mkdir(exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import CorruptError
-from .jsonfile import read_json, write_json
+from .errors import CorruptError, LeaseLostError, NotFoundError
+from .jsonfile import parse_json, read_json, write_json
+from .place import children, read_all
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,13 @@ class Journal:
 
     A part may have several records: the first, `<part>.json`, and `<part>.<n>.json` for arrays
     that were added later. What the records of a part name is committed, and nothing else.
+    Records never change: what was read is remembered.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._bases: dict[str, dict[str, Any]] = {}
+        self._records: dict[str, PartRecord] = {}
 
     def commit(self, record: PartRecord) -> None:
         """Make the arrays of `record` count; atomic and durable."""
@@ -54,51 +58,60 @@ class Journal:
         value = {"part": record.part, "rows": [record.start, record.stop], "arrays": arrays}
         if record.quarantine:
             value["quarantine"] = {str(k): reason for k, reason in record.quarantine.items()}
-        write_json(self._free(f"{record.part:08d}"), value)
+        self._write(f"{record.part:08d}", value)
 
     def commit_base(self, arrays: dict[str, dict[str, Any]], files: dict[str, str]) -> None:
         """Record the shards of the one-dimensional arrays and the sha256 of all other files.
 
         Later records, `base.<n>.json`, add to the first: the metadata of layers added later.
         """
-        write_json(self._free("base"), {"arrays": arrays, "files": files})
+        self._write("base", {"arrays": arrays, "files": files})
 
     def base(self) -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, str]]:
         """What `commit_base` recorded: array -> shard -> numbers, and file -> sha256."""
         arrays, files = {}, {}
-        for path in [self.folder / "base.json", *self._numbered("base")]:
-            record = read_json(path)
-            arrays |= record["arrays"]
-            files |= record["files"]
+        paths = [path for _, path in self._list(r"(base)(?:\.(\d+))?\.json")]
+        if not paths or paths[0].name != "base.json":
+            read_json(self.folder / "base.json")  # raises
+        for path in paths:
+            if path.name not in self._bases:
+                self._bases[path.name] = read_json(path)
+            arrays |= self._bases[path.name]["arrays"]
+            files |= self._bases[path.name]["files"]
         return arrays, files
 
-    def _numbered(self, name: str) -> list[Path]:
-        """`<name>.1.json`, `<name>.2.json`, ... as far as they go without a gap."""
-        paths = []
-        while (path := self.folder / f"{name}.{len(paths) + 1}.json").exists():
-            paths.append(path)
-        return paths
+    def _write(self, name: str, value: dict[str, Any]) -> None:
+        """Write `<name>.json`, or the first free `<name>.<n>.json`.
 
-    def _free(self, name: str) -> Path:
-        """`<name>.json`, or the first free `<name>.<n>.json`."""
-        first = self.folder / f"{name}.json"
-        return (
-            self.folder / f"{name}.{len(self._numbered(name)) + 1}.json"
-            if first.exists()
-            else first
-        )
+        Raises `LeaseLostError` if another worker has just written the same, which only happens
+        where leases expire.
+        """
+        number = 1 + max((n for n, _ in self._list(rf"({name})(?:\.(\d+))?\.json")), default=-1)
+        path = self.folder / (f"{name}.{number}.json" if number else f"{name}.json")
+        try:
+            write_json(path, value, new=True)
+        except FileExistsError:
+            raise LeaseLostError(f"another worker wrote {path} meanwhile") from None
 
     def parts(self) -> dict[int, PartRecord]:
         """All committed parts, the records of a part merged."""
-        return merge(read_record(path) for path in self.paths())
+        paths = self.paths()
+        new = [path for path in paths if path.name not in self._records]
+        for path, raw in zip(new, read_all(new), strict=True):
+            self._records[path.name] = parse_record(raw, path)
+        return merge(self._records[path.name] for path in paths)
 
     def paths(self) -> list[Path]:
         """Files of the commit records, later ones of a part after the earlier."""
+        return [path for _, path in self._list(r"(\d{8})(?:\.(\d+))?\.json")]
+
+    def _list(self, pattern: str) -> list[tuple[int, Path]]:
+        """Number n and path of the records whose names are `pattern`, sorted by name and n."""
         found = []
-        for path in self.folder.glob("*.json"):
-            if match := re.fullmatch(r"(\d{8})(?:\.(\d+))?\.json", path.name):
+        for path in children(self.folder):
+            if match := re.fullmatch(pattern, path.name):
                 found.append((match[1], int(match[2] or 0), path))
-        return [path for _, _, path in sorted(found)]
+        return [(number, path) for _, number, path in sorted(found, key=lambda f: f[:2])]
 
 
 def merge(records: Iterable[PartRecord]) -> dict[int, PartRecord]:
@@ -115,7 +128,16 @@ def merge(records: Iterable[PartRecord]) -> dict[int, PartRecord]:
 
 
 def read_record(path: Path) -> PartRecord:
-    value = read_json(path)
+    """The commit record in the file `path`; raises `CorruptError` if it is none."""
+    try:
+        return parse_record(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} is missing") from None
+
+
+def parse_record(raw: bytes, path: Path) -> PartRecord:
+    """The commit record whose bytes are `raw`."""
+    value = parse_json(raw, path)
     try:
         arrays = {name: ShardRecord(**shard) for name, shard in value["arrays"].items()}
         start, stop = value["rows"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CorruptError, NotFoundError
+from .place import create, is_remote, put
 
 DIGEST_KEY = "sha256"
 
@@ -24,17 +25,29 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` with its digest: temporary file, fsync, rename, fsync of the folder."""
-    write_atomically(path, canonical({**value, DIGEST_KEY: digest(value)}) + b"\n")
+def write_json(path: Path, value: dict[str, Any], new: bool = False) -> None:
+    """Write `value` with its digest: temporary file, fsync, rename, fsync of the folder.
+
+    An object of a store is written at once; if it is to be `new`, one that is there already
+    raises `FileExistsError`.
+    """
+    data = canonical({**value, DIGEST_KEY: digest(value)}) + b"\n"
+    if new and is_remote(path):
+        create(path, data)
+    else:
+        write_atomically(path, data)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file of `write_json`; any changed byte raises `CorruptError`."""
     try:
-        raw = path.read_bytes()
+        return parse_json(path.read_bytes(), path)
     except FileNotFoundError:
         raise NotFoundError(f"{path} is missing") from None
+
+
+def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
+    """The value of the bytes of the file `path`; raises as `read_json` does."""
     try:
         value = json.loads(raw)
         value.pop(DIGEST_KEY)
@@ -48,6 +61,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Readers see the old file or the whole new one, also after a power cut."""
+    if is_remote(path):
+        put(path, data)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -58,7 +74,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` (or the bytes of a file) durable."""
+    """Make a rename in `folder` (or the bytes of a file) durable; object stores do so alone."""
+    if is_remote(folder):
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -68,5 +86,5 @@ def sync_folder(folder: Path) -> None:
 
 def file_digest(path: Path) -> str:
     """Hex sha256 of a file."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -29,8 +29,8 @@ class RowLoader(IterableDataset[Batch]):
     and `set_epoch` alone. With `with_tokens` a batch is `(rows, token ids)`. Memory: a buffer of
     `buffer_rows` rows in the stored dtype, per layer and worker. Give it to a DataLoader with
     `batch_size=None`; its workers, and the `world_size` ranks of a distributed run, share the
-    slabs of an epoch. With `drop_last` all of them give equally many batches. Of a compact cache
-    every slab costs the decoding of its chunk: take `slab_rows` of a chunk, or a raw cache.
+    slabs of an epoch. With `drop_last` all of them give equally many batches. `slab_rows` is by
+    default 128, and a chunk where chunks come as a whole: from an object store, or compressed.
     """
 
     def __init__(
@@ -44,13 +44,14 @@ class RowLoader(IterableDataset[Batch]):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         buffer_rows: int = 32768,
-        slab_rows: int = 128,
+        slab_rows: int | None = None,
         drop_last: bool = False,
         with_tokens: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         super().__init__()
+        slab_rows = cache.slab_rows if slab_rows is None else slab_rows
         _check(batch_rows, buffer_rows, slab_rows, rank, world_size, seed)
         self.cache = cache
         self.layers = (layer,) if isinstance(layer, int) else tuple(layer)

@@ -6,7 +6,7 @@ files in whatever order they come. A reader keeps a few decoded chunks, over all
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import google_crc32c
@@ -60,15 +60,24 @@ class PackedShardReader(ShardReader):
         if found is None:
             payload = self.payload(chunk, not self.checked[chunk])
             self.checked[chunk] = True
-            shape = (self.layout.chunk_rows, *self.layout.shape[1:])
-            found = np.empty(shape, self.layout.stored_dtype)
-            try:
-                unpack(payload, found)
-            except CorruptError as error:
-                raise CorruptError(f"{self.path}: {error}") from None
-            found.flags.writeable = False
+            found = unpacked(payload, self.layout, self.path)
             RECENT.put((self._mark, chunk), found)
         return found
+
+    def chunks(self, wanted: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """The chunks `wanted`, in order."""
+        return ((number, self.chunk(number)) for number in wanted)
+
+
+def unpacked(payload: np.ndarray, layout: ArrayLayout, path: Path) -> np.ndarray:
+    """The rows of a chunk of the shard at `path`, not to be written to."""
+    rows = np.empty((layout.chunk_rows, *layout.shape[1:]), layout.stored_dtype)
+    try:
+        unpack(payload, rows)
+    except CorruptError as error:
+        raise CorruptError(f"{path}: {error}") from None
+    rows.flags.writeable = False
+    return rows
 
 
 class Recent:
@@ -103,20 +112,3 @@ def shard_writer(path: Path, layout: ArrayLayout, rows: int, make: bool = True) 
     """A writer of a shard, compressed or not."""
     kind = PackedShardWriter if layout.compact else ShardWriter
     return kind(path, layout, rows, make)
-
-
-def shard_reader(path: Path, layout: ArrayLayout, checked: np.ndarray | None = None) -> ShardReader:
-    """A reader of a shard, compressed or not."""
-    kind = PackedShardReader if layout.compact else ShardReader
-    return kind(path, layout, checked)
-
-
-def gather(
-    rows: np.ndarray, layout: ArrayLayout, chunk_of: Callable[[int], np.ndarray], out: np.ndarray
-) -> None:
-    """Put `rows`, in any order, into `out`; every chunk is decoded once."""
-    chunks, inside = np.divmod(rows, layout.chunk_rows)
-    order = np.argsort(chunks, kind="stable")
-    touched, first = np.unique(chunks[order], return_index=True)
-    for chunk, places in zip(touched.tolist(), np.split(order, first[1:]), strict=True):
-        out[places] = chunk_of(chunk)[inside[places]]

@@ -1,16 +1,15 @@
 """Which positions of a sequence are kept: all, the last, a sample, the answer's, or named ones."""
 
 import re
-from typing import TYPE_CHECKING
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from .documents import Documents
+from .documents import Documents, batches
 from .errors import DataError, UsageError
 from .tokens import Runs, TokenStream
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 POLICIES = ("all", "last", "sample:K", "answer", "explicit")
 ANSWER, ANSWER_START, EXPLICIT = "answer", "answer_start", "positions"
@@ -36,29 +35,40 @@ def keep(policy: str, stream: TokenStream, documents: Documents, seed: int) -> T
     """`stream` with the positions of `policy` kept; sequences without any are left out."""
     if policy == "all":
         return stream
-    chosen = _choose(policy, stream, documents, seed)
-    held = np.flatnonzero([len(indices) for indices in chosen])
+    runs = runs_of(_choose(policy, stream, documents, seed))
+    held = np.unique(runs.sequence)
     if not len(held):
-        raise DataError(f"positions {policy} keeps nothing of the {len(chosen)} sequences")
-    return stream.select(held).with_runs(runs_of([chosen[int(number)] for number in held]))
+        raise DataError(f"positions {policy} keeps nothing of the {len(stream.lengths)} sequences")
+    if len(held) < len(stream.lengths):
+        stream = stream.select(held)
+    return stream.with_runs(replace(runs, sequence=np.searchsorted(held, runs.sequence)))
 
 
 def _choose(
     policy: str, stream: TokenStream, documents: Documents, seed: int
-) -> "Sequence[np.ndarray]":
+) -> Iterator[np.ndarray]:
     """Kept indices of each sequence, sorted."""
     if policy == "last":
-        return [np.array([length - 1]) for length in stream.lengths]
-    if size := sample_size(policy):
+        yield from (np.array([length - 1]) for length in stream.lengths)
+    elif size := sample_size(policy):
         _, hashes = stream.digests()
-        return [
-            _sample(int(n), size, int(h), seed) for n, h in zip(stream.lengths, hashes, strict=True)
-        ]
-    rows = [int(number) for number in stream.row_ids]
-    if policy == "answer":
-        return _answers(stream, documents, rows)
-    wanted = documents.column(rows, EXPLICIT)
-    return [_named(w, int(n)) for w, n in zip(wanted, stream.lengths, strict=True)]
+        for length, found in zip(stream.lengths, hashes, strict=True):
+            yield _sample(int(length), size, int(found), seed)
+    elif policy == "answer":
+        for rows, sequences in _batches(stream):
+            yield from _answers(stream, documents, rows, sequences)
+    else:
+        for rows, sequences in _batches(stream):
+            wanted, lengths = documents.column(rows, EXPLICIT), stream.lengths[sequences]
+            yield from (_named(w, int(n)) for w, n in zip(wanted, lengths, strict=True))
+
+
+def _batches(stream: TokenStream) -> Iterator[tuple[list[int], slice]]:
+    """Documents of some sequences at a time, which have one each, and those sequences."""
+    start = 0
+    for rows in batches(stream.row_ids):
+        yield rows, slice(start, start + len(rows))
+        start += len(rows)
 
 
 def _sample(length: int, size: int, sequence_hash: int, seed: int) -> np.ndarray:
@@ -74,32 +84,34 @@ def _named(wanted: object, length: int) -> np.ndarray:
     return np.array(sorted(place for place in places if 0 <= place < length), np.int64)
 
 
-def _answers(stream: TokenStream, documents: Documents, rows: list[int]) -> list[np.ndarray]:
+def _answers(
+    stream: TokenStream, documents: Documents, rows: list[int], sequences: slice
+) -> Iterator[np.ndarray]:
     """Positions that predict the tokens of each row's answer."""
     answers, texts = documents.column(rows, ANSWER), documents.texts(rows)
-    starts = (
+    places = (
         documents.column(rows, ANSWER_START)
         if documents.has(ANSWER_START)
         else [text.rfind(str(answer)) for text, answer in zip(texts, answers, strict=True)]
     )
     first, stop = stream.of_tokens["tokens/char_start"], stream.of_tokens["tokens/char_stop"]
-    found = []
-    ends = np.cumsum(stream.lengths)
-    for end, length, answer, start in zip(ends, stream.lengths, answers, starts, strict=True):
-        inside = slice(end - length, end)
-        if not answer or start is None or start < 0:
-            found.append(np.zeros(0, np.int64))
+    starts, lengths = stream.starts[sequences].tolist(), stream.lengths[sequences].tolist()
+    for start, length, answer, place in zip(starts, lengths, answers, places, strict=True):
+        inside = slice(start, start + length)
+        if not answer or place is None or place < 0:
+            yield np.zeros(0, np.int64)
             continue
-        within = (first[inside] < start + len(str(answer))) & (stop[inside] > start)
+        within = (first[inside] < place + len(str(answer))) & (stop[inside] > place)
         indices = np.flatnonzero(within) - 1
-        found.append(indices[indices >= 0])
-    return found
+        yield indices[indices >= 0]
 
 
-def runs_of(chosen: list[np.ndarray]) -> Runs:
+def runs_of(chosen: Iterable[np.ndarray]) -> Runs:
     """Consecutive indices of each sequence as runs."""
-    sequence, first, length = [], [], []
+    sequence, first, length = array("q"), array("q"), array("q")
     for number, indices in enumerate(chosen):
+        if not len(indices):
+            continue
         breaks = np.flatnonzero(np.diff(indices) != 1) + 1
         for run in np.split(indices, breaks):
             sequence.append(number)

@@ -1,6 +1,5 @@
 """Mends a damaged cache: only the damaged parts go through the model again."""
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from .errors import CorruptError, MismatchError
 from .grow import ancestor
 from .journal import Journal
-from .jsonfile import file_digest, sync_folder
+from .jsonfile import file_digest, write_atomically
 from .layout import STORED_DTYPES, key_of, name_of
 from .lease import lease
 from .manifest import Manifest
@@ -105,7 +104,7 @@ def _make_metadata(
     for name in sorted(names):
         array = name.removeprefix("arrays.zarr/").removesuffix("/zarr.json")
         for dtype in STORED_DTYPES:
-            with tempfile.TemporaryDirectory(dir=path) as folder:
+            with tempfile.TemporaryDirectory(prefix="residua-") as folder:
                 create_part_array(Path(folder), manifest, array, dtype)
                 fresh = Path(folder) / array / "zarr.json"
                 if fresh.is_file() and file_digest(fresh) == files.get(name):
@@ -116,10 +115,7 @@ def _make_metadata(
 
 
 def _replace(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
-    sync_folder(target.parent)
+    write_atomically(target, source.read_bytes())
 
 
 def _load(
@@ -154,12 +150,12 @@ def _rebuild_head(
     if not names:
         return []
     cache = ActivationCache(path)
-    ids, lengths = cache.contexts.ids[:], cache.contexts.length
-    stream = TokenStream(ids, lengths, np.arange(len(lengths)))
+    lengths = cache.contexts.length
+    stream = TokenStream(cache.contexts.ids, lengths, np.arange(len(lengths)))
     canary = examine(model, stream, manifest.capture.compute_dtype, manifest.capture.dtype)
     _, files = cache.journal.base()
     mended = []
-    with tempfile.TemporaryDirectory(dir=path) as folder:
+    with tempfile.TemporaryDirectory(prefix="residua-") as folder:
         save_head(Path(folder), source, canary)
         record(canary.stack, stream, Path(folder))
         for name in names:
@@ -196,7 +192,7 @@ def _rewrite_shards(
         with lease(path / "leases", part) as mine:
             if not mine:
                 raise CorruptError(f"part {part} is being written by another process; wait for it")
-            for _ in runner.write_part(part, keys, before[part]):
+            for _ in runner.write_part(part, keys, before[part], mine):
                 pass
         after = cache.journal.parts()[part]
         for name in map(name_of, keys):

@@ -35,11 +35,11 @@ def record(stack: "Stack", stream: TokenStream, folder: Path) -> None:
 
 def replay(stack: "Stack", folder: Path) -> float | None:
     """Largest relative difference of the canary rows now and then; None if none were kept."""
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     if not (folder / FILE).is_file():
         return None
-    kept = load_file(folder / FILE)
+    kept = load((folder / FILE).read_bytes())
     worst = 0.0
     for layer, now in enumerate(_layers(stack, kept["ids"])):
         then = np.nan_to_num(kept[f"residual/{layer}"])

@@ -134,6 +134,12 @@ def compare(
     return tuple(differences)
 
 
+def named_differences(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
+    """`compare` as JSON objects with the keys `field`, `one` and `other`."""
+    names = ("field", "one", "other")
+    return [dict(zip(names, found, strict=True)) for found in compare(one, other)]
+
+
 def describe(differences: Sequence[tuple[str, Any, Any]]) -> str:
     """Differences in one line."""
     return "; ".join(f"{name}: {_short(a)} is not {_short(b)}" for name, a, b in differences)

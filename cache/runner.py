@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .batches import Batch, plan_part
+from .commits import Batches
 from .copies import Rows, copies, to_device
 from .create import PartWriter
 from .errors import ModelError
 from .journal import PartRecord
 from .layout import Key, name_of
+from .lease import Lease
 from .logits import FULL
 from .oom import Halving
 from .stages import Stages
@@ -62,14 +64,23 @@ class PartRunner:
         return HeadPass.of(self.cache, self.device)
 
     def write_part(
-        self, part: int, keys: tuple[Key, ...], expected: PartRecord | None = None
-    ) -> Iterator[int]:
-        """Extract and commit the arrays `keys` of `part`; yields the rows after each batch."""
-        with PartWriter(self.cache.path, self.cache.manifest.layout, part, keys) as writer:
+        self,
+        part: int,
+        keys: tuple[Key, ...],
+        expected: PartRecord | None = None,
+        held: Lease | None = None,
+    ) -> Batches:
+        """Extract and commit the arrays `keys` of `part`; yields the rows after each batch.
+
+        What follows the None that it yields, the commit, may run in another thread.
+        """
+        layout = self.cache.manifest.layout
+        with PartWriter(self.cache.path, layout, part, keys, held) as writer:
             with _Background() as background:
                 yield self._copy(writer)
                 for batch in self._plan(part):
                     yield from self._run(batch, writer, background)
+            yield None
             with self.stages.timed("write"):
                 writer.commit(expected)
 

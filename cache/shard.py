@@ -9,6 +9,7 @@ import errno
 import math
 import os
 import resource
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from .errors import CorruptError
 from .jsonfile import sync_folder
 from .layout import CHECKSUM_BYTES, ArrayLayout
+from .place import is_remote, put
 
 MISSING = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
@@ -34,7 +36,8 @@ class ShardWriter:
 
     Rows that come in order need one chunk of memory. `commit` makes the file appear under its
     name, whole and durable; `abandon`, or a crash, leaves nothing under that name. With `make`
-    the folders above the file are made.
+    the folders above the file are made. On its way to an object store the shard is kept in an
+    unnamed temporary file, and in memory while it is sent.
     """
 
     def __init__(self, path: Path, layout: ArrayLayout, rows: int, make: bool = True) -> None:
@@ -47,9 +50,14 @@ class ShardWriter:
         self._checksums: dict[int, bytes] = {}
         self._offsets = np.full((layout.shard_rows // layout.chunk_rows, 2), MISSING, "<u8")
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._file = self._open(make)
+
+    def _open(self, make: bool) -> BinaryIO:
+        if is_remote(self.path):
+            return tempfile.TemporaryFile(prefix="residua-")
         if make:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 (closed by commit)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        return open(self._temporary, "wb")
 
     def _rows_of(self, chunk: int) -> int:
         return min(self.layout.chunk_rows, self.rows - chunk * self.layout.chunk_rows)
@@ -95,15 +103,24 @@ class ShardWriter:
         checksum = google_crc32c.value(index)
         self._file.seek(0, os.SEEK_END)
         self._file.write(index + checksum.to_bytes(CHECKSUM_BYTES, "little"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         size = self._file.tell()
+        self._deliver()
+        return {"bytes": size, "crc32c": combine(self._checksums[c] for c in range(self._chunks))}
+
+    def _deliver(self) -> None:
+        """Make the whole shard appear under its name, durably."""
+        self._file.flush()
+        if is_remote(self.path):
+            self._file.seek(0)
+            put(self.path, self._file.read())
+            self._file.close()
+            return
+        os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.path)
         # The folders of a chunk key (`c/0` in `c` in the array's) may be new too.
         for folder in self.path.parents[: len(self.layout.shape) + 1]:
             sync_folder(folder)
-        return {"bytes": size, "crc32c": combine(self._checksums[c] for c in range(self._chunks))}
 
     def abandon(self) -> None:
         """Drop what was written; nothing to do after `commit`."""
@@ -111,7 +128,8 @@ class ShardWriter:
             with suppress(OSError):  # closing writes what is buffered, which a full disk refuses
                 self._file.close()
         finally:
-            self._temporary.unlink(missing_ok=True)
+            if not is_remote(self.path):
+                self._temporary.unlink(missing_ok=True)
 
 
 def _map(path: Path) -> np.ndarray:
@@ -127,6 +145,21 @@ def _map(path: Path) -> np.ndarray:
             raise
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         return np.asarray(np.memmap(path, np.uint8, mode="r"))
+
+
+def index_bytes(layout: ArrayLayout) -> int:
+    """Bytes of a shard's index and its checksum, at the end of the file."""
+    return layout.shard_rows // layout.chunk_rows * 16 + CHECKSUM_BYTES
+
+
+def parse_index(tail: bytes, layout: ArrayLayout, path: Path) -> np.ndarray:
+    """Offset and length of every chunk, `(chunks, 2)` uint64, from the end of a shard's file."""
+    if len(tail) < index_bytes(layout):
+        raise CorruptError(f"{path} is cut short: it has no whole index")
+    index, checksum = tail[:-CHECKSUM_BYTES], int.from_bytes(tail[-CHECKSUM_BYTES:], "little")
+    if google_crc32c.value(index) != checksum:
+        raise CorruptError(f"{path}: the index of the shard does not match its checksum")
+    return np.frombuffer(index, "<u8").reshape(-1, 2)
 
 
 class ShardReader:
@@ -154,15 +187,9 @@ class ShardReader:
         """Divides the offsets of all chunks and the bytes of a row."""
 
     def _read_index(self) -> np.ndarray:
-        chunks = self.layout.shard_rows // self.layout.chunk_rows
-        size = chunks * 16
-        if len(self._bytes) < size + CHECKSUM_BYTES:
-            raise CorruptError(f"{self.path} is cut short: {len(self._bytes)} bytes")
-        tail = self._bytes[-(size + CHECKSUM_BYTES) :].tobytes()
-        index, checksum = tail[:size], int.from_bytes(tail[size:], "little")
-        if google_crc32c.value(index) != checksum:
-            raise CorruptError(f"{self.path}: the index of the shard does not match its checksum")
-        return np.frombuffer(index, "<u8").reshape(chunks, 2)
+        return parse_index(
+            self._bytes[-index_bytes(self.layout) :].tobytes(), self.layout, self.path
+        )
 
     @property
     def size(self) -> int:

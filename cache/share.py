@@ -5,15 +5,16 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from .card import card
-from .create import FOLDERS
+from .create import FOLDERS, publish
 from .errors import (
     CorruptError,
     IncompleteError,
@@ -24,8 +25,8 @@ from .errors import (
 from .flatfile import check_space, writing
 from .hub import check_limits, hub_errors
 from .journal import Journal
-from .jsonfile import sync_folder
 from .manifest import SHORT_ID, Manifest
+from .place import is_remote
 from .store import ActivationCache
 from .verify import verify as verify_cache
 
@@ -60,6 +61,18 @@ class Pull:
     commit: str | None
     """Commit of the repository."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `residua pull`."""
+        return {
+            "status": self.status,
+            "cache": self.cache.id,
+            "positions": self.cache.positions,
+            "layers": list(self.cache.layers),
+            "bytes": self.cache.bytes,
+            "commit": self.commit,
+            "path": str(self.cache.path),
+        }
+
 
 def push(
     cache: ActivationCache,
@@ -78,6 +91,11 @@ def push(
     `UsageError` if the hub's limits are passed, all before anything is sent, and `MismatchError`
     if the repository holds another cache.
     """
+    if is_remote(cache.path):
+        raise UsageError(
+            f"{cache.path} lies in an object store; the hub's client sends files of a disk: copy "
+            "the folder of the cache to one, and push it from there"
+        )
     cache.check_complete()
     names = contents(cache.path)
     size = check_limits(cache.path, names)
@@ -187,7 +205,11 @@ def pull(
     """
     commit, sizes = _listing(repo_id, revision, token)
     name = hashlib.sha256(f"{repo_id}@{commit}".encode()).hexdigest()[:32]
-    with writing(root), _staging(root / f".pull-{name}") as staging:
+    with writing(root), ExitStack() as stack:
+        place = root
+        if is_remote(root):
+            place = Path(stack.enter_context(TemporaryDirectory(prefix="residua-")))
+        staging = stack.enter_context(_staging(place / f".pull-{name}"))
         fetch = partial(_fetch, repo_id, commit, staging, token)
         fetch(["manifest.json"])
         cache_id = Manifest.read(staging / "manifest.json").id
@@ -198,7 +220,7 @@ def pull(
         target = root / cache_id
         if (target / "manifest.json").is_file():
             return Pull(_existing(target), "hit", commit)
-        check_space(root, sum(sizes.values()), "free some, or pull to another --root")
+        check_space(place, sum(sizes.values()), "free some, or pull to another --root")
         fetch(list(CONTENTS))
         _admit(staging, target, progress)
     return Pull(ActivationCache(target), "pulled", commit)
@@ -281,11 +303,4 @@ def _admit(staging: Path, target: Path, progress: Progress | None) -> None:
     shutil.rmtree(staging / ".cache", ignore_errors=True)
     for folder in FOLDERS:
         (staging / folder).mkdir(exist_ok=True)
-    for path in (*staging.rglob("*"), staging):
-        sync_folder(path)
-    try:
-        os.rename(staging, target)
-    except OSError:
-        if not (target / "manifest.json").is_file():
-            raise
-    sync_folder(target.parent)
+    publish(staging, target)

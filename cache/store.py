@@ -1,7 +1,7 @@
 """Opens a cache for reading: no model, no torch, no transformers, no data set."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ from .logits import (
     unpack_top,
 )
 from .manifest import SHORT_ID, Manifest
+from .numbers import span
+from .place import as_path, is_remote, total_bytes
 
 if TYPE_CHECKING:
     import dask.array
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 """Names of the splits; `sequences/split` holds the index into this tuple."""
+SLAB_ROWS = 128
+"""Slabs of 64 to 256 rows, shuffled in a buffer, are as good as true random order."""
 BLOCK_BYTES = 16 << 20
 """Largest float32 block of one read; larger blocks cost twice the time per byte."""
 
@@ -61,7 +65,7 @@ class ActivationCache:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         if not (self.path / "manifest.json").is_file():
             raise NotFoundError(f"{self.path} is not a cache: it has no manifest.json")
         self.manifest = Manifest.read(self.path / "manifest.json")
@@ -124,9 +128,10 @@ class ActivationCache:
 
     @property
     def target_layers(self) -> tuple[int, ...]:
-        """Layers that this cache has or is meant to get: those with an array."""
-        found = (self.path / "arrays.zarr" / "residual").glob("*/zarr.json")
-        return tuple(sorted(int(path.parent.name) for path in found))
+        """Layers that this cache has or is meant to get: those whose array the journal names."""
+        _, files = self.journal.base()
+        found = [re.fullmatch(r"arrays\.zarr/residual/(\d+)/zarr\.json", name) for name in files]
+        return tuple(sorted(int(match[1]) for match in found if match))
 
     @property
     def logits_names(self) -> tuple[str, ...]:
@@ -147,11 +152,7 @@ class ActivationCache:
     @cached_property
     def bytes(self) -> int:
         """Bytes of all files of this cache."""
-        total = 0
-        for file in self.path.rglob("*"):
-            with suppress(FileNotFoundError):  # a temporary file that its writer has just renamed
-                total += file.stat().st_size if file.is_file() else 0
-        return total
+        return total_bytes(self.path)
 
     def array(self, name: str) -> CacheArray:
         """A stored array by its name inside `arrays.zarr`, such as `tokens/ids`."""
@@ -245,6 +246,15 @@ class ActivationCache:
         """Rows of a block of at most `rows` rows and `BLOCK_BYTES` bytes of float32."""
         return max(1, min(rows, BLOCK_BYTES // (4 * self.d_model)))
 
+    @property
+    def slab_rows(self) -> int:
+        """Neighbouring rows that shuffled reads take at once: few, or a chunk where it comes whole.
+
+        From afar, and where it is compressed.
+        """
+        whole = is_remote(self.path) or self.manifest.codec != "raw"
+        return self.manifest.layout.chunk_rows if whole else SLAB_ROWS
+
     def blocks(self, sequences: np.ndarray, rows: int | None = None) -> Iterator[np.ndarray]:
         """Group whole `sequences` (numbers, in any order) so that a group has about `rows` rows."""
         limit = rows or self.block_rows()
@@ -334,7 +344,7 @@ class ActivationCache:
         """The model's tokenizer, from the files kept in the cache; imports `tokenizers` only."""
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(self.path / "head" / "tokenizer.json"))
+        return Tokenizer.from_str((self.path / "head" / "tokenizer.json").read_text("utf-8"))
 
     def check_complete(self) -> None:
         """Raise `IncompleteError` if rows are missing."""
@@ -353,17 +363,6 @@ class ActivationCache:
         if layer not in self.layers:
             raise NotFoundError(f"layer {layer} is not in this cache; it holds {span(self.layers)}")
         return layer
-
-
-def span(numbers: Sequence[int]) -> str:
-    """`0-4, 6` for 0, 1, 2, 3, 4, 6."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
 
 
 def rows_of(positions: int, rows: int) -> tuple[int, ...]:

@@ -1,40 +1,19 @@
 """The token stream of a cache: sequences of token ids, their hashes and their splits."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
+from .columns import BLOCK, Column, Numbers, blocks
 from .store import SPLITS
 
 TEST_SHARE = 0.1
 VALIDATION_SHARE = 0.1
 _DENOMINATOR = 1 << 32
-
-
-TABLE_DTYPES = {
-    "tokens/ids": "<i4",
-    "tokens/sequence": "<i4",
-    "tokens/index": "<i4",
-    "sequences/row_id": "<i8",
-    "sequences/start": "<i8",
-    "sequences/length": "<i4",
-    "sequences/split": "u1",
-    "sequences/hash": "<u8",
-}
-"""The one-dimensional arrays of every cache; the part before the slash names their axis."""
-SPAN_DTYPES = {"tokens/row_id": "<i8", "tokens/char_start": "<i4", "tokens/char_stop": "<i4"}
-"""Where each token came from, in caches that were made from texts."""
-
-CONTEXT_DTYPES = {
-    "sequences/context": "<i4",
-    "context/ids": "<i4",
-    "contexts/start": "<i8",
-    "contexts/length": "<i4",
-}
-"""Whole sequences that went through the model, where not all their positions are kept."""
-_DTYPES = TABLE_DTYPES | SPAN_DTYPES | CONTEXT_DTYPES
 
 
 @dataclass(frozen=True)
@@ -51,22 +30,30 @@ class Runs:
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Sequences in the order of the cache, and which of their positions are kept."""
+    """Sequences in the order of the cache, and which of their positions are kept.
 
-    ids: np.ndarray
-    """Token ids of all sequences, one after the other, `(positions,)` int32."""
+    What has one number per token may lie on the disk and is read by slices; what has one per
+    sequence is in memory.
+    """
+
+    ids: Numbers
+    """Token ids of all sequences, one after the other, `(tokens,)` int32."""
     lengths: np.ndarray
     """Tokens of each sequence, `(sequences,)` int64."""
     row_ids: np.ndarray
     """Number of the source document in which each sequence starts, `(sequences,)` int64."""
-    of_tokens: dict[str, np.ndarray] = field(default_factory=dict)
-    """Further arrays of one number per position: array name -> `(positions,)`."""
+    of_tokens: dict[str, Numbers] = field(default_factory=dict)
+    """Further arrays of one number per token: array name -> `(tokens,)`."""
     of_sequences: dict[str, np.ndarray] = field(default_factory=dict)
     """Further arrays of one number per sequence, the labels: array name -> `(sequences,)`."""
     categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """What the codes of a label stand for: array name -> words."""
     runs: Runs | None = None
     """Kept positions; None if all are."""
+    cut: np.ndarray | None = None
+    """Tokens that each sequence lost at its end to the context, `(sequences,)`; None if packed."""
+    scratch: Path | None = None
+    """Folder of temporary files; None for the system's."""
 
     @property
     def positions(self) -> int:
@@ -91,9 +78,9 @@ class TokenStream:
         """The same stream with only `runs` kept."""
         return replace(self, runs=runs)
 
-    @property
+    @cached_property
     def starts(self) -> np.ndarray:
-        """First position of each sequence, `(sequences,)` int64."""
+        """First token of each sequence, `(sequences,)` int64."""
         return np.concatenate([[0], np.cumsum(self.lengths)[:-1]]).astype(np.int64)
 
     def sequence(self, number: int) -> np.ndarray:
@@ -102,85 +89,102 @@ class TokenStream:
 
     def select(self, numbers: np.ndarray) -> "TokenStream":
         """The sequences `numbers`, in that order."""
-        lengths = self.lengths[numbers]
-        ends = np.cumsum(lengths)
-        rows = np.arange(ends[-1] if len(ends) else 0)
-        rows += np.repeat(self.starts[numbers] - ends + lengths, lengths)
+        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+        firsts = numbers[np.concatenate([[0], breaks])] if len(numbers) else numbers
+        lasts = numbers[np.concatenate([breaks, [len(numbers)]]) - 1] if len(numbers) else numbers
+        ranges = np.stack([self.starts[firsts], self.starts[lasts] + self.lengths[lasts]], -1)
+        names = {"ids": self.ids, **self.of_tokens}
+        columns = {name: Column(values.dtype, self.scratch) for name, values in names.items()}
+        for name, column in columns.items():
+            for start, stop in ranges.tolist():
+                for block in blocks(names[name], start, stop):
+                    column.append(block)
         return TokenStream(
-            self.ids[rows],
-            lengths,
+            columns.pop("ids"),
+            self.lengths[numbers],
             self.row_ids[numbers],
-            {name: values[rows] for name, values in self.of_tokens.items()},
+            {**columns},
             {name: values[numbers] for name, values in self.of_sequences.items()},
             self.categories,
             self._runs_of(numbers),
+            None if self.cut is None else self.cut[numbers],
+            self.scratch,
         )
 
     def _runs_of(self, numbers: np.ndarray) -> Runs | None:
         if self.runs is None:
             return None
-        kept = [np.flatnonzero(self.runs.sequence == number) for number in numbers]
-        chosen = np.concatenate(kept)
-        sequence = np.repeat(np.arange(len(numbers)), [len(run) for run in kept])
+        first = np.searchsorted(self.runs.sequence, numbers)
+        counts = np.searchsorted(self.runs.sequence, numbers, side="right") - first
+        sequence = np.repeat(np.arange(len(numbers)), counts)
+        ends = np.cumsum(counts)
+        chosen = np.arange(len(sequence)) + np.repeat(first - ends + counts, counts)
         return Runs(sequence, self.runs.first[chosen], self.runs.length[chosen])
+
+    def _groups(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Whole sequences, `BLOCK` tokens at a time if they are not longer: range, their ids."""
+        ends = self.starts + self.lengths
+        first = 0
+        while first < len(ends):
+            start = int(self.starts[first])
+            last = max(first + 1, int(np.searchsorted(ends, start + BLOCK, side="right")))
+            yield first, last, self.ids[start : int(ends[last - 1])]
+            first = last
 
     def digests(self) -> tuple[str, np.ndarray]:
         """Hex sha256 of the whole stream, and 64 bits of the sha256 of each sequence's ids."""
+        return self._digests
+
+    @cached_property
+    def _digests(self) -> tuple[str, np.ndarray]:
         whole = hashlib.sha256()
         hashes = np.empty(len(self.lengths), np.uint64)
-        start = 0
-        for number, length in enumerate(self.lengths):
-            data = self.ids[start : start + length].astype("<i4").tobytes()
-            whole.update(int(length).to_bytes(8, "little"))
-            whole.update(data)
-            hashes[number] = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
-            start += int(length)
+        for first, last, ids in self._groups():
+            data = np.ascontiguousarray(ids, "<i4").data.cast("B")
+            start = 0
+            for number in range(first, last):
+                length = int(self.lengths[number])
+                sequence = data[start : start + 4 * length]
+                whole.update(length.to_bytes(8, "little"))
+                whole.update(sequence)
+                hashes[number] = int.from_bytes(hashlib.sha256(sequence).digest()[:8], "little")
+                start += 4 * length
         if self.runs is not None:
             for values in (self.runs.sequence, self.runs.first, self.runs.length):
                 whole.update(values.astype("<i8").tobytes())
         return whole.hexdigest(), hashes
 
-    def tables(self, hashes: np.ndarray) -> dict[str, np.ndarray]:
-        """The one-dimensional arrays of the cache by name, in their stored dtypes."""
-        runs = self.runs or Runs(
-            np.arange(len(self.lengths)), np.zeros(len(self.lengths), np.int64), self.lengths
-        )
-        ends = np.cumsum(runs.length)
-        index = np.arange(self.positions) + np.repeat(runs.first - ends + runs.length, runs.length)
-        token = index + np.repeat(self.starts[runs.sequence], runs.length)
-        values = {
-            "tokens/ids": self.ids[token],
-            "tokens/sequence": np.repeat(np.arange(self.sequences), runs.length),
-            "tokens/index": index,
-            "sequences/row_id": self.row_ids[runs.sequence],
-            "sequences/start": ends - runs.length,
-            "sequences/length": runs.length,
-            "sequences/split": assign_splits(hashes)[runs.sequence],
-            "sequences/hash": hashes[runs.sequence],
-        }
-        values |= {name: found[token] for name, found in self.of_tokens.items()}
-        values |= {name: found[runs.sequence] for name, found in self.of_sequences.items()}
-        if self.runs is not None:
-            values |= {
-                "sequences/context": runs.sequence,
-                "context/ids": self.ids,
-                "contexts/start": self.starts,
-                "contexts/length": self.lengths,
-            }
-        return {n: v.astype(_DTYPES.get(n, v.dtype.str)) for n, v in values.items()}
-
 
 def concatenate(*streams: TokenStream) -> TokenStream:
     """One stream after the other, with the further arrays that all of them have alike."""
-    names = ("ids", "lengths", "row_ids")
-    further = []
-    for kind in ("of_tokens", "of_sequences"):
-        tables = [getattr(stream, kind) for stream in streams]
-        common = [n for n in tables[0] if all(n in t and _alike(n, streams) for t in tables)]
-        further.append({n: np.concatenate([table[n] for table in tables]) for n in common})
-    ids, lengths, rows = (np.concatenate([getattr(s, n) for s in streams]) for n in names)
-    categories = {n: v for n, v in streams[0].categories.items() if n in further[1]}
-    return TokenStream(ids, lengths, rows, further[0], further[1], categories)
+    common = [
+        name
+        for name in streams[0].of_sequences
+        if all(name in stream.of_sequences for stream in streams) and _alike(name, streams)
+    ]
+    scratch = streams[-1].scratch
+    names = [n for n in streams[0].of_tokens if all(n in stream.of_tokens for stream in streams)]
+    lengths, rows = (
+        np.concatenate([getattr(s, n) for s in streams]) for n in ("lengths", "row_ids")
+    )
+    return TokenStream(
+        _chain([stream.ids for stream in streams], scratch),
+        lengths,
+        rows,
+        {n: _chain([stream.of_tokens[n] for stream in streams], scratch) for n in names},
+        {n: np.concatenate([stream.of_sequences[n] for stream in streams]) for n in common},
+        {n: words for n, words in streams[0].categories.items() if n in common},
+        scratch=scratch,
+    )
+
+
+def _chain(columns: Sequence[Numbers], scratch: Path | None) -> Column:
+    """The numbers of one column after those of the other."""
+    found = Column(columns[0].dtype, scratch)
+    for column in columns:
+        for block in blocks(column):
+            found.append(block)
+    return found
 
 
 def _alike(name: str, streams: tuple[TokenStream, ...]) -> bool:

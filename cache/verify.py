@@ -10,7 +10,6 @@ from .errors import CorruptError, ResiduaError
 from .journal import Journal, PartRecord, ShardRecord, merge, read_record
 from .jsonfile import file_digest
 from .manifest import Manifest
-from .packed import shard_reader
 
 Progress = Callable[[int, int], None]
 
@@ -125,7 +124,7 @@ def _check_shard(path: Path, shard: _Shard) -> Iterator[Damage]:
         return Damage(file, message, shard.array, start, stop)
 
     try:
-        damaged, combined = shard_reader(path / file, layout).check(last - first)
+        damaged, combined = array.shard(shard.number).check(last - first)
     except CorruptError as error:
         yield damage(str(error))
         return

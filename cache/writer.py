@@ -1,5 +1,6 @@
 """Writes arrays of a cache: zarr makes the metadata, our shard writer the data."""
 
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .codec import LEVEL
+from .columns import Numbers
 from .layout import (
     STORED_DTYPES,
     TABLE_CHUNK_ROWS,
@@ -17,6 +19,7 @@ from .layout import (
 )
 from .logits import LogitsArray, arrays_of
 from .manifest import Manifest
+from .place import is_remote, put
 from .shard import ShardWriter
 
 AXES = {
@@ -33,6 +36,14 @@ def create_residual(
     codec: str = "raw",
 ) -> ArrayLayout:  # fmt: skip
     """Create the empty array `residual/<layer>`, `(positions, d_model)`."""
+    if is_remote(store):  # where zarr's many small requests would be slow
+        name = f"residual/{layer}/zarr.json"
+        with tempfile.TemporaryDirectory(prefix="residua-") as folder:
+            made = create_residual(
+                Path(folder), layer, positions, d_model, logical_dtype, layout, codec
+            )
+            put(store / name, (Path(folder) / name).read_bytes())
+        return made
     return _create(
         store,
         f"residual/{layer}",
@@ -74,20 +85,21 @@ def create_part_array(store: Path, manifest: Manifest, name: str, dtype: str) ->
 
 
 def write_table(
-    store: Path, name: str, values: np.ndarray, attributes: dict[str, Any] | None = None
+    store: Path, name: str, values: Numbers, attributes: dict[str, Any] | None = None
 ) -> dict[str, dict]:
     """Create and fill the one-dimensional array `name`; returns the record of its shards."""
     axis = AXES[name.split("/")[0]]
     chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, len(values) - 1).bit_length())
     shard_rows = chunk * TABLE_CHUNKS_PER_SHARD
     array = _create(
-        store, name, values.shape, values.dtype.str, chunk, shard_rows, (axis,), attributes or {}
+        store, name, (len(values),), values.dtype.str, chunk, shard_rows, (axis,), attributes or {}
     )
     record = {}
     for shard in range(array.shards):
-        rows = values[shard * shard_rows : (shard + 1) * shard_rows]
-        writer = ShardWriter(store / name / array.shard_key(shard), array, len(rows))
-        writer.write(0, rows)
+        start, stop = shard * shard_rows, min((shard + 1) * shard_rows, len(values))
+        writer = ShardWriter(store / name / array.shard_key(shard), array, stop - start)
+        for first in range(start, stop, chunk):
+            writer.write(first - start, values[first : min(first + chunk, stop)])
         record[str(shard)] = writer.commit()
     return record
 

@@ -172,7 +172,7 @@ def sum_run(
     report: Callable[[int], None] = lambda positions: None,
 ) -> Sums:
     """Add up the moments of one contiguous run of sequences."""
-    cache = ActivationCache(cache) if isinstance(cache, Path) else cache
+    cache = cache if isinstance(cache, ActivationCache) else ActivationCache(cache)
     keys = [(la, o, f) for la in plan.layers for o in plan.offsets for f in range(plan.folds)]
     sums = {key: Accumulator(cache.d_model, cache.d_model) for key in keys}
     for window in windows(cache, plan, part):

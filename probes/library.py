@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cache.errors import MismatchError, NotFoundError, UsageError
 from ..cache.jsonfile import digest
+from ..cache.place import as_path
 from .save import check_geometry, load_probe, plain
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def probe_path(root: Path, probe: Any) -> Path:
 
 def find_probe(name: str, root: Path) -> Path:
     """The probe at the path `name`, or the one under `root` whose name begins with it."""
-    path = Path(name).expanduser()
+    path = as_path(name)
     if (path / "config.json").is_file():
         return path
     folder = root / FOLDER

@@ -1,5 +1,6 @@
 """Probes on disk: a folder with `probe.safetensors` and `config.json`, never a pickle."""
 
+import hashlib
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -8,8 +9,8 @@ import numpy as np
 
 from .. import __version__
 from ..cache.errors import CorruptError, MismatchError, UsageError
-from ..cache.jsonfile import read_json, write_json
-from .moments import file_digest
+from ..cache.jsonfile import read_json, write_atomically, write_json
+from ..cache.place import as_path
 
 if TYPE_CHECKING:
     from ..cache.store import ActivationCache
@@ -34,21 +35,20 @@ class Saved(Protocol):
 
 def save_probe(probe: Saved, folder: str | Path) -> Path:
     """Write a fitted `probe` (see `Saved`) to `folder`; tensors first, then `config.json`."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     if getattr(probe, "kind", None) not in KINDS:
         raise UsageError(f"{type(probe).__name__} cannot be saved; kinds are {', '.join(KINDS)}")
     config, tensors = probe.state()
-    path = Path(folder)
+    path = as_path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    temporary = path / ".probe.safetensors.tmp"
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary)
-    temporary.replace(path / "probe.safetensors")
+    data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
+    write_atomically(path / "probe.safetensors", data)
     about = {
         "kind": probe.kind,
         "params": plain(probe.get_params()),
         "residua": __version__,
-        "tensors": file_digest(path / "probe.safetensors"),
+        "tensors": hashlib.sha256(data).hexdigest(),
     }
     write_json(path / "config.json", {**plain(config), **about})
     return path
@@ -56,10 +56,11 @@ def save_probe(probe: Saved, folder: str | Path) -> Path:
 
 def load_probe(folder: str | Path) -> Any:
     """Read a probe of `save_probe`, without its cache; any changed byte raises `CorruptError`."""
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
-    config, file = read_json(Path(folder) / "config.json"), Path(folder) / "probe.safetensors"
-    if not file.is_file() or file_digest(file) != config.get("tensors"):
+    config, file = read_json(as_path(folder) / "config.json"), as_path(folder) / "probe.safetensors"
+    data = file.read_bytes() if file.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != config.get("tensors"):
         raise CorruptError(f"{file} is missing or was changed after it was written; save it again")
     if config.get("kind") not in KINDS:
         raise UsageError(
@@ -68,7 +69,7 @@ def load_probe(folder: str | Path) -> Any:
         )
     module, name = KINDS[config["kind"]]
     probe_class = getattr(import_module(module, __package__), name)
-    return probe_class.restore(config["params"], config, load_file(file))
+    return probe_class.restore(config["params"], config, load(data))
 
 
 def check_geometry(probe: Any, cache: "ActivationCache") -> None:

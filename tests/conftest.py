@@ -47,3 +47,44 @@ def tiny_cache(model_folder: Path, texts_file: Path, tmp_path_factory: pytest.Te
     return residua.extract(
         str(model_folder), str(texts_file), root=root, context=64, part_positions=1024
     )
+
+
+@pytest.fixture(scope="session")
+def moto_server():
+    """The mock of S3, in a process of its own."""
+    from .servers import serving
+
+    with serving("moto") as server:
+        yield server
+
+
+@pytest.fixture(
+    scope="session",
+    params=["moto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("radosgw", "swift"))],
+)
+def s3_server(request: pytest.FixtureRequest):
+    """Each S3 server in turn: the mock, and with `-m slow` the real ones that are installed."""
+    from .servers import missing, serving
+
+    if request.param == "moto":
+        yield request.getfixturevalue("moto_server")
+        return
+    if reason := missing(request.param):
+        pytest.skip(reason)
+    with serving(request.param) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_root(s3_server, monkeypatch: pytest.MonkeyPatch):
+    """An empty root on `s3_server`, which the environment of this process now names."""
+    from uuid import uuid4
+
+    from s3fs import S3FileSystem
+
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    # instances are kept by their arguments, which do not tell one server from another
+    S3FileSystem.clear_instance_cache()
+    yield f"s3://{s3_server.bucket}/{uuid4().hex}"
+    S3FileSystem.clear_instance_cache()

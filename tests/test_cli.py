@@ -9,9 +9,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from residua.analysis.command import Numbers
 from residua.cache.request import Request
 from residua.cache.store import ActivationCache
-from residua.cli import Numbers, main
+from residua.cli import main
 
 
 def invoke(*args: object) -> Result:
@@ -138,6 +139,33 @@ def test_errors_are_objects_with_json(root: Path) -> None:
     found = parsed("info", "zzz", "--root", root, code=2)
     assert found["error"] == "NotFoundError"
     assert found["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["extract", "model", "texts.txt", "--contxt", "64"], "--contxt"),
+        (["extract", "model"], "Missing argument 'DATA'"),
+        (["extract", "model", "texts.txt", "--on-error", "ignore"], "'ignore' is not one of"),
+        (["fit", "ridge", "3f2a", "--offsets", "a-b"], "write it like 0-3"),
+        (["fit", "rigde", "3f2a"], "No such command 'rigde'"),
+        (["nothing"], "No such command 'nothing'"),
+    ],
+)
+def test_mistyped_commands_are_objects_with_json(args: list[str], message: str) -> None:
+    found = parsed(*args, code=2)
+    assert found["error"] == "UsageError"
+    assert message in found["message"]
+    assert found["exit_code"] == 2
+    plain = invoke(*args)
+    assert plain.exit_code == 2
+    assert plain.stdout == ""
+    assert message in plain.stderr
+
+
+def test_help_and_version_do_not_mind_json() -> None:
+    assert invoke("extract", "--json", "--help").stdout.startswith("Usage:")
+    assert invoke("extract", "--json", "--help").exit_code == 0
 
 
 def test_numbers_are_read_as_ranges_and_lists() -> None:

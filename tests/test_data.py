@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from residua.cache.data import FILES, SEPARATOR, load_documents
+from residua.cache.data import FILES, load_documents
 from residua.cache.errors import DataError
+from residua.cache.textfile import SEPARATOR
 
 TEXTS = ["the cat sat", 'a "quoted", text', "é ü\tß", "last one"]
 

@@ -15,7 +15,7 @@ DOORS = {
     "numcodecs": {"cache/codec.py"},
     "transformers": {"cache/model.py", "cache/extract.py"},
     "datasets": {"cache/data.py"},
-    "click": {"cli.py"},
+    "click": {"cli.py", "analysis/command.py"},
 }
 """Library -> files that may import it; the sample's training script stands outside."""
 HEAVY = ("torch", "transformers", "zarr", "dask", "sklearn", "datasets", "matplotlib", "plotly")

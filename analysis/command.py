@@ -1,0 +1,99 @@
+"""How a command runs: --root and --json, errors as messages or objects, exit codes."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NoReturn
+
+import click
+
+from ..cache.errors import Interrupted, ResiduaError, UsageError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+JSON = "--json"
+
+
+class Numbers(click.ParamType):
+    """Numbers and ranges: `0-3`, `0,2,5`, `4`."""
+
+    name = "NUMBERS"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        from ..cache.numbers import read_span
+
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = read_span(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers; write it like 0-3 or 0,2,5", param, ctx)
+        if not numbers:
+            self.fail(f"{value!r} names no number", param, ctx)
+        return numbers
+
+
+NUMBERS = Numbers()
+
+
+class Commands(click.Group):
+    """Commands whose mistyped arguments, too, are JSON objects where --json stands among them."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        if not standalone_mode or JSON not in given:
+            return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+        try:
+            sys.exit(super().main(args, prog_name, complete_var, False, **extra))
+        except click.ClickException as error:
+            _fail(UsageError(error.format_message()), as_json=True)
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --root and --json, and turns errors into messages and exit codes.
+
+    The function gets `root`, `quiet` (no progress) and its own options; what it returns is the
+    JSON object, and the callable beside it prints the same for people.
+    """
+
+    @click.option("--root", help="Folder or URL (s3://...) of caches.  [default: $RESIDUA_ROOT, "
+                  "else the XDG cache folder]")  # fmt: skip
+    @click.option(JSON, "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+    @wraps(function)
+    def run(root: str | None, as_json: bool, **options: Any) -> None:
+        from ..cache.catalog import cache_root
+        from ..cache.disk import store_errors
+
+        try:
+            try:
+                place = cache_root(root)
+                with store_errors(place):
+                    value, show = function(root=place, quiet=as_json, **options)
+            except KeyboardInterrupt:
+                raise Interrupted("interrupted; the same command goes on from here") from None
+        except ResiduaError as error:
+            _fail(error, as_json)
+        if as_json:
+            click.echo(json.dumps(value, default=str))
+        else:
+            show()
+        sys.exit(value.pop("exit_code", 0) if isinstance(value, dict) else 0)
+
+    return run
+
+
+def _fail(error: ResiduaError, as_json: bool) -> NoReturn:
+    message = str(error)
+    if as_json:
+        kind = type(error).__name__
+        click.echo(json.dumps({"error": kind, "message": message, "exit_code": error.exit_code}))
+    else:
+        click.echo(f"Error: {message}", err=True)
+    sys.exit(error.exit_code)

@@ -1,0 +1,96 @@
+"""Documents of a plain text file, of any size: they lie on the disk and are read by number."""
+
+import codecs
+import io
+import tempfile
+import weakref
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from .errors import DataError
+
+SEPARATOR = "<|endoftext|>"
+"""Where a .txt file has this mark, it separates documents."""
+BLOCK_BYTES = 1 << 20
+IN_MEMORY = 16 << 20
+"""Bytes of text that need no file."""
+
+
+class TextFile:
+    """The documents of a text file, a sequence of str; those without text are left out.
+
+    One document per piece between `SEPARATOR`s, else per line if `lines`, else the whole file.
+    A copy in UTF-8, with a temporary file's fate, serves what is compressed or has other ends of
+    lines. Raises `DataError` if the file is not UTF-8.
+    """
+
+    def __init__(self, path: Path, lines: bool, folder: Path | None = None) -> None:
+        where = None if folder is None else str(folder)
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=where)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        marked = self._copy(path)
+        self._starts, self._stops = array("q"), array("q")
+        mark = SEPARATOR.encode() if marked else b"\n" if lines else None
+        for start, piece in self._pieces(mark):
+            kept = piece.strip(b"\n") if marked else piece
+            if kept.decode().strip():
+                first = start + len(piece) - len(piece.lstrip(b"\n")) if marked else start
+                self._starts.append(first)
+                self._stops.append(first + len(kept))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, number: int) -> str:
+        start = self._starts[number]
+        self._file.seek(start)
+        return self._file.read(self._stops[number] - start).decode()
+
+    def _copy(self, path: Path) -> bool:
+        """Keep the text as UTF-8; returns whether there is a `SEPARATOR`."""
+        found, end = False, ""
+        for text in _decoded(path):
+            found = found or SEPARATOR in end + text
+            end = text[1 - len(SEPARATOR) :]
+            self._file.write(text.encode())
+        return found
+
+    def _pieces(self, mark: bytes | None) -> Iterator[tuple[int, bytes]]:
+        """Place and bytes of what lies between the marks."""
+        self._file.seek(0)
+        if mark is None:
+            yield 0, self._file.read()
+            return
+        start, rest = 0, b""
+        while block := self._file.read(BLOCK_BYTES):
+            *whole, rest = (rest + block).split(mark)
+            for piece in whole:
+                yield start, piece
+                start += len(piece) + len(mark)
+        yield start, rest
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """The text in blocks, every end of a line as a newline."""
+    import fsspec
+
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    lines = io.IncrementalNewlineDecoder(None, translate=True)
+    read = 0
+    with fsspec.open(str(path), "rb", compression="infer") as file:
+        while True:
+            block: bytes = file.read(BLOCK_BYTES)  # pyright: ignore[reportAttributeAccessIssue]
+            held = len(utf8.getstate()[0])
+            try:
+                text = utf8.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                place = read - held + error.start
+                raise DataError(
+                    f"{path} is not UTF-8 text (byte {place}); convert it first"
+                ) from None
+            yield lines.decode(text, final=not block)
+            if not block:
+                return
+            read += len(block)

@@ -1,0 +1,102 @@
+"""Ceph's S3 gateway over one monitor and one object store in memory, out of Debian's packages.
+
+apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from servers import HOST, Server, free_ports, make_bucket, running, until
+
+PROGRAMS = ("monmaptool", "ceph-mon", "ceph-osd", "ceph", "radosgw", "radosgw-admin")
+CONFIGURATION = """\
+[global]
+fsid = {fsid}
+mon host = v2:{host}:{monitor}
+public addr = {host}
+cluster addr = {host}
+auth cluster required = none
+auth service required = none
+auth client required = none
+ms mon client mode = crc
+run dir = {folder}
+admin socket = {folder}/$name.asok
+log file = {folder}/$name.log
+crash dir = {folder}/crash
+mon data = {folder}/mon
+osd data = {folder}/osd
+osd objectstore = memstore
+memstore device bytes = 8589934592
+mon allow pool size one = true
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg num = 4
+osd pool default pg autoscale mode = off
+osd crush chooseleaf type = 0
+rgw data = {folder}/rgw
+rgw frontends = beast endpoint={host}:{port}
+rgw thread pool size = 64
+"""
+
+
+def missing() -> str:
+    """Why the gateway cannot run here; empty if it can."""
+    absent = [program for program in PROGRAMS if not shutil.which(program)]
+    return f"Ceph's gateway is not installed: no {', '.join(absent)} in PATH" if absent else ""
+
+
+@contextlib.contextmanager
+def serve(folder: Path, seconds: float) -> Iterator[Server]:
+    """A cluster in `folder` and the memory of its processes, until the block ends."""
+    port, monitor = free_ports(2)
+    fsid, disk = str(uuid.uuid4()), str(uuid.uuid4())
+    for name in ("mon", "osd", "rgw", "crash"):
+        (folder / name).mkdir()
+    text = CONFIGURATION.format(fsid=fsid, host=HOST, monitor=monitor, port=port, folder=folder)
+    (folder / "ceph.conf").write_text(text)
+    environment = {**os.environ, "CEPH_CONF": str(folder / "ceph.conf")}
+
+    def call(*words: str, check: bool = True) -> bool:
+        done = subprocess.run(
+            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"{' '.join(words)}: {done.stdout}{done.stderr}")
+        return done.returncode == 0
+
+    with contextlib.ExitStack() as stack:
+
+        def start(*command: str) -> None:
+            logs = folder / f"{command[0]}-output"
+            logs.mkdir()
+            stack.enter_context(running([command], logs, environment))
+
+        call(
+            "monmaptool", "--create", "--addv", "a", f"[v2:{HOST}:{monitor}]", "--fsid", fsid, "map"
+        )
+        call("ceph-mon", "--mkfs", "-i", "a", "--monmap", "map")
+        start("ceph-mon", "-f", "-i", "a")
+        until(
+            lambda: call("ceph", "--connect-timeout", "5", "osd", "new", disk, check=False),
+            seconds,
+            folder,
+        )
+        call("ceph-osd", "--mkfs", "-i", "0", "--osd-uuid", disk)
+        start("ceph-osd", "-f", "-i", "0")
+        server = Server(f"http://{HOST}:{port}")
+        call(
+            "radosgw-admin", "user", "create", "--uid", "residua", "--display-name", "residua",
+            "--access-key", server.key, "--secret-key", server.secret,
+        )  # fmt: skip
+        reader, secret = server.reader
+        call(
+            "radosgw-admin", "subuser", "create", "--uid", "residua", "--subuser", reader,
+            "--access", "read", "--key-type", "s3", "--access-key", reader, "--secret", secret,
+        )  # fmt: skip
+        start("radosgw", "-f", "-n", "client.rgw")
+        yield make_bucket(server, seconds, folder)

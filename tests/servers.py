@@ -1,0 +1,247 @@
+"""S3 servers on the loopback interface: moto in every run, Ceph and OpenStack Swift where installed.
+
+As a script it runs one until its standard input ends, so that no server outlives its test:
+`python tests/servers.py moto|radosgw|swift` prints one JSON line when the server answers.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+HOST = "127.0.0.1"
+TESTS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a server answers, one bucket that is there, and two users."""
+
+    endpoint: str
+    key: str = "residua:tester"
+    secret: str = "testing"
+    reader: tuple[str, str] = ("residua:reader", "reading")
+    """Key and secret of a user that may not write."""
+    bucket: str = "residua"
+    atomic: bool = True
+    """Whether of two creates of one key at once exactly one is accepted."""
+
+    def as_reader(self) -> "Server":
+        """The same server, seen by the user that may not write."""
+        key, secret = self.reader
+        return replace(self, key=key, secret=secret)
+
+    def environment(self) -> dict[str, str]:
+        """What makes any S3 client of a process use this server."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.key,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+
+    def client(self, **config: Any) -> Any:
+        """A botocore client that never retries, to see each answer; `config` as botocore's."""
+        import botocore.session
+        from botocore.config import Config
+
+        chosen: dict[str, Any] = {
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+            "retries": {"total_max_attempts": 1},
+            "s3": {"addressing_style": "path"},
+        }
+        return botocore.session.Session().create_client(
+            "s3",
+            region_name="us-east-1",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.key,
+            aws_secret_access_key=self.secret,
+            config=Config(**{**chosen, **config}),
+        )
+
+
+def missing(name: str) -> str:
+    """Why server `name` cannot run here; empty if it can."""
+    if name == "moto":
+        return ""
+    from importlib import import_module
+
+    sys.path.insert(0, str(TESTS))
+    try:
+        return import_module(name).missing()
+    finally:
+        sys.path.remove(str(TESTS))
+
+
+@contextlib.contextmanager
+def serving(name: str, seconds: float = 120) -> Iterator[Server]:
+    """A server of its own process; it ends with the block, or with this process if that is killed.
+
+    Raises RuntimeError with what the server said if it does not answer within `seconds`.
+    """
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, __file__, name, str(seconds)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+        )  # fmt: skip
+        assert process.stdin
+        assert process.stdout
+        try:
+            line = process.stdout.readline()
+            if not line:
+                said.seek(0)
+                raise RuntimeError(f"the server {name} did not start: {said.read()[-4000:]}")
+            found = json.loads(line)
+            yield Server(**{**found, "reader": tuple(found["reader"])})
+        finally:
+            process.stdin.close()
+            process.stdout.close()
+            process.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens at, all different."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind((HOST, 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextlib.contextmanager
+def running(
+    commands: Sequence[Sequence[object]], folder: Path, environment: dict[str, str] | None = None
+) -> Iterator[None]:
+    """Processes that run during the block, their output in `folder`; killed after it."""
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, command in enumerate(commands):
+            with (folder / f"{number}.log").open("wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [str(word) for word in command], cwd=folder, env=environment,
+                        stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )  # fmt: skip
+        yield
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in processes:
+            process.wait()
+
+
+def logs(folder: Path) -> str:
+    """The ends of what the processes of `running` said."""
+    return "\n".join(path.read_text(errors="replace")[-1500:] for path in folder.glob("*.log"))
+
+
+def until(condition: Callable[[], bool], seconds: float, folder: Path) -> None:
+    """Wait for `condition`; raises RuntimeError with the logs in `folder` after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise RuntimeError(f"nothing after {seconds:.0f} s\n{logs(folder)}")
+        time.sleep(0.1)
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP server is at `url`, whatever it says."""
+    try:
+        urlopen(url, timeout=5).close()
+    except HTTPError:
+        return True
+    except (URLError, OSError):
+        return False
+    return True
+
+
+def make_bucket(server: Server, seconds: float, folder: Path) -> Server:
+    """The server, once it answers and its bucket is there."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = server.client()
+
+    def made() -> bool:
+        try:
+            client.create_bucket(Bucket=server.bucket)
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
+                raise
+            return False
+        except BotoCoreError:
+            return False
+        return True
+
+    until(made, seconds, folder)
+    client.close()
+    return server
+
+
+@contextlib.contextmanager
+def moto(folder: Path, seconds: float) -> Iterator[Server]:
+    """The mock of PyPI `moto[server]`: real HTTP, real signatures, objects in memory."""
+    (port,) = free_ports(1)
+    url = f"http://{HOST}:{port}"
+    with running([(sys.executable, "-m", "moto.server", "-H", HOST, "-p", port)], folder):
+        until(lambda: answers(url), seconds, folder)
+        owner, reader = _moto_user(url, "owner", "s3:*"), _moto_user(url, "reader", "s3:[GL]*")
+        # from here on it checks signatures and rights, which it leaves out otherwise
+        kind = {"Content-Type": "text/plain"}
+        urlopen(Request(f"{url}/moto-api/reset-auth", b"0", kind, method="POST")).close()
+        yield make_bucket(Server(url, *owner, reader=reader), seconds, folder)
+
+
+def _moto_user(url: str, name: str, action: str) -> tuple[str, str]:
+    """Key and secret of a new user that may do `action`."""
+    import botocore.session
+
+    statement = {"Effect": "Allow", "Action": action, "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    iam = botocore.session.Session().create_client(
+        "iam", region_name="us-east-1", endpoint_url=url,
+        aws_access_key_id="any", aws_secret_access_key="any",
+    )  # fmt: skip
+    iam.create_user(UserName=name)
+    iam.put_user_policy(UserName=name, PolicyName=name, PolicyDocument=policy)
+    key = iam.create_access_key(UserName=name)["AccessKey"]
+    return key["AccessKeyId"], key["SecretAccessKey"]
+
+
+def main(name: str, seconds: str = "120") -> None:
+    """Run server `name` until standard input ends or a signal comes."""
+    from importlib import import_module
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    serve = moto if name == "moto" else import_module(name).serve
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    try:
+        with serve(folder, float(seconds)) as server:
+            print(json.dumps(asdict(server)), flush=True)
+            sys.stdin.read()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
