@@ -129,3 +129,9 @@ class _Chunks:
 
 
 _kept = _Chunks()
+
+
+def forget() -> None:
+    """Drop the chunks that are kept."""
+    global _kept
+    _kept = _Chunks()

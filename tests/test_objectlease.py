@@ -1,0 +1,139 @@
+"""Leases in an object store: one holder, signs of life, and what happens without them."""
+
+import json
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from residua.cache import objectlease
+from residua.cache.errors import LeaseLostError
+from residua.cache.lease import exclusive, holder, lease
+from residua.cache.objectlease import ObjectLease
+from residua.cache.place import as_path, children, put
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The leases of a cache; they live for half a second."""
+    monkeypatch.setattr(objectlease, "EXPIRY", 0.5)
+    monkeypatch.setattr(objectlease, "BEAT", 0.05)
+    monkeypatch.setattr(objectlease, "SURE", 0.2)
+    return as_path(f"memory://leases/{uuid.uuid4().hex}")
+
+
+def stranger(folder: Path, part: int, generation: int = 1, **more: object) -> Path:
+    """The lease of a holder on another machine, who gives no sign of life."""
+    path = folder / f"{part:08d}.{generation}.json"
+    who = {"token": uuid.uuid4().hex, "beats": 3, "pid": 1, "host": "afar", "machine": "other"}
+    put(path, json.dumps({**who, **more}).encode())
+    return path
+
+
+def acquired(folder: Path, part: int) -> bool:
+    with lease(folder, part) as held:
+        return held is not None
+
+
+def test_a_lease_is_held_by_one_and_free_again_afterwards(folder: Path) -> None:
+    with lease(folder, 3) as held:
+        assert held
+        held.check()
+        assert not acquired(folder, 3)
+        assert acquired(folder, 4)
+        assert holder(folder, 3).startswith("process ")
+    assert acquired(folder, 3)
+    assert children(folder) == []
+
+
+def test_a_holder_with_signs_of_life_keeps_its_lease(folder: Path) -> None:
+    with lease(folder, 0) as held:
+        assert held
+        end = time.monotonic() + 1.2
+        while time.monotonic() < end:
+            assert not acquired(folder, 0)
+            time.sleep(0.05)
+        held.check()
+
+
+def test_a_silent_holder_is_replaced_only_after_its_time(folder: Path) -> None:
+    stranger(folder, 0)
+    began = time.monotonic()
+    while not acquired(folder, 0):
+        assert time.monotonic() - began < 10
+        time.sleep(0.02)
+    assert time.monotonic() - began >= 0.5
+    assert children(folder) == []
+
+
+def test_a_sign_of_life_begins_the_time_anew(folder: Path) -> None:
+    stranger(folder, 0)
+    for beats in range(6):
+        assert not acquired(folder, 0)
+        time.sleep(0.2)
+        stranger(folder, 0, beats=beats)
+
+
+def test_a_dead_process_of_this_machine_is_replaced_at_once(folder: Path) -> None:
+    import subprocess
+    import sys
+
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    stranger(folder, 0, pid=child.pid, machine=objectlease._myself()["machine"])
+    assert acquired(folder, 0)
+
+
+def test_who_was_replaced_finds_out_and_disturbs_nobody(folder: Path) -> None:
+    old = ObjectLease(folder, "00000000", 1)
+    put(old.path, old.signature())
+    time.sleep(0.3)  # it is no longer sure
+    stranger(folder, 0, generation=2)
+    with pytest.raises(LeaseLostError, match="took 00000000"):
+        old.check()
+    old.release()
+    assert [path.name for path in children(folder)] == ["00000000.2.json"]
+
+
+def test_who_lost_its_object_finds_out(folder: Path) -> None:
+    with lease(folder, 0) as held:
+        assert isinstance(held, ObjectLease)
+        held._ended.set()
+        held.path.unlink()
+        with pytest.raises(LeaseLostError):
+            held.check()
+
+
+def test_what_was_seen_dead_but_is_held_anew_is_left_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look and the taking, the dead lease was released and another one taken."""
+    stranger(folder, 0)
+    monkeypatch.setattr(objectlease, "_is_dead", lambda path, said: stranger(folder, 0) is not None)
+    assert not acquired(folder, 0)
+    assert [path.name for path in children(folder)] == ["00000000.1.json"]
+
+
+def test_a_lease_that_is_no_json_expires(folder: Path) -> None:
+    put(folder / "00000000.1.json", b"\xff")
+    assert not acquired(folder, 0)
+    time.sleep(0.6)
+    assert acquired(folder, 0)
+
+
+def test_exclusive_waits_for_the_holder(folder: Path) -> None:
+    order = []
+
+    def second() -> None:
+        with exclusive(folder, "layers"):
+            order.append("second")
+
+    with exclusive(folder, "layers"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
