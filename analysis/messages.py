@@ -43,6 +43,8 @@ def estimated(value: dict[str, Any]) -> None:
     )
     fits = "fits" if value["fits"] else "does NOT fit"
     print(f"{size(value['bytes'])} in all, largest {value['largest']}")
+    if value["slack"]:
+        print(f"compression is measured on the first rows; {size(value['slack'])} more are allowed")
     print(f"{fits} into {size(value['free'])} free")
 
 

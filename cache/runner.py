@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .batches import Batch, plan_part
+from .batches import WINDOW_CHUNKS, Batch, plan_part
 from .commits import Batches
 from .copies import Rows, copies, to_device
 from .create import PartWriter
@@ -116,7 +116,9 @@ class PartRunner:
     def _window_rows(self) -> int | None:
         """Sorting within a batch's rows where they are wide: begun chunks are held in memory."""
         manifest = self.cache.manifest
-        return manifest.batch_tokens if manifest.capture.logits == FULL else None
+        if manifest.capture.logits != FULL:
+            return None
+        return min(manifest.batch_tokens, WINDOW_CHUNKS * manifest.layout.chunk_rows)
 
     def _copy(self, writer: PartWriter) -> int:
         """Take the rows that the ancestor has from it; returns how many."""

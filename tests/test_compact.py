@@ -327,8 +327,12 @@ def test_a_dry_run_is_right_about_the_sample(tmp_path: Path, dtype: str) -> None
 
 
 def test_the_command_line_says_how_a_cache_is_kept(
-    both: dict[str, ActivationCache],
+    both: dict[str, ActivationCache], model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
+    asked = ["extract", str(model_folder), str(texts_file), "--codec", "compact", "--dry-run"]
+    shown = CliRunner().invoke(main, [*asked, "--root", str(tmp_path)]).stdout
+    assert "compression is measured on the first rows" in shown
+    assert not list(tmp_path.iterdir())
     args = ["info", str(both["compact"].path)]
     assert json.loads(CliRunner().invoke(main, [*args, "--json"]).stdout)["codec"] == "compact"
     assert ", compact" in CliRunner().invoke(main, args).stdout

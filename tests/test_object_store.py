@@ -507,3 +507,14 @@ def test_workers_of_dask_share_a_root_in_a_store(
     assert contents(cache) == contents(local)
     near = residua.RidgeProbe().fit(local)
     np.testing.assert_allclose(fitted.maps_[1, 0].weight, near.maps_[1, 0].weight, rtol=1e-5)
+
+
+def test_a_dry_run_knows_that_a_store_has_no_end(root: str, model_folder: Path, data: Path) -> None:
+    from click.testing import CliRunner
+
+    from residua.cli import main
+
+    args = [str(word) for word in (*command(model_folder, data, root), "--dry-run")]
+    shown = CliRunner().invoke(main, args)
+    assert shown.exit_code == 0, shown.output
+    assert "in all, largest residual/" in shown.stdout
