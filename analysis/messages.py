@@ -45,7 +45,8 @@ def estimated(value: dict[str, Any]) -> None:
     print(f"{size(value['bytes'])} in all, largest {value['largest']}")
     if value["slack"]:
         print(f"compression is measured on the first rows; {size(value['slack'])} more are allowed")
-    print(f"{fits} into {size(value['free'])} free")
+    if value["free"] is not None:  # an object store has no end
+        print(f"{fits} into {size(value['free'])} free")
 
 
 def differing(one: str, other: str, found: Sequence[dict[str, Any]]) -> None:
