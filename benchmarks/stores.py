@@ -1,4 +1,4 @@
-"""A cache in an object store: reads against zarr-python and bare requests; extraction against a disk.
+"""Caches in object stores: reads against zarr-python and bare requests; extraction against a disk.
 
     python benchmarks/stores.py                        # a mock of S3 on this machine
     python benchmarks/stores.py --server radosgw       # Ceph's gateway, where it is installed

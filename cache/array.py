@@ -5,14 +5,16 @@ Shards in an object store are read by ranged requests.
 
 import json
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .decode import decode
-from .errors import CorruptError
+from .errors import CorruptError, IncompleteError
 from .half import decode_into
+from .journal import Journal
 from .layout import ArrayLayout
 from .packed import PackedShardReader
 from .place import as_path, is_remote, store_of
@@ -28,11 +30,13 @@ class CacheArray:
     """A stored array with float rows decoded to float32; slicing along the first axis reads it.
 
     Looks enough like an array for dask (`shape`, `dtype`, `ndim`, `__getitem__`), is safe to
-    pickle (only its path travels), and keeps no rows in memory.
+    pickle (only its path travels), and keeps no rows in memory. With a `journal`, rows of parts
+    whose records do not name the array raise `IncompleteError`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, journal: Journal | None = None) -> None:
         self.path = as_path(path)
+        self._journal = journal
         try:
             meta = json.loads((self.path / "zarr.json").read_bytes())
         except FileNotFoundError:
@@ -54,8 +58,8 @@ class CacheArray:
         self._lock = threading.Lock()
         self._zarr: Any = None
 
-    def __reduce__(self) -> tuple[type["CacheArray"], tuple[Path]]:
-        return CacheArray, (self.path,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.path, self._journal and self._journal.folder)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -95,6 +99,8 @@ class CacheArray:
         if self.layout.ours:
             self._read(start, stop, out)
         else:
+            rows = self.layout.shard_rows
+            self._check(range(start // rows, -(-stop // rows)))
             out[...] = self._open_zarr()[start:stop]
         return out
 
@@ -133,6 +139,7 @@ class CacheArray:
         if not rows.size:
             return np.empty((0, *self.shape[1:]), self._stored)
         if not self.layout.ours:
+            self._check(np.unique(rows // self.layout.shard_rows).tolist())
             return np.asarray(self._open_zarr().oindex[rows])
         own = self.layout.raw and not self._remote
         return self._gather(rows) if own else self._collect(rows)
@@ -192,7 +199,22 @@ class CacheArray:
                 reader = self._shards[shard] = self._open_shard(shard)
             return reader
 
+    def _check(self, shards: Iterable[int]) -> None:
+        """Raise `IncompleteError` for the first of `shards` that is not committed."""
+        if self._journal is None:
+            return
+        name = f"{self.path.parent.name}/{self.path.name}"
+        for shard in shards:
+            if name not in self._journal.arrays_of(shard):
+                size = self.layout.shard_rows
+                last = min((shard + 1) * size, self.shape[0]) - 1
+                raise IncompleteError(
+                    f"rows {shard * size}-{last} of {name} are not committed (part {shard}); run "
+                    "the same `residua extract` again to finish this cache"
+                )
+
     def _open_shard(self, shard: int) -> ShardReader | RemoteShard:
+        self._check([shard])
         path = self.path / self.layout.shard_key(shard)
         if self._remote:
             return RemoteShard(path, self.layout)
@@ -212,3 +234,8 @@ class CacheArray:
                 found = FsspecStore.from_mapper(store.get_mapper(key))
             self._zarr = zarr.open_array(found, mode="r")
         return self._zarr
+
+
+def _again(path: Path, journal: Path | None) -> CacheArray:
+    """The array that was pickled."""
+    return CacheArray(path, None if journal is None else Journal(journal))

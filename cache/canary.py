@@ -1,5 +1,6 @@
 """Checks before anything is written: does the head reproduce the model, do rows stand alone?"""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from .head import Head
 from .headprobe import SMALL, probe_head, scaled, verify_head
 from .logits import RECOMPUTE, check_size
 from .logitserror import LogitsErrors, measure
+from .oom import is_out_of_memory, memory_errors
 from .programhead import ProgramHead
 from .record import record_head
 from .stack import Stack, logits_of, run
@@ -92,7 +94,7 @@ def examine(
     mode does not go with the vocabulary.
     """
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    with torch.inference_mode(), _memory(model, int(stream.lengths[:ROWS].max())):
         ids, other, fresh = _batches(stream, model, _vocabulary(model), device)
         stack = find_stack(model, ids, other)
         head, tensors, error = find_head(stack, ids, other, fresh)
@@ -114,6 +116,15 @@ def examine(
             _is_embedding(stack, fresh),
             dtypes,
         )
+
+
+def _memory(model: torch.nn.Module, length: int) -> AbstractContextManager[None]:
+    """Memory that runs out here, before any batch can be halved, is an error that says so."""
+    return memory_errors(
+        f"{type(model).__name__} cannot be checked: {ROWS} sequences of {LENGTH} tokens, or one of "
+        f"{length}, do not fit into memory beside the model; extract with a shorter --context, or "
+        "on another --device; other programs may also hold memory"
+    )
 
 
 def find_head(
@@ -152,7 +163,7 @@ def reexamine(model: torch.nn.Module, cache: ActivationCache) -> Stack:
     device = next(model.parameters()).device
     rows = int(min(cache.positions, ROWS * LENGTH))
     stream = TokenStream(cache.tokens[:rows], np.array([rows]), np.array([0]))
-    with torch.inference_mode():
+    with torch.inference_mode(), _memory(model, LENGTH):
         ids, other, fresh = _batches(stream, model, _vocabulary(model), device)
         stack = find_stack(model, ids, other)
         _prove(cache.head, stack, fresh, other)
@@ -258,7 +269,9 @@ def _padding_error(stack: Stack, ids: torch.Tensor) -> float:
     alone = stack.residuals(ids[:1, :short])
     try:
         many = stack.residuals(padded, mask)
-    except (TypeError, RuntimeError):
+    except (TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         return 1.0  # the model takes no mask: batches of equal length only
     return max(_change(a[0], b[0, :short]) for a, b in zip(alone, many, strict=True))
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from .axes import Axes
 from .errors import ModelError
+from .oom import is_out_of_memory
 from .stack import Stack, logits_of, run
 from .tree import tensors_of
 
@@ -44,6 +45,8 @@ def find_stack(model: nn.Module, ids: torch.Tensor, other: torch.Tensor) -> Stac
     try:
         output, found = run(model, ids), candidates(model, ids)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{name} cannot run on a batch of token ids (batch, length): {reason}"
@@ -74,6 +77,8 @@ def _doubt(stack: Stack, ids: torch.Tensor, other: torch.Tensor, want: torch.Ten
     try:
         got = stack.tail(stack.residuals(ids)[-1], other)
     except (ModelError, RuntimeError, ValueError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         return f"{stack.name}: {str(error).splitlines()[0]}"
     if torch.allclose(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max())):
         return None

@@ -28,7 +28,7 @@ from .jsonfile import read_json
 from .layout import STORED_DTYPES, Layout
 from .logits import LogitsArray, arrays_of
 from .manifest import CODEC, CaptureIdentity, Manifest, TokenIdentity
-from .oom import choose_batch_tokens
+from .oom import choose_batch_tokens, memory_errors
 from .place import as_path
 from .policy import keep
 from .replay import check, record
@@ -251,7 +251,11 @@ def load(request: Request, source: ModelSource) -> "torch.nn.Module":
     from .model import choose_device, load_model
 
     device = choose_device(request.device)
-    return load_model(source, device, request.attention, request.trust_remote_code)
+    with memory_errors(
+        f"{source.name} does not fit into the memory of {device}; take another --device, or a "
+        "checkpoint of lower precision"
+    ):
+        return load_model(source, device, request.attention, request.trust_remote_code)
 
 
 def _examine(

@@ -12,7 +12,6 @@ from .commits import Batches, commits
 from .disk import disk_errors
 from .errors import Interrupted
 from .grow import ancestor
-from .journal import merge, read_record
 from .layout import key_of
 from .lease import holder, lease
 from .place import is_remote
@@ -116,17 +115,11 @@ def _write(cache: ActivationCache, runner: PartRunner, part: int) -> Batches:
     with lease(cache.path / "leases", part) as mine:
         if not mine:
             return
-        held = _held(cache, part)
+        held = cache.journal.arrays_of(part)
         keys = tuple(key_of(name) for name in cache.target_names if name not in held)
         if keys:
             _sweep(cache, part)
             yield from runner.write_part(part, keys, held=mine)
-
-
-def _held(cache: ActivationCache, part: int) -> set[str]:
-    """Arrays that the records of `part` name; reads no other record."""
-    paths = [path for path in cache.journal.paths() if path.name.startswith(f"{part:08d}.")]
-    return {name for record in merge(map(read_record, paths)).values() for name in record.arrays}
 
 
 def _sweep(cache: ActivationCache, part: int) -> None:

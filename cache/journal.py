@@ -101,6 +101,14 @@ class Journal:
             self._records[path.name] = parse_record(raw, path)
         return merge(self._records[path.name] for path in paths)
 
+    def arrays_of(self, part: int) -> set[str]:
+        """Arrays that the records of `part` name; reads no other record."""
+        paths = [path for path in self.paths() if path.name.startswith(f"{part:08d}.")]
+        for path in paths:
+            if path.name not in self._records:
+                self._records[path.name] = read_record(path)
+        return {name for path in paths for name in self._records[path.name].arrays}
+
     def paths(self) -> list[Path]:
         """Files of the commit records, later ones of a part after the earlier."""
         return [path for _, path in self._list(r"(\d{8})(?:\.(\d+))?\.json")]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError
+from .oom import is_out_of_memory
 from .source import ModelSource
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def load_model(
                 **kwargs,
             )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{source.name} cannot be loaded as a causal language model: {reason}"

@@ -5,6 +5,7 @@ other batch size; they are the same again on a machine where the same batches fi
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -31,6 +32,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _SAYINGS)
+
+
+@contextmanager
+def memory_errors(message: str) -> Iterator[None]:
+    """Memory that runs out becomes a `ModelError` with `message`: what did not fit, what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{message} ({reason})") from error
 
 
 class Halving:

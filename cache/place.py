@@ -5,6 +5,7 @@ and conditional creation: of several who create one name, one succeeds.
 """
 
 import re
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +18,8 @@ from .errors import UsageError
 
 LOST = ("PreconditionFailed", "ConditionalRequestConflict")
 """What S3 servers say to all but one of those who create an object."""
+CREATE_ROUNDS = 8
+"""Times that two try to create one object; a store that lets both is found out at the first."""
 TRANSFERS = 8
 """Objects that are read or written at the same time."""
 
@@ -146,26 +149,35 @@ def total_bytes(path: Path) -> int:
 
 
 def check_creates(root: Path) -> None:
-    """Raise `UsageError` unless the store of `root` refuses to create an object twice.
+    """Raise `UsageError` unless of two who create one object in the store of `root` one is refused.
 
-    Some stores take no notice of the condition; two workers would then write one part.
+    Some stores take no notice of the condition, some have none, and some look only before they
+    write (OpenStack Swift): two workers would then write one part.
     """
-    import uuid
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(CREATE_ROUNDS):
+            probe = root / f".probe-{uuid.uuid4().hex}"
+            try:
+                refused = [code for code in pool.map(_refusal, [probe, probe]) if code is not None]
+            finally:
+                probe.unlink(missing_ok=True)
+            if refused != [""]:
+                said = refused[0] if refused else "it let two create one object"
+                raise UsageError(
+                    f"the store of {root} does not keep the condition `If-None-Match: *` ({said}), "
+                    "so that two workers could write one part; use a store that does, or a folder"
+                )
 
-    probe = root / f".probe-{uuid.uuid4().hex}"
+
+def _refusal(path: Path) -> str | None:
+    """None if `path` could be created, an empty word if it exists, else what the store lacks."""
     try:
-        for _ in range(2):
-            create(probe, b"")
-        said = "it creates an object that exists already"
+        create(path, b"")
     except FileExistsError:
-        return
+        return ""
     except (OSError, NotImplementedError) as error:
         said = f"{code_of(error)} {error}"
         if not re.search("not.?(implemented|supported)", said, re.IGNORECASE):
             raise
-    finally:
-        probe.unlink(missing_ok=True)
-    raise UsageError(
-        f"the store of {root} does not honour the condition `If-None-Match: *` ({said}), so that "
-        "two workers could write one part; use a store that does, or a folder"
-    )
+        return said
+    return None

@@ -35,6 +35,8 @@ SPLITS = ("train", "validation", "test")
 """Names of the splits; `sequences/split` holds the index into this tuple."""
 SLAB_ROWS = 128
 """Slabs of 64 to 256 rows, shuffled in a buffer, are as good as true random order."""
+WHOLE = ("tokens/", "sequences/", "context/", "contexts/")
+"""Beginnings of the names of arrays that are there before the first part."""
 BLOCK_BYTES = 16 << 20
 """Largest float32 block of one read; larger blocks cost twice the time per byte."""
 
@@ -155,8 +157,13 @@ class ActivationCache:
         return total_bytes(self.path)
 
     def array(self, name: str) -> CacheArray:
-        """A stored array by its name inside `arrays.zarr`, such as `tokens/ids`."""
-        return CacheArray(self.path / "arrays.zarr" / name)
+        """A stored array by its name inside `arrays.zarr`, such as `tokens/ids`.
+
+        Of arrays that are written part by part, rows that are not committed raise
+        `IncompleteError` when they are read.
+        """
+        by_parts = not name.startswith(WHOLE)
+        return CacheArray(self.path / "arrays.zarr" / name, self.journal if by_parts else None)
 
     def has(self, name: str) -> bool:
         """Whether there is an array of that name."""
@@ -356,7 +363,8 @@ class ActivationCache:
 
     @cached_property
     def _arrays(self) -> dict[int, CacheArray]:
-        return {layer: self.array(f"residual/{layer}") for layer in self.layers}
+        residual = self.path / "arrays.zarr" / "residual"  # complete: nothing to look up
+        return {layer: CacheArray(residual / str(layer)) for layer in self.layers}
 
     def _check(self, layer: int) -> int:
         self.check_complete()

@@ -52,8 +52,8 @@ class TextFile:
         """Keep the text as UTF-8; returns whether there is a `SEPARATOR`."""
         found, end = False, ""
         for text in _decoded(path):
-            found = found or SEPARATOR in end + text
-            end = text[1 - len(SEPARATOR) :]
+            found = found or SEPARATOR in (end := end + text)
+            end = end[1 - len(SEPARATOR) :]
             self._file.write(text.encode())
         return found
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from servers import HOST, Server, free_ports, make_bucket, running, until
@@ -60,43 +60,46 @@ def serve(folder: Path, seconds: float) -> Iterator[Server]:
     text = CONFIGURATION.format(fsid=fsid, host=HOST, monitor=monitor, port=port, folder=folder)
     (folder / "ceph.conf").write_text(text)
     environment = {**os.environ, "CEPH_CONF": str(folder / "ceph.conf")}
+    server = Server(f"http://{HOST}:{port}")
 
-    def call(*words: str, check: bool = True) -> bool:
-        done = subprocess.run(
-            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
-        )
-        if check and done.returncode:
+    def run(*words: str) -> None:
+        done = _call(words, folder, environment, seconds)
+        if done.returncode:
             raise RuntimeError(f"{' '.join(words)}: {done.stdout}{done.stderr}")
-        return done.returncode == 0
+
+    def registered() -> bool:
+        words = ("ceph", "--connect-timeout", "5", "osd", "new", disk)
+        return _call(words, folder, environment, seconds).returncode == 0
 
     with contextlib.ExitStack() as stack:
 
         def start(*command: str) -> None:
-            logs = folder / f"{command[0]}-output"
-            logs.mkdir()
-            stack.enter_context(running([command], logs, environment))
+            (folder / command[0]).mkdir()
+            stack.enter_context(running([command], folder / command[0], environment))
 
-        call(
-            "monmaptool", "--create", "--addv", "a", f"[v2:{HOST}:{monitor}]", "--fsid", fsid, "map"
-        )
-        call("ceph-mon", "--mkfs", "-i", "a", "--monmap", "map")
+        address = f"[v2:{HOST}:{monitor}]"
+        run("monmaptool", "--create", "--addv", "a", address, "--fsid", fsid, "map")
+        run("ceph-mon", "--mkfs", "-i", "a", "--monmap", "map")
         start("ceph-mon", "-f", "-i", "a")
-        until(
-            lambda: call("ceph", "--connect-timeout", "5", "osd", "new", disk, check=False),
-            seconds,
-            folder,
-        )
-        call("ceph-osd", "--mkfs", "-i", "0", "--osd-uuid", disk)
+        until(registered, seconds, folder / "ceph-mon")
+        run("ceph-osd", "--mkfs", "-i", "0", "--osd-uuid", disk)
         start("ceph-osd", "-f", "-i", "0")
-        server = Server(f"http://{HOST}:{port}")
-        call(
+        reader, secret = server.reader
+        run(
             "radosgw-admin", "user", "create", "--uid", "residua", "--display-name", "residua",
             "--access-key", server.key, "--secret-key", server.secret,
         )  # fmt: skip
-        reader, secret = server.reader
-        call(
+        run(
             "radosgw-admin", "subuser", "create", "--uid", "residua", "--subuser", reader,
             "--access", "read", "--key-type", "s3", "--access-key", reader, "--secret", secret,
         )  # fmt: skip
         start("radosgw", "-f", "-n", "client.rgw")
-        yield make_bucket(server, seconds, folder)
+        yield make_bucket(server, seconds, folder / "radosgw")
+
+
+def _call(
+    words: Sequence[str], folder: Path, environment: dict[str, str], seconds: float
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
+    )

@@ -1,4 +1,4 @@
-"""S3 servers on the loopback interface: moto in every run, Ceph and OpenStack Swift where installed.
+"""S3 servers on the loopback interface: moto in every run, Ceph and Swift where installed.
 
 As a script it runs one until its standard input ends, so that no server outlives its test:
 `python tests/servers.py moto|radosgw|swift` prints one JSON line when the server answers.

@@ -1,6 +1,8 @@
 """Claims about commit records: what they name is data, and nothing else is."""
 
+import pickle
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,41 @@ def test_a_part_without_its_record_is_not_data(tiny_cache, part):
             read()
     with pytest.raises(IncompleteError):
         cache.logits()
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_rows_without_a_record_cannot_be_read_from_the_stored_array_either(tiny_cache, codec):
+    path = tiny_cache.path / "arrays.zarr/residual/0"
+    if codec == "zstd":
+        _compress(path)
+    record = tiny_cache.committed[1]
+    cache = uncommit(tiny_cache, 1)
+    (path / "c/1/0").unlink(missing_ok=True)  # zarr reads zeros
+    array = cache.array("residual/0")
+    np.testing.assert_array_equal(array[:256], np.zeros((256, 4)))
+    np.testing.assert_array_equal(array.take(np.array([599, 512])), np.zeros((2, 4)))
+    for one in (array, pickle.loads(pickle.dumps(array))):
+        for key in (slice(0, 300), 256, [3, 511], slice(None), slice(500, 600)):
+            with pytest.raises(IncompleteError, match="rows 256-511 of residual/0 are not"):
+                one[key]
+    assert len(cache.array("tokens/ids")[:]) == ROWS
+    Journal(cache.path / "journal").commit(record)
+    with pytest.raises(CorruptError) if codec == "raw" else nullcontext():
+        array[300]  # a part that was committed since is looked for on the disk
+
+
+def _compress(path: Path) -> None:
+    """The array at `path` in the same shards, compressed."""
+    import zarr
+    from zarr.codecs import ZstdCodec
+
+    old = zarr.open_array(path, mode="r")
+    values, names = np.asarray(old[:]), old.metadata.dimension_names  # pyright: ignore
+    zarr.create_array(
+        path, shape=values.shape, dtype=values.dtype, chunks=(64, 4), shards=(256, 4),
+        compressors=(ZstdCodec(),), dimension_names=names, attributes=dict(old.attrs),
+        overwrite=True,
+    )[:] = values  # fmt: skip
 
 
 def test_a_part_that_is_written_again_gives_the_same_files(tiny_cache):

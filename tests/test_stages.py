@@ -266,6 +266,37 @@ def test_a_model_that_fits_with_no_sequence_at_all_is_a_clear_error(
         residua.extract(str(model_folder), str(texts_file), root=tmp_path, context=64)
 
 
+@pytest.mark.parametrize(("longest", "message"), [
+    (10, "4 sequences of 48 tokens"), (100, "or one of 128, do not fit"),
+])  # fmt: skip
+def test_a_check_of_the_model_that_does_not_fit_says_what_to_do(
+    model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    longest: int, message: str,
+) -> None:  # fmt: skip
+    whole = Stack.residuals
+
+    def residuals(self: Stack, ids: torch.Tensor, mask: Any = None) -> Any:
+        if ids.shape[1] > longest:
+            torch.empty(1 << 60, dtype=torch.uint8)  # more than any machine has
+        return whole(self, ids, mask)
+
+    monkeypatch.setattr(Stack, "residuals", residuals)
+    with pytest.raises(ModelError, match=f"{message}.* shorter --context.*another --device"):
+        residua.extract(str(model_folder), str(texts_file), root=tmp_path, context=128)
+    assert not list(tmp_path.glob("*/manifest.json"))
+
+
+def test_a_model_larger_than_the_memory_is_a_clear_error(
+    model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def to(*_: object, **__: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    with pytest.raises(ModelError, match="does not fit into the memory of cpu; take another"):
+        residua.extract(str(model_folder), str(texts_file), root=tmp_path)
+
+
 class Greedy:
     """A stack of which `limit` tokens of residuals fit into memory at once, alive ones counted."""
 

@@ -1,0 +1,59 @@
+"""Peak memory does not grow with the tokens while a cache is made."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from residua.cache.columns import BLOCK
+from residua.cache.data import load_documents
+
+MAKE = """
+import re, sys
+from pathlib import Path
+from residua.cache.extract import run
+from residua.cache.request import Request
+
+model, data, root, pack = sys.argv[1:]
+# A share without any part: the cache is made, with all its tables, and left empty.
+done = run(Request(model, data, Path(root), context=128, pack=pack == "True", part="999999/999999"))
+# Not ru_maxrss, which begins with what the parent had.
+peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
+print(done.cache.positions, peak)
+"""
+
+
+def write(path: Path, documents: int) -> Path:
+    """Texts of about 250 tokens with a label each."""
+    rng = np.random.default_rng(0)
+    words = "the a cat dog sat ran on under mat tree and then it was big red blue house".split()
+    with path.open("w") as file:
+        for number in range(documents):
+            text = " ".join(rng.choice(words, 100))
+            file.write(json.dumps({"text": text, "grade": number, "kind": text[:3]}) + "\n")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", [True, False])
+def test_ten_times_the_tokens_take_no_more_memory(
+    model_folder: Path, tmp_path: Path, pack: bool
+) -> None:
+    def make(documents: int) -> tuple[int, int]:
+        data = write(tmp_path / f"{documents}.jsonl", documents)
+        # `datasets` turns the lines into a file that it maps, once, 10 MB at a time.
+        load_documents(str(data))
+        args = [model_folder, data, tmp_path / "root", pack]
+        command = [sys.executable, "-c", MAKE, *map(str, args)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        positions, peak = map(int, out.split())
+        return positions, peak
+
+    few, small = make(4000)
+    many, large = make(40_000)
+    assert many > 9.5 * few
+    assert few > 1.5 * BLOCK
+    assert large < 1.05 * small, f"{small} kB for {few} tokens, {large} kB for {many}"
