@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -370,6 +371,8 @@ def _create(
         record(canary.stack, stream, folder)
 
     provenance = {**_provenance(model, canary.report()), "revision": source.revision}
+    if request.codec != "raw":  # other versions may compress to other bytes
+        provenance["versions"]["numcodecs"] = version("numcodecs")
     path = create_cache(
         root, manifest, stream, stream.digests()[1], canary.dtypes, write_head, provenance,
         canary.logits.dtype,
