@@ -79,6 +79,7 @@ def details(value: dict[str, Any]) -> None:
         ("size", size(value["bytes"])),
         ("model", f"{value['model']}  ({model['architecture']}, weights {model['weights'][:12]})"),
         ("data", value["data"]),
+        *((f"{name} is at", place) for name, place in value["origin"].items()),
         ("positions", f"{value['positions']:,} in {value['sequences']:,} sequences"),
         ("tokens", f"{'packed to' if tokens['packed'] else 'rows of at most'} {tokens['context']}"),
         ("splits", ", ".join(f"{k} {v:,}" for k, v in value["splits"].items()) + " sequences"),

@@ -21,6 +21,7 @@ from .jsonfile import file_digest, sync_folder, write_json
 from .layout import Layout
 from .lease import FileLease, Lease, exclusive, try_lock
 from .manifest import Manifest
+from .origin import FILE as ORIGIN
 from .place import TRANSFERS, is_remote, upload
 from .shard import ShardWriter
 from .tables import tables
@@ -155,6 +156,7 @@ def _attributes(stream: TokenStream, name: str) -> dict[str, Any]:
 def _plain_files(folder: Path) -> list[Path]:
     """Files that are not shards: manifest, provenance, head and array metadata."""
     files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in files if path.name != ORIGIN]
     return sorted(p for p in files if "arrays.zarr" not in p.parts or p.name == "zarr.json")
 
 

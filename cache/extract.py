@@ -3,8 +3,8 @@
 texts -> tokens -> is it there? -> model -> checks -> empty cache -> parts
 """
 
+import json
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,6 +27,7 @@ from .jsonfile import read_json
 from .layout import STORED_DTYPES, Layout
 from .manifest import CaptureIdentity, Manifest, TokenIdentity
 from .oom import choose_batch_tokens, memory_errors
+from .origin import public_name, write_origin
 from .place import as_path
 from .policy import keep
 from .replay import check, record
@@ -322,14 +323,15 @@ def _create(
         canary.head.vocab,
         canary.stack.depth,
         request.batch_tokens or choose_batch_tokens(canary.stack, stream, _itemsize(canary)),
-        request.model,
-        request.data,
+        public_name(request.model),
+        public_name(request.data),
         extra={"pad": canary.pad, "causal": canary.causal, "embedding": canary.embedding},
     )
 
     def write_head(folder: Path) -> None:
         save_head(folder, source, canary)
         record(canary.stack, stream, folder)
+        write_origin(folder.parent, request.model, request.data)
 
     provenance = {**_provenance(model, canary.report()), "revision": source.revision}
     path = create_cache(
@@ -344,7 +346,21 @@ def save_head(folder: Path, source: ModelSource, canary: "Canary") -> None:
     source.tokenizer.save(str(folder / "tokenizer.json"))
     for name in ("config.json", "tokenizer_config.json"):
         if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+            (folder / name).write_bytes(_without_paths((source.folder / name).read_bytes()))
+
+
+def _without_paths(raw: bytes) -> bytes:
+    """A configuration without the place that it was once saved at; unchanged if it has none."""
+    value = json.loads(raw)
+    kept = _public(value)
+    return raw if kept == value else json.dumps(kept, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        hidden = ("_name_or_path", "name_or_path")
+        return {key: _public(found) for key, found in value.items() if key not in hidden}
+    return [_public(found) for found in value] if isinstance(value, list) else value
 
 
 def _extend(

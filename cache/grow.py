@@ -17,6 +17,7 @@ from .journal import Journal
 from .jsonfile import file_digest, read_json, sync_folder
 from .lease import exclusive, lease
 from .manifest import Manifest, TokenIdentity
+from .origin import read_origin, write_origin
 from .place import copy, is_remote
 from .store import ActivationCache
 from .tokens import TokenStream, concatenate
@@ -94,16 +95,19 @@ def add_tokens(cache: ActivationCache, tokens: TokenIdentity, stream: TokenStrea
         stream,
         hashes,
         dtypes,
-        partial(_copy_folder, cache.path / "head"),
+        partial(_copy_head, cache.path / "head"),
         provenance,
     )
     share_parts(cache, ActivationCache(path))
     return path
 
 
-def _copy_folder(source: Path, target: Path) -> None:
+def _copy_head(source: Path, target: Path) -> None:
+    """The folder `head/` of a cache, and where its model and data are."""
     for path in source.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
+    if origin := read_origin(source.parent):
+        write_origin(target.parent, **origin)
 
 
 def share_parts(old: ActivationCache, new: ActivationCache) -> None:
