@@ -21,11 +21,21 @@ def extracted(value: dict[str, Any]) -> None:
     if speeds := bandwidths(value["stages"]):
         print(f"  {speeds}")
     print(f"  {value['path']}")
+    _tell_cut(value["cut"])
     if value["complete"]:
         print(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
     else:
         done, parts = value["parts"]
         print(f"{done} of {parts} parts are there; the other shares are still to be run")
+
+
+def _tell_cut(cut: dict[str, int]) -> None:
+    """Say how much text was left out, if any."""
+    if cut["sequences"]:
+        print(
+            f"  {cut['sequences']:,} documents are longer than the context: {cut['tokens']:,} of "
+            "their tokens are left out (--context, or --pack)"
+        )
 
 
 def _contents(value: dict[str, Any]) -> str:
@@ -44,6 +54,7 @@ def estimated(value: dict[str, Any]) -> None:
     fits = "fits" if value["fits"] else "does NOT fit"
     print(f"{size(value['bytes'])} in all, largest {value['largest']}")
     print(f"{fits} into {size(value['free'])} free")
+    _tell_cut(value["cut"])
 
 
 def differing(one: str, other: str, found: Sequence[dict[str, Any]]) -> None:

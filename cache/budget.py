@@ -1,7 +1,7 @@
 """Bytes of a cache before it is made: per array, to the byte, and whether they fit."""
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ class Estimate:
     """Number of shard files."""
     free: int | None
     """Free bytes at the root; None in an object store, which has no end."""
+
+    cut: dict[str, int] = field(default_factory=dict)
+    """How many `sequences` would lose how many `tokens` to the context."""
 
     @property
     def bytes(self) -> int:

@@ -63,6 +63,8 @@ class Extraction:
     """Positions written by this call."""
     seconds: float
     """Wall time of this call."""
+    cut: dict[str, int]
+    """How many `sequences` of the request lost how many `tokens` to the context."""
     stages: Stages = field(default_factory=Stages)
     """How busy forward, copy and write were; with a scheduler, of all workers together."""
 
@@ -79,6 +81,7 @@ class Extraction:
             "bytes": self.cache.bytes,
             "head_error": self.head_error,
             "written": self.written,
+            "cut": self.cut,
             "seconds": round(self.seconds, 3),
             "stages": self.stages.to_dict(),
         }
@@ -157,7 +160,8 @@ def run(
     if request.part is None:
         cache.check_complete()
     error = read_json(cache.path / "provenance.json")["canary"]["head_error"]
-    return Extraction(cache, status, error, written, time.perf_counter() - began, stages)
+    seconds = time.perf_counter() - began
+    return Extraction(cache, status, error, written, seconds, stream.cut_counts, stages)
 
 
 def plan(request: Request, progress: Progress | None = None) -> Estimate:
@@ -170,7 +174,7 @@ def plan(request: Request, progress: Progress | None = None) -> Estimate:
         canary, stream = _shortened(request, source, model, stream, root)
     else:
         canary = _examine(request, source, model, stream)
-    return _estimate(request, canary, stream, root)
+    return replace(_estimate(request, canary, stream, root), cut=stream.cut_counts)
 
 
 def find(request: Request, progress: Progress | None = None) -> Resolution:
@@ -333,7 +337,11 @@ def _create(
         record(canary.stack, stream, folder)
         write_origin(folder.parent, request.model, request.data)
 
-    provenance = {**_provenance(model, canary.report()), "revision": source.revision}
+    provenance = {
+        **_provenance(model, canary.report()),
+        "revision": source.revision,
+        "cut": stream.cut_counts,
+    }
     path = create_cache(
         root, manifest, stream, stream.digests()[1], canary.dtypes, write_head, provenance
     )

@@ -72,6 +72,7 @@ def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]
         {name: cache.array(name) for name in stream.of_tokens if cache.has(name)},
         {name: cache.array(name)[:] for name in stream.of_sequences if cache.has(name)},
         {name: words for name in stream.categories if (words := cache.categories(name))},
+        cut=None if stream.cut is None else np.zeros(len(cache.sequence_length), np.int64),
     )
     return concatenate(held, stream.select(np.array(lacking)))
 
@@ -88,6 +89,9 @@ def add_tokens(cache: ActivationCache, tokens: TokenIdentity, stream: TokenStrea
     )  # fmt: skip
     dtypes = {layer: cache.layer(layer).layout.logical_dtype for layer in cache.layers}
     provenance = {**read_json(cache.path / "provenance.json"), EXTENDS: cache.id}
+    if "cut" in provenance:
+        more = stream.cut_counts
+        provenance["cut"] = {name: n + more[name] for name, n in provenance["cut"].items()}
     _, hashes = stream.digests()
     path = create_cache(
         cache.path.parent,
