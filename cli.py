@@ -37,8 +37,12 @@ def main() -> None:
               "[default: all]")  # fmt: skip
 @click.option("--positions", default="all", show_default=True, help="Positions to keep: all, "
               "last, sample:K, answer or explicit (columns `answer`, `positions`).")  # fmt: skip
+@click.option("--logits", default="recompute", show_default=True, help="Logits to keep: recompute "
+              "(none, the head gives them), topk:K or full.")  # fmt: skip
 @click.option("--max-tokens", type=int, help="Stop after this many tokens, at a sequence's end.")
 @click.option("--max-bytes", type=int, help="Stop where the cache would have more bytes.")
+@click.option("--codec", default="raw", show_default=True, help="How chunks are kept: raw, which "
+              "reads fastest, or compact, for cold storage.")  # fmt: skip
 @click.option("--dtype", default="auto", show_default=True, help="Stored dtype: auto, float16, "
               "bfloat16 or float32.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of documents.")
@@ -70,6 +74,8 @@ def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **opt
     residua extract ./my-model books.txt --context 512 --root caches
     residua extract ./my-model prompts.csv --text-column prompt --no-pack
     residua extract gpt2 texts.jsonl --layers 0,6 --max-bytes 50000000000 --dry-run
+    residua extract gpt2 texts.jsonl --logits topk:64
+    residua extract gpt2 texts.jsonl --codec compact --dtype bfloat16
     """
     from residua.analysis.messages import estimated, extracted
     from residua.analysis.terminal import bandwidths, meter
@@ -200,6 +206,7 @@ def repair(root: Path, quiet: bool, cache: str, model: str | None, device: str) 
 @click.option("--layers", type=NUMBERS, help="Layers to write.  [default: all]")
 @click.option("--split", default="all", show_default=True, help="train, validation, test or all.")
 @click.option("--dtype", help="float16, bfloat16 or float32.  [default: as stored]")
+@click.option("--logits/--no-logits", default=True, help="Write the logits that the cache keeps.")
 @command
 def export(root: Path, quiet: bool, cache: str, folder: Path, **options: Any) -> Any:
     """Write CACHE into the new FOLDER as plain safetensors or .npy files, for other tools.

@@ -53,7 +53,10 @@ def estimated(value: dict[str, Any]) -> None:
     )
     fits = "fits" if value["fits"] else "does NOT fit"
     print(f"{size(value['bytes'])} in all, largest {value['largest']}")
-    print(f"{fits} into {size(value['free'])} free")
+    if value["slack"]:
+        print(f"compression is measured on the first rows; {size(value['slack'])} more are allowed")
+    if value["free"] is not None:  # an object store has no end
+        print(f"{fits} into {size(value['free'])} free")
     _tell_cut(value["cut"])
 
 
@@ -87,7 +90,7 @@ def details(value: dict[str, Any]) -> None:
         ("cache", value["cache"]),
         ("path", value["path"]),
         ("state", value["state"]),
-        ("size", size(value["bytes"])),
+        ("size", f"{size(value['bytes'])}, {value['codec']}"),
         ("model", f"{value['model']}  ({model['architecture']}, weights {model['weights'][:12]})"),
         ("data", value["data"]),
         *((f"{name} is at", place) for name, place in value["origin"].items()),
@@ -111,6 +114,22 @@ def details(value: dict[str, Any]) -> None:
     layers = value["layer_arrays"]
     body = [(int(k), v["dtype"], v["absmax"], v["nonfinite"]) for k, v in layers.items()]
     table("", ("layer", "dtype", "absmax", "non-finite"), body)
+    if "logits" in canary:  # older caches have not measured them
+        logits_errors(capture["logits"], canary["logits"])
+
+
+def logits_errors(mode: str, measured: dict[str, Any]) -> None:
+    """What each logits mode costs; the cache's own is marked."""
+    rows = [
+        (
+            f"{name} *" if name == mode else name, error["dtype"], error["bytes"],
+            error["kl_mean"], error["kl_max"], f"{error['flips']} of {measured['rows']}",
+            error["relative_error"], error["tail_mass"],
+        )
+        for name, error in measured["modes"].items()
+    ]  # fmt: skip
+    columns = ("logits", "dtype", "bytes", "KL mean", "KL max", "flips", "rel. error", "tail mass")
+    table(f"logits against the model's, KL in nats (* this cache: {mode})", columns, rows)
 
 
 def verified(found: "Verification") -> None:

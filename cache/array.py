@@ -1,4 +1,4 @@
-"""Reads one array of a cache: memory-mapped shards where they are raw, else through zarr.
+"""Reads one array of a cache: memory-mapped shards, raw or compact; other codecs through zarr.
 
 Shards in an object store are read by ranged requests.
 """
@@ -16,6 +16,7 @@ from .errors import CorruptError, IncompleteError
 from .half import decode_into
 from .journal import Journal
 from .layout import ArrayLayout
+from .packed import PackedShardReader
 from .place import as_path, is_remote, store_of
 from .remoteshard import RemoteShard
 from .shard import ShardReader
@@ -85,7 +86,7 @@ class CacheArray:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop`; floats come as float32."""
-        if not self.layout.raw:
+        if not self.layout.ours:
             return decode(self.read_stored(start, stop), self.layout.logical_dtype)
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         self._read(start, stop, out)
@@ -95,7 +96,7 @@ class CacheArray:
         """Rows `start:stop` as they are stored (bfloat16 as uint16), into `out` if given."""
         if out is None:
             out = np.empty((stop - start, *self.shape[1:]), self._stored)
-        if self.layout.raw:
+        if self.layout.ours:
             self._read(start, stop, out)
         else:
             rows = self.layout.shard_rows
@@ -137,13 +138,14 @@ class CacheArray:
             raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
         if not rows.size:
             return np.empty((0, *self.shape[1:]), self._stored)
-        if not self.layout.raw:
+        if not self.layout.ours:
             self._check(np.unique(rows // self.layout.shard_rows).tolist())
             return np.asarray(self._open_zarr().oindex[rows])
-        return self._collect(rows) if self._remote else self._gather(rows)
+        own = self.layout.raw and not self._remote
+        return self._gather(rows) if own else self._collect(rows)
 
     def _collect(self, rows: np.ndarray) -> np.ndarray:
-        """Rows of chunks that are fetched one group after the other."""
+        """Rows of chunks that are fetched or decoded, each once."""
         out = np.empty((len(rows), *self.shape[1:]), self._stored)
         chunks, inside = np.divmod(rows, self.layout.chunk_rows)
         order = np.argsort(chunks, kind="stable")
@@ -216,7 +218,8 @@ class CacheArray:
         path = self.path / self.layout.shard_key(shard)
         if self._remote:
             return RemoteShard(path, self.layout)
-        reader = ShardReader(path, self.layout, self._checked.get(shard))
+        kind = PackedShardReader if self.layout.compact else ShardReader
+        reader = kind(path, self.layout, self._checked.get(shard))
         self._checked[shard] = reader.checked
         return reader
 

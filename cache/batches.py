@@ -30,12 +30,14 @@ def plan_part(
     batch_tokens: int,
     pad: bool = True,
     sizes: np.ndarray | None = None,
+    window_rows: int | None = None,
 ) -> list[Batch]:
     """Batches for `part`, in the order in which they should run.
 
     `starts` and `lengths` are rows of the cache, `sizes` tokens that the model reads (default:
     the lengths). `batch_tokens` bounds sequences times longest size. Without `pad` only
-    sequences of equal size share a batch.
+    sequences of equal size share a batch. `window_rows` is where sorting ends (default:
+    `WINDOW_CHUNKS` chunks).
     """
     if not len(starts):
         return []
@@ -51,7 +53,7 @@ def plan_part(
     alone = last > first and starts[last - 1] + lengths[last - 1] > end
     sizes = lengths if sizes is None else sizes
     inside = np.arange(first, last - 1 if alone else last)
-    window = (starts[inside] - begin) // (WINDOW_CHUNKS * layout.chunk_rows)
+    window = (starts[inside] - begin) // (window_rows or WINDOW_CHUNKS * layout.chunk_rows)
     order = inside[np.lexsort((inside, -sizes[inside], window))]
     batches += _group(
         order, sizes, window[order - first] if len(order) else window, batch_tokens, pad

@@ -1,6 +1,7 @@
 """Bytes of a cache before it is made: per array, to the byte, and whether they fit."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .layout import (
     TABLE_CHUNKS_PER_SHARD,
     Layout,
 )
+from .logits import LogitsArray
 from .place import is_remote
 from .tables import SPAN_DTYPES, TABLE_DTYPES
 from .tokens import TokenStream
@@ -23,6 +25,8 @@ SPARE_BYTES = 64 << 20
 """Free space that is left on the disk."""
 SMALL_FILES = 1 << 18
 """Allowance for JSON files and array metadata."""
+RATIO_SLACK = 0.15
+"""Share by which compressed bytes may exceed what the first rows promise."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Estimate:
     """Number of shard files."""
     free: int | None
     """Free bytes at the root; None in an object store, which has no end."""
-
+    slack: int = 0
+    """Bytes by which a compact cache may be larger than was measured on its first rows."""
     cut: dict[str, int] = field(default_factory=dict)
     """How many `sequences` would lose how many `tokens` to the context."""
 
@@ -46,12 +51,17 @@ class Estimate:
         return sum(self.arrays.values())
 
     @property
+    def most(self) -> int:
+        """Bytes that are reckoned with."""
+        return self.bytes + self.slack
+
+    @property
     def largest(self) -> str:
         return max(self.arrays, key=lambda name: self.arrays[name])
 
     @property
     def fits(self) -> bool:
-        return self.free is None or self.bytes + SPARE_BYTES <= self.free
+        return self.free is None or self.most + SPARE_BYTES <= self.free
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `residua extract --dry-run`."""
@@ -70,25 +80,38 @@ class Estimate:
 
 def estimate(
     root: Path, layout: Layout, d_model: int, dtypes: dict[int, str], positions: int,
-    sequences: int, head_bytes: int, context_tokens: int = 0,
+    sequences: int, head_bytes: int, context_tokens: int = 0, logits: Sequence[LogitsArray] = (),
+    ratios: Mapping[str, float] | None = None,
 ) -> Estimate:  # fmt: skip
-    """What `positions` rows of the layers in `dtypes` take, with tokens and head.
+    """What `positions` rows of the layers in `dtypes` and of `logits` take, with tokens and head.
 
-    `context_tokens` are those of whole sequences, where only some positions are kept.
+    `context_tokens` are those of whole sequences, where only some positions are kept; `ratios` are
+    compressed over raw bytes by array, empty for raw caches.
     """
+    ratios, slack = ratios or {}, 0.0
     arrays = {"head": head_bytes + SMALL_FILES}
     if context_tokens:
         arrays["context/ids"] = 4 * context_tokens
+    rows: dict[str, tuple[int, int]] = {}
     for layer, dtype in dtypes.items():
         row = np.dtype(STORED_DTYPES[dtype]).itemsize * d_model
-        arrays[f"residual/{layer}"] = _array(positions, layout.chunk_rows, layout.part_rows, row)
+        rows[f"residual/{layer}"] = layout.chunk_rows, row
+    for array in logits:
+        rows[array.name] = layout.chunk_of(array.row_bytes), array.row_bytes
+    for name, (chunk, row) in rows.items():
+        raw = arrays[name] = _array(positions, chunk, layout.part_rows, row)
+        if name in ratios:
+            # The zeros after the last row compress to nothing.
+            padding, saved = -positions % chunk * row, (1 - ratios[name]) * positions * row
+            arrays[name] = raw - padding - round(saved)
+            slack += min(RATIO_SLACK * arrays[name], max(0.0, saved))
     for name, dtype in (TABLE_DTYPES | SPAN_DTYPES).items():
-        rows = positions if name.startswith("tokens/") else sequences
-        chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, rows - 1).bit_length())
+        count = positions if name.startswith("tokens/") else sequences
+        chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, count - 1).bit_length())
         shard = chunk * TABLE_CHUNKS_PER_SHARD
-        arrays[name] = _array(rows, chunk, shard, np.dtype(dtype).itemsize)
-    files = layout.parts(positions) * len(dtypes)
-    return Estimate(positions, sequences, arrays, files, _free(root))
+        arrays[name] = _array(count, chunk, shard, np.dtype(dtype).itemsize)
+    files = layout.parts(positions) * (len(dtypes) + len(logits))
+    return Estimate(positions, sequences, arrays, files, _free(root), round(slack))
 
 
 def _free(root: Path) -> int | None:
@@ -109,7 +132,8 @@ def _array(rows: int, chunk_rows: int, shard_rows: int, row_bytes: int) -> int:
 
 def shorten(
     stream: TokenStream, limit: int, root: Path, layout: Layout, d_model: int,
-    dtypes: dict[int, str], head_bytes: int,
+    dtypes: dict[int, str], head_bytes: int, logits: Sequence[LogitsArray] = (),
+    ratios: Mapping[str, float] | None = None,
 ) -> TokenStream:  # fmt: skip
     """The longest beginning of `stream`, in whole sequences, whose cache has `limit` bytes."""
     ends = np.cumsum(stream.kept)
@@ -118,8 +142,8 @@ def shorten(
         positions = int(ends[sequences - 1])
         tokens = 0 if stream.runs is None else int(stream.lengths[:sequences].sum())
         return estimate(
-            root, layout, d_model, dtypes, positions, sequences, head_bytes, tokens
-        ).bytes
+            root, layout, d_model, dtypes, positions, sequences, head_bytes, tokens, logits, ratios
+        ).most
 
     low, high = 0, len(ends)
     while low < high:

@@ -1,7 +1,7 @@
 """Checks before anything is written: does the head reproduce the model, do rows stand alone?"""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,11 +9,12 @@ import torch
 
 from .columns import blocks
 from .create import choose_dtype
-from .decode import decode, encode
 from .discover import find_stack
 from .errors import HeadMismatchError, ModelError
 from .head import Head
 from .headprobe import SMALL, probe_head, scaled, verify_head
+from .logits import RECOMPUTE, check_size
+from .logitserror import LogitsErrors, measure
 from .oom import is_out_of_memory, memory_errors
 from .programhead import ProgramHead
 from .record import record_head
@@ -44,8 +45,8 @@ class Canary:
     """The head's tensors in the model's own dtype."""
     head_error: float
     """Largest |head(layer L) - logits| over the largest |logit|, on other tokens."""
-    stored_kl: float
-    """KL in nats per position from the model to the head on layer L as stored."""
+    logits: LogitsErrors
+    """How far each logits mode is from the model."""
     padding_error: float
     """Largest relative change of a residual when its row is padded on the right."""
     causal: bool
@@ -56,6 +57,8 @@ class Canary:
     """Whether layer 0 follows from its own token: False if something mixes before the blocks."""
     dtypes: dict[int, str]
     """Stored dtype of each layer, from the calibrated absmax."""
+    ratios: dict[str, float] = field(default_factory=dict)
+    """Compressed over raw bytes by array, where the cache is to be compact."""
 
     @property
     def pad(self) -> bool:
@@ -63,23 +66,39 @@ class Canary:
         limit = PADDING_TOLERANCE.get(_dtype(self.stack.model), 1e-4)
         return self.padding_error <= limit
 
+    @property
+    def stored_kl(self) -> float:
+        """KL in nats per position from the model to the head on layer L as stored."""
+        return self.logits.modes[RECOMPUTE].kl_mean
+
     def report(self) -> dict[str, object]:
         """The measured numbers, for `provenance.json` and people."""
-        skip = {"stack", "head", "tensors", "dtypes"}
+        skip = {"stack", "head", "tensors", "dtypes", "logits", "ratios"}
         shown = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in skip}
-        return {**shown, "dtypes": {str(k): v for k, v in self.dtypes.items()}}
+        dtypes = {str(k): v for k, v in self.dtypes.items()}
+        more = {"stored_kl": self.stored_kl, "logits": self.logits.to_dict(), "dtypes": dtypes}
+        return {**shown, **more}
 
 
-def examine(model: torch.nn.Module, stream: TokenStream, compute_dtype: str, policy: str) -> Canary:
+def examine(
+    model: torch.nn.Module,
+    stream: TokenStream,
+    compute_dtype: str,
+    policy: str,
+    logits: str = RECOMPUTE,
+) -> Canary:
     """Find stack and head of `model` and measure them on the first sequences of `stream`.
 
-    Raises `ModelError` or `HeadMismatchError` with the reason if either is not the model's.
+    `logits` is the mode that is measured beside its alternatives. Raises `ModelError` or
+    `HeadMismatchError` with the reason if stack or head is not the model's, `UsageError` if the
+    mode does not go with the vocabulary.
     """
     device = next(model.parameters()).device
     with torch.inference_mode(), _memory(model, int(stream.lengths[:ROWS].max())):
         ids, other, fresh = _batches(stream, model, _vocabulary(model), device)
         stack = find_stack(model, ids, other)
         head, tensors, error = find_head(stack, ids, other, fresh)
+        check_size(logits, head.vocab)
         real = torch.from_numpy(stream.sequence(0).astype(np.int64))[None].to(device)
         _check_repeats(stack, real)
         batch_error = _batch_error(stack, fresh)
@@ -90,7 +109,7 @@ def examine(model: torch.nn.Module, stream: TokenStream, compute_dtype: str, pol
             head,
             tensors,
             error,
-            _stored_kl(head, stack, fresh, dtypes[stack.depth]),
+            _logits_errors(head, stack, ids, dtypes[stack.depth], policy, logits),
             _padding_error(stack, fresh),
             _is_causal(stack, fresh),
             batch_error,
@@ -195,12 +214,19 @@ def calibrate(stack: Stack, stream: TokenStream, device: torch.device) -> list[f
     return absmax
 
 
-def _stored_kl(head: Head, stack: Stack, ids: torch.Tensor, dtype: str) -> float:
-    hidden = stack.residuals(ids)[-1].float().cpu().numpy()
-    stored = decode(encode(hidden, dtype), dtype)
-    p = torch.log_softmax(logits_of(run(stack.model, ids)).double().cpu(), -1)
-    q = torch.log_softmax(torch.from_numpy(head.logits(stored)).double(), -1)
-    return float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0))
+def _logits_errors(
+    head: Head, stack: Stack, ids: torch.Tensor, dtype: str, policy: str, mode: str
+) -> LogitsErrors:
+    """Every logits mode against the model, on real tokens; layer L is stored in `dtype`."""
+    ids = ids[:2]
+    hidden = stack.residuals(ids)[-1].float().flatten(0, 1).cpu().numpy()
+    model = logits_of(run(stack.model, ids)).float().flatten(0, 1).cpu().numpy()
+
+    def choose(absmax: float) -> str:
+        # The head computes in float32 whatever the model ran in.
+        return choose_dtype(absmax, "float32", policy)
+
+    return measure(head, hidden, model, dtype, choose, mode)
 
 
 def _change(one: torch.Tensor, many: torch.Tensor) -> float:

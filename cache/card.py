@@ -46,6 +46,7 @@ layer into logits. Probes and lenses are fitted from it without the model.
 | layers | {layers} of 0-{depth}; 0 is the embedding output, {depth} the last block |
 | norm | layer {depth} is **before** the final norm |
 | width, vocabulary | {d_model:,}, {vocab:,} |
+| stored | {codec} chunks; logits: {logits} |
 | dtype | {dtypes}; the model ran in {compute_dtype} |
 | non-finite values | {nonfinite} |
 | size | {gigabytes:.3g} GB |
@@ -109,6 +110,8 @@ def card(cache: ActivationCache, repo_id: str) -> str:
         d_model=cache.d_model,
         vocab=cache.vocab,
         dtypes=_dtypes(dtypes),
+        codec=manifest.codec,
+        logits=manifest.capture.logits,
         compute_dtype=manifest.capture.compute_dtype,
         nonfinite=sum(s.nonfinite for r in cache.committed.values() for s in r.arrays.values()),
         gigabytes=cache.bytes / 1e9,

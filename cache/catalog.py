@@ -94,8 +94,9 @@ def describe(cache: ActivationCache) -> dict[str, Any]:
     manifest = cache.manifest
     splits = {name: len(cache.split(name)) for name in ("train", "validation", "test")}
     layers = {}
-    for layer in range(manifest.depth + 1):
-        records = [r.arrays[f"residual/{layer}"] for r in cache.committed.values()]
+    for layer in cache.target_layers:
+        name = f"residual/{layer}"
+        records = [r.arrays[name] for r in cache.committed.values() if name in r.arrays]
         layers[str(layer)] = {
             "dtype": cache.array(f"residual/{layer}").layout.logical_dtype,
             "absmax": max((record.absmax for record in records), default=None),
@@ -110,6 +111,8 @@ def describe(cache: ActivationCache) -> dict[str, Any]:
         "layout": manifest.layout.to_json(),
         "batch_tokens": manifest.batch_tokens,
         "layer_arrays": layers,
+        "logits": manifest.capture.logits,
+        "codec": manifest.codec,
         "head": {**cache.head.describe(), "geometry": cache.head.geometry},
         "provenance": read_json(cache.path / "provenance.json"),
         "origin": read_origin(cache.path),

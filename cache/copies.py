@@ -7,16 +7,21 @@ computed; who reads the rows waits for their event first.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from .layout import Key
 from .stages import Stages
 
 if TYPE_CHECKING:
     import torch
+
+    from .headpass import Taken
+
+    Arrays = Mapping[Key, torch.Tensor | Taken]
 
 DEPTH = 2
 """Batches whose residuals may lie on the device besides the one that is computed."""
@@ -41,6 +46,10 @@ class Rows:
     def part(self, place: int, length: int) -> "Rows":
         """The first `length` rows of sequence `place`."""
         return Rows(self.stored[place, :length], self.peaks[place], self.arrival)
+
+    def run(self, first: int, stop: int) -> "Rows":
+        """Rows `first:stop` where the rows of all sequences follow each other."""
+        return Rows(self.stored[first:stop], self.peaks[first:stop], self.arrival)
 
 
 class Waits(Protocol):
@@ -75,13 +84,13 @@ class HostCopies:
         self._stages = stages
 
     def take(
-        self, run: "Callable[[], list[torch.Tensor]]", dtypes: dict[int, str], tokens: int
-    ) -> dict[int, Rows]:
-        """The layers of `dtypes` among the residuals that `run` gives for `tokens` tokens."""
+        self, run: "Callable[[], Arrays]", dtypes: dict[Key, str], tokens: int
+    ) -> dict[Key, Rows]:
+        """The arrays of `dtypes` among those that `run` gives for `tokens` tokens."""
         began = time.perf_counter()
         hidden = run()
         computed = time.perf_counter()
-        rows = {layer: _to_host(hidden[layer], dtype) for layer, dtype in dtypes.items()}
+        rows = {layer: to_host(hidden[layer], dtype) for layer, dtype in dtypes.items()}
         count = sum(r.stored.nbytes for r in rows.values())
         self._stages.add("forward", computed - began, count, tokens)
         self._stages.add("copy", time.perf_counter() - computed, count)
@@ -91,16 +100,18 @@ class HostCopies:
         """Nothing is ever on its way."""
 
 
-def _to_host(hidden: "torch.Tensor", dtype: str) -> Rows:
+def to_host(hidden: "torch.Tensor | Taken", dtype: str) -> Rows:
     """Cast on the device, where it is fifteen times as fast as numpy's, then one copy."""
     cast, peaks = _cast(hidden, dtype)
     return Rows(_numpy(cast.cpu()), _numpy(peaks.cpu()))
 
 
-def _cast(hidden: "torch.Tensor", dtype: str) -> "tuple[torch.Tensor, torch.Tensor]":
-    """`hidden` in its stored dtype, and its float32 peaks."""
+def _cast(hidden: "torch.Tensor | Taken", dtype: str) -> "Taken":
+    """`hidden` in its stored dtype, and its float32 peaks; logits come with both."""
     import torch
 
+    if isinstance(hidden, tuple):
+        return hidden
     peaks = torch.maximum(hidden.amax(-1), -hidden.amin(-1)).float()
     return hidden.to(getattr(torch, dtype)), peaks
 
@@ -124,8 +135,8 @@ class CudaCopies:
         self._ring = Ring()
 
     def take(
-        self, run: "Callable[[], list[torch.Tensor]]", dtypes: dict[int, str], tokens: int
-    ) -> dict[int, Rows]:
+        self, run: "Callable[[], Arrays]", dtypes: dict[Key, str], tokens: int
+    ) -> dict[Key, Rows]:
         """As `HostCopies.take`, but the rows are still to arrive."""
         import torch
 
@@ -146,12 +157,14 @@ class CudaCopies:
         self._ring.add(arrival)
         return rows
 
-    def _copy(self, hidden: "torch.Tensor", dtype: str) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Start the copies of one layer; the host memory is theirs until the rows are dropped.
+    def _copy(self, hidden: "torch.Tensor | Taken", dtype: str) -> "Taken":
+        """Start the copies of one array; the host memory is theirs until the rows are dropped.
 
         torch keeps pinned memory for reuse, and hands it out again only after the copy's event.
         """
-        hidden.record_stream(self._stream)  # not to be reused for the next batch before the cast
+        for tensor in hidden if isinstance(hidden, tuple) else (hidden,):
+            # Not to be reused for the next batch before the cast.
+            tensor.record_stream(self._stream)
         cast, peaks = _cast(hidden, dtype)
         return _pinned(cast), _pinned(peaks)
 

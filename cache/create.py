@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,15 +18,17 @@ from .decode import decode, encode
 from .errors import UsageError
 from .journal import Journal, PartRecord, ShardRecord
 from .jsonfile import file_digest, sync_folder, write_json
-from .layout import Layout
+from .layout import Key, Layout, name_of
 from .lease import FileLease, Lease, exclusive, try_lock
+from .logits import arrays_of
 from .manifest import Manifest
 from .origin import FILE as ORIGIN
+from .packed import shard_writer
 from .place import TRANSFERS, is_remote, upload
 from .shard import ShardWriter
 from .tables import tables
 from .tokens import TokenStream
-from .writer import create_residual, write_table
+from .writer import create_logits, create_residual, write_table
 
 FP16_LIMIT = 16384.0
 """Calibrated absmax up to which a float32 or float16 layer is kept in float16."""
@@ -45,8 +47,9 @@ def create_cache(
     dtypes: Mapping[int, str],
     write_head: Callable[[Path], None],
     provenance: dict,
+    logits_dtype: str = "float16",
 ) -> Path:
-    """Write manifest, head, tokens and empty residual arrays, then rename the folder to its id.
+    """Write manifest, head, tokens and empty arrays of the parts, then rename the folder to its id.
 
     A cache folder with an id therefore always has all of these; a crash leaves only a
     `.new-*` folder. If another process made the same cache meanwhile, theirs stays. For an
@@ -66,8 +69,11 @@ def create_cache(
         }
         for layer, dtype in dtypes.items():
             create_residual(
-                store, layer, stream.positions, manifest.d_model, dtype, manifest.layout
-            )
+                store, layer, stream.positions, manifest.d_model, dtype, manifest.layout,
+                manifest.codec,
+            )  # fmt: skip
+        for array in arrays_of(manifest.capture.logits, manifest.vocab, logits_dtype):
+            create_logits(store, array, stream.positions, manifest.layout, manifest.codec)
         files = {p.relative_to(staging).as_posix(): file_digest(p) for p in _plain_files(staging)}
         Journal(staging / "journal").commit_base(record, files)
         publish(staging, target)
@@ -170,7 +176,7 @@ def choose_dtype(absmax: float, compute_dtype: str, policy: str) -> str:
 
 
 class PartWriter:
-    """Writes the rows of one part on every layer, then commits them at once.
+    """Writes the rows of one part of every array of `keys`, then commits them at once.
 
     Where a lease can be lost, `held` is looked at before anything appears.
     """
@@ -180,80 +186,83 @@ class PartWriter:
         path: Path,
         layout: Layout,
         part: int,
-        layers: tuple[int, ...],
+        keys: Sequence[Key],
         held: Lease | None = None,
     ) -> None:
         self._held = held or FileLease()
-        arrays = {
-            layer: CacheArray(path / "arrays.zarr" / "residual" / str(layer)) for layer in layers
-        }
+        arrays = {key: CacheArray(path / "arrays.zarr" / name_of(key)) for key in keys}
         self.part = part
         self.start, self.stop = layout.rows(part, next(iter(arrays.values())).shape[0])
-        self.dtypes = {layer: array.layout.logical_dtype for layer, array in arrays.items()}
+        self.dtypes = {key: array.layout.logical_dtype for key, array in arrays.items()}
+        self._row_shapes = {key: array.shape[1:] for key, array in arrays.items()}
         self._journal = Journal(path / "journal")
         self.quarantine: dict[int, str] = {}
-        self._absmax = dict.fromkeys(layers, 0.0)
-        self._nonfinite = dict.fromkeys(layers, 0)
-        self._shards: dict[int, ShardWriter] = {}
+        self._absmax = dict.fromkeys(keys, 0.0)
+        self._nonfinite = dict.fromkeys(keys, 0)
+        self._shards: dict[Key, ShardWriter] = {}
         try:
-            for layer, array in arrays.items():
+            for key, array in arrays.items():
                 path = array.path / array.layout.shard_key(part)
                 # Not the array's own folder: a cache that vanished must not come back as a stump.
                 if not is_remote(path):
-                    for folder in reversed(path.parents[:2]):
+                    for folder in reversed(path.parents[: array.ndim]):
                         folder.mkdir(exist_ok=True)
                 rows = self.stop - self.start
-                self._shards[layer] = ShardWriter(path, array.layout, rows, make=False)
+                self._shards[key] = shard_writer(path, array.layout, rows, make=False)
         except BaseException:
             self._abandon()
             raise
 
-    def write(self, layer: int, position: int, values: np.ndarray) -> int:
-        """Put float32 rows, `(rows, d_model)`, at `position`; returns their non-finite values.
+    def write(self, key: Key, position: int, values: np.ndarray) -> int:
+        """Put float32 rows, or integers, at `position`; returns their non-finite values.
 
         Raises `UsageError` if the stored dtype turns a finite value into an infinity.
         """
-        peaks = np.abs(values).max(-1, initial=0.0)
-        self.check(layer, peaks)
-        return self.put(layer, position, encode(values, self.dtypes[layer]), peaks)
+        if values.dtype.kind != "f":
+            return self.put(key, position, values, np.zeros(len(values), np.float32))
+        peaks = np.abs(values.reshape(len(values), -1)).max(-1, initial=0.0)
+        self.check(key, peaks)
+        return self.put(key, position, encode(values, self.dtypes[key]), peaks)
 
-    def put(self, layer: int, position: int, stored: np.ndarray, peaks: np.ndarray) -> int:
+    def put(self, key: Key, position: int, stored: np.ndarray, peaks: np.ndarray) -> int:
         """Put rows that are in the stored dtype, with the float32 peak |value| of each row.
 
         Returns the number of non-finite values.
         """
-        self.check(layer, peaks)
+        self.check(key, peaks)
         nonfinite = 0
         absmax = float(peaks.max(initial=0.0))
         if not np.isfinite(absmax):
-            values = decode(stored, self.dtypes[layer])
+            values = decode(stored, self.dtypes[key])
             finite = np.isfinite(values)
             nonfinite = int(values.size - finite.sum())
             absmax = float(np.abs(values[finite]).max(initial=0.0))
-            stored = encode(values, self.dtypes[layer])  # one bit pattern for every NaN
-        self._absmax[layer] = max(self._absmax[layer], absmax)
-        self._nonfinite[layer] += nonfinite
-        self._shards[layer].write(position - self.start, stored)
+            stored = encode(values, self.dtypes[key])  # one bit pattern for every NaN
+        self._absmax[key] = max(self._absmax[key], absmax)
+        self._nonfinite[key] += nonfinite
+        rows = stored.reshape(len(stored), *self._row_shapes[key])
+        self._shards[key].write(position - self.start, rows)
         return nonfinite
 
-    def check(self, layer: int, peaks: np.ndarray) -> None:
-        """Raise `UsageError` if a finite peak does not fit the layer's stored dtype."""
-        dtype = self.dtypes[layer]
+    def check(self, key: Key, peaks: np.ndarray) -> None:
+        """Raise `UsageError` if a finite peak does not fit the array's stored dtype."""
+        dtype = self.dtypes[key]
         absmax = float(peaks[np.isfinite(peaks)].max(initial=0.0))
         if absmax > LARGEST.get(dtype, np.inf):
             other = "bfloat16 or float32" if dtype == "float16" else "float32"
+            what = f"layer {key}" if isinstance(key, int) else key
             raise UsageError(
-                f"layer {layer} reaches {absmax:.3g}, which {dtype} cannot hold although the "
+                f"{what} reaches {absmax:.3g}, which {dtype} cannot hold although the "
                 f"calibration batch stayed below; extract with --dtype {other}"
             )
 
     def commit(self, expected: PartRecord | None = None) -> PartRecord:
         """Make every shard appear, then the commit record, if it says more than `expected`."""
         arrays = {
-            f"residual/{layer}": ShardRecord(
-                **shard, absmax=self._absmax[layer], nonfinite=self._nonfinite[layer]
+            name_of(key): ShardRecord(
+                **shard, absmax=self._absmax[key], nonfinite=self._nonfinite[key]
             )
-            for layer, shard in self._commit_shards().items()
+            for key, shard in self._commit_shards().items()
         }
         self._held.check()
         record = PartRecord(self.part, self.start, self.stop, arrays, self.quarantine)
@@ -261,7 +270,7 @@ class PartWriter:
             self._journal.commit(record)
         return record
 
-    def _commit_shards(self) -> dict[int, dict[str, int]]:
+    def _commit_shards(self) -> dict[Key, dict[str, int]]:
         """Make every shard appear; several are sent to an object store at a time."""
 
         def commit(shard: ShardWriter) -> dict[str, int]:

@@ -16,7 +16,7 @@ from .jsonfile import file_digest, sync_folder, write_json
 from .layout import STORED_DTYPES
 from .numbers import span
 from .runs import Runs
-from .store import ActivationCache
+from .store import BLOCK_BYTES, ActivationCache
 
 TABLE_ROWS = 1 << 20
 """Rows of a block of the one-dimensional arrays."""
@@ -32,14 +32,15 @@ def export(
     layers: Sequence[int] | None = None,
     split: str = "all",
     dtype: str | None = None,
+    logits: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `layers` (default all) of a split into the new `folder`; returns its index.json.
 
     Rows stream, a block at a time, and the folder appears whole or not at all. Each layer is one
-    file with a tensor `(positions, d_model)` in its stored dtype, or in `dtype`. Raises
-    `UsageError` if the folder has files or `dtype` cannot hold a value, `NoSpaceError` before
-    anything is written.
+    file with a tensor `(positions, d_model)` in its stored dtype, or in `dtype`. `logits` says
+    whether those that the cache keeps come along, as they are stored. Raises `UsageError` if the
+    folder has files or `dtype` cannot hold a value, `NoSpaceError` before anything is written.
     """
     folder = Path(folder).expanduser()
     layers = tuple(cache.layers if layers is None else layers)
@@ -47,7 +48,7 @@ def export(
     sequences = cache.split(split)
     if not len(sequences):
         raise UsageError(f"the {split} split of this cache has no sequences; choose another")
-    files = _files(cache, sequences, layers, dtype, format)
+    files = _files(cache, sequences, layers, dtype, format, logits)
     need = sum(column.bytes for columns in files.values() for column in columns)
     with writing(folder):
         need += sum(path.stat().st_size for path in _head_files(cache))
@@ -100,10 +101,13 @@ def _files(
     layers: Sequence[int],
     dtype: str | None,
     format: str,
+    logits: bool,
 ) -> dict[str, list[Column]]:
-    """Columns of every file by its name without ending: tables, then residuals."""
+    """Columns of every file by its name without ending: tables, logits, then residuals."""
     tables = _tables(cache, sequences)
     runs = Runs.of(cache, sequences)
+    if logits and cache.logits_names:
+        tables["logits"] = [_logits(cache, name, runs) for name in cache.logits_names]
     files = {
         f"residual.{layer:02d}": [_residual(cache, layer, runs, dtype, cache.block_rows())]
         for layer in layers
@@ -129,6 +133,18 @@ def _residual(
                 yield encode(array.read(start, stop), dtype)
 
     return Column("residual", dtype or stored, (len(runs), cache.d_model), blocks)
+
+
+def _logits(cache: ActivationCache, name: str, runs: Runs) -> Column:
+    array = cache.array(name)
+    rows = max(1, BLOCK_BYTES // array.layout.row_bytes)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start, stop in runs.pieces(rows):
+            yield array.read_stored(start, stop)
+
+    column = name.partition("/")[2]
+    return Column(column, array.layout.logical_dtype, (len(runs), *array.shape[1:]), blocks)
 
 
 def _tables(cache: ActivationCache, sequences: np.ndarray) -> dict[str, list[Column]]:
@@ -219,9 +235,9 @@ _README = """# Residual streams of {model}
 Exported by residua from cache `{cache}`: {split} split, {positions} positions of {data},
 layers {layers} (0 is the embedding output, {depth} the last block **before** the final norm).
 `residual.NN.{ending}` is layer NN, `(positions, d_model)`; `tokens` has ids, sequence and index
-of every position, `sequences` start, length, split, hash and source row of every sequence.
-`index.json` has dtypes, shapes and sha256 of all files, `head/` the final norm, the unembedding
-and the tokenizer.
+of every position, `logits` (where the cache keeps some) its logits, `sequences` start, length,
+split, hash and source row of every sequence. `index.json` has dtypes, shapes and sha256 of all
+files, `head/` the final norm, the unembedding and the tokenizer.
 
 ```python
 {example}

@@ -25,7 +25,8 @@ from .fill import fill
 from .grow import add_layers, add_tokens, joined, unnamed_layers
 from .jsonfile import read_json
 from .layout import STORED_DTYPES, Layout
-from .manifest import CaptureIdentity, Manifest, TokenIdentity
+from .logits import LogitsArray, arrays_of
+from .manifest import CODEC, CaptureIdentity, Manifest, TokenIdentity
 from .oom import choose_batch_tokens, memory_errors
 from .origin import public_name, write_origin
 from .place import as_path
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are `tokenize` (documents) and `extract` (positions)."""
 DEFAULT_CONTEXT = 1024
+LOGITS_BATCH_BYTES = 128 << 20
+"""Most bytes of the kept logits of a batch, a few of which are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,11 @@ def want(request: Request, source: ModelSource, stream: TokenStream) -> Wanted:
         request.seed,
     )
     capture = CaptureIdentity(
-        source.compute_dtype, request.dtype, request.attention, request.positions
+        source.compute_dtype,
+        request.dtype,
+        request.attention,
+        request.positions,
+        logits=request.logits,
     )
     if stream.runs is not None:
         hashes = hashes[stream.runs.sequence]
@@ -261,9 +268,16 @@ def _examine(
     """What a few sequences show of the model, with the dtypes of the layers that are kept."""
     from .canary import examine
 
-    canary = examine(model, stream, source.compute_dtype, request.dtype)
+    canary = examine(model, stream, source.compute_dtype, request.dtype, request.logits)
     kept = _kept(request.layers, canary.stack.depth)
-    return replace(canary, dtypes={layer: canary.dtypes[layer] for layer in kept})
+    canary = replace(canary, dtypes={layer: canary.dtypes[layer] for layer in kept})
+    if request.codec == "raw":
+        return canary
+    from .ratio import measure
+
+    arrays = _logits(request, canary)
+    ratios = measure(canary, stream, _layout(request, canary), request.logits, arrays)
+    return replace(canary, ratios=ratios)
 
 
 def _kept(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
@@ -276,7 +290,23 @@ def _kept(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
 
 
 def _layout(request: Request, canary: "Canary") -> Layout:
-    return Layout.choose(canary.head.d_model, _itemsize(canary), request.part_positions)
+    widest = max((array.row_bytes for array in _logits(request, canary)), default=0)
+    return Layout.choose(canary.head.d_model, _itemsize(canary), request.part_positions, widest)
+
+
+def _logits(request: Request, canary: "Canary") -> tuple[LogitsArray, ...]:
+    """The arrays of logits that the request keeps."""
+    return arrays_of(request.logits, canary.head.vocab, canary.logits.dtype)
+
+
+def _batch_tokens(request: Request, canary: "Canary", stream: TokenStream) -> int:
+    """Tokens of a batch; fewer where a batch's logits would fill the memory."""
+    if request.batch_tokens is not None:
+        return request.batch_tokens
+    row = sum(array.row_bytes for array in _logits(request, canary))
+    limit = max(1, LOGITS_BATCH_BYTES // row) if row else None
+    found = choose_batch_tokens(canary.stack, stream, _itemsize(canary))
+    return found if limit is None else min(found, limit)
 
 
 def _itemsize(canary: "Canary") -> int:
@@ -291,6 +321,7 @@ def _estimate(request: Request, canary: "Canary", stream: TokenStream, root: Pat
     return estimate(
         root, _layout(request, canary), canary.head.d_model, canary.dtypes, stream.positions,
         stream.sequences, _head_bytes(canary), 0 if stream.runs is None else len(stream.ids),
+        _logits(request, canary), canary.ratios,
     )  # fmt: skip
 
 
@@ -302,8 +333,9 @@ def _shortened(
     canary = _examine(request, source, model, stream)
     layout, size = _layout(request, canary), _head_bytes(canary)
     return canary, shorten(
-        stream, request.max_bytes, root, layout, canary.head.d_model, canary.dtypes, size
-    )
+        stream, request.max_bytes, root, layout, canary.head.d_model, canary.dtypes, size,
+        _logits(request, canary), canary.ratios,
+    )  # fmt: skip
 
 
 def _create(
@@ -326,10 +358,16 @@ def _create(
         canary.head.d_model,
         canary.head.vocab,
         canary.stack.depth,
-        request.batch_tokens or choose_batch_tokens(canary.stack, stream, _itemsize(canary)),
+        _batch_tokens(request, canary, stream),
         public_name(request.model),
         public_name(request.data),
-        extra={"pad": canary.pad, "causal": canary.causal, "embedding": canary.embedding},
+        extra={
+            "pad": canary.pad,
+            "causal": canary.causal,
+            "embedding": canary.embedding,
+            # Left out where it is raw, as it was before there was a choice.
+            **({} if request.codec == "raw" else {CODEC: request.codec}),
+        },
     )
 
     def write_head(folder: Path) -> None:
@@ -343,8 +381,9 @@ def _create(
         "cut": stream.cut_counts,
     }
     path = create_cache(
-        root, manifest, stream, stream.digests()[1], canary.dtypes, write_head, provenance
-    )
+        root, manifest, stream, stream.digests()[1], canary.dtypes, write_head, provenance,
+        canary.logits.dtype,
+    )  # fmt: skip
     return path, canary.stack
 
 

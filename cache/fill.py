@@ -12,6 +12,7 @@ from .commits import Batches, commits
 from .disk import disk_errors
 from .errors import Interrupted
 from .grow import ancestor
+from .layout import key_of
 from .lease import holder, lease
 from .place import is_remote
 from .runner import PartRunner
@@ -36,7 +37,7 @@ def fill(
     on_error: str = "quarantine",
     stages: Stages | None = None,
 ) -> int:
-    """Write every (part, layer) that is not committed; returns the positions written here.
+    """Write every (part, array) that is not committed; returns the positions written here.
 
     Parts that another process holds are waited for, and taken over if that process dies. Of a
     `share` (i, n) only every n-th part is written, and nothing is waited for. SIGTERM ends the
@@ -98,9 +99,9 @@ def done_positions(cache: ActivationCache) -> int:
 
 
 def missing_parts(cache: ActivationCache, share: tuple[int, int] = (1, 1)) -> list[int]:
-    """Parts that lack a layer, of the share (i, n): every n-th, from the i-th on."""
+    """Parts that lack an array, of the share (i, n): every n-th, from the i-th on."""
     found = cache.journal.parts()
-    names = {f"residual/{layer}" for layer in cache.target_layers}
+    names = set(cache.target_names)
     number, shares = share
     return [
         part
@@ -115,18 +116,21 @@ def _write(cache: ActivationCache, runner: PartRunner, part: int) -> Batches:
         if not mine:
             return
         held = cache.journal.arrays_of(part)
-        layers = tuple(la for la in cache.target_layers if f"residual/{la}" not in held)
-        if layers:
+        keys = tuple(key_of(name) for name in cache.target_names if name not in held)
+        if keys:
             _sweep(cache, part)
-            yield from runner.write_part(part, layers, held=mine)
+            yield from runner.write_part(part, keys, held=mine)
 
 
 def _sweep(cache: ActivationCache, part: int) -> None:
     """Remove what writers of this part that died left; only the holder of its lease may."""
     if is_remote(cache.path):  # there, files appear whole or not at all
         return
-    residual = cache.path / "arrays.zarr" / "residual"
-    left = [*residual.glob(f"*/c/{part}/.*.tmp"), *cache.journal.folder.glob(f".{part:08d}.*.tmp")]
+    arrays = cache.path / "arrays.zarr"
+    left = list(cache.journal.folder.glob(f".{part:08d}.*.tmp"))
+    for pattern in (f"residual/*/c/{part}/.*.tmp", f"logits/*/c/{part}/.*.tmp",
+                    f"logits/*/c/.{part}.*.tmp"):  # fmt: skip
+        left += arrays.glob(pattern)
     for path in left:
         path.unlink(missing_ok=True)
 

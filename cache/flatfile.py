@@ -23,7 +23,7 @@ SPARE_BYTES = 64 << 20
 """Free space that is left on the disk."""
 _SAFETENSORS = {
     "float16": "F16", "bfloat16": "BF16", "float32": "F32",
-    "int32": "I32", "int64": "I64", "uint8": "U8", "uint64": "U64",
+    "int32": "I32", "int64": "I64", "uint8": "U8", "uint16": "U16", "uint64": "U64",
 }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
             if not path.is_file():
                 create_residual(
                     store, layer, cache.positions, cache.d_model, dtypes[layer],
-                    cache.manifest.layout,
+                    cache.manifest.layout, cache.manifest.codec,
                 )  # fmt: skip
             for changed in (path, *path.parents[:2]):
                 sync_folder(changed)
@@ -88,6 +88,8 @@ def add_tokens(cache: ActivationCache, tokens: TokenIdentity, stream: TokenStrea
         old.batch_tokens, old.model_name, old.data_name, {**old.extra, EXTENDS: cache.id},
     )  # fmt: skip
     dtypes = {layer: cache.layer(layer).layout.logical_dtype for layer in cache.layers}
+    kept = [n for n in ("logits/full", "logits/values") if n in cache.logits_names]
+    logits_dtype = cache.array(kept[0]).layout.logical_dtype if kept else "float16"
     provenance = {**read_json(cache.path / "provenance.json"), EXTENDS: cache.id}
     if "cut" in provenance:
         more = stream.cut_counts
@@ -101,6 +103,7 @@ def add_tokens(cache: ActivationCache, tokens: TokenIdentity, stream: TokenStrea
         dtypes,
         partial(_copy_head, cache.path / "head"),
         provenance,
+        logits_dtype,
     )
     share_parts(cache, ActivationCache(path))
     return path
@@ -155,10 +158,10 @@ def link(source: Path, target: Path) -> None:
 
 
 def ancestor(cache: ActivationCache) -> ActivationCache | None:
-    """The cache that `cache` extends, if it is still there and complete."""
+    """The cache that `cache` extends, if it is still there and has all its arrays."""
     name = cache.manifest.extra.get(EXTENDS)
     path = cache.path.parent / str(name)
     if name is None or not (path / "manifest.json").is_file():
         return None
     found = ActivationCache(path)
-    return found if set(found.layers) >= set(cache.target_layers) else None
+    return found if found.complete_names.issuperset(cache.target_names) else None

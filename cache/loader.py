@@ -30,7 +30,7 @@ class RowLoader(IterableDataset[Batch]):
     `buffer_rows` rows in the stored dtype, per layer and worker. Give it to a DataLoader with
     `batch_size=None`; its workers, and the `world_size` ranks of a distributed run, share the
     slabs of an epoch. With `drop_last` all of them give equally many batches. `slab_rows` is by
-    default 128, and a chunk where the cache lies in an object store.
+    default 128, and a chunk where chunks come as a whole: from an object store, or compressed.
     """
 
     def __init__(
@@ -204,16 +204,18 @@ class RowLoader(IterableDataset[Batch]):
         return np.random.default_rng([self.seed, self.epoch, shard, group]).permutation(count)
 
     def _fill(self, source: CacheArray, buffer: np.ndarray, slabs: np.ndarray) -> None:
-        row = 0
-        for slab, size in zip(slabs.tolist(), self._sizes(slabs).tolist(), strict=True):
-            start = slab * self.slab_rows
+        sizes = self._sizes(slabs)
+        places = np.cumsum(sizes) - sizes
+        # In the order in which they lie: a compressed chunk is then decoded once.
+        for number in np.argsort(slabs):
+            row, size = int(places[number]), int(sizes[number])
+            start = int(slabs[number]) * self.slab_rows
             where = self._runs.positions(start, start + size)
             target = buffer[row : row + size]
             if isinstance(where, slice):
                 source.read_stored(where.start, where.stop, target)
             else:
                 target[...] = source.take_stored(where)
-            row += size
 
 
 def _check(

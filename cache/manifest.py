@@ -10,6 +10,8 @@ from .layout import Layout
 
 FORMAT = 1
 """Version of the format on disk (cache/README.md)."""
+CODEC = "codec"
+"""Key of `extra`; absent where nothing is compressed."""
 SHORT_ID = 12
 """Characters of an id that are shown to people."""
 
@@ -60,7 +62,7 @@ class CaptureIdentity:
     norm: str = "pre"
     """Layer L is the last block's output before the final norm."""
     logits: str = "recompute"
-    """Logits come from layer L and the head."""
+    """Logits that are kept, one of `logits.MODES`; `recompute` keeps none."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class Manifest:
     data_name: str
     """Hub id of the data, or the name of their file or folder; for people only."""
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def codec(self) -> str:
+        """How the shards of the parts are kept, one of `codec.CODECS`; no part of the identity."""
+        return self.extra.get(CODEC, "raw")
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from .errors import CorruptError
 from .layout import CHECKSUM_BYTES, ArrayLayout
+from .packed import unpacked
 from .place import code_of, store_of
 from .shard import combine, index_bytes, parse_index
 
@@ -67,20 +68,23 @@ class RemoteShard:
             return []
         starts, sizes = self._offsets[chunks].astype(object).T.tolist()
         for chunk, size in zip(chunks, sizes, strict=True):
-            if size != self.layout.chunk_bytes:
+            if size < CHECKSUM_BYTES or (self.layout.raw and size != self.layout.chunk_bytes):
                 raise CorruptError(f"{self.path}: chunk {chunk} is not in this shard")
         ends = [start + size for start, size in zip(starts, sizes, strict=True)]
         return self._store.cat_ranges([self._key] * len(chunks), starts, ends, on_error="raise")
 
     def _check(self, chunk: int, raw: bytes) -> np.ndarray:
         layout, first = self.layout, chunk * self.layout.chunk_rows
-        if len(raw) != layout.chunk_bytes or not _is_whole(raw):
+        if not _is_whole(raw) or (layout.raw and len(raw) != layout.chunk_bytes):
             raise CorruptError(
                 f"{self.path}: rows {first}-{first + layout.chunk_rows - 1} of this shard "
                 "do not match their checksum; run `residua verify`"
             )
-        rows = np.frombuffer(raw, layout.stored_dtype, layout.chunk_rows * layout.row_items)
-        return rows.reshape(layout.chunk_rows, *layout.shape[1:])
+        shape = (layout.chunk_rows, *layout.shape[1:])
+        if layout.raw:
+            count = layout.chunk_rows * layout.row_items
+            return np.frombuffer(raw, layout.stored_dtype, count).reshape(shape)
+        return unpacked(np.frombuffer(raw, np.uint8)[:-CHECKSUM_BYTES], layout, self.path)
 
     def check(self, rows: int) -> tuple[list[int], int]:
         """Re-read a shard of `rows`: numbers of its damaged chunks, and what `commit` returned."""

@@ -12,6 +12,7 @@ from .errors import CorruptError, MismatchError, ModelError
 from .grow import ancestor
 from .journal import Journal
 from .jsonfile import file_digest, write_atomically
+from .layout import STORED_DTYPES, key_of, name_of
 from .lease import lease
 from .manifest import Manifest
 from .origin import read_origin
@@ -20,6 +21,7 @@ from .runner import PartRunner
 from .source import ModelSource
 from .store import ActivationCache
 from .verify import Damage, verify
+from .writer import create_part_array
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +62,9 @@ def repair(
         return Repair((), (), ())
     manifest = Manifest.read(path / "manifest.json")
     mended = _copy_metadata(path, found.damages)
+    mended += _make_metadata(path, manifest, found.damages, mended)
     wrong = [damage for damage in found.damages if damage.file not in mended]
-    if any(_is_residual(d) or d.file.startswith("head/") for d in wrong):
+    if any(_is_of_part(d) or d.file.startswith("head/") for d in wrong):
         source, loaded = _load(path, manifest, model, device)
         mended += _rebuild_head(path, source, loaded, manifest, wrong)
         again, changed = _rewrite_shards(path, loaded, wrong, progress)
@@ -73,8 +76,9 @@ def repair(
     return Repair(tuple(mended), tuple(changed), left)
 
 
-def _is_residual(damage: Damage) -> bool:
-    return (damage.array or "").startswith("residual/") and damage.start is not None
+def _is_of_part(damage: Damage) -> bool:
+    array = damage.array or ""
+    return array.startswith(("residual/", "logits/")) and damage.start is not None
 
 
 def _copy_metadata(path: Path, damages: tuple[Damage, ...]) -> list[str]:
@@ -84,11 +88,31 @@ def _copy_metadata(path: Path, damages: tuple[Damage, ...]) -> list[str]:
     for name in dict.fromkeys(d.file for d in damages if d.file.endswith("/zarr.json")):
         twins = [twin for twin, digest in files.items() if digest == files.get(name)]
         for twin in twins:
-            if twin != name and file_digest(path / twin) == files[name]:
+            if twin != name and (path / twin).is_file() and file_digest(path / twin) == files[name]:
                 _replace(path / twin, path / name)
                 mended.append(name)
                 break
     return mended
+
+
+def _make_metadata(
+    path: Path, manifest: Manifest, damages: tuple[Damage, ...], mended: list[str]
+) -> list[str]:
+    """Metadata of arrays that have no like, made anew in each dtype that they may have."""
+    _, files = Journal(path / "journal").base()
+    again = []
+    names = {d.file for d in damages if d.file.endswith("/zarr.json")} - set(mended)
+    for name in sorted(names):
+        array = name.removeprefix("arrays.zarr/").removesuffix("/zarr.json")
+        for dtype in STORED_DTYPES:
+            with tempfile.TemporaryDirectory(prefix="residua-") as folder:
+                create_part_array(Path(folder), manifest, array, dtype)
+                fresh = Path(folder) / array / "zarr.json"
+                if fresh.is_file() and file_digest(fresh) == files.get(name):
+                    _replace(fresh, path / name)
+                    again.append(name)
+                    break
+    return again
 
 
 def _replace(source: Path, target: Path) -> None:
@@ -153,13 +177,13 @@ def _rewrite_shards(
     """Run the damaged parts again; files that came out as they were, and files that did not."""
     from .canary import reexamine
 
-    wanted: dict[int, set[int]] = {}
+    wanted: dict[int, set[str]] = {}
     cache = ActivationCache(path)
-    for damage in filter(_is_residual, damages):
+    for damage in filter(_is_of_part, damages):
         assert damage.array is not None
         assert damage.start is not None
         part = damage.start // cache.manifest.layout.part_rows
-        wanted.setdefault(part, set()).add(int(damage.array.split("/")[1]))
+        wanted.setdefault(part, set()).add(damage.array)
     if not wanted:
         return [], []
     stack = reexamine(model, cache)
@@ -167,15 +191,16 @@ def _rewrite_shards(
     runner = PartRunner(cache, stack, ancestor(cache))
     mended, changed = [], []
     before = cache.journal.parts()
-    for number, (part, layers) in enumerate(sorted(wanted.items())):
+    for number, (part, names) in enumerate(sorted(wanted.items())):
+        # In the order in which a part is written: the first reason of a quarantine holds.
+        keys = tuple(key_of(name) for name in cache.target_names if name in names)
         with lease(path / "leases", part) as mine:
             if not mine:
                 raise CorruptError(f"part {part} is being written by another process; wait for it")
-            for _ in runner.write_part(part, tuple(sorted(layers)), before[part], mine):
+            for _ in runner.write_part(part, keys, before[part], mine):
                 pass
         after = cache.journal.parts()[part]
-        for layer in sorted(layers):
-            name = f"residual/{layer}"
+        for name in map(name_of, keys):
             file = f"arrays.zarr/{name}/{cache.array(name).layout.shard_key(part)}"
             same = after.arrays[name] == before[part].arrays[name]
             (mended if same else changed).append(file)

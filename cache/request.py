@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from .codec import check as check_codec
 from .errors import UsageError
 from .layout import STORED_DTYPES
+from .logits import check as check_logits
 from .policy import check as check_policy
 
 
@@ -30,10 +32,14 @@ class Request:
     """Layers to keep; layer L, which the logits come from, is always kept. Default all."""
     positions: str = "all"
     """Positions to keep: all, last, sample:K, answer or explicit (columns of the data)."""
+    logits: str = "recompute"
+    """Logits to keep: recompute (none: layer L and the head give them), topk:K or full."""
     max_tokens: int | None = None
     """Stop the token stream after this many tokens, at the end of a sequence."""
     max_bytes: int | None = None
     """Stop the token stream where the cache would have more bytes."""
+    codec: str = "raw"
+    """How chunks are kept: raw, which reads fastest, or compact, for cold storage and objects."""
     dtype: str = "auto"
     """Stored dtype: auto, float16, bfloat16 or float32."""
     seed: int = 0
@@ -66,6 +72,8 @@ class Request:
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         check_policy(self.positions, self.pack)
+        check_logits(self.logits)
+        check_codec(self.codec)
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise UsageError(f"layers must be numbers from 0 on, got {self.layers}")
         self.share  # noqa: B018 (raises if it cannot be read)

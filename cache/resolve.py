@@ -10,6 +10,7 @@ import numpy as np
 
 from .catalog import list_paths
 from .errors import ResiduaError
+from .logits import covers
 from .manifest import CaptureIdentity, ModelIdentity, TokenIdentity
 from .store import ActivationCache
 
@@ -81,7 +82,11 @@ def _preference(resolution: Resolution) -> tuple[int, int, int]:
 def _answer(wanted: Wanted, cache: ActivationCache) -> Resolution:
     identity = wanted.identity
     differences = compare(identity, cache.manifest.identity)
-    if any(name not in _STREAM for name, _, _ in differences):
+    more_logits = [name == _LOGITS and covers(b, a) for name, a, b in differences]
+    if any(
+        name not in _STREAM and not also
+        for (name, _, _), also in zip(differences, more_logits, strict=True)
+    ):
         return Resolution("miss", cache.path, differences=differences)
     lacking, extra = _sequences(wanted.hashes, cache.sequence_hash)
     # Where only some positions are kept, a cache of more tokens is a new one.
@@ -92,12 +97,13 @@ def _answer(wanted: Wanted, cache: ActivationCache) -> Resolution:
     unfinished = not cache.finished
     if lacking or layers:
         return Resolution("partial", cache.path, layers, lacking, unfinished)
-    more = extra or len(set(asked) | {cache.depth}) < len(cache.layers)
+    more = extra or any(more_logits) or len(set(asked) | {cache.depth}) < len(cache.layers)
     return Resolution("covers" if more else "hit", cache.path, unfinished=unfinished)
 
 
 _STREAM = frozenset(f"tokens.{name}" for name in ("digest", "positions", "sequences", "seed"))
 """Fields that may differ where one token stream holds the other."""
+_LOGITS = "capture.logits"
 
 
 def _sequences(asked: np.ndarray, held: np.ndarray) -> tuple[tuple[int, ...], bool]:

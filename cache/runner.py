@@ -4,22 +4,26 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .batches import Batch, plan_part
+from .batches import WINDOW_CHUNKS, Batch, plan_part
 from .commits import Batches
 from .copies import Rows, copies, to_device
 from .create import PartWriter
 from .errors import ModelError
 from .journal import PartRecord
+from .layout import Key, name_of
 from .lease import Lease
+from .logits import FULL
 from .oom import Halving
 from .stages import Stages
 from .store import ActivationCache
 
 if TYPE_CHECKING:
+    from .headpass import HeadPass
     from .stack import Stack
 
 
@@ -50,21 +54,28 @@ class PartRunner:
         self.stages = Stages() if stages is None else stages
         self._copies = copies(self.device, self.stages)
         self._halving = Halving(self.lengths, self._copies.drain)
-        self._alone: dict[tuple[Batch, tuple[int, ...]], dict[int, dict[int, Rows]]] = {}
+        self._alone: dict[tuple[Batch, tuple[Key, ...]], dict[int, dict[Key, Rows]]] = {}
+
+    @cached_property
+    def _head_pass(self) -> "HeadPass | None":
+        """Takes the logits that the cache keeps."""
+        from .headpass import HeadPass
+
+        return HeadPass.of(self.cache, self.device)
 
     def write_part(
         self,
         part: int,
-        layers: tuple[int, ...],
+        keys: tuple[Key, ...],
         expected: PartRecord | None = None,
         held: Lease | None = None,
     ) -> Batches:
-        """Extract and commit `layers` of `part`; yields the number of rows after each batch.
+        """Extract and commit the arrays `keys` of `part`; yields the rows after each batch.
 
         What follows the None that it yields, the commit, may run in another thread.
         """
         layout = self.cache.manifest.layout
-        with PartWriter(self.cache.path, layout, part, layers, held) as writer:
+        with PartWriter(self.cache.path, layout, part, keys, held) as writer:
             with _Background() as background:
                 yield self._copy(writer)
                 for batch in self._plan(part):
@@ -98,9 +109,16 @@ class PartRunner:
         held = 0 if self.ancestor is None else len(self.ancestor.sequence_length)
         batches = plan_part(
             self.starts[held:], self.rows[held:], manifest.layout, part,
-            manifest.batch_tokens, pad, self.lengths[held:],
+            manifest.batch_tokens, pad, self.lengths[held:], self._window_rows(),
         )  # fmt: skip
         return [Batch(tuple(held + number for number in batch.sequences)) for batch in batches]
+
+    def _window_rows(self) -> int | None:
+        """Sorting within a batch's rows where they are wide: begun chunks are held in memory."""
+        manifest = self.cache.manifest
+        if manifest.capture.logits != FULL:
+            return None
+        return min(manifest.batch_tokens, WINDOW_CHUNKS * manifest.layout.chunk_rows)
 
     def _copy(self, writer: PartWriter) -> int:
         """Take the rows that the ancestor has from it; returns how many."""
@@ -108,30 +126,31 @@ class PartRunner:
             return 0
         stop = min(writer.stop, self.ancestor.positions)
         size = self.cache.manifest.layout.chunk_rows
-        for layer in writer.dtypes:
-            source = self.ancestor.layer(layer)
-            for start in range(writer.start, stop, size):
-                end = min(start + size, stop)
-                writer.write(layer, start, source.read(start, end))
+        for key in writer.dtypes:
+            source = self.ancestor.array(name_of(key))
+            step = min(size, source.layout.chunk_rows)
+            for start in range(writer.start, stop, step):
+                writer.write(key, start, source.read(start, min(start + step, stop)))
         return max(0, stop - writer.start)
 
-    def _write(self, writer: PartWriter, sequences: dict[int, dict[int, "Rows"]]) -> None:
+    def _write(self, writer: PartWriter, sequences: dict[int, dict[Key, "Rows"]]) -> None:
         """Hand the rows of a batch that lie in the part to `writer`, once they are here."""
-        for layers in sequences.values():
-            for rows in layers.values():
+        for arrays in sequences.values():
+            for rows in arrays.values():
                 rows.wait()
         written, began = 0, time.perf_counter()
         batch = Batch(tuple(sequences))
         for number, first, last in self._inside(writer, batch):
             start = int(self.starts[number])
-            for layer, rows in sequences[number].items():
-                inside = (
-                    self._kept(first, last) if self.sparse else slice(first - start, last - start)
-                )
-                bad = writer.put(layer, first, rows.stored[inside], rows.peaks[inside])
+            for key, rows in sequences[number].items():
+                # Logits are computed for the kept positions alone.
+                every = self.sparse and isinstance(key, int)
+                inside = self._kept(first, last) if every else slice(first - start, last - start)
+                bad = writer.put(key, first, rows.stored[inside], rows.peaks[inside])
                 written += rows.stored[inside].nbytes
                 if bad:
-                    self._quarantine(writer, number, f"{bad} non-finite values at layer {layer}")
+                    where = f"at layer {key}" if isinstance(key, int) else f"in {key}"
+                    self._quarantine(writer, number, f"{bad} non-finite values {where}")
         self.stages.add("write", time.perf_counter() - began, written)
 
     def _kept(self, first: int, last: int) -> np.ndarray:
@@ -151,19 +170,27 @@ class PartRunner:
         for sequence in numbers:
             writer.quarantine.setdefault(sequence, reason)
 
-    def _forward(self, batch: Batch, dtypes: dict[int, str]) -> dict[int, dict[int, "Rows"]]:
-        """Sequence -> layer -> rows of the batch; a lone sequence is kept for the next part."""
-        layers = self._residuals(batch, dtypes)
-        found = {
-            number: {la: r.part(place, int(self.lengths[number])) for la, r in layers.items()}
-            for place, number in enumerate(batch.sequences)
-        }
+    def _forward(self, batch: Batch, dtypes: dict[Key, str]) -> dict[int, dict[Key, "Rows"]]:
+        """Sequence -> array -> rows of the batch; a lone sequence is kept for the next part."""
+        arrays = self._residuals(batch, dtypes)
+        found: dict[int, dict[Key, Rows]] = {}
+        before = 0
+        for place, number in enumerate(batch.sequences):
+            length, after = int(self.lengths[number]), before + int(self.rows[number])
+            found[number] = {
+                key: rows.part(place, length) if isinstance(key, int) else rows.run(before, after)
+                for key, rows in arrays.items()
+            }
+            before = after
         if len(batch.sequences) == 1:
             self._alone = {(batch, tuple(dtypes)): found}
         return found
 
-    def _residuals(self, batch: Batch, dtypes: dict[int, str]) -> dict[int, "Rows"]:
-        """Layers of a batch on the host, `(sequences, length, d_model)` in their stored dtypes."""
+    def _residuals(self, batch: Batch, dtypes: dict[Key, str]) -> dict[Key, "Rows"]:
+        """Arrays of a batch on the host in their stored dtypes.
+
+        Layers are `(sequences, length, d_model)`, logits have one row per kept position.
+        """
         import torch
 
         lengths = [int(self.lengths[number]) for number in batch.sequences]
@@ -176,12 +203,29 @@ class PartRunner:
         if min(lengths) < max(lengths):
             mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
 
-        def run() -> list[torch.Tensor]:
+        takes = None if all(isinstance(key, int) for key in dtypes) else self._head_pass
+        kept = None if takes is None else torch.from_numpy(self._flat_rows(batch, max(lengths)))
+
+        def run() -> dict[Key, Any]:
             there = None if mask is None else to_device(mask, self.device)
-            return self.stack.residuals(to_device(tokens, self.device), there)
+            hidden = self.stack.residuals(to_device(tokens, self.device), there)
+            arrays: dict[Key, Any] = dict(enumerate(hidden))
+            if takes is not None and kept is not None:
+                rows = hidden[-1].flatten(0, 1)[to_device(kept, self.device)]
+                arrays |= takes(rows)
+            return arrays
 
         with torch.inference_mode():
             return self._copies.take(run, dtypes, sum(lengths))
+
+    def _flat_rows(self, batch: Batch, length: int) -> np.ndarray:
+        """Kept positions of a batch padded to `length`, as rows of its flat tensor."""
+        found = []
+        for place, number in enumerate(batch.sequences):
+            first, rows = int(self.starts[number]), int(self.rows[number])
+            inside = self._kept(first, first + rows) if self.sparse else np.arange(rows)
+            found.append(place * length + inside.astype(np.int64))
+        return np.concatenate(found)
 
 
 class _Background:

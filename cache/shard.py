@@ -215,8 +215,15 @@ class ShardReader:
 
     def _open(self, chunk: int, check: bool = True) -> np.ndarray:
         layout = self.layout
+        data = self.payload(chunk, check)
+        return data.view(layout.stored_dtype).reshape(layout.chunk_rows, *layout.shape[1:])
+
+    def payload(self, chunk: int, check: bool = True) -> np.ndarray:
+        """The bytes of one chunk as stored, without the crc32c that they are checked against."""
+        layout = self.layout
         offset, size = (int(value) for value in self._offsets[chunk])
-        if size != layout.chunk_bytes or offset + size > len(self._bytes):
+        wrong = size < CHECKSUM_BYTES or (layout.raw and size != layout.chunk_bytes)
+        if wrong or offset + size > len(self._bytes):
             raise CorruptError(f"{self.path}: chunk {chunk} is not in this shard")
         data = self._bytes[offset : offset + size - CHECKSUM_BYTES]
         end = self._bytes[offset + size - CHECKSUM_BYTES : offset + size]
@@ -226,14 +233,14 @@ class ShardReader:
                 f"{self.path}: rows {first}-{first + layout.chunk_rows - 1} of this shard "
                 "do not match their checksum; run `residua verify`"
             )
-        return data.view(layout.stored_dtype).reshape(layout.chunk_rows, *layout.shape[1:])
+        return data
 
     def check(self, rows: int) -> tuple[list[int], int]:
         """Re-read a shard of `rows`: numbers of its damaged chunks, and what `commit` returned."""
         damaged, checksums = [], []
         for chunk in range(-(-rows // self.layout.chunk_rows)):
             try:
-                self._open(chunk)
+                self.payload(chunk)
             except CorruptError:
                 damaged.append(chunk)
             end = int(self._offsets[chunk].sum())

@@ -12,6 +12,16 @@ import numpy as np
 from .array import CacheArray
 from .errors import IncompleteError, NotFoundError, UsageError
 from .journal import Journal, PartRecord
+from .logits import (
+    DEFAULT_TOP,
+    FULL_ARRAY,
+    TOP_ARRAYS,
+    TopK,
+    arrays_of,
+    pack_top,
+    top_size,
+    unpack_top,
+)
 from .manifest import SHORT_ID, Manifest
 from .numbers import span
 from .place import as_path, is_remote, total_bytes
@@ -102,11 +112,16 @@ class ActivationCache:
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """Layers that are complete over all positions."""
+        names = self.complete_names
+        return tuple(sorted(int(n.split("/")[1]) for n in names if n.startswith("residual/")))
+
+    @cached_property
+    def complete_names(self) -> set[str]:
+        """Arrays that every part has."""
         found = self.committed
         if len(found) < self.parts:
-            return ()
-        names = set.intersection(*(set(record.arrays) for record in found.values()))
-        return tuple(sorted(int(n.split("/")[1]) for n in names if n.startswith("residual/")))
+            return set()
+        return set.intersection(*(set(record.arrays) for record in found.values()))
 
     @property
     def complete(self) -> bool:
@@ -121,9 +136,20 @@ class ActivationCache:
         return tuple(sorted(int(match[1]) for match in found if match))
 
     @property
+    def logits_names(self) -> tuple[str, ...]:
+        """Arrays of the logits that the cache keeps beside the layers."""
+        arrays = arrays_of(self.manifest.capture.logits, self.vocab, "float16")
+        return tuple(array.name for array in arrays)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """Arrays that every part has or is meant to get."""
+        return (*(f"residual/{layer}" for layer in self.target_layers), *self.logits_names)
+
+    @property
     def finished(self) -> bool:
-        """Whether every layer that the cache is meant to have is complete."""
-        return self.complete and self.layers == self.target_layers
+        """Whether every array that the cache is meant to have is complete."""
+        return self.complete and set(self.target_names) == self.complete_names
 
     @cached_property
     def bytes(self) -> int:
@@ -176,19 +202,51 @@ class ActivationCache:
         return self._lazy(self.layer(layer), self.block_rows()).astype(dtype, copy=False)
 
     def logits(self, layer: int | None = None) -> "dask.array.Array":
-        """Logits `(positions, vocab)` of the head on `layer` (default: L, the model), lazy."""
-        source = self.layer(self.depth if layer is None else layer)
+        """Logits `(positions, vocab)` of the head on `layer` (default: L, the model), lazy.
+
+        Where all logits are stored, those are read if no layer is named; else they are computed.
+        """
+        self.check_complete()
         rows = max(1, BLOCK_BYTES // (4 * self.vocab))
+        if layer is None and FULL_ARRAY in self.complete_names:
+            return self._lazy(self.array(FULL_ARRAY), rows)
+        source = self.layer(self.depth if layer is None else layer)
         head = self.head
         return self._lazy(source, rows).map_blocks(
             head.logits, dtype=np.float32, chunks=(rows_of(self.positions, rows), (self.vocab,))
         )
 
+    def topk(self, size: int | None = None) -> TopK:
+        """The `size` largest logits of every position (default: as stored, else 64), lazy.
+
+        Read where at least as many are stored; else computed as `logits()` are. Among equal
+        logits the order is any.
+        """
+        self.check_complete()
+        stored = top_size(self.manifest.capture.logits)
+        size = size or stored or min(DEFAULT_TOP, self.vocab)
+        if not 1 <= size <= self.vocab:
+            raise UsageError(f"size must lie in 1..{self.vocab}, got {size}")
+        if size <= stored and self.complete_names.issuperset(TOP_ARRAYS):
+            return self._stored_top(size)
+        logits = self.logits()
+        chunks: Any = (logits.chunks[0], (2 * size + 2,))
+        return unpack_top(logits.map_blocks(pack_top, size, dtype=np.float64, chunks=chunks), size)
+
+    def _stored_top(self, size: int) -> TopK:
+        """The first `size` of the stored ones; what is not among them is in the tail."""
+        rows = self.block_rows()
+        ids, values, logsumexp, tail = (self._lazy(self.array(n), rows) for n in TOP_ARRAYS)
+        if size < ids.shape[1]:
+            left = np.exp(values[:, size:] - logsumexp[:, None]).sum(-1)
+            ids, values, tail = ids[:, :size], values[:, :size], tail + left
+        return TopK(ids.astype(np.int32), values, logsumexp, tail)
+
     def _lazy(self, source: CacheArray, rows: int) -> "dask.array.Array":
         import dask.array
 
         name = f"{source.path.parent.name}-{source.path.name}-{self.id[:SHORT_ID]}-{rows}"
-        chunks: Any = (rows, -1)
+        chunks: Any = (rows, -1)[: source.ndim]
         return dask.array.from_array(source, chunks=chunks, name=name, asarray=False)
 
     def block_rows(self, rows: int = 1 << 16) -> int:
@@ -197,8 +255,12 @@ class ActivationCache:
 
     @property
     def slab_rows(self) -> int:
-        """Neighbouring rows that shuffled reads take at once: few, but whole chunks from afar."""
-        return self.manifest.layout.chunk_rows if is_remote(self.path) else SLAB_ROWS
+        """Neighbouring rows that shuffled reads take at once: few, or a chunk where it comes whole.
+
+        From afar, and where it is compressed.
+        """
+        whole = is_remote(self.path) or self.manifest.codec != "raw"
+        return self.manifest.layout.chunk_rows if whole else SLAB_ROWS
 
     def blocks(self, sequences: np.ndarray, rows: int | None = None) -> Iterator[np.ndarray]:
         """Group whole `sequences` (numbers, in any order) so that a group has about `rows` rows."""

@@ -21,10 +21,11 @@ from typing import Any
 
 UNSHARE = ("unshare", "--user", "--map-root-user", "--mount")
 MODULES = (
-    "datasets", "fsspec", "rich.progress", "safetensors.numpy", "safetensors.torch", "torch",
-    "transformers", "transformers.models.gpt_neox.modeling_gpt_neox", "zarr", "residua.cli",
-    "residua.analysis.terminal", "residua.cache.canary", "residua.cache.extract",
-    "residua.cache.model", "residua.cache.store",
+    "datasets", "fsspec", "numcodecs.zstd", "rich.progress", "safetensors.numpy",
+    "safetensors.torch", "torch", "transformers", "transformers.models.gpt_neox.modeling_gpt_neox",
+    "zarr", "residua.cli", "residua.analysis.terminal", "residua.cache.canary",
+    "residua.cache.extract", "residua.cache.headpass", "residua.cache.model", "residua.cache.ratio",
+    "residua.cache.store",
 )  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def test_unusual_models_go_through_the_whole_extraction(
 def test_a_tail_that_masks_pad_tokens_is_refused_only_for_texts_that_hold_them() -> None:
     model: Any = build("xlm")
     assert examine(model, stream(), "float32", "auto").head.kind == "explicit"
-    ids = stream().ids.copy()
+    ids = np.array(stream().ids[:])
     ids[::7] = model.config.pad_token_id
     with pytest.raises(ModelError, match="not a function of the last block's output alone"):
         examine(model, from_sequences(np.split(ids, 6)), "float32", "auto")

@@ -196,6 +196,9 @@ SCENES: dict[str, dict[str, Any]] = {
     "tokens": {"before": ("--max-tokens", 1500)},
     "layers and tokens": {"options": ("--no-pack",),
                           "before": ("--layers", "0,2", "--max-tokens", 1100)},
+    "top logits": {"options": ("--logits", "topk:5", "--no-pack"),
+                   "before": ("--layers", "1", "--max-tokens", 1100)},
+    "compact logits": {"options": ("--logits", "full", "--codec", "compact")},
 }  # fmt: skip
 
 
@@ -203,6 +206,15 @@ def test_a_dozen_kills_lose_nothing(driver: Driver, scene: Scene, tmp_path: Path
     killed = torture(driver, scene, tmp_path / "one", 1, 3, random.Random(SEED))
     killed += torture(driver, scene, tmp_path / "three", 3, 9, random.Random(SEED + 1))
     assert killed.total() >= 12
+
+
+@pytest.mark.parametrize("name", ["top logits", "compact logits"])
+def test_a_few_kills_lose_no_logits(
+    driver: Driver, model_folder: Path, data: Path, tmp_path: Path, name: str
+) -> None:
+    scene = Scene(model_folder, data, **SCENES[name])
+    rng = random.Random(f"{SEED} {name}")
+    assert torture(driver, scene, tmp_path / "kills", 2, 4, rng).total() >= 4
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ ROOT = Path(residua.__file__ or "").parent
 ROOMS = ("cache", "probes", "analysis")
 DOORS = {
     "zarr": {"cache/writer.py", "cache/array.py"},
-    "numcodecs": set(),
+    "numcodecs": {"cache/codec.py"},
     "transformers": {"cache/model.py", "cache/extract.py"},
     "datasets": {"cache/data.py"},
     "click": {"cli.py", "analysis/command.py"},

@@ -19,7 +19,7 @@ import residua
 from residua.cache.catalog import list_paths
 from residua.cache.errors import UsageError
 from residua.cache.extract import find, run
-from residua.cache.place import as_path, check_creates, children, create, store_of
+from residua.cache.place import as_path, check_creates, children, create, put, store_of
 from residua.cache.request import Request
 from residua.cache.store import ActivationCache
 
@@ -86,7 +86,7 @@ def _names(cache: ActivationCache) -> list[str]:
     """Shards and metadata of all arrays."""
     arrays, files = cache.journal.base()
     shards = {name: [int(number) for number in found] for name, found in arrays.items()}
-    shards |= {f"residual/{layer}": list(range(cache.parts)) for layer in cache.layers}
+    shards |= {name: list(range(cache.parts)) for name in cache.target_names}
     names = [name.removeprefix("arrays.zarr/") for name in files if name.startswith("arrays.zarr")]
     return names + [
         f"{name}/{cache.array(name).layout.shard_key(number)}"
@@ -122,6 +122,30 @@ def test_a_cache_in_an_object_store_has_the_bytes_of_one_on_a_disk(
     assert residua.verify(far.path).ok
     assert not list((far.path / "leases").glob("*"))
     assert residua.find_cache(far.id[:6], as_path(root)).positions == local.positions
+
+
+def test_compact_caches_with_logits_are_the_same_afar(
+    root: str, model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    options = {**SIZE, "codec": "compact", "logits": "topk:4"}
+    for place in (root, tmp_path):
+        residua.extract(model_folder, data, root=place, layers=(1,), **options)
+        residua.extract(model_folder, data, root=place, **SIZE)  # adds the other layers
+    far, local = only(root), only(str(tmp_path))
+    assert far.layers == local.layers == (0, 1, 2, 3)
+    assert contents(far) == contents(local)
+    rows = np.random.default_rng(0).integers(0, local.positions, 200)
+    for name in local.target_names:
+        assert far.array(name).layout.compact
+        np.testing.assert_array_equal(far.array(name)[:], local.array(name)[:])
+        np.testing.assert_array_equal(far.array(name).take(rows), local.array(name).take(rows))
+    assert residua.verify(far.path).ok
+    shard = far.path / "arrays.zarr" / "logits/ids" / far.array("logits/ids").layout.shard_key(2)
+    damaged = bytearray(shard.read_bytes())
+    damaged[9] ^= 1
+    put(shard, bytes(damaged))
+    (found,) = residua.verify(far.path).damages
+    assert (found.array, found.start) == ("logits/ids", 2 * far.manifest.layout.part_rows)
 
 
 @pytest.fixture(scope="module")
@@ -495,3 +519,15 @@ def test_workers_of_dask_share_a_root_in_a_store(
     assert contents(cache) == contents(local)
     near = residua.RidgeProbe().fit(local)
     np.testing.assert_allclose(fitted.maps_[1, 0].weight, near.maps_[1, 0].weight, rtol=1e-5)
+
+
+def test_a_dry_run_knows_that_a_store_has_no_end(root: str, model_folder: Path, data: Path) -> None:
+    from click.testing import CliRunner
+
+    from residua.cli import main
+
+    args = [str(word) for word in (*command(model_folder, data, root), "--dry-run")]
+    shown = CliRunner().invoke(main, args)
+    assert shown.exit_code == 0, shown.output
+    assert "in all, largest" in shown.stdout
+    assert "free" not in shown.stdout
