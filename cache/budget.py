@@ -89,6 +89,7 @@ def estimate(
     compressed over raw bytes by array, empty for raw caches.
     """
     ratios, slack = ratios or {}, 0.0
+    layout = layout.shrunk(positions)
     arrays = {"head": head_bytes + SMALL_FILES}
     if context_tokens:
         arrays["context/ids"] = 4 * context_tokens

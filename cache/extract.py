@@ -294,6 +294,15 @@ def _layout(request: Request, canary: "Canary") -> Layout:
     return Layout.choose(canary.head.d_model, _itemsize(canary), request.part_positions, widest)
 
 
+def _layout_of(request: Request, cache: ActivationCache) -> Layout:
+    """The layout that `request` gives arrays like those of a complete `cache`."""
+    names = {name for record in cache.committed.values() for name in record.arrays}
+    arrays = {name: cache.array(name).layout for name in names}
+    items = [np.dtype(a.stored_dtype).itemsize for n, a in arrays.items() if n[:9] == "residual/"]
+    widest = max((a.row_bytes for n, a in arrays.items() if n[:7] == "logits/"), default=0)
+    return Layout.choose(cache.d_model, max(items), request.part_positions, widest)
+
+
 def _logits(request: Request, canary: "Canary") -> tuple[LogitsArray, ...]:
     """The arrays of logits that the request keeps."""
     return arrays_of(request.logits, canary.head.vocab, canary.logits.dtype)
@@ -354,7 +363,7 @@ def _create(
         wanted.model,
         wanted.tokens,
         wanted.capture,
-        _layout(request, canary),
+        _layout(request, canary).shrunk(stream.positions),
         canary.head.d_model,
         canary.head.vocab,
         canary.stack.depth,
@@ -439,7 +448,10 @@ def _extend(
     tokens = replace(
         wanted.tokens, digest=digest, positions=longer.positions, sequences=longer.sequences
     )
-    return "extended", add_tokens(cache, tokens, longer), stack
+    layout = cache.manifest.layout
+    if cache.positions <= layout.chunk_rows:  # it may be a small cache's
+        layout = _layout_of(request, cache).shrunk(longer.positions)
+    return "extended", add_tokens(cache, tokens, longer, layout), stack
 
 
 def _dtypes(

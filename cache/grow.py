@@ -15,6 +15,7 @@ import numpy as np
 from .create import create_cache
 from .journal import Journal
 from .jsonfile import file_digest, read_json, sync_folder
+from .layout import Layout
 from .lease import exclusive, lease
 from .manifest import Manifest, TokenIdentity
 from .origin import read_origin, write_origin
@@ -77,14 +78,17 @@ def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]
     return concatenate(held, stream.select(np.array(lacking)))
 
 
-def add_tokens(cache: ActivationCache, tokens: TokenIdentity, stream: TokenStream) -> Path:
+def add_tokens(
+    cache: ActivationCache, tokens: TokenIdentity, stream: TokenStream, layout: Layout
+) -> Path:
     """A cache of `stream`, which begins with all sequences of `cache`; full parts are linked.
 
-    `cache` must be complete in its layers. The rest is left to `fill`.
+    `cache` must be complete in its layers, and parts are linked only if they have the `layout` of
+    its own. The rest is left to `fill`.
     """
     old = cache.manifest
     manifest = Manifest(
-        old.model, tokens, old.capture, old.layout, old.d_model, old.vocab, old.depth,
+        old.model, tokens, old.capture, layout, old.d_model, old.vocab, old.depth,
         old.batch_tokens, old.model_name, old.data_name, {**old.extra, EXTENDS: cache.id},
     )  # fmt: skip
     dtypes = {layer: cache.layer(layer).layout.logical_dtype for layer in cache.layers}
@@ -105,7 +109,8 @@ def add_tokens(cache: ActivationCache, tokens: TokenIdentity, stream: TokenStrea
         provenance,
         logits_dtype,
     )
-    share_parts(cache, ActivationCache(path))
+    if layout == old.layout:
+        share_parts(cache, ActivationCache(path))
     return path
 
 
