@@ -21,11 +21,21 @@ def extracted(value: dict[str, Any]) -> None:
     if speeds := bandwidths(value["stages"]):
         print(f"  {speeds}")
     print(f"  {value['path']}")
+    _tell_cut(value["cut"])
     if value["complete"]:
         print(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
     else:
         done, parts = value["parts"]
         print(f"{done} of {parts} parts are there; the other shares are still to be run")
+
+
+def _tell_cut(cut: dict[str, int]) -> None:
+    """Say how much text was left out, if any."""
+    if cut["sequences"]:
+        print(
+            f"  {cut['sequences']:,} documents are longer than the context: {cut['tokens']:,} of "
+            "their tokens are left out (--context, or --pack)"
+        )
 
 
 def _contents(value: dict[str, Any]) -> str:
@@ -47,6 +57,7 @@ def estimated(value: dict[str, Any]) -> None:
         print(f"compression is measured on the first rows; {size(value['slack'])} more are allowed")
     if value["free"] is not None:  # an object store has no end
         print(f"{fits} into {size(value['free'])} free")
+    _tell_cut(value["cut"])
 
 
 def differing(one: str, other: str, found: Sequence[dict[str, Any]]) -> None:
@@ -82,6 +93,7 @@ def details(value: dict[str, Any]) -> None:
         ("size", f"{size(value['bytes'])}, {value['codec']}"),
         ("model", f"{value['model']}  ({model['architecture']}, weights {model['weights'][:12]})"),
         ("data", value["data"]),
+        *((f"{name} is at", place) for name, place in value["origin"].items()),
         ("positions", f"{value['positions']:,} in {value['sequences']:,} sequences"),
         ("tokens", f"{'packed to' if tokens['packed'] else 'rows of at most'} {tokens['context']}"),
         ("splits", ", ".join(f"{k} {v:,}" for k, v in value["splits"].items()) + " sequences"),

@@ -3,8 +3,8 @@
 texts -> tokens -> is it there? -> model -> checks -> empty cache -> parts
 """
 
+import json
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,6 +29,7 @@ from .layout import STORED_DTYPES, Layout
 from .logits import LogitsArray, arrays_of
 from .manifest import CODEC, CaptureIdentity, Manifest, TokenIdentity
 from .oom import choose_batch_tokens, memory_errors
+from .origin import public_name, write_origin
 from .place import as_path
 from .policy import keep
 from .replay import check, record
@@ -66,6 +67,8 @@ class Extraction:
     """Positions written by this call."""
     seconds: float
     """Wall time of this call."""
+    cut: dict[str, int]
+    """How many `sequences` of the request lost how many `tokens` to the context."""
     stages: Stages = field(default_factory=Stages)
     """How busy forward, copy and write were; with a scheduler, of all workers together."""
 
@@ -82,6 +85,7 @@ class Extraction:
             "bytes": self.cache.bytes,
             "head_error": self.head_error,
             "written": self.written,
+            "cut": self.cut,
             "seconds": round(self.seconds, 3),
             "stages": self.stages.to_dict(),
         }
@@ -160,7 +164,8 @@ def run(
     if request.part is None:
         cache.check_complete()
     error = read_json(cache.path / "provenance.json")["canary"]["head_error"]
-    return Extraction(cache, status, error, written, time.perf_counter() - began, stages)
+    seconds = time.perf_counter() - began
+    return Extraction(cache, status, error, written, seconds, stream.cut_counts, stages)
 
 
 def plan(request: Request, progress: Progress | None = None) -> Estimate:
@@ -173,7 +178,7 @@ def plan(request: Request, progress: Progress | None = None) -> Estimate:
         canary, stream = _shortened(request, source, model, stream, root)
     else:
         canary = _examine(request, source, model, stream)
-    return _estimate(request, canary, stream, root)
+    return replace(_estimate(request, canary, stream, root), cut=stream.cut_counts)
 
 
 def find(request: Request, progress: Progress | None = None) -> Resolution:
@@ -290,6 +295,15 @@ def _layout(request: Request, canary: "Canary") -> Layout:
     return Layout.choose(canary.head.d_model, _itemsize(canary), request.part_positions, widest)
 
 
+def _layout_of(request: Request, cache: ActivationCache) -> Layout:
+    """The layout that `request` gives arrays like those of a complete `cache`."""
+    names = {name for record in cache.committed.values() for name in record.arrays}
+    arrays = {name: cache.array(name).layout for name in names}
+    items = [np.dtype(a.stored_dtype).itemsize for n, a in arrays.items() if n[:9] == "residual/"]
+    widest = max((a.row_bytes for n, a in arrays.items() if n[:7] == "logits/"), default=0)
+    return Layout.choose(cache.d_model, max(items), request.part_positions, widest)
+
+
 def _logits(request: Request, canary: "Canary") -> tuple[LogitsArray, ...]:
     """The arrays of logits that the request keeps."""
     return arrays_of(request.logits, canary.head.vocab, canary.logits.dtype)
@@ -350,13 +364,13 @@ def _create(
         wanted.model,
         wanted.tokens,
         wanted.capture,
-        _layout(request, canary),
+        _layout(request, canary).shrunk(stream.positions),
         canary.head.d_model,
         canary.head.vocab,
         canary.stack.depth,
         _batch_tokens(request, canary, stream),
-        request.model,
-        request.data,
+        public_name(request.model),
+        public_name(request.data),
         extra={
             "pad": canary.pad,
             "causal": canary.causal,
@@ -369,8 +383,13 @@ def _create(
     def write_head(folder: Path) -> None:
         save_head(folder, source, canary)
         record(canary.stack, stream, folder)
+        write_origin(folder.parent, request.model, request.data)
 
-    provenance = {**_provenance(model, canary.report()), "revision": source.revision}
+    provenance = {
+        **_provenance(model, canary.report()),
+        "revision": source.revision,
+        "cut": stream.cut_counts,
+    }
     if request.codec != "raw":  # other versions may compress to other bytes
         provenance["versions"]["numcodecs"] = version("numcodecs")
     path = create_cache(
@@ -386,7 +405,21 @@ def save_head(folder: Path, source: ModelSource, canary: "Canary") -> None:
     source.tokenizer.save(str(folder / "tokenizer.json"))
     for name in ("config.json", "tokenizer_config.json"):
         if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+            (folder / name).write_bytes(_without_paths((source.folder / name).read_bytes()))
+
+
+def _without_paths(raw: bytes) -> bytes:
+    """A configuration without the place that it was once saved at; unchanged if it has none."""
+    value = json.loads(raw)
+    kept = _public(value)
+    return raw if kept == value else json.dumps(kept, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        hidden = ("_name_or_path", "name_or_path")
+        return {key: _public(found) for key, found in value.items() if key not in hidden}
+    return [_public(found) for found in value] if isinstance(value, list) else value
 
 
 def _extend(
@@ -418,7 +451,10 @@ def _extend(
     tokens = replace(
         wanted.tokens, digest=digest, positions=longer.positions, sequences=longer.sequences
     )
-    return "extended", add_tokens(cache, tokens, longer), stack
+    layout = cache.manifest.layout
+    if cache.positions <= layout.chunk_rows:  # it may be a small cache's
+        layout = _layout_of(request, cache).shrunk(longer.positions)
+    return "extended", add_tokens(cache, tokens, longer, layout), stack
 
 
 def _dtypes(
