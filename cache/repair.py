@@ -147,7 +147,7 @@ def _rebuild_head(
 ) -> list[str]:
     """Files of `head/` made from the model again, where they come out as they were."""
     from .canary import examine
-    from .extract import save_head
+    from .make import save_head
     from .replay import record
     from .tokens import TokenStream
 

@@ -384,9 +384,9 @@ def test_a_dry_run_knows_the_logits(
 def test_batches_of_wide_rows_are_small(
     model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from residua.cache import extract
+    from residua.cache import make
 
-    monkeypatch.setattr(extract, "LOGITS_BATCH_BYTES", 600 * 130)
+    monkeypatch.setattr(make, "LOGITS_BATCH_BYTES", 600 * 130)
     asked = ask(model_folder, texts_file, tmp_path, logits="full", batch_tokens=None, pack=False)
     cache = run(asked).cache
     assert cache.manifest.batch_tokens == 130
