@@ -10,14 +10,10 @@ import pytest
 from residua.cache.errors import CorruptError, NotFoundError, UsageError
 from residua.cache.store import ActivationCache
 from residua.cache.tokens import folds_of
-from residua.probes.collect import (
-    Pass,
-    collect,
-    collect_passes,
-    collect_rows,
-    divide,
-)
-from residua.probes.moments import Accumulator, Moments, MomentSet, Shifted, merge_all
+from residua.probes.collect import collect, collect_passes, collect_rows
+from residua.probes.moments import Accumulator, Moments, merge_all
+from residua.probes.momentset import MomentSet
+from residua.probes.passes import Pass, Request, divide
 
 from .synthetic import make_cache, random_head
 
@@ -97,7 +93,7 @@ def whole(cache: ActivationCache, **options: object) -> MomentSet:
 @pytest.mark.parametrize("layer", range(DEPTH + 1))
 def test_moments_equal_numpy_in_memory(ragged: ActivationCache, layer: int, offset: int) -> None:
     found = collect(ragged, [layer], [offset], folds=FOLDS, split="all")
-    for fold, moments in enumerate(found.pairs[layer, offset]):
+    for fold, moments in enumerate(found.parts(layer, offset)):
         expected = direct(*pairs_by_hand(ragged, layer, offset, fold))
         assert_close(moments, expected, 1e-10)
         np.testing.assert_array_equal(moments.xx, moments.xx.T)
@@ -105,10 +101,10 @@ def test_moments_equal_numpy_in_memory(ragged: ActivationCache, layer: int, offs
 
 def test_moments_of_the_train_split_hold_no_other_sequence(ragged: ActivationCache) -> None:
     found = collect(ragged, [1], [1], folds=FOLDS)
-    for fold, moments in enumerate(found.pairs[1, 1]):
+    for fold, moments in enumerate(found.parts(1, 1)):
         assert_close(moments, direct(*pairs_by_hand(ragged, 1, 1, fold, "train")), 1e-10)
     assert found.split == "train"
-    assert found.total((1, 1)).n < ragged.positions - len(ragged.sequence_length)
+    assert found.total(1, 1).n < ragged.positions - len(ragged.sequence_length)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -118,7 +114,7 @@ def test_moments_equal_numpy_for_random_lengths(seed: int, tmp_path: Path) -> No
     layers = random_layers(rng, sum(lengths))
     tiny = make_cache(tmp_path, layers, lengths, random_head(WIDTH, VOCAB), seed=seed)
     found = collect(tiny, [0], OFFSETS, folds=FOLDS, split="all", rows=int(rng.integers(1, 60)))
-    for (layer, offset), parts in found.pairs.items():
+    for (layer, offset, _), parts in found.pairs.items():
         for fold, moments in enumerate(parts):
             assert_close(moments, direct(*pairs_by_hand(tiny, layer, offset, fold)), 1e-10)
 
@@ -142,20 +138,32 @@ def test_the_same_request_gives_the_same_bits(ragged: ActivationCache) -> None:
 
 
 def test_moments_do_not_depend_on_layer_groups(ragged: ActivationCache) -> None:
-    groups = list(collect_passes(ragged, None, OFFSETS, folds=FOLDS, split="all", memory=1))
+    asked = Request.of(ragged, None, OFFSETS, None, folds=FOLDS, split="all")
+    groups = list(collect_passes(ragged, asked, memory=1))
     assert len(groups) == (DEPTH + 1) * len(OFFSETS)
     assert_sets_close(whole(ragged, memory=1, tasks=2), whole(ragged, tasks=2), 1e-12)
 
 
 def test_passes_fit_the_memory_budget() -> None:
-    plan = Pass(tuple(range(13)), (0, 1, 2, 3), 5, "train", "float64", 2048, 8)
-    for budget in (1 << 28, 1 << 30, 2 << 30):
+    asked = Request(tuple(range(13)), (0, 1, 2, 3), (6, 12))
+    plan = Pass(asked, 0, 2048, 8, 2)
+    for budget in (1 << 29, 1 << 30, 2 << 30):
         passes = divide(plan, budget, 768)
         assert all(part.bytes(768) <= budget for part in passes)
-        pairs = [(layer, n) for part in passes for layer in part.layers for n in part.offsets]
-        assert sorted(pairs) == [(layer, n) for layer in plan.layers for n in plan.offsets]
+        assert sorted(p for part in passes for p in part.request.pairs) == sorted(asked.pairs)
     assert divide(plan, 1 << 40, 768) == [plan]
-    assert replace(plan, tasks=1, layers=(0,), offsets=(0,)) in divide(plan, 1, 768)
+    smallest = replace(asked, layers=(0,), offsets=(0,), targets=(6,))
+    assert replace(plan, tasks=1, request=smallest) in divide(plan, 1, 768)
+
+
+def test_any_pairs_are_asked_for_exactly_once() -> None:
+    rng = np.random.default_rng(9)
+    asked = Request(tuple(range(5)), (0, 1, 2), (3, 4))
+    for share in (0.1, 0.5, 0.9, 1.0):
+        pairs = [pair for pair in asked.pairs if rng.random() < share]
+        found = [pair for part in asked.of_pairs(pairs) for pair in part.pairs]
+        assert sorted(found) == sorted(pairs)
+    assert asked.of_pairs(asked.pairs) == [asked]
 
 
 def test_moments_do_not_depend_on_chunk_order() -> None:
@@ -196,31 +204,36 @@ def test_an_accumulator_adds_up_blocks() -> None:
 
 
 @pytest.mark.parametrize("where", ["first", "last", "everywhere"])
-def test_a_massive_column_costs_no_accuracy(where: str) -> None:
+def test_a_massive_column_costs_no_accuracy(where: str, tmp_path: Path) -> None:
+    """A column 1e4 times the rest, whose mean is far from 0: against float64 by two passes."""
     rng = np.random.default_rng(5)
-    lengths = np.array([16] * 20)
-    x, y = (rng.normal(size=(320, 8)).astype(np.float32) for _ in range(2))
+    layers = [rng.normal(size=(320, WIDTH)).astype(np.float32) for _ in range(2)]
     rows = {"first": np.s_[::16], "last": np.s_[15::16], "everywhere": np.s_[:]}[where]
-    for values in (x, y):
+    for values in layers:
         values[rows, 3] = 1e4 * (1 + 0.01 * values[rows, 3])
-    shifted = Shifted.of(y, lengths, (0, 1, 3), "float64")
-    for offset, found in zip((0, 1, 3), shifted.moments(x), strict=True):
+    assert layers[0].max() > 9e3
+    massive = make_cache(tmp_path, layers, [16] * 20, random_head(WIDTH, VOCAB))
+    found = collect(massive, [0], (0, 1, 3), folds=1, split="all", rows=64)
+    for offset in (0, 1, 3):
         source = np.flatnonzero(np.tile(np.arange(16), 20) + offset < 16)
-        expected = direct(x[source].astype(float), y[source + offset].astype(float))
-        assert_close(found, expected, 1e-12)
+        x, y = layers[0][source].astype(float), layers[1][source + offset].astype(float)
+        total = found.total(0, offset)
+        assert_close(total, direct(x, y), 1e-12)
+        singular = np.linalg.svd(x - x.mean(0), compute_uv=False)
+        np.testing.assert_allclose(np.linalg.eigvalsh(total.xx)[::-1], singular**2, rtol=1e-8)
 
 
 def test_float32_products_are_right_to_float32(ragged: ActivationCache) -> None:
     found, exact = whole(ragged, products="float32"), whole(ragged)
-    assert found.pairs[0, 1][0].xx.dtype == np.float64
+    assert found.parts(0, 1)[0].xx.dtype == np.float64
     assert_sets_close(found, exact, 5e-6)
     assert any(np.any(found.pairs[p][0].xx != exact.pairs[p][0].xx) for p in exact.pairs)
 
 
 def test_offsets_beyond_every_sequence_have_no_pairs(ragged: ActivationCache) -> None:
     found = collect(ragged, [0, 1], [0, 500], folds=FOLDS)
-    assert found.total((0, 500)).n == 0
-    assert found.total((0, 0)).n > 0
+    assert found.total(0, 500).n == 0
+    assert found.total(0, 0).n > 0
 
 
 def test_dask_processes_give_what_threads_give(ragged: ActivationCache) -> None:
@@ -329,7 +342,8 @@ def test_memory_stays_near_the_budget(tmp_path: Path) -> None:
     size = sum(layer.nbytes for layer in layers)
     del layers
     assert size >= 8 * budget
-    passes = collect_passes(big, None, (0, 1), memory=budget, tasks=2)
+    asked = Request.of(big, None, (0, 1), None)
+    passes = collect_passes(big, asked, memory=budget, tasks=2)
     tracemalloc.start()
     for part in passes:
         del part
