@@ -207,9 +207,11 @@ def sweep(cache: ActivationCache) -> None:
     for entry in entries(cache):
         about = entry.about
         content = {int(layer): value for layer, value in about["content"].items()}
-        now = {layer: content_of(cache, layer) for layer in content if layer in cache.layers}
+        now = {layer for layer in content if layer in cache.layers}
+        now = {layer for layer in now if content[layer] == content_of(cache, layer)}
         numbers = counted(cache.split(about["split"]))
-        if about["cache"] != cache.id or content != now or about["sequences"] != numbers:
+        other = about["cache"] != cache.id or about["sequences"] != numbers
+        if other or not any({pair[0], pair[2]} <= now for pair in entry.pairs):
             entry.discard()
 
 
