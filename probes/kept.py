@@ -66,10 +66,8 @@ def folder_of(cache: ActivationCache) -> Path:
 def entries(cache: ActivationCache) -> Iterator[Entry]:
     """All folders of kept moments that can be read, whatever they are of."""
     for path in sorted(folder_of(cache).glob("[!.]*")):
-        try:
+        with suppress(OSError, CorruptError):  # damaged, or removed meanwhile
             yield Entry(path, read_json(path / TABLE))
-        except (OSError, CorruptError, NotFoundError):  # of another kind, damaged, just removed
-            continue
 
 
 def find(cache: ActivationCache, request: Request) -> Source:
@@ -197,14 +195,19 @@ def save(cache: ActivationCache, moments: MomentSet) -> int:
 
 
 def sweep(cache: ActivationCache) -> None:
-    """Remove what writers that died left, and moments of rows that the cache no longer has."""
+    """Remove what writers that died left, what is damaged, and moments of rows that are gone."""
     for left in folder_of(cache).glob(".*.tmp"):
         with suppress(OSError):
             descriptor = os.open(left, os.O_RDONLY)
             if try_lock(descriptor):
                 shutil.rmtree(left, ignore_errors=True)
             os.close(descriptor)
-    for entry in entries(cache):
+    for path in folder_of(cache).glob("[!.]*"):
+        try:
+            entry = Entry(path, read_json(path / TABLE))
+        except (CorruptError, NotFoundError):
+            shutil.rmtree(path, ignore_errors=True)
+            continue
         about = entry.about
         content = {int(layer): value for layer, value in about["content"].items()}
         now = {layer for layer in content if layer in cache.layers}

@@ -155,7 +155,7 @@ def why_not(cache: ActivationCache, size: int, keep: bool | None) -> str:
     if keep is None and kept_bytes(cache) + size > limit:
         return (
             f"moments of {size / 1e6:.1f} MB would take more than 1/{SHARE} of the residual "
-            "streams; ask to keep them"
+            "streams: not kept unless asked for"
         )
     return ""
 

@@ -1,5 +1,7 @@
 """Kept moments: a fit reads what is there, and gives what it would give without."""
 
+import hashlib
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import residua
 from residua.cache.create import PartWriter, create_cache
@@ -81,7 +84,9 @@ def asked(source: ActivationCache, **options: Any) -> Request:
     return Request.of(source, None, OFFSETS, None, folds=FOLDS, **options)
 
 
-def supplied(source: ActivationCache, request: Request, **options: Any) -> tuple[MomentSet, Account]:
+def supplied(
+    source: ActivationCache, request: Request, **options: Any
+) -> tuple[MomentSet, Account]:
     """All moments of `request`, and where they came from."""
     account = Account()
     options = {"keep": True, **options}
@@ -307,3 +312,32 @@ def test_an_extraction_of_more_tokens_extends_the_moments(
     assert 0 < probe.moments_["positions"] <= bigger.positions - first.positions
     request = Request.of(bigger, None, (0, 2), None, folds=FOLDS)
     assert_same(supplied(bigger, request)[0], fresh(bigger, request))
+
+
+def test_kept_moments_are_what_the_format_page_says(tmp_path: Path) -> None:
+    """Read with nothing of this package."""
+    source = Grown(tmp_path).first
+    request = replace(asked(source), targets=(1, DEPTH))
+    expected, _ = supplied(source, request)
+    (folder,) = folder_of(source).iterdir()
+    about = json.loads((folder / "moments.json").read_bytes())
+    tensors = load_file(folder / "moments.safetensors")
+    assert set(about["tensors"]) == set(tensors)
+    for name, tensor in tensors.items():
+        assert hashlib.sha256(tensor.tobytes()).hexdigest() == about["tensors"][name]
+    numbers = source.split("train").astype("<i8").tobytes()
+    assert about["sequences"]["digest"] == hashlib.sha256(numbers).hexdigest()
+    for layer, digest in about["content"].items():
+        shards = []
+        for part, record in sorted(source.committed.items()):
+            shard = record.arrays[f"residual/{layer}"]
+            shards.append([part, record.start, record.stop, shard.bytes, shard.crc32c])
+        text = json.dumps(["float32", *shards], separators=(",", ":"))
+        assert digest == hashlib.sha256(text.encode()).hexdigest()
+    for row in about["pairs"]:
+        layer, offset, target = row["layer"], row["offset"], row["target"]
+        for fold, moments in enumerate(expected.pairs[layer, offset, target]):
+            x, y = f"{layer}.{offset}.{fold}", f"{layer}.{offset}.{target}.{fold}"
+            assert (row["n"][fold], row["yy"][fold]) == (moments.n, moments.yy)
+            for name, found in (("xx", x), ("mean_x", x), ("xy", y), ("mean_y", y)):
+                np.testing.assert_array_equal(tensors[f"{found}.{name}"], getattr(moments, name))
