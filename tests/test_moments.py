@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.cache.errors import CorruptError, NotFoundError, UsageError
+from residua.cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
 from residua.cache.store import ActivationCache
 from residua.cache.tokens import folds_of
 from residua.probes.collect import collect, collect_passes, collect_rows
 from residua.probes.moments import Accumulator, Moments, merge_all
 from residua.probes.momentset import MomentSet
 from residua.probes.passes import Pass, Request, divide
+from residua.probes.ridge import RidgeProbe
 
 from .synthetic import make_cache, random_head
 
@@ -174,6 +175,76 @@ def test_moments_do_not_depend_on_chunk_order() -> None:
     assert_close(merge_all([merge_all(parts[:2]), merge_all(parts[2:])]), forward, 1e-13)
 
 
+def test_update_and_merge_in_any_order_give_the_same() -> None:
+    """Random partitions, orders and trees; one column is massive, and another far from 0."""
+    rng = np.random.default_rng(11)
+    x, y = rng.normal(size=(400, 6)), rng.normal(size=(400, 4))
+    x[:, 2] *= 1e4
+    x[::16, 4] += 1e4
+    y += 100
+    expected = direct(x, y)
+    for _ in range(30):
+        cuts = np.sort(rng.integers(0, 401, rng.integers(1, 12)))
+        pieces = np.split(np.arange(400), cuts)
+        pieces = [pieces[i] for i in rng.permutation(len(pieces))]
+        total, waiting = Accumulator(6, 4), []
+        for rows in pieces:
+            if rng.random() < 0.5:
+                total.update(x[rows], y[rows])
+            else:
+                waiting.append(Moments.of(x[rows], y[rows]))
+        while len(waiting) > 1:
+            i, j = rng.choice(len(waiting), 2, replace=False)
+            merged = waiting[i].merge(waiting[j])
+            waiting = [m for k, m in enumerate(waiting) if k not in (i, j)] + [merged]
+        for rest in waiting:
+            total.add(rest)
+        assert_close(total.result(), expected, 1e-12)
+
+
+def test_sets_of_two_caches_merge(tmp_path: Path) -> None:
+    rng = np.random.default_rng(12)
+    lengths = rng.integers(1, 15, 40).tolist()
+    layers = random_layers(rng, sum(lengths))
+    head = random_head(WIDTH, VOCAB)
+    rows = sum(lengths[:25])
+    both = make_cache(tmp_path, layers, lengths, head)
+    first = make_cache(tmp_path, [a[:rows] for a in layers], lengths[:25], head, seed=1)
+    second = make_cache(tmp_path, [a[rows:] for a in layers], lengths[25:], head, seed=2)
+    parts = [collect(one, [0, 1], (0, 2), [1, 2], folds=1, split="all") for one in (first, second)]
+    expected = collect(both, [0, 1], (0, 2), [1, 2], folds=1, split="all")
+    found = parts[0].merge(parts[1])
+    assert_sets_close(found, expected, 1e-12)
+    assert found.bytes == expected.bytes
+    assert (found.cache_id, found.geometry) == (None, head.geometry)
+    with pytest.raises(MismatchError, match="moments of split all and train"):
+        found.merge(collect(both, [0, 1], (0, 2), [1, 2], folds=1))
+    with pytest.raises(MismatchError, match="collect both alike"):
+        found.merge(collect(both, [0], (0, 2), [1, 2], folds=1, split="all"))
+
+
+def test_float32_products_bear_massive_first_tokens(tmp_path: Path) -> None:
+    """Only first tokens are massive: what is predicted at offset 1 has none of them."""
+    rng = np.random.default_rng(13)
+    layers = [rng.normal(5, 1, (1280, WIDTH)).astype(np.float32) for _ in range(2)]
+    for values in layers:
+        values[::32, 3] = 1e4
+    massive = make_cache(tmp_path, layers, [32] * 40, random_head(WIDTH, VOCAB))
+    found = collect(massive, [0], [1], folds=1, split="all", products="float32").total(0, 1)
+    source = np.flatnonzero(np.arange(1280) % 32 < 31)
+    x, y = layers[0][source].astype(float), layers[1][source + 1].astype(float)
+    expected = direct(x, y)
+    spread = np.sqrt(np.diagonal(expected.xx))
+    assert np.abs(found.xx - expected.xx).max() / spread.max() ** 2 < 1e-6
+    np.testing.assert_allclose(found.xx / spread / spread[:, None],
+                               expected.xx / spread / spread[:, None], atol=2e-6)  # fmt: skip
+    assert found.yy == pytest.approx(expected.yy, rel=1e-6)
+    of_y = np.sqrt(((y - y.mean(0)) ** 2).sum(0))
+    assert of_y.max() < 50
+    np.testing.assert_allclose(found.xy / spread[:, None] / of_y,
+                               expected.xy / spread[:, None] / of_y, atol=2e-6)  # fmt: skip
+
+
 def test_minus_is_the_inverse_of_merge() -> None:
     rng = np.random.default_rng(2)
     a, b = (Moments.of(rng.normal(m, 1, (30, 5)), rng.normal(m, 2, (30, 4))) for m in (0, 7))
@@ -236,17 +307,38 @@ def test_offsets_beyond_every_sequence_have_no_pairs(ragged: ActivationCache) ->
     assert found.total(0, 0).n > 0
 
 
-def test_dask_processes_give_what_threads_give(ragged: ActivationCache) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [True, False])
+def test_a_dask_cluster_gives_what_this_process_gives(
+    ragged: ActivationCache, processes: bool
+) -> None:
     from distributed import Client, LocalCluster
+    from threadpoolctl import threadpool_info
 
+    before = blas_threads()
     seen: list[tuple[int, int]] = []
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        LocalCluster(
+            n_workers=2, processes=processes, threads_per_worker=1, dashboard_address=":0"
+        ) as cluster,
         Client(cluster) as client,
     ):
         found = whole(ragged, client=client, rows=16, progress=lambda *done: seen.append(done))
-    assert_sets_close(found, whole(ragged, tasks=2, rows=16), 1e-12)
+        probe = RidgeProbe((0, 2), folds=FOLDS).fit(ragged, client=client, keep=False)
+        x, y = ragged.residual(0), ragged.residual(1)
+        rows = RidgeProbe(folds=FOLDS).fit(x, y, client=client)
+        pools = client.run(threadpool_info) if processes else {}
+    assert_sets_close(found, whole(ragged, tasks=2, rows=16), 1e-9)
     assert seen[-1] == (ragged.positions, ragged.positions)
+    alone = RidgeProbe((0, 2), folds=FOLDS).fit(ragged, keep=False)
+    for pair, fitted in alone.maps_.items():
+        np.testing.assert_allclose(probe.maps_[pair].weight, fitted.weight, rtol=1e-6, atol=1e-7)
+        assert probe.mse_[pair] == pytest.approx(alone.mse_[pair], rel=1e-9, abs=1e-12)
+    expected = RidgeProbe(folds=FOLDS).fit(np.asarray(x), np.asarray(y))
+    np.testing.assert_allclose(rows.coef_, expected.coef_, rtol=1e-9, atol=1e-9)
+    for pool in (pool for found in pools.values() for pool in found):
+        assert pool["user_api"] != "blas" or pool["num_threads"] == 1
+    assert blas_threads() == before
 
 
 def test_rows_of_arrays_fall_into_the_folds_of_kfold() -> None:
@@ -316,18 +408,21 @@ def test_requests_that_cannot_be_right_are_refused(ragged: ActivationCache) -> N
         collect(ragged, [0], [0], split="tests")
 
 
-def test_blas_has_one_thread_in_every_task_and_gets_its_own_back(ragged: ActivationCache) -> None:
-    from threadpoolctl import threadpool_info, threadpool_limits
+def blas_threads() -> set[int]:
+    from threadpoolctl import threadpool_info
 
-    def threads() -> set[int]:
-        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+def test_blas_has_one_thread_in_every_task_and_gets_its_own_back(ragged: ActivationCache) -> None:
+    from threadpoolctl import threadpool_limits
 
     seen: list[set[int]] = []
     with threadpool_limits(2, user_api="blas"):
-        before = threads()
+        before = blas_threads()
         for _ in range(3):
-            whole(ragged, rows=16, tasks=4, progress=lambda *done: seen.append(threads()))
-        assert threads() == before
+            whole(ragged, rows=16, tasks=4, progress=lambda *done: seen.append(blas_threads()))
+        assert blas_threads() == before
     assert len(seen) > 4
     assert set.union(*seen) <= {1}
 
