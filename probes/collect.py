@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]
 OFFSETS = (0, 1, 2, 3)
 TAIL_ROWS = 512
 """Rows of a block of rows near the ends of sequences: few, so that they are read soon."""
-SHIFT_ROWS = 1024
+SHIFT_ROWS = 256
 """Random rows whose median rows are shifted by."""
 Shift = dict[int, np.ndarray]
 """What the rows of each layer are shifted by, `(d_model,)` float64."""
@@ -81,6 +81,7 @@ def plan_passes(
 ) -> list[Pass]:
     """Passes that stay within `memory` bytes each; sequences before number `first` are left out.
 
+    A budget that is too small for one (layer, offset, target) with all its folds is exceeded.
     `tasks` runs of sequences are summed up at the same time, by default one per core (of the
     cluster of `client`), a block of `rows` at a time.
     """

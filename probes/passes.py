@@ -14,6 +14,8 @@ from .sums import Pair
 
 BLOCK_ROWS = 4096
 """Rows of one block of products; 2048 to 16384 are about equally fast."""
+SMALL_ROWS = 512
+"""Rows of a block below which products are slow."""
 MEMORY = 2 << 30
 """Default budget in bytes, where a quarter of the machine's memory is not less."""
 SOLVE_MATRICES = 14
@@ -114,12 +116,17 @@ class Pass:
 
     def bytes(self, d_model: int) -> int:
         """Most memory at a time: sums and blocks of all tasks, or moments and their solutions."""
-        asked, itemsize = self.request, np.dtype(self.request.products).itemsize
-        sums = asked.bytes(d_model)
-        ys = len(asked.offsets) * len(asked.targets)
-        block = self.rows * d_model * (itemsize * (ys + 1) + 16) + 2 * itemsize * d_model**2
+        asked, sums = self.request, self.request.bytes(d_model)
         solving = 8 * SOLVE_MATRICES * d_model**2 * min(self.cores, len(asked.pairs))
-        return max(max(self.tasks, 2) * sums + self.tasks * block, sums + solving)
+        return max(max(self.tasks, 2) * sums + self.blocks(d_model), sums + solving)
+
+    def blocks(self, d_model: int) -> int:
+        """Bytes of the blocks and products that all tasks work on."""
+        itemsize = np.dtype(self.request.products).itemsize
+        arrays = 1 + len(self.request.offsets) * len(self.request.targets)
+        # Rows as they are stored, read and gathered, beside those of the products.
+        rows = self.rows * d_model * (itemsize * arrays + 16)
+        return self.tasks * (rows + 2 * itemsize * d_model**2)
 
     def sequences(self, cache: ActivationCache) -> np.ndarray:
         """Numbers of the sequences of this pass."""
@@ -141,7 +148,12 @@ class Pass:
 
 
 def divide(plan: Pass, memory: int, d_model: int) -> list[Pass]:
-    """Passes within `memory` bytes: fewer layers, then targets, offsets and tasks each."""
+    """Passes within `memory` bytes: fewer layers, then targets, offsets and tasks each.
+
+    Blocks are made smaller first, down to `SMALL_ROWS`, where they would take a quarter of it.
+    """
+    while plan.rows > SMALL_ROWS and plan.blocks(d_model) > memory // 4:
+        plan = replace(plan, rows=max(SMALL_ROWS, plan.rows // 2))
     sizes = {name: len(getattr(plan.request, name)) for name in ("layers", "targets", "offsets")}
     tasks = plan.tasks
 

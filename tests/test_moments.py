@@ -154,7 +154,7 @@ def test_passes_fit_the_memory_budget() -> None:
         assert sorted(p for part in passes for p in part.request.pairs) == sorted(asked.pairs)
     assert divide(plan, 1 << 40, 768) == [plan]
     smallest = replace(asked, layers=(0,), offsets=(0,), targets=(6,))
-    assert replace(plan, tasks=1, request=smallest) in divide(plan, 1, 768)
+    assert replace(plan, tasks=1, rows=512, request=smallest) in divide(plan, 1, 768)
 
 
 def test_any_pairs_are_asked_for_exactly_once() -> None:
@@ -427,7 +427,11 @@ def test_blas_has_one_thread_in_every_task_and_gets_its_own_back(ragged: Activat
     assert set.union(*seen) <= {1}
 
 
-def test_memory_stays_near_the_budget(tmp_path: Path) -> None:
+FIXED = 2 << 20
+"""What a fit takes beside its budget: maps, tables of sequences, checks of chunks."""
+
+
+def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
     rng = np.random.default_rng(8)
     width, lengths, budget = 64, [128] * 512, 8 << 20
     layers = [rng.normal(size=(sum(lengths), width)).astype(np.float32) for _ in range(4)]
@@ -437,11 +441,17 @@ def test_memory_stays_near_the_budget(tmp_path: Path) -> None:
     size = sum(layer.nbytes for layer in layers)
     del layers
     assert size >= 8 * budget
-    asked = Request.of(big, None, (0, 1), None)
-    passes = collect_passes(big, asked, memory=budget, tasks=2)
+    probe = RidgeProbe((0, 1))
+    probe.fit(big, memory=budget, keep=False)  # imports
     tracemalloc.start()
-    for part in passes:
-        del part
+    probe.fit(big, memory=budget, keep=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * budget
+    assert peak < budget + FIXED
+    asked = Request.of(big, None, (0, 1), None)
+    tracemalloc.start()
+    for part in collect_passes(big, asked, memory=4 * budget):
+        del part
+    wider = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert budget < wider < 4 * budget + FIXED
