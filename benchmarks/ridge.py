@@ -33,7 +33,7 @@ from threadpoolctl import threadpool_limits
 
 from residua.cache.store import ActivationCache
 from residua.cache.tokens import folds_of
-from residua.probes.collect import collect_passes
+from residua.probes.collect import collect_passes, cores
 from residua.probes.passes import BLOCK_ROWS, Request
 from residua.probes.ridge import RidgeProbe
 from residua.tests.synthetic import make_cache, random_head
@@ -69,6 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--products", default="float32", choices=("float64", "float32"))
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the pass, the best counts")
     parser.add_argument("--blas", type=int, default=1, help="BLAS threads of scikit-learn")
+    parser.add_argument("--only-memory", action="store_true", help="leave out all timings")
     parser.add_argument("--no-grid", action="store_true", help="leave out the slow baseline")
     return parser.parse_args()
 
@@ -196,7 +197,11 @@ def against_sklearn(cache: ActivationCache, args: argparse.Namespace) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
-    """Peak memory of fits of n and 4n rows, each in a process of its own."""
+    """Peak memory of fits of n and 4n rows, each in a process of its own.
+
+    Both have enough rows for full blocks in every fold of every task.
+    """
+    args.positions = max(args.positions, 2 * cores() * args.folds * BLOCK_ROWS)
     peaks = {}
     for times in (1, 4):
         with tempfile.TemporaryDirectory() as folder:
@@ -220,10 +225,11 @@ def main() -> None:
         f"{args.layers} layers x {args.offsets} offsets, {args.positions} positions x "
         f"{args.d_model}, {args.folds} folds"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        cache = synthetic(Path(folder), args)
-        efficiency(cache, args)
-        against_sklearn(cache, args)
+    if not args.only_memory:
+        with tempfile.TemporaryDirectory() as folder:
+            cache = synthetic(Path(folder), args)
+            efficiency(cache, args)
+            against_sklearn(cache, args)
     memory(args)
 
 

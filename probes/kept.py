@@ -94,13 +94,8 @@ def find(cache: ActivationCache, request: Request) -> Source:
 
 def inherited(cache: ActivationCache, request: Request, lacking: set[Pair]) -> Iterator[Inherited]:
     """Moments of `lacking` pairs kept with the caches that this one extends, the latest first."""
-    lacking, old = set(lacking), cache
-    while lacking:
-        name = old.manifest.extra.get(EXTENDS)
-        path = cache.path.parent / str(name)
-        if name is None or not (path / "manifest.json").is_file():
-            return
-        old = ActivationCache(path)
+    lacking = set(lacking)
+    for old in lineage(cache):
         layers = {layer for pair in lacking for layer in (pair[0], pair[2])}
         if not layers <= set(old.layers) or not same_sequences(old, cache, request.split):
             continue
@@ -111,6 +106,16 @@ def inherited(cache: ActivationCache, request: Request, lacking: set[Pair]) -> I
         if source:
             yield Inherited(len(old.sequence_length), source)
         lacking -= set(source)
+
+
+def lineage(cache: ActivationCache) -> Iterator[ActivationCache]:
+    """The caches that `cache` extends, the latest first, as far as they are still there."""
+    while (name := cache.manifest.extra.get(EXTENDS)) is not None:
+        path = cache.path.parent / name
+        if not (path / "manifest.json").is_file():
+            return
+        cache = ActivationCache(path)
+        yield cache
 
 
 def same_sequences(old: ActivationCache, new: ActivationCache, split: str) -> bool:

@@ -117,7 +117,10 @@ class Pass:
     def bytes(self, d_model: int) -> int:
         """Most memory at a time: sums and blocks of all tasks, or moments and their solutions."""
         asked, sums = self.request, self.request.bytes(d_model)
-        solving = 8 * SOLVE_MATRICES * d_model**2 * min(self.cores, len(asked.pairs))
+        # Several targets share the spectra of all folds.
+        matrices = SOLVE_MATRICES + asked.folds * (len(asked.targets) > 1)
+        sources = len(asked.layers) * len(asked.offsets)
+        solving = 8 * matrices * d_model**2 * min(self.cores, sources)
         return max(max(self.tasks, 2) * sums + self.blocks(d_model), sums + solving)
 
     def blocks(self, d_model: int) -> int:

@@ -16,7 +16,7 @@ from .moments import PRODUCTS
 from .momentset import MomentSet
 from .passes import Request
 from .readout import Batch
-from .solve import AffineMap, RidgeFit, fit_ridge, held_out_sse
+from .solve import AffineMap, RidgeFit, fit_targets, held_out_sse
 from .sums import Pair
 from .supply import Account, supply
 
@@ -184,14 +184,18 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         from dask.base import compute
         from dask.delayed import delayed
 
-        calls = [
-            partial(fit_ridge, folds, self.alpha, self.alphas, f"layer {pair[0]}, offset {pair[1]}")
-            for pair, folds in moments.pairs.items()
-        ]
-        work = [delayed(call, pure=False)() for call in calls]
+        sources: dict[tuple[int, int], list[Pair]] = {}
+        for pair in moments.pairs:
+            sources.setdefault(pair[:2], []).append(pair)
+        work: list[Any] = []
+        for (layer, offset), pairs in sources.items():
+            folds, what = [moments.pairs[p] for p in pairs], f"layer {layer}, offset {offset}"
+            call = partial(fit_targets, folds, self.alpha, self.alphas, what)
+            work.append(delayed(call, pure=False)())
         with one_blas_thread():
             found = compute(*work, scheduler="threads", num_workers=cores())
-        return dict(zip(moments.pairs, found, strict=True))
+        fits = zip(sources.values(), found, strict=True)
+        return {p: fit for pairs, some in fits for p, fit in zip(pairs, some, strict=True)}
 
     def _keep(self, pair: Key, found: RidgeFit) -> None:
         key = pair if isinstance(self.target, Iterable) else pair[:2]
@@ -258,15 +262,17 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         offset: int | None = None,
         target: int | None = None,
         split: str = "validation",
+        client: Any = None,
     ) -> float:
         """R2 of all outputs together (`r2_score(multioutput="variance_weighted")`).
 
-        `X` is a cache, of which `split` is read, or rows with their targets `y`.
+        `X` is a cache, of which `split` is read (on the cluster of `client`, if given), or rows
+        with their targets `y`.
         """
         key = self._pair(layer, offset, target)
         if isinstance(X, ActivationCache):
             asked = [[key[0]], [key[1]], [self.target_[key]]]
-            moments = collect(X, *asked, folds=1, split=split).total(key[0], key[1])
+            moments = collect(X, *asked, folds=1, split=split, client=client).total(*key[:2])
             if moments.n == 0:
                 raise UsageError(f"split {split!r} has no pair at offset {key[1]}")
             sse, spread = held_out_sse(self.maps_[key], moments), moments.yy

@@ -6,11 +6,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..cache.errors import CorruptError, NoSpaceError, UsageError
+from ..cache.errors import CorruptError, MismatchError, NoSpaceError, UsageError
+from ..cache.manifest import SHORT_ID
 from ..cache.store import ActivationCache
-from .collect import Counter, Progress, plan_passes, run_pass
-from .kept import Inherited, find, folder_of, inherited, kept_bytes, load, save
-from .momentset import MomentSet, counted, merged
+from .collect import Counter, Progress, collect_passes, plan_passes, run_pass
+from .kept import (
+    Inherited,
+    find,
+    folder_of,
+    inherited,
+    kept_bytes,
+    lineage,
+    load,
+    same_rows,
+    same_sequences,
+    save,
+)
+from .momentset import MomentSet, content_of, counted, merged
 from .passes import SOLVE_MATRICES, Pass, Request, default_memory
 from .sums import Pair
 
@@ -102,6 +114,34 @@ def supply(
         _keep(cache, found, account)
         yield found
         del found
+
+
+def extend(moments: MomentSet, cache: ActivationCache, **options: Any) -> MomentSet:
+    """`moments` of a cache that `cache` extends, brought up to date by its new sequences alone.
+
+    `options` are those of `collect_passes`. Raises `MismatchError` unless `cache` begins with the
+    rows that were counted.
+    """
+    old = next((one for one in lineage(cache) if one.id == moments.cache_id), None)
+    layers, split = set(moments.content), str(moments.split)
+    if (
+        old is None
+        or moments.sequences != counted(old.split(split))
+        or moments.content != {layer: content_of(old, layer) for layer in layers}
+        or not same_sequences(old, cache, split)
+        or not all(same_rows(old, cache, layer) for layer in layers)
+    ):
+        raise MismatchError(
+            f"cache {cache.id[:SHORT_ID]} does not begin with the rows of these moments, of cache "
+            f"{str(moments.cache_id)[:SHORT_ID]}; collect them anew"
+        )
+    request = Request((), (), (), moments.folds, split, str(moments.products))
+    options["first"], pairs, found = len(old.sequence_length), {}, moments
+    for group in request.of_pairs(moments.pairs):
+        for found in collect_passes(cache, group, **options):
+            pairs |= merged(found.pairs, moments.pairs.__getitem__)
+    content = {layer: content_of(cache, layer) for layer in layers}
+    return replace(found, pairs=pairs, sequences=counted(cache.split(split)), content=content)
 
 
 def full(

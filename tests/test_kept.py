@@ -10,19 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 import residua
 from residua.cache.create import PartWriter, create_cache
-from residua.cache.errors import UsageError
+from residua.cache.errors import MismatchError, UsageError
 from residua.cache.store import ActivationCache
 from residua.cache.tokens import from_sequences
+from residua.cli import main
 from residua.probes.collect import collect
 from residua.probes.kept import entries, find, folder_of
 from residua.probes.momentset import MomentSet
 from residua.probes.passes import Request
 from residua.probes.ridge import RidgeProbe
-from residua.probes.supply import Account, supply
+from residua.probes.supply import Account, extend, supply
 
 from .synthetic import make_cache, random_head
 
@@ -176,6 +178,22 @@ def test_growth_skips_a_cache_without_moments(tmp_path: Path) -> None:
     found, account = supplied(largest, asked(largest))
     assert (account.extended, account.computed) == (3, 6)
     assert_same(found, fresh(largest, asked(largest)))
+
+
+def test_moments_in_memory_are_extended(tmp_path: Path) -> None:
+    made = Grown(tmp_path)
+    old = collect(made.first, None, OFFSETS, [1, 2], folds=FOLDS)
+    bigger = made.grow(made.grow(made.first, 80), 100)
+    found = extend(old, bigger)
+    expected = collect(bigger, None, OFFSETS, [1, 2], folds=FOLDS)
+    assert_same(found, expected)
+    assert sorted(found.pairs) == sorted(expected.pairs)
+    assert (found.cache_id, found.sequences) == (bigger.id, expected.sequences)
+    assert found.content == expected.content
+    with pytest.raises(MismatchError, match="collect them anew"):
+        extend(expected, made.first)
+    with pytest.raises(MismatchError, match="collect them anew"):
+        extend(replace(old, sequences={"count": 3, "digest": ""}), bigger)
 
 
 @pytest.mark.parametrize("row", [0, -1])
@@ -341,3 +359,20 @@ def test_kept_moments_are_what_the_format_page_says(tmp_path: Path) -> None:
             assert (row["n"][fold], row["yy"][fold]) == (moments.n, moments.yy)
             for name, found in (("xx", x), ("mean_x", x), ("xy", y), ("mean_y", y)):
                 np.testing.assert_array_equal(tensors[f"{found}.{name}"], getattr(moments, name))
+
+
+def test_the_command_keeps_and_finds_moments(tmp_path: Path) -> None:
+    source = Grown(tmp_path).first
+    command = ["fit", "ridge", source.id, "--root", str(tmp_path), "--offsets", "0-1", "--target",
+               "1,2", "--memory", "0.1", "--json"]  # fmt: skip
+    found = []
+    for option in ("--no-keep-moments", "--keep-moments", "--keep-moments"):
+        result = CliRunner().invoke(main, [*command, option])
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(result.output))
+    moments = [value["moments"] for value in found]
+    assert [m["computed"] for m in moments] == [12, 12, 0]
+    assert moments[0]["saved"] == 0 < moments[1]["saved"]
+    assert moments[2]["kept"] == 12
+    assert found[2]["metrics"] == found[1]["metrics"]
+    assert {row["target"] for row in found[2]["metrics"]} == {1, 2}
