@@ -114,8 +114,10 @@ def cross_validate(
         train = merge_all(others)
         spectrum = None
         if len(alphas) > 1:
-            known = None if spectra is None else spectra.get(number)
-            spectrum = known or tuple(np.linalg.eigh(train.xx))
+            spectrum = None if spectra is None else spectra.get(number)
+            if spectrum is None:
+                values, vectors = np.linalg.eigh(train.xx)
+                spectrum = values, vectors
             if spectra is not None:
                 spectra[number] = spectrum
         sse += path_sse(train, fold, alphas, spectrum)

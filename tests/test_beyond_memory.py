@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_a_cache_eight_times_the_memory_is_fitted(tmp_path: Path) -> None:
     maps = [np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0] for _ in range(LAYERS - 1)]
     maps.append(np.eye(WIDTH))
     # Layer L is x @ map, but for the rounding to float16.
-    layers = [Repeated((last @ m.T).astype(np.float32)) for m in maps]
+    layers: list[Any] = [Repeated((last @ m.T).astype(np.float32)) for m in maps]
     big = make_cache(
         tmp_path, layers, [SEQUENCE] * (ROWS // SEQUENCE), random_head(WIDTH, 50),
         dtype="float16", part_rows=1 << 16, chunk_rows=1 << 12,

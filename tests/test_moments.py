@@ -3,6 +3,7 @@
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def assert_sets_close(found: MomentSet, expected: MomentSet, rtol: float) -> Non
             assert_close(mine, theirs, rtol)
 
 
-def whole(cache: ActivationCache, **options: object) -> MomentSet:
+def whole(cache: ActivationCache, **options: Any) -> MomentSet:
     return collect(cache, None, OFFSETS, folds=FOLDS, split="all", **options)
 
 
@@ -327,7 +328,7 @@ def test_a_dask_cluster_gives_what_this_process_gives(
         probe = RidgeProbe((0, 2), folds=FOLDS).fit(ragged, client=client, keep=False)
         x, y = ragged.residual(0), ragged.residual(1)
         rows = RidgeProbe(folds=FOLDS).fit(x, y, client=client)
-        pools = client.run(threadpool_info) if processes else {}
+        pools: Any = client.run(threadpool_info) if processes else {}
     assert_sets_close(found, whole(ragged, tasks=2, rows=16), 1e-9)
     assert seen[-1] == (ragged.positions, ragged.positions)
     alone = RidgeProbe((0, 2), folds=FOLDS).fit(ragged, keep=False)

@@ -71,7 +71,7 @@ def test_frames_give_their_names() -> None:
 
     x, y = rows()
     frame = pandas.DataFrame(x, columns=pandas.Index(list("abcde")))
-    probe = RidgeProbe(alpha=1.0).fit(frame, y)
+    probe: Any = RidgeProbe(alpha=1.0).fit(frame, y)
     assert list(probe.feature_names_in_) == list("abcde")
     assert probe.n_features_in_ == 5
 
