@@ -12,7 +12,7 @@ import pytest
 from .synthetic import make_cache, random_head
 
 WIDTH, LAYERS, SEQUENCE = 128, 8, 256
-LIMIT = 320 << 20
+LIMIT = 256 << 20
 ROWS = 8 * LIMIT // (2 * WIDTH * LAYERS)
 
 CHILD = """
@@ -20,6 +20,10 @@ import json, os, resource, sys, threading
 path, limit = sys.argv[1], int(sys.argv[2])
 # Private memory: all but the maps of files, whose pages the kernel takes back when it likes.
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+# Threads reserve memory, too: stacks, and 32 MiB of OpenBLAS each.
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+threading.stack_size(1 << 20)
+sys.modules["pandas"] = None  # scikit-learn would import it: a quarter of the limit for nothing
 import numpy as np
 from residua.cache.store import ActivationCache
 from residua.probes.ridge import RidgeProbe
