@@ -180,12 +180,30 @@ def pulled(value: dict[str, Any]) -> None:
     print(f"next: residua info {value['cache'][:12]}")
 
 
-def fitted(kind: str, cache: str, probe: Path, metrics: Sequence[dict[str, Any]]) -> None:
-    """The metrics of a probe of some `kind` that was fitted on `cache`, and where it is."""
+def fitted(
+    kind: str,
+    cache: str,
+    probe: Path,
+    metrics: Sequence[dict[str, Any]],
+    moments: dict[str, Any] | None = None,
+    readable: bool = True,
+) -> None:
+    """The metrics of a probe of some `kind` that was fitted on `cache`, and where it is.
+
+    `moments` says where its moments came from; only what is `readable` by the head is evaluated.
+    """
     rows = [list(row.values()) for row in metrics]
     table(f"{kind}, cache {cache[:12]}", list(metrics[0]), rows)
+    if moments is not None:
+        print(
+            f"moments: {size(moments['bytes'])}; {moments['kept']} found, {moments['extended']} "
+            f"brought up to date, {moments['computed']} computed"
+        )
+        if moments["why"]:
+            print(f"  {moments['why']}")
     print(f"probe: {probe}")
-    print(f"next: residua evaluate {cache[:12]} {probe.name} --html report.html")
+    if readable:
+        print(f"next: residua evaluate {cache[:12]} {probe.name} --html report.html")
 
 
 def evaluated(found: "Evaluation", written: Sequence[str] = ()) -> None:
