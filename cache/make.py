@@ -4,6 +4,7 @@ import json
 import platform
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,8 @@ def make_cache(
         "revision": source.revision,
         "cut": stream.cut_counts,
     }
+    if request.codec != "raw":  # other versions may compress to other bytes
+        provenance["versions"]["numcodecs"] = version("numcodecs")
     path = create_cache(
         root, manifest, stream, stream.digests()[1], canary.dtypes, write_head, provenance,
         canary.logits.dtype,
