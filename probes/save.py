@@ -14,7 +14,7 @@ from .moments import file_digest
 if TYPE_CHECKING:
     from ..cache.store import ActivationCache
 
-KINDS = {"ridge": (".ridge", "RidgeProbe")}
+KINDS = {"ridge": (".ridge", "RidgeProbe"), "vocab": (".vocab", "VocabProbe")}
 """Module and class of each kind of probe; imported when one is loaded."""
 
 
