@@ -219,24 +219,30 @@ class Descent:
 
     examples: Examples
     validation: Examples | None
-    start: Callable[[Pair], Trainer]
+    start: Callable[..., Trainer]
     """A new regression for a (layer, offset), the same every time."""
     pairs: list[Pair]
     epochs: int
     lr: float
-    """Given, or in the middle of the sweep."""
+    """Given, or where the sweep begins."""
     sweep: bool = True
     checkpoint: Checkpoint | None = None
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     progress: Callable[[int], None] = lambda rows: None
     """Told the rows of each step."""
     sweep_rows: list[dict[str, float]] = field(default_factory=list)
-    """Learning rate and mean held-out loss of each fit of the sweep."""
+    """Layer, offset, learning rate and held-out loss of each fit of the sweep."""
+    rates: dict[Pair, float] = field(default_factory=dict)
+    """Learning rate of each pair."""
 
     @property
     def steps(self) -> int:
         """Steps of the fit."""
         return max(self.epochs * self.examples.steps, LEAST_STEPS)
+
+    @property
+    def _sweep_steps(self) -> int:
+        return min(SWEEP_STEPS, max(WARM_UP, int(self.steps * SWEEP_SHARE)))
 
     @property
     def positions(self) -> int:
@@ -252,28 +258,34 @@ class Descent:
                 done = self._restore(trainers, *found)
             else:
                 done = 0
+                self.rates = dict.fromkeys(self.pairs, self.lr)
                 if self.sweep and self.validation is not None:
-                    self.lr = self._chosen(crew, self.validation)
+                    self._choose(crew, self.validation)
                 self._save(trainers, 0)
             self._descend(crew, trainers, done)
         return trainers
 
     def _descend(self, crew: Crew, trainers: Trainers, done: int) -> None:
         every, saved = max(1, self.steps // EVALUATIONS), time.monotonic()
-        self.progress(done * self.examples.rows // self.examples.steps)
+        left = self.positions - self._report(done * self.positions // self.steps)
         for number, step in self._stream(done):
             if all(trainer.stopped for trainer in trainers.values()):
                 break
-            rate = schedule(number, self.steps) * self.lr
-            advance(crew, trainers, step, lambda key, rate=rate: rate)
+            share = schedule(number, self.steps)
+            advance(crew, trainers, step, lambda pair, share=share: share * self.rates[pair])
             taken = number + 1
             if taken % every == 0 or taken == self.steps:
                 self._measure(crew, trainers, taken)
-            self.progress(len(next(iter(step.hidden.values()))))
+            left -= self._report(min(left, len(next(iter(step.hidden.values())))))
             if time.monotonic() - saved >= self.checkpoint_seconds:
                 self._save(trainers, taken)
                 saved = time.monotonic()
+        self._report(left)
         self._save(trainers, self.steps)
+
+    def _report(self, rows: int) -> int:
+        self.progress(rows)
+        return rows
 
     def _stream(self, done: int, steps: int | None = None) -> Iterator[tuple[int, Step]]:
         """Numbered batches from number `done` on, epoch after epoch."""
@@ -292,32 +304,41 @@ class Descent:
         for key, trainer in active.items():
             trainer.measured(taken, losses.get(key))
 
-    def _chosen(self, crew: Crew, validation: Examples) -> float:
-        """The best learning rate for up to three layers at one offset; goes on past an edge."""
-        tried = self._tried(crew, validation, [self.lr * 3.0**power for power in (-1, 0, 1)])
-        for _ in range(SWEEP_MORE):
-            rates = sorted(tried)
-            best = min(tried, key=lambda rate: tried[rate])
-            if best not in (rates[0], rates[-1]):
-                break
-            further = best * 3 if best == rates[-1] else best / 3
-            tried |= self._tried(crew, validation, [further])
-        self.sweep_rows = [{"lr": rate, "validation": tried[rate]} for rate in sorted(tried)]
-        return min(tried, key=lambda rate: tried[rate])
-
-    def _tried(self, crew: Crew, validation: Examples, rates: list[float]) -> dict[float, float]:
-        """Mean held-out loss after a short fit by learning rate; all are fitted at once."""
+    def _choose(self, crew: Crew, validation: Examples) -> None:
+        """Try learning rates on up to three layers at one offset; each pair takes the nearest's."""
         offset = self.pairs[0][1]
         layers = sorted({layer for layer, other in self.pairs if other == offset})
         some = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-        trainers = {(la, offset, rate): self.start((la, offset)) for la in some for rate in rates}
-        steps = min(SWEEP_STEPS, max(WARM_UP, int(self.steps * SWEEP_SHARE)))
-        for number, step in self._stream(0, steps):
-            share = schedule(number, steps)
+        wanted = {layer: [self.lr * 3.0**power for power in (-1, 0, 1)] for layer in some}
+        tried: dict[int, dict[float, float]] = {layer: {} for layer in some}
+        for _ in range(1 + SWEEP_MORE):
+            for (layer, _, rate), loss in self._try(crew, validation, offset, wanted).items():
+                tried[layer][rate] = loss
+            wanted = {layer: _further(tried[layer]) for layer in some}
+            if not any(wanted.values()):
+                break
+        self.sweep_rows = [
+            {"layer": layer, "offset": offset, "lr": rate, "validation": loss}
+            for layer, found in tried.items()
+            for rate, loss in sorted(found.items())
+        ]
+        # What is best for few steps is too much for many.
+        share = (self._sweep_steps / self.steps) ** 0.5
+        for pair in self.pairs:
+            nearest = tried[min(some, key=lambda layer: abs(layer - pair[0]))]
+            self.rates[pair] = share * min(nearest, key=lambda rate: nearest[rate])
+
+    def _try(
+        self, crew: Crew, validation: Examples, offset: int, rates: dict[int, list[float]]
+    ) -> dict[tuple[int, int, float], float]:
+        """Held-out losses of short fits, all made at once, by layer, offset and learning rate."""
+        keys = [(layer, offset, rate) for layer, found in rates.items() for rate in found]
+        trainers = {key: self.start(key[:2]) for key in keys}
+        for number, step in self._stream(0, self._sweep_steps):
+            share = schedule(number, self._sweep_steps)
             advance(crew, trainers, step, lambda key, share=share: share * key[2])
         losses = held_out_losses(crew, trainers, validation)
-        out = {rate: sum(losses[la, offset, rate] for la in some) / len(some) for rate in rates}
-        return {rate: loss if loss < BAD else BAD for rate, loss in out.items()}
+        return {key: losses[key] if losses[key] < BAD else BAD for key in keys if key in losses}
 
     def _save(self, trainers: Trainers, step: int) -> None:
         if self.checkpoint is None:
@@ -327,18 +348,31 @@ class Descent:
             key = f"{layer}.{offset}"
             numbers[key], found = trainer.state()
             tensors |= {f"{key}.{name}": value for name, value in found.items()}
-        state = {"step": step, "lr": self.lr, "sweep": self.sweep_rows, "trainers": numbers}
+        rates = [self.rates[pair] for pair in trainers]
+        state = {"step": step, "rates": rates, "sweep": self.sweep_rows, "trainers": numbers}
         self.checkpoint.save(state, tensors)
 
     def _restore(
         self, trainers: Trainers, state: dict[str, Any], tensors: dict[str, Tensor]
     ) -> int:
-        self.lr, self.sweep_rows = state["lr"], state["sweep"]
+        self.rates = dict(zip(trainers, state["rates"], strict=True))
+        self.sweep_rows = state["sweep"]
         for (layer, offset), trainer in trainers.items():
             start = f"{layer}.{offset}."
             mine = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
             trainer.restore(state["trainers"][start[:-1]], mine)
         return state["step"]
+
+
+def _further(tried: dict[float, float]) -> list[float]:
+    """A learning rate beyond the edge where the best one lies, if it lies on one."""
+    rates = sorted(tried)
+    if not rates:
+        return []
+    best = min(rates, key=lambda rate: tried[rate])
+    if best == rates[-1]:
+        return [best * 3]
+    return [best / 3] if best == rates[0] else []
 
 
 def schedule(step: int, steps: int) -> float:

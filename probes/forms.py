@@ -16,6 +16,8 @@ from .softmax import Gradients, Target, affine_losses, head_losses
 FLOOR = 1e-7
 """Smallest variance of an axis that is told from zero, relative to the largest."""
 
+POWER = 0.25
+"""Of `Axes`; 0 to 0.5 are about as good, 1 is worse than no axes at all."""
 FORMS = ("full", "head")
 
 Parameters = dict[str, Tensor]
@@ -36,7 +38,7 @@ class Axes:
     """`(d, d)` float32."""
 
     @classmethod
-    def of(cls, mean: Tensor, covariance: Tensor, power: float = 0.0) -> "Axes":
+    def of(cls, mean: Tensor, covariance: Tensor, power: float = POWER) -> "Axes":
         """From float64 moments of the states, `(d,)` and `(d, d)`."""
         variance, turn = torch.linalg.eigh(covariance)
         variance, turn = variance.flip(0), turn.flip(1)

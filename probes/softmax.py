@@ -131,8 +131,8 @@ class Gradients:
     x: Tensor | None = None
     scale: float = 1.0
     products: str = "float32"
-    """`float32` or `bfloat16`. Rounding the factors of a gradient to bfloat16 changes it by some 0.2 %,
-    far less than another draw of the batch does; losses stay exact."""
+    """`float32`, or `bfloat16`: it changes a gradient by some 0.2 %, far less than the draw of the
+    batch does, and leaves losses exact."""
 
 
 NO_GRADIENTS = Gradients()

@@ -48,8 +48,9 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
 
     Softmax regression, the vocabulary probe of Future Lens (Pal et al., 2311.04897). `loss` is
     `model` (cross-entropy to the model's own top token), `text` (to the text's token at t+N+1) or
-    `kl` (KL to the model's distribution). The matrix is `(vocab, d_model)`, of rank `rank` if given, or with `form="head"`
-    a `(d_model, d_model)` map in front of the frozen head. `lr` None: the best of a short sweep.
+    `kl` (KL to the model's distribution). The matrix is `(vocab, d_model)`, of rank `rank` if
+    given, or with `form="head"` a `(d_model, d_model)` map in front of the frozen head. Without
+    `lr` a short sweep chooses.
     At most `epochs` passes over the train split in batches of `batch` positions; a (layer, offset)
     stops when its loss on the validation split no longer falls. Gradients are computed from factors
     in bfloat16 (`products`) where the processor has such products; losses never are. Rows of arrays
@@ -114,7 +115,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
                 descent.checkpoint = Checkpoint(folder, {**identity, "pairs": pairs})
                 descent.checkpoint_seconds = checkpoint_seconds
             for pair, trainer in descent.run().items():
-                self._keep(pair, trainer, descent.lr, descent.examples.rows)
+                self._keep(pair, trainer, descent.rates[pair], descent.examples.rows)
             self.sweep_ += descent.sweep_rows
         for descent in descents:
             if descent.checkpoint is not None:
@@ -128,22 +129,25 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         form) over sqrt(1 + steps / 300); nothing is held out and there is no sweep.
         """
         first = not hasattr(self, "fitted_")
+        if first and classes is None and not isinstance(X, ActivationCache):
+            raise UsageError("the first partial_fit on rows needs all classes: classes=[...]")
         job = self._job(X, y, self._known_classes(classes), partial=not first)
         if first:
             self._clear(job)
-        (descent,) = job.descents(sys.maxsize, job.form.rate if self.lr is None else self.lr, False)
+        rate = job.form.rate if self.lr is None else self.lr
+        (descent,) = job.descents(sys.maxsize, rate, False)
         if not self._trainers:
             known = {pair: fitted.parameters for pair, fitted in self.fitted_.items()}
             self._trainers = {p: descent.start(p, known.get(p)) for p in descent.pairs}
         with Crew.of(len(self._trainers)) as crew:
             for step in descent.examples.epoch(self.passes_):
-                rate = descent.lr / (1 + self.steps_ / PARTIAL_STEPS) ** 0.5
-                advance(crew, self._trainers, step, lambda key, rate=rate: rate)
+                now = rate / (1 + self.steps_ / PARTIAL_STEPS) ** 0.5
+                advance(crew, self._trainers, step, lambda key, now=now: now)
                 self.steps_ += 1
         self.passes_ += 1
         for pair, trainer in self._trainers.items():
             trainer.measured(self.steps_, None)
-            self._keep(pair, trainer, descent.lr, descent.examples.rows)
+            self._keep(pair, trainer, rate, descent.examples.rows)
         return self
 
     def _known_classes(self, classes: Any) -> np.ndarray | None:
@@ -237,7 +241,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
 
     def map(self, layer: int | None = None, offset: int | None = None) -> Parameters:
         """`weight`, `bias` (and `down`, `(rank, d)`) of a (layer, offset), float32 tensors."""
-        return self.fitted_[self._pair(layer, offset)].parameters
+        pair = self._pair(layer, offset)
+        return self.fitted_[pair].parameters
 
     def _pair(self, layer: int | None, offset: int | None) -> Pair:
         check_is_fitted(self, "fitted_")
@@ -259,7 +264,10 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any, layer: int | None = None, offset: int | None = None) -> Any:
         """The most probable of `classes_` for rows `(n, d)`, `(n,)`; dask stays lazy."""
-        return self._predict(X, layer, offset, lambda z: self.classes_[z.numpy().argmax(-1)], False)
+        return self._predict(X, layer, offset, self._label, False)
+
+    def _label(self, logits: torch.Tensor) -> np.ndarray:
+        return self.classes_[logits.numpy().argmax(-1)]
 
     def _predict(
         self, X: Any, layer: int | None, offset: int | None,
@@ -282,7 +290,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
             chunks = (X.chunks[0], (classes,)) if wide else (X.chunks[0],)
             X = X.rechunk({1: -1})
             return X.map_blocks(block, dtype=dtype, chunks=chunks, drop_axis=[] if wide else [1])
-        return block(validate_data(self, X, dtype=[np.float32, np.float64], reset=False))
+        rows: Any = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
+        return block(rows)
 
     def _check_width(self, X: Any) -> None:
         if X.ndim != 2 or X.shape[1] != self.n_features_in_:
