@@ -305,34 +305,32 @@ class Descent:
             trainer.measured(taken, losses.get(key))
 
     def _choose(self, crew: Crew, validation: Examples) -> None:
-        """Try learning rates on up to three layers at one offset; each pair takes the nearest's."""
-        offset = self.pairs[0][1]
-        layers = sorted({layer for layer, other in self.pairs if other == offset})
-        some = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-        wanted = {layer: [self.lr * 3.0**power for power in (-1, 0, 1)] for layer in some}
-        tried: dict[int, dict[float, float]] = {layer: {} for layer in some}
+        """Try learning rates on a few pairs; each pair takes those of the nearest one."""
+        some = representatives(self.pairs)
+        wanted = {pair: [self.lr * 3.0**power for power in (-1, 0, 1)] for pair in some}
+        tried: dict[Pair, dict[float, float]] = {pair: {} for pair in some}
         for _ in range(1 + SWEEP_MORE):
-            for (layer, _, rate), loss in self._try(crew, validation, offset, wanted).items():
-                tried[layer][rate] = loss
-            wanted = {layer: _further(tried[layer]) for layer in some}
+            for (layer, offset, rate), loss in self._try(crew, validation, wanted).items():
+                tried[layer, offset][rate] = loss
+            wanted = {pair: _further(tried[pair]) for pair in some}
             if not any(wanted.values()):
                 break
         self.sweep_rows = [
             {"layer": layer, "offset": offset, "lr": rate, "validation": loss}
-            for layer, found in tried.items()
+            for (layer, offset), found in tried.items()
             for rate, loss in sorted(found.items())
         ]
         # What is best for few steps is too much for many.
         share = (self._sweep_steps / self.steps) ** 0.5
         for pair in self.pairs:
-            nearest = tried[min(some, key=lambda layer: abs(layer - pair[0]))]
-            self.rates[pair] = share * min(nearest, key=lambda rate: nearest[rate])
+            found = tried[min(some, key=lambda other: distance(pair, other))]
+            self.rates[pair] = share * min(found, key=lambda rate: found[rate], default=self.lr)
 
     def _try(
-        self, crew: Crew, validation: Examples, offset: int, rates: dict[int, list[float]]
+        self, crew: Crew, validation: Examples, rates: dict[Pair, list[float]]
     ) -> dict[tuple[int, int, float], float]:
         """Held-out losses of short fits, all made at once, by layer, offset and learning rate."""
-        keys = [(layer, offset, rate) for layer, found in rates.items() for rate in found]
+        keys = [(*pair, rate) for pair, found in rates.items() for rate in found]
         trainers = {key: self.start(key[:2]) for key in keys}
         for number, step in self._stream(0, self._sweep_steps):
             share = schedule(number, self._sweep_steps)
@@ -362,6 +360,28 @@ class Descent:
             mine = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
             trainer.restore(state["trainers"][start[:-1]], mine)
         return state["step"]
+
+
+def representatives(pairs: list[Pair]) -> list[Pair]:
+    """First, middle and last layer at offset 0, where it is asked for, and at a later one."""
+    out = []
+    for group in ([p for p in pairs if p[1] == 0], [p for p in pairs if p[1] > 0]):
+        if group:
+            offsets = sorted({offset for _, offset in group})
+            offset = offsets[len(offsets) // 2]
+            layers = sorted({layer for layer, other in group if other == offset})
+            places = sorted({0, len(layers) // 2, len(layers) - 1})
+            out += [(layers[place], offset) for place in places]
+    return out
+
+
+def distance(pair: Pair, other: Pair) -> tuple[bool, int, int]:
+    """How far apart two pairs are: the next token is unlike those further on, then by layer."""
+    return (
+        (pair[1] == 0) != (other[1] == 0),
+        abs(pair[0] - other[0]),
+        abs(pair[1] - other[1]),
+    )
 
 
 def _further(tried: dict[float, float]) -> list[float]:

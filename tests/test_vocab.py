@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from residua import VocabProbe, evaluate, load_probe, save_probe
 from residua.cache.errors import MismatchError, NotFoundError, UsageError
 from residua.cache.store import ActivationCache
-from residua.probes.descent import EVALUATIONS
+from residua.probes.descent import EVALUATIONS, distance, representatives
 from residua.probes.forms import Axes, Full, LowRank, ThroughHead, apply
 from residua.probes.readout import Batch
 from residua.probes.save import check_geometry
@@ -135,6 +135,17 @@ def test_the_sweep_is_reported_and_used(echo: ActivationCache) -> None:
         shares.append(next(r["lr"] for r in probe.metrics() if r["layer"] == layer) / best)
     assert shares == pytest.approx([shares[0]] * 3)
     assert 0 < shares[0] < 1
+
+
+def test_rates_are_tried_on_a_few_pairs_and_taken_by_the_nearest() -> None:
+    pairs = [(layer, offset) for layer in range(7) for offset in range(4)]
+    some = representatives(pairs)
+    assert some == [(0, 0), (3, 0), (6, 0), (0, 2), (3, 2), (6, 2)]
+    nearest = {pair: min(some, key=lambda other: distance(pair, other)) for pair in pairs}
+    assert nearest[1, 0] == (0, 0)
+    assert nearest[5, 3] == (6, 2)
+    assert representatives([(4, 1)]) == [(4, 1)]
+    assert representatives([(2, 0), (1, 3)]) == [(2, 0), (1, 3)]
 
 
 def test_a_fit_stops_when_it_learns_by_heart_and_keeps_the_best(tmp_path: Path) -> None:
@@ -274,7 +285,8 @@ def test_partial_fit_goes_on_from_a_fit(echo: ActivationCache) -> None:
 def test_a_saved_probe_reads_the_same(echo: ActivationCache, tmp_path: Path) -> None:
     hidden = torch.from_numpy(echo.layer(0)[:20])
     batch = Batch(hidden, torch.zeros(20, dtype=torch.int64), echo.head.torch())
-    for number, form in enumerate(({}, {"form": "head"}, {"rank": 3})):
+    forms: list[dict[str, Any]] = [{"lr": 0.1}, {"form": "head"}, {"rank": 3, "lr": 0.1}]
+    for number, form in enumerate(forms):
         probe = VocabProbe((0, 2), [0], epochs=1, **form).fit(echo)
         loaded = load_probe(save_probe(probe, tmp_path / str(number)))
         for pair in probe.pairs():
@@ -317,6 +329,7 @@ def test_a_probe_of_another_geometry_is_refused(echo: ActivationCache, tmp_path:
 
 def test_mistakes_are_named(echo: ActivationCache) -> None:
     x, y = blobs()
+    wrong: dict[str, Any]
     for wrong in (
         {"loss": "hinge"}, {"form": "deep"}, {"products": "int8"}, {"epochs": 0}, {"lr": -1.0},
         {"rank": 0}, {"batch": 0}, {"validation": 1.0},
