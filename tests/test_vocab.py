@@ -184,7 +184,8 @@ def test_folding_gives_the_same_losses_on_raw_states(number: int) -> None:
     form = (Full(VOCAB, WIDTH), LowRank(VOCAB, WIDTH, 3), ThroughHead(head, WIDTH, 2.5))[number]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(40, WIDTH, generator=generator) * 3 + 1
-    target = Target(token=torch.randint(VOCAB, (40,), generator=generator))
+    token = torch.randint(VOCAB, (40,), generator=generator)
+    target = Target(token=token)
     parameters = {
         name: value + 0.1 * torch.randn(value.shape, generator=generator)
         for name, value in form.start(turned, torch.zeros(VOCAB)).items()
@@ -194,7 +195,7 @@ def test_folding_gives_the_same_losses_on_raw_states(number: int) -> None:
     found = apply(folded, x)
     logits = head(found) if number == 2 else found
     torch.testing.assert_close(
-        F.cross_entropy(logits, target.token, reduction="none"), losses, rtol=1e-4, atol=1e-4
+        F.cross_entropy(logits, token, reduction="none"), losses, rtol=1e-4, atol=1e-4
     )
     for name, value in form.unfolded(folded, turned).items():
         torch.testing.assert_close(value, parameters[name], rtol=1e-3, atol=1e-4)
@@ -237,7 +238,8 @@ def test_arrays_of_numpy_and_dask(chunks: int | None) -> None:
     x, y = blobs()
     given: tuple[Any, Any] = (x, y)
     if chunks is not None:
-        given = dask.array.from_array(x, (chunks, 2)), dask.array.from_array(y, 100)
+        x_chunks: Any = (chunks, 2)
+        given = dask.array.asarray(x).rechunk(x_chunks), dask.array.asarray(y).rechunk((100,))
     probe = VocabProbe(epochs=10, batch=64, lr=0.05).fit(*given)
     assert probe.classes_.tolist() == ["a", "b", "c", "d"]
     assert probe.score(*given) > 0.95
@@ -256,7 +258,8 @@ def test_pipelines_grid_searches_and_clones() -> None:
     assert search.best_params_ == {"vocabprobe__lr": 0.05}
     assert search.best_score_ > 0.95
     probe = VocabProbe(range(2), rank=3, lr=0.1)
-    assert clone(probe).get_params() == probe.get_params()
+    copy: Any = clone(probe)
+    assert copy.get_params() == probe.get_params()
     assert probe.set_params(rank=2).rank == 2
 
 
