@@ -30,10 +30,11 @@ from residua.cache.store import ActivationCache
 from residua.probes.feed import Feed
 from residua.probes.forms import apply
 from residua.probes.softmax import Teacher, tiles
+from residua.probes.vocab import VocabProbe
 from residua.sample import MODEL_DIR
 
 HELD_OUT = 16384
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 """Learning rates of the plain run; its states are raw."""
 
 
@@ -51,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of torch, for all runs")
     parser.add_argument("--classes", type=int, default=16, help="vocabulary of SGDClassifier's run")
     parser.add_argument("--only", nargs="*", default=["plain", "one", "all", "sklearn"])
+    parser.add_argument("--rates", type=float, nargs="*", default=RATES, help="of the plain run")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--lr", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -160,7 +162,7 @@ def ours(
     cache: ActivationCache, args: argparse.Namespace, layers: list[int], offsets: list[int]
 ) -> dict[str, Any]:
     meter = Meter()
-    probe = residua.VocabProbe(offsets, layers, epochs=args.epochs, lr=args.lr).fit(cache)
+    probe = VocabProbe(offsets, layers, epochs=args.epochs, lr=args.lr).fit(cache)
     found = meter.read()
     parameters = probe.map(args.layer, args.offset)
     ce = held_out(cache, args.layer, args.offset, lambda rows: apply(parameters, rows))
@@ -193,7 +195,7 @@ def sgd_classifier(cache: ActivationCache, args: argparse.Namespace) -> dict[str
 def vocab_on_arrays(cache: ActivationCache, args: argparse.Namespace) -> dict[str, Any]:
     x, y, test, truth = small(cache, args)
     meter = Meter()
-    model = residua.VocabProbe(epochs=args.epochs).fit(x, y)
+    model = VocabProbe(epochs=args.epochs).fit(x, y)
     return {**meter.read(), "ce": log_loss(model, test, truth), "probes": 1}
 
 
@@ -214,8 +216,9 @@ RUNS = {
 
 def measure(args: argparse.Namespace, cache: ActivationCache, run: str, *more: str) -> Any:
     """Run in a process of its own, `--rounds` times; the one with the least CPU time."""
-    words = [arg for arg in sys.argv[1:] if arg not in ("--cache", str(args.cache))]
-    command = [sys.executable, __file__, *words, "--cache", str(cache.path), "--run", run, *more]
+    # The last word counts, so that the cache made here goes before one that was given.
+    here = ["--cache", str(cache.path), "--run", run, *more]
+    command = [sys.executable, __file__, *sys.argv[1:], *here]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     rounds = [
         json.loads(subprocess.run(command, env=environment, check=True, stdout=-1).stdout)
@@ -237,8 +240,8 @@ def show(name: str, found: dict[str, float], base: dict[str, float]) -> None:
 def compare(args: argparse.Namespace, cache: ActivationCache) -> None:
     print(f"{cache.positions} positions x {cache.d_model}, vocabulary {cache.vocab}")
     if "plain" in args.only:
-        runs = [measure(args, cache, "plain", "--lr", str(lr)) for lr in RATES]
-        for lr, found in zip(RATES, runs, strict=True):
+        runs = [measure(args, cache, "plain", "--lr", str(lr)) for lr in args.rates]
+        for lr, found in zip(args.rates, runs, strict=True):
             show(f"plain torch, lr {lr:g}", found, found)
         best = min(runs, key=lambda found: found["ce"])
         if "one" in args.only:
@@ -256,6 +259,8 @@ def main() -> None:
     args = arguments()
     if args.run:
         torch.set_num_threads(args.threads)
+        # The first optimiser of a process loads torch's compiler, which is nobody's fit.
+        torch.optim.AdamW([torch.zeros(2)], fused=True).step()
         print(json.dumps(RUNS[args.run](ActivationCache(args.cache), args)))
         return
     if args.cache:
