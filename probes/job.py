@@ -116,6 +116,13 @@ class CacheJob(Job):
 
     @classmethod
     def of(cls, cache: ActivationCache, pairs: list[Pair], options: dict[str, Any]) -> "CacheJob":
+        longest = int(cache.sequence_length[cache.split("train")].max(initial=0))
+        for _, offset in pairs:
+            if longest <= offset + (options["loss"] == "text"):
+                raise UsageError(
+                    f"the train split has no pair at offset {offset}: its longest sequence has "
+                    f"{longest} tokens"
+                )
         head = cache.head.torch() if options["form"] == "head" else None
         identity = {"cache": cache.id}
         classes = np.arange(cache.vocab)
