@@ -35,7 +35,7 @@ PATIENCE = 2
 LEAST_STEPS = 200
 """Steps of a fit on few rows, which are then seen more often than `epochs`."""
 WARM_UP = 20
-"""Steps over which the learning rate rises."""
+"""Most steps over which the learning rate rises; a tenth of a short fit."""
 SWEEP_MORE = 3
 """Learning rates tried beyond the first three, each a factor of 3 on, while the best is an edge."""
 BAD = 1e9
@@ -328,7 +328,7 @@ class Descent:
             for rate, loss in sorted(found.items())
         ]
         # What is best for few steps is too much for many.
-        share = (self._sweep_steps / self.steps) ** 0.5
+        share = (self._sweep_steps / self.steps) ** 0.25
         for pair in self.pairs:
             found = tried[min(some, key=lambda other: distance(pair, other))]
             self.rates[pair] = share * min(found, key=lambda rate: found[rate], default=self.lr)
@@ -403,5 +403,6 @@ def _further(tried: dict[float, float]) -> list[float]:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate at `step`: up over `WARM_UP` steps, down to 0 at the end."""
-    return min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
+    """Share of the learning rate at `step`: up, then down to 0 at the end."""
+    rise = max(1, min(WARM_UP, steps // 10))
+    return min(1.0, (step + 1) / rise) * (1 - step / steps)
