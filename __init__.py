@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .probes.ridge import RidgeProbe as RidgeProbe
     from .probes.save import load_probe as load_probe
     from .probes.save import save_probe as save_probe
+    from .probes.vocab import VocabProbe as VocabProbe
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _PUBLIC = {
     "ResiduaError": ".cache.errors",
     "RidgeProbe": ".probes.ridge",
     "RowLoader": ".cache.loader",
+    "VocabProbe": ".probes.vocab",
     "evaluate": ".analysis.evaluate",
     "export": ".cache.export",
     "extract": ".cache.extract",

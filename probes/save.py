@@ -15,7 +15,7 @@ from ..cache.place import as_path
 if TYPE_CHECKING:
     from ..cache.store import ActivationCache
 
-KINDS = {"ridge": (".ridge", "RidgeProbe")}
+KINDS = {"ridge": (".ridge", "RidgeProbe"), "vocab": (".vocab", "VocabProbe")}
 """Module and class of each kind of probe; imported when one is loaded."""
 
 
