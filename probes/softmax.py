@@ -18,8 +18,10 @@ from torch import Tensor
 
 from ..cache.head import TorchHead
 
-TILE_BYTES = 4 << 20
-"""Size of the float32 logits of one tile; a tile has one row at least."""
+TILE_BYTES = 16 << 20
+"""Size of the float32 logits of a tile, where that is not less than `TILE_ROWS` rows."""
+TILE_ROWS = 128
+"""Fewer rows waste time: the weights are read once per tile."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ def expectation(p: Tensor, logits: Tensor) -> Tensor:
     return out
 
 
-def tiles(rows: int, vocab: int, tile_bytes: int = TILE_BYTES) -> Iterator[slice]:
-    """Cut `rows` rows of `vocab` float32 logits into equal tiles of at most `tile_bytes`."""
-    number = -(-rows // max(1, tile_bytes // (4 * vocab)))
+def tiles(rows: int, vocab: int, tile_rows: int | None = None) -> Iterator[slice]:
+    """Cut `rows` rows of `vocab` logits into equal tiles of at most `tile_rows` rows."""
+    number = -(-rows // (tile_rows or max(TILE_ROWS, TILE_BYTES // (4 * vocab))))
     edges = [rows * i // number for i in range(number + 1)]
     yield from (slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True))
 
@@ -83,16 +85,16 @@ def tiles(rows: int, vocab: int, tile_bytes: int = TILE_BYTES) -> Iterator[slice
 class Teacher:
     """The model's own distribution at given positions, from its last residual stream."""
 
-    def __init__(self, head: TorchHead, tile_bytes: int = TILE_BYTES) -> None:
+    def __init__(self, head: TorchHead, tile_rows: int | None = None) -> None:
         self.head = head
         self.vocab = head.head.vocab
-        self.tile_bytes = tile_bytes
+        self.tile_rows = tile_rows
 
     @torch.no_grad()
     def tokens(self, residual: Tensor) -> Target:
         """The model's top token for rows `(n, d_model)`, the lowest id on ties."""
         out = torch.empty(len(residual), dtype=torch.int64)
-        for tile in tiles(len(residual), self.vocab, self.tile_bytes):
+        for tile in tiles(len(residual), self.vocab, self.tile_rows):
             out[tile] = torch.from_numpy(self.head(residual[tile]).numpy().argmax(1))
         return Target(token=out)
 
@@ -101,7 +103,7 @@ class Teacher:
         """The model's probabilities for rows `(n, d_model)`: `(n, vocab)`, one for all layers."""
         p = residual.new_empty(len(residual), self.vocab)
         negentropy = residual.new_empty(len(residual))
-        for tile in tiles(len(residual), self.vocab, self.tile_bytes):
+        for tile in tiles(len(residual), self.vocab, self.tile_rows):
             rows = self.head(residual[tile])
             softmax_(rows)
             p[tile] = rows
@@ -129,12 +131,12 @@ def affine_losses(
     bias: Tensor,
     target: Target,
     grads: Gradients = NO_GRADIENTS,
-    tile_bytes: int = TILE_BYTES,
+    tile_rows: int | None = None,
 ) -> Tensor:
     """Losses `(n,)` of logits = x weight^T + bias, for `x` `(n, d)` and `weight` `(vocab, d)`."""
     losses = x.new_empty(len(x))
     buffer = x.new_empty(0)
-    for tile in tiles(len(x), len(weight), tile_bytes):
+    for tile in tiles(len(x), len(weight), tile_rows):
         rows = x[tile]
         if len(buffer) < len(rows):
             buffer = x.new_empty(len(rows) + 1, len(weight))
@@ -154,7 +156,7 @@ def head_losses(
     head: TorchHead,
     target: Target,
     grads: Gradients = NO_GRADIENTS,
-    tile_bytes: int = TILE_BYTES,
+    tile_rows: int | None = None,
 ) -> Tensor:
     """Losses `(n,)` of logits = head(hidden), `hidden` `(n, d_model)`; the head stays frozen.
 
@@ -163,7 +165,7 @@ def head_losses(
     """
     step = _program_tile if head.head.kind == "program" else _explicit_tile
     losses = hidden.new_empty(len(hidden))
-    for tile in tiles(len(hidden), head.head.vocab, tile_bytes):
+    for tile in tiles(len(hidden), head.head.vocab, tile_rows):
         rows = hidden[tile].detach().requires_grad_(grads.x is not None)
         losses[tile], gradient = step(rows, head, target[tile])
         if grads.x is not None and gradient is not None:
