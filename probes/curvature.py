@@ -33,6 +33,8 @@ class Inputs:
     unwhiten: Tensor
     """Its inverse."""
 
+    TENSORS = ("mean", "whiten", "unwhiten")
+
     @classmethod
     def of(cls, moments: Moments, alpha: float) -> "Inputs":
         """From the moments, with ridge's penalty `alpha` added to them.
@@ -53,22 +55,26 @@ class LensFit:
     """One translator while it is fitted: its map in whitened inputs, momentum, curvature."""
 
     STATE = ("weight", "bias", "momentum", "curvature", "outputs")
-    """Tensors that, with the number of steps taken, say where the fit stands."""
+    """Tensors that say where the fit stands."""
 
-    def __init__(self, start: AffineMap, inputs: Inputs, damping: float) -> None:
-        weight, bias = (torch.from_numpy(a.astype(np.float32)) for a in (start.weight, start.bias))
+    def __init__(self, inputs: Inputs, damping: float) -> None:
         self.inputs, self.damping = inputs, damping
-        self.weight = inputs.unwhiten @ weight
-        self.bias = bias + inputs.mean @ weight
-        width = len(bias)
+        width = len(inputs.mean)
+        self.weight, self.bias = torch.zeros(width, width), torch.zeros(width)
         self.momentum = torch.zeros(width + 1, width)
         self.curvature = torch.zeros(width + 1, width)
-        """Eigenvalues: the last row is the bias's."""
+        """Eigenvalues of the Fisher matrix; the last row is the bias's."""
         self.outputs = torch.eye(width)
-        self.taken = 0
+        """Eigenvectors of the outputs' factor, in columns."""
+
+    def set(self, found: AffineMap) -> None:
+        """Start from a map of rows as they are."""
+        weight, bias = (torch.from_numpy(a.astype(np.float32)) for a in (found.weight, found.bias))
+        self.weight = self.inputs.unwhiten @ weight
+        self.bias = bias + self.inputs.mean @ weight
 
     def map(self) -> AffineMap:
-        """The map as it stands, `(d, d)` and `(d,)` float32, for rows as they are."""
+        """The map as it stands, for rows as they are; float32."""
         weight = self.inputs.whiten @ self.weight
         return AffineMap(weight.numpy(), (self.bias - self.inputs.mean @ weight).numpy())
 
@@ -76,11 +82,10 @@ class LensFit:
         """The tensors of `STATE`, copied."""
         return {name: getattr(self, name).clone() for name in self.STATE}
 
-    def restore(self, state: dict[str, Tensor], taken: int) -> None:
-        """Go back to a `state` that was reached after `taken` steps."""
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go back to a `state`."""
         for name in self.STATE:
             setattr(self, name, state[name].clone())
-        self.taken = taken
 
     def losses(self, x: Tensor, head: TorchHead, target: Target) -> Tensor:
         """Losses of rows `x` `(n, d)`, `(n,)`."""
@@ -95,23 +100,27 @@ class LensFit:
         gradient = torch.cat([z.T @ slope, slope.sum(0, keepdim=True)]) @ self.outputs
         gradient /= self.curvature + self.damping * self.curvature.mean()
         self.momentum.mul_(MOMENTUM).add_(gradient, alpha=1 - MOMENTUM)
-        self.taken += 1
-        rate = rate / (1 - MOMENTUM**self.taken)
         change = self.momentum @ self.outputs.T
         self.weight.sub_(change[:-1], alpha=rate)
         self.bias.sub_(change[-1], alpha=rate)
         return losses
 
-    def measure(self, x: Tensor, head: TorchHead, generator: torch.Generator) -> None:
-        """Estimate the curvature from rows `x` `(n, d)`: the basis at first, then its values."""
+    def outer(self, x: Tensor, head: TorchHead, generator: torch.Generator) -> Tensor:
+        """The outputs' factor G, estimated from rows `x` `(n, d)`; `(d, d)`."""
+        slope = self._slopes(self.inputs(x), head, generator)
+        return slope.T @ slope / len(x)
+
+    def measure(
+        self, x: Tensor, head: TorchHead, generator: torch.Generator, share: float = DRIFT
+    ) -> None:
+        """Replace a `share` of the eigenvalues by what rows `x` `(n, d)` say of them."""
         z = self.inputs(x)
-        slope = sampled_slopes(torch.addmm(self.bias, z, self.weight), head, generator)
-        first = not bool(self.curvature.any())
-        if first:
-            self.outputs = torch.linalg.eigh(slope.T @ slope)[1]
-        squares = (slope @ self.outputs).square_()
+        squares = (self._slopes(z, head, generator) @ self.outputs).square_()
         values = torch.cat([z.square().T @ squares, squares.sum(0, keepdim=True)]) / len(x)
-        self.curvature.lerp_(values, 1.0 if first else DRIFT)
+        self.curvature.lerp_(values, share)
+
+    def _slopes(self, z: Tensor, head: TorchHead, generator: torch.Generator) -> Tensor:
+        return sampled_slopes(torch.addmm(self.bias, z, self.weight), head, generator)
 
 
 def sampled_slopes(u: Tensor, head: TorchHead, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,11 @@ from .moments import file_digest
 if TYPE_CHECKING:
     from ..cache.store import ActivationCache
 
-KINDS = {"ridge": (".ridge", "RidgeProbe")}
+KINDS = {
+    "future": (".lens", "FutureLens"),
+    "lens": (".lens", "TunedLens"),
+    "ridge": (".ridge", "RidgeProbe"),
+}
 """Module and class of each kind of probe; imported when one is loaded."""
 
 

@@ -49,7 +49,7 @@ def read_tuned_lens(
     if cache is not None:
         _check(config, cache, force)
         geometry = cache.head.geometry
-    return TunedLens.of(maps, depth, geometry=geometry)
+    return TunedLens.of(maps, geometry)
 
 
 def write_tuned_lens(

@@ -1,0 +1,220 @@
+"""Cuts the fit of translators into groups that fit the memory, and keeps where each stands."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cache.errors import UsageError
+from ..cache.jsonfile import digest, read_json, write_json
+from ..cache.store import ActivationCache
+from .collect import BLOCK_ROWS, Pass, check_request, collect, cores, default_memory, divide
+from .curvature import Inputs, LensFit
+from .lensfit import Course, Report, Settings, Track, identity
+from .moments import Pair, file_digest
+from .solve import AffineMap, fit_ridge
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A translator and what is said of it."""
+
+    map: AffineMap
+    row: dict[str, Any]
+
+
+def fit_groups(
+    cache: ActivationCache,
+    layers: Sequence[int],
+    offsets: Sequence[int],
+    settings: Settings,
+    client: Any = None,
+    memory: int | None = None,
+    folder: Path | None = None,
+    report: Report | None = None,
+) -> dict[Pair, Fitted]:
+    """Fit every layer and offset, group by group, or on the workers of `client`."""
+    check_request(cache, layers, offsets, settings.folds, "float64")
+    check_settings(settings)
+    groups = divide_pairs(cache, layers, offsets, settings, client, memory)
+    total = _Total(len(groups), settings.steps, report)
+    call = partial(fit_group, settings=settings, folder=folder)
+    found: dict[Pair, Fitted] = {}
+    if client is None:
+        for number, (some, ahead) in enumerate(groups):
+            found |= call(cache, some, ahead, report=partial(total, number))
+    else:
+        # Only the path travels: each worker opens the cache on its own.
+        futures = [client.submit(call, cache.path, *group, pure=False) for group in groups]
+        for number, future in enumerate(futures):
+            found |= future.result()
+            total(number, "lens", settings.steps, settings.steps)
+    model = cache.depth, 0
+    if cache.depth in layers and 0 in offsets:
+        row = {"start": "model", "kl_logit": 0.0, "kl_ridge": 0.0, "kl": 0.0, "steps": 0}
+        found[model] = Fitted(identity(cache.d_model), row)
+    return {pair: found[pair] for pair in sorted(found)}
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise a `UsageError` for settings that cannot be right."""
+    if settings.steps < 0 or settings.batch < 1 or settings.validation < 1:
+        raise UsageError("steps must be 0 or more, batch and validation 1 or more")
+    if not settings.rates or not all(np.isfinite(r) and r > 0 for r in settings.rates):
+        raise UsageError(f"rates must be positive numbers, not {list(settings.rates)}")
+    if not settings.damping > 0 or settings.folds < 2 or settings.seed < 0:
+        raise UsageError("damping must be above 0, folds at least 2, seed 0 or more")
+
+
+Group = tuple[tuple[int, ...], tuple[int, ...]]
+"""Layers and offsets."""
+
+
+def divide_pairs(
+    cache: ActivationCache,
+    layers: Sequence[int],
+    offsets: Sequence[int],
+    settings: Settings,
+    client: Any,
+    memory: int | None,
+) -> list[Group]:
+    """Groups whose moments fit `memory`, as many as workers at least."""
+    layers, offsets = tuple(sorted(set(layers))), tuple(sorted(set(offsets)))
+    tasks = cores() if client is None else max(client.nthreads().values(), default=1)
+    plan = Pass(layers, offsets, settings.folds, "train", "float64", BLOCK_ROWS, tasks)
+    if client is not None:
+        share = -(-len(layers) // max(1, len(client.nthreads())))
+        plans = [replace(plan, layers=layers[i : i + share]) for i in range(0, len(layers), share)]
+    else:
+        plans = [plan]
+    budget = memory or default_memory()
+    return [(p.layers, p.offsets) for plan in plans for p in divide(plan, budget, cache.d_model)]
+
+
+class _Total:
+    """Reports the steps of all groups as one count."""
+
+    def __init__(self, groups: int, steps: int, report: Report | None) -> None:
+        self.groups, self.steps, self.report = groups, steps, report
+
+    def __call__(self, group: int, stage: str, done: int, total: int) -> None:
+        if self.report is not None and total:
+            self.report(stage, group * total + done, self.groups * total)
+
+
+def fit_group(
+    cache: ActivationCache | Path,
+    layers: tuple[int, ...],
+    offsets: tuple[int, ...],
+    settings: Settings,
+    folder: Path | None = None,
+    report: Report | None = None,
+) -> dict[Pair, Fitted]:
+    """Fit the translators of some layers and offsets; they share every batch."""
+    cache = ActivationCache(cache) if isinstance(cache, Path) else cache
+    pairs = [(la, n) for la in layers for n in offsets if (la, n) != (cache.depth, 0)]
+    if not pairs:
+        return {}
+    saved = None
+    if folder is not None:
+        name = digest([cache.id, [list(p) for p in pairs], plain(asdict(settings))])[:16]
+        saved = Saved(folder / name)
+    say = report or (lambda stage, done, total: None)
+    found = None if saved is None else saved.load(settings)
+    if found is None:
+        ridge, tracks = start(cache, layers, offsets, pairs, settings, partial(say, "moments"))
+        course = Course(cache, tracks, settings)
+        course.begin(ridge)
+        del ridge
+        if settings.steps:
+            course.sweep()
+        step = course.step
+    else:
+        tracks, step = found
+        course = Course(cache, tracks, settings)
+        course.step = step
+
+    def at_check() -> None:
+        say("lens", course.step, settings.steps)
+        if saved is not None:
+            saved.write(tracks, course.step)
+
+    at_check()
+    course.run(at_check)
+    out = {}
+    for pair, track in tracks.items():
+        track.back()
+        out[pair] = Fitted(track.fit.map(), track.row())
+    return out
+
+
+def start(
+    cache: ActivationCache,
+    layers: tuple[int, ...],
+    offsets: tuple[int, ...],
+    pairs: Sequence[Pair],
+    settings: Settings,
+    report: Any,
+) -> tuple[dict[Pair, AffineMap], dict[Pair, Track]]:
+    """Ridge maps, and translators that have their inputs' coordinates, from one pass."""
+    moments = collect(cache, layers, offsets, folds=settings.folds, memory=1 << 62, progress=report)
+    ridge, tracks = {}, {}
+    for pair in pairs:
+        what = f"layer {pair[0]}, offset {pair[1]}"
+        found = fit_ridge(moments.pairs[pair], None, None, what)
+        inputs = Inputs.of(moments.total(pair), found.alpha)
+        ridge[pair] = found.map.astype(np.float32)
+        tracks[pair] = Track(LensFit(inputs, settings.damping), found.alpha, found.n)
+    return ridge, tracks
+
+
+def plain(value: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+
+
+class Saved:
+    """Where a group stands, in a folder: tensors, then `course.json`, which names their file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, tracks: dict[Pair, Track], step: int) -> None:
+        """Keep all tracks; what was kept before goes only when this is whole."""
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{step}.safetensors"
+        tensors = {}
+        for (layer, offset), track in tracks.items():
+            tensors |= {f"{layer}.{offset}.{k}": t.contiguous() for k, t in track.tensors()}
+        save_file(tensors, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+        rows = [{"layer": la, "offset": n, **t.row()} for (la, n), t in tracks.items()]
+        about = {"step": step, "file": file.name, "tensors": file_digest(file), "tracks": rows}
+        write_json(self.folder / "course.json", about)
+        for old in self.folder.glob("*.safetensors"):
+            if old != file:
+                old.unlink()
+
+    def load(self, settings: Settings) -> tuple[dict[Pair, Track], int] | None:
+        """The tracks and the step at which they were kept; None where nothing whole is there."""
+        from safetensors.torch import load_file
+
+        if not (self.folder / "course.json").is_file():
+            return None
+        about = read_json(self.folder / "course.json")
+        file = self.folder / about["file"]
+        if not file.is_file() or file_digest(file) != about["tensors"]:
+            return None
+        tensors = load_file(file)
+        tracks = {}
+        for row in about["tracks"]:
+            layer, offset = row.pop("layer"), row.pop("offset")
+            mark = f"{layer}.{offset}."
+            own = {k[len(mark) :]: t for k, t in tensors.items() if k.startswith(mark)}
+            tracks[layer, offset] = Track.of(row, own, settings.damping)
+        return tracks, about["step"]
