@@ -17,19 +17,16 @@ if TYPE_CHECKING:
     import torch
 
 
-RATES = (0.03, 0.1, 0.3)
-"""Step lengths tried, in units of the natural gradient's own."""
-
-
 class TunedLens(Params):
     """Translators h + A h + b for every layer, so that head(translated) is close to the model.
 
     Minimises KL(model || lens), in nats, to the model's distribution at t + `offset` (Belrose et
     al., 2303.08112; several offsets make a future lens, Pal et al., 2311.04897), on the train
     split of a cache. Each layer and offset is fitted for itself: from ridge or the logit lens,
-    whichever is better on `validation` positions of the validation split, by `steps` natural
-    gradient steps of `batch` positions at the best of `rates`; the best translator found is kept,
-    so that none is worse there than the logit lens. `layers` defaults to all. At offset 0 the last
+    whichever is better on the validation split, by `steps` steps of `batch` positions along the
+    natural gradient, damped by `damping` of its mean curvature. `lr` is a share of the full step;
+    None: the best of a short sweep. The best translator found on the validation split is kept, so
+    that none is worse there than the logit lens. `layers` defaults to all. At offset 0 the last
     layer is the model itself: its translator is the identity.
     Memory: that of the moments of as many layers and offsets as `memory` in `fit` has room for.
     """
@@ -40,22 +37,18 @@ class TunedLens(Params):
         self,
         offset: int | Sequence[int] = 0,
         layers: Sequence[int] | None = None,
+        lr: float | None = None,
         steps: int = 400,
         batch: int = 1024,
-        rates: float | Sequence[float] = RATES,
         damping: float = 0.1,
-        folds: int = 5,
-        validation: int = 8192,
         seed: int = 0,
     ) -> None:
         self.offset = offset
         self.layers = layers
+        self.lr = lr
         self.steps = steps
         self.batch = batch
-        self.rates = rates
         self.damping = damping
-        self.folds = folds
-        self.validation = validation
         self.seed = seed
 
     def fit(
@@ -80,10 +73,7 @@ class TunedLens(Params):
 
         if not isinstance(X, ActivationCache):
             raise UsageError("a tuned lens is fitted on a cache: it needs the head beside the rows")
-        rates = (self.rates,) if isinstance(self.rates, int | float) else tuple(self.rates)
-        settings = Settings(
-            self.steps, self.batch, rates, self.damping, self.folds, self.validation, self.seed
-        )
+        settings = Settings(self.lr, self.steps, self.batch, self.damping, self.seed)
         layers = X.layers if self.layers is None else tuple(self.layers)
         offsets = tuple(np.atleast_1d(np.asarray(self.offset, int)).tolist())
         folder = None if checkpoint is None else Path(checkpoint)
@@ -211,12 +201,10 @@ class FutureLens(TunedLens):
         self,
         offset: int | Sequence[int] = tuple(range(9)),
         layers: Sequence[int] | None = None,
+        lr: float | None = None,
         steps: int = 400,
         batch: int = 1024,
-        rates: float | Sequence[float] = RATES,
         damping: float = 0.1,
-        folds: int = 5,
-        validation: int = 8192,
         seed: int = 0,
     ) -> None:
-        super().__init__(offset, layers, steps, batch, rates, damping, folds, validation, seed)
+        super().__init__(offset, layers, lr, steps, batch, damping, seed)

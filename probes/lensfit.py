@@ -24,6 +24,10 @@ from .solve import AffineMap
 
 Report = Callable[[str, int, int], None]
 """Called with (stage, done, total): `moments` counts positions, `lens` steps."""
+RATES = (0.03, 0.1, 0.3)
+"""Rates of the sweep, in units of the natural gradient's own step."""
+VALIDATION_POSITIONS = 8192
+"""Most positions of the validation split that a check looks at."""
 CHECK = 25
 """Steps between two looks at the validation split."""
 SWEEP = 25
@@ -40,13 +44,16 @@ REFRESH = 4
 class Settings:
     """How translators are fitted; see `TunedLens`."""
 
+    lr: float | None
     steps: int
     batch: int
-    rates: tuple[float, ...]
     damping: float
-    folds: int
-    validation: int
     seed: int
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Those that the sweep tries."""
+        return RATES if self.lr is None else (self.lr,)
 
 
 @dataclass(eq=False)
@@ -140,7 +147,7 @@ class Course:
         )  # fmt: skip
         self.held = Feed(
             cache, layers, offsets, "validation", batch, seed,
-            max_positions=settings.validation, shuffle=False,
+            max_positions=VALIDATION_POSITIONS, shuffle=False,
         )  # fmt: skip
         self.step = 0
 

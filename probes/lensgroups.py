@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..cache.errors import UsageError
-from ..cache.jsonfile import digest, read_json, write_json
+from ..cache.jsonfile import digest
 from ..cache.store import ActivationCache
+from .checkpoint import Checkpoint
 from .collect import BLOCK_ROWS, Pass, check_request, collect, cores, default_memory, divide
 from .curvature import Inputs, LensFit
 from .lensfit import Course, Report, Settings, Track, identity
-from .moments import Pair, file_digest
+from .moments import Pair
 from .solve import AffineMap, fit_ridge
+
+FOLDS = 5
+"""Folds over which ridge's penalty is chosen."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +42,7 @@ def fit_groups(
     report: Report | None = None,
 ) -> dict[Pair, Fitted]:
     """Fit every layer and offset, group by group, or on the workers of `client`."""
-    check_request(cache, layers, offsets, settings.folds, "float64")
+    check_request(cache, layers, offsets, FOLDS, "float64")
     check_settings(settings)
     groups = divide_pairs(cache, layers, offsets, settings, client, memory)
     total = _Total(len(groups), settings.steps, report)
@@ -61,12 +66,11 @@ def fit_groups(
 
 def check_settings(settings: Settings) -> None:
     """Raise a `UsageError` for settings that cannot be right."""
-    if settings.steps < 0 or settings.batch < 1 or settings.validation < 1:
-        raise UsageError("steps must be 0 or more, batch and validation 1 or more")
-    if not settings.rates or not all(np.isfinite(r) and r > 0 for r in settings.rates):
-        raise UsageError(f"rates must be positive numbers, not {list(settings.rates)}")
-    if not settings.damping > 0 or settings.folds < 2 or settings.seed < 0:
-        raise UsageError("damping must be above 0, folds at least 2, seed 0 or more")
+    if settings.steps < 0 or settings.batch < 1 or settings.seed < 0:
+        raise UsageError("steps and seed must be 0 or more, batch 1 or more")
+    positive = [settings.damping, *settings.rates]
+    if not all(np.isfinite(number) and number > 0 for number in positive):
+        raise UsageError("lr and damping must be positive numbers")
 
 
 Group = tuple[tuple[int, ...], tuple[int, ...]]
@@ -84,7 +88,7 @@ def divide_pairs(
     """Groups whose moments fit `memory`, as many as workers at least."""
     layers, offsets = tuple(sorted(set(layers))), tuple(sorted(set(offsets)))
     tasks = cores() if client is None else max(client.nthreads().values(), default=1)
-    plan = Pass(layers, offsets, settings.folds, "train", "float64", BLOCK_ROWS, tasks)
+    plan = Pass(layers, offsets, FOLDS, "train", "float64", BLOCK_ROWS, tasks)
     if client is not None:
         share = -(-len(layers) // max(1, len(client.nthreads())))
         plans = [replace(plan, layers=layers[i : i + share]) for i in range(0, len(layers), share)]
@@ -118,12 +122,9 @@ def fit_group(
     pairs = [(la, n) for la in layers for n in offsets if (la, n) != (cache.depth, 0)]
     if not pairs:
         return {}
-    saved = None
-    if folder is not None:
-        name = digest([cache.id, [list(p) for p in pairs], plain(asdict(settings))])[:16]
-        saved = Saved(folder / name)
+    saved = None if folder is None else checkpoint(folder, cache, pairs, settings)
     say = report or (lambda stage, done, total: None)
-    found = None if saved is None else saved.load(settings)
+    found = None if saved is None else saved.load()
     if found is None:
         ridge, tracks = start(cache, layers, offsets, pairs, settings, partial(say, "moments"))
         course = Course(cache, tracks, settings)
@@ -131,16 +132,17 @@ def fit_group(
         del ridge
         if settings.steps:
             course.sweep()
-        step = course.step
     else:
-        tracks, step = found
+        tracks = restored(*found, settings.damping)
         course = Course(cache, tracks, settings)
-        course.step = step
+        course.step = found[0]["step"]
 
     def at_check() -> None:
         say("lens", course.step, settings.steps)
         if saved is not None:
-            saved.write(tracks, course.step)
+            rows = [{"layer": la, "offset": n, **t.row()} for (la, n), t in tracks.items()]
+            tensors = {f"{la}.{n}.{k}": v for (la, n), t in tracks.items() for k, v in t.tensors()}
+            saved.save({"step": course.step, "tracks": rows}, tensors)
 
     at_check()
     course.run(at_check)
@@ -160,7 +162,7 @@ def start(
     report: Any,
 ) -> tuple[dict[Pair, AffineMap], dict[Pair, Track]]:
     """Ridge maps, and translators that have their inputs' coordinates, from one pass."""
-    moments = collect(cache, layers, offsets, folds=settings.folds, memory=1 << 62, progress=report)
+    moments = collect(cache, layers, offsets, folds=FOLDS, memory=1 << 62, progress=report)
     ridge, tracks = {}, {}
     for pair in pairs:
         what = f"layer {pair[0]}, offset {pair[1]}"
@@ -171,50 +173,22 @@ def start(
     return ridge, tracks
 
 
-def plain(value: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+def checkpoint(
+    folder: Path, cache: ActivationCache, pairs: Sequence[Pair], settings: Settings
+) -> Checkpoint:
+    """Where a group is kept: a folder of its own."""
+    names = [f"{layer}.{offset}" for layer, offset in pairs]
+    identity = {"cache": cache.id, "pairs": names, **asdict(settings)}
+    return Checkpoint(folder / digest(names)[:16], identity)
 
 
-class Saved:
-    """Where a group stands, in a folder: tensors, then `course.json`, which names their file."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def write(self, tracks: dict[Pair, Track], step: int) -> None:
-        """Keep all tracks; what was kept before goes only when this is whole."""
-        from safetensors.torch import save_file
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{step}.safetensors"
-        tensors = {}
-        for (layer, offset), track in tracks.items():
-            tensors |= {f"{layer}.{offset}.{k}": t.contiguous() for k, t in track.tensors()}
-        save_file(tensors, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
-        rows = [{"layer": la, "offset": n, **t.row()} for (la, n), t in tracks.items()]
-        about = {"step": step, "file": file.name, "tensors": file_digest(file), "tracks": rows}
-        write_json(self.folder / "course.json", about)
-        for old in self.folder.glob("*.safetensors"):
-            if old != file:
-                old.unlink()
-
-    def load(self, settings: Settings) -> tuple[dict[Pair, Track], int] | None:
-        """The tracks and the step at which they were kept; None where nothing whole is there."""
-        from safetensors.torch import load_file
-
-        if not (self.folder / "course.json").is_file():
-            return None
-        about = read_json(self.folder / "course.json")
-        file = self.folder / about["file"]
-        if not file.is_file() or file_digest(file) != about["tensors"]:
-            return None
-        tensors = load_file(file)
-        tracks = {}
-        for row in about["tracks"]:
-            layer, offset = row.pop("layer"), row.pop("offset")
-            mark = f"{layer}.{offset}."
-            own = {k[len(mark) :]: t for k, t in tensors.items() if k.startswith(mark)}
-            tracks[layer, offset] = Track.of(row, own, settings.damping)
-        return tracks, about["step"]
+def restored(
+    state: dict[str, Any], tensors: dict[str, Tensor], damping: float
+) -> dict[Pair, Track]:
+    """The tracks of a checkpoint."""
+    tracks = {}
+    for row in state["tracks"]:
+        mark = f"{row['layer']}.{row['offset']}."
+        own = {k[len(mark) :]: t for k, t in tensors.items() if k.startswith(mark)}
+        tracks[row["layer"], row["offset"]] = Track.of(row, own, damping)
+    return tracks
