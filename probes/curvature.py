@@ -17,7 +17,6 @@ from .moments import Moments
 from .softmax import Gradients, Target, head_losses, softmax_, tiles
 from .solve import AffineMap
 
-MOMENTUM = 0.9
 DRIFT = 0.05
 """Share of the eigenvalues that every new estimate replaces."""
 
@@ -52,16 +51,18 @@ class Inputs:
 
 
 class LensFit:
-    """One translator while it is fitted: its map in whitened inputs, momentum, curvature."""
+    """One translator while it is fitted: its map of whitened inputs, and its curvature.
 
-    STATE = ("weight", "bias", "momentum", "curvature", "outputs")
+    There is no momentum: with it, 200 steps reached 1.2709 nats where they reach 1.2683 without.
+    """
+
+    STATE = ("weight", "bias", "curvature", "outputs")
     """Tensors that say where the fit stands."""
 
     def __init__(self, inputs: Inputs, damping: float) -> None:
         self.inputs, self.damping = inputs, damping
         width = len(inputs.mean)
         self.weight, self.bias = torch.zeros(width, width), torch.zeros(width)
-        self.momentum = torch.zeros(width + 1, width)
         self.curvature = torch.zeros(width + 1, width)
         """Eigenvalues of the Fisher matrix; the last row is the bias's."""
         self.outputs = torch.eye(width)
@@ -99,8 +100,7 @@ class LensFit:
         losses = head_losses(u, head, target, Gradients(x=slope, scale=1 / len(x)))
         gradient = torch.cat([z.T @ slope, slope.sum(0, keepdim=True)]) @ self.outputs
         gradient /= self.curvature + self.damping * self.curvature.mean()
-        self.momentum.mul_(MOMENTUM).add_(gradient, alpha=1 - MOMENTUM)
-        change = self.momentum @ self.outputs.T
+        change = gradient @ self.outputs.T
         self.weight.sub_(change[:-1], alpha=rate)
         self.bias.sub_(change[-1], alpha=rate)
         return losses

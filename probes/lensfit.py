@@ -122,8 +122,8 @@ class Track:
         self.best, self.kl, self.step = self.fit.state(), kl, step
 
     def back(self) -> None:
-        """Return to the best, at rest."""
-        self.fit.restore({**self.best, "momentum": torch.zeros_like(self.fit.momentum)})
+        """Return to the best."""
+        self.fit.restore(self.best)
 
 
 class Course:
