@@ -41,7 +41,7 @@ class Inputs:
         The penalty that cross-validation chose says below which variance a direction is noise.
         """
         values, vectors = np.linalg.eigh(moments.xx)
-        floor = max(values[-1], 1e-30) * len(values) * np.finfo(np.float32).eps
+        floor = max(values[-1], 1e-30) * len(values) * np.finfo(np.float64).eps
         scale = np.sqrt((np.maximum(values, 0) + max(alpha, floor)) / moments.n)
         arrays = moments.mean_x, vectors / scale, scale[:, None] * vectors.T
         return cls(*(torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in arrays))

@@ -24,13 +24,13 @@ from .solve import AffineMap
 
 Report = Callable[[str, int, int], None]
 """Called with (stage, done, total): `moments` counts positions, `lens` steps."""
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.05, 0.1, 0.2)
 """Rates of the sweep, in units of the natural gradient's own step."""
 VALIDATION_POSITIONS = 8192
 """Most positions of the validation split that a check looks at."""
 CHECK = 25
 """Steps between two looks at the validation split."""
-SWEEP = 25
+SWEEP = 10
 """Steps that every rate of the sweep is given."""
 WORSE = 1.02
 """A check that finds the KL above this many times the best one goes back."""
@@ -205,7 +205,8 @@ class Course:
                 fit = self.tracks[pair].fit
                 outer[pair] += fit.outer(x, self.head, self._generator(pair, step))
         for pair, factor in outer.items():
-            self.tracks[pair].fit.outputs = torch.linalg.eigh(factor)[1]
+            # Row by row, as a checkpoint keeps it: else products round differently after one.
+            self.tracks[pair].fit.outputs = torch.linalg.eigh(factor)[1].contiguous()
         for step, found in enumerate(islice(self.rows(self.train), batches)):
             for pair, x, _ in found:
                 draws = self._generator(pair, step)

@@ -1,7 +1,7 @@
 """Cuts the fit of translators into groups that fit the memory, and keeps where each stands."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,16 @@ from ..cache.errors import UsageError
 from ..cache.jsonfile import digest
 from ..cache.store import ActivationCache
 from .checkpoint import Checkpoint
-from .collect import BLOCK_ROWS, Pass, check_request, collect, cores, default_memory, divide
+from .collect import collect, cores, default_memory
 from .curvature import Inputs, LensFit
 from .lensfit import Course, Report, Settings, Track, identity
-from .moments import Pair
+from .moments import Pair, merge_all
 from .solve import AffineMap, fit_ridge
 
 FOLDS = 5
 """Folds over which ridge's penalty is chosen."""
+MATRICES = 8
+"""Float64 matrices `(d, d)` that a translator takes while it is fitted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +44,8 @@ def fit_groups(
     report: Report | None = None,
 ) -> dict[Pair, Fitted]:
     """Fit every layer and offset, group by group, or on the workers of `client`."""
-    check_request(cache, layers, offsets, FOLDS, "float64")
-    check_settings(settings)
-    groups = divide_pairs(cache, layers, offsets, settings, client, memory)
+    check(cache, layers, offsets, settings)
+    groups = divide_pairs(cache, layers, offsets, client, memory or default_memory())
     total = _Total(len(groups), settings.steps, report)
     call = partial(fit_group, settings=settings, folder=folder)
     found: dict[Pair, Fitted] = {}
@@ -64,8 +65,14 @@ def fit_groups(
     return {pair: found[pair] for pair in sorted(found)}
 
 
-def check_settings(settings: Settings) -> None:
-    """Raise a `UsageError` for settings that cannot be right."""
+def check(
+    cache: ActivationCache, layers: Sequence[int], offsets: Sequence[int], settings: Settings
+) -> None:
+    """Raise a `UsageError` for a request that cannot be right."""
+    for layer in (*layers, cache.depth):
+        cache.layer(layer)
+    if not layers or not offsets or min(offsets) < 0:
+        raise UsageError("name at least one layer and one offset; offsets are 0 or more")
     if settings.steps < 0 or settings.batch < 1 or settings.seed < 0:
         raise UsageError("steps and seed must be 0 or more, batch 1 or more")
     positive = [settings.damping, *settings.rates]
@@ -78,24 +85,22 @@ Group = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def divide_pairs(
-    cache: ActivationCache,
-    layers: Sequence[int],
-    offsets: Sequence[int],
-    settings: Settings,
-    client: Any,
-    memory: int | None,
+    cache: ActivationCache, layers: Sequence[int], offsets: Sequence[int], client: Any, memory: int
 ) -> list[Group]:
-    """Groups whose moments fit `memory`, as many as workers at least."""
+    """Groups that fit `memory`, as many as workers at least: fewer layers, then fewer offsets."""
     layers, offsets = tuple(sorted(set(layers))), tuple(sorted(set(offsets)))
-    tasks = cores() if client is None else max(client.nthreads().values(), default=1)
-    plan = Pass(layers, offsets, FOLDS, "train", "float64", BLOCK_ROWS, tasks)
-    if client is not None:
-        share = -(-len(layers) // max(1, len(client.nthreads())))
-        plans = [replace(plan, layers=layers[i : i + share]) for i in range(0, len(layers), share)]
-    else:
-        plans = [plan]
-    budget = memory or default_memory()
-    return [(p.layers, p.offsets) for plan in plans for p in divide(plan, budget, cache.d_model)]
+    threads = {"": cores()} if client is None else client.nthreads()
+    # Every thread adds up moments of its own; after them a translator needs less than they did.
+    pair = 8 * cache.d_model**2 * max(2 * FOLDS * (max(threads.values(), default=1) + 1), MATRICES)
+    room = max(1, memory // pair)
+    share = -(-len(layers) // max(1, len(threads)))
+    wide = max(1, min(share, room // len(offsets)))
+    deep = min(len(offsets), room)
+    return [
+        (layers[i : i + wide], offsets[j : j + deep])
+        for i in range(0, len(layers), wide)
+        for j in range(0, len(offsets), deep)
+    ]
 
 
 class _Total:
@@ -162,12 +167,14 @@ def start(
     report: Any,
 ) -> tuple[dict[Pair, AffineMap], dict[Pair, Track]]:
     """Ridge maps, and translators that have their inputs' coordinates, from one pass."""
-    moments = collect(cache, layers, offsets, folds=FOLDS, memory=1 << 62, progress=report)
+    moments = collect(
+        cache, layers, offsets, folds=FOLDS, products="float32", memory=1 << 62, progress=report
+    )
     ridge, tracks = {}, {}
     for pair in pairs:
-        what = f"layer {pair[0]}, offset {pair[1]}"
-        found = fit_ridge(moments.pairs[pair], None, None, what)
-        inputs = Inputs.of(moments.total(pair), found.alpha)
+        folds = moments.pairs[pair]
+        found = fit_ridge(folds, None, None, f"layer {pair[0]}, offset {pair[1]}")
+        inputs = Inputs.of(merge_all(folds), found.alpha)
         ridge[pair] = found.map.astype(np.float32)
         tracks[pair] = Track(LensFit(inputs, settings.damping), found.alpha, found.n)
     return ridge, tracks

@@ -27,7 +27,7 @@ class Params:
 
     def __repr__(self) -> str:
         given = signature(type(self)).parameters
-        changed = {k: v for k, v in self.get_params().items() if v is not given[k].default}
+        changed = {k: v for k, v in self.get_params().items() if repr(v) != repr(given[k].default)}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
     def check_fitted(self) -> None:
