@@ -94,8 +94,8 @@ def card(cache: ActivationCache, repo_id: str) -> str:
         repo_id=repo_id,
         id=cache.id,
         short=cache.id[:SHORT_ID],
-        model=_name(manifest.model_name),
-        data=_name(manifest.data_name),
+        model=display_name(manifest.model_name),
+        data=display_name(manifest.data_name),
         architecture=manifest.model.architecture,
         weights=manifest.model.weights,
         revision=provenance.get("revision") or "not from the hub",
@@ -118,7 +118,7 @@ def card(cache: ActivationCache, repo_id: str) -> str:
     )
 
 
-def _name(name: str) -> str:
+def display_name(name: str) -> str:
     """A hub id as it is; of a path, the last part: folders at home concern nobody."""
     path = PurePath(name)
     local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2

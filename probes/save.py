@@ -22,6 +22,10 @@ KINDS = {
 """Module and class of each kind of probe; imported when one is loaded."""
 
 
+FILES = ("config.json", "probe.safetensors")
+"""What a saved probe consists of."""
+
+
 class Saved(Protocol):
     """What a probe offers to be kept on disk; `restore(params, config, tensors)` reads it back."""
 

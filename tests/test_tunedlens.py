@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def theirs(model_folder: Path, tiny_cache: residua.ActivationCache) -> Theirs:
     """A random lens of theirs on the model that `tiny_cache` was made with."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder)
     config = {
         "base_model_name_or_path": str(model_folder),
         "d_model": tiny_cache.d_model,
