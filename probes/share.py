@@ -138,7 +138,8 @@ def card(config: dict[str, Any], repo_id: str, cache: "ActivationCache | None" =
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Metrics as Markdown, one line per (layer, offset); lists are left out."""
-    columns = list(dict.fromkeys(k for row in rows for k in row if not isinstance(row[k], list)))
+    names = dict.fromkeys(k for row in rows for k in row if not isinstance(row[k], list))
+    columns = sorted(names, key=lambda name: (name != "layer", name != "offset"))
     lines = [columns, ["---:"] * len(columns)]
     lines += [[_cell(row.get(name)) for name in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
