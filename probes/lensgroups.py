@@ -1,6 +1,7 @@
 """Cuts the fit of translators into groups that fit the memory, and keeps where each stands."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,11 @@ def fit_groups(
         for number, future in enumerate(futures):
             found |= future.result()
             total(number, "lens", settings.steps, settings.steps)
+    if folder is not None:
+        for group in groups:
+            checkpoint(folder, cache, pairs_of(cache, group), settings).remove()
+        with suppress(OSError):
+            folder.rmdir()
     model = cache.depth, 0
     if cache.depth in layers and 0 in offsets:
         row = {"start": "model", "kl_logit": 0.0, "kl_ridge": 0.0, "kl": 0.0, "steps": 0}
@@ -124,7 +130,7 @@ def fit_group(
 ) -> dict[Pair, Fitted]:
     """Fit the translators of some layers and offsets; they share every batch."""
     cache = ActivationCache(cache) if isinstance(cache, Path) else cache
-    pairs = [(la, n) for la in layers for n in offsets if (la, n) != (cache.depth, 0)]
+    pairs = pairs_of(cache, (layers, offsets))
     if not pairs:
         return {}
     saved = None if folder is None else checkpoint(folder, cache, pairs, settings)
@@ -186,7 +192,13 @@ def checkpoint(
     """Where a group is kept: a folder of its own."""
     names = [f"{layer}.{offset}" for layer, offset in pairs]
     identity = {"cache": cache.id, "pairs": names, **asdict(settings)}
-    return Checkpoint(folder / digest(names)[:16], identity)
+    return Checkpoint(folder / digest(identity)[:16], identity)
+
+
+def pairs_of(cache: ActivationCache, group: Group) -> list[Pair]:
+    """The pairs of a group that are fitted: all but the model itself."""
+    layers, offsets = group
+    return [(la, n) for la in layers for n in offsets if (la, n) != (cache.depth, 0)]
 
 
 def restored(

@@ -148,6 +148,7 @@ def test_a_killed_fit_goes_on_to_the_same_lens(
     # A fit that was killed before its first checkpoint begins again.
     assert ("moments" in stages) == (step == 10)
     assert probe.metrics() == whole.metrics()
+    assert not list(tmp_path.rglob("*.safetensors"))
     for pair, found in whole.maps_.items():
         assert np.array_equal(probe.maps_[pair].weight, found.weight)
         assert np.array_equal(probe.maps_[pair].bias, found.bias)
