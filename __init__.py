@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .probes.share import push_to_hub as push_to_hub
     from .probes.tunedlens import read_tuned_lens as read_tuned_lens
     from .probes.tunedlens import write_tuned_lens as write_tuned_lens
+    from .probes.vocab import VocabProbe as VocabProbe
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ _PUBLIC = {
     "RidgeProbe": ".probes.ridge",
     "RowLoader": ".cache.loader",
     "TunedLens": ".probes.lens",
+    "VocabProbe": ".probes.vocab",
     "evaluate": ".analysis.evaluate",
     "export": ".cache.export",
     "extract": ".cache.extract",

@@ -536,7 +536,7 @@ def lens(
     from residua.analysis.terminal import meter, table
     from residua.cache.catalog import find_cache
     from residua.probes.lens import FutureLens, TunedLens
-    from residua.probes.library import FOLDER, probe_path
+    from residua.probes.library import checkpoint_path, probe_path
     from residua.probes.save import save_probe
 
     source = find_cache(cache, root)
@@ -544,7 +544,8 @@ def lens(
     probe = kind(offset=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed)
     with meter(quiet) as shown:
         probe.fit(source, memory=None if memory is None else int(memory * 2**30),
-                  checkpoint=root / FOLDER / ".unfinished", progress=shown.stage)  # fmt: skip
+                  checkpoint=checkpoint_path(root, probe, source.id),
+                  progress=shown.stage)  # fmt: skip
     path = save_probe(probe, out or probe_path(root, probe))
     metrics = [{k: v for k, v in row.items() if k != "sweep"} for row in probe.metrics()]
 
@@ -559,6 +560,66 @@ def lens(
         click.echo(f"next: residua evaluate {source.id[:12]} {path.name} --html report.html")
 
     return {"probe": str(path), "cache": source.id, "metrics": probe.metrics()}, show
+
+
+@fit.command()
+@click.argument("cache")
+@click.option("--offsets", type=NUMBERS, default="0", show_default=True, help="Predict N tokens "
+              "further on; 0 is the next token.")  # fmt: skip
+@click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]")
+@click.option("--loss", type=click.Choice(["model", "text", "kl"]), default="model",
+              show_default=True, help="Cross-entropy to the model's top token or to the text's, or "
+              "KL to the model's distribution.")  # fmt: skip
+@click.option("--form", type=click.Choice(["full", "head"]), default="full", show_default=True,
+              help="A matrix to the vocabulary, or a map in front of the head.")  # fmt: skip
+@click.option("--rank", type=int, help="Rank of the matrix.  [default: full]")
+@click.option("--lr", type=float, help="Learning rate.  [default: by a short sweep]")
+@click.option("--epochs", default=3, show_default=True, help="Most passes over the train split.")
+@click.option("--memory", type=float, help="Memory for the weights, in GiB.")
+@click.option("--checkpoint-seconds", default=60.0, show_default=True, help="Time between two "
+              "checkpoints; a killed fit goes on from the last one.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the probe.  [default: "
+              "under the root]")  # fmt: skip
+@command
+def vocab(
+    root: Path, quiet: bool, cache: str, memory: float | None, checkpoint_seconds: float,
+    out: Path | None, offsets: tuple[int, ...], **options: Any,
+) -> Any:  # fmt: skip
+    """Softmax regressions from every layer to the token N further on, in one stream over CACHE.
+
+    They stop when their loss on the validation split no longer falls. Losses are in nats per
+    position. A fit that was killed goes on when the same command is given again.
+
+    \b
+    residua fit vocab 3f2a --offsets 0-3
+    residua fit vocab 3f2a --offsets 1 --layers 4-8 --loss kl --rank 64
+    """
+    from residua.analysis.terminal import meter, table
+    from residua.cache.catalog import find_cache
+    from residua.probes.library import checkpoint_path, probe_path
+    from residua.probes.save import save_probe
+    from residua.probes.vocab import VocabProbe
+
+    source = find_cache(cache, root)
+    probe = VocabProbe(offset=offsets, **options)
+    with meter(quiet) as shown:
+        probe.fit(
+            source, memory=None if memory is None else int(memory * 2**30),
+            checkpoint=checkpoint_path(root, probe, source.id),
+            checkpoint_seconds=checkpoint_seconds, progress=shown.of("positions"),
+        )  # fmt: skip
+    path = save_probe(probe, out or probe_path(root, probe))
+    metrics = probe.metrics()
+
+    def show() -> None:
+        table(
+            f"vocab, cache {source.id[:12]}", list(metrics[0]), [list(r.values()) for r in metrics]
+        )
+        click.echo(f"probe: {path}")
+        click.echo(f"next: residua evaluate {source.id[:12]} {path.name} --html report.html")
+
+    value = {"probe": str(path), "cache": source.id, "metrics": metrics, "sweep": probe.sweep_}
+    return value, show
 
 
 @main.command()

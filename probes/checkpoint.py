@@ -54,7 +54,8 @@ class Checkpoint:
         file = self.folder / found["tensors"]
         if not file.is_file() or file_digest(file) != found["digest"]:
             raise CorruptError(f"{file} is missing or was changed; remove {self.folder}")
-        return found["state"], load_file(file)
+        # Copies: the last bit of a product depends on how its factors are aligned in memory.
+        return found["state"], {name: value.clone() for name, value in load_file(file).items()}
 
     def remove(self) -> None:
         """Drop the state of a fit that is finished."""

@@ -18,6 +18,7 @@ KINDS = {
     "future": (".lens", "FutureLens"),
     "lens": (".lens", "TunedLens"),
     "ridge": (".ridge", "RidgeProbe"),
+    "vocab": (".vocab", "VocabProbe"),
 }
 """Module and class of each kind of probe; imported when one is loaded."""
 

@@ -48,11 +48,11 @@ def test_other_offsets_make_a_future_lens_that_goes_on_where_it_was_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(lensfit.Course, "_judge", stop)
         run(*command, code=130)
-    unfinished = tiny_cache.path.parent / "probes" / ".unfinished"
-    assert len(list(unfinished.rglob("fit.json"))) == 1
+    kept = tiny_cache.path.parent / "checkpoints"
+    assert len(list(kept.rglob("fit.json"))) == 1
     begun: list[int] = []
     monkeypatch.setattr(lensfit.Course, "sweep", lambda course: begun.append(1))
     assert run(*command)["metrics"] == whole
     assert not begun
-    assert not unfinished.exists()
+    assert not list(kept.iterdir())
     assert residua.load_probe(tmp_path / "lens").pairs() == [(3, 0), (3, 1)]
