@@ -31,7 +31,7 @@ from residua.probes.lens import TunedLens
 from residua.sample import MODEL_DIR
 
 TARGET_CPU, TARGET_KL = 1 / 20, 0.95
-BUDGETS = (0, 25, 50, 100, 200, 400)
+BUDGETS = (0, 20, 40, 100, 300)
 """Steps of the fits that show how KL falls with CPU time."""
 SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 """Cached train tokens of the data-efficiency curve."""

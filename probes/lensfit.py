@@ -24,9 +24,9 @@ from .solve import AffineMap
 
 Report = Callable[[str, int, int], None]
 """Called with (stage, done, total): `moments` counts positions, `lens` steps."""
-RATES = (0.05, 0.1, 0.2)
+RATES = (0.05, 0.15)
 """Rates of the sweep, in units of the natural gradient's own step."""
-VALIDATION_POSITIONS = 8192
+VALIDATION_POSITIONS = 4096
 """Most positions of the validation split that a check looks at."""
 CHECK = 25
 """Steps between two looks at the validation split."""
