@@ -8,13 +8,15 @@ import numpy as np
 
 from ..cache.errors import NotFoundError, UsageError
 from ..cache.store import ActivationCache
-from .moments import Pair
 from .params import Params
 from .readout import Batch
 from .solve import AffineMap
 
 if TYPE_CHECKING:
     import torch
+
+Pair = tuple[int, int]
+"""(layer, offset)."""
 
 
 class TunedLens(Params):

@@ -16,8 +16,9 @@ from ..cache.store import ActivationCache
 from .checkpoint import Checkpoint
 from .collect import collect, cores, default_memory
 from .curvature import Inputs, LensFit
+from .lens import Pair
 from .lensfit import Course, Report, Settings, Track, identity
-from .moments import Pair, merge_all
+from .moments import merge_all
 from .solve import AffineMap, fit_ridge
 
 FOLDS = 5
@@ -55,6 +56,7 @@ def fit_groups(
             found |= call(cache, some, ahead, report=partial(total, number))
     else:
         # Only the path travels: each worker opens the cache on its own.
+        call = partial(call, tasks=max(client.nthreads().values(), default=1))
         futures = [client.submit(call, cache.path, *group, pure=False) for group in groups]
         for number, future in enumerate(futures):
             found |= future.result()
@@ -126,6 +128,7 @@ def fit_group(
     offsets: tuple[int, ...],
     settings: Settings,
     folder: Path | None = None,
+    tasks: int | None = None,
     report: Report | None = None,
 ) -> dict[Pair, Fitted]:
     """Fit the translators of some layers and offsets; they share every batch."""
@@ -137,7 +140,9 @@ def fit_group(
     say = report or (lambda stage, done, total: None)
     found = None if saved is None else saved.load()
     if found is None:
-        ridge, tracks = start(cache, layers, offsets, pairs, settings, partial(say, "moments"))
+        ridge, tracks = start(
+            cache, layers, offsets, pairs, settings, tasks, partial(say, "moments")
+        )
         course = Course(cache, tracks, settings)
         course.begin(ridge)
         del ridge
@@ -170,15 +175,18 @@ def start(
     offsets: tuple[int, ...],
     pairs: Sequence[Pair],
     settings: Settings,
+    tasks: int | None,
     report: Any,
 ) -> tuple[dict[Pair, AffineMap], dict[Pair, Track]]:
     """Ridge maps, and translators that have their inputs' coordinates, from one pass."""
     moments = collect(
-        cache, layers, offsets, folds=FOLDS, products="float32", memory=1 << 62, progress=report
-    )
+        cache, layers, offsets, folds=FOLDS, products="float32", memory=1 << 62, tasks=tasks,
+        progress=report,
+    )  # fmt: skip
+    by_pair = {(layer, offset): found for (layer, offset, *_), found in moments.pairs.items()}
     ridge, tracks = {}, {}
     for pair in pairs:
-        folds = moments.pairs[pair]
+        folds = by_pair[pair]
         found = fit_ridge(folds, None, None, f"layer {pair[0]}, offset {pair[1]}")
         inputs = Inputs.of(merge_all(folds), found.alpha)
         ridge[pair] = found.map.astype(np.float32)
