@@ -3,6 +3,13 @@
 AdamW in the principal axes of the states (`forms`), linear warm-up and decay, a learning rate from
 a short sweep, stopped on held-out loss. Each (layer, offset) is fitted by one thread with its own
 arithmetic, so that results do not depend on which others are fitted beside it.
+
+Chosen by measurement: held-out cross-entropy of the sample model's layer 3 at N = 1, one pass over
+150,000 positions, best learning rate each. AdamW on raw states 4.399, on states of mean square 1
+4.375, in principal axes 4.321, whitened 4.410; beta2 .99 for .999 in scaled axes 4.303 for 4.336;
+batches of 512 4.295, of 256 4.328. Orthogonalised momentum (Muon) 4.534 and the same with scaled
+rows 4.504, at their best a tenth dearer a step; one-sided Shampoo 4.914. Three passes: raw 4.249,
+in principal axes 4.198.
 """
 
 import threading

@@ -94,14 +94,12 @@ class Order:
 
     def _fill(self, order: np.ndarray) -> Iterator[np.ndarray]:
         """Slabs of `order`, as many at a time as the buffer has room for."""
-        sizes, first, rows = self.slabs.sizes[order].tolist(), 0, 0
-        for number, size in enumerate(sizes):
-            if rows and rows + size > self.room:
-                yield order[first:number]
-                first, rows = number, 0
-            rows += size
-        if rows:
-            yield order[first:]
+        ends, room, first, before = np.cumsum(self.slabs.sizes[order]), self.room, 0, 0
+        while first < len(order):
+            # At least one: no slab is larger than the room.
+            last = int(np.searchsorted(ends, before + room, "right"))
+            yield order[first:last]
+            first, before = last, int(ends[last - 1])
 
     def _drawn(self, epoch: int, group: int, rows: int) -> np.ndarray:
         if not self.shuffle:

@@ -11,8 +11,11 @@ from torch import Tensor
 from ..cache.errors import UsageError
 from ..cache.store import ActivationCache
 from .draws import BUFFER_ROWS, Order, Slabs
-from .feed import Ahead, Feed
+from .feed import Draw, Feed
 from .softmax import Target, Teacher
+from .tops import tokens_at
+
+Tops = Callable[[], np.ndarray]
 
 LOSSES = ("model", "text", "kl")
 """Cross-entropy to the model's top token, to the text's token, KL to the model's distribution."""
@@ -29,10 +32,12 @@ class Step:
 
 
 class CacheExamples:
-    """States of a cache at t, targets at t+N: one head for a batch serves all layers."""
+    """States of a cache at t, targets at t+N, which all layers share."""
 
-    def __init__(self, feed: Feed, loss: str, teacher: Teacher) -> None:
+    def __init__(self, feed: Feed, loss: str, teacher: Teacher | None, tops: Tops | None) -> None:
         self.feed, self.loss, self.teacher = feed, loss, teacher
+        self.tops = tops
+        """Gives the array of `top_tokens`, for the loss `model`."""
 
     @property
     def rows(self) -> int:
@@ -45,18 +50,22 @@ class CacheExamples:
     def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[Step]:
         """The batches of `epoch` from number `step` on."""
         for draw in self.feed.epoch(epoch, step):
-            yield Step(draw.hidden, lambda offset, draw=draw: self._target(draw.ahead[offset]))
+            yield Step(draw.hidden, lambda offset, draw=draw: self._target(draw, offset))
 
-    def _target(self, ahead: Ahead) -> tuple[Tensor | None, Target]:
+    def _target(self, draw: Draw, offset: int) -> tuple[Tensor | None, Target]:
+        ahead = draw.ahead[offset]
         usable = ahead.text >= 0 if self.loss == "text" else ahead.valid
         rows = None if bool(usable.all()) else usable.nonzero()[:, 0]
+        chosen = slice(None) if rows is None else rows
         if self.loss == "text":
-            return rows, Target(token=ahead.text if rows is None else ahead.text[rows])
+            return rows, Target(token=ahead.text[chosen])
+        if self.tops is not None:
+            return rows, Target(
+                token=tokens_at(self.tops(), draw.positions[chosen].numpy() + offset)
+            )
         assert ahead.residual is not None
-        residual = ahead.residual if rows is None else ahead.residual[rows]
-        if self.loss == "model":
-            return rows, self.teacher.tokens(residual)
-        return rows, self.teacher.distribution(residual)
+        assert self.teacher is not None
+        return rows, self.teacher.distribution(ahead.residual[chosen])
 
 
 class ArrayExamples:
@@ -119,11 +128,17 @@ Examples = CacheExamples | ArrayExamples
 
 
 def cache_examples(
-    cache: ActivationCache, layers: Sequence[int], offsets: Sequence[int], loss: str, **options: Any
+    cache: ActivationCache,
+    layers: Sequence[int],
+    offsets: Sequence[int],
+    loss: str,
+    tops: Tops,
+    **options: Any,
 ) -> CacheExamples:
     """Examples of a cache; `options` are those of `Feed`."""
-    feed = Feed(cache, layers, offsets, residual=loss != "text", **options)
-    return CacheExamples(feed, loss, Teacher(cache.head.torch()))
+    feed = Feed(cache, layers, offsets, residual=loss == "kl", **options)
+    teacher = Teacher(cache.head.torch()) if loss == "kl" else None
+    return CacheExamples(feed, loss, teacher, tops if loss == "model" else None)
 
 
 def array_examples(

@@ -1,8 +1,8 @@
 """What a vocabulary probe is fitted on: a cache or labelled rows, in groups that fit memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ from ..cache.head import TorchHead
 from ..cache.store import ActivationCache
 from .descent import Descent, Trainer
 from .examples import Examples, array_examples, cache_examples
+from .feed import draw_sequences
 from .forms import Form, Full, LowRank, ThroughHead
 from .moments import Pair
 from .softmax import fast_products
 from .survey import survey
+from .tops import top_tokens
 
 VALIDATION_POSITIONS = 8192
 """Most positions of the validation split on which a fit is measured."""
@@ -38,6 +40,13 @@ class Job:
     """What the data are, for a checkpoint."""
 
     head: TorchHead | None = None
+    progress: Callable[[int], None] = lambda rows: None
+    """Told the positions that were read before the fits began."""
+
+    @property
+    def positions(self) -> int:
+        """Positions that are read before the fits begin."""
+        return 0
 
     def examples(self, layers: list[int], offsets: list[int]) -> tuple[Examples, Examples | None]:
         """Examples to fit and to validate with."""
@@ -107,23 +116,55 @@ class CacheJob(Job):
 
     @classmethod
     def of(cls, cache: ActivationCache, pairs: list[Pair], options: dict[str, Any]) -> "CacheJob":
+        longest = int(cache.sequence_length[cache.split("train")].max(initial=0))
+        for _, offset in pairs:
+            if longest <= offset + (options["loss"] == "text"):
+                raise UsageError(
+                    f"the train split has no pair at offset {offset}: its longest sequence has "
+                    f"{longest} tokens"
+                )
         head = cache.head.torch() if options["form"] == "head" else None
         identity = {"cache": cache.id}
         classes = np.arange(cache.vocab)
-        return cls(pairs, classes, cache.d_model, options, identity, head, cache)
+        return cls(pairs, classes, cache.d_model, options, identity, head, cache=cache)
 
     def examples(self, layers: list[int], offsets: list[int]) -> tuple[Examples, Examples | None]:
         assert self.cache is not None
-        batch, seed, loss = (self.options[name] for name in ("batch", "seed", "loss"))
-        fit = cache_examples(
-            self.cache, layers, offsets, loss, split="train", batch=batch, seed=seed, drop_last=True
-        )
-        if not len(self.cache.split("validation")):
-            return fit, None
-        return fit, cache_examples(
-            self.cache, layers, offsets, loss, split="validation", batch=batch, seed=seed,
-            max_positions=VALIDATION_POSITIONS, shuffle=False,
-        )  # fmt: skip
+        options = {name: self.options[name] for name in ("loss", "batch", "seed")}
+        make = partial(cache_examples, self.cache, layers, offsets, tops=self.tops, **options)
+        held = self.held_out
+        validation = make(sequences=held, shuffle=False) if len(held) else None
+        return make(split="train", drop_last=True), validation
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """Sequences of the validation split on which fits are measured."""
+        assert self.cache is not None
+        found = self.cache.split("validation")
+        if not len(found):
+            return found
+        return draw_sequences(self.cache, found, VALIDATION_POSITIONS, self.options["seed"])
+
+    @cached_property
+    def labelled(self) -> np.ndarray:
+        """Sequences of which the model's top tokens are needed; none for other losses."""
+        assert self.cache is not None
+        if self.options["loss"] != "model":
+            return self.held_out[:0]
+        return np.sort(np.concatenate([self.cache.split("train"), self.held_out]))
+
+    @property
+    def positions(self) -> int:
+        assert self.cache is not None
+        return int(self.cache.sequence_length[self.labelled].sum())
+
+    def tops(self) -> np.ndarray:
+        return self._tops
+
+    @cached_property
+    def _tops(self) -> np.ndarray:
+        assert self.cache is not None
+        return top_tokens(self.cache, self.labelled, self.progress)
 
     def size(self) -> float:
         assert self.cache is not None

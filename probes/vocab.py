@@ -26,6 +26,7 @@ from .readout import Batch
 from .ridge import numbers
 from .save import plain
 from .softmax import PRODUCTS, tiles
+from .tops import top_tokens
 
 PARTIAL_STEPS = 300
 """Steps of `partial_fit` after which its learning rate is the first one over sqrt 2."""
@@ -104,7 +105,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         job = self._job(X, y)
         rate = job.form.rate if self.lr is None else self.lr
         descents = list(job.descents(memory or default_memory(), rate, self.lr is None))
-        count = Counter(sum(d.positions for d in descents), progress)
+        count = Counter(sum(d.positions for d in descents) + job.positions, progress)
+        job.progress = count.add
         identity = {**job.identity, "kind": self.kind, "params": plain(self.get_params())}
         self._clear(job)
         for number, descent in enumerate(descents):
@@ -181,7 +183,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
             classes = distinct(y)
         pair = (numbers(self.layers)[0] if self.layers is not None else 0, offsets[0])
         identity = {"rows": len(y), "classes": len(classes), "width": X.shape[1]}
-        return ArrayJob([pair], classes, X.shape[1], options, identity, None, X, y)
+        return ArrayJob([pair], classes, X.shape[1], options, identity, X=X, y=y)
 
     def _check(self) -> None:
         known = {"loss": LOSSES, "form": FORMS, "products": PRODUCTS}
@@ -317,10 +319,13 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
             found = self.predict(X, *pair)
             return accuracy_score(np.asarray(y), np.asarray(found), sample_weight=sample_weight)
         loss = "text" if self.loss == "text" else "model"
+        found = top_tokens(X, X.split(split)) if loss == "model" else np.zeros(0, np.int32)
+        examples = cache_examples(
+            X, pair[:1], pair[1:], loss, lambda: found,
+            split=split, batch=self.batch, shuffle=False,
+        )  # fmt: skip
         right = total = 0
-        for step in cache_examples(
-            X, [pair[0]], [pair[1]], loss, split=split, shuffle=False
-        ).epoch():
+        for step in examples.epoch():
             rows, target = step.target(pair[1])
             states = step.hidden[pair[0]] if rows is None else step.hidden[pair[0]][rows]
             assert target.token is not None

@@ -123,6 +123,17 @@ def test_pairs_together_equal_each_alone(echo: ActivationCache) -> None:
         assert torch.equal(value, together.map(1, 2)[name])
 
 
+def test_the_number_of_threads_changes_nothing(
+    echo: ActivationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"epochs": 1, "batch": 256, "lr": 0.1}
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(VocabProbe((0, 2), [0, 1], **options).fit(echo))
+    assert same(*found)
+
+
 def test_the_sweep_is_reported_and_used(echo: ActivationCache) -> None:
     probe = VocabProbe(0, [0, 1, 2], epochs=1, batch=256).fit(echo)
     tried = {row["layer"] for row in probe.sweep_}
@@ -343,6 +354,9 @@ def test_mistakes_are_named(echo: ActivationCache) -> None:
         VocabProbe(-1).fit(echo)
     with pytest.raises(UsageError, match="rank is for"):
         VocabProbe(form="head", rank=2).fit(echo)
+    for offset, loss in ((59, "model"), (58, "text")):
+        with pytest.raises(UsageError, match=f"no pair at offset {offset}"):
+            VocabProbe(offset, loss=loss).fit(echo)
     with pytest.raises(NotFoundError, match="layer 9"):
         VocabProbe(layers=[9]).fit(echo)
     for wrong in ({"loss": "kl"}, {"form": "head"}):
