@@ -154,6 +154,30 @@ def test_a_killed_fit_goes_on_to_the_same_lens(
         assert np.array_equal(probe.maps_[pair].bias, found.bias)
 
 
+@pytest.mark.slow
+def test_a_fit_that_was_killed_by_the_system_goes_on_to_the_same_lens(
+    curved: ActivationCache, tmp_path: Path
+) -> None:
+    code = (
+        "import os, signal\n"
+        "from residua.probes.lens import TunedLens\n"
+        "from residua.cache.store import ActivationCache\n"
+        "def report(stage, done, total):\n"
+        "    if (stage, done) == ('lens', 50): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"TunedLens(lr=0.2, steps=100, batch=128).fit(ActivationCache({str(curved.path)!r}),\n"
+        f"    checkpoint={str(tmp_path)!r}, progress=report)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert len(list(tmp_path.rglob("fit.json"))) == 1
+    stages = set()
+    probe = TunedLens(lr=0.2, steps=100, batch=128)
+    probe.fit(curved, checkpoint=tmp_path, progress=lambda stage, *_: stages.add(stage))
+    assert stages == {"lens"}
+    whole = TunedLens(lr=0.2, steps=100, batch=128).fit(curved)
+    for pair, found in whole.maps_.items():
+        np.testing.assert_allclose(probe.maps_[pair].weight, found.weight, atol=1e-5)
+
+
 def test_groups_of_layers_and_workers_give_the_same_lens(
     curved: ActivationCache, lens: TunedLens
 ) -> None:
