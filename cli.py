@@ -349,6 +349,62 @@ def ridge(
 
 @fit.command()
 @click.argument("cache")
+@click.option("--offsets", type=NUMBERS, default="0", show_default=True, help="Predict what the "
+              "model says N tokens further on; others than 0 make a future lens.")  # fmt: skip
+@click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]")
+@click.option("--steps", default=400, show_default=True, help="Steps of each translator.")
+@click.option("--batch", default=1024, show_default=True, help="Positions of a step.")
+@click.option("--lr", type=float, help="Share of the natural gradient's full step.  [default: the "
+              "best of a short sweep]")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Seed of the order of positions.")
+@click.option("--memory", type=float, help="Memory of a group of layers, in GiB.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the probe.  [default: "
+              "under the root]")  # fmt: skip
+@command
+def lens(
+    root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
+    steps: int, batch: int, lr: float | None, seed: int, memory: float | None, out: Path | None,
+) -> Any:  # fmt: skip
+    """A tuned lens: translators of every layer, fitted to the model's own distribution.
+
+    Starts from ridge, minimises KL(model || lens) by natural-gradient steps, and keeps the best
+    on the validation split. A fit that was interrupted goes on where it was.
+
+    \b
+    residua fit lens 3f2a
+    residua fit lens 3f2a --offsets 0-8 --layers 4-8
+    """
+    from residua.analysis.terminal import meter, table
+    from residua.cache.catalog import find_cache
+    from residua.probes.lens import FutureLens, TunedLens
+    from residua.probes.library import checkpoint_path, probe_path
+    from residua.probes.save import save_probe
+
+    source = find_cache(cache, root)
+    kind = TunedLens if offsets == (0,) else FutureLens
+    probe = kind(offset=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed)
+    with meter(quiet) as shown:
+        probe.fit(source, memory=None if memory is None else int(memory * 2**30),
+                  checkpoint=checkpoint_path(root, probe, source.id),
+                  progress=shown.stage)  # fmt: skip
+    path = save_probe(probe, out or probe_path(root, probe))
+    metrics = [{k: v for k, v in row.items() if k != "sweep"} for row in probe.metrics()]
+
+    def show() -> None:
+        names = list(metrics[0])
+        table(
+            f"{probe.kind}, cache {source.id[:12]}",
+            names,
+            [[r.get(n) for n in names] for r in metrics],
+        )
+        click.echo(f"probe: {path}")
+        click.echo(f"next: residua evaluate {source.id[:12]} {path.name} --html report.html")
+
+    return {"probe": str(path), "cache": source.id, "metrics": probe.metrics()}, show
+
+
+@fit.command()
+@click.argument("cache")
 @click.option("--offsets", type=NUMBERS, default="0", show_default=True, help="Predict N tokens "
               "further on; 0 is the next token.")  # fmt: skip
 @click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]")

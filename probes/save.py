@@ -15,8 +15,17 @@ from ..cache.place import as_path
 if TYPE_CHECKING:
     from ..cache.store import ActivationCache
 
-KINDS = {"ridge": (".ridge", "RidgeProbe"), "vocab": (".vocab", "VocabProbe")}
+KINDS = {
+    "future": (".lens", "FutureLens"),
+    "lens": (".lens", "TunedLens"),
+    "ridge": (".ridge", "RidgeProbe"),
+    "vocab": (".vocab", "VocabProbe"),
+}
 """Module and class of each kind of probe; imported when one is loaded."""
+
+
+FILES = ("config.json", "probe.safetensors")
+"""What a saved probe consists of."""
 
 
 class Saved(Protocol):
