@@ -54,10 +54,9 @@ def test_ten_times_the_tokens_take_no_more_memory(
         data = write(tmp_path / f"{documents}.jsonl", documents)
         # `datasets` turns the lines into a file that it maps, once, 10 MB at a time.
         python(LOAD, data)
-        positions, peak = map(
-            int, python(MAKE, model_folder, data, tmp_path / "root", pack).split()
-        )
-        return positions, peak
+        root = tmp_path / f"root-{documents}"  # one of its own: nothing to extend
+        positions, peak = python(MAKE, model_folder, data, root, pack).split()
+        return int(positions), int(peak)
 
     few, small = make(4000)
     many, large = make(40_000)
