@@ -14,12 +14,14 @@ from ..cache.errors import UsageError
 from ..cache.jsonfile import digest
 from ..cache.store import ActivationCache
 from .checkpoint import Checkpoint
-from .collect import collect, cores, default_memory
+from .collect import cores, default_memory
 from .curvature import Inputs, LensFit
-from .lens import Pair
 from .lensfit import Course, Report, Settings, Track, identity
 from .moments import merge_all
+from .passes import Request
+from .readout import Pair
 from .solve import AffineMap, fit_ridge
+from .supply import supply
 
 FOLDS = 5
 """Folds over which ridge's penalty is chosen."""
@@ -56,7 +58,6 @@ def fit_groups(
             found |= call(cache, some, ahead, report=partial(total, number))
     else:
         # Only the path travels: each worker opens the cache on its own.
-        call = partial(call, tasks=max(client.nthreads().values(), default=1))
         futures = [client.submit(call, cache.path, *group, pure=False) for group in groups]
         for number, future in enumerate(futures):
             found |= future.result()
@@ -128,11 +129,10 @@ def fit_group(
     offsets: tuple[int, ...],
     settings: Settings,
     folder: Path | None = None,
-    tasks: int | None = None,
     report: Report | None = None,
 ) -> dict[Pair, Fitted]:
     """Fit the translators of some layers and offsets; they share every batch."""
-    cache = ActivationCache(cache) if isinstance(cache, Path) else cache
+    cache = cache if isinstance(cache, ActivationCache) else ActivationCache(cache)
     pairs = pairs_of(cache, (layers, offsets))
     if not pairs:
         return {}
@@ -140,9 +140,7 @@ def fit_group(
     say = report or (lambda stage, done, total: None)
     found = None if saved is None else saved.load()
     if found is None:
-        ridge, tracks = start(
-            cache, layers, offsets, pairs, settings, tasks, partial(say, "moments")
-        )
+        ridge, tracks = start(cache, layers, offsets, pairs, settings, partial(say, "moments"))
         course = Course(cache, tracks, settings)
         course.begin(ridge)
         del ridge
@@ -175,15 +173,13 @@ def start(
     offsets: tuple[int, ...],
     pairs: Sequence[Pair],
     settings: Settings,
-    tasks: int | None,
     report: Any,
 ) -> tuple[dict[Pair, AffineMap], dict[Pair, Track]]:
     """Ridge maps, and translators that have their inputs' coordinates, from one pass."""
-    moments = collect(
-        cache, layers, offsets, folds=FOLDS, products="float32", memory=1 << 62, tasks=tasks,
-        progress=report,
-    )  # fmt: skip
-    by_pair = {(layer, offset): found for (layer, offset, *_), found in moments.pairs.items()}
+    asked = Request.of(cache, layers, offsets, None, folds=FOLDS)
+    # Moments that a ridge probe left with the cache serve here too, and the other way round.
+    found = supply(cache, asked, memory=1 << 62, progress=report)
+    by_pair = {pair[:2]: parts for moments in found for pair, parts in moments.pairs.items()}
     ridge, tracks = {}, {}
     for pair in pairs:
         folds = by_pair[pair]

@@ -82,7 +82,7 @@ def whole(driver: Driver, scene: Scene, folder: Path) -> tuple[dict[str, bytes],
 def complete(root: Path) -> None:
     """A finished root holds nothing temporary, and its journals name every array's metadata."""
     sweep_unfinished(root)
-    assert temporary(root) == []
+    assert temporary(root) == [], temporary(root)
     for path in list_paths(root):
         _, named = Journal(path / "journal").base()
         metadata = path.glob("arrays.zarr/**/zarr.json")

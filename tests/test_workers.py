@@ -133,7 +133,10 @@ def test_a_stopped_process_keeps_its_part_and_a_dead_one_is_replaced(
         assert done <= total
         if stage.startswith("waiting") and stage not in stages:
             cache = only(tmp_path)
-            assert set(range(cache.parts)) - set(cache.committed) == {part}
+            missing = set(range(cache.parts)) - set(cache.committed)
+            # It may hold two: one whose commit was under way.
+            assert part in missing
+            assert missing <= {part - 1, part, part + 1}
             holder.kill()
         stages.append(stage)
 
