@@ -236,7 +236,8 @@ def _add_window(
                 logits = lens[sources]
             else:
                 states = None if hidden is None else hidden[sources]
-                batch = Batch(states, window.token[targets], head)
+                tokens = window.read[sources], window.previous[targets]
+                batch = Batch(states, window.token[targets], head, *tokens)
                 logits = readout.logits(batch, key[1], offset)
             sums[key].add(window.slot[targets], reference.take(targets), logits)
 
