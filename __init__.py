@@ -18,10 +18,16 @@ if TYPE_CHECKING:
     from .cache.store import ActivationCache as ActivationCache
     from .cache.verify import verify as verify
     from .probes.bigram import Bigram as Bigram
+    from .probes.bigram import LaggedBigram as LaggedBigram
+    from .probes.chain import BigramChain as BigramChain
+    from .probes.chain import MarginalBigram as MarginalBigram
+    from .probes.control import ControlProbe as ControlProbe
     from .probes.readout import LogitLens as LogitLens
     from .probes.ridge import RidgeProbe as RidgeProbe
     from .probes.save import load_probe as load_probe
     from .probes.save import save_probe as save_probe
+    from .probes.trigram import Trigram as Trigram
+    from .probes.unigram import Unigram as Unigram
 
 __version__ = "0.1.0"
 
@@ -29,12 +35,18 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ActivationCache": ".cache.store",
     "Bigram": ".probes.bigram",
+    "BigramChain": ".probes.chain",
+    "ControlProbe": ".probes.control",
     "Evaluation": ".analysis.evaluate",
     "Head": ".cache.head",
+    "LaggedBigram": ".probes.bigram",
     "LogitLens": ".probes.readout",
+    "MarginalBigram": ".probes.chain",
     "ResiduaError": ".cache.errors",
     "RidgeProbe": ".probes.ridge",
     "RowLoader": ".cache.loader",
+    "Trigram": ".probes.trigram",
+    "Unigram": ".probes.unigram",
     "evaluate": ".analysis.evaluate",
     "export": ".cache.export",
     "extract": ".cache.extract",

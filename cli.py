@@ -10,6 +10,10 @@ import click
 from residua import __version__
 from residua.analysis.command import CONTEXT, NUMBERS, Commands, command
 
+BASELINES = ("unigram", "bigram", "trigram", "lagged", "chain", "marginal")
+CONTROLS = ("shuffled", "permuted", "next-token")
+"""Names of `probes.views`, which takes too long to import for --help."""
+
 
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="residua")
@@ -302,12 +306,16 @@ def fit() -> None:
     help="dtype of block products; float32 is twice as fast, to 1e-6.",
 )
 @click.option("--memory", type=float, help="Memory for the moments, in GiB.")
+@click.option("--control", type=click.Choice(CONTROLS), help="Fit a control instead: states of "
+              "other positions, targets of other positions, or the next token's embedding beside "
+              "the state.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the probe.  [default: "
               "under the root]")  # fmt: skip
 @command
 def ridge(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
-    alpha: float | None, folds: int, products: str, memory: float | None, out: Path | None,
+    alpha: float | None, folds: int, products: str, memory: float | None, control: str | None,
+    out: Path | None,
 ) -> Any:  # fmt: skip
     """Ridge maps from every layer to the last layer N tokens on, in one pass over CACHE.
 
@@ -317,23 +325,65 @@ def ridge(
     \b
     residua fit ridge 3f2a --offsets 0-3
     residua fit ridge 3f2a --offsets 1 --layers 4-8 --out my-probe
+    residua fit ridge 3f2a --offsets 0-3 --control shuffled
     """
     from residua.analysis.messages import fitted
     from residua.analysis.terminal import meter
     from residua.cache.catalog import find_cache
+    from residua.probes.control import controlled
     from residua.probes.library import probe_path
     from residua.probes.ridge import RidgeProbe
     from residua.probes.save import save_probe
 
     source = find_cache(cache, root)
-    probe = RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products)
+    probe = controlled(
+        RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products),
+        control,
+    )
     with meter(quiet) as shown:
         probe.fit(source, memory=None if memory is None else int(memory * 2**30),
                   progress=shown.of("moments"))  # fmt: skip
     path = save_probe(probe, out or probe_path(root, probe))
     metrics = probe.metrics()
     value = {"probe": str(path), "cache": source.id, "metrics": metrics}
-    return value, lambda: fitted("ridge", source.id, path, metrics)
+    return value, lambda: fitted(probe.kind, source.id, path, metrics)
+
+
+@fit.command()
+@click.argument("cache")
+@click.argument("kinds", nargs=-1, metavar="[KIND]...", type=click.Choice(BASELINES))
+@click.option("--offsets", type=NUMBERS, default="0-3", show_default=True, help="Predict N tokens "
+              "further on; those at which a kind says nothing are left out.")  # fmt: skip
+@command
+def baseline(
+    root: Path, quiet: bool, cache: str, kinds: tuple[str, ...], offsets: tuple[int, ...]
+) -> Any:
+    """Baselines that count the tokens of the train split of CACHE, and read no layer.
+
+    KIND is unigram (the marginal), bigram (reads x[t+N]), trigram (x[t+N-1] too), lagged (x[t]
+    alone, counted at the distance), chain (x[t] alone, by bigram steps) or marginal (the model's
+    distribution at t, then bigram steps). Without one, all of them.
+
+    \b
+    residua fit baseline 3f2a
+    residua fit baseline 3f2a trigram lagged --offsets 1-8
+    """
+    from residua.analysis.messages import fitted
+    from residua.cache.catalog import find_cache
+    from residua.probes.counts import baselines
+    from residua.probes.library import probe_path
+    from residua.probes.save import save_probe
+
+    source, found = find_cache(cache, root), []
+    for probe in baselines(kinds or BASELINES, offsets):
+        path = save_probe(probe.fit(source), probe_path(root, probe))
+        found.append({"kind": probe.kind, "probe": str(path), "metrics": probe.metrics()})
+
+    def show() -> None:
+        for one in found:
+            fitted(one["kind"], source.id, Path(one["probe"]), one["metrics"])
+
+    return {"cache": source.id, "probes": found}, show
 
 
 @main.command()

@@ -23,6 +23,14 @@ LABELS = {
     "future": "future lens",
     "vocab": "vocabulary probe",
     "bigram": "bigram",
+    "chain": "bigram chain",
+    "lagged": "lagged bigram",
+    "marginal": "marginalised bigram",
+    "trigram": "trigram",
+    "unigram": "unigram",
+    "shuffled": "shuffled states",
+    "permuted": "permuted labels",
+    "next-token": "with the next token",
 }
 # Okabe and Ito (2008): told apart with every common colour blindness.
 COLORS = {
@@ -49,9 +57,10 @@ CELL_LETTERS = 8
 
 
 def label(probe: str) -> str:
-    """`ridge 2` is drawn as `ridge lens 2`."""
+    """`ridge 2` is drawn as `ridge lens 2`, `ridge/shuffled` as `ridge lens, shuffled states`."""
     kind, _, number = probe.partition(" ")
-    return f"{LABELS.get(kind, kind)} {number}".strip()
+    names = ", ".join(LABELS.get(part, part) for part in kind.split("/"))
+    return f"{names} {number}".strip()
 
 
 def color(probe: str) -> str:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .counts import Counted, count_pairs, pack, tokens_of, unigram, unpack, witten_bell
+from .counts import Counted, count_followers, count_pairs, pack, tokens_of, unigram, unpack, witten_bell
 from .readout import Batch
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Bigram(Counted):
 class LaggedBigram(Counted):
     """P(x[t+N+1] | x[t]): what the token at t alone says of the one that follows t+N.
 
-    Counted at distance N+1 for each offset, and interpolated as `Bigram` is. It sees the last
+    Counted at distance N+1 for each offset, and interpolated with the same unigram as `Bigram`. It sees the last
     token that the state at t has seen and nothing after it: the fair bigram for a probe at
     offset N, which beats it only by what the state holds beyond its own token.
     """
@@ -83,11 +83,10 @@ class LaggedBigram(Counted):
         self.offsets = offsets
 
     def fit(self, cache: "ActivationCache") -> "LaggedBigram":
-        """Count the tokens of the train split, in one pass for each offset."""
+        """Count the tokens of the train split, in one pass for each offset and one for all."""
         self._start(cache)
+        self.unigram_ = unigram(count_followers(cache))
         self.counts_ = {offset: count_pairs(cache, offset + 1) for offset in self.offsets}
-        nearest = self.counts_[min(self.offsets)]
-        self.unigram_ = unigram(np.asarray(nearest.sum(0)).ravel())
         return self
 
     def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":

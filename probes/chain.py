@@ -75,11 +75,11 @@ class MarginalBigram(Bigram):
         return self._parts
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        return {**super()._tensors(), "depth": np.array(self.depth_)}
+        return {**super()._tensors(), "depth": np.array([self.depth_])}
 
     def _read(self, tensors: dict[str, np.ndarray]) -> None:
         super()._read(tensors)
-        self.depth_ = int(tensors["depth"])
+        self.depth_ = int(tensors["depth"][0])
 
 
 class BigramChain(MarginalBigram):

@@ -1,5 +1,6 @@
 """Control probes: any probe of the residual stream, fitted on a cache with one thing changed."""
 
+from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +90,6 @@ class ControlProbe(Params):
 
     def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
         """Logits `(n, vocab)` for rows of the view of a cache; float32."""
-        from dataclasses import replace
-
         self.check_fitted()
         if self.control == NextToken.name:
             head: Any = TorchFirstHalf(batch.head, self.n_features_in_)
@@ -129,3 +128,8 @@ class ControlProbe(Params):
         probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
         probe.split_, probe.n_features_in_ = config["split"], config["d_model"]
         return probe
+
+
+def controlled(probe: Any, control: str | None) -> Any:
+    """`probe`, or its `ControlProbe` where a control is named."""
+    return probe if control is None else ControlProbe(probe, control)

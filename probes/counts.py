@@ -110,6 +110,14 @@ def count_pairs(cache: "ActivationCache", lag: int = 1) -> "csr_matrix":
     return total(blocks(), csr_matrix((cache.vocab, cache.vocab), dtype=np.int64))
 
 
+def count_followers(cache: "ActivationCache") -> np.ndarray:
+    """How often each token follows another one in its sequence of the train split, int64."""
+    found = np.zeros(cache.vocab, np.int64)
+    for ids, left in token_blocks(cache):
+        found += np.bincount(ids[np.flatnonzero(left >= 1) + 1], minlength=cache.vocab)
+    return found
+
+
 def token_blocks(cache: "ActivationCache") -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Token ids of whole sequences, and how many tokens of its sequence follow each; int64."""
     for sequences in cache.blocks(cache.split("train"), BLOCK_TOKENS):
@@ -183,3 +191,20 @@ def unpack(name: str, tensors: dict[str, np.ndarray], columns: int) -> "csr_matr
 def tokens_of(values: Sequence[int] | np.ndarray | Any) -> np.ndarray:
     """Token ids of a tensor or an array, `(n,)` int64."""
     return np.asarray(values.cpu() if hasattr(values, "cpu") else values, np.int64)
+
+
+def baselines(kinds: Iterable[str], offsets: Iterable[int]) -> "list[Any]":
+    """Unfitted baselines of `kinds`, each at those of `offsets` at which it says something."""
+    from .save import class_of
+
+    found = []
+    for kind in kinds:
+        baseline = class_of(kind)
+        chosen = tuple(offset for offset in offsets if offset >= baseline.least_offset)
+        if chosen:
+            found.append(baseline(offsets=chosen))
+    if not found:
+        raise UsageError(
+            f"{', '.join(kinds)} say nothing at the offsets {tuple(offsets)}; give one of 1 or more"
+        )
+    return found

@@ -17,7 +17,9 @@ FOLDER = "probes"
 def probe_path(root: Path, probe: Any) -> Path:
     """`<root>/probes/<kind>-<cache>-<parameters>`: the same fit again has the same name."""
     parameters = digest(plain(probe.get_params()))[:8]
-    return root / FOLDER / f"{probe.kind}-{probe.cache_id_[:12]}-{parameters}"
+    # A control is no answer to who asks for the probe by the beginning of its name.
+    kind = "-".join(reversed(probe.kind.split("/")))
+    return root / FOLDER / f"{kind}-{probe.cache_id_[:12]}-{parameters}"
 
 
 def find_probe(name: str, root: Path) -> Path:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .counts import Counted, token_blocks, unigram
+from .counts import Counted, count_followers, unigram
 from .readout import Batch
 
 if TYPE_CHECKING:
@@ -31,10 +31,7 @@ class Unigram(Counted):
     def fit(self, cache: "ActivationCache") -> "Unigram":
         """Count the tokens of the train split in one pass."""
         self._start(cache)
-        self.counts_ = np.zeros(cache.vocab, np.int64)
-        for ids, left in token_blocks(cache):
-            followers = np.flatnonzero(left >= 1) + 1
-            self.counts_ += np.bincount(ids[followers], minlength=cache.vocab)
+        self.counts_ = count_followers(cache)
         self.unigram_ = unigram(self.counts_)
         return self
 
