@@ -4,7 +4,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .counts import Counted, count_followers, count_pairs, pack, tokens_of, unigram, unpack, witten_bell
+from .counts import (
+    Counted,
+    count_followers,
+    count_pairs,
+    pack,
+    tokens_of,
+    unigram,
+    unpack,
+    witten_bell,
+)
 from .readout import Batch
 
 if TYPE_CHECKING:

@@ -61,9 +61,7 @@ class ControlProbe(Params):
 
     def _check(self) -> None:
         if self.control not in CONTROLS:
-            raise UsageError(
-                f"control must be one of {', '.join(CONTROLS)}, not {self.control!r}"
-            )
+            raise UsageError(f"control must be one of {', '.join(CONTROLS)}, not {self.control!r}")
         offsets = np.atleast_1d(self.probe.get_params()["offset"])
         if self.control == NextToken.name and min(offsets) < 1:
             raise UsageError(

@@ -29,40 +29,41 @@ class Shuffle:
     overlaps the one before, so that each position is met once, but for fewer than a slab.
 
     Reading a run of rows takes whole slabs, which is as fast as shuffled reading is. Memory: 16
-    bytes for each slab. Raises `UsageError` where one sequence holds most of a split.
+    bytes for each slab. Rows of a split that is mostly one sequence raise `UsageError`.
     """
 
     def __init__(self, cache: "ActivationCache", seed: int = 0) -> None:
         if seed < 0:
             raise UsageError(f"seed must be 0 or more, not {seed}")
-        self._start = cache.sequence_start
+        self._cache, self._seed, self._start = cache, seed, cache.sequence_start
         self._split = np.full(len(self._start), -1, np.int8)
         self._exchanges: dict[int, _Exchange] = {}
         for number, name in enumerate(SPLITS):
-            sequences = cache.split(name)
-            self._split[sequences] = number
-            if cache.sequence_length[sequences].sum():
-                rng = np.random.default_rng((seed, number))
-                self._exchanges[number] = _Exchange(cache, name, sequences, rng)
+            self._split[cache.split(name)] = number
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """The positions that `rows` `(n,)` are sent to; those in no split stay."""
         sequence = np.searchsorted(self._start, rows, "right") - 1
         split, out = self._split[sequence], np.array(rows, np.int64)
-        for number, exchange in self._exchanges.items():
+        for number in np.unique(split[split >= 0]).tolist():
             here = np.flatnonzero(split == number)
             place = rows[here] - self._start[sequence[here]]
-            out[here] = exchange(sequence[here], place)
+            out[here] = self._exchange(number)(sequence[here], place)
         return out
+
+    def _exchange(self, number: int) -> "_Exchange":
+        if number not in self._exchanges:
+            rng = np.random.default_rng((self._seed, number))
+            self._exchanges[number] = _Exchange(self._cache, SPLITS[number], rng)
+        return self._exchanges[number]
 
 
 class _Exchange:
     """The exchange inside one split; positions are numbered through its sequences."""
 
-    def __init__(
-        self, cache: "ActivationCache", name: str, sequences: np.ndarray, rng: np.random.Generator
-    ) -> None:
-        self.sequences, self.start = sequences, cache.sequence_start[sequences]
+    def __init__(self, cache: "ActivationCache", name: str, rng: np.random.Generator) -> None:
+        self.sequences = sequences = cache.split(name)
+        self.start = cache.sequence_start[sequences]
         lengths = cache.sequence_length[sequences]
         self.ends = np.cumsum(lengths)
         self.before = self.ends - lengths

@@ -54,9 +54,7 @@ class Trigram(Counted):
     pairs_: "csr_matrix"
     """Pairs seen, `(vocab, vocab)` int64."""
 
-    def __init__(
-        self, offsets: tuple[int, ...] = (1, 2, 3), contexts: int = CONTEXTS
-    ) -> None:
+    def __init__(self, offsets: tuple[int, ...] = (1, 2, 3), contexts: int = CONTEXTS) -> None:
         self.offsets = offsets
         self.contexts = contexts
 
@@ -100,9 +98,7 @@ class Trigram(Counted):
         """Log-probabilities of the token after `batch.last_token`, `(n, vocab)` float32."""
         import torch
 
-        out = self.log_probabilities(
-            tokens_of(batch.previous_token), tokens_of(batch.last_token)
-        )
+        out = self.log_probabilities(tokens_of(batch.previous_token), tokens_of(batch.last_token))
         return torch.from_numpy(out).to(batch.last_token.device)
 
     def _size(self, offset: int) -> dict[str, int]:

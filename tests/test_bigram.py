@@ -43,9 +43,9 @@ def pairs_of(tiny_cache: ActivationCache) -> Counter[tuple[int, int]]:
 
 def test_counts_equal_a_plain_dict(tiny_cache, monkeypatch):
     monkeypatch.setattr(counts, "BLOCK_TOKENS", 50)
-    found = Bigram().fit(tiny_cache).counts_.tocoo()
-    where = zip(counts.row.tolist(), counts.col.tolist(), strict=True)
-    found = dict(zip(where, counts.data.tolist(), strict=True))
+    table = Bigram().fit(tiny_cache).counts_.tocoo()
+    where = zip(table.row.tolist(), table.col.tolist(), strict=True)
+    found = dict(zip(where, table.data.tolist(), strict=True))
     assert found == dict(pairs_of(tiny_cache))
 
 
