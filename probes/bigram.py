@@ -78,9 +78,9 @@ class Bigram(Counted):
 class LaggedBigram(Counted):
     """P(x[t+N+1] | x[t]): what the token at t alone says of the one that follows t+N.
 
-    Counted at distance N+1 for each offset, and interpolated with the same unigram as `Bigram`. It sees the last
-    token that the state at t has seen and nothing after it: the fair bigram for a probe at
-    offset N, which beats it only by what the state holds beyond its own token.
+    Counted at distance N+1 for each offset, and interpolated with the same unigram as `Bigram`.
+    It sees the last token that the state at t has seen and nothing after it: the fair bigram for
+    a probe at offset N, which beats it only by what the state holds beyond its own token.
     """
 
     kind = "lagged"

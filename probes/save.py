@@ -106,7 +106,7 @@ def check_geometry(probe: Any, cache: "ActivationCache") -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` with numpy's numbers, arrays and tuples as those of JSON; probes by their parameters."""
+    """`value` with numpy's numbers, arrays and tuples as JSON has them; a probe as its parameters."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, dict):

@@ -77,7 +77,7 @@ def bigram_of(cache: ActivationCache, lag: int = 1) -> np.ndarray:
     """P(b | a), `(vocab, vocab)` float64."""
     unigram = unigram_of(cache)
     rows = witten_bell(counted(cache, 2, lag), lambda context: unigram)
-    return np.array([rows[(a,)] if (a,) in rows else unigram for a in range(VOCAB)])
+    return np.array([rows.get((a,), unigram) for a in range(VOCAB)])
 
 
 def probabilities(probe, **tokens: list[int]) -> np.ndarray:

@@ -15,7 +15,8 @@ from .synthetic import make_cache, random_head
 
 def cache_of(root: Path, lengths: list[int]) -> ActivationCache:
     layer = np.arange(sum(lengths) * 2, dtype=np.float32).reshape(-1, 2)
-    return make_cache(root, [layer], lengths, random_head(2, 7))
+    head = random_head(2, 7)
+    return make_cache(root, [layer], lengths, head, part_rows=1 << 15, chunk_rows=1 << 12)
 
 
 def sequence_of(cache: ActivationCache, rows: np.ndarray) -> np.ndarray:
@@ -27,9 +28,9 @@ def tiny_cache(request, tmp_path_factory) -> ActivationCache:
     rng = np.random.default_rng(5)
     lengths = {
         "many": rng.integers(1, 60, 900).tolist(),
-        "few": rng.integers(20, 30, 30).tolist(),
+        "few": rng.integers(20, 30, 70).tolist(),
         # A tenth of them makes a split of two or three.
-        "two": [40] * 26,
+        "two": [40] * 38,
     }
     return cache_of(tmp_path_factory.mktemp("caches"), lengths[request.param])
 
