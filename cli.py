@@ -305,7 +305,12 @@ def fit() -> None:
     show_default=True,
     help="dtype of block products; float32 is twice as fast, to 1e-6.",
 )
-@click.option("--memory", type=float, help="Memory for the moments, in GiB.")
+@click.option("--target", type=NUMBERS, help="Layers to predict.  [default: the last]")
+@click.option("--memory", type=float, help="Memory for the moments, in GiB.  [default: 2, at most "
+              "a quarter of the machine's]")  # fmt: skip
+@click.option("--keep-moments/--no-keep-moments", "keep", default=None, help="Keep the moments "
+              "with the cache, for later fits.  [default: where they take at most a quarter of "
+              "the residual streams' bytes]")  # fmt: skip
 @click.option("--control", type=click.Choice(CONTROLS), help="Fit a control instead: states of "
               "other positions, targets of other positions, or the next token's embedding beside "
               "the state.")  # fmt: skip
@@ -314,17 +319,19 @@ def fit() -> None:
 @command
 def ridge(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
-    alpha: float | None, folds: int, products: str, memory: float | None, control: str | None,
-    out: Path | None,
+    alpha: float | None, folds: int, products: str, target: tuple[int, ...] | None,
+    memory: float | None, keep: bool | None, control: str | None, out: Path | None,
 ) -> Any:  # fmt: skip
     """Ridge maps from every layer to the last layer N tokens on, in one pass over CACHE.
 
     The penalty of each (layer, offset) is chosen by exact cross-validation. Read through the
-    model's head, the map is a lens.
+    model's head, the map is a lens. Moments that were kept with the cache, or with one that it
+    extends, are not collected again.
 
     \b
     residua fit ridge 3f2a --offsets 0-3
     residua fit ridge 3f2a --offsets 1 --layers 4-8 --out my-probe
+    residua fit ridge 3f2a --layers 0-3 --target 6,9 --memory 4 --keep-moments
     residua fit ridge 3f2a --offsets 0-3 --control shuffled
     """
     from residua.analysis.messages import fitted
@@ -336,17 +343,19 @@ def ridge(
     from residua.probes.save import save_probe
 
     source = find_cache(cache, root)
-    probe = controlled(
-        RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products),
-        control,
-    )
+    ridge = RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products,
+                       target=target)  # fmt: skip
+    probe = controlled(ridge, control)
     with meter(quiet) as shown:
-        probe.fit(source, memory=None if memory is None else int(memory * 2**30),
+        probe.fit(source, memory=None if memory is None else int(memory * 2**30), keep=keep,
                   progress=shown.of("moments"))  # fmt: skip
     path = save_probe(probe, out or probe_path(root, probe))
     metrics = probe.metrics()
-    value = {"probe": str(path), "cache": source.id, "metrics": metrics}
-    return value, lambda: fitted(probe.kind, source.id, path, metrics)
+    moments = getattr(probe, "probe_", probe).moments_
+    value = {"probe": str(path), "cache": source.id, "metrics": metrics, "moments": moments}
+    return value, lambda: fitted(
+        probe.kind, source.id, path, metrics, moments, target is None or source.depth in target
+    )
 
 
 @fit.command()

@@ -21,11 +21,21 @@ def extracted(value: dict[str, Any]) -> None:
     if speeds := bandwidths(value["stages"]):
         print(f"  {speeds}")
     print(f"  {value['path']}")
+    _tell_cut(value["cut"])
     if value["complete"]:
         print(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
     else:
         done, parts = value["parts"]
         print(f"{done} of {parts} parts are there; the other shares are still to be run")
+
+
+def _tell_cut(cut: dict[str, int]) -> None:
+    """Say how much text was left out, if any."""
+    if cut["sequences"]:
+        print(
+            f"  {cut['sequences']:,} documents are longer than the context: {cut['tokens']:,} of "
+            "their tokens are left out (--context, or --pack)"
+        )
 
 
 def _contents(value: dict[str, Any]) -> str:
@@ -47,6 +57,7 @@ def estimated(value: dict[str, Any]) -> None:
         print(f"compression is measured on the first rows; {size(value['slack'])} more are allowed")
     if value["free"] is not None:  # an object store has no end
         print(f"{fits} into {size(value['free'])} free")
+    _tell_cut(value["cut"])
 
 
 def differing(one: str, other: str, found: Sequence[dict[str, Any]]) -> None:
@@ -82,6 +93,7 @@ def details(value: dict[str, Any]) -> None:
         ("size", f"{size(value['bytes'])}, {value['codec']}"),
         ("model", f"{value['model']}  ({model['architecture']}, weights {model['weights'][:12]})"),
         ("data", value["data"]),
+        *((f"{name} is at", place) for name, place in value["origin"].items()),
         ("positions", f"{value['positions']:,} in {value['sequences']:,} sequences"),
         ("tokens", f"{'packed to' if tokens['packed'] else 'rows of at most'} {tokens['context']}"),
         ("splits", ", ".join(f"{k} {v:,}" for k, v in value["splits"].items()) + " sequences"),
@@ -168,12 +180,30 @@ def pulled(value: dict[str, Any]) -> None:
     print(f"next: residua info {value['cache'][:12]}")
 
 
-def fitted(kind: str, cache: str, probe: Path, metrics: Sequence[dict[str, Any]]) -> None:
-    """The metrics of a probe of some `kind` that was fitted on `cache`, and where it is."""
+def fitted(
+    kind: str,
+    cache: str,
+    probe: Path,
+    metrics: Sequence[dict[str, Any]],
+    moments: dict[str, Any] | None = None,
+    readable: bool = True,
+) -> None:
+    """The metrics of a probe of some `kind` that was fitted on `cache`, and where it is.
+
+    `moments` says where its moments came from; only what is `readable` by the head is evaluated.
+    """
     rows = [list(row.values()) for row in metrics]
     table(f"{kind}, cache {cache[:12]}", list(metrics[0]), rows)
+    if moments is not None:
+        print(
+            f"moments: {size(moments['bytes'])}; {moments['kept']} found, {moments['extended']} "
+            f"brought up to date, {moments['computed']} computed"
+        )
+        if moments["why"]:
+            print(f"  {moments['why']}")
     print(f"probe: {probe}")
-    print(f"next: residua evaluate {cache[:12]} {probe.name} --html report.html")
+    if readable:
+        print(f"next: residua evaluate {cache[:12]} {probe.name} --html report.html")
 
 
 def evaluated(found: "Evaluation", written: Sequence[str] = ()) -> None:

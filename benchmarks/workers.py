@@ -55,7 +55,8 @@ def work(folder: Path, root: Path, args: argparse.Namespace, threads: int, ready
     """Extract with `threads` threads, as soon as all processes are ready."""
     import torch
 
-    from residua.cache.extract import load, run
+    from residua.cache.extract import run
+    from residua.cache.make import load
     from residua.cache.request import Request
     from residua.cache.source import ModelSource
 

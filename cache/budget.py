@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Estimate:
     """Free bytes at the root; None in an object store, which has no end."""
     slack: int = 0
     """Bytes by which a compact cache may be larger than was measured on its first rows."""
+    cut: dict[str, int] = field(default_factory=dict)
+    """How many `sequences` would lose how many `tokens` to the context."""
 
     @property
     def bytes(self) -> int:
@@ -87,6 +89,7 @@ def estimate(
     compressed over raw bytes by array, empty for raw caches.
     """
     ratios, slack = ratios or {}, 0.0
+    layout = layout.shrunk(positions)
     arrays = {"head": head_bytes + SMALL_FILES}
     if context_tokens:
         arrays["context/ids"] = 4 * context_tokens

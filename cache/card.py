@@ -1,11 +1,11 @@
 """The card (README.md) of a cache's dataset repository on the Hugging Face hub."""
 
-from pathlib import PurePath
 from typing import Any
 
 from .jsonfile import read_json
 from .manifest import SHORT_ID
 from .numbers import span
+from .origin import public_name
 from .store import SPLITS, ActivationCache
 
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
@@ -96,8 +96,8 @@ def card(cache: ActivationCache, repo_id: str) -> str:
         repo_id=repo_id,
         id=cache.id,
         short=cache.id[:SHORT_ID],
-        model=_name(manifest.model_name),
-        data=_name(manifest.data_name),
+        model=public_name(manifest.model_name),
+        data=public_name(manifest.data_name),
         architecture=manifest.model.architecture,
         weights=manifest.model.weights,
         revision=provenance.get("revision") or "not from the hub",
@@ -120,13 +120,6 @@ def card(cache: ActivationCache, repo_id: str) -> str:
         size_category=size_category(cache.positions),
         bfloat16=BFLOAT16 if dtypes.get(cache.depth) == "bfloat16" else "",
     )
-
-
-def _name(name: str) -> str:
-    """A hub id as it is; of a path, the last part: folders at home concern nobody."""
-    path = PurePath(name)
-    local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
-    return path.name if local else name
 
 
 def _dtypes(dtypes: dict[int, str]) -> str:

@@ -89,6 +89,7 @@ def _summary(path: Path) -> dict[str, Any]:
 def describe(cache: ActivationCache) -> dict[str, Any]:
     """Everything that is known of `cache` without reading its arrays."""
     from .jsonfile import read_json
+    from .origin import read_origin
 
     manifest = cache.manifest
     splits = {name: len(cache.split(name)) for name in ("train", "validation", "test")}
@@ -114,4 +115,5 @@ def describe(cache: ActivationCache) -> dict[str, Any]:
         "codec": manifest.codec,
         "head": {**cache.head.describe(), "geometry": cache.head.geometry},
         "provenance": read_json(cache.path / "provenance.json"),
+        "origin": read_origin(cache.path),
     }  # fmt: skip

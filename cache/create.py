@@ -22,6 +22,7 @@ from .layout import Key, Layout, name_of
 from .lease import FileLease, Lease, exclusive, try_lock
 from .logits import arrays_of
 from .manifest import Manifest
+from .origin import FILE as ORIGIN
 from .packed import shard_writer
 from .place import TRANSFERS, is_remote, upload
 from .shard import ShardWriter
@@ -161,6 +162,7 @@ def _attributes(stream: TokenStream, name: str) -> dict[str, Any]:
 def _plain_files(folder: Path) -> list[Path]:
     """Files that are not shards: manifest, provenance, head and array metadata."""
     files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in files if path.name != ORIGIN]
     return sorted(p for p in files if "arrays.zarr" not in p.parts or p.name == "zarr.json")
 
 

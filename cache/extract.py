@@ -3,40 +3,37 @@
 texts -> tokens -> is it there? -> model -> checks -> empty cache -> parts
 """
 
-import platform
-import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from .budget import Estimate, estimate, shorten
+from .budget import Estimate
 from .catalog import cache_root
-from .columns import blocks, scratch_folder
-from .create import choose_dtype, create_cache, sweep_unfinished
-from .data import load_documents
+from .create import choose_dtype, sweep_unfinished
 from .disk import check_writable, disk_errors
-from .encode import tokenize
-from .errors import ModelError, UsageError
 from .fill import fill
 from .grow import add_layers, add_tokens, joined, unnamed_layers
 from .jsonfile import read_json
-from .layout import STORED_DTYPES, Layout
-from .logits import LogitsArray, arrays_of
-from .manifest import CODEC, CaptureIdentity, Manifest, TokenIdentity
-from .oom import choose_batch_tokens, memory_errors
+from .make import (
+    estimate_of,
+    examine_model,
+    kept_layers,
+    layout_like,
+    load,
+    make_cache,
+    shorten_stream,
+)
+from .manifest import CaptureIdentity
 from .place import as_path
-from .policy import keep
-from .replay import check, record
+from .replay import check
 from .request import Request
 from .resolve import Resolution, Wanted, resolve
 from .source import ModelSource
 from .stages import Stages
 from .store import ActivationCache
 from .tokens import TokenStream
+from .wanted import Progress, read_stream, want
 
 if TYPE_CHECKING:
     import torch
@@ -44,12 +41,6 @@ if TYPE_CHECKING:
 
     from .canary import Canary
     from .stack import Stack
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total); stages are `tokenize` (documents) and `extract` (positions)."""
-DEFAULT_CONTEXT = 1024
-LOGITS_BATCH_BYTES = 128 << 20
-"""Most bytes of the kept logits of a batch, a few of which are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +56,8 @@ class Extraction:
     """Positions written by this call."""
     seconds: float
     """Wall time of this call."""
+    cut: dict[str, int]
+    """How many `sequences` of the request lost how many `tokens` to the context."""
     stages: Stages = field(default_factory=Stages)
     """How busy forward, copy and write were; with a scheduler, of all workers together."""
 
@@ -81,6 +74,7 @@ class Extraction:
             "bytes": self.cache.bytes,
             "head_error": self.head_error,
             "written": self.written,
+            "cut": self.cut,
             "seconds": round(self.seconds, 3),
             "stages": self.stages.to_dict(),
         }
@@ -129,7 +123,7 @@ def run(
     canary: Canary | None = None
     if request.max_bytes is not None:
         model = load(request, source)
-        canary, stream = _shortened(request, source, model, stream, root)
+        canary, stream = shorten_stream(request, source, model, stream, root)
     wanted = want(request, source, stream)
     found = resolve(wanted, root)
     path, status = found.path, "hit"
@@ -142,7 +136,7 @@ def run(
             if path is None or found.answer == "miss":
                 status, (path, stack) = (
                     "extracted",
-                    _create(request, source, model, canary, wanted, stream, root),
+                    make_cache(request, source, model, canary, wanted, stream, root),
                 )
             else:
                 status, path, stack = _extend(
@@ -151,7 +145,7 @@ def run(
         written = fill(
             ActivationCache(path), stack, progress, request.share, request.on_error, stages
         )
-        if unnamed_layers(ActivationCache(path), _kept(request.layers, stack.depth)):
+        if unnamed_layers(ActivationCache(path), kept_layers(request.layers, stack.depth)):
             # Another process, which wants fewer layers, made this cache a moment before.
             done = run(request, progress, stages)
             return replace(done, written=done.written + written)
@@ -159,7 +153,8 @@ def run(
     if request.part is None:
         cache.check_complete()
     error = read_json(cache.path / "provenance.json")["canary"]["head_error"]
-    return Extraction(cache, status, error, written, time.perf_counter() - began, stages)
+    seconds = time.perf_counter() - began
+    return Extraction(cache, status, error, written, seconds, stream.cut_counts, stages)
 
 
 def plan(request: Request, progress: Progress | None = None) -> Estimate:
@@ -169,10 +164,10 @@ def plan(request: Request, progress: Progress | None = None) -> Estimate:
     stream = read_stream(request, source, progress)
     model = load(request, source)
     if request.max_bytes is not None:
-        canary, stream = _shortened(request, source, model, stream, root)
+        canary, stream = shorten_stream(request, source, model, stream, root)
     else:
-        canary = _examine(request, source, model, stream)
-    return _estimate(request, canary, stream, root)
+        canary = examine_model(request, source, model, stream)
+    return replace(estimate_of(request, canary, stream, root), cut=stream.cut_counts)
 
 
 def find(request: Request, progress: Progress | None = None) -> Resolution:
@@ -180,210 +175,6 @@ def find(request: Request, progress: Progress | None = None) -> Resolution:
     source = ModelSource.locate(request.model, request.revision)
     stream = read_stream(request, source, progress)
     return resolve(want(request, source, stream), cache_root(request.root))
-
-
-def choose_context(request: Request, source: ModelSource) -> int:
-    """Context length of the request, checked against the model's."""
-    limit = source.context
-    if request.context is None:
-        return min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    if limit is not None and request.context > limit:
-        raise UsageError(
-            f"context {request.context} is longer than this model's {limit}; choose less"
-        )
-    return request.context
-
-
-def read_stream(request: Request, source: ModelSource, progress: Progress | None) -> TokenStream:
-    """The token stream of the request."""
-    scratch = scratch_folder(cache_root(request.root))
-    documents = load_documents(
-        request.data, request.text_column, request.split, not request.pack, scratch
-    )
-    stream = tokenize(
-        documents,
-        source.tokenizer,
-        context=choose_context(request, source),
-        pack=request.pack,
-        separator=source.separator,
-        seed=request.seed,
-        max_tokens=request.max_tokens,
-        progress=progress and (lambda done, total: progress("tokenize", done, total)),
-        scratch=scratch,
-    )
-    vocab = source.constant("vocab_size")
-    largest = max(int(block.max()) for block in blocks(stream.ids))
-    if isinstance(vocab, int) and largest >= vocab:
-        raise ModelError(
-            f"the tokenizer gives token {largest}, but the model's vocabulary has "
-            f"{vocab}; the tokenizer files do not belong to this model"
-        )
-    return keep(request.positions, stream, documents, request.seed)
-
-
-def want(request: Request, source: ModelSource, stream: TokenStream) -> Wanted:
-    """The identity that the request asks for."""
-    digest, hashes = stream.digests()
-    tokens = TokenIdentity(
-        digest,
-        stream.positions,
-        stream.sequences,
-        source.tokenizer_digest,
-        choose_context(request, source),
-        request.pack,
-        request.seed,
-    )
-    capture = CaptureIdentity(
-        source.compute_dtype,
-        request.dtype,
-        request.attention,
-        request.positions,
-        logits=request.logits,
-    )
-    if stream.runs is not None:
-        hashes = hashes[stream.runs.sequence]
-    return Wanted(source.identity, tokens, capture, hashes, request.layers)
-
-
-def load(request: Request, source: ModelSource) -> "torch.nn.Module":
-    """The model of the request, on its device."""
-    from .model import choose_device, load_model
-
-    device = choose_device(request.device)
-    with memory_errors(
-        f"{source.name} does not fit into the memory of {device}; take another --device, or a "
-        "checkpoint of lower precision"
-    ):
-        return load_model(source, device, request.attention, request.trust_remote_code)
-
-
-def _examine(
-    request: Request, source: ModelSource, model: "torch.nn.Module", stream: TokenStream
-) -> "Canary":
-    """What a few sequences show of the model, with the dtypes of the layers that are kept."""
-    from .canary import examine
-
-    canary = examine(model, stream, source.compute_dtype, request.dtype, request.logits)
-    kept = _kept(request.layers, canary.stack.depth)
-    canary = replace(canary, dtypes={layer: canary.dtypes[layer] for layer in kept})
-    if request.codec == "raw":
-        return canary
-    from .ratio import measure
-
-    arrays = _logits(request, canary)
-    ratios = measure(canary, stream, _layout(request, canary), request.logits, arrays)
-    return replace(canary, ratios=ratios)
-
-
-def _kept(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
-    """The layers to keep: those asked for, and layer L."""
-    if layers is None:
-        return tuple(range(depth + 1))
-    if max(layers) > depth:
-        raise UsageError(f"layer {max(layers)} is not in this model; it has layers 0-{depth}")
-    return tuple(sorted({*layers, depth}))
-
-
-def _layout(request: Request, canary: "Canary") -> Layout:
-    widest = max((array.row_bytes for array in _logits(request, canary)), default=0)
-    return Layout.choose(canary.head.d_model, _itemsize(canary), request.part_positions, widest)
-
-
-def _logits(request: Request, canary: "Canary") -> tuple[LogitsArray, ...]:
-    """The arrays of logits that the request keeps."""
-    return arrays_of(request.logits, canary.head.vocab, canary.logits.dtype)
-
-
-def _batch_tokens(request: Request, canary: "Canary", stream: TokenStream) -> int:
-    """Tokens of a batch; fewer where a batch's logits would fill the memory."""
-    if request.batch_tokens is not None:
-        return request.batch_tokens
-    row = sum(array.row_bytes for array in _logits(request, canary))
-    limit = max(1, LOGITS_BATCH_BYTES // row) if row else None
-    found = choose_batch_tokens(canary.stack, stream, _itemsize(canary))
-    return found if limit is None else min(found, limit)
-
-
-def _itemsize(canary: "Canary") -> int:
-    return max(np.dtype(STORED_DTYPES[dtype]).itemsize for dtype in canary.dtypes.values())
-
-
-def _head_bytes(canary: "Canary") -> int:
-    return sum(tensor.nbytes for tensor in canary.tensors.values())
-
-
-def _estimate(request: Request, canary: "Canary", stream: TokenStream, root: Path) -> Estimate:
-    return estimate(
-        root, _layout(request, canary), canary.head.d_model, canary.dtypes, stream.positions,
-        stream.sequences, _head_bytes(canary), 0 if stream.runs is None else len(stream.ids),
-        _logits(request, canary), canary.ratios,
-    )  # fmt: skip
-
-
-def _shortened(
-    request: Request, source: ModelSource, model: "torch.nn.Module", stream: TokenStream, root: Path
-) -> tuple["Canary", TokenStream]:
-    """The model's canary, and the stream cut to `max_bytes`."""
-    assert request.max_bytes is not None
-    canary = _examine(request, source, model, stream)
-    layout, size = _layout(request, canary), _head_bytes(canary)
-    return canary, shorten(
-        stream, request.max_bytes, root, layout, canary.head.d_model, canary.dtypes, size,
-        _logits(request, canary), canary.ratios,
-    )  # fmt: skip
-
-
-def _create(
-    request: Request,
-    source: ModelSource,
-    model: "torch.nn.Module",
-    canary: "Canary | None",
-    wanted: Wanted,
-    stream: TokenStream,
-    root: Path,
-) -> tuple[Path, "Stack"]:
-    """Examine the model, check the space and make the empty cache."""
-    canary = canary or _examine(request, source, model, stream)
-    _estimate(request, canary, stream, root).check(root)
-    manifest = Manifest(
-        wanted.model,
-        wanted.tokens,
-        wanted.capture,
-        _layout(request, canary),
-        canary.head.d_model,
-        canary.head.vocab,
-        canary.stack.depth,
-        _batch_tokens(request, canary, stream),
-        request.model,
-        request.data,
-        extra={
-            "pad": canary.pad,
-            "causal": canary.causal,
-            "embedding": canary.embedding,
-            # Left out where it is raw, as it was before there was a choice.
-            **({} if request.codec == "raw" else {CODEC: request.codec}),
-        },
-    )
-
-    def write_head(folder: Path) -> None:
-        save_head(folder, source, canary)
-        record(canary.stack, stream, folder)
-
-    provenance = {**_provenance(model, canary.report()), "revision": source.revision}
-    path = create_cache(
-        root, manifest, stream, stream.digests()[1], canary.dtypes, write_head, provenance,
-        canary.logits.dtype,
-    )  # fmt: skip
-    return path, canary.stack
-
-
-def save_head(folder: Path, source: ModelSource, canary: "Canary") -> None:
-    """The head, the tokenizer and copies of the configuration."""
-    canary.head.save(folder, canary.tensors)
-    source.tokenizer.save(str(folder / "tokenizer.json"))
-    for name in ("config.json", "tokenizer_config.json"):
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
 
 
 def _extend(
@@ -402,7 +193,7 @@ def _extend(
     cache = ActivationCache(found.path)
     stack = reexamine(model, cache)
     check(stack, cache.path, cache.manifest.capture.compute_dtype)
-    kept = _kept(request.layers, cache.depth)
+    kept = kept_layers(request.layers, cache.depth)
     new = unnamed_layers(cache, kept)
     if new:
         add_layers(cache, _dtypes(stack, stream, cache.manifest.capture, new))
@@ -415,7 +206,10 @@ def _extend(
     tokens = replace(
         wanted.tokens, digest=digest, positions=longer.positions, sequences=longer.sequences
     )
-    return "extended", add_tokens(cache, tokens, longer), stack
+    layout = cache.manifest.layout
+    if cache.positions <= layout.chunk_rows:  # it may be a small cache's
+        layout = layout_like(request, cache).shrunk(longer.positions)
+    return "extended", add_tokens(cache, tokens, longer, layout), stack
 
 
 def _dtypes(
@@ -429,20 +223,3 @@ def _dtypes(
     with torch.inference_mode():
         absmax = calibrate(stack, stream, next(stack.model.parameters()).device)
     return {n: choose_dtype(absmax[n], capture.compute_dtype, capture.dtype) for n in layers}
-
-
-def _provenance(model: "torch.nn.Module", canary: dict[str, object]) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    return {
-        "canary": canary,
-        "device": str(next(model.parameters()).device),
-        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }

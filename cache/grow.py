@@ -15,8 +15,10 @@ import numpy as np
 from .create import create_cache
 from .journal import Journal
 from .jsonfile import file_digest, read_json, sync_folder
+from .layout import Layout
 from .lease import exclusive, lease
 from .manifest import Manifest, TokenIdentity
+from .origin import read_origin, write_origin
 from .place import copy, is_remote
 from .store import ActivationCache
 from .tokens import TokenStream, concatenate
@@ -71,24 +73,31 @@ def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]
         {name: cache.array(name) for name in stream.of_tokens if cache.has(name)},
         {name: cache.array(name)[:] for name in stream.of_sequences if cache.has(name)},
         {name: words for name in stream.categories if (words := cache.categories(name))},
+        cut=None if stream.cut is None else np.zeros(len(cache.sequence_length), np.int64),
     )
     return concatenate(held, stream.select(np.array(lacking)))
 
 
-def add_tokens(cache: ActivationCache, tokens: TokenIdentity, stream: TokenStream) -> Path:
+def add_tokens(
+    cache: ActivationCache, tokens: TokenIdentity, stream: TokenStream, layout: Layout
+) -> Path:
     """A cache of `stream`, which begins with all sequences of `cache`; full parts are linked.
 
-    `cache` must be complete in its layers. The rest is left to `fill`.
+    `cache` must be complete in its layers, and parts are linked only if they have the `layout` of
+    its own. The rest is left to `fill`.
     """
     old = cache.manifest
     manifest = Manifest(
-        old.model, tokens, old.capture, old.layout, old.d_model, old.vocab, old.depth,
+        old.model, tokens, old.capture, layout, old.d_model, old.vocab, old.depth,
         old.batch_tokens, old.model_name, old.data_name, {**old.extra, EXTENDS: cache.id},
     )  # fmt: skip
     dtypes = {layer: cache.layer(layer).layout.logical_dtype for layer in cache.layers}
     kept = [n for n in ("logits/full", "logits/values") if n in cache.logits_names]
     logits_dtype = cache.array(kept[0]).layout.logical_dtype if kept else "float16"
     provenance = {**read_json(cache.path / "provenance.json"), EXTENDS: cache.id}
+    if "cut" in provenance:
+        more = stream.cut_counts
+        provenance["cut"] = {name: n + more[name] for name, n in provenance["cut"].items()}
     _, hashes = stream.digests()
     path = create_cache(
         cache.path.parent,
@@ -96,17 +105,21 @@ def add_tokens(cache: ActivationCache, tokens: TokenIdentity, stream: TokenStrea
         stream,
         hashes,
         dtypes,
-        partial(_copy_folder, cache.path / "head"),
+        partial(_copy_head, cache.path / "head"),
         provenance,
         logits_dtype,
     )
-    share_parts(cache, ActivationCache(path))
+    if layout == old.layout:
+        share_parts(cache, ActivationCache(path))
     return path
 
 
-def _copy_folder(source: Path, target: Path) -> None:
+def _copy_head(source: Path, target: Path) -> None:
+    """The folder `head/` of a cache, and where its model and data are."""
     for path in source.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
+    if origin := read_origin(source.parent):
+        write_origin(target.parent, **origin)
 
 
 def share_parts(old: ActivationCache, new: ActivationCache) -> None:

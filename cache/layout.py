@@ -64,6 +64,16 @@ class Layout:
         chunk = min(chunk, 1 << (max(1, part_positions).bit_length() - 1))
         return cls(chunk, max(1, part_positions // chunk) * chunk)
 
+    def shrunk(self, positions: int) -> "Layout":
+        """The layout of a cache of `positions` rows: smaller where they do not fill a chunk.
+
+        A chunk is padded with zeros, and there is one in every layer.
+        """
+        if positions >= self.chunk_rows:
+            return self
+        rows = 1 << max(0, positions - 1).bit_length()
+        return Layout(rows, rows)
+
     def chunk_of(self, row_bytes: int) -> int:
         """Rows of a chunk of an array of other rows: by the same rule, and a divisor of a part."""
         return math.gcd(chunk_rows(row_bytes), self.part_rows)

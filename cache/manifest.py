@@ -80,9 +80,9 @@ class Manifest:
     batch_tokens: int
     """Tokens of a forward batch: a resumed run forms the same batches, hence the same bytes."""
     model_name: str
-    """What the user called the model; for people only."""
+    """Hub id of the model, or the name of its folder; for people only."""
     data_name: str
-    """What the user called the data; for people only."""
+    """Hub id of the data, or the name of their file or folder; for people only."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import CorruptError, MismatchError
+from .errors import CorruptError, MismatchError, ModelError
 from .grow import ancestor
 from .journal import Journal
 from .jsonfile import file_digest, write_atomically
 from .layout import STORED_DTYPES, key_of, name_of
 from .lease import lease
 from .manifest import Manifest
+from .origin import read_origin
 from .replay import check
 from .runner import PartRunner
 from .source import ModelSource
@@ -64,7 +65,7 @@ def repair(
     mended += _make_metadata(path, manifest, found.damages, mended)
     wrong = [damage for damage in found.damages if damage.file not in mended]
     if any(_is_of_part(d) or d.file.startswith("head/") for d in wrong):
-        source, loaded = _load(manifest, model, device)
+        source, loaded = _load(path, manifest, model, device)
         mended += _rebuild_head(path, source, loaded, manifest, wrong)
         again, changed = _rewrite_shards(path, loaded, wrong, progress)
         mended += again
@@ -119,11 +120,15 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def _load(
-    manifest: Manifest, model: str | None, device: str
+    path: Path, manifest: Manifest, model: str | None, device: str
 ) -> tuple[ModelSource, "torch.nn.Module"]:
     from .model import choose_device, load_model
 
-    source = ModelSource.locate(model or manifest.model_name)
+    name = model or read_origin(path).get("model", manifest.model_name)
+    try:
+        source = ModelSource.locate(name)
+    except ModelError as error:
+        raise ModelError(f"{error}; say where the model is with --model") from None
     if source.identity != manifest.model:
         raise MismatchError(
             f"{source.name} is not the model of this cache: its weights are "
@@ -142,7 +147,7 @@ def _rebuild_head(
 ) -> list[str]:
     """Files of `head/` made from the model again, where they come out as they were."""
     from .canary import examine
-    from .extract import save_head
+    from .make import save_head
     from .replay import record
     from .tokens import TokenStream
 

@@ -74,6 +74,12 @@ class TokenStream:
         np.add.at(rows, self.runs.sequence, self.runs.length)
         return rows
 
+    @property
+    def cut_counts(self) -> dict[str, int]:
+        """How many `sequences` were longer than the context, and `tokens` that were cut off."""
+        cut = np.zeros(0, np.int64) if self.cut is None else self.cut
+        return {"sequences": int((cut > 0).sum()), "tokens": int(cut.sum())}
+
     def with_runs(self, runs: Runs) -> "TokenStream":
         """The same stream with only `runs` kept."""
         return replace(self, runs=runs)
@@ -163,6 +169,7 @@ def concatenate(*streams: TokenStream) -> TokenStream:
         if all(name in stream.of_sequences for stream in streams) and _alike(name, streams)
     ]
     scratch = streams[-1].scratch
+    cuts = [stream.cut for stream in streams if stream.cut is not None]
     names = [n for n in streams[0].of_tokens if all(n in stream.of_tokens for stream in streams)]
     lengths, rows = (
         np.concatenate([getattr(s, n) for s in streams]) for n in ("lengths", "row_ids")
@@ -174,6 +181,7 @@ def concatenate(*streams: TokenStream) -> TokenStream:
         {n: _chain([stream.of_tokens[n] for stream in streams], scratch) for n in names},
         {n: np.concatenate([stream.of_sequences[n] for stream in streams]) for n in common},
         {n: words for n, words in streams[0].categories.items() if n in common},
+        cut=np.concatenate(cuts) if len(cuts) == len(streams) else None,
         scratch=scratch,
     )
 

@@ -1,10 +1,8 @@
 """Collects the moments of a cache for all layers, offsets and folds: out of core, in parallel."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,203 +12,241 @@ import numpy as np
 from ..cache.errors import UsageError
 from ..cache.store import ActivationCache
 from ..cache.tokens import folds_of
-from .moments import PRODUCTS, Accumulator, Moments, MomentSet, Pair, Shifted, merge_all
+from .moments import Moments, merge_all
+from .momentset import MomentSet, counted
+from .passes import BLOCK_ROWS, Pass, Request, default_memory, divide
+from .sums import Sums
 
 Progress = Callable[[int, int], None]
 OFFSETS = (0, 1, 2, 3)
-BLOCK_ROWS = 2048
-"""Rows of one block of products; 2048 to 16384 are equally fast, twice this is the most."""
-MEMORY = 2 << 30
-"""Default budget in bytes, where a quarter of the machine's memory is not less."""
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass over the split, for as many layers and offsets as the memory allows."""
-
-    layers: tuple[int, ...]
-    offsets: tuple[int, ...]
-    folds: int
-    split: str
-    products: str
-    rows: int
-    """Rows of a block."""
-    tasks: int
-    """Contiguous runs of sequences, worked on at the same time."""
-
-    def bytes(self, d_model: int) -> int:
-        """Memory of the accumulators of all tasks and the blocks they work on."""
-        matrices = 2 * len(self.layers) * len(self.offsets) * self.folds * (self.tasks + 1)
-        scratch = self.tasks * (len(self.offsets) + 3) * (d_model + self.rows)
-        return 8 * d_model * (d_model * matrices + scratch)
+TAIL_ROWS = 512
+"""Rows of a block of rows near the ends of sequences: few, so that they are read soon."""
+SHIFT_ROWS = 256
+"""Random rows whose median rows are shifted by."""
+Shift = dict[int, np.ndarray]
+"""What the rows of each layer are shifted by, `(d_model,)` float64."""
 
 
 def collect(
     cache: ActivationCache,
     layers: Sequence[int] | None = None,
     offsets: Sequence[int] = OFFSETS,
-    **options: Any,
-) -> MomentSet:
-    """Moments of every layer and offset per fold, in as few passes as the memory budget allows.
-
-    `options` are those of `collect_passes`. The result holds all matrices at once; where they
-    are too many, fit from `collect_passes`, as `RidgeProbe` does.
-    """
-    found = list(collect_passes(cache, layers, offsets, **options))
-    pairs = {pair: parts for part in found for pair, parts in part.pairs.items()}
-    return MomentSet(dict(sorted(pairs.items())), cache.id, found[0].geometry, found[0].split)
-
-
-def collect_passes(
-    cache: ActivationCache,
-    layers: Sequence[int] | None = None,
-    offsets: Sequence[int] = OFFSETS,
+    targets: Sequence[int] | None = None,
     *,
     folds: int = 5,
     split: str = "train",
     products: str = "float64",
+    **options: Any,
+) -> MomentSet:
+    """Moments of every (layer, offset, target) per fold, in as few passes as the memory allows.
+
+    Targets are layers; the default is the last one. `options` are those of `collect_passes`. The
+    result holds all matrices at once; where they are too many, fit from `collect_passes`, as
+    `RidgeProbe` does. Raises `NotFoundError` for a layer the cache does not hold.
+    """
+    asked = Request.of(cache, layers, offsets, targets, folds=folds, split=split, products=products)
+    found = list(collect_passes(cache, asked, **options))
+    pairs = {pair: parts for part in found for pair, parts in part.pairs.items()}
+    return found[0].with_pairs({pair: pairs[pair] for pair in asked.pairs})
+
+
+def collect_passes(
+    cache: ActivationCache,
+    request: Request,
+    *,
+    client: Any = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Iterator[MomentSet]:
+    """The moments of one group of layers after the other; `options` are those of `plan_passes`.
+
+    `client` is one of `dask.distributed`, whose workers see the cache under the same path.
+    `progress(done_positions, total_positions)` counts the positions of all passes.
+    """
+    plans = plan_passes(cache, request, client=client, **options)
+    count = Counter(sum(plan.positions(cache) for plan in plans), progress)
+    for plan in plans:
+        yield run_pass(cache, plan, client, count)
+
+
+def plan_passes(
+    cache: ActivationCache,
+    request: Request,
+    *,
+    first: int = 0,
     memory: int | None = None,
     rows: int | None = None,
     tasks: int | None = None,
     client: Any = None,
-    progress: Progress | None = None,
-) -> Iterator[MomentSet]:
-    """The moments of one group of layers after the other, each within `memory` bytes.
+) -> list[Pass]:
+    """Passes that stay within `memory` bytes each; sequences before number `first` are left out.
 
+    A budget that is too small for one (layer, offset, target) with all its folds is exceeded.
     `tasks` runs of sequences are summed up at the same time, by default one per core (of the
-    `dask.distributed` cluster of `client`). `progress(done_positions, total_positions)` counts
-    the positions of all passes. Raises `NotFoundError` for a layer the cache does not hold.
+    cluster of `client`), a block of `rows` at a time.
     """
-    layers = cache.layers if layers is None else tuple(layers)
-    check_request(cache, layers, offsets, folds, products)
-    first = Pass(
-        tuple(layers), tuple(offsets), folds, split, products,
-        rows or cache.block_rows(BLOCK_ROWS), tasks or cores(client),
-    )  # fmt: skip
-    plans = divide(first, memory or default_memory(), cache.d_model)
-    positions = int(cache.sequence_length[cache.split(split)].sum())
-    count = Counter(positions * len(plans), progress)
-    for plan in plans:
-        parts = run_tasks(cache, plan, client, count)
-        yield MomentSet(merge_runs(parts), cache.id, cache.head.geometry, split)
+    whole = Pass(
+        request, first, rows or cache.block_rows(BLOCK_ROWS), tasks or cores(client), cores()
+    )
+    return divide(whole, memory or default_memory(), cache.d_model)
 
 
-def check_request(
-    cache: ActivationCache, layers: Sequence[int], offsets: Sequence[int], folds: int, products: str
-) -> None:
-    """Raise a `UsageError` for a request that cannot be right."""
-    for layer in (*layers, cache.depth):
-        cache.layer(layer)
-    if not layers or not offsets or min(offsets) < 0:
-        raise UsageError("name at least one layer and one offset; offsets are 0 or more")
-    if folds < 1:
-        raise UsageError(f"folds must be at least 1, not {folds}")
-    if products not in PRODUCTS:
-        raise UsageError(f"products must be one of {', '.join(PRODUCTS)}, not {products!r}")
+def run_pass(
+    cache: ActivationCache, plan: Pass, client: Any = None, count: "Counter | None" = None
+) -> MomentSet:
+    """The moments of one pass."""
+    numbers = plan.sequences(cache)
+    shift = shifts(cache, numbers, {*plan.request.layers, *plan.request.targets})
+    sums = run_tasks(cache, plan, shift, client, count or Counter(0, None))
+    return MomentSet.of(cache, plan.request, sums.moments(shift), counted(numbers))
 
 
-def divide(plan: Pass, memory: int, d_model: int) -> list[Pass]:
-    """Passes that fit `memory`: fewer layers, then fewer offsets, then fewer tasks each."""
+def shifts(cache: ActivationCache, numbers: np.ndarray, layers: set[int]) -> Shift:
+    """Medians of `SHIFT_ROWS` random rows of the sequences `numbers`, rounded to float32.
 
-    def part(i: int, j: int) -> Pass:
-        chosen = plan.layers[i : i + layers], plan.offsets[j : j + offsets]
-        return replace(plan, layers=chosen[0], offsets=chosen[1], tasks=tasks)
-
-    def fits() -> bool:
-        return part(0, 0).bytes(d_model) <= memory
-
-    layers, offsets, tasks = len(plan.layers), len(plan.offsets), plan.tasks
-    while layers > 1 and not fits():
-        layers -= 1
-    while offsets > 1 and not fits():
-        offsets -= 1
-    while tasks > 1 and not fits():
-        tasks -= 1
-    return [
-        part(i, j)
-        for i in range(0, len(plan.layers), layers)
-        for j in range(0, len(plan.offsets), offsets)
-    ]
+    A median is within one standard deviation of the mean, and stays among most rows where some
+    are massive: pairs at an offset may have none of those (first tokens are never targets).
+    """
+    lengths = cache.sequence_length[numbers]
+    ends, draw = np.cumsum(lengths), np.random.default_rng(0)
+    if not len(ends):
+        return {layer: np.zeros(cache.d_model) for layer in layers}
+    chosen = np.sort(draw.integers(0, ends[-1], min(SHIFT_ROWS, int(ends[-1]))))
+    sequence = np.searchsorted(ends, chosen, side="right")
+    rows = cache.sequence_start[numbers][sequence] + chosen - (ends - lengths)[sequence]
+    medians = {layer: np.median(cache.layer(layer)[rows], axis=0) for layer in layers}
+    # Subtracting a float32 from float32 rows near it is exact.
+    return {layer: found.astype(np.float32).astype(np.float64) for layer, found in medians.items()}
 
 
-Sums = dict[tuple[int, int, int], Moments]
-"""By layer, offset and fold."""
-
-
-def run_tasks(cache: ActivationCache, plan: Pass, client: Any, count: "Counter") -> list[Sums]:
-    """The sums of every task, in the order of their sequences."""
+def run_tasks(
+    cache: ActivationCache, plan: Pass, shift: Shift, client: Any, count: "Counter"
+) -> Sums:
+    """The sums of all tasks, added in the order of their sequences."""
     from dask.base import compute
     from dask.delayed import delayed
 
-    parts = range(plan.tasks)
-    if client is None:
-        calls = [partial(sum_run, cache, plan, part, count.add) for part in parts]
+    with one_blas_thread():
+        if client is not None:
+            return add_up(run_on(client, cache, plan, shift, count))
+        calls = [
+            partial(sum_run, cache, plan, shift, task, count.add) for task in range(plan.tasks)
+        ]
         work = [delayed(call, pure=False)() for call in calls]
-        with one_blas_thread():
-            return list(compute(*work, scheduler="threads", num_workers=plan.tasks))
-    from distributed import as_completed
-
-    # Only the path and the plan travel: each worker opens the cache on its own.
-    futures = [client.submit(sum_run, cache.path, plan, part, pure=False) for part in parts]
-    for future in as_completed(futures):
-        if future.status == "finished":
-            part = futures.index(future)
-            count.add(sum(len(cache.rows(window)) for window in windows(cache, plan, part)))
-    return client.gather(futures)
+        return add_up(iter(compute(*work, scheduler="threads", num_workers=plan.tasks)))
 
 
-def windows(cache: ActivationCache, plan: Pass, part: int) -> list[np.ndarray]:
-    """Sequences of one task, in windows that hold about one block of every fold."""
-    found = list(cache.blocks(cache.split(plan.split), plan.rows * plan.folds))
-    return found[len(found) * part // plan.tasks : len(found) * (part + 1) // plan.tasks]
+def run_on(
+    client: Any, cache: ActivationCache, plan: Pass, shift: Shift, count: "Counter"
+) -> Iterator[Sums]:
+    """The sums of each task from the cluster of `client`, whose workers open the cache."""
+    path = cache.path.absolute()
+    futures = [
+        client.submit(sum_run_alone, path, plan, shift, task, pure=False)
+        for task in range(plan.tasks)
+    ]
+    try:
+        for task in range(plan.tasks):
+            # In order: sums then do not depend on which worker was first.
+            yield futures[task].result()
+            futures[task].release()
+            count.add(int(cache.sequence_length[plan.run(cache, task)].sum()))
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def add_up(sums: Iterator[Sums]) -> Sums:
+    """All `sums`, added to the first."""
+    total = next(sums)
+    for other in sums:
+        total.add(other)
+    return total
+
+
+def sum_run_alone(path: Path, plan: Pass, shift: Shift, task: int) -> Sums:
+    """`sum_run` in a worker process, which it leaves with one BLAS thread per task."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1, user_api="blas")
+    return sum_run(ActivationCache(path), plan, shift, task)
 
 
 def sum_run(
-    cache: ActivationCache | Path,
+    cache: ActivationCache,
     plan: Pass,
-    part: int,
+    shift: Shift,
+    task: int,
     report: Callable[[int], None] = lambda positions: None,
 ) -> Sums:
-    """Add up the moments of one contiguous run of sequences."""
-    cache = cache if isinstance(cache, ActivationCache) else ActivationCache(cache)
-    keys = [(la, o, f) for la in plan.layers for o in plan.offsets for f in range(plan.folds)]
-    sums = {key: Accumulator(cache.d_model, cache.d_model) for key in keys}
-    for window in windows(cache, plan, part):
-        fold = folds_of(cache.sequence_hash[window], plan.folds)
-        for number in range(plan.folds):
-            for block in cache.blocks(window[fold == number], 2 * plan.rows):
-                add_block(cache, plan, block, number, sums)
-        report(len(cache.rows(window)))
-    return {key: total.result() for key, total in sums.items()}
+    """Add up one contiguous run of sequences; reads every layer once per block."""
+    asked = plan.request
+    sums = Sums(asked.layers, asked.offsets, asked.targets, asked.folds, cache.d_model)
+    for fold, kind, rows in blocks_of(cache, plan, plan.run(cache, task), report):
+        add_block(cache, asked, shift, fold, kind, rows, sums)
+    return sums
+
+
+def blocks_of(
+    cache: ActivationCache, plan: Pass, numbers: np.ndarray, report: Callable[[int], None]
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Fold, kind and positions of every block of source rows of the sequences `numbers`."""
+    asked = plan.request
+    kinds = len(asked.offsets)
+    held: dict[int, list[np.ndarray]] = {}
+    for window in cache.blocks(numbers, plan.rows * asked.folds):
+        rows, lengths = cache.rows(window), cache.sequence_length[window]
+        left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows)) - 1
+        kind = np.searchsorted(asked.offsets, left, side="right") - 1
+        fold = np.repeat(folds_of(cache.sequence_hash[window], asked.folds), lengths)
+        keys = np.where(kind < 0, -1, fold * kinds + kind)
+        for key in np.unique(keys[keys >= 0]).tolist():
+            size = plan.rows if key % kinds == kinds - 1 else min(plan.rows, TAIL_ROWS)
+            waiting = np.concatenate([*held.pop(key, []), rows[keys == key]])
+            full = len(waiting) // size * size
+            for start in range(0, full, size):
+                yield key // kinds, key % kinds, waiting[start : start + size]
+            held[key] = [waiting[full:]]
+        report(len(rows))
+    for key, (waiting,) in held.items():
+        if len(waiting):
+            yield key // kinds, key % kinds, waiting
 
 
 def add_block(
     cache: ActivationCache,
-    plan: Pass,
-    sequences: np.ndarray,
+    asked: Request,
+    shift: Shift,
     fold: int,
-    sums: dict[tuple[int, int, int], Accumulator],
+    kind: int,
+    rows: np.ndarray,
+    sums: Sums,
 ) -> None:
-    """Read whole `sequences` of one fold, every layer once, and add their moments."""
-    rows, lengths = cache.rows(sequences), cache.sequence_length[sequences]
-    last = cache.layer(cache.depth)[rows]
-    targets = Shifted.of(last, lengths, plan.offsets, plan.products)
-    for layer in plan.layers:
-        x = last if layer == cache.depth else cache.layer(layer)[rows]
-        for offset, block in zip(plan.offsets, targets.moments(x), strict=True):
-            sums[layer, offset, fold].add(block)
+    """Add the pairs of the source `rows`, all of one fold and kind."""
+    offsets = asked.offsets[: kind + 1]
+    ends = np.concatenate([rows + offset for offset in offsets])
+    needed, where = np.unique(ends, return_inverse=True) if len(offsets) > 1 else (ends, None)
+    ys: list[list[np.ndarray]] = [[] for _ in offsets]
+    for target, layer in enumerate(asked.targets):
+        read = shifted(cache, layer, needed, shift, asked.products)
+        for offset in range(len(offsets)):
+            part = slice(offset * len(rows), (offset + 1) * len(rows))
+            ys[offset].append(read if where is None else read[where[part]])
+            sums.add_targets(fold, offset, target, ys[offset][target])
+    sums.n[fold, kind] += len(rows)
+    for number, layer in enumerate(asked.layers):
+        sums.add_rows(fold, kind, number, shifted(cache, layer, rows, shift, asked.products), ys)
 
 
-def merge_runs(runs: list[Sums]) -> dict[Pair, tuple[Moments, ...]]:
-    """Moments per fold of each (layer, offset), merged in the order of the runs."""
-    folds = 1 + max(fold for _, _, fold in runs[0])
-    pairs = dict.fromkeys((layer, offset) for layer, offset, _ in runs[0])
-    return {
-        (layer, offset): tuple(
-            merge_all([run.pop((layer, offset, fold)) for run in runs]) for fold in range(folds)
-        )
-        for layer, offset in pairs
-    }
+def shifted(
+    cache: ActivationCache, layer: int, rows: np.ndarray, shift: Shift, products: str
+) -> np.ndarray:
+    """Rows of a layer, shifted, in the dtype of the products."""
+    read = cache.layer(layer)[rows]
+    if products == "float32":
+        read -= shift[layer].astype(np.float32)
+        return read
+    return read - shift[layer]
 
 
 class Counter:
@@ -233,7 +269,7 @@ def one_blas_thread() -> AbstractContextManager[Any]:
     """Limit BLAS to one thread in the whole process, while each core works on its own task.
 
     To be entered by the thread that waits for the tasks: what a task's thread asks for is undone
-    by the first task that ends. Workers of `dask.distributed` start with the same limit.
+    by the first task that ends.
     """
     from threadpoolctl import threadpool_limits
 
@@ -245,11 +281,6 @@ def cores(client: Any = None) -> int:
     from dask.system import CPU_COUNT
 
     return CPU_COUNT if client is None else max(1, sum(client.nthreads().values()))
-
-
-def default_memory() -> int:
-    """`MEMORY`, or a quarter of the machine's memory if that is less; bytes."""
-    return min(MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
 
 
 def collect_rows(
@@ -273,9 +304,9 @@ def collect_rows(
             groups = [parts[i : i + 8] for i in range(0, len(parts), 8)]
             parts = [delayed(merge_all, pure=False)(group) for group in groups]
         totals.append(parts[0])
-    if client is not None and not isinstance(x, np.ndarray):
-        return tuple(client.gather(client.compute(totals)))
     with one_blas_thread():
+        if client is not None and not isinstance(x, np.ndarray):
+            return tuple(client.gather(client.compute(totals)))
         return tuple(compute(*totals, scheduler="threads", num_workers=cores()))
 
 
@@ -286,5 +317,5 @@ def check_rows(x: Any, y: Any, folds: int) -> Any:
     if x.ndim != 2 or y.ndim not in (1, 2) or x.shape[0] != y.shape[0]:
         raise UsageError(f"X must be (n, d_in) and y (n, d_out); found {x.shape} and {y.shape}")
     if not 0 < folds <= x.shape[0]:
-        raise UsageError(f"{x.shape[0]} rows cannot be cut into {folds} folds")
+        raise UsageError(f"n_samples={x.shape[0]} rows cannot be cut into {folds} folds")
     return y[:, None] if y.ndim == 1 else y

@@ -46,6 +46,8 @@ class ControlProbe(Params):
         """Fit a copy of the probe on the changed cache `X`; `options` are those of its `fit`."""
         if not isinstance(X, ActivationCache):
             raise UsageError("a control is fitted on a cache: it needs the sequences of the rows")
+        if options.get("keep"):
+            raise UsageError("moments of a control are not kept with the cache; leave keep out")
         if options.get("client") is not None:
             raise UsageError("controls are fitted in this process; leave client= out")
         self._check()
@@ -53,7 +55,8 @@ class ControlProbe(Params):
         probe = type(self.probe)(**self.probe.get_params(deep=False))
         if "keep" in signature(probe.fit).parameters:
             # Moments of a control are no use to another fit.
-            options.setdefault("keep", False)
+            if options.setdefault("keep", False) is None:
+                options["keep"] = False
         self.probe_ = probe.fit(view, **options)
         self.cache_id_, self.geometry_, self.split_ = X.id, X.head.geometry, "train"
         self.n_features_in_ = X.d_model
@@ -62,7 +65,10 @@ class ControlProbe(Params):
     def _check(self) -> None:
         if self.control not in CONTROLS:
             raise UsageError(f"control must be one of {', '.join(CONTROLS)}, not {self.control!r}")
-        offsets = np.atleast_1d(self.probe.get_params()["offset"])
+        params = self.probe.get_params()
+        if params.get("target") is not None:
+            raise UsageError("a control predicts the last layer; leave target out")
+        offsets = np.atleast_1d(params["offset"])
         if self.control == NextToken.name and min(offsets) < 1:
             raise UsageError(
                 "the next token is what is to be predicted at offset 0: the control next-token is "

@@ -1,21 +1,16 @@
-"""Moments: the sufficient statistics of pairs (residual_l[t], residual_L[t+N]), from one pass.
+"""Moments: the sufficient statistics of pairs (x, y), which merge in any order.
 
 A block's products are centred by the block's own mean and merged by the parallel update of Chan,
 Golub and LeVeque (1979); every accumulator is float64.
 """
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from ..cache.errors import CorruptError, UsageError
-from ..cache.jsonfile import read_json, write_json
-
-Pair = tuple[int, int]
-"""(layer, offset)."""
+from ..cache.errors import UsageError
+from ..cache.jsonfile import file_digest as file_digest
 
 PRODUCTS = ("float64", "float32")
 """Dtypes of block products; float32 takes half the time, at a relative error of about 1e-6."""
@@ -137,154 +132,3 @@ def gram(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def sum_of_squares(rows: np.ndarray) -> float:
     """Sum of all squared entries of `(n, d)` rows, float64."""
     return float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64))
-
-
-@dataclass(frozen=True, eq=False)
-class Shifted:
-    """The targets residual_L[t+N] of one block of whole sequences, for several offsets N."""
-
-    offsets: tuple[int, ...]
-    sources: list[np.ndarray]
-    """Rows t that have a target, per offset."""
-    tails: list[np.ndarray]
-    """The other rows: the last N of each sequence, per offset."""
-    means: list[np.ndarray]
-    """Mean of the targets, per offset, `(d_out,)`."""
-    squares: list[float]
-    """Sum of squares of the centred targets, per offset."""
-    targets: np.ndarray
-    """Centred targets at row t, offsets side by side, zero where t has none."""
-
-    @classmethod
-    def of(
-        cls, y: np.ndarray, lengths: np.ndarray, offsets: Sequence[int], products: str
-    ) -> "Shifted":
-        """Shift rows `y` `(n, d_out)` of sequences of the given `lengths`."""
-        left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(y)) - 1
-        width = y.shape[1]
-        found = cls(
-            tuple(offsets), [], [], [], [], np.zeros((len(y), width * len(offsets)), products)
-        )
-        for index, offset in enumerate(offsets):
-            source = np.flatnonzero(left >= offset)
-            mean, rows = np.zeros(width), np.zeros((0, width))
-            if len(source):
-                mean, rows = centred(y[source + offset], products)
-            found.targets[source, index * width : (index + 1) * width] = rows
-            found.sources.append(source)
-            found.tails.append(np.flatnonzero(left < offset))
-            found.means.append(mean)
-            found.squares.append(sum_of_squares(rows))
-        return found
-
-    def moments(self, x: np.ndarray) -> list[Moments]:
-        """Moments of rows `x` `(n, d_in)` of the same sequences with the targets, per offset."""
-        mean, rows = centred(x, str(self.targets.dtype))
-        whole, cross = gram(rows, rows), gram(rows, self.targets)
-        width = len(self.means[0])
-        out = []
-        for index, (source, tail) in enumerate(zip(self.sources, self.tails, strict=True)):
-            columns = slice(index * width, (index + 1) * width)
-            n, y_mean, yy = len(source), self.means[index], self.squares[index]
-            if n == 0:
-                out.append(Moments.zero(x.shape[1], width))
-            elif dominated(rows, tail, whole):
-                x_mean, own = centred(x[source], str(rows.dtype))
-                xy = gram(own, self.targets[source, columns])
-                out.append(Moments(n, x_mean, y_mean, gram(own, own), xy, yy))
-            else:
-                # Centred targets make the cross moments independent of the centre of x.
-                shift, xx = without(whole, rows[tail], n)
-                out.append(Moments(n, mean + shift, y_mean, xx, cross[:, columns], yy))
-        return out
-
-
-def dominated(rows: np.ndarray, tail: np.ndarray, whole: np.ndarray) -> bool:
-    """Whether taking `tail` away would cancel: over half of the rows, or of a column's squares."""
-    if 2 * len(tail) > len(rows):
-        return True
-    squares = np.square(rows[tail], dtype=np.float64).sum(axis=0)
-    return bool(np.any(2 * squares > np.diagonal(whole)))
-
-
-def without(whole: np.ndarray, tail: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and centred products of the `n` rows left when `tail` leaves rows of mean zero."""
-    if len(tail) == 0:
-        return np.zeros(len(whole)), whole
-    shift = -tail.sum(axis=0, dtype=np.float64) / n
-    root = shift * np.sqrt(n)
-    return shift, whole - gram(tail, tail) - np.outer(root, root)
-
-
-_MATRICES = ("mean_x", "mean_y", "xx", "xy")
-
-
-@dataclass(frozen=True, eq=False)
-class MomentSet:
-    """Moments per (layer, offset) and fold; saved, they give every ridge fit without a pass."""
-
-    pairs: Mapping[Pair, tuple[Moments, ...]]
-    """Moments of each fold, by (layer, offset)."""
-    cache_id: str | None = None
-    geometry: str | None = None
-    """Digest of the cache's head."""
-    split: str | None = None
-
-    def total(self, pair: Pair) -> Moments:
-        """The moments of all folds of `pair`."""
-        return merge_all(self.pairs[pair])
-
-    def save(self, path: str | Path) -> None:
-        """Write `moments.safetensors` (float64), then `moments.json`, into the folder `path`."""
-        from safetensors.numpy import save_file
-
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "moments.safetensors"
-        save_file(dict(self._tensors()), file)
-        table = [
-            {
-                "layer": layer,
-                "offset": offset,
-                "n": [m.n for m in parts],
-                "yy": [m.yy for m in parts],
-            }
-            for (layer, offset), parts in self.pairs.items()
-        ]
-        about = {"cache": self.cache_id, "geometry": self.geometry, "split": self.split}
-        write_json(folder / "moments.json", {**about, "pairs": table, "tensors": file_digest(file)})
-
-    def _tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        for (layer, offset), parts in self.pairs.items():
-            for fold, moments in enumerate(parts):
-                for name in _MATRICES:
-                    array = np.ascontiguousarray(getattr(moments, name))
-                    yield f"{layer}.{offset}.{fold}.{name}", array
-
-    @classmethod
-    def load(cls, path: str | Path) -> "MomentSet":
-        """Read a folder of `save`; raises `CorruptError` on any changed byte."""
-        from safetensors.numpy import load_file
-
-        folder = Path(path)
-        about = read_json(folder / "moments.json")
-        file = folder / "moments.safetensors"
-        if not file.is_file() or file_digest(file) != about.get("tensors"):
-            raise CorruptError(f"{file} is missing or was changed after it was written")
-        tensors = load_file(file)
-        pairs = {}
-        for row in about["pairs"]:
-            layer, offset = row["layer"], row["offset"]
-            pairs[layer, offset] = tuple(
-                Moments(
-                    n=n, yy=yy, **{k: tensors[f"{layer}.{offset}.{fold}.{k}"] for k in _MATRICES}
-                )
-                for fold, (n, yy) in enumerate(zip(row["n"], row["yy"], strict=True))
-            )
-        return cls(pairs, about["cache"], about["geometry"], about["split"])
-
-
-def file_digest(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,32 +1,45 @@
-"""Ridge probe: a linear map from a layer's residual stream to the last layer's, N tokens on."""
+"""Ridge probe: a linear map from a layer's residual stream to a later one's, N tokens on."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.utils.validation import check_is_fitted
+from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..cache.errors import NotFoundError, UsageError
 from ..cache.store import ActivationCache
-from .collect import Progress, collect, collect_passes, collect_rows, cores, one_blas_thread
-from .moments import PRODUCTS, MomentSet, Pair
+from .collect import Progress, check_rows, collect, collect_rows, cores, one_blas_thread
+from .moments import PRODUCTS
+from .momentset import MomentSet
+from .passes import Request
 from .readout import Batch
-from .solve import AffineMap, RidgeFit, fit_ridge, held_out_sse
+from .solve import AffineMap, RidgeFit, fit_targets, held_out_sse
+from .sums import Pair
+from .supply import Account, supply
 
 if TYPE_CHECKING:
     import torch
 
+Key = tuple[int, ...]
+"""(layer, offset), and the target layer where several were asked for."""
 
-class RidgeProbe(RegressorMixin, BaseEstimator):
+
+class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
     """Predicts residual_L[t+N] from residual_l[t] by ridge regression, for every layer and offset.
 
     `alpha` is scikit-learn's penalty (squared error + alpha |weight|^2, free intercept); without
     it, exact cross-validation over `folds` chooses one per (layer, offset) out of `alphas`
     (default: `GRID` times the mean eigenvalue of the second moments). `layers` defaults to all.
     `products="float32"` halves the time of the pass, at a relative error of about 1e-6 in the
-    moments. Read through the head, it is a lens (offset 0) or a future lens.
+    moments: on the sample model the penalties stay the same, R2 moves by 3e-7 and weights by 1e-4.
+    Read through the head, it is a lens (offset 0) or a future lens.
+
+    `target` is the layer that is predicted, by default L. Several give a map to each of them from
+    one pass; the keys of `maps_` and of the other fitted dictionaries are then (layer, offset,
+    target) and not (layer, offset).
     """
 
     kind = "ridge"
@@ -39,6 +52,7 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
         alphas: Sequence[float] | np.ndarray | None = None,
         folds: int = 5,
         products: str = "float64",
+        target: int | Sequence[int] | None = None,
     ) -> None:
         self.offset = offset
         self.layers = layers
@@ -46,6 +60,7 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
         self.alphas = alphas
         self.folds = folds
         self.products = products
+        self.target = target
 
     def fit(
         self,
@@ -54,31 +69,74 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
         *,
         client: Any = None,
         memory: int | None = None,
+        keep: bool | None = None,
         progress: Progress | None = None,
     ) -> "RidgeProbe":
         """Fit a cache (its train split), saved moments, or rows `X` `(n, d_in)`, `y` `(n, d_out)`.
 
         Rows are numpy or dask arrays and give one map; their folds are contiguous. `memory` is
-        the budget in bytes for a cache's moments, `client` one of `dask.distributed`.
+        the budget in bytes for a cache's moments, `client` one of `dask.distributed`. Moments
+        that were kept with the cache, or with one that it extends, are used again; `keep` says
+        whether new ones are kept (default: where they take at most a quarter of its bytes).
+        `moments_` says what happened.
         """
         self._check()
         if isinstance(X, ActivationCache):
-            passes = collect_passes(
-                X, self.layers, numbers(self.offset), folds=self.folds, products=self.products,
-                memory=memory, client=client, progress=progress,
+            targets = None if self.target is None else numbers(self.target)
+            request = Request.of(
+                X, self.layers, numbers(self.offset), targets, folds=self.folds,
+                products=self.products,
             )  # fmt: skip
-            return self._fit_all(passes, np.float32)
+            account = Account()
+            groups = supply(
+                X, request, keep=keep, memory=memory, client=client, progress=progress,
+                account=account,
+            )  # fmt: skip
+            self._fit_all(groups, np.float32)
+            self.moments_ = vars(account).copy()
+            return self
         if isinstance(X, MomentSet):
-            return self._fit_all([X], np.float32)
-        pair = (numbers(self.layers)[0] if self.layers else 0, numbers(self.offset)[0])
-        self._fit_all(
-            [MomentSet({pair: collect_rows(X, y, self.folds, self.products, client)})], None
+            return self._fit_all([self._chosen(X)], np.float32)
+        return self._fit_rows(X, y, client)
+
+    def _fit_rows(self, X: Any, y: Any, client: Any) -> "RidgeProbe":
+        X, y = self._rows(X, y)
+        flat = y.ndim == 1
+        pair = tuple(
+            numbers(given)[0] if given is not None else 0
+            for given in (self.layers, self.offset, self.target)
         )
-        self._is_flat = y.ndim == 1
-        found = self.maps_[pair]
-        self.coef_ = found.weight[:, 0] if self._is_flat else found.weight.T
-        self.intercept_ = found.bias[0] if self._is_flat else found.bias
+        folds = collect_rows(X, y, self.folds, self.products, client)
+        self._fit_all([MomentSet({pair: folds})], None)  # pyright: ignore[reportArgumentType]
+        self._is_flat = flat
+        found = self.map()
+        self.coef_ = found.weight[:, 0] if flat else found.weight.T
+        self.intercept_ = found.bias[0] if flat else found.bias
         return self
+
+    def _rows(self, X: Any, y: Any) -> tuple[Any, Any]:
+        """`X` and `y` as arrays that fit together; dask's are left lazy."""
+        if not is_lazy(X):
+            try:
+                X, y = validate_data(
+                    self, X, y, multi_output=True, y_numeric=True, dtype=(np.float64, np.float32)
+                )
+            except ValueError as error:
+                raise UsageError(
+                    f"{error}\nfit takes a cache, or two arrays: rows X (n, d_in) and targets y"
+                ) from None
+        check_rows(X, y, self.folds)
+        return X, y
+
+    def _chosen(self, moments: MomentSet) -> MomentSet:
+        """The moments of the targets asked for."""
+        there = {pair[2] for pair in moments.pairs}
+        if self.target is None and len(there) > 1:
+            raise UsageError(f"these moments have the targets {sorted(there)}: give target=")
+        asked = there if self.target is None else set(numbers(self.target))
+        if not asked <= there:
+            raise NotFoundError(f"these moments have the targets {sorted(there)}, not {asked}")
+        return moments.with_pairs({p: m for p, m in moments.pairs.items() if p[2] in asked})
 
     def _check(self) -> None:
         if self.alpha is not None and self.alphas is not None:
@@ -95,74 +153,103 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
 
     def _fit_all(self, passes: Iterable[MomentSet], dtype: Any) -> "RidgeProbe":
         self._clear()
+        found: dict[Key, RidgeFit] = {}
         for moments in passes:
             self.cache_id_, self.geometry_ = moments.cache_id, moments.geometry
-            self.split_ = moments.split
-            for pair, found in self._solve(moments).items():
-                self._keep(pair, found, found.map if dtype is None else found.map.astype(dtype))
+            self.split_, self.depth_ = moments.split, moments.depth
+            for pair, fitted in self._solve(moments).items():
+                rounded = fitted.map if dtype is None else fitted.map.astype(dtype)
+                found[pair] = replace(fitted, map=rounded)
             # Else these matrices would stay while the next pass makes its own.
             del moments
-        if not self.maps_:
+        if not found:
             raise UsageError("there are no moments to fit")
-        shape = next(iter(self.maps_.values())).weight.shape
-        self.n_features_in_ = shape[0]
+        for pair in sorted(found):
+            self._keep(pair, found[pair])
+        self.n_features_in_ = len(self.maps_[next(iter(self.maps_))].weight)
         return self
 
     def _clear(self) -> None:
-        self.maps_: dict[Pair, AffineMap] = {}
-        self.alpha_: dict[Pair, float] = {}
-        self.alphas_: dict[Pair, np.ndarray] = {}
-        self.cv_mse_path_: dict[Pair, np.ndarray] = {}
-        self.r2_: dict[Pair, float] = {}
-        self.mse_: dict[Pair, float] = {}
-        self.n_: dict[Pair, int] = {}
+        self.maps_: dict[Key, AffineMap] = {}
+        self.alpha_: dict[Key, float] = {}
+        self.alphas_: dict[Key, np.ndarray] = {}
+        self.cv_mse_path_: dict[Key, np.ndarray] = {}
+        self.r2_: dict[Key, float] = {}
+        self.mse_: dict[Key, float] = {}
+        self.n_: dict[Key, int] = {}
+        self.target_: dict[Key, int] = {}
         self._is_flat = False
-        self._tensors: dict[tuple[Pair, str], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tensors: dict[tuple[Key, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _solve(self, moments: MomentSet) -> dict[Pair, RidgeFit]:
         from dask.base import compute
         from dask.delayed import delayed
 
-        calls = [
-            partial(fit_ridge, folds, self.alpha, self.alphas, f"layer {pair[0]}, offset {pair[1]}")
-            for pair, folds in moments.pairs.items()
-        ]
-        work = [delayed(call, pure=False)() for call in calls]
+        sources: dict[tuple[int, int], list[Pair]] = {}
+        for pair in moments.pairs:
+            sources.setdefault(pair[:2], []).append(pair)
+        work: list[Any] = []
+        for (layer, offset), pairs in sources.items():
+            folds, what = [moments.pairs[p] for p in pairs], f"layer {layer}, offset {offset}"
+            call = partial(fit_targets, folds, self.alpha, self.alphas, what)
+            work.append(delayed(call, pure=False)())
         with one_blas_thread():
             found = compute(*work, scheduler="threads", num_workers=cores())
-        return dict(zip(moments.pairs, found, strict=True))
+        fits = zip(sources.values(), found, strict=True)
+        return {p: fit for pairs, some in fits for p, fit in zip(pairs, some, strict=True)}
 
-    def _keep(self, pair: Pair, found: RidgeFit, fitted: AffineMap) -> None:
-        self.maps_[pair] = fitted
-        self.alpha_[pair] = found.alpha
-        self.alphas_[pair] = found.alphas
-        self.cv_mse_path_[pair] = found.path
-        self.r2_[pair], self.mse_[pair], self.n_[pair] = found.r2, found.mse, found.n
+    def _keep(self, pair: Key, found: RidgeFit) -> None:
+        key = pair if isinstance(self.target, Iterable) else pair[:2]
+        self.maps_[key], self.target_[key] = found.map, pair[2]
+        self.alpha_[key] = found.alpha
+        self.alphas_[key] = found.alphas
+        self.cv_mse_path_[key] = found.path
+        self.r2_[key], self.mse_[key], self.n_[key] = found.r2, found.mse, found.n
 
     def pairs(self) -> list[tuple[int | None, int]]:
         """The fitted (layer, offset) pairs."""
         check_is_fitted(self, "maps_")
-        return list(self.maps_)
+        return list(dict.fromkeys((key[0], key[1]) for key in self.maps_))
 
-    def map(self, layer: int | None = None, offset: int | None = None) -> AffineMap:
-        """The map of a (layer, offset); either may be left out where only one was fitted."""
-        pair = self._pair(layer, offset)
-        return self.maps_[pair]
+    def map(
+        self, layer: int | None = None, offset: int | None = None, target: int | None = None
+    ) -> AffineMap:
+        """The map of a (layer, offset, target); what only one was fitted of may be left out."""
+        key = self._pair(layer, offset, target)
+        return self.maps_[key]
 
-    def _pair(self, layer: int | None, offset: int | None) -> Pair:
+    def _pair(self, layer: int | None, offset: int | None, target: int | None = None) -> Key:
         check_is_fitted(self, "maps_")
-        found = [p for p in self.maps_ if layer in (None, p[0]) and offset in (None, p[1])]
+        found = [
+            key
+            for key, to in self.target_.items()
+            if layer in (None, key[0]) and offset in (None, key[1]) and target in (None, to)
+        ]
         if len(found) == 1:
             return found[0]
-        fitted = ", ".join(f"({la}, {n})" for la, n in self.maps_)
+        several = isinstance(self.target, Iterable)
+        names = "(layer, offset, target)" if several else "(layer, offset)"
+        fitted = ", ".join(map(str, self.maps_))
         if not found:
-            raise NotFoundError(f"no map for layer {layer}, offset {offset}; fitted are {fitted}")
-        raise UsageError(f"name a layer and an offset; fitted (layer, offset) are {fitted}")
+            wanted = f"layer {layer}, offset {offset}"
+            wanted += f", target {target}" if target is not None else ""
+            raise NotFoundError(f"no map for {wanted}; fitted are {fitted}")
+        raise UsageError(
+            f"name a layer and an offset{', and a target' * several}; fitted {names} are {fitted}"
+        )
 
-    def predict(self, X: Any, layer: int | None = None, offset: int | None = None) -> Any:
+    def predict(
+        self, X: Any, layer: int | None = None, offset: int | None = None,
+        target: int | None = None,
+    ) -> Any:  # fmt: skip
         """The predicted residual_L[t+N] of rows `(n, d_in)`, `(n, d_out)`; dask stays lazy."""
-        found, X = self.map(layer, offset), X if hasattr(X, "ndim") else np.asarray(X)
-        if X.ndim != 2 or X.shape[1] != len(found.weight):
+        found = self.map(layer, offset, target)
+        if not is_lazy(X):
+            try:
+                X = validate_data(self, X, reset=False, dtype=(np.float64, np.float32))
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+        elif X.ndim != 2 or X.shape[1] != len(found.weight):
             raise UsageError(f"expected rows (n, {len(found.weight)}), found shape {X.shape}")
         out = found(X)
         return out[:, 0] if self._is_flat else out
@@ -174,20 +261,26 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
         *,
         layer: int | None = None,
         offset: int | None = None,
+        target: int | None = None,
         split: str = "validation",
+        client: Any = None,
     ) -> float:
         """R2 of all outputs together (`r2_score(multioutput="variance_weighted")`).
 
-        `X` is a cache, of which `split` is read, or rows with their targets `y`.
+        `X` is a cache, of which `split` is read (on the cluster of `client`, if given), or rows
+        with their targets `y`.
         """
-        pair = self._pair(layer, offset)
+        key = self._pair(layer, offset, target)
         if isinstance(X, ActivationCache):
-            moments = collect(X, pair[:1], pair[1:], folds=1, split=split).total(pair)
+            asked = [[key[0]], [key[1]], [self.target_[key]]]
+            moments = collect(X, *asked, folds=1, split=split, client=client).total(*key[:2])
             if moments.n == 0:
-                raise UsageError(f"split {split!r} has no pair at offset {pair[1]}")
-            sse, spread = held_out_sse(self.maps_[pair], moments), moments.yy
+                raise UsageError(f"split {split!r} has no pair at offset {key[1]}")
+            sse, spread = held_out_sse(self.maps_[key], moments), moments.yy
         else:
-            sse = float(((y - self.predict(X, *pair)) ** 2).sum())
+            y = y if is_lazy(y) else np.asarray(y, np.float64)
+            predicted = self.predict(X, key[0], key[1], self.target_[key])
+            sse = float(((y - predicted) ** 2).sum())
             spread = float(((y - y.mean(axis=0)) ** 2).sum())
         return 1 - sse / spread if spread else float(sse == 0)
 
@@ -197,7 +290,13 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
 
         if batch.hidden is None:
             raise UsageError("the ridge probe reads a layer; this batch has none")
-        pair, device = self._pair(layer, offset), str(batch.hidden.device)
+        several = isinstance(self.target, Iterable)
+        pair = self._pair(layer, offset, self.depth_ if several else None)
+        if self.depth_ not in (None, self.target_[pair]):
+            raise UsageError(
+                f"this map predicts layer {self.target_[pair]}; the head reads layer {self.depth_}"
+            )
+        device = str(batch.hidden.device)
         if (pair, device) not in self._tensors:
             found = self.maps_[pair].astype(np.float32)
             arrays = found.weight, found.bias
@@ -211,14 +310,15 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
         check_is_fitted(self, "maps_")
         return [
             {
-                "layer": pair[0],
-                "offset": pair[1],
-                "alpha": self.alpha_[pair],
-                "r2": self.r2_[pair],
-                "mse": self.mse_[pair],
-                "n": self.n_[pair],
+                "layer": key[0],
+                "offset": key[1],
+                **({} if self.target is None else {"target": self.target_[key]}),
+                "alpha": self.alpha_[key],
+                "r2": self.r2_[key],
+                "mse": self.mse_[key],
+                "n": self.n_[key],
             }
-            for pair in self.maps_
+            for key in self.maps_
         ]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -230,15 +330,17 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What `save_probe` writes: a JSON object and tensors."""
         rows = [{k: None if v != v else v for k, v in row.items()} for row in self.metrics()]
+        for row, target in zip(rows, self.target_.values(), strict=True):
+            row["target"] = target
         about = {"cache": self.cache_id_, "geometry": self.geometry_, "split": self.split_}
-        config = {**about, "d_model": self.n_features_in_, "flat": self._is_flat, "pairs": rows}
+        about |= {"d_model": self.n_features_in_, "flat": self._is_flat, "depth": self.depth_}
         tensors = {}
-        for (layer, offset), found in self.maps_.items():
-            key = f"{layer}.{offset}"
-            tensors[f"{key}.weight"], tensors[f"{key}.bias"] = found.weight, found.bias
-            tensors[f"{key}.alphas"] = self.alphas_[layer, offset]
-            tensors[f"{key}.path"] = self.cv_mse_path_[layer, offset]
-        return config, tensors
+        for key, found in self.maps_.items():
+            name = ".".join(map(str, key))
+            tensors[f"{name}.weight"], tensors[f"{name}.bias"] = found.weight, found.bias
+            tensors[f"{name}.alphas"] = self.alphas_[key]
+            tensors[f"{name}.path"] = self.cv_mse_path_[key]
+        return {**about, "pairs": rows}, tensors
 
     @classmethod
     def restore(
@@ -249,19 +351,26 @@ class RidgeProbe(RegressorMixin, BaseEstimator):
         probe._clear()
         probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
         probe.split_, probe._is_flat = config["split"], config["flat"]
-        probe.n_features_in_ = config["d_model"]
+        probe.n_features_in_, probe.depth_ = config["d_model"], config.get("depth")
+        several = isinstance(probe.target, Iterable)
         for row in config["pairs"]:
-            pair = row["layer"], row["offset"]
+            # Probes of the first version knew no target but layer L.
+            pair = row["layer"], row["offset"], row.get("target", probe.depth_)
+            name = ".".join(map(str, pair if several else pair[:2]))
             weight, bias, alphas, path = (
-                tensors[f"{pair[0]}.{pair[1]}.{name}"]
-                for name in ("weight", "bias", "alphas", "path")
+                tensors[f"{name}.{kind}"] for kind in ("weight", "bias", "alphas", "path")
             )
             r2 = np.nan if row["r2"] is None else row["r2"]
             found = AffineMap(weight, bias)
-            probe._keep(pair, RidgeFit(found, row["alpha"], alphas, path, r2, row["n"]), found)
+            probe._keep(pair, RidgeFit(found, row["alpha"], alphas, path, r2, row["n"]))
         return probe
 
 
 def numbers(value: int | Iterable[int]) -> tuple[int, ...]:
     """A tuple of one number or several."""
     return tuple(int(v) for v in value) if isinstance(value, Iterable) else (int(value),)
+
+
+def is_lazy(rows: Any) -> bool:
+    """Whether `rows` are of dask, which only computes what it is asked for."""
+    return hasattr(rows, "__dask_graph__")

@@ -13,6 +13,8 @@ from .moments import Moments, merge_all
 GRID = np.logspace(-7, 2, 19)
 """Default penalties, in units of the mean eigenvalue of the second moments."""
 Penalties = Sequence[float] | np.ndarray | None
+Spectrum = tuple[np.ndarray, np.ndarray]
+"""Eigenvalues, ascending, and eigenvectors of second moments."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +55,25 @@ class RidgeFit:
         return float(self.path[np.flatnonzero(self.alphas == self.alpha)[0]])
 
 
+def fit_targets(
+    targets: Sequence[Sequence[Moments]], alpha: float | None, alphas: Penalties, what: str
+) -> list[RidgeFit]:
+    """`fit_ridge` of several targets of the same rows x, whose spectra are computed once."""
+    spectra: dict[int, Spectrum] | None = {} if len(targets) > 1 else None
+    return [fit_ridge(folds, alpha, alphas, what, spectra) for folds in targets]
+
+
 def fit_ridge(
-    folds: Sequence[Moments], alpha: float | None, alphas: Penalties, what: str
+    folds: Sequence[Moments],
+    alpha: float | None,
+    alphas: Penalties,
+    what: str,
+    spectra: dict[int, Spectrum] | None = None,
 ) -> RidgeFit:
     """Choose a penalty by exact cross-validation over `folds`, then fit all pairs with it.
 
-    `what` names the pairs in messages. Raises `UsageError` if they cannot be fitted.
+    `what` names the pairs in messages; `spectra`, if given, keeps those of the training moments
+    per fold for further targets. Raises `UsageError` if the pairs cannot be fitted.
     """
     total = merge_all(folds)
     if total.n == 0:
@@ -66,7 +81,7 @@ def fit_ridge(
     if not (np.isfinite(total.yy) and np.isfinite(np.trace(total.xx))):
         raise UsageError(f"{what}: the rows hold values that are not finite")
     tried = np.array([alpha]) if alpha is not None else penalties(total, alphas)
-    path, held = cross_validate(folds, tried)
+    path, held = cross_validate(folds, tried, spectra)
     if not held and alpha is None:
         raise UsageError(
             f"{what}: choosing a penalty needs pairs in at least two folds; "
@@ -86,7 +101,9 @@ def penalties(total: Moments, alphas: Penalties) -> np.ndarray:
     return GRID * (np.trace(total.xx) / len(total.xx) or 1.0)
 
 
-def cross_validate(folds: Sequence[Moments], alphas: np.ndarray) -> tuple[np.ndarray, int]:
+def cross_validate(
+    folds: Sequence[Moments], alphas: np.ndarray, spectra: dict[int, Spectrum] | None = None
+) -> tuple[np.ndarray, int]:
     """Mean squared error per penalty over all held-out pairs, and the number of those pairs."""
     sse, held = np.zeros(len(alphas)), 0
     for number, fold in enumerate(folds):
@@ -95,22 +112,32 @@ def cross_validate(folds: Sequence[Moments], alphas: np.ndarray) -> tuple[np.nda
         if fold.n == 0 or not any(other.n for other in others):
             continue
         train = merge_all(others)
-        sse += path_sse(train, fold, alphas)
+        spectrum = None
+        if len(alphas) > 1:
+            spectrum = None if spectra is None else spectra.get(number)
+            if spectrum is None:
+                values, vectors = np.linalg.eigh(train.xx)
+                spectrum = values, vectors
+            if spectra is not None:
+                spectra[number] = spectrum
+        sse += path_sse(train, fold, alphas, spectrum)
         held += fold.n
     width = len(folds[0].mean_y)
     return (sse / (held * width) if held else np.full(len(alphas), np.nan)), held
 
 
-def path_sse(train: Moments, held: Moments, alphas: np.ndarray) -> np.ndarray:
+def path_sse(
+    train: Moments, held: Moments, alphas: np.ndarray, spectrum: Spectrum | None = None
+) -> np.ndarray:
     """Squared error on `held` of the ridge solutions of `train`, one per penalty.
 
-    With Q, lam the eigenvectors and values of the training moments, a solution is
-    Q diag(1 / (lam + alpha)) Q'Sxy, so each penalty costs O(d^2). Computed in float64 as a
+    With Q, lam the eigenvectors and values of the training moments (the `spectrum`), a solution
+    is Q diag(1 / (lam + alpha)) Q'Sxy, so each penalty costs O(d^2). Computed in float64 as a
     difference of sums: exact down to about 1e-14 of the sum of squares of y.
     """
-    if len(alphas) == 1:
-        return np.array([held_out_sse(solve(train, float(alphas[0])), held)])
-    values, vectors = np.linalg.eigh(train.xx)
+    if spectrum is None:
+        return np.array([held_out_sse(solve(train, float(alpha)), held) for alpha in alphas])
+    values, vectors = spectrum
     cross = vectors.T @ train.xy
     linear = np.einsum("ij,ij->i", cross, vectors.T @ held.xy)
     quadratic = vectors.T @ held.xx @ vectors

@@ -103,7 +103,8 @@ def test_a_damaged_cache_gives_exit_code_4(tmp_path: Path, root: Path, tiny_cach
     import shutil
 
     copy = tmp_path / tiny_cache.id
-    shutil.copytree(tiny_cache.path, copy)
+    # Kept moments would be read instead of the rows.
+    shutil.copytree(tiny_cache.path, copy, ignore=shutil.ignore_patterns("moments"))
     shard = copy / "arrays.zarr/residual/1/c/0/0"
     data = bytearray(shard.read_bytes())
     data[100] ^= 1

@@ -215,6 +215,10 @@ def test_mistakes_are_said(tiny_cache):
         ControlProbe(ridge, "shufled").fit(tiny_cache)
     with pytest.raises(UsageError, match="fitted on a cache"):
         ControlProbe(ridge).fit(np.zeros((3, 2)))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="leave target out"):
+        ControlProbe(RidgeProbe(target=1)).fit(tiny_cache)
+    with pytest.raises(UsageError, match="leave keep out"):
+        ControlProbe(ridge).fit(tiny_cache, keep=True)
     with pytest.raises(UsageError, match="leave client= out"):
         ControlProbe(ridge).fit(tiny_cache, client=object())
     with pytest.raises(NotFoundError, match="layer 9"):

@@ -242,3 +242,53 @@ def test_pickled_weights_are_not_read(model_folder: Path, texts_file: Path, tmp_
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ModelError, match="pickled weights are not read"):
         residua.extract(str(folder), str(texts_file), root=tmp_path / "root")
+
+
+def test_rows_longer_than_the_context_are_counted(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    import tokenizers
+
+    from residua.cache.jsonfile import read_json
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    rows = [json.loads(line)["text"] for line in texts_file.read_text().splitlines()]
+    extra = [max(0, len(tokenizer.encode(row).ids) - 32) for row in rows]
+    want = {"sequences": sum(n > 0 for n in extra), "tokens": sum(extra)}
+    assert want["sequences"] > 3
+    part = tmp_path / "part.jsonl"
+    part.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[:50]))
+    options = {"root": tmp_path, "context": 32, "pack": False}
+    first = run(Request(str(model_folder), str(part), **options))
+    found = {"sequences": sum(n > 0 for n in extra[:50]), "tokens": sum(extra[:50])}
+    assert first.cut == read_json(first.cache.path / "provenance.json")["cut"] == found
+    done = run(Request(str(model_folder), str(texts_file), **options))
+    assert done.status == "extended"
+    again = run(Request(str(model_folder), str(texts_file), **options))
+    for one in (done, again):
+        assert one.to_dict()["cut"] == want
+    assert read_json(done.cache.path / "provenance.json")["cut"] == want
+    packed = run(Request(str(model_folder), str(texts_file), root=tmp_path, context=32))
+    assert packed.cut == {"sequences": 0, "tokens": 0}
+
+
+def test_people_are_told_what_was_cut_off(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    from residua.cli import main
+
+    args = [
+        "extract",
+        str(model_folder),
+        str(texts_file),
+        "--context",
+        "32",
+        "--root",
+        str(tmp_path),
+    ]
+    for more in (["--dry-run", "--no-pack"], ["--no-pack"]):
+        said = CliRunner().invoke(main, args + more).stdout
+        assert "documents are longer than the context" in said
+    assert "longer than the context" not in CliRunner().invoke(main, args).stdout

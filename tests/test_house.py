@@ -13,7 +13,7 @@ ROOMS = ("cache", "probes", "analysis")
 DOORS = {
     "zarr": {"cache/writer.py", "cache/array.py"},
     "numcodecs": {"cache/codec.py"},
-    "transformers": {"cache/model.py", "cache/extract.py"},
+    "transformers": {"cache/model.py", "cache/make.py"},
     "datasets": {"cache/data.py"},
     "click": {"cli.py", "analysis/command.py"},
 }

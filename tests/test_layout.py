@@ -85,6 +85,20 @@ def test_part_positions_are_rounded_down_to_whole_chunks(d_model, part_positions
     assert layout.chunk_rows & (layout.chunk_rows - 1) == 0
 
 
+@pytest.mark.parametrize("part_positions", [None, 1, 100, 5000])
+@pytest.mark.parametrize("positions", [1, 2, 3, 64, 100, 1023, 1024, 1025, 2048, 10**6])
+def test_a_cache_smaller_than_a_chunk_has_a_small_one(positions, part_positions):
+    whole = Layout.choose(768, 2, part_positions)
+    layout = whole.shrunk(positions)
+    assert layout.shrunk(positions) == layout
+    if positions >= whole.chunk_rows:
+        assert layout == whole
+    else:
+        assert layout.chunk_rows == layout.part_rows <= whole.chunk_rows
+        assert positions <= layout.chunk_rows < 2 * positions
+        assert layout.parts(positions) == 1
+
+
 @pytest.mark.parametrize("positions", [1, 255, 256, 257, 600, 1024])
 def test_parts_cover_every_row_once(positions):
     layout = Layout(64, 256)

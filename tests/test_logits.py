@@ -28,6 +28,7 @@ from residua.cache.store import ActivationCache
 from residua.cache.verify import verify
 from residua.cli import main
 
+from . import models
 from .models import build_tokenizer, save_model, texts
 from .synthetic import random_head
 
@@ -383,9 +384,9 @@ def test_a_dry_run_knows_the_logits(
 def test_batches_of_wide_rows_are_small(
     model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from residua.cache import extract
+    from residua.cache import make
 
-    monkeypatch.setattr(extract, "LOGITS_BATCH_BYTES", 600 * 130)
+    monkeypatch.setattr(make, "LOGITS_BATCH_BYTES", 600 * 130)
     asked = ask(model_folder, texts_file, tmp_path, logits="full", batch_tokens=None, pack=False)
     cache = run(asked).cache
     assert cache.manifest.batch_tokens == 130
@@ -473,9 +474,15 @@ def test_a_tie_in_the_model_is_no_flip() -> None:
     assert found.modes["full"].flips == 0
 
 
-def test_a_softcap_is_in_the_logits(texts_file: Path, tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "model", "gemma2")
+@pytest.mark.parametrize(("kind", "head"), [("gemma2", "explicit"), ("opt", "program")])
+def test_softcaps_and_recorded_tails_are_in_the_logits(
+    texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, head: str
+) -> None:
+    # An opt whose embedding is narrower than its stream has a tail that no formula gives.
+    monkeypatch.setitem(models.CONFIGS, "opt", {**models.CONFIGS["opt"], "word_embed_proj_dim": 16})
+    folder = save_model(tmp_path / "model", kind)
     cache = run(ask(folder, texts_file, tmp_path, logits="topk:3", context=32)).cache
+    assert cache.head.kind == head
     want = model_logits(folder, cache)
     check_top(want, computed(cache.topk()), 3, float(np.abs(want).max()) * 2.0**-11 + 1e-4)
 

@@ -89,6 +89,15 @@ def test_a_whole_cache_needs_no_model(tiny_cache: ActivationCache) -> None:
     assert json.loads(CliRunner().invoke(main, args).stdout)["mended"] == []
 
 
+def test_a_model_that_is_not_found_is_asked_for(damaged: Path, model_folder: Path) -> None:
+    assert ActivationCache(damaged).manifest.model_name == model_folder.name
+    flip(damaged / "arrays.zarr/residual/1/c/0/0", 5)
+    (damaged / "local.json").unlink()  # as after a pull
+    with pytest.raises(ModelError, match="say where the model is with --model"):
+        repair(damaged)
+    assert repair(damaged, str(model_folder)).ok
+
+
 def test_another_model_does_not_repair(damaged: Path, tmp_path: Path) -> None:
     flip(damaged / "arrays.zarr/residual/1/c/0/0", 5)
     other = save_model(tmp_path / "other", seed=11)

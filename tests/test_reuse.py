@@ -199,3 +199,30 @@ def test_layers_out_of_range_are_refused(
     with pytest.raises(UsageError, match="layer 40 is not in this model; it has layers 0-3"):
         run(ask(model_folder, texts_file, tmp_path, layers=(0, 40)))
     assert not list(tmp_path.glob("*/manifest.json"))
+
+
+def test_a_cache_of_few_rows_is_small_and_grows_into_the_layout_of_its_size(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    few, more = tmp_path / "few.jsonl", tmp_path / "more.jsonl"
+    lines = texts_file.read_text().splitlines(keepends=True)
+    few.write_text("".join(lines[:3]))
+    more.write_text("".join(lines[:40]))
+    options = {"pack": False, "context": 64, "dtype": "float32"}
+    small = residua.extract(model_folder, few, root=tmp_path / "root", **options)
+    assert small.positions <= small.manifest.layout.chunk_rows < 2 * small.positions
+    shards = list((small.path / "arrays.zarr/residual").glob("*/c/0/0"))
+    row = 4 * small.d_model
+    assert all(path.stat().st_size < 2 * small.positions * row + 100 for path in shards)
+    grown = residua.extract(model_folder, more, root=tmp_path / "root", **options)
+    alone = residua.extract(model_folder, more, root=tmp_path / "alone", **options)
+    assert grown.manifest.extra["extends"] == small.id
+    assert grown.manifest.layout == alone.manifest.layout != small.manifest.layout
+    assert residua.verify(grown.path).ok
+    order = [np.argsort(cache.sequence_hash) for cache in (grown, alone)]
+    rows = [cache.rows(numbers) for cache, numbers in zip((grown, alone), order, strict=True)]
+    for layer in alone.layers:
+        np.testing.assert_allclose(
+            grown.layer(layer).take(rows[0]), alone.layer(layer).take(rows[1]), rtol=0, atol=2e-5
+        )
+    np.testing.assert_array_equal(small.layer(1)[:], grown.layer(1)[: small.positions])

@@ -50,10 +50,10 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
 
 
 def train_pairs(
-    cache: ActivationCache, layer: int, offset: int
+    cache: ActivationCache, layer: int, offset: int, target: int = DEPTH
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows x, y in float64 and the fold of each, sequence by sequence."""
-    x, y = (np.asarray(cache.layer(number)[:], np.float64) for number in (layer, cache.depth))
+    x, y = (np.asarray(cache.layer(number)[:], np.float64) for number in (layer, target))
     folds = folds_of(cache.sequence_hash, FOLDS)
     found: list[tuple[int, int, int]] = []
     for number in cache.split("train"):
@@ -112,6 +112,71 @@ def test_all_pairs_at_once_equal_each_alone(noisy: ActivationCache) -> None:
         alone = RidgeProbe(offset, [layer], folds=FOLDS).fit(noisy)
         assert alone.alpha_[layer, offset] == pytest.approx(probe.alpha_[layer, offset], rel=1e-12)
         np.testing.assert_allclose(alone.map().weight, probe.map(layer, offset).weight, rtol=1e-6)
+
+
+def test_maps_between_any_layers_equal_sklearn(noisy: ActivationCache) -> None:
+    """Forwards, backwards and to itself, several targets in one pass."""
+    probe = RidgeProbe((0, 3), alpha=2.0, folds=FOLDS, target=[0, 1]).fit(noisy)
+    assert list(probe.maps_) == [
+        (layer, offset, target) for layer in range(3) for offset in (0, 3) for target in (0, 1)
+    ]
+    for (layer, offset, target), found in probe.maps_.items():
+        x, y, _ = train_pairs(noisy, layer, offset, target)
+        expected = Ridge(alpha=2.0).fit(x, y)
+        np.testing.assert_allclose(found.weight.T, expected.coef_, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.bias, expected.intercept_, rtol=1e-5, atol=1e-6)
+        alone = RidgeProbe(offset, [layer], alpha=2.0, folds=FOLDS, target=target).fit(noisy)
+        np.testing.assert_allclose(alone.maps_[layer, offset].weight, found.weight, rtol=1e-5)
+        assert alone.metrics()[0] == pytest.approx(
+            next(row for row in probe.metrics() if (row["layer"], row["offset"], row["target"])
+                 == (layer, offset, target)), rel=1e-9)  # fmt: skip
+
+
+def test_a_map_to_another_layer_is_scored_and_saved(noisy: ActivationCache, tmp_path: Path) -> None:
+    probe = RidgeProbe(1, [0], folds=FOLDS, target=(1, DEPTH)).fit(noisy)
+    loaded = load_probe(save_probe(probe, tmp_path))
+    for target in (1, DEPTH):
+        x, y, _ = train_pairs(noisy, 0, 1, target)
+        expected = r2_score(y, loaded.predict(x, target=target), multioutput="variance_weighted")
+        found = loaded.score(noisy, target=target, split="train")
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert loaded.metrics() == probe.metrics()
+    with pytest.raises(UsageError, match="and a target; fitted"):
+        loaded.map(0, 1)
+    with pytest.raises(NotFoundError, match="target 0; fitted are"):
+        loaded.map(target=0)
+
+
+def test_the_head_reads_maps_to_the_last_layer_only(noisy: ActivationCache) -> None:
+    both = RidgeProbe(0, [0], target=[1, DEPTH]).fit(noisy)
+    lens = RidgeProbe(0, [0]).fit(noisy)
+    assert both.pairs() == lens.pairs() == [(0, 0)]
+    assert torch.equal(readings(both, noisy)[0], readings(lens, noisy)[0])
+    with pytest.raises(UsageError, match="predicts layer 1; the head reads layer 2"):
+        readings(RidgeProbe(0, [0], target=1).fit(noisy), noisy)
+
+
+def test_moments_of_several_targets_are_chosen_from(noisy: ActivationCache) -> None:
+    moments = collect(noisy, [0], [1], [0, 1, 2], folds=FOLDS)
+    found = RidgeProbe(target=1).fit(moments)
+    expected = RidgeProbe(1, [0], folds=FOLDS, target=1).fit(noisy)
+    np.testing.assert_allclose(found.map(0, 1).weight, expected.map(0, 1).weight, rtol=1e-6)
+    with pytest.raises(UsageError, match="give target="):
+        RidgeProbe().fit(moments)
+    with pytest.raises(NotFoundError, match=r"not \{4\}"):
+        RidgeProbe(target=4).fit(moments)
+
+
+def test_a_probe_of_the_first_version_still_loads(noisy: ActivationCache, tmp_path: Path) -> None:
+    """It knew no `target` and no `depth`."""
+    probe = RidgeProbe((0, 1), [0, 1], alpha=1.0).fit(noisy)
+    config, tensors = probe.state()
+    params = {k: v for k, v in probe.get_params().items() if k != "target"}
+    rows = [{k: v for k, v in row.items() if k != "target"} for row in config["pairs"]]
+    old = {**{k: v for k, v in config.items() if k != "depth"}, "pairs": rows}
+    loaded = RidgeProbe.restore(params, old, tensors)
+    for mine, theirs in zip(readings(loaded, noisy), readings(probe, noisy), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_saved_moments_give_the_same_fit(noisy: ActivationCache) -> None:
@@ -329,7 +394,7 @@ def test_which_map_must_be_clear(noisy: ActivationCache) -> None:
         probe.predict(rows, layer=0)
     with pytest.raises(NotFoundError, match="no map for layer 2"):
         probe.predict(rows, layer=2, offset=0)
-    with pytest.raises(UsageError, match=r"expected rows \(n, 10\), found shape \(3, 9\)"):
+    with pytest.raises(UsageError, match="X has 9 features, but RidgeProbe is expecting 10"):
         probe.predict(rows[:, 1:], 0, 0)
 
 
@@ -343,7 +408,7 @@ def test_which_map_must_be_clear(noisy: ActivationCache) -> None:
         ({"alphas": []}, "finite and 0 or more"),
         ({"folds": 1}, "at least 2 folds"),
         ({"products": "float8"}, "products must be one of"),
-        ({"offset": []}, "at least one layer and one offset"),
+        ({"offset": []}, "at least one layer, one offset and one target"),
     ],
 )
 def test_requests_that_cannot_be_right_are_refused(
@@ -355,14 +420,14 @@ def test_requests_that_cannot_be_right_are_refused(
 
 def test_rows_that_cannot_be_fitted_are_refused() -> None:
     x, y = np.zeros((4, 3)), np.zeros((4, 2))
-    with pytest.raises(UsageError, match=r"found \(4, 3\) and \(3, 2\)"):
+    with pytest.raises(UsageError, match=r"inconsistent numbers of samples: \[4, 3\]"):
         RidgeProbe().fit(x, y[1:])
     with pytest.raises(UsageError, match="fit takes a cache, or two arrays"):
         RidgeProbe().fit(x)
-    with pytest.raises(UsageError, match="4 rows cannot be cut into 5 folds"):
+    with pytest.raises(UsageError, match="n_samples=4 rows cannot be cut into 5 folds"):
         RidgeProbe().fit(x, y)
     x[1, 1] = np.nan
-    with pytest.raises(UsageError, match="not finite"):
+    with pytest.raises(UsageError, match="contains NaN"):
         RidgeProbe(folds=2).fit(x, y)
 
 

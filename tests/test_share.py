@@ -5,6 +5,7 @@ package calls; `test_the_client_has_what_is_called` holds those to the installed
 """
 
 import inspect
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from huggingface_hub import errors as hub_errors
 
+import residua
 from residua.cache import hub as limits
 from residua.cache.card import NO_LICENCE, card, size_category
 from residua.cache.errors import (
@@ -175,6 +177,28 @@ def test_leases_temporary_files_and_dead_shards_stay_at_home(hub, cache):
     pushed = files(hub.root / REPO / "main")
     assert not [n for n in pushed if "lock" in n or "tmp" in n or n.endswith("c/9/0")]
     assert "journal/base.json" in pushed
+
+
+def test_nothing_that_is_shared_names_a_folder_of_this_machine(
+    hub, model_folder, texts_file, tmp_path
+):
+    home = tmp_path / "home-of-jane-doe"
+    model, data = home / "model", home / "texts.jsonl"
+    shutil.copytree(model_folder, model)
+    shutil.copyfile(texts_file, data)
+    for name in ("config.json", "tokenizer_config.json"):
+        value = json.loads((model / name).read_text())
+        value |= {"_name_or_path": str(model), "notes": {"name_or_path": str(model)}}
+        (model / name).write_text(json.dumps(value))
+    made = residua.extract(model, data, root=tmp_path / "root", context=64, max_tokens=2000)
+    push(made, REPO)
+    residua.export(made, tmp_path / "export")
+    shared = [*hub.folder(REPO, None).rglob("*"), *(tmp_path / "export").rglob("*")]
+    assert len(shared) > 30
+    for path in shared:
+        assert path.is_dir() or b"jane-doe" not in path.read_bytes(), path
+    assert b"jane-doe" in (made.path / "local.json").read_bytes()
+    assert verify(made.path).ok
 
 
 def test_a_cache_that_is_there_is_not_downloaded_again(hub, cache, tmp_path):

@@ -1,0 +1,261 @@
+"""Moments kept with a cache: found again, completed, and brought up to date when it has grown.
+
+Each folder `<cache>/moments/<name>/` was written by `MomentSet.save`; it is whole or not there at
+all, and never rewritten. The format page has the rules.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from ..cache.errors import CorruptError, NotFoundError
+from ..cache.jsonfile import digest, read_json, sync_folder
+from ..cache.lease import try_lock
+from ..cache.place import children, is_remote, store_of, total_bytes, upload
+from ..cache.store import ActivationCache
+from .momentset import TABLE, MomentSet, content_of, counted
+from .passes import Request
+from .sums import Pair
+
+EXTENDS = "extends"
+"""Key of the manifest's `extra`: id of the cache whose rows come first."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One folder of kept moments."""
+
+    path: Path
+    about: dict[str, Any]
+    """Its `moments.json`."""
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The (layer, offset, target) that it has."""
+        return [(row["layer"], row["offset"], row["target"]) for row in self.about["pairs"]]
+
+    def discard(self) -> None:
+        """Remove a folder that is damaged or of other rows, where that is possible."""
+        remove(self.path)
+
+
+Source = dict[Pair, Entry]
+"""Where the moments of each pair lie."""
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """Moments of the first sequences of a cache, kept with the cache that it extends."""
+
+    first: int
+    """Number of the first sequence that they do not count."""
+    source: Source
+
+
+def folder_of(cache: ActivationCache) -> Path:
+    """Where the moments of a cache are kept."""
+    return cache.path / "moments"
+
+
+def entries(cache: ActivationCache) -> Iterator[Entry]:
+    """All folders of kept moments that can be read, whatever they are of."""
+    for path in children(folder_of(cache)):
+        if path.name.startswith("."):
+            continue
+        with suppress(OSError, CorruptError):  # damaged, or removed meanwhile
+            yield Entry(path, read_json(path / TABLE))
+
+
+def find(cache: ActivationCache, request: Request) -> Source:
+    """Where the moments lie that are those of `request` and of the rows that `cache` has now."""
+    found: Source = {}
+    numbers = counted(cache.split(request.split))
+    asked, content = set(request.pairs), dict[int, str]()
+    for entry in entries(cache):
+        about = entry.about
+        same = (
+            about["cache"] == cache.id
+            and (about["split"], about["folds"]) == (request.split, request.folds)
+            # Exact products also serve who asks for quick ones.
+            and about["products"] in (request.products, "float64")
+            and about["sequences"] == numbers
+        )
+        for pair in asked.intersection(entry.pairs) if same else ():
+            for layer in (pair[0], pair[2]):
+                content.setdefault(layer, content_of(cache, layer))
+            if all(about["content"][str(la)] == content[la] for la in (pair[0], pair[2])):
+                found[pair] = entry
+    return found
+
+
+def inherited(cache: ActivationCache, request: Request, lacking: set[Pair]) -> Iterator[Inherited]:
+    """Moments of `lacking` pairs kept with the caches that this one extends, the latest first."""
+    lacking = set(lacking)
+    for old in lineage(cache):
+        layers = {layer for pair in lacking for layer in (pair[0], pair[2])}
+        if not layers <= set(old.layers) or not same_sequences(old, cache, request.split):
+            continue
+        source = {p: entry for p, entry in find(old, request).items() if p in lacking}
+        used = {layer for pair in source for layer in (pair[0], pair[2])}
+        same = {layer for layer in used if same_rows(old, cache, layer)}
+        source = {p: entry for p, entry in source.items() if {p[0], p[2]} <= same}
+        if source:
+            yield Inherited(len(old.sequence_length), source)
+        lacking -= set(source)
+
+
+def lineage(cache: ActivationCache) -> Iterator[ActivationCache]:
+    """The caches that `cache` extends, the latest first, as far as they are still there."""
+    while (name := cache.manifest.extra.get(EXTENDS)) is not None:
+        path = cache.path.parent / name
+        if not (path / "manifest.json").is_file():
+            return
+        cache = ActivationCache(path)
+        yield cache
+
+
+def same_sequences(old: ActivationCache, new: ActivationCache, split: str) -> bool:
+    """Whether `new` begins with the sequences of `old`, in the same splits, under one head."""
+    count = len(old.sequence_length)
+    kept = new.split(split)
+    return (
+        old.d_model == new.d_model
+        and old.head.geometry == new.head.geometry
+        and np.array_equal(old.sequence_start, new.sequence_start[:count])
+        and np.array_equal(old.sequence_length, new.sequence_length[:count])
+        and np.array_equal(old.sequence_hash, new.sequence_hash[:count])
+        # Splits of tiny sets may move, and a repair may quarantine a sequence.
+        and np.array_equal(old.split(split), kept[kept < count])
+    )
+
+
+def same_rows(old: ActivationCache, new: ActivationCache, layer: int) -> bool:
+    """Whether `new` begins with the stored rows of `old`, by the checksums of shared parts."""
+    name, layout = f"residual/{layer}", old.manifest.layout
+    mine, theirs = old.layer(layer), new.layer(layer)
+    if layout != new.manifest.layout or mine.layout.logical_dtype != theirs.layout.logical_dtype:
+        return False
+    for part, record in old.committed.items():
+        if record.stop - record.start == layout.part_rows:
+            a, b = (cache.committed[part].arrays[name] for cache in (old, new))
+            if (a.bytes, a.crc32c) != (b.bytes, b.crc32c):
+                return False
+        else:
+            for start in range(record.start, record.stop, rows := old.block_rows()):
+                stop = min(start + rows, record.stop)
+                a, b = (array.read_stored(start, stop) for array in (mine, theirs))
+                if a.tobytes() != b.tobytes():
+                    return False
+    return True
+
+
+def load(source: Source, pairs: Iterable[Pair]) -> MomentSet:
+    """The moments of `pairs`; raises `CorruptError`, and removes the folder, if it is damaged."""
+    of_entry: dict[Path, list[Pair]] = {}
+    for pair in pairs:
+        of_entry.setdefault(source[pair].path, []).append(pair)
+    found: list[MomentSet] = []
+    for path, chosen in of_entry.items():
+        try:
+            with fetched(path) as here:
+                found.append(MomentSet.load(here, chosen))
+        except (CorruptError, NotFoundError) as error:
+            source[chosen[0]].discard()
+            raise CorruptError(str(error)) from error
+    merged = {pair: parts for one in found for pair, parts in one.pairs.items()}
+    return found[0].with_pairs(merged)
+
+
+def save(cache: ActivationCache, moments: MomentSet) -> int:
+    """Keep `moments` with the cache; returns their bytes. Raises `OSError` where it cannot.
+
+    Writers may race: the folder that is there first stays. What lies there of rows that the
+    cache no longer has is removed.
+    """
+    folder = folder_of(cache)
+    about = [sorted(moments.pairs), moments.sequences, sorted(moments.content.items())]
+    name = f"{moments.split}-{moments.folds}-{moments.products}-{digest(about)[:16]}"
+    if is_remote(folder):
+        with TemporaryDirectory(prefix="residua-") as made, suppress(FileExistsError):
+            moments.save(made)
+            upload(Path(made), folder / name, last=[TABLE])
+        return moments.bytes
+    folder.mkdir(exist_ok=True)
+    sweep(cache)
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    temporary.mkdir()
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        try_lock(descriptor)
+        moments.save(temporary)
+        sync_folder(temporary)
+        try:
+            os.rename(temporary, folder / name)
+        except OSError:
+            if not (folder / name / TABLE).is_file():
+                raise
+        sync_folder(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+    return moments.bytes
+
+
+def sweep(cache: ActivationCache) -> None:
+    """Remove what writers that died left, what is damaged, and moments of rows that are gone."""
+    for left in folder_of(cache).glob(".*.tmp"):
+        with suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY)
+            if try_lock(descriptor):
+                shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
+    for path in folder_of(cache).glob("[!.]*"):
+        try:
+            entry = Entry(path, read_json(path / TABLE))
+        except (CorruptError, NotFoundError):
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        about = entry.about
+        content = {int(layer): value for layer, value in about["content"].items()}
+        now = {layer for layer in content if layer in cache.layers}
+        now = {layer for layer in now if content[layer] == content_of(cache, layer)}
+        numbers = counted(cache.split(about["split"]))
+        other = about["cache"] != cache.id or about["sequences"] != numbers
+        if other or not any({pair[0], pair[2]} <= now for pair in entry.pairs):
+            entry.discard()
+
+
+def kept_bytes(cache: ActivationCache) -> int:
+    """Bytes of all files of kept moments."""
+    return total_bytes(folder_of(cache))
+
+
+@contextmanager
+def fetched(path: Path) -> Iterator[Path]:
+    """A folder of kept moments on a disk: itself, or a copy if it lies in an object store."""
+    if not is_remote(path):
+        yield path
+        return
+    with TemporaryDirectory(prefix="residua-") as folder:
+        for file in children(path):
+            store, key = store_of(file)
+            store.get_file(key, str(Path(folder) / file.name))
+        yield Path(folder)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, where that is possible."""
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        for file in children(path):
+            file.unlink(missing_ok=True)

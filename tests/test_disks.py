@@ -1,0 +1,199 @@
+"""Signals, and disks that are full, read-only or gone, end a run with whole parts and a message."""
+
+import errno
+import shutil
+import signal
+from collections.abc import Iterator
+from itertools import repeat
+from pathlib import Path
+
+import pytest
+
+from residua.cache.catalog import list_paths
+from residua.cache.disk import disk_errors
+from residua.cache.errors import NoSpaceError, NotFoundError, UsageError
+
+from .crashing import Child, Driver, shared_driver, until
+from .scenes import Scene, Witness, complete, files, temporary, whole, write_texts
+
+
+@pytest.fixture(scope="module")
+def driver(private_folders: None) -> Driver:
+    return shared_driver()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def scene(model_folder: Path, data: Path) -> Scene:
+    return Scene(model_folder, data)
+
+
+def begin(driver: Driver, command: tuple[object, ...], root: Path) -> Child:
+    """A process that is stopped (SIGSTOP) after it committed a part, before it has all."""
+    child = driver.start(*command)
+    until(lambda: child.ended() or list(root.glob("*/journal/0*.json")))
+    child.signal(signal.SIGSTOP)
+    assert not child.ended(), child.err.read_text()
+    return child
+
+
+def finish(driver: Driver, scene: Scene, root: Path, seen: Path, want: dict[str, bytes]) -> None:
+    """The same command must go on and end with the files `want`."""
+    assert driver.run(*scene.command(root))["status"] == "resumed"
+    assert files(seen) == want
+    complete(seen)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    driver: Driver, model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    return whole(driver, Scene(model_folder, data), tmp_path_factory.mktemp("undisturbed"))[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_whole_parts_and_the_command_goes_on(
+    driver: Driver, scene: Scene, tmp_path: Path, undisturbed: dict, number: signal.Signals
+) -> None:
+    child = begin(driver, scene.command(tmp_path), tmp_path)
+    child.signal(number)
+    child.signal(signal.SIGCONT)
+    assert child.wait() == 130
+    assert child.json()["error"] == "Interrupted"
+    assert "the same command goes on from here" in child.json()["message"]
+    assert child.err.read_text() == ""
+    witness = Witness(tmp_path)
+    witness.check()
+    assert temporary(tmp_path) == []
+    finish(driver, scene, tmp_path, tmp_path, undisturbed)
+    witness.check()
+
+
+@pytest.fixture
+def disk(driver: Driver, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 80 MB of its own."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if driver.shell("mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", path):
+        pytest.skip("this system lets nobody mount a file system")
+    yield path
+    driver.shell("umount", path)
+
+
+def fill_up(folder: Path) -> Path:
+    """A file that takes all the space that is left."""
+    ballast = folder / "ballast"
+    with pytest.raises(OSError, match="No space left"), open(ballast, "wb", buffering=0) as file:
+        file.writelines(repeat(bytes(1 << 16)))
+    return ballast
+
+
+def test_a_disk_that_fills_up_loses_nothing(
+    driver: Driver, scene: Scene, disk: Path, undisturbed: dict
+) -> None:
+    root, seen = disk / "root", driver.see(disk / "root")
+    child = begin(driver, scene.command(root), seen)
+    ballast = fill_up(driver.see(disk))
+    child.signal(signal.SIGCONT)
+    assert child.wait() == 5
+    assert child.json()["error"] == "NoSpaceError"
+    assert f"the disk of {root}" in child.json()["message"]
+    assert "is full; parts that are committed are kept" in child.json()["message"]
+    assert child.err.read_text() == ""
+    witness = Witness(seen)
+    witness.check()
+    assert witness.seen
+    assert not list(seen.glob("*/arrays.zarr/**/.*"))
+    driver.run(*scene.command(root), code=5)  # refused before anything is written
+    witness.check()
+    ballast.unlink()
+    finish(driver, scene, root, seen, undisturbed)
+    witness.check()
+
+
+def test_a_cache_that_does_not_fit_is_refused_beforehand(
+    driver: Driver, scene: Scene, disk: Path
+) -> None:
+    with open(driver.see(disk) / "ballast", "wb") as file:
+        file.write(bytes(20 << 20))
+    said = driver.run(*scene.command(disk / "root"), code=5)
+    assert said["error"] == "NoSpaceError"
+    assert "this cache needs" in said["message"]
+    assert list(driver.see(disk / "root").iterdir()) == []
+
+
+def test_a_read_only_root_says_so_and_goes_on_when_it_is_writable(
+    driver: Driver, scene: Scene, disk: Path, undisturbed: dict
+) -> None:
+    root, seen = disk / "root", driver.see(disk / "root")
+    child = begin(driver, scene.command(root), seen)
+    child.signal(signal.SIGTERM)
+    child.signal(signal.SIGCONT)
+    assert child.wait() == 130
+    witness = Witness(seen)
+    witness.check()
+    assert driver.shell("mount", "-o", "remount,ro", disk) == 0
+    for path in (root, disk / "other"):
+        said = driver.run(*scene.command(path), code=2)
+        assert said["error"] == "UsageError"
+        assert f"{path} cannot be written (read-only file system)" in said["message"]
+    witness.check()
+    driver.shell("mount", "-o", "remount,rw", disk)
+    finish(driver, scene, root, seen, undisturbed)
+    driver.shell("mount", "-o", "remount,ro", disk)
+    assert driver.run(*scene.command(root))["status"] == "hit"
+
+
+@pytest.mark.parametrize("gone", ["root", "cache"])
+def test_a_root_that_vanishes_ends_the_run_and_no_stump_is_left(
+    driver: Driver, scene: Scene, tmp_path: Path, undisturbed: dict, gone: str
+) -> None:
+    root = tmp_path / "root"
+    child = begin(driver, scene.command(root), root)
+    away = root if gone == "root" else list_paths(root)[0]
+    witness = Witness(root)
+    witness.check()
+    away.rename(tmp_path / "away")
+    child.signal(signal.SIGCONT)
+    assert child.wait() == 2
+    assert child.json()["error"] == "NotFoundError"
+    assert "vanished" in child.json()["message"]
+    assert child.err.read_text() == ""
+    assert not away.exists()
+    (tmp_path / "away").rename(away)
+    witness.check()
+    finish(driver, scene, root, root, undisturbed)
+    witness.check()
+
+
+def test_a_root_that_is_deleted_ends_the_run_with_a_message(
+    driver: Driver, scene: Scene, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    child = begin(driver, scene.command(root), root)
+    shutil.rmtree(root)
+    child.signal(signal.SIGCONT)
+    assert child.wait() == 2
+    assert child.json()["error"] == "NotFoundError"
+    assert not root.exists()
+
+
+def test_errors_of_the_disk_are_told_apart(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file  # raises no OSError
+    from tokenizers import Tokenizer, models
+
+    for number, kind in [(errno.ENOSPC, NoSpaceError), (errno.EDQUOT, NoSpaceError),
+                         (errno.EROFS, UsageError), (errno.EACCES, UsageError),
+                         (errno.ESTALE, NotFoundError)]:  # fmt: skip
+        with pytest.raises(kind, match=str(tmp_path)), disk_errors(tmp_path):
+            raise OSError(number, "as the system says", str(tmp_path / "file"))
+    with pytest.raises(NoSpaceError), disk_errors(tmp_path):
+        Tokenizer(models.BPE()).save("/dev/full")
+    with pytest.raises(NotFoundError, match="vanished"), disk_errors(tmp_path / "gone"):
+        save_file({}, tmp_path / "gone" / "file")
+    with pytest.raises(PermissionError), disk_errors(tmp_path):
+        raise PermissionError(errno.EACCES, "not ours", "/etc/shadow")
