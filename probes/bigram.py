@@ -6,6 +6,7 @@ import numpy as np
 
 from .counts import (
     Counted,
+    column_sums,
     count_followers,
     count_pairs,
     pack,
@@ -50,7 +51,7 @@ class Bigram(Counted):
         """Count the tokens of the train split in one pass, without a residual stream."""
         self._start(cache)
         self.counts_ = count_pairs(cache)
-        self.unigram_ = unigram(np.asarray(self.counts_.sum(0)).ravel())
+        self.unigram_ = unigram(column_sums(self.counts_))
         return self
 
     def log_probabilities(self, tokens: np.ndarray) -> np.ndarray:

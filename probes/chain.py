@@ -6,7 +6,7 @@ import numpy as np
 
 from ..cache.errors import UsageError
 from .bigram import Bigram
-from .counts import tokens_of
+from .counts import row_sums, tokens_of
 from .readout import Batch
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class MarginalBigram(Bigram):
             from scipy.sparse import csr_matrix
 
             types = np.diff(self.counts_.indptr)
-            count = np.asarray(self.counts_.sum(1)).ravel()
+            count = row_sums(self.counts_)
             share = np.where(count > 0, types / np.maximum(count + types, 1), 1.0)
             values = self.counts_.data / np.repeat(count + types, types)
             parts = values.astype(np.float32), self.counts_.indices, self.counts_.indptr

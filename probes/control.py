@@ -55,8 +55,7 @@ class ControlProbe(Params):
         probe = type(self.probe)(**self.probe.get_params(deep=False))
         if "keep" in signature(probe.fit).parameters:
             # Moments of a control are no use to another fit.
-            if options.setdefault("keep", False) is None:
-                options["keep"] = False
+            options["keep"] = False
         self.probe_ = probe.fit(view, **options)
         self.cache_id_, self.geometry_, self.split_ = X.id, X.head.geometry, "train"
         self.n_features_in_ = X.d_model

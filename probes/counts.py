@@ -164,7 +164,7 @@ def witten_bell(rows: "csr_matrix", log_prior: np.ndarray) -> np.ndarray:
     leaves its prior alone. Witten and Bell (1991); Chen and Goodman (1999), section 2.4.
     """
     types = np.diff(rows.indptr)
-    count = np.asarray(rows.sum(1)).ravel()
+    count = row_sums(rows)
     share = np.where(count > 0, types / np.maximum(count + types, 1), 1.0)
     line = np.repeat(np.arange(len(types)), types)
     prior = np.exp(log_prior[line, rows.indices].astype(np.float64))
@@ -172,6 +172,16 @@ def witten_bell(rows: "csr_matrix", log_prior: np.ndarray) -> np.ndarray:
     log_prior += np.log(share).astype(np.float32)[:, None]
     log_prior[line, rows.indices] = np.log(seen)
     return log_prior
+
+
+def row_sums(rows: "csr_matrix") -> np.ndarray:
+    """`(n,)` sums of the rows, in the dtype of the counts."""
+    return np.asarray(rows.sum(1)).ravel()
+
+
+def column_sums(rows: "csr_matrix") -> np.ndarray:
+    """`(vocab,)` sums of the columns, in the dtype of the counts."""
+    return np.asarray(rows.sum(0)).ravel()
 
 
 def pack(name: str, counts: "csr_matrix") -> dict[str, np.ndarray]:

@@ -30,8 +30,10 @@ class Batch:
 class Readout(Protocol):
     """Gives a distribution over the vocabulary for what the model says at t+N."""
 
-    kind: str
-    """Name in tables: `logit`, `ridge`, `lens`, `vocab`, `bigram`, ..."""
+    @property
+    def kind(self) -> str:
+        """Name in tables: `logit`, `ridge`, `lens`, `vocab`, `bigram`, ..."""
+        ...
 
     def pairs(self) -> list[tuple[int | None, int]]:
         """The (layer, offset) pairs it can read; layer None if it reads no residual stream."""

@@ -30,7 +30,10 @@ KINDS = {
 class Saved(Protocol):
     """What a probe offers to be kept on disk; `restore(params, config, tensors)` reads it back."""
 
-    kind: str
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`, or one with a control: `ridge/shuffled`."""
+        ...
 
     def get_params(self) -> dict[str, Any]:
         """The parameters of the constructor."""
@@ -106,7 +109,7 @@ def check_geometry(probe: Any, cache: "ActivationCache") -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` with numpy's numbers, arrays and tuples as JSON has them; a probe as its parameters."""
+    """`value` with numpy's numbers, arrays and tuples as those of JSON, a probe as its parameters."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, dict):

@@ -9,6 +9,7 @@ from ..cache.errors import UsageError
 from .bigram import after
 from .counts import (
     Counted,
+    column_sums,
     count_pairs,
     pack,
     table,
@@ -66,7 +67,7 @@ class Trigram(Counted):
         if self.contexts < 1:
             raise UsageError(f"contexts must be at least 1, not {self.contexts}")
         self.pairs_ = count_pairs(cache)
-        self.unigram_ = unigram(np.asarray(self.pairs_.sum(0)).ravel())
+        self.unigram_ = unigram(column_sums(self.pairs_))
         self.contexts_ = most_frequent(self.pairs_, self.contexts)
         shape = len(self.contexts_), cache.vocab
         self.counts_ = total(self._blocks(cache), csr_matrix(shape, dtype=np.int64))
