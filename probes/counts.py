@@ -1,6 +1,6 @@
 """Counts of tokens that follow others in the train split, and probabilities made of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -198,9 +198,11 @@ def unpack(name: str, tensors: dict[str, np.ndarray], columns: int) -> "csr_matr
     return csr_matrix((count, column, row), shape=(len(row) - 1, columns))
 
 
-def tokens_of(values: Sequence[int] | np.ndarray | Any) -> np.ndarray:
-    """Token ids of a tensor or an array, `(n,)` int64."""
-    return np.asarray(values.cpu() if hasattr(values, "cpu") else values, np.int64)
+def tokens_of(values: Any) -> np.ndarray:
+    """Token ids of a batch, a tensor `(n,)`, as an int64 array."""
+    if values is None:
+        raise UsageError("this batch lacks tokens that the baseline reads; see `Batch`")
+    return values.cpu().numpy()
 
 
 def baselines(kinds: Iterable[str], offsets: Iterable[int]) -> "list[Any]":

@@ -109,7 +109,7 @@ def check_geometry(probe: Any, cache: "ActivationCache") -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` with numpy's numbers, arrays and tuples as those of JSON, a probe as its parameters."""
+    """`value` with numpy's numbers, arrays and tuples as JSON's, and a probe as its parameters."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, dict):

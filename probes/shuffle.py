@@ -1,6 +1,6 @@
 """A fixed random exchange of the positions of a cache, by slabs, so that reads stay fast."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -88,7 +88,7 @@ class _Exchange:
         low = np.searchsorted(self.ends, self.first, "right")
         high = np.searchsorted(self.ends, self.first + self.size - 1, "right")
 
-        def meets_own(i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        def meets_own(i: Any, j: Any) -> Any:
             return (low[i] <= high[j]) & (low[j] <= high[i])
 
         to, every = rng.permutation(self.slabs), np.arange(self.slabs)

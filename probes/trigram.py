@@ -118,6 +118,6 @@ class Trigram(Counted):
 
 def most_frequent(pairs: "csr_matrix", number: int) -> np.ndarray:
     """Keys a * vocab + b of the `number` most frequent pairs, ascending; ties by the lower key."""
-    first = np.repeat(np.arange(pairs.shape[0]), np.diff(pairs.indptr))
-    keys = first * pairs.shape[1] + pairs.indices
+    followers = np.diff(pairs.indptr)
+    keys = np.repeat(np.arange(len(followers)), followers) * len(followers) + pairs.indices
     return np.sort(keys[np.lexsort((keys, -pairs.data))[:number]])
