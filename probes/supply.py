@@ -8,6 +8,7 @@ from typing import Any
 
 from ..cache.errors import CorruptError, MismatchError, NoSpaceError, UsageError
 from ..cache.manifest import SHORT_ID
+from ..cache.place import is_remote
 from ..cache.store import ActivationCache
 from .collect import Counter, Progress, collect_passes, plan_passes, run_pass
 from .kept import (
@@ -179,17 +180,7 @@ def why_not(cache: ActivationCache, size: int, keep: bool | None) -> str:
     """
     if keep is False:
         return "not asked for"
-    folder = folder_of(cache) if folder_of(cache).exists() else cache.path
-    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        message = f"moments cannot be kept: {folder} cannot be written to"
-        if keep:
-            raise UsageError(f"{message}; fit without keeping them, or change its permissions")
-        return message
-    free = shutil.disk_usage(folder).free
-    if size + SPARE_BYTES > free:
-        message = f"moments of {size / 1e9:.2f} GB do not fit the {free / 1e9:.2f} GB free"
-        if keep:
-            raise NoSpaceError(f"{message} at {folder}; fit without keeping them, or make room")
+    if not is_remote(cache.path) and (message := _no_room(cache, size, bool(keep))):
         return message
     limit = residual_bytes(cache) // SHARE
     if keep is None and kept_bytes(cache) + size > limit:
@@ -197,6 +188,23 @@ def why_not(cache: ActivationCache, size: int, keep: bool | None) -> str:
             f"moments of {size / 1e6:.1f} MB would take more than 1/{SHARE} of the residual "
             "streams: not kept unless asked for"
         )
+    return ""
+
+
+def _no_room(cache: ActivationCache, size: int, asked: bool) -> str:
+    """Why the disk of `cache` does not take `size` bytes more; raises where they are asked for."""
+    folder = folder_of(cache) if folder_of(cache).exists() else cache.path
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        message = f"moments cannot be kept: {folder} cannot be written to"
+        if asked:
+            raise UsageError(f"{message}; fit without keeping them, or change its permissions")
+        return message
+    free = shutil.disk_usage(folder).free
+    if size + SPARE_BYTES > free:
+        message = f"moments of {size / 1e9:.2f} GB do not fit the {free / 1e9:.2f} GB free"
+        if asked:
+            raise NoSpaceError(f"{message} at {folder}; fit without keeping them, or make room")
+        return message
     return ""
 
 

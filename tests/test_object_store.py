@@ -179,6 +179,11 @@ def test_probes_fitted_from_the_store_are_those_of_the_disk(
     near, there = (residua.RidgeProbe(offset=[0, 1]).fit(cache) for cache in (local, far))
     for pair, found in near.maps_.items():
         np.testing.assert_array_equal(there.maps_[pair].weight, found.weight)
+    again = residua.RidgeProbe(offset=[0, 1]).fit(far, keep=True)
+    kept = residua.RidgeProbe(offset=[0, 1]).fit(far)
+    assert again.moments_["computed"] or again.moments_["kept"]
+    assert (kept.moments_["computed"], kept.moments_["kept"]) == (0, len(near.maps_))
+    np.testing.assert_array_equal(kept.maps_[1, 1].weight, near.maps_[1, 1].weight)
     path = residua.save_probe(there, far.path.parent / "probes" / "one")
     again = residua.load_probe(path)
     np.testing.assert_array_equal(again.maps_[1, 1].weight, near.maps_[1, 1].weight)

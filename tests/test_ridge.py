@@ -132,6 +132,16 @@ def test_maps_between_any_layers_equal_sklearn(noisy: ActivationCache) -> None:
                  == (layer, offset, target)), rel=1e-9)  # fmt: skip
 
 
+def test_targets_that_share_spectra_are_validated_as_if_alone(noisy: ActivationCache) -> None:
+    options: dict[str, Any] = {"layers": [1], "alphas": ALPHAS.tolist(), "folds": FOLDS}
+    probe = RidgeProbe(1, target=[0, DEPTH], **options).fit(noisy)
+    for target in (0, DEPTH):
+        x, y, fold = train_pairs(noisy, 1, 1, target)
+        expected = explicit_path(x, y, fold, ALPHAS)
+        np.testing.assert_allclose(probe.cv_mse_path_[1, 1, target], expected, rtol=1e-9)
+        assert probe.alpha_[1, 1, target] == ALPHAS[np.argmin(expected)]
+
+
 def test_a_map_to_another_layer_is_scored_and_saved(noisy: ActivationCache, tmp_path: Path) -> None:
     probe = RidgeProbe(1, [0], folds=FOLDS, target=(1, DEPTH)).fit(noisy)
     loaded = load_probe(save_probe(probe, tmp_path))
