@@ -120,4 +120,4 @@ def most_frequent(pairs: "csr_matrix", number: int) -> np.ndarray:
     """Keys a * vocab + b of the `number` most frequent pairs, ascending; ties by the lower key."""
     followers = np.diff(pairs.indptr)
     keys = np.repeat(np.arange(len(followers)), followers) * len(followers) + pairs.indices
-    return np.sort(keys[np.lexsort((keys, -pairs.data))[:number]])
+    return np.sort(keys[np.lexsort((keys, -np.asarray(pairs.data)))[:number]])
