@@ -120,4 +120,5 @@ def most_frequent(pairs: "csr_matrix", number: int) -> np.ndarray:
     """Keys a * vocab + b of the `number` most frequent pairs, ascending; ties by the lower key."""
     followers = np.diff(pairs.indptr)
     keys = np.repeat(np.arange(len(followers)), followers) * len(followers) + pairs.indices
-    return np.sort(keys[np.lexsort((keys, -np.asarray(pairs.data)))[:number]])
+    rank = np.lexsort((keys, np.negative(pairs.data)))
+    return np.sort(keys[rank[:number]])
