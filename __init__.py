@@ -22,12 +22,19 @@ if TYPE_CHECKING:
     from .probes.chain import BigramChain as BigramChain
     from .probes.chain import MarginalBigram as MarginalBigram
     from .probes.control import ControlProbe as ControlProbe
+    from .probes.lens import FutureLens as FutureLens
+    from .probes.lens import TunedLens as TunedLens
     from .probes.readout import LogitLens as LogitLens
     from .probes.ridge import RidgeProbe as RidgeProbe
     from .probes.save import load_probe as load_probe
     from .probes.save import save_probe as save_probe
+    from .probes.share import load_from_hub as load_from_hub
+    from .probes.share import push_to_hub as push_to_hub
     from .probes.trigram import Trigram as Trigram
+    from .probes.tunedlens import read_tuned_lens as read_tuned_lens
+    from .probes.tunedlens import write_tuned_lens as write_tuned_lens
     from .probes.unigram import Unigram as Unigram
+    from .probes.vocab import VocabProbe as VocabProbe
 
 __version__ = "0.1.0"
 
@@ -38,6 +45,7 @@ _PUBLIC = {
     "BigramChain": ".probes.chain",
     "ControlProbe": ".probes.control",
     "Evaluation": ".analysis.evaluate",
+    "FutureLens": ".probes.lens",
     "Head": ".cache.head",
     "LaggedBigram": ".probes.bigram",
     "LogitLens": ".probes.readout",
@@ -47,16 +55,22 @@ _PUBLIC = {
     "RowLoader": ".cache.loader",
     "Trigram": ".probes.trigram",
     "Unigram": ".probes.unigram",
+    "TunedLens": ".probes.lens",
+    "VocabProbe": ".probes.vocab",
     "evaluate": ".analysis.evaluate",
     "export": ".cache.export",
     "extract": ".cache.extract",
     "find_cache": ".cache.catalog",
+    "load_from_hub": ".probes.share",
     "load_probe": ".probes.save",
     "pull": ".cache.share",
     "push": ".cache.share",
+    "push_to_hub": ".probes.share",
+    "read_tuned_lens": ".probes.tunedlens",
     "repair": ".cache.repair",
     "save_probe": ".probes.save",
     "verify": ".cache.verify",
+    "write_tuned_lens": ".probes.tunedlens",
 }
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .evaluate import Evaluation
 
 PIPE_WIDTH = 160
-UNITS = {"tokenize": "documents", "verify": "shards"}
+UNITS = {"lens": "steps", "tokenize": "documents", "verify": "shards"}
 """Unit of a stage's progress; positions where nothing is said."""
 
 

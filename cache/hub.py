@@ -47,8 +47,11 @@ def _steps(path: PurePosixPath) -> Iterator[tuple[PurePosixPath, str]]:
 
 
 @contextmanager
-def hub_errors(repo_id: str) -> Iterator[None]:
-    """Turns errors of the hub's client into ours: what went wrong and what to do, no traceback."""
+def hub_errors(repo_id: str, kind: str = "dataset") -> Iterator[None]:
+    """Turns errors of the hub's client into ours: what went wrong and what to do, no traceback.
+
+    `kind` is that of the repository: `dataset` or `model`.
+    """
     from huggingface_hub import errors as hub
 
     try:
@@ -57,7 +60,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise
     except hub.RepositoryNotFoundError:
         raise NotFoundError(
-            f"there is no dataset repository {repo_id!r} on the hub that this login can see; "
+            f"there is no {kind} repository {repo_id!r} on the hub that this login can see; "
             "check the name, or log in with `hf auth login`"
         ) from None
     except hub.RevisionNotFoundError:

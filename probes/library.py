@@ -12,14 +12,23 @@ if TYPE_CHECKING:
     from ..cache.store import ActivationCache
 
 FOLDER = "probes"
+CHECKPOINTS = "checkpoints"
 
 
-def probe_path(root: Path, probe: Any) -> Path:
-    """`<root>/probes/<kind>-<cache>-<parameters>`: the same fit again has the same name."""
+def probe_path(root: Path, probe: Any, cache_id: str | None = None) -> Path:
+    """`<root>/probes/<kind>-<cache>-<parameters>`: the same fit again has the same name.
+
+    A probe that is not fitted yet has no cache of its own: name its `cache_id`.
+    """
     parameters = digest(plain(probe.get_params()))[:8]
     # A control is no answer to who asks for the probe by the beginning of its name.
     kind = "-".join(reversed(probe.kind.split("/")))
-    return root / FOLDER / f"{kind}-{probe.cache_id_[:12]}-{parameters}"
+    return root / FOLDER / f"{kind}-{(cache_id or probe.cache_id_)[:12]}-{parameters}"
+
+
+def checkpoint_path(root: Path, probe: Any, cache_id: str) -> Path:
+    """Where the same fit, killed and started again, finds its checkpoint."""
+    return root / CHECKPOINTS / probe_path(root, probe, cache_id).name
 
 
 def find_probe(name: str, root: Path) -> Path:

@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 KINDS = {
     "bigram": (".bigram", "Bigram"),
     "chain": (".chain", "BigramChain"),
+    "future": (".lens", "FutureLens"),
     "lagged": (".bigram", "LaggedBigram"),
+    "lens": (".lens", "TunedLens"),
     "marginal": (".chain", "MarginalBigram"),
     "ridge": (".ridge", "RidgeProbe"),
     "trigram": (".trigram", "Trigram"),
     "unigram": (".unigram", "Unigram"),
+    "vocab": (".vocab", "VocabProbe"),
 }
 """Module and class of each kind of probe; imported when one is loaded."""
+
+
+FILES = ("config.json", "probe.safetensors")
+"""What a saved probe consists of."""
 
 
 class Saved(Protocol):

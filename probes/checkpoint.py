@@ -1,0 +1,68 @@
+"""Checkpoints of a running fit: tensors first, then a JSON file that names them, atomically."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..cache.errors import CorruptError, MismatchError, NotFoundError
+from ..cache.jsonfile import file_digest, read_json, sync_folder, write_json
+
+
+class Checkpoint:
+    """A folder that holds the last state of one fit; `identity` says of which."""
+
+    def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.identity = identity
+
+    def save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Replace the state; one killed at any moment leaves the old one or the new one whole."""
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"{state['step']:08d}.safetensors"
+        temporary = self.folder / f".{name}.tmp"
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        sync_folder(temporary)
+        os.replace(temporary, self.folder / name)
+        digest = file_digest(self.folder / name)
+        about = {"identity": self.identity, "state": state, "tensors": name, "digest": digest}
+        write_json(self.folder / "fit.json", about)
+        for old in self.folder.glob("*.safetensors"):
+            if old.name != name:
+                old.unlink()
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """The last state, None if there is none; raises `MismatchError` if it is of another fit."""
+        from safetensors.torch import load_file
+
+        try:
+            found = read_json(self.folder / "fit.json")
+        except NotFoundError:
+            return None
+        other = [k for k in self.identity if self.identity[k] != found["identity"].get(k)]
+        if other:
+            differ = "; ".join(
+                f"{k} was {found['identity'].get(k)!r}, is {self.identity[k]!r}" for k in other
+            )
+            raise MismatchError(
+                f"the checkpoint in {self.folder} is of another fit: {differ}; name another folder "
+                "or remove it"
+            )
+        file = self.folder / found["tensors"]
+        if not file.is_file() or file_digest(file) != found["digest"]:
+            raise CorruptError(f"{file} is missing or was changed; remove {self.folder}")
+        # Copies: the last bit of a product depends on how its factors are aligned in memory.
+        return found["state"], {name: value.clone() for name, value in load_file(file).items()}
+
+    def remove(self) -> None:
+        """Drop the state of a fit that is finished."""
+        if not (self.folder / "fit.json").exists():
+            return
+        (self.folder / "fit.json").unlink()
+        for file in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*.tmp")]:
+            file.unlink()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()

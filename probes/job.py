@@ -1,0 +1,185 @@
+"""What a vocabulary probe is fitted on: a cache or labelled rows, in groups that fit memory."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from ..cache.errors import UsageError
+from ..cache.head import TorchHead
+from ..cache.store import ActivationCache
+from .descent import Descent, Trainer
+from .examples import Examples, array_examples, cache_examples
+from .feed import draw_sequences
+from .forms import Form, Full, LowRank, ThroughHead
+from .moments import Pair
+from .softmax import fast_products
+from .survey import survey
+from .tops import top_tokens
+
+VALIDATION_POSITIONS = 8192
+"""Most positions of the validation split on which a fit is measured."""
+HELD_OUT_ROWS = 100
+"""Fewest rows of arrays of which some are held out."""
+COPIES = 5
+"""Of the weights: themselves, two moments, the best so far, a gradient (one per thread)."""
+
+
+@dataclass
+class Job:
+    """A fit of several (layer, offset) pairs with the parameters of one probe."""
+
+    pairs: list[Pair]
+    classes: np.ndarray
+    d_in: int
+    options: dict[str, Any]
+    """Parameters of the probe."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What the data are, for a checkpoint."""
+
+    head: TorchHead | None = None
+    progress: Callable[[int], None] = lambda rows: None
+    """Told the positions that were read before the fits began."""
+
+    @property
+    def positions(self) -> int:
+        """Positions that are read before the fits begin."""
+        return 0
+
+    def examples(self, layers: list[int], offsets: list[int]) -> tuple[Examples, Examples | None]:
+        """Examples to fit and to validate with."""
+        raise NotImplementedError
+
+    def size(self) -> float:
+        """Root mean square of what the head reads."""
+        return 1.0
+
+    @cached_property
+    def form(self) -> Form:
+        """The form of every regression."""
+        vocab, rank = len(self.classes), self.options["rank"]
+        if self.options["form"] == "head":
+            if self.head is None:
+                raise UsageError("form='head' needs a cache: labelled rows have no head")
+            return ThroughHead(self.head, self.d_in, self.size())
+        products = self.options["products"]
+        products = fast_products() if products == "auto" else products
+        if rank is None:
+            return Full(vocab, self.d_in, products)
+        return LowRank(vocab, self.d_in, min(rank, self.d_in), products)
+
+    def groups(self, memory: int) -> list[list[Pair]]:
+        """Pairs whose weights fit `memory` bytes together; those of a layer stay neighbours."""
+        most = max(1, memory // (4 * COPIES * self.form.weights))
+        return [self.pairs[i : i + most] for i in range(0, len(self.pairs), most)]
+
+    def descents(self, memory: int, lr: float, sweep: bool) -> Iterator[Descent]:
+        """One fit per group."""
+        for pairs in self.groups(memory):
+            layers = list(dict.fromkeys(layer for layer, _ in pairs))
+            offsets = list(dict.fromkeys(offset for _, offset in pairs))
+            examples, validation = self.examples(layers, offsets)
+            start = Starter(self, examples, layers, offsets)
+            epochs = self.options["epochs"]
+            yield Descent(examples, validation, start, pairs, epochs, lr, sweep)
+
+
+@dataclass
+class Starter:
+    """Makes new regressions; looks at the examples once, when the first is wanted."""
+
+    job: Job
+    examples: Examples
+    layers: list[int]
+    offsets: list[int]
+
+    @cached_property
+    def _seen(self) -> Any:
+        return survey(self.examples, self.layers, self.offsets, len(self.job.classes))
+
+    def __call__(self, pair: Pair, fitted: Any = None) -> Trainer:
+        """The regression of `pair`, from nothing or from `fitted` parameters."""
+        axes, priors = self._seen
+        form, mine = self.job.form, axes[pair[0]]
+        if fitted is None:
+            return Trainer(form, mine, form.start(mine, priors[pair[1]]))
+        return Trainer(form, mine, form.unfolded(fitted, mine))
+
+
+@dataclass
+class CacheJob(Job):
+    """The train split of a cache."""
+
+    cache: ActivationCache | None = None
+
+    @classmethod
+    def of(cls, cache: ActivationCache, pairs: list[Pair], options: dict[str, Any]) -> "CacheJob":
+        longest = int(cache.sequence_length[cache.split("train")].max(initial=0))
+        for _, offset in pairs:
+            if longest <= offset + (options["loss"] == "text"):
+                raise UsageError(
+                    f"the train split has no pair at offset {offset}: its longest sequence has "
+                    f"{longest} tokens"
+                )
+        head = cache.head.torch() if options["form"] == "head" else None
+        identity = {"cache": cache.id}
+        classes = np.arange(cache.vocab)
+        return cls(pairs, classes, cache.d_model, options, identity, head, cache=cache)
+
+    def examples(self, layers: list[int], offsets: list[int]) -> tuple[Examples, Examples | None]:
+        assert self.cache is not None
+        options = {name: self.options[name] for name in ("loss", "batch", "seed")}
+        make = partial(cache_examples, self.cache, layers, offsets, tops=self.tops, **options)
+        held = self.held_out
+        validation = make(sequences=held, shuffle=False) if len(held) else None
+        return make(split="train", drop_last=True), validation
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """Sequences of the validation split on which fits are measured."""
+        assert self.cache is not None
+        found = self.cache.split("validation")
+        if not len(found):
+            return found
+        return draw_sequences(self.cache, found, VALIDATION_POSITIONS, self.options["seed"])
+
+    @cached_property
+    def labelled(self) -> np.ndarray:
+        """Sequences of which the model's top tokens are needed; none for other losses."""
+        assert self.cache is not None
+        if self.options["loss"] != "model":
+            return self.held_out[:0]
+        return np.sort(np.concatenate([self.cache.split("train"), self.held_out]))
+
+    @property
+    def positions(self) -> int:
+        assert self.cache is not None
+        return int(self.cache.sequence_length[self.labelled].sum())
+
+    def tops(self) -> np.ndarray:
+        return self._tops
+
+    @cached_property
+    def _tops(self) -> np.ndarray:
+        assert self.cache is not None
+        return top_tokens(self.cache, self.labelled, self.progress)
+
+    def size(self) -> float:
+        assert self.cache is not None
+        rows = self.cache.rows(self.cache.split("train")[:64])[:4096]
+        return float(np.sqrt(np.square(self.cache.layer(self.cache.depth)[rows]).mean()))
+
+
+@dataclass
+class ArrayJob(Job):
+    """Rows `(n, d)` with labels `(n,)`, numpy or dask."""
+
+    X: Any = None
+    y: Any = None
+
+    def examples(self, layers: list[int], offsets: list[int]) -> tuple[Examples, Examples | None]:
+        batch, seed, share = (self.options[name] for name in ("batch", "seed", "validation"))
+        held_out = share if len(self.y) >= HELD_OUT_ROWS else 0.0
+        return array_examples(self.X, self.y, self.classes, batch, seed, held_out)
