@@ -14,12 +14,16 @@ from residua.analysis.plots import label
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.store import ActivationCache
 from residua.cli import BASELINES, CONTROLS, main
-from residua.probes import views
+from residua.probes import save, views
 from residua.probes.control import ControlProbe
+from residua.probes.lens import TunedLens
 from residua.probes.library import load_for, probe_path
 from residua.probes.ridge import RidgeProbe
 from residua.probes.shuffle import Shuffle
+from residua.probes.unigram import Unigram
 from residua.probes.views import NextToken, View, view_of
+from residua.probes.vocab import VocabProbe
+from residua.sample import MODEL_DIR, TEXT_PATH
 
 from .synthetic import make_cache, random_head
 
@@ -260,3 +264,58 @@ def test_a_view_travels_to_another_process(tiny_cache):
         again = pickle.loads(pickle.dumps(view))
         assert again.id == view.id
         np.testing.assert_array_equal(again.layer(1)[:9], view.layer(1)[:9])
+
+
+@pytest.mark.parametrize("control", ["shuffled", "permuted"])
+@pytest.mark.parametrize("kind", ["vocab", "head", "lens"])
+def test_probes_fitted_by_kl_end_at_the_mean_distribution(tiny_cache, control, kind):
+    """What no state can improve on: KL to the mean of what the model says in the train split."""
+    probe = {
+        "vocab": VocabProbe(offset=1, layers=[1], loss="kl", epochs=12, batch=256, lr=0.01),
+        "head": VocabProbe(offset=1, layers=[1], loss="kl", form="head", epochs=12, lr=0.01),
+        "lens": TunedLens(offset=1, layers=[1], steps=60, batch=512, lr=0.5),
+    }[kind]
+    plain = type(probe)(**probe.get_params()).fit(tiny_cache)
+    found = ControlProbe(probe, control).fit(tiny_cache)
+    model = torch.from_numpy(tiny_cache.head.logits(tiny_cache.layer(2)[:])).log_softmax(-1)
+    mean = model.exp()[rows_of(tiny_cache, 1) + 1].mean(0)
+    targets = rows_of(tiny_cache, 1, "test") + 1
+    want = float((model.exp() * (model - mean.log()))[targets].sum(-1).mean())
+    kl = {row.probe: row.kl for row in evaluate(tiny_cache, [plain, found], split="test").rows}
+    assert kl[found.kind] == pytest.approx(want, rel=0.1)
+    assert kl[plain.kind] < 0.9 * want
+    again = type(found).restore(plain_params(found), *found.state())
+    row = evaluate(tiny_cache, [again], split="test").select(found.kind, 1)[0]
+    assert row.kl == kl[found.kind]
+
+
+def plain_params(probe: ControlProbe) -> dict:
+    return save.plain(probe.get_params())
+
+
+@pytest.mark.parametrize("form", ["full", "head"])
+def test_vocabulary_probes_gain_from_the_next_token(tiny_cache, form):
+    given = {"offset": 1, "layers": [1], "loss": "kl", "form": form, "epochs": 12, "lr": 0.01}
+    plain = VocabProbe(**given).fit(tiny_cache)
+    both = ControlProbe(VocabProbe(**given), "next-token").fit(tiny_cache)
+    kl = {row.probe: row.kl for row in evaluate(tiny_cache, [plain, both], split="test").rows}
+    assert kl["vocab/next-token"] < 0.8 * kl["vocab"]
+
+
+@pytest.mark.slow
+def test_on_the_sample_model_controls_say_what_the_unigram_says(tmp_path):
+    sample = residua.extract(str(MODEL_DIR), str(TEXT_PATH), root=tmp_path)
+    layer = sample.depth
+    ridge = RidgeProbe(offset=(1, 2), layers=[layer])
+    vocab = VocabProbe(offset=1, layers=[layer], loss="text", epochs=3, lr=1e-3)
+    probes = [Unigram((1,)).fit(sample)]
+    for control in ("shuffled", "permuted"):
+        found = ControlProbe(ridge, control).fit(sample)
+        for offset in (1, 2):
+            assert abs(found.score(sample, layer=layer, offset=offset, split="test")) < 0.01
+        probes.append(ControlProbe(vocab, control).fit(sample))
+    rows = {row.probe: row for row in evaluate(sample, [*probes, vocab.fit(sample)]).rows}
+    unigram = rows["unigram"].nll_text
+    for control in ("shuffled", "permuted"):
+        assert rows[f"vocab/{control}"].nll_text == pytest.approx(unigram, rel=0.05)
+    assert rows["vocab"].nll_text < 0.9 * unigram
