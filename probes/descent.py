@@ -25,7 +25,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .examples import Examples, Step
 from .forms import Axes, Form, Parameters
-from .moments import Pair
+from .readout import Pair
 from .softmax import Target
 
 EVALUATIONS = 8

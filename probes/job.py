@@ -14,7 +14,7 @@ from .descent import Descent, Trainer
 from .examples import Examples, array_examples, cache_examples
 from .feed import draw_sequences
 from .forms import Form, Full, LowRank, ThroughHead
-from .moments import Pair
+from .readout import Pair
 from .softmax import fast_products
 from .survey import survey
 from .tops import top_tokens

@@ -9,14 +9,11 @@ import numpy as np
 from ..cache.errors import NotFoundError, UsageError
 from ..cache.store import ActivationCache
 from .params import Params
-from .readout import Batch
+from .readout import Batch, Pair
 from .solve import AffineMap
 
 if TYPE_CHECKING:
     import torch
-
-Pair = tuple[int, int]
-"""(layer, offset)."""
 
 
 class TunedLens(Params):

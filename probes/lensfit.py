@@ -18,7 +18,7 @@ from torch import Tensor
 from ..cache.store import ActivationCache
 from .curvature import Inputs, LensFit
 from .feed import BUFFER_BYTES, BUFFER_ROWS, Feed
-from .lens import Pair
+from .readout import Pair
 from .softmax import Target, Teacher
 from .solve import AffineMap
 

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from ..cache.store import ActivationCache
 
 
+Pair = tuple[int, int]
+"""(layer, offset)."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Positions t of whole sequences for which t+N lies in the same sequence."""

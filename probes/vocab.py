@@ -21,8 +21,7 @@ from .descent import CHECKPOINT_SECONDS, Crew, Trainer, advance
 from .examples import LOSSES, cache_examples
 from .forms import FORMS, Parameters, apply
 from .job import ArrayJob, CacheJob, Job
-from .moments import Pair
-from .readout import Batch
+from .readout import Batch, Pair
 from .ridge import numbers
 from .save import plain
 from .softmax import PRODUCTS, tiles
