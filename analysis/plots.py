@@ -40,9 +40,16 @@ COLORS = {
     "future": "#CC79A7",
     "vocab": "#E69F00",
     "bigram": "#555555",
+    "chain": "#B5A36A",
+    "lagged": "#8C6D31",
+    "marginal": "#8856A7",
+    "trigram": "#000000",
+    "unigram": "#999999",
 }
 OTHER_COLOR = "#56B4E9"
 MARKERS = {"logit": "o", "ridge": "s", "lens": "^", "future": "D", "vocab": "v"}
+STROKES = {"shuffled": (":", "dot"), "permuted": ("-.", "dashdot"), "next-token": ("--", "dash")}
+"""Strokes of controls, for matplotlib and plotly."""
 MEASURES = {
     "kl": "KL(model ‖ probe), nats",
     **{f"precision_at_{k}": f"precision@{k} (share of positions)" for k in KS},
@@ -65,7 +72,18 @@ def label(probe: str) -> str:
 
 def color(probe: str) -> str:
     """The fixed colour of a kind of probe."""
-    return COLORS.get(probe.partition(" ")[0], OTHER_COLOR)
+    return COLORS.get(base(probe), OTHER_COLOR)
+
+
+def base(probe: str) -> str:
+    """The kind of probe, without its number and its control."""
+    return probe.partition(" ")[0].partition("/")[0]
+
+
+def stroke(probe: str) -> tuple[str, str]:
+    """The line of a probe for matplotlib and plotly: broken for a control."""
+    control = probe.partition(" ")[0].partition("/")[2]
+    return STROKES.get(control, ("-", "solid"))
 
 
 def short_name(model: str) -> str:
@@ -154,8 +172,12 @@ def _panel(axes: "Axes", evaluation: Evaluation, measure: str, offset: int) -> N
 def _line(axes: "Axes", rows: list[Row], measure: str, floor: float) -> None:
     probe = rows[0].probe
     layers = [row.layer or 0 for row in rows]
-    marker = MARKERS.get(probe.partition(" ")[0], "P")
-    style: dict[str, Any] = {"color": color(probe), "label": label(probe)}
+    marker = MARKERS.get(base(probe), "P")
+    style: dict[str, Any] = {
+        "color": color(probe),
+        "label": label(probe),
+        "linestyle": stroke(probe)[0],
+    }
     values = [max(getattr(row, measure), floor) for row in rows]
     axes.plot(layers, values, marker=marker, markersize=4, linewidth=1.6, **style)
     bands = [band_of(row, measure) for row in rows]

@@ -9,6 +9,7 @@ import torch
 
 import residua
 from residua.analysis.evaluate import evaluate
+from residua.analysis.report import headlines
 from residua.cache.errors import UsageError
 from residua.cache.store import ActivationCache
 from residua.probes import counts
@@ -202,6 +203,19 @@ def test_evaluation_gives_each_the_tokens_it_may_see(tiny_cache, rows):
             want["chain"].append(cube[now, text])
     nll = {row.probe: row.nll_text for row in found.rows if row.layer is None}
     assert nll == {name: pytest.approx(-np.log(p).mean(), rel=1e-5) for name, p in want.items()}
+
+
+def test_the_report_says_which_tokens_each_reads(tiny_cache):
+    probes = [probe.fit(tiny_cache) for probe in baselines(KINDS, (2,))]
+    (sentence,) = headlines(evaluate(tiny_cache, probes, split="train"))
+    for words in (
+        "unigram (which reads nothing)",
+        "trigram (which reads tokens t+1 and t+2)",
+        "lagged bigram (which reads token t)",
+        "the bigram (which reads token t+2)",
+        "marginalised bigram (layer 1)",
+    ):
+        assert words in sentence
 
 
 def test_a_first_token_has_no_previous_one(tiny_cache):

@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 
 import residua
 from residua.analysis.evaluate import evaluate
-from residua.analysis.plots import label
+from residua.analysis.plots import color, label, stroke
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.store import ActivationCache
 from residua.cli import BASELINES, CONTROLS, main
@@ -236,6 +236,8 @@ def test_names_for_people(tiny_cache, tmp_path):
     probe = ControlProbe(RidgeProbe(offset=0, layers=[1])).fit(tiny_cache)
     page = evaluate(tiny_cache, [probe]).to_html(tmp_path / "report.html").read_text()
     assert "ridge lens, shuffled states" in page
+    assert (stroke("ridge"), stroke("ridge/shuffled 2")) == (("-", "solid"), (":", "dot"))
+    assert color("ridge/shuffled 2") == color("ridge")
     assert tuple(views.CONTROLS) == CONTROLS
 
 
@@ -325,14 +327,14 @@ def test_on_the_sample_model_controls_say_what_the_unigram_says(tmp_path):
     layer = sample.depth
     ridge = RidgeProbe(offset=(1, 2), layers=[layer])
     vocab = VocabProbe(offset=1, layers=[layer], loss="text", epochs=3, lr=1e-3)
-    probes = [Unigram((1,)).fit(sample)]
+    probes: list = [Unigram((1,)).fit(sample)]
     for control in ("shuffled", "permuted"):
         found = ControlProbe(ridge, control).fit(sample)
         for offset in (1, 2):
             assert abs(found.score(sample, layer=layer, offset=offset, split="test")) < 0.01
         probes.append(ControlProbe(vocab, control).fit(sample))
-    rows = {row.probe: row for row in evaluate(sample, [*probes, vocab.fit(sample)]).rows}
-    unigram = rows["unigram"].nll_text
+    found = evaluate(sample, [*probes, vocab.fit(sample)])
+    nll = {row["probe"]: row["nll_text"] for row in found.to_dicts()}
     for control in ("shuffled", "permuted"):
-        assert rows[f"vocab/{control}"].nll_text == pytest.approx(unigram, rel=0.05)
-    assert rows["vocab"].nll_text < 0.9 * unigram
+        assert nll[f"vocab/{control}"] == pytest.approx(nll["unigram"], rel=0.05)
+    assert nll["vocab"] < 0.9 * nll["unigram"]
