@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from residua.cache.columns import BLOCK
-from residua.cache.data import load_documents
 
 MAKE = """
 import re, sys
@@ -24,6 +23,15 @@ done = run(Request(model, data, Path(root), context=128, pack=pack == "True", pa
 peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
 print(done.cache.positions, peak)
 """
+
+
+LOAD = "import sys; from residua.cache.data import load_documents; load_documents(sys.argv[1])"
+
+
+def python(code: str, *args: object) -> str:
+    """What `code` prints in a process of its own."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def write(path: Path, documents: int) -> Path:
@@ -45,12 +53,10 @@ def test_ten_times_the_tokens_take_no_more_memory(
     def make(documents: int) -> tuple[int, int]:
         data = write(tmp_path / f"{documents}.jsonl", documents)
         # `datasets` turns the lines into a file that it maps, once, 10 MB at a time.
-        load_documents(str(data))
-        args = [model_folder, data, tmp_path / "root", pack]
-        command = [sys.executable, "-c", MAKE, *map(str, args)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        positions, peak = map(int, out.split())
-        return positions, peak
+        python(LOAD, data)
+        root = tmp_path / f"root-{documents}"  # one of its own: nothing to extend
+        positions, peak = python(MAKE, model_folder, data, root, pack).split()
+        return int(positions), int(peak)
 
     few, small = make(4000)
     many, large = make(40_000)
