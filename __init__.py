@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .cache.store import ActivationCache as ActivationCache
     from .cache.verify import verify as verify
     from .probes.bigram import Bigram as Bigram
+    from .probes.bigram import LaggedBigram as LaggedBigram
+    from .probes.chain import BigramChain as BigramChain
+    from .probes.chain import MarginalBigram as MarginalBigram
+    from .probes.control import ControlProbe as ControlProbe
     from .probes.lens import FutureLens as FutureLens
     from .probes.lens import TunedLens as TunedLens
     from .probes.readout import LogitLens as LogitLens
@@ -26,8 +30,10 @@ if TYPE_CHECKING:
     from .probes.save import save_probe as save_probe
     from .probes.share import load_from_hub as load_from_hub
     from .probes.share import push_to_hub as push_to_hub
+    from .probes.trigram import Trigram as Trigram
     from .probes.tunedlens import read_tuned_lens as read_tuned_lens
     from .probes.tunedlens import write_tuned_lens as write_tuned_lens
+    from .probes.unigram import Unigram as Unigram
     from .probes.vocab import VocabProbe as VocabProbe
 
 __version__ = "0.1.0"
@@ -36,13 +42,19 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "ActivationCache": ".cache.store",
     "Bigram": ".probes.bigram",
+    "BigramChain": ".probes.chain",
+    "ControlProbe": ".probes.control",
     "Evaluation": ".analysis.evaluate",
     "FutureLens": ".probes.lens",
     "Head": ".cache.head",
+    "LaggedBigram": ".probes.bigram",
     "LogitLens": ".probes.readout",
+    "MarginalBigram": ".probes.chain",
     "ResiduaError": ".cache.errors",
     "RidgeProbe": ".probes.ridge",
     "RowLoader": ".cache.loader",
+    "Trigram": ".probes.trigram",
+    "Unigram": ".probes.unigram",
     "TunedLens": ".probes.lens",
     "VocabProbe": ".probes.vocab",
     "evaluate": ".analysis.evaluate",

@@ -10,6 +10,13 @@ import click
 from residua import __version__
 from residua.analysis.command import CONTEXT, NUMBERS, Commands, command
 
+BASELINES = ("unigram", "bigram", "trigram", "lagged", "chain", "marginal")
+CONTROLS = ("shuffled", "permuted", "next-token")
+"""Names of `probes.views`, which takes too long to import for --help."""
+CONTROL = click.option("--control", type=click.Choice(CONTROLS), help="Fit a control instead: "
+                       "states of other positions, targets of other positions, or the next "
+                       "token's embedding beside the state.")  # fmt: skip
+
 
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="residua")
@@ -307,13 +314,14 @@ def fit() -> None:
 @click.option("--keep-moments/--no-keep-moments", "keep", default=None, help="Keep the moments "
               "with the cache, for later fits.  [default: where they take at most a quarter of "
               "the residual streams' bytes]")  # fmt: skip
+@CONTROL
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the probe.  [default: "
               "under the root]")  # fmt: skip
 @command
 def ridge(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
     alpha: float | None, folds: int, products: str, target: tuple[int, ...] | None,
-    memory: float | None, keep: bool | None, out: Path | None,
+    memory: float | None, keep: bool | None, control: str | None, out: Path | None,
 ) -> Any:  # fmt: skip
     """Ridge maps from every layer to the last layer N tokens on, in one pass over CACHE.
 
@@ -325,26 +333,67 @@ def ridge(
     residua fit ridge 3f2a --offsets 0-3
     residua fit ridge 3f2a --offsets 1 --layers 4-8 --out my-probe
     residua fit ridge 3f2a --layers 0-3 --target 6,9 --memory 4 --keep-moments
+    residua fit ridge 3f2a --offsets 0-3 --control shuffled
     """
     from residua.analysis.messages import fitted
     from residua.analysis.terminal import meter
     from residua.cache.catalog import find_cache
+    from residua.probes.control import controlled
     from residua.probes.library import probe_path
     from residua.probes.ridge import RidgeProbe
     from residua.probes.save import save_probe
 
     source = find_cache(cache, root)
-    probe = RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products,
+    ridge = RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products,
                        target=target)  # fmt: skip
+    probe = controlled(ridge, control)
     with meter(quiet) as shown:
         probe.fit(source, memory=None if memory is None else int(memory * 2**30), keep=keep,
                   progress=shown.of("moments"))  # fmt: skip
     path = save_probe(probe, out or probe_path(root, probe))
     metrics = probe.metrics()
-    value = {"probe": str(path), "cache": source.id, "metrics": metrics, "moments": probe.moments_}
+    moments = getattr(probe, "probe_", probe).moments_
+    value = {"probe": str(path), "cache": source.id, "metrics": metrics, "moments": moments}
     return value, lambda: fitted(
-        "ridge", source.id, path, metrics, probe.moments_, target is None or source.depth in target
+        probe.kind, source.id, path, metrics, moments, target is None or source.depth in target
     )
+
+
+@fit.command()
+@click.argument("cache")
+@click.argument("kinds", nargs=-1, metavar="[KIND]...", type=click.Choice(BASELINES))
+@click.option("--offsets", type=NUMBERS, default="0-3", show_default=True, help="Predict N tokens "
+              "further on; those at which a kind says nothing are left out.")  # fmt: skip
+@command
+def baseline(
+    root: Path, quiet: bool, cache: str, kinds: tuple[str, ...], offsets: tuple[int, ...]
+) -> Any:
+    """Baselines that count the tokens of the train split of CACHE, and read no layer.
+
+    KIND is unigram (the marginal), bigram (reads x[t+N]), trigram (x[t+N-1] too), lagged (x[t]
+    alone, counted at the distance), chain (x[t] alone, by bigram steps) or marginal (the model's
+    distribution at t, then bigram steps). Without one, all of them.
+
+    \b
+    residua fit baseline 3f2a
+    residua fit baseline 3f2a trigram lagged --offsets 1-8
+    """
+    from residua.analysis.messages import fitted
+    from residua.cache.catalog import find_cache
+    from residua.probes.counts import baselines
+    from residua.probes.library import probe_path
+    from residua.probes.save import save_probe
+
+    source, found = find_cache(cache, root), []
+    for probe in baselines(kinds or BASELINES, offsets):
+        path = save_probe(probe.fit(source), probe_path(root, probe))
+        found.append({"kind": probe.kind, "probe": str(path), "metrics": probe.metrics()})
+
+    def show() -> None:
+        for one in found:
+            fitted(one["kind"], source.id, Path(one["probe"]), one["metrics"])
+
+    return {"cache": source.id, "probes": found}, show
 
 
 @fit.command()
@@ -358,12 +407,14 @@ def ridge(
               "best of a short sweep]")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of positions.")
 @click.option("--memory", type=float, help="Memory of a group of layers, in GiB.")
+@CONTROL
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the probe.  [default: "
               "under the root]")  # fmt: skip
 @command
 def lens(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
-    steps: int, batch: int, lr: float | None, seed: int, memory: float | None, out: Path | None,
+    steps: int, batch: int, lr: float | None, seed: int, memory: float | None,
+    control: str | None, out: Path | None,
 ) -> Any:  # fmt: skip
     """A tuned lens: translators of every layer, fitted to the model's own distribution.
 
@@ -376,13 +427,15 @@ def lens(
     """
     from residua.analysis.terminal import meter, table
     from residua.cache.catalog import find_cache
+    from residua.probes.control import controlled
     from residua.probes.lens import FutureLens, TunedLens
     from residua.probes.library import checkpoint_path, probe_path
     from residua.probes.save import save_probe
 
     source = find_cache(cache, root)
     kind = TunedLens if offsets == (0,) else FutureLens
-    probe = kind(offset=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed)
+    lens = kind(offset=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed)
+    probe = controlled(lens, control)
     with meter(quiet) as shown:
         probe.fit(source, memory=None if memory is None else int(memory * 2**30),
                   checkpoint=checkpoint_path(root, probe, source.id),
@@ -417,6 +470,7 @@ def lens(
 @click.option("--lr", type=float, help="Learning rate.  [default: by a short sweep]")
 @click.option("--epochs", default=3, show_default=True, help="Most passes over the train split.")
 @click.option("--memory", type=float, help="Memory for the weights, in GiB.")
+@CONTROL
 @click.option("--checkpoint-seconds", default=60.0, show_default=True, help="Time between two "
               "checkpoints; a killed fit goes on from the last one.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the probe.  [default: "
@@ -424,7 +478,7 @@ def lens(
 @command
 def vocab(
     root: Path, quiet: bool, cache: str, memory: float | None, checkpoint_seconds: float,
-    out: Path | None, offsets: tuple[int, ...], **options: Any,
+    control: str | None, out: Path | None, offsets: tuple[int, ...], **options: Any,
 ) -> Any:  # fmt: skip
     """Softmax regressions from every layer to the token N further on, in one stream over CACHE.
 
@@ -437,12 +491,13 @@ def vocab(
     """
     from residua.analysis.terminal import meter, table
     from residua.cache.catalog import find_cache
+    from residua.probes.control import controlled
     from residua.probes.library import checkpoint_path, probe_path
     from residua.probes.save import save_probe
     from residua.probes.vocab import VocabProbe
 
     source = find_cache(cache, root)
-    probe = VocabProbe(offset=offsets, **options)
+    probe = controlled(VocabProbe(offset=offsets, **options), control)
     with meter(quiet) as shown:
         probe.fit(
             source, memory=None if memory is None else int(memory * 2**30),
@@ -454,13 +509,15 @@ def vocab(
 
     def show() -> None:
         table(
-            f"vocab, cache {source.id[:12]}", list(metrics[0]), [list(r.values()) for r in metrics]
+            f"{probe.kind}, cache {source.id[:12]}",
+            list(metrics[0]),
+            [list(r.values()) for r in metrics],
         )
         click.echo(f"probe: {path}")
         click.echo(f"next: residua evaluate {source.id[:12]} {path.name} --html report.html")
 
-    value = {"probe": str(path), "cache": source.id, "metrics": metrics, "sweep": probe.sweep_}
-    return value, show
+    sweep = getattr(probe, "probe_", probe).sweep_
+    return {"probe": str(path), "cache": source.id, "metrics": metrics, "sweep": sweep}, show
 
 
 @main.command()

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +67,9 @@ class Evaluation:
 
         if self.cache is None:
             return []
-        return heatmaps(self.cache, self.readouts, split=split or self.split)
+        # A control says little about a passage.
+        shown = [readout for readout in self.readouts if not hasattr(readout, "view")]
+        return heatmaps(self.cache, shown, split=split or self.split)
 
     def to_html(
         self,
@@ -108,12 +109,13 @@ def evaluate(
 
     sequences = choose_sequences(cache, split, max_positions, seed)
     plan = _plan(cache, probes, offsets, layers)
+    groups = plan.groups(cache)
     sums = {key: MetricSums(len(sequences)) for key in plan.wanted()}
     total = int(cache.sequence_length[sequences].sum())
     head = cache.head.torch()
     with torch.inference_mode():
         for window in windows(cache, sequences, plan.offsets, batch_rows):
-            _add_window(cache, head, plan, window, sums)
+            _add_window(cache, head, plan, groups, window, sums)
             if progress is not None:
                 progress(window.stop, total)
     weights = resampling(len(sequences), seed)
@@ -161,6 +163,28 @@ class _Plan:
                 if offset in self.offsets and (layer is None or layer in self.layers):
                     found.append((offset, order, -1 if layer is None else layer, name))
         return [(n, None if la < 0 else la, offset) for offset, _, la, n in sorted(set(found))]
+
+    def groups(self, cache: "ActivationCache") -> "list[_Group]":
+        """What is read together: layer by layer, and the rows of each control by themselves."""
+        found: dict[tuple[str, int], _Group] = {}
+        for key in self.wanted():
+            readout, layer = self.readouts[key[0]], -1 if key[1] is None else key[1]
+            view = getattr(readout, "view", None)
+            place = (key[0] if view else "", layer)
+            if place not in found:
+                found[place] = _Group(view(cache) if view else cache, key[1], [])
+            found[place].keys.append(key)
+        return [found[place] for place in sorted(found)]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Keys that read the same rows."""
+
+    cache: "ActivationCache"
+    """The cache, or the view of it that a control reads."""
+    layer: int | None
+    keys: list[Key]
 
 
 def _plan(
@@ -214,6 +238,7 @@ def _add_window(
     cache: "ActivationCache",
     head: TorchHead,
     plan: _Plan,
+    groups: list[_Group],
     window: Window,
     sums: dict[Key, MetricSums],
 ) -> None:
@@ -221,11 +246,12 @@ def _add_window(
     model = head(_hidden(cache, cache.depth, window.positions[window.lead :]))
     reference = Reference.of(model, window.text)
     del model
-    for layer, keys in groupby(sorted(sums, key=_layer_of), key=_layer_of):
-        hidden = None if layer < 0 else _hidden(cache, layer, window.positions)
+    for group in groups:
+        rows = window.positions
+        hidden = None if group.layer is None else _hidden(group.cache, group.layer, rows)
         # The logit lens says the same at every offset: one head for all of them.
         lens = None
-        for key in keys:
+        for key in group.keys:
             readout, offset = plan.readouts[key[0]], key[2]
             targets = window.targets(offset)
             if not len(targets):
@@ -236,13 +262,10 @@ def _add_window(
                 logits = lens[sources]
             else:
                 states = None if hidden is None else hidden[sources]
-                batch = Batch(states, window.token[targets], head)
+                tokens = window.read[sources], window.previous[targets]
+                batch = Batch(states, window.token[targets], head, *tokens)
                 logits = readout.logits(batch, key[1], offset)
             sums[key].add(window.slot[targets], reference.take(targets), logits)
-
-
-def _layer_of(key: Key) -> int:
-    return -1 if key[1] is None else key[1]
 
 
 def _hidden(cache: "ActivationCache", layer: int, positions: np.ndarray) -> "torch.Tensor":

@@ -13,6 +13,7 @@ from .plots import (
     MEASURES,
     SCALE,
     band_of,
+    base,
     caption,
     color,
     heatmap_title,
@@ -20,6 +21,7 @@ from .plots import (
     measure_title,
     needs_log,
     short,
+    stroke,
 )
 
 if TYPE_CHECKING:
@@ -158,8 +160,8 @@ def _line(rows: list[Row], measure: str, floor: float) -> "list[Scatter]":
         x=layers,
         y=[max(getattr(row, measure), floor) for row in rows],
         mode="lines+markers",
-        line={"color": color(probe), "width": 2},
-        marker={"symbol": SYMBOLS.get(probe.partition(" ")[0], "cross"), "size": 7},
+        line={"color": color(probe), "dash": stroke(probe)[1], "width": 2},
+        marker={"symbol": SYMBOLS.get(base(probe), "cross"), "size": 7},
         hovertext=[_hover(row, measure) for row in rows],
         hoverinfo="text",
         **common,

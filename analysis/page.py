@@ -20,7 +20,15 @@ GLOSSARY = {
     "It says nothing about another corpus or another training run.",
     "logit lens": "The model's own head on a middle layer, without any fit.",
     "bigram": "Witten-Bell bigram of the train split. It reads x[t+N], which no probe of the "
-    "residual stream at t sees.",
+    "residual stream at t sees; a trigram reads x[t+N-1] as well. The unigram reads nothing.",
+    "lagged bigram": "What x[t] alone says of the token after t+N, counted at that distance; the "
+    "bigram chain computes it from neighbours.",
+    "marginalised bigram": "The model's distribution at t, taken N bigram steps further: it reads "
+    "no token after t.",
+    "shuffled states": "A control: the same probe, but reading the state of another sequence.",
+    "permuted labels": "A control: the same probe, but fitted to targets of other sequences.",
+    "with the next token": "A control: the same probe, but reading the embedding of the token at "
+    "t+1 beside the state at t.",
 }
 KL_NOTE = (
     "How far each probe is from the model at t+N: lower is better. Bands are 95 % intervals, the "

@@ -23,6 +23,14 @@ LABELS = {
     "future": "future lens",
     "vocab": "vocabulary probe",
     "bigram": "bigram",
+    "chain": "bigram chain",
+    "lagged": "lagged bigram",
+    "marginal": "marginalised bigram",
+    "trigram": "trigram",
+    "unigram": "unigram",
+    "shuffled": "shuffled states",
+    "permuted": "permuted labels",
+    "next-token": "with the next token",
 }
 # Okabe and Ito (2008): told apart with every common colour blindness.
 COLORS = {
@@ -32,9 +40,16 @@ COLORS = {
     "future": "#CC79A7",
     "vocab": "#E69F00",
     "bigram": "#555555",
+    "chain": "#B5A36A",
+    "lagged": "#8C6D31",
+    "marginal": "#8856A7",
+    "trigram": "#000000",
+    "unigram": "#999999",
 }
 OTHER_COLOR = "#56B4E9"
 MARKERS = {"logit": "o", "ridge": "s", "lens": "^", "future": "D", "vocab": "v"}
+STROKES = {"shuffled": (":", "dot"), "permuted": ("-.", "dashdot"), "next-token": ("--", "dash")}
+"""Strokes of controls, for matplotlib and plotly."""
 MEASURES = {
     "kl": "KL(model ‖ probe), nats",
     **{f"precision_at_{k}": f"precision@{k} (share of positions)" for k in KS},
@@ -49,14 +64,26 @@ CELL_LETTERS = 8
 
 
 def label(probe: str) -> str:
-    """`ridge 2` is drawn as `ridge lens 2`."""
+    """`ridge 2` is drawn as `ridge lens 2`, `ridge/shuffled` as `ridge lens, shuffled states`."""
     kind, _, number = probe.partition(" ")
-    return f"{LABELS.get(kind, kind)} {number}".strip()
+    names = ", ".join(LABELS.get(part, part) for part in kind.split("/"))
+    return f"{names} {number}".strip()
 
 
 def color(probe: str) -> str:
     """The fixed colour of a kind of probe."""
-    return COLORS.get(probe.partition(" ")[0], OTHER_COLOR)
+    return COLORS.get(base(probe), OTHER_COLOR)
+
+
+def base(probe: str) -> str:
+    """The kind of probe, without its number and its control."""
+    return probe.partition(" ")[0].partition("/")[0]
+
+
+def stroke(probe: str) -> tuple[str, str]:
+    """The line of a probe for matplotlib and plotly: broken for a control."""
+    control = probe.partition(" ")[0].partition("/")[2]
+    return STROKES.get(control, ("-", "solid"))
 
 
 def short_name(model: str) -> str:
@@ -145,8 +172,12 @@ def _panel(axes: "Axes", evaluation: Evaluation, measure: str, offset: int) -> N
 def _line(axes: "Axes", rows: list[Row], measure: str, floor: float) -> None:
     probe = rows[0].probe
     layers = [row.layer or 0 for row in rows]
-    marker = MARKERS.get(probe.partition(" ")[0], "P")
-    style: dict[str, Any] = {"color": color(probe), "label": label(probe)}
+    marker = MARKERS.get(base(probe), "P")
+    style: dict[str, Any] = {
+        "color": color(probe),
+        "label": label(probe),
+        "linestyle": stroke(probe)[0],
+    }
     values = [max(getattr(row, measure), floor) for row in rows]
     axes.plot(layers, values, marker=marker, markersize=4, linewidth=1.6, **style)
     bands = [band_of(row, measure) for row in rows]

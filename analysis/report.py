@@ -100,12 +100,24 @@ def _headline(evaluation: Evaluation, offset: int) -> list[str]:
     tops.sort(key=lambda row: -row.precision_at_1)
     parts = [f"{_share(row)} for the {label(row.probe)} (layer {row.layer})" for row in tops]
     parts += [
-        f"{_share(row)} for the {label(row.probe)} (which reads token t+{offset})"
+        f"{_share(row)} for the {label(row.probe)} (which reads {_tokens(row)})"
         for row in rows
         if row.layer is None
     ]
     says = f"At N = {offset} ({ahead(offset)}) the best precision@1 is "
     return [says + ", ".join(parts) + "; each layer was chosen on the same data."]
+
+
+def _tokens(row: Row) -> str:
+    """What a baseline without a layer reads."""
+    kind, offset = row.probe.partition(" ")[0], row.offset
+    known = {
+        "unigram": "nothing",
+        "lagged": "token t",
+        "chain": "token t",
+        "trigram": f"tokens t+{offset - 1} and t+{offset}",
+    }
+    return known.get(kind, f"token t+{offset}")
 
 
 def _kl(row: Row) -> str:

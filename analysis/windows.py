@@ -54,6 +54,10 @@ class Window:
     """Token at each target, `(targets,)` int64."""
     text: "torch.Tensor"
     """Token after each target, -1 at the end of its sequence, `(targets,)` int64."""
+    previous: "torch.Tensor"
+    """Token before each target, -1 at the start of its sequence, `(targets,)` int64."""
+    read: "torch.Tensor"
+    """Token at each of `positions`, `(lead + targets,)` int64."""
 
     def targets(self, offset: int) -> np.ndarray:
         """Targets s whose source s - offset lies in the same sequence, by number."""
@@ -76,6 +80,7 @@ def windows(
     index = positions - cache.sequence_start[sequences][slot]
     token = cache.tokens[positions].astype(np.int64)
     text = np.where(index + 1 < lengths[slot], np.append(token[1:], -1), -1)
+    previous = np.where(index > 0, np.append(-1, token[:-1]), -1)
     for start in range(0, len(positions), limit):
         stop = min(start + limit, len(positions))
         lead = min(start, max(offsets))
@@ -89,4 +94,6 @@ def windows(
             slot[here],
             torch.from_numpy(token[here]),
             torch.from_numpy(text[here]),
+            torch.from_numpy(previous[here]),
+            torch.from_numpy(token[start - lead : stop]),
         )

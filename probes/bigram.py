@@ -1,10 +1,20 @@
-"""The bigram baseline: the next token from the last token alone, counted in the train split."""
+"""The bigram baselines: the next token from one token alone, counted in the train split."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..cache.errors import UsageError
+from .counts import (
+    Counted,
+    column_sums,
+    count_followers,
+    count_pairs,
+    pack,
+    tokens_of,
+    unigram,
+    unpack,
+    witten_bell,
+)
 from .readout import Batch
 
 if TYPE_CHECKING:
@@ -13,11 +23,8 @@ if TYPE_CHECKING:
 
     from ..cache.store import ActivationCache
 
-BLOCK_TOKENS = 1 << 20
-"""Tokens counted at a time."""
 
-
-class Bigram:
+class Bigram(Counted):
     """P(next token | token at t+N), interpolated with the unigram after Witten and Bell.
 
         P(b | a) = (c(a, b) + T(a) P(b)) / (c(a) + T(a))
@@ -32,78 +39,86 @@ class Bigram:
     """
 
     kind = "bigram"
+    least_offset = 1
 
     counts_: "csr_matrix"
     """Pairs seen, `(vocab, vocab)` int64; memory grows with the distinct pairs only."""
-    context_: np.ndarray
-    """c(a), `(vocab,)` int64."""
-    followers_: np.ndarray
-    """T(a), `(vocab,)` int64."""
-    unigram_: np.ndarray
-    """P(b), `(vocab,)` float64."""
 
     def __init__(self, offsets: tuple[int, ...] = (1, 2, 3)) -> None:
         self.offsets = offsets
 
-    def pairs(self) -> list[tuple[int | None, int]]:
-        """Layer None with every offset."""
-        return [(None, offset) for offset in self.offsets]
-
     def fit(self, cache: "ActivationCache") -> "Bigram":
         """Count the tokens of the train split in one pass, without a residual stream."""
-        from scipy.sparse import csr_matrix
-
-        if any(offset < 1 for offset in self.offsets):
-            raise UsageError(f"offsets of a bigram must be 1 or more, not {self.offsets}")
-        counts = csr_matrix((cache.vocab, cache.vocab), dtype=np.int64)
-        for sequences in cache.blocks(cache.split("train"), BLOCK_TOKENS):
-            counts = csr_matrix(counts + _count(cache, sequences))
-        if counts.nnz == 0:
-            raise UsageError("the train split holds no pair of tokens to count")
-        self.counts_ = counts
-        self.context_ = np.asarray(counts.sum(1)).ravel()
-        self.followers_ = np.diff(counts.indptr).astype(np.int64)
-        seen = np.asarray(counts.sum(0)).ravel()
-        types = np.count_nonzero(seen)
-        self.unigram_ = (seen + types / cache.vocab) / (seen.sum() + types)
+        self._start(cache)
+        self.counts_ = count_pairs(cache)
+        self.unigram_ = unigram(column_sums(self.counts_))
         return self
 
     def log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
         """log P(. | token) of `tokens`, `(n, vocab)` float32; only these rows are made dense."""
-        self._check_fitted()
-        context, followers = self.context_[tokens], self.followers_[tokens]
-        # A token never followed by anything leaves the unigram alone.
-        share = np.where(context > 0, followers / np.maximum(context + followers, 1), 1.0)
-        log_share, log_unigram = np.log(share), np.log(self.unigram_)
-        out = np.add.outer(log_share.astype(np.float32), log_unigram.astype(np.float32))
-        rows = self.counts_[tokens]
-        line = np.repeat(np.arange(len(tokens)), np.diff(rows.indptr))
-        prior = followers[line] * self.unigram_[rows.indices]
-        out[line, rows.indices] = np.log((rows.data + prior) / (context + followers)[line])
-        return out
+        self.check_fitted()
+        return after(tokens, self.counts_, self.unigram_)
 
     def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
         """Log-probabilities of the token after `batch.last_token`, `(n, vocab)` float32."""
         import torch
 
-        out = self.log_probabilities(batch.last_token.cpu().numpy())
+        out = self.log_probabilities(tokens_of(batch.last_token))
         return torch.from_numpy(out).to(batch.last_token.device)
 
-    def _check_fitted(self) -> None:
-        if not hasattr(self, "counts_"):
-            from sklearn.exceptions import NotFittedError
+    def _size(self, offset: int) -> dict[str, int]:
+        return {"n": int(self.counts_.sum()), "distinct": self.counts_.nnz}
 
-            raise NotFittedError("this Bigram is not fitted; call fit(cache) first")
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return pack("pairs", self.counts_)
+
+    def _read(self, tensors: dict[str, np.ndarray]) -> None:
+        self.counts_ = unpack("pairs", tensors, len(self.unigram_))
 
 
-def _count(cache: "ActivationCache", sequences: np.ndarray) -> "csr_matrix":
-    """Pairs of neighbours inside each of `sequences`, `(vocab, vocab)`."""
-    from scipy.sparse import csr_matrix
+class LaggedBigram(Counted):
+    """P(x[t+N+1] | x[t]): what the token at t alone says of the one that follows t+N.
 
-    ids = cache.tokens[cache.rows(sequences)].astype(np.int64)
-    inside = np.ones(len(ids), bool)
-    inside[np.cumsum(cache.sequence_length[sequences]) - 1] = False
-    first = np.flatnonzero(inside)
-    keys, number = np.unique(ids[first] * cache.vocab + ids[first + 1], return_counts=True)
-    shape = (cache.vocab, cache.vocab)
-    return csr_matrix((number.astype(np.int64), np.divmod(keys, cache.vocab)), shape=shape)
+    Counted at distance N+1 for each offset, and interpolated with the same unigram as `Bigram`.
+    It sees the last token that the state at t has seen and nothing after it: the fair bigram for
+    a probe at offset N, which beats it only by what the state holds beyond its own token.
+    """
+
+    kind = "lagged"
+
+    counts_: "dict[int, csr_matrix]"
+    """Offset -> pairs (x[t], x[t+N+1]) seen, `(vocab, vocab)` int64."""
+
+    def __init__(self, offsets: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+        self.offsets = offsets
+
+    def fit(self, cache: "ActivationCache") -> "LaggedBigram":
+        """Count the tokens of the train split, in one pass for each offset and one for all."""
+        self._start(cache)
+        self.unigram_ = unigram(count_followers(cache))
+        self.counts_ = {offset: count_pairs(cache, offset + 1) for offset in self.offsets}
+        return self
+
+    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+        """Log-probabilities of the token N+1 after `batch.token`, `(n, vocab)` float32."""
+        import torch
+
+        self.check_fitted()
+        out = after(tokens_of(batch.token), self.counts_[offset], self.unigram_)
+        return torch.from_numpy(out).to(batch.last_token.device)
+
+    def _size(self, offset: int) -> dict[str, int]:
+        return {"n": int(self.counts_[offset].sum()), "distinct": self.counts_[offset].nnz}
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return {k: v for n, c in self.counts_.items() for k, v in pack(str(n), c).items()}
+
+    def _read(self, tensors: dict[str, np.ndarray]) -> None:
+        vocab = len(self.unigram_)
+        self.counts_ = {n: unpack(str(n), tensors, vocab) for n in self.offsets}
+
+
+def after(tokens: np.ndarray, counts: "csr_matrix", unigram: np.ndarray) -> np.ndarray:
+    """log P(. | token) of `tokens`, `(n, vocab)` float32."""
+    prior = np.tile(np.log(unigram).astype(np.float32), (len(tokens), 1))
+    return witten_bell(counts[tokens], prior)

@@ -21,7 +21,9 @@ def probe_path(root: Path, probe: Any, cache_id: str | None = None) -> Path:
     A probe that is not fitted yet has no cache of its own: name its `cache_id`.
     """
     parameters = digest(plain(probe.get_params()))[:8]
-    return root / FOLDER / f"{probe.kind}-{(cache_id or probe.cache_id_)[:12]}-{parameters}"
+    # A control is no answer to who asks for the probe by the beginning of its name.
+    kind = "-".join(reversed(probe.kind.split("/")))
+    return root / FOLDER / f"{kind}-{(cache_id or probe.cache_id_)[:12]}-{parameters}"
 
 
 def checkpoint_path(root: Path, probe: Any, cache_id: str) -> Path:

@@ -25,13 +25,19 @@ class Batch:
     """Token at t+N, the last one the model read before the token to be predicted, `(n,)` int64."""
     head: TorchHead
     """The cache's head."""
+    token: "torch.Tensor | None" = None
+    """Token at t, the last one that the state has seen, `(n,)` int64."""
+    previous_token: "torch.Tensor | None" = None
+    """Token at t+N-1, -1 where t+N is the first of its sequence, `(n,)` int64."""
 
 
 class Readout(Protocol):
     """Gives a distribution over the vocabulary for what the model says at t+N."""
 
-    kind: str
-    """Name in tables: `logit`, `ridge`, `lens`, `vocab`, `bigram`, ..."""
+    @property
+    def kind(self) -> str:
+        """Name in tables: `logit`, `ridge`, `lens`, `vocab`, `bigram`, ..."""
+        ...
 
     def pairs(self) -> list[tuple[int | None, int]]:
         """The (layer, offset) pairs it can read; layer None if it reads no residual stream."""

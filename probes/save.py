@@ -16,9 +16,15 @@ if TYPE_CHECKING:
     from ..cache.store import ActivationCache
 
 KINDS = {
+    "bigram": (".bigram", "Bigram"),
+    "chain": (".chain", "BigramChain"),
     "future": (".lens", "FutureLens"),
+    "lagged": (".bigram", "LaggedBigram"),
     "lens": (".lens", "TunedLens"),
+    "marginal": (".chain", "MarginalBigram"),
     "ridge": (".ridge", "RidgeProbe"),
+    "trigram": (".trigram", "Trigram"),
+    "unigram": (".unigram", "Unigram"),
     "vocab": (".vocab", "VocabProbe"),
 }
 """Module and class of each kind of probe; imported when one is loaded."""
@@ -31,7 +37,10 @@ FILES = ("config.json", "probe.safetensors")
 class Saved(Protocol):
     """What a probe offers to be kept on disk; `restore(params, config, tensors)` reads it back."""
 
-    kind: str
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`, or one with a control: `ridge/shuffled`."""
+        ...
 
     def get_params(self) -> dict[str, Any]:
         """The parameters of the constructor."""
@@ -46,7 +55,7 @@ def save_probe(probe: Saved, folder: str | Path) -> Path:
     """Write a fitted `probe` (see `Saved`) to `folder`; tensors first, then `config.json`."""
     from safetensors.numpy import save
 
-    if getattr(probe, "kind", None) not in KINDS:
+    if not is_known(getattr(probe, "kind", None)):
         raise UsageError(f"{type(probe).__name__} cannot be saved; kinds are {', '.join(KINDS)}")
     config, tensors = probe.state()
     path = as_path(folder)
@@ -71,14 +80,23 @@ def load_probe(folder: str | Path) -> Any:
     data = file.read_bytes() if file.is_file() else b""
     if hashlib.sha256(data).hexdigest() != config.get("tensors"):
         raise CorruptError(f"{file} is missing or was changed after it was written; save it again")
-    if config.get("kind") not in KINDS:
+    if not is_known(config.get("kind")):
         raise UsageError(
             f"{folder} holds a probe of kind {config.get('kind')!r}, written by residua "
             f"{config.get('residua')}; this version knows {', '.join(KINDS)}"
         )
-    module, name = KINDS[config["kind"]]
-    probe_class = getattr(import_module(module, __package__), name)
-    return probe_class.restore(config["params"], config, load(data))
+    return class_of(config["kind"]).restore(config["params"], config, load(data))
+
+
+def is_known(kind: Any) -> bool:
+    """Whether `kind` is one of `KINDS`, or one of them with a control: `ridge/shuffled`."""
+    return isinstance(kind, str) and kind.partition("/")[0] in KINDS
+
+
+def class_of(kind: str) -> Any:
+    """The class of a known kind of probe."""
+    module, name = (".control", "ControlProbe") if "/" in kind else KINDS[kind]
+    return getattr(import_module(module, __package__), name)
 
 
 def check_geometry(probe: Any, cache: "ActivationCache") -> None:
@@ -98,11 +116,13 @@ def check_geometry(probe: Any, cache: "ActivationCache") -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` with numpy's numbers, arrays and tuples as those of JSON."""
+    """`value` with numpy's numbers, arrays and tuples as JSON's, and a probe as its parameters."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
+    if hasattr(value, "get_params"):
+        return {"kind": value.kind, "params": plain(value.get_params())}
     if isinstance(value, list | tuple | range):
         return [plain(item) for item in value]
     return value

@@ -9,7 +9,7 @@ import torch
 
 from residua.cache.errors import UsageError
 from residua.cache.store import ActivationCache
-from residua.probes import bigram
+from residua.probes import counts
 from residua.probes.bigram import Bigram
 from residua.probes.readout import Batch
 
@@ -42,10 +42,10 @@ def pairs_of(tiny_cache: ActivationCache) -> Counter[tuple[int, int]]:
 
 
 def test_counts_equal_a_plain_dict(tiny_cache, monkeypatch):
-    monkeypatch.setattr(bigram, "BLOCK_TOKENS", 50)
-    counts = Bigram().fit(tiny_cache).counts_.tocoo()
-    where = zip(counts.row.tolist(), counts.col.tolist(), strict=True)
-    found = dict(zip(where, counts.data.tolist(), strict=True))
+    monkeypatch.setattr(counts, "BLOCK_TOKENS", 50)
+    table = Bigram().fit(tiny_cache).counts_.tocoo()
+    where = zip(table.row.tolist(), table.col.tolist(), strict=True)
+    found = dict(zip(where, table.data.tolist(), strict=True))
     assert found == dict(pairs_of(tiny_cache))
 
 
