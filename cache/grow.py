@@ -36,9 +36,11 @@ def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
     store = cache.path / "arrays.zarr"
     with exclusive(cache.path / "leases", "layers"):
         if not is_remote(store):
-            for pattern in ("*", "residual/*", "residual/*/*"):  # what zarr leaves when killed
-                for left in store.glob(f"{pattern}.partial"):
-                    left.unlink()
+            # What makers of layers that were killed left: metadata of zarr's, and our record.
+            patterns = ("*.partial", "residual/*.partial", "residual/*/*.partial")
+            left = [path for pattern in patterns for path in store.glob(pattern)]
+            for path in (*left, *cache.journal.folder.glob(".base.*.tmp")):
+                path.unlink()
         files = {}
         for layer in unnamed_layers(cache, tuple(dtypes)):
             path = cache.path / _metadata(layer)

@@ -168,6 +168,8 @@ def test_layers_that_a_killed_process_created_get_into_the_journal(
         patch.setattr(Journal, "commit_base", die)
         with pytest.raises(KeyboardInterrupt):
             run(request(0, 2))
+    (path,) = list_paths(tmp_path)
+    (path / "journal" / ".base.1.json.99.tmp").write_bytes(b"{")  # of one that died in it
     run(request(0, 2))
     complete(tmp_path)
 
