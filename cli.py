@@ -8,14 +8,9 @@ from typing import Any
 import click
 
 from residua import __version__
-from residua.analysis.command import CONTEXT, NUMBERS, Commands, command
+from residua.analysis.command import CONTEXT, NUMBERS, Commands, command, probing
 
 BASELINES = ("unigram", "bigram", "trigram", "lagged", "chain", "marginal")
-CONTROLS = ("shuffled", "permuted", "next-token")
-"""Names of `probes.views`, which takes too long to import for --help."""
-CONTROL = click.option("--control", type=click.Choice(CONTROLS), help="Fit a control instead: "
-                       "states of other positions, targets of other positions, or the next "
-                       "token's embedding beside the state.")  # fmt: skip
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -294,10 +289,7 @@ def fit() -> None:
 
 
 @fit.command()
-@click.argument("cache")
-@click.option("--offsets", type=NUMBERS, default="0", show_default=True, help="Predict N tokens "
-              "further on; 0 is the next token.")  # fmt: skip
-@click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]")
+@probing
 @click.option("--alpha", type=float, help="One fixed penalty, scikit-learn's meaning.  [default: "
               "the best of a path by cross-validation]")  # fmt: skip
 @click.option("--folds", default=5, show_default=True, help="Folds of the cross-validation.")
@@ -309,19 +301,14 @@ def fit() -> None:
     help="dtype of block products; float32 is twice as fast, to 1e-6.",
 )
 @click.option("--target", type=NUMBERS, help="Layers to predict.  [default: the last]")
-@click.option("--memory", type=float, help="Memory for the moments, in GiB.  [default: 2, at most "
-              "a quarter of the machine's]")  # fmt: skip
 @click.option("--keep-moments/--no-keep-moments", "keep", default=None, help="Keep the moments "
               "with the cache, for later fits.  [default: where they take at most a quarter of "
               "the residual streams' bytes]")  # fmt: skip
-@CONTROL
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the probe.  [default: "
-              "under the root]")  # fmt: skip
 @command
 def ridge(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
     alpha: float | None, folds: int, products: str, target: tuple[int, ...] | None,
-    memory: float | None, keep: bool | None, control: str | None, out: Path | None,
+    memory: int | None, keep: bool | None, control: str | None, out: Path | None,
 ) -> Any:  # fmt: skip
     """Ridge maps from every layer to the last layer N tokens on, in one pass over CACHE.
 
@@ -348,8 +335,7 @@ def ridge(
                        target=target)  # fmt: skip
     probe = controlled(ridge, control)
     with meter(quiet) as shown:
-        probe.fit(source, memory=None if memory is None else int(memory * 2**30), keep=keep,
-                  progress=shown.of("moments"))  # fmt: skip
+        probe.fit(source, memory=memory, keep=keep, progress=shown.of("moments"))
     path = save_probe(probe, out or probe_path(root, probe))
     metrics = probe.metrics()
     moments = getattr(probe, "probe_", probe).moments_
@@ -397,23 +383,16 @@ def baseline(
 
 
 @fit.command()
-@click.argument("cache")
-@click.option("--offsets", type=NUMBERS, default="0", show_default=True, help="Predict what the "
-              "model says N tokens further on; others than 0 make a future lens.")  # fmt: skip
-@click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]")
+@probing
 @click.option("--steps", default=400, show_default=True, help="Steps of each translator.")
 @click.option("--batch", default=1024, show_default=True, help="Positions of a step.")
 @click.option("--lr", type=float, help="Share of the natural gradient's full step.  [default: the "
               "best of a short sweep]")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of positions.")
-@click.option("--memory", type=float, help="Memory of a group of layers, in GiB.")
-@CONTROL
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the probe.  [default: "
-              "under the root]")  # fmt: skip
 @command
 def lens(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
-    steps: int, batch: int, lr: float | None, seed: int, memory: float | None,
+    steps: int, batch: int, lr: float | None, seed: int, memory: int | None,
     control: str | None, out: Path | None,
 ) -> Any:  # fmt: skip
     """A tuned lens: translators of every layer, fitted to the model's own distribution.
@@ -425,7 +404,8 @@ def lens(
     residua fit lens 3f2a
     residua fit lens 3f2a --offsets 0-8 --layers 4-8
     """
-    from residua.analysis.terminal import meter, table
+    from residua.analysis.messages import fitted
+    from residua.analysis.terminal import meter
     from residua.cache.catalog import find_cache
     from residua.probes.control import controlled
     from residua.probes.lens import FutureLens, TunedLens
@@ -437,30 +417,16 @@ def lens(
     lens = kind(offset=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed)
     probe = controlled(lens, control)
     with meter(quiet) as shown:
-        probe.fit(source, memory=None if memory is None else int(memory * 2**30),
-                  checkpoint=checkpoint_path(root, probe, source.id),
-                  progress=shown.stage)  # fmt: skip
+        checkpoint = checkpoint_path(root, probe, source.id)
+        probe.fit(source, memory=memory, checkpoint=checkpoint, progress=shown.stage)
     path = save_probe(probe, out or probe_path(root, probe))
-    metrics = [{k: v for k, v in row.items() if k != "sweep"} for row in probe.metrics()]
-
-    def show() -> None:
-        names = list(metrics[0])
-        table(
-            f"{probe.kind}, cache {source.id[:12]}",
-            names,
-            [[r.get(n) for n in names] for r in metrics],
-        )
-        click.echo(f"probe: {path}")
-        click.echo(f"next: residua evaluate {source.id[:12]} {path.name} --html report.html")
-
-    return {"probe": str(path), "cache": source.id, "metrics": probe.metrics()}, show
+    metrics = probe.metrics()
+    value = {"probe": str(path), "cache": source.id, "metrics": metrics}
+    return value, lambda: fitted(probe.kind, source.id, path, metrics)
 
 
 @fit.command()
-@click.argument("cache")
-@click.option("--offsets", type=NUMBERS, default="0", show_default=True, help="Predict N tokens "
-              "further on; 0 is the next token.")  # fmt: skip
-@click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]")
+@probing
 @click.option("--loss", type=click.Choice(["model", "text", "kl"]), default="model",
               show_default=True, help="Cross-entropy to the model's top token or to the text's, or "
               "KL to the model's distribution.")  # fmt: skip
@@ -469,15 +435,11 @@ def lens(
 @click.option("--rank", type=int, help="Rank of the matrix.  [default: full]")
 @click.option("--lr", type=float, help="Learning rate.  [default: by a short sweep]")
 @click.option("--epochs", default=3, show_default=True, help="Most passes over the train split.")
-@click.option("--memory", type=float, help="Memory for the weights, in GiB.")
-@CONTROL
 @click.option("--checkpoint-seconds", default=60.0, show_default=True, help="Time between two "
               "checkpoints; a killed fit goes on from the last one.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the probe.  [default: "
-              "under the root]")  # fmt: skip
 @command
 def vocab(
-    root: Path, quiet: bool, cache: str, memory: float | None, checkpoint_seconds: float,
+    root: Path, quiet: bool, cache: str, memory: int | None, checkpoint_seconds: float,
     control: str | None, out: Path | None, offsets: tuple[int, ...], **options: Any,
 ) -> Any:  # fmt: skip
     """Softmax regressions from every layer to the token N further on, in one stream over CACHE.
@@ -489,7 +451,8 @@ def vocab(
     residua fit vocab 3f2a --offsets 0-3
     residua fit vocab 3f2a --offsets 1 --layers 4-8 --loss kl --rank 64
     """
-    from residua.analysis.terminal import meter, table
+    from residua.analysis.messages import fitted
+    from residua.analysis.terminal import meter
     from residua.cache.catalog import find_cache
     from residua.probes.control import controlled
     from residua.probes.library import checkpoint_path, probe_path
@@ -499,25 +462,14 @@ def vocab(
     source = find_cache(cache, root)
     probe = controlled(VocabProbe(offset=offsets, **options), control)
     with meter(quiet) as shown:
-        probe.fit(
-            source, memory=None if memory is None else int(memory * 2**30),
-            checkpoint=checkpoint_path(root, probe, source.id),
-            checkpoint_seconds=checkpoint_seconds, progress=shown.of("positions"),
-        )  # fmt: skip
+        checkpoint = checkpoint_path(root, probe, source.id)
+        probe.fit(source, memory=memory, checkpoint=checkpoint,
+                  checkpoint_seconds=checkpoint_seconds,
+                  progress=shown.of("positions"))  # fmt: skip
     path = save_probe(probe, out or probe_path(root, probe))
-    metrics = probe.metrics()
-
-    def show() -> None:
-        table(
-            f"{probe.kind}, cache {source.id[:12]}",
-            list(metrics[0]),
-            [list(r.values()) for r in metrics],
-        )
-        click.echo(f"probe: {path}")
-        click.echo(f"next: residua evaluate {source.id[:12]} {path.name} --html report.html")
-
-    sweep = getattr(probe, "probe_", probe).sweep_
-    return {"probe": str(path), "cache": source.id, "metrics": metrics, "sweep": sweep}, show
+    metrics, sweep = probe.metrics(), getattr(probe, "probe_", probe).sweep_
+    value = {"probe": str(path), "cache": source.id, "metrics": metrics, "sweep": sweep}
+    return value, lambda: fitted(probe.kind, source.id, path, metrics)
 
 
 @main.command()

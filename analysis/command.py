@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -34,6 +35,45 @@ class Numbers(click.ParamType):
 
 
 NUMBERS = Numbers()
+
+
+class Gibibytes(click.ParamType):
+    """Memory in GiB, such as 0.5; the command gets bytes."""
+
+    name = "GIB"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        try:
+            found = float(value)
+        except ValueError:
+            found = 0.0
+        if not 0 < found < float("inf"):
+            self.fail(f"{value!r} is no size in GiB; write it like 0.5 or 8", param, ctx)
+        return int(found * 2**30)
+
+
+CONTROLS = ("shuffled", "permuted", "next-token")
+"""Names of `probes.views`, which takes too long to import for --help."""
+
+
+def probing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what every fit of a probe takes: CACHE, and options that mean the same for all."""
+    parameters = (
+        click.argument("cache"),
+        click.option("--offsets", type=NUMBERS, default="0", show_default=True,
+                     help="Predict N tokens further on; 0 is the next token."),
+        click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]"),
+        click.option("--memory", type=Gibibytes(), help="Memory of the fit, beside what Python "
+                     "and its libraries take.  [default: 2, at most a quarter of the machine's]"),
+        click.option("--control", type=click.Choice(CONTROLS), help="Fit a control instead: "
+                     "states of other positions, targets of other positions, or the next token's "
+                     "embedding beside the state."),
+        click.option("--out", type=click.Path(path_type=Path),
+                     help="Folder of the probe.  [default: under the root]"),
+    )  # fmt: skip
+    for add in reversed(parameters):
+        function = add(function)
+    return function
 
 
 class Commands(click.Group):

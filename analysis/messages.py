@@ -192,8 +192,9 @@ def fitted(
 
     `moments` says where its moments came from; only what is `readable` by the head is evaluated.
     """
-    rows = [list(row.values()) for row in metrics]
-    table(f"{kind}, cache {cache[:12]}", list(metrics[0]), rows)
+    columns = [name for name, value in metrics[0].items() if not isinstance(value, dict | list)]
+    rows = [[row.get(name) for name in columns] for row in metrics]
+    table(f"{kind}, cache {cache[:12]}", columns, rows)
     if moments is not None:
         print(
             f"moments: {size(moments['bytes'])}; {moments['kept']} found, {moments['extended']} "

@@ -9,11 +9,12 @@ from click.testing import CliRunner
 from sklearn.linear_model import Ridge
 
 import residua
+from residua.analysis.command import CONTROLS
 from residua.analysis.evaluate import evaluate
 from residua.analysis.plots import color, label, stroke
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.store import ActivationCache
-from residua.cli import BASELINES, CONTROLS, main
+from residua.cli import BASELINES, main
 from residua.probes import save, views
 from residua.probes.control import ControlProbe
 from residua.probes.lens import TunedLens
