@@ -31,8 +31,8 @@ GLOSSARY = {
     "t+1 beside the state at t.",
 }
 KL_NOTE = (
-    "How far each probe is from the model at t+N: lower is better. Bands are 95 % intervals, the "
-    "dashed line is the bigram. Where an axis is logarithmic, values below 0.001 are drawn there."
+    "How far each probe is from the model at t+N: lower is better. Bands are 95 % intervals, "
+    "dashed lines read tokens alone. On a logarithmic axis, values below 0.001 are drawn there."
 )
 PRECISION_NOTE = (
     "How often the model's top token is among the probe's k likeliest: higher is better. The "

@@ -55,6 +55,8 @@ MEASURES = {
     **{f"precision_at_{k}": f"precision@{k} (share of positions)" for k in KS},
 }
 """Measures that are drawn by layer, with the name of their axis."""
+LEGEND_COLUMNS = 5
+"""Names side by side under a figure."""
 KL_FLOOR = 1e-3
 """Smaller KL, in nats, is drawn at this value on a logarithmic axis."""
 SCALE = ((0.0, "#ffffff"), (0.35, "#c6e5f5"), (0.7, "#4aa3d0"), (1.0, "#08457e"))
@@ -135,7 +137,8 @@ def curves(evaluation: Evaluation, measure: str) -> "Figure":
     handles = {h.get_label(): h for axes in grid for h in axes.get_lines() if axes.get_visible()}
     named = [(h, str(name)) for name, h in handles.items() if not str(name).startswith("_")]
     keys, names = [h for h, _ in named], [name for _, name in named]
-    figure.legend(keys, names, loc="outside lower center", ncols=max(1, len(names)), frameon=False)
+    columns = max(1, min(len(names), LEGEND_COLUMNS))
+    figure.legend(keys, names, loc="outside lower center", ncols=columns, frameon=False)
     name = short_name(evaluation.model_name)
     title = f"{name}: {measure_title(measure)}, {evaluation.split} split"
     figure.suptitle(printable(title), parse_math=False)
