@@ -9,7 +9,6 @@ extraction stops after the last block.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -139,7 +138,8 @@ def main() -> None:
         root = Path(folder)
         if args.only:
             fill(*prepare(args, root, model, args.only))
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            status = Path("/proc/self/status").read_text()
+            print(int(status.split("VmHWM:")[1].split()[0]) / 1024)  # ru_maxrss is the parent's
             return
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{size:.1f} M parameters, {args.tokens:,} tokens, {torch.get_num_threads()} threads")
