@@ -77,7 +77,7 @@ class ControlProbe(Params):
     def check_fitted(self) -> None:
         """Raise scikit-learn's `NotFittedError` before `fit`."""
         if not hasattr(self, "probe_"):
-            from sklearn.exceptions import NotFittedError
+            from .estimator import NotFittedError
 
             raise NotFittedError("this ControlProbe is not fitted; call fit(cache) first")
 

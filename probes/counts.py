@@ -49,7 +49,7 @@ class Counted(Params):
     def check_fitted(self) -> None:
         """Raise scikit-learn's `NotFittedError` before `fit`."""
         if not hasattr(self, "unigram_"):
-            from sklearn.exceptions import NotFittedError
+            from .estimator import NotFittedError
 
             raise NotFittedError(f"this {type(self).__name__} is not fitted; call fit(cache) first")
 

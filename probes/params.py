@@ -33,6 +33,6 @@ class Params:
     def check_fitted(self) -> None:
         """Raise scikit-learn's `NotFittedError` before `fit`."""
         if not hasattr(self, "maps_"):
-            from sklearn.exceptions import NotFittedError
+            from .estimator import NotFittedError
 
             raise NotFittedError(f"this {type(self).__name__} is not fitted; call fit(cache) first")

@@ -6,12 +6,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..cache.errors import NotFoundError, UsageError
 from ..cache.store import ActivationCache
 from .collect import Progress, check_rows, collect, collect_rows, cores, one_blas_thread
+from .estimator import (
+    BaseEstimator,
+    MultiOutputMixin,
+    RegressorMixin,
+    check_is_fitted,
+    validate_data,
+)
 from .moments import PRODUCTS
 from .momentset import MomentSet
 from .passes import Request

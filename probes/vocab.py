@@ -8,16 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.metrics import accuracy_score
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..cache.errors import NotFoundError, UsageError
 from ..cache.store import ActivationCache
 from .checkpoint import Checkpoint
 from .collect import Counter, Progress, default_memory
 from .descent import CHECKPOINT_SECONDS, Crew, Trainer, advance
+from .estimator import BaseEstimator, ClassifierMixin, check_is_fitted, validate_data
 from .examples import LOSSES, cache_examples
 from .forms import FORMS, Parameters, apply
 from .job import ArrayJob, CacheJob, Job
@@ -176,6 +173,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
             if partial and X.shape[1] != self.n_features_in_:
                 raise UsageError(f"expected rows of width {self.n_features_in_}, got {X.shape[1]}")
         else:
+            from sklearn.utils.multiclass import check_classification_targets
+
             X, y = validate_data(self, X, y, dtype=[np.float32, np.float64], reset=not partial)
             check_classification_targets(y)
         if classes is None:
@@ -315,6 +314,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         """
         pair = self._pair(layer, offset)
         if not isinstance(X, ActivationCache):
+            from sklearn.metrics import accuracy_score
+
             found = self.predict(X, *pair)
             return accuracy_score(np.asarray(y), np.asarray(found), sample_weight=sample_weight)
         loss = "text" if self.loss == "text" else "model"
