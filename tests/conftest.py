@@ -1,9 +1,14 @@
 """Fixtures: a model folder, a file of texts, and a cache of both, made once."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One process per core runs tests: none needs the other cores' threads as well.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
