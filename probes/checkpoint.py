@@ -1,6 +1,9 @@
 """Checkpoints of a running fit: tensors first, then a JSON file that names them, atomically."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,32 @@ from ..cache.jsonfile import file_digest, read_json, sync_folder, write_json
 
 
 class Checkpoint:
-    """A folder that holds the last state of one fit; `identity` says of which."""
+    """A folder that holds the last state of one fit; `identity` says of which.
 
-    def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
+    `name` is that of the JSON file.
+    """
+
+    def __init__(
+        self, folder: str | Path, identity: dict[str, Any], name: str = "fit.json"
+    ) -> None:
         self.folder = Path(folder)
         self.identity = identity
+        self.file = self.folder / name
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let nobody else work here within the context; waits for who does.
+
+        A worker that lost its client goes on for a while, and may still be at this very fit.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Replace the state; one killed at any moment leaves the old one or the new one whole."""
@@ -29,7 +53,7 @@ class Checkpoint:
         os.replace(temporary, self.folder / name)
         digest = file_digest(self.folder / name)
         about = {"identity": self.identity, "state": state, "tensors": name, "digest": digest}
-        write_json(self.folder / "fit.json", about)
+        write_json(self.file, about)
         for old in self.folder.glob("*.safetensors"):
             if old.name != name:
                 old.unlink()
@@ -39,7 +63,7 @@ class Checkpoint:
         from safetensors.torch import load_file
 
         try:
-            found = read_json(self.folder / "fit.json")
+            found = read_json(self.file)
         except NotFoundError:
             return None
         other = [k for k in self.identity if self.identity[k] != found["identity"].get(k)]
@@ -59,9 +83,9 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Drop the state of a fit that is finished."""
-        if not (self.folder / "fit.json").exists():
+        if not self.file.exists():
             return
-        (self.folder / "fit.json").unlink()
+        self.file.unlink()
         for file in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*.tmp")]:
             file.unlink()
         if not any(self.folder.iterdir()):

@@ -1,8 +1,8 @@
 """Stochastic descent: many softmax regressions at once in one stream of batches.
 
 AdamW in the principal axes of the states (`forms`), linear warm-up and decay, a learning rate from
-a short sweep, stopped on held-out loss. Each (layer, offset) is fitted by one thread with its own
-arithmetic, so that results do not depend on which others are fitted beside it.
+a short sweep (`sweep`), stopped on held-out loss. Each (layer, offset) is fitted by one thread with
+its own arithmetic, so that results do not depend on which others are fitted beside it.
 
 Chosen by measurement: held-out cross-entropy of the sample model's layer 3 at N = 1, one pass over
 150,000 positions, best learning rate each. AdamW on raw states 4.399, on states of mean square 1
@@ -12,10 +12,9 @@ rows 4.504, at their best a tenth dearer a step; one-sided Shampoo 4.914. Three 
 in principal axes 4.198.
 """
 
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .crew import Crew
 from .examples import Examples, Step
 from .forms import Axes, Form, Parameters
 from .readout import Pair
@@ -36,16 +36,24 @@ LEAST_STEPS = 200
 """Steps of a fit on few rows, which are then seen more often than `epochs`."""
 WARM_UP = 20
 """Most steps over which the learning rate rises; a tenth of a short fit."""
-SWEEP_MORE = 3
-"""Learning rates tried beyond the first three, each a factor of 3 on, while the best is an edge."""
-BAD = 1e9
-"""Stands for a loss that is not finite; JSON has no word for it."""
 SWEEP_SHARE, SWEEP_STEPS = 1 / 16, 64
 """Steps of a sweep's fits: this share of the steps of the fit, at most so many."""
 BETAS = (0.9, 0.99)
 """AdamW's; .95 and .99 do better than .999 here."""
 CHECKPOINT_SECONDS = 60.0
 """Between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one regression."""
+
+    parameters: Parameters
+    """The best ones, as a map of raw states."""
+    last: dict[str, float]
+    """Their line of `history`."""
+    history: list[dict[str, float]]
+    """Step, training loss since the line before, held-out loss; nats."""
 
 
 class Trainer:
@@ -94,12 +102,13 @@ class Trainer:
             self.best = {name: value.clone() for name, value in self.parameters.items()}
 
     def chosen(self) -> dict[str, float]:
-        """The line of `history` of the parameters that `result` gives."""
+        """The line of `history` of the parameters that `outcome` gives."""
         return self.history[-1 - self.worse] if self.best is not None else self.history[-1]
 
-    def result(self) -> Parameters:
-        """The best parameters, as a map of raw states."""
-        return self.form.folded(self.best or self.parameters, self.axes)
+    def outcome(self) -> Outcome:
+        """What it is worth now."""
+        found = self.form.folded(self.best or self.parameters, self.axes)
+        return Outcome(found, self.chosen(), self.history)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything that changes, as JSON and tensors."""
@@ -125,41 +134,6 @@ class Trainer:
             if f"exp_avg.{name}" in tensors:
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 self.optimiser.state[value] = {key: tensors[f"{key}.{name}"] for key in keys}
-
-
-@dataclass
-class Crew:
-    """Threads that share the regressions, and room for gradients for each of them."""
-
-    workers: int
-    _local: threading.local = field(default_factory=threading.local)
-
-    @classmethod
-    def of(cls, regressions: int) -> "Crew":
-        """A thread for each regression, as far as there are cores."""
-        return cls(max(1, min(regressions, torch.get_num_threads())))
-
-    def __enter__(self) -> "Crew":
-        threads = max(1, torch.get_num_threads() // self.workers)
-        self._pool = ThreadPoolExecutor(
-            self.workers, initializer=torch.set_num_threads, initargs=(threads,)
-        )
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def each(self, work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-        """`work` done for all items; the first error is raised."""
-        return list(self._pool.map(work, items))
-
-    def room(self, like: Parameters) -> Parameters:
-        """Tensors shaped as `like`, the same ones for every regression that this thread fits."""
-        key = tuple((name, tuple(value.shape)) for name, value in like.items())
-        kept = self._local.__dict__.setdefault("room", {})
-        if key not in kept:
-            kept[key] = {name: torch.empty_like(value) for name, value in like.items()}
-        return kept[key]
 
 
 Trainers = dict[Any, Trainer]
@@ -230,17 +204,12 @@ class Descent:
     """A new regression for a (layer, offset), the same every time."""
     pairs: list[Pair]
     epochs: int
-    lr: float
-    """Given, or where the sweep begins."""
-    sweep: bool = True
+    rates: dict[Pair, float] = field(default_factory=dict)
+    """Learning rate of each pair."""
     checkpoint: Checkpoint | None = None
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     progress: Callable[[int], None] = lambda rows: None
     """Told the rows of each step."""
-    sweep_rows: list[dict[str, float]] = field(default_factory=list)
-    """Layer, offset, learning rate and held-out loss of each fit of the sweep."""
-    rates: dict[Pair, float] = field(default_factory=dict)
-    """Learning rate of each pair."""
 
     @property
     def steps(self) -> int:
@@ -248,7 +217,8 @@ class Descent:
         return max(self.epochs * self.examples.steps, LEAST_STEPS)
 
     @property
-    def _sweep_steps(self) -> int:
+    def sweep_steps(self) -> int:
+        """Steps of the short fits of a sweep."""
         return min(SWEEP_STEPS, max(WARM_UP, int(self.steps * SWEEP_SHARE)))
 
     @property
@@ -256,26 +226,23 @@ class Descent:
         """Rows that all steps read."""
         return self.steps * self.examples.rows // self.examples.steps
 
-    def run(self) -> Trainers:
+    def run(self) -> dict[Pair, Outcome]:
         """Fit all pairs; goes on from the checkpoint if there is one."""
-        trainers = {pair: self.start(pair) for pair in self.pairs}
-        found = self.checkpoint.load() if self.checkpoint else None
-        with Crew.of(len(self.pairs)) as crew:
-            if found is not None:
-                done = self._restore(trainers, *found)
-            else:
-                done = 0
-                self.rates = dict.fromkeys(self.pairs, self.lr)
-                if self.sweep and self.validation is not None:
-                    self._choose(crew, self.validation)
+        with self.checkpoint.held() if self.checkpoint else nullcontext():
+            trainers = {pair: self.start(pair) for pair in self.pairs}
+            found = self.checkpoint.load() if self.checkpoint else None
+            done = 0 if found is None else self._restore(trainers, *found)
+            if found is None:
                 self._save(trainers, 0)
-            self._descend(crew, trainers, done)
-        return trainers
+            with Crew.of(len(self.pairs)) as crew:
+                self._descend(crew, trainers, done)
+                found = crew.each(Trainer.outcome, trainers.values())
+        return dict(zip(trainers, found, strict=True))
 
     def _descend(self, crew: Crew, trainers: Trainers, done: int) -> None:
         every, saved = max(1, self.steps // EVALUATIONS), time.monotonic()
         left = self.positions - self._report(done * self.positions // self.steps)
-        for number, step in self._stream(done):
+        for number, step in self.stream(done):
             if all(trainer.stopped for trainer in trainers.values()):
                 break
             share = schedule(number, self.steps)
@@ -294,7 +261,7 @@ class Descent:
         self.progress(rows)
         return rows
 
-    def _stream(self, done: int, steps: int | None = None) -> Iterator[tuple[int, Step]]:
+    def stream(self, done: int, steps: int | None = None) -> Iterator[tuple[int, Step]]:
         """Numbered batches from number `done` on, epoch after epoch."""
         steps = self.steps if steps is None else steps
         while done < steps:
@@ -311,40 +278,6 @@ class Descent:
         for key, trainer in active.items():
             trainer.measured(taken, losses.get(key))
 
-    def _choose(self, crew: Crew, validation: Examples) -> None:
-        """Try learning rates on a few pairs; each pair takes those of the nearest one."""
-        some = representatives(self.pairs)
-        wanted = {pair: [self.lr * 3.0**power for power in (-1, 0, 1)] for pair in some}
-        tried: dict[Pair, dict[float, float]] = {pair: {} for pair in some}
-        for _ in range(1 + SWEEP_MORE):
-            for (layer, offset, rate), loss in self._try(crew, validation, wanted).items():
-                tried[layer, offset][rate] = loss
-            wanted = {pair: _further(tried[pair]) for pair in some}
-            if not any(wanted.values()):
-                break
-        self.sweep_rows = [
-            {"layer": layer, "offset": offset, "lr": rate, "validation": loss}
-            for (layer, offset), found in tried.items()
-            for rate, loss in sorted(found.items())
-        ]
-        # What is best for few steps is too much for many.
-        share = (self._sweep_steps / self.steps) ** 0.25
-        for pair in self.pairs:
-            found = tried[min(some, key=lambda other: distance(pair, other))]
-            self.rates[pair] = share * min(found, key=lambda rate: found[rate], default=self.lr)
-
-    def _try(
-        self, crew: Crew, validation: Examples, rates: dict[Pair, list[float]]
-    ) -> dict[tuple[int, int, float], float]:
-        """Held-out losses of short fits, all made at once, by layer, offset and learning rate."""
-        keys = [(*pair, rate) for pair, found in rates.items() for rate in found]
-        trainers = {key: self.start(key[:2]) for key in keys}
-        for number, step in self._stream(0, self._sweep_steps):
-            share = schedule(number, self._sweep_steps)
-            advance(crew, trainers, step, lambda key, share=share: share * key[2])
-        losses = held_out_losses(crew, trainers, validation)
-        return {key: losses[key] if losses[key] < BAD else BAD for key in keys if key in losses}
-
     def _save(self, trainers: Trainers, step: int) -> None:
         if self.checkpoint is None:
             return
@@ -353,15 +286,11 @@ class Descent:
             key = f"{layer}.{offset}"
             numbers[key], found = trainer.state()
             tensors |= {f"{key}.{name}": value for name, value in found.items()}
-        rates = [self.rates[pair] for pair in trainers]
-        state = {"step": step, "rates": rates, "sweep": self.sweep_rows, "trainers": numbers}
-        self.checkpoint.save(state, tensors)
+        self.checkpoint.save({"step": step, "trainers": numbers}, tensors)
 
     def _restore(
         self, trainers: Trainers, state: dict[str, Any], tensors: dict[str, Tensor]
     ) -> int:
-        self.rates = dict(zip(trainers, state["rates"], strict=True))
-        self.sweep_rows = state["sweep"]
         for (layer, offset), trainer in trainers.items():
             start = f"{layer}.{offset}."
             mine = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
@@ -389,17 +318,6 @@ def distance(pair: Pair, other: Pair) -> tuple[bool, int, int]:
         abs(pair[0] - other[0]),
         abs(pair[1] - other[1]),
     )
-
-
-def _further(tried: dict[float, float]) -> list[float]:
-    """A learning rate beyond the edge where the best one lies, if it lies on one."""
-    rates = sorted(tried)
-    if not rates:
-        return []
-    best = min(rates, key=lambda rate: tried[rate])
-    if best == rates[-1]:
-        return [best * 3]
-    return [best / 3] if best == rates[0] else []
 
 
 def schedule(step: int, steps: int) -> float:

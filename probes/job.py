@@ -1,6 +1,6 @@
-"""What a vocabulary probe is fitted on: a cache or labelled rows, in groups that fit memory."""
+"""What a vocabulary probe is fitted on: a cache or labelled rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -12,7 +12,7 @@ from ..cache.head import TorchHead
 from ..cache.store import ActivationCache
 from .descent import Descent, Trainer
 from .examples import Examples, array_examples, cache_examples
-from .feed import draw_sequences
+from .feed import Feed, draw_sequences
 from .forms import Form, Full, LowRank, ThroughHead
 from .readout import Pair
 from .softmax import fast_products
@@ -41,7 +41,7 @@ class Job:
 
     head: TorchHead | None = None
     progress: Callable[[int], None] = lambda rows: None
-    """Told the positions that were read before the fits began."""
+    """Told the positions that are read before the fits begin, and those of their steps."""
 
     @property
     def positions(self) -> int:
@@ -59,31 +59,36 @@ class Job:
     @cached_property
     def form(self) -> Form:
         """The form of every regression."""
-        vocab, rank = len(self.classes), self.options["rank"]
+        vocab, rank, products = len(self.classes), self.options["rank"], self.products
         if self.options["form"] == "head":
             if self.head is None:
                 raise UsageError("form='head' needs a cache: labelled rows have no head")
             return ThroughHead(self.head, self.d_in, self.size())
-        products = self.options["products"]
-        products = fast_products() if products == "auto" else products
         if rank is None:
             return Full(vocab, self.d_in, products)
         return LowRank(vocab, self.d_in, min(rank, self.d_in), products)
 
-    def groups(self, memory: int) -> list[list[Pair]]:
-        """Pairs whose weights fit `memory` bytes together; those of a layer stay neighbours."""
-        most = max(1, memory // (4 * COPIES * self.form.weights))
-        return [self.pairs[i : i + most] for i in range(0, len(self.pairs), most)]
+    @property
+    def products(self) -> str:
+        """dtype of the factors of gradients."""
+        found = self.options["products"]
+        return fast_products() if found == "auto" else found
 
-    def descents(self, memory: int, lr: float, sweep: bool) -> Iterator[Descent]:
-        """One fit per group."""
-        for pairs in self.groups(memory):
-            layers = list(dict.fromkeys(layer for layer, _ in pairs))
-            offsets = list(dict.fromkeys(offset for _, offset in pairs))
-            examples, validation = self.examples(layers, offsets)
-            start = Starter(self, examples, layers, offsets)
-            epochs = self.options["epochs"]
-            yield Descent(examples, validation, start, pairs, epochs, lr, sweep)
+    def room(self, memory: int) -> int:
+        """Pairs whose weights fit `memory` bytes together, one at least."""
+        return max(1, memory // (4 * COPIES * self.form.weights))
+
+    def descent(self, pairs: list[Pair], rates: dict[Pair, float] | None = None) -> Descent:
+        """The fit of some of the pairs, at the learning rates `rates`."""
+        layers, offsets = parts_of(pairs)
+        examples, validation = self.examples(layers, offsets)
+        start = Starter(self, examples, layers, offsets)
+        return Descent(examples, validation, start, pairs, self.options["epochs"], rates or {})
+
+
+def parts_of(pairs: list[Pair]) -> tuple[list[int], list[int]]:
+    """Layers and offsets of `pairs`, each once."""
+    return list(dict.fromkeys(la for la, _ in pairs)), list(dict.fromkeys(n for _, n in pairs))
 
 
 @dataclass
@@ -113,6 +118,8 @@ class CacheJob(Job):
     """The train split of a cache."""
 
     cache: ActivationCache | None = None
+    given: np.ndarray | None = None
+    """What `tops` gives, where that is known already."""
 
     @classmethod
     def of(cls, cache: ActivationCache, pairs: list[Pair], options: dict[str, Any]) -> "CacheJob":
@@ -131,10 +138,23 @@ class CacheJob(Job):
     def examples(self, layers: list[int], offsets: list[int]) -> tuple[Examples, Examples | None]:
         assert self.cache is not None
         options = {name: self.options[name] for name in ("loss", "batch", "seed")}
-        make = partial(cache_examples, self.cache, layers, offsets, tops=self.tops, **options)
+        make = partial(
+            cache_examples, self.cache, layers, offsets, tops=self.tops,
+            buffer_rows=self.buffer_rows, buffer_bytes=1 << 62, **options,
+        )  # fmt: skip
         held = self.held_out
         validation = make(sequences=held, shuffle=False) if len(held) else None
         return make(split="train", drop_last=True), validation
+
+    @cached_property
+    def buffer_rows(self) -> int:
+        """Rows of the buffer if all pairs are fitted together; any few draw the same batches so."""
+        assert self.cache is not None
+        residual = self.options["loss"] == "kl"
+        feed = Feed(
+            self.cache, *parts_of(self.pairs), batch=self.options["batch"], residual=residual
+        )
+        return feed.order.buffer_rows
 
     @cached_property
     def held_out(self) -> np.ndarray:
@@ -159,7 +179,8 @@ class CacheJob(Job):
         return int(self.cache.sequence_length[self.labelled].sum())
 
     def tops(self) -> np.ndarray:
-        return self._tops
+        """The model's top token at every position, see `top_tokens`."""
+        return self._tops if self.given is None else self.given
 
     @cached_property
     def _tops(self) -> np.ndarray:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .crew import Crew
 from .examples import Examples
 from .forms import Axes
 from .softmax import Target
@@ -37,21 +38,28 @@ class Covariance:
 def survey(
     examples: Examples, layers: list[int], offsets: list[int], vocab: int
 ) -> tuple[dict[int, Axes], dict[int, Tensor]]:
-    """Axes by layer and logarithms of the targets' frequencies `(vocab,)` by offset."""
+    """Axes by layer and logarithms of the targets' frequencies `(vocab,)` by offset.
+
+    A layer is one thread's: the last bits of eigenvectors depend on how many threads look for them.
+    """
     found: dict[int, Covariance] = {}
     counts = {offset: torch.full((vocab,), SMOOTHING) for offset in offsets}
     seen = 0
-    for step in examples.epoch():
-        for layer in layers:
-            rows = step.hidden[layer]
-            found.setdefault(layer, Covariance(rows)).add(rows)
-        for offset in offsets:
-            counts[offset] += frequencies(step.target(offset)[1], vocab)
-        seen += len(step.hidden[layers[0]])
-        if seen >= SAMPLE_ROWS:
-            break
+
+    def add(rows: Tensor, layer: int) -> None:
+        found.setdefault(layer, Covariance(rows)).add(rows)
+
+    with Crew(max(1, min(len(layers), torch.get_num_threads()))) as crew:
+        for step in examples.epoch():
+            crew.each(lambda layer, step=step: add(step.hidden[layer], layer), layers)
+            for offset in offsets:
+                counts[offset] += frequencies(step.target(offset)[1], vocab)
+            seen += len(step.hidden[layers[0]])
+            if seen >= SAMPLE_ROWS:
+                break
+        axes = crew.each(lambda layer: found[layer].axes(), layers)
     priors = {offset: (count / count.sum()).log() for offset, count in counts.items()}
-    return {layer: found[layer].axes() for layer in layers}, priors
+    return dict(zip(layers, axes, strict=True)), priors
 
 
 def frequencies(target: Target, vocab: int) -> Tensor:

@@ -2,13 +2,13 @@
 
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from ..cache.runs import Runs
 from ..cache.store import ActivationCache
+from .crew import thread_pool
 from .softmax import TILE_BYTES, TILE_ROWS, Teacher
 
 
@@ -35,8 +35,7 @@ def top_tokens(
         found[start:stop] = token.numpy() + 1
         return stop - start
 
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with thread_pool(torch.get_num_threads()) as pool:
         for done in pool.map(work, Runs.of(cache, sequences).pieces(rows)):
             progress(done)
     return found

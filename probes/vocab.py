@@ -1,6 +1,5 @@
 """Vocabulary probe: softmax regression from a layer's residual stream to the token N further on."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,9 @@ import torch
 
 from ..cache.errors import NotFoundError, UsageError
 from ..cache.store import ActivationCache
-from .checkpoint import Checkpoint
-from .collect import Counter, Progress, default_memory
-from .descent import CHECKPOINT_SECONDS, Crew, Trainer, advance
+from .collect import Progress, default_memory
+from .crew import Crew
+from .descent import CHECKPOINT_SECONDS, Outcome, Trainer, advance
 from .estimator import BaseEstimator, ClassifierMixin, check_is_fitted, validate_data
 from .examples import LOSSES, cache_examples
 from .forms import FORMS, Parameters, apply
@@ -23,6 +22,7 @@ from .ridge import numbers
 from .save import plain
 from .softmax import PRODUCTS, tiles
 from .tops import top_tokens
+from .vocabgroups import Kept, fit_groups
 
 PARTIAL_STEPS = 300
 """Steps of `partial_fit` after which its learning rate is the first one over sqrt 2."""
@@ -87,6 +87,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         X: Any,
         y: Any = None,
         *,
+        client: Any = None,
         memory: int | None = None,
         checkpoint: str | Path | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
@@ -94,30 +95,25 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
     ) -> "VocabProbe":
         """Fit the train split of a cache, or rows `X` `(n, d)` (numpy, dask) with labels `y`.
 
-        Pairs whose weights do not fit `memory` bytes together take one pass after the other. With
-        a folder `checkpoint` the state is kept there every `checkpoint_seconds`, and a killed fit
-        that is started again goes on from it to the same result; it is removed at the end.
+        Pairs whose weights do not fit `memory` bytes together take one pass after the other. The
+        workers of `client` (of `dask.distributed`) share the pairs of a cache, which they see under
+        the same path; each thread of theirs fits a group, and `memory` bounds each worker. Neither
+        changes a bit of the result. With a folder `checkpoint`, which workers must see too, the
+        state is kept there every `checkpoint_seconds`, and a killed fit that is started again goes
+        on from it to the same result; it is removed at the end.
         """
         job = self._job(X, y)
         rate = job.form.rate if self.lr is None else self.lr
-        descents = list(job.descents(memory or default_memory(), rate, self.lr is None))
-        count = Counter(sum(d.positions for d in descents) + job.positions, progress)
-        job.progress = count.add
-        identity = {**job.identity, "kind": self.kind, "params": plain(self.get_params())}
+        kept = None
+        if checkpoint is not None:
+            identity = {**job.identity, "kind": self.kind, "params": plain(self.get_params())}
+            kept = Kept(Path(checkpoint).absolute(), identity, checkpoint_seconds)
+        memory = memory or default_memory()
         self._clear(job)
-        for number, descent in enumerate(descents):
-            descent.progress = count.add
-            if checkpoint is not None:
-                pairs = [list(pair) for pair in descent.pairs]
-                folder = Path(checkpoint) / str(number)
-                descent.checkpoint = Checkpoint(folder, {**identity, "pairs": pairs})
-                descent.checkpoint_seconds = checkpoint_seconds
-            for pair, trainer in descent.run().items():
-                self._keep(pair, trainer, descent.rates[pair], descent.examples.rows)
-            self.sweep_ += descent.sweep_rows
-        for descent in descents:
-            if descent.checkpoint is not None:
-                descent.checkpoint.remove()
+        plan, found = fit_groups(job, rate, self.lr is None, memory, client, kept, progress)
+        self.sweep_ = plan.rows
+        for pair, outcome in found.items():
+            self._keep(pair, outcome, plan.rates[pair], plan.positions)
         return self
 
     def partial_fit(self, X: Any, y: Any = None, classes: Any = None) -> "VocabProbe":
@@ -133,7 +129,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         if first:
             self._clear(job)
         rate = job.form.rate if self.lr is None else self.lr
-        (descent,) = job.descents(sys.maxsize, rate, False)
+        descent = job.descent(job.pairs)
         if not self._trainers:
             known = {pair: fitted.parameters for pair, fitted in self.fitted_.items()}
             self._trainers = {p: descent.start(p, known.get(p)) for p in descent.pairs}
@@ -145,7 +141,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         self.passes_ += 1
         for pair, trainer in self._trainers.items():
             trainer.measured(self.steps_, None)
-            self._keep(pair, trainer, rate, descent.examples.rows)
+            self._keep(pair, trainer.outcome(), rate, descent.examples.rows)
         return self
 
     def _known_classes(self, classes: Any) -> np.ndarray | None:
@@ -212,10 +208,10 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         self.steps_ = self.passes_ = 0
         self._trainers: dict[Any, Trainer] = {}
 
-    def _keep(self, pair: Pair, trainer: Trainer, lr: float, rows: int) -> None:
-        last = trainer.chosen()
+    def _keep(self, pair: Pair, outcome: Outcome, lr: float, rows: int) -> None:
+        last = outcome.last
         self.fitted_[pair] = Fitted(
-            trainer.result(),
+            outcome.parameters,
             {
                 "layer": pair[0],
                 "offset": pair[1],
@@ -226,7 +222,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
                 "validation": last.get("validation"),
                 "n": rows,
             },
-            trainer.history,
+            outcome.history,
         )
 
     def pairs(self) -> list[tuple[int | None, int]]:
