@@ -30,16 +30,21 @@ class BucketRow(Row):
     share: float
     """Part of the pairs of the probe, layer and offset that is in the bucket."""
 
+    @property
+    def bucket(self) -> str:
+        """Its name: `30-60 %`."""
+        return bucket_name(self.confidence_from, self.confidence_to)
+
+
+def bucket_name(low: float, high: float) -> str:
+    """`30-60 %` from 0.3 and 0.6."""
+    return f"{100 * low:.0f}-{100 * high:.0f} %"
+
 
 def bucket_of(confidence: np.ndarray) -> np.ndarray:
     """Number of the bucket of each probability, `(n,)` int64; ends are rounded to its dtype."""
     inner = np.array(EDGES[1:-1], confidence.dtype)
     return np.searchsorted(inner, confidence, side="right")
-
-
-def bucket_name(low: float, high: float) -> str:
-    """`30-60 %`"""
-    return f"{100 * low:.0f}-{100 * high:.0f} %"
 
 
 class Tally:

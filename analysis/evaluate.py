@@ -62,6 +62,10 @@ class Evaluation:
         """Rows of one probe at one offset, by layer."""
         return [row for row in self.rows if row.probe == probe and row.offset == offset]
 
+    def select_buckets(self, probe: str, offset: int) -> list[BucketRow]:
+        """Rows of `buckets` of one probe at one offset, by layer, then from the least sure."""
+        return [row for row in self.buckets if row.probe == probe and row.offset == offset]
+
     def table(self) -> "list[OffsetTable]":
         """KL and precision@1 by layer, one table per offset."""
         from .report import offset_table
