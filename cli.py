@@ -493,8 +493,8 @@ def evaluate(
     """Measure PROBEs on the held-out split of CACHE, beside the logit lens and a bigram.
 
     PROBE is a folder, or a name (or unique prefix) under the root. KL is in nats per position
-    from the model to the probe; precision@k, nll and surprisal are against the model's own
-    top token.
+    from the model to the probe, kl_reverse the other way; precision@k, nll and surprisal are
+    against the model's own top token. Buckets are the same by the model's largest probability.
 
     \b
     residua evaluate 3f2a ridge-3f2a

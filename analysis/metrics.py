@@ -126,30 +126,27 @@ def _count(mask: "torch.Tensor") -> "torch.Tensor":
 
 
 def divergences(
-    reference: Reference, log_q: "torch.Tensor", q: "torch.Tensor"
-) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """KL(model || probe) and KL(probe || model) in nats, `(n,)` float32 each; overwrites `q`.
+    reference: Reference, logits: "torch.Tensor", top: "torch.Tensor"
+) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    """log of the probe's probabilities, KL(model || probe) and KL(probe || model) in nats.
 
+    `(n, vocab)` and twice `(n,)` float32, with one exp; `top` are the largest logits' tokens.
     0 log 0 is 0, and rounding below 0 is cut. Logarithms come from logits: a probability that
     underflows to 0 adds 0 on its own side, and what it costs the other side stays finite.
     """
+    log_q = logits - logits.gather(-1, top[:, None])
+    q = log_q.exp()  # times `total`, to save a pass
+    total = q.sum(-1)
+    log_q.sub_(total.log()[:, None])
     terms = reference.log_p - log_q
-    reverse = -q.mul_(terms).sum(-1)
+    reverse = -q.mul_(terms).sum(-1).div_(total)
     kl = terms.mul_(reference.p).sum(-1)
     # A token without mass adds nothing, even where the other side excludes it (0 * inf).
     if not bool(kl.isfinite().all()):
         kl = terms.masked_fill_(reference.p == 0, 0.0).sum(-1)
     if not bool(reverse.isfinite().all()):
-        reverse = -q.masked_fill_(log_q.exp() == 0, 0.0).sum(-1)
-    return kl.clamp_min_(0.0), reverse.clamp_min_(0.0)
-
-
-def softmax(logits: "torch.Tensor", top: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Logarithms of the probabilities, and these, with one exp; `top` is the largest logit's id."""
-    log_q = logits - logits.gather(-1, top[:, None])
-    q = log_q.exp()
-    total = q.sum(-1, keepdim=True)
-    return log_q.sub_(total.log()), q.div_(total)
+        reverse = -q.masked_fill_(log_q.exp() == 0, 0.0).sum(-1).div_(total)
+    return log_q, kl.clamp_min_(0.0), reverse.clamp_min_(0.0)
 
 
 def measure(reference: Reference, logits: "torch.Tensor") -> "torch.Tensor":
@@ -158,14 +155,15 @@ def measure(reference: Reference, logits: "torch.Tensor") -> "torch.Tensor":
 
     logits = logits.float()
     top = first_max(logits)
-    log_q, q = softmax(logits, top)
+    log_q, kl, reverse = divergences(reference, logits, top)
     known = reference.text >= 0
     text = reference.text.clamp_min(0)
     rank, rank_text = rank_of(logits, reference.top), rank_of(logits, text)
     zero = torch.zeros((), device=logits.device)
     columns = [
         torch.ones_like(known),
-        *divergences(reference, log_q, q),
+        kl,
+        reverse,
         *(rank < k for k in KS),
         -_pick(log_q, reference.top),
         -_pick(reference.log_p, top),

@@ -135,3 +135,9 @@ def test_token_texts_of_other_tokenizers_are_plain():
          decoders.Strip(" ", 1, 0)]
     )  # fmt: skip
     assert plain_texts(sentence, 4) == [" play", "ing", "\ufffd", " "]
+
+
+def test_the_command_line_knows_every_slice():
+    from residua.analysis.command import SLICES
+
+    assert tuple(slices.SLICES) == SLICES
