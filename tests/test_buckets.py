@@ -148,7 +148,8 @@ def same_key(one, other) -> bool:
 
 
 def test_a_bucket_holds_its_lower_end_and_the_last_one_both():
-    confidence = np.array([0, 0.3, 0.6, 0.9, 1, *np.nextafter(np.float32(EDGES[1:4]), 0)], "f4")
+    inner = np.array(EDGES[1:4], "f4")
+    confidence = np.array([0, 0.3, 0.6, 0.9, 1, *np.nextafter(inner, np.float32(0))], "f4")
     assert bucket_of(confidence).tolist() == [0, 1, 2, 3, 3, 0, 1, 2]
     assert bucket_of(np.array(EDGES)).tolist() == [0, 1, 2, 3, 3]
 
