@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from residua import __version__
-from residua.analysis.command import CONTEXT, NUMBERS, Commands, command, probing
+from residua.analysis.command import CONTEXT, NUMBERS, SLICES, Commands, command, probing
 
 BASELINES = ("unigram", "bigram", "trigram", "lagged", "chain", "marginal")
 
@@ -480,24 +480,27 @@ def vocab(
 @click.option("--split", default="test", show_default=True, help="train, validation, test or all.")
 @click.option("--max-positions", default=16384, show_default=True, help="Positions to evaluate.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the choice of sequences.")
+@click.option("--where", type=click.Choice(SLICES), help="Count only what the model says inside "
+              "words (continued) or capitalised words (names) of several tokens.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Use probes of another model's geometry all the same.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained report.")
 @click.option("--png", type=click.Path(path_type=Path), help="Folder to write pictures to.")
 @command
 def evaluate(
-    root: Path, quiet: bool, cache: str, probes: Sequence[str], force: bool, html: Path | None,
-    png: Path | None, **options: Any,
+    root: Path, quiet: bool, cache: str, probes: Sequence[str], where: str | None, force: bool,
+    html: Path | None, png: Path | None, **options: Any,
 ) -> Any:  # fmt: skip
     """Measure PROBEs on the held-out split of CACHE, beside the logit lens and a bigram.
 
     PROBE is a folder, or a name (or unique prefix) under the root. KL is in nats per position
-    from the model to the probe; precision@k, nll and surprisal are against the model's own
-    top token.
+    from the model to the probe, kl_reverse the other way; precision@k, nll and surprisal are
+    against the model's own top token. Buckets are the same by the model's largest probability.
 
     \b
     residua evaluate 3f2a ridge-3f2a
     residua evaluate 3f2a ridge-3f2a --html report.html --png pictures
     """
+    from residua.analysis import slices
     from residua.analysis.evaluate import evaluate as measure
     from residua.analysis.messages import evaluated
     from residua.analysis.output import write
@@ -508,9 +511,11 @@ def evaluate(
     source = find_cache(cache, root)
     loaded = [load_for(source, find_probe(name, root), force) for name in probes]
     with meter(quiet) as shown:
-        found = measure(source, loaded, progress=shown.of("evaluate"), **options)
+        mask = None if where is None else slices.SLICES[where](source)
+        found = measure(source, loaded, where=mask, progress=shown.of("evaluate"), **options)
     written = write(found, html, png, " ".join(["residua", *sys.argv[1:]]))
-    value = {"cache": source.id, "split": options["split"], "rows": found.to_dicts()}
+    value = {"cache": source.id, "split": options["split"], "where": where,
+             "rows": found.to_dicts(), "buckets": found.bucket_dicts()}  # fmt: skip
     return {**value, "files": written}, lambda: evaluated(found, written)
 
 

@@ -55,6 +55,9 @@ class Gibibytes(click.ParamType):
 CONTROLS = ("shuffled", "permuted", "next-token")
 """Names of `probes.views`, which takes too long to import for --help."""
 
+SLICES = ("continued", "names")
+"""Names of `analysis.slices`, likewise."""
+
 
 def probing(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds what every fit of a probe takes: CACHE, and options that mean the same for all."""

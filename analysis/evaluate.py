@@ -11,8 +11,9 @@ from ..cache.errors import UsageError
 from ..cache.head import TorchHead
 from ..probes.bigram import Bigram
 from ..probes.readout import Batch, LogitLens, Readout
-from .metrics import MetricSums, Reference, Row, resampling
-from .windows import Window, choose_sequences, windows
+from .buckets import BucketRow, Key, Tally
+from .metrics import Reference, Row, resampling
+from .windows import Window, check_where, choose_sequences, windows
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 DEFAULT_OFFSETS = (0, 1, 2, 3)
 
-Key = tuple[str, int | None, int]
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -32,6 +31,8 @@ class Evaluation:
 
     rows: list[Row]
     """Sorted by offset, probe, layer."""
+    buckets: list[BucketRow]
+    """The same by the model's confidence at t+N: each row's parts, in the same order."""
     cache_id: str
     model_name: str
     data_name: str
@@ -39,6 +40,8 @@ class Evaluation:
     seed: int
     n: int
     """Positions evaluated; a pair at offset N also needs t+N inside the sequence."""
+    positions: int
+    """Positions of the sequences taken, more than `n` where a mask chose among them."""
     sequences: int
     layers: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -51,9 +54,17 @@ class Evaluation:
         """One dictionary of plain numbers per row."""
         return [row.to_dict() for row in self.rows]
 
+    def bucket_dicts(self) -> list[dict[str, Any]]:
+        """One dictionary of plain numbers per row of `buckets`."""
+        return [row.to_dict() for row in self.buckets]
+
     def select(self, probe: str, offset: int) -> list[Row]:
         """Rows of one probe at one offset, by layer."""
         return [row for row in self.rows if row.probe == probe and row.offset == offset]
+
+    def select_buckets(self, probe: str, offset: int) -> list[BucketRow]:
+        """Rows of `buckets` of one probe at one offset, by layer, then from the least sure."""
+        return [row for row in self.buckets if row.probe == probe and row.offset == offset]
 
     def table(self) -> "list[OffsetTable]":
         """KL and precision@1 by layer, one table per offset."""
@@ -96,37 +107,59 @@ def evaluate(
     max_positions: int = 16384,
     batch_rows: int | None = None,
     seed: int = 0,
+    where: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure `probes`, the logit lens and the bigram on whole sequences of `split`.
 
     Sequences are taken in a seeded random order up to `max_positions` positions (one at least).
     `offsets` and `layers` default to those of the probes, else to 0-3 and all layers. `batch_rows`
-    limits the rows of a `(rows, vocab)` matrix. Float32; sums in float64. Raises `UsageError` if
-    the split is empty or holds no pair, `NotFoundError` for a layer that the cache lacks.
+    limits the rows of a `(rows, vocab)` matrix. Float32; sums in float64.
+
+    `where` is a bool mask `(positions,)` of the cache, such as `slices.names` makes: only pairs
+    whose target t+N is in it are counted. The sequences are the same with and without a mask.
+
+    Raises `UsageError` if the split is empty or holds no pair, or `where` is no such mask;
+    `NotFoundError` for a layer that the cache lacks.
     """
     import torch
 
+    check_where(cache, where)
     sequences = choose_sequences(cache, split, max_positions, seed)
     plan = _plan(cache, probes, offsets, layers)
     groups = plan.groups(cache)
-    sums = {key: MetricSums(len(sequences)) for key in plan.wanted()}
-    total = int(cache.sequence_length[sequences].sum())
+    positions = int(cache.sequence_length[sequences].sum())
+    n = positions if where is None else int(where[cache.rows(sequences)].sum())
+    tally = Tally(plan.wanted(), len(sequences), n)
     head = cache.head.torch()
     with torch.inference_mode():
-        for window in windows(cache, sequences, plan.offsets, batch_rows):
-            _add_window(cache, head, plan, groups, window, sums)
+        for window in windows(cache, sequences, plan.offsets, batch_rows, where):
+            _add_window(cache, head, plan, groups, window, tally)
             if progress is not None:
-                progress(window.stop, total)
-    weights = resampling(len(sequences), seed)
-    rows = [row for key, value in sums.items() if (row := value.row(*key, weights)) is not None]
+                progress(window.stop, n)
+    rows, buckets = tally.rows(resampling(len(sequences), seed))
     if not rows:
-        longest = int(cache.sequence_length[sequences].max())
-        raise UsageError(
-            f"no {split} sequence is longer than the offsets {plan.offsets} ask for: "
-            f"the longest of {len(sequences)} has {longest} tokens"
+        raise _no_pair(cache, sequences, split, plan.offsets, n)
+    return _evaluation(
+        cache, plan, rows, buckets=buckets, split=split, seed=seed, n=n, positions=positions,
+        sequences=len(sequences),
+    )  # fmt: skip
+
+
+def _no_pair(
+    cache: "ActivationCache", sequences: np.ndarray, split: str, offsets: tuple[int, ...], n: int
+) -> UsageError:
+    """Says why there is nothing to measure."""
+    lengths = cache.sequence_length[sequences]
+    if lengths.max() > min(offsets):
+        return UsageError(
+            f"`where` holds {n} of the {lengths.sum()} positions taken from the {split} split, "
+            f"none with a token {min(offsets)} before it; raise max_positions or use another mask"
         )
-    return _evaluation(cache, plan, rows, split=split, seed=seed, n=total, sequences=len(sequences))
+    return UsageError(
+        f"no {split} sequence is longer than the offsets {offsets} ask for: "
+        f"the longest of {len(sequences)} has {lengths.max()} tokens"
+    )
 
 
 def _evaluation(
@@ -240,12 +273,13 @@ def _add_window(
     plan: _Plan,
     groups: list[_Group],
     window: Window,
-    sums: dict[Key, MetricSums],
+    tally: Tally,
 ) -> None:
     """Add one window to every sum: the model's logits once, then layer by layer."""
-    model = head(_hidden(cache, cache.depth, window.positions[window.lead :]))
+    model = head(_hidden(cache, cache.depth, window.positions[window.place]))
     reference = Reference.of(model, window.text)
     del model
+    cells = tally.cells(window.slot, reference.confidence)
     for group in groups:
         rows = window.positions
         hidden = None if group.layer is None else _hidden(group.cache, group.layer, rows)
@@ -256,7 +290,7 @@ def _add_window(
             targets = window.targets(offset)
             if not len(targets):
                 continue
-            sources = window.lead + targets - offset
+            sources = window.sources(targets, offset)
             if hidden is not None and type(readout) is LogitLens:
                 lens = head(hidden) if lens is None else lens
                 logits = lens[sources]
@@ -265,7 +299,7 @@ def _add_window(
                 tokens = window.read[sources], window.previous[targets]
                 batch = Batch(states, window.token[targets], head, *tokens)
                 logits = readout.logits(batch, key[1], offset)
-            sums[key].add(window.slot[targets], reference.take(targets), logits)
+            tally.sums[key].add(cells[targets], reference, logits, targets)
 
 
 def _hidden(cache: "ActivationCache", layer: int, positions: np.ndarray) -> "torch.Tensor":

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..cache.errors import UsageError
 from ..probes.readout import Batch, LogitLens, Readout
+from .tokentext import token_text
 
 if TYPE_CHECKING:
     import torch
@@ -204,14 +205,8 @@ class TokenNames:
         self.tokenizer: Any = cache.tokenizer() if has else None
 
     def __call__(self, token: int) -> str:
-        piece = self.tokenizer.id_to_token(int(token)) if self.tokenizer else None
-        if piece is None:
-            return f"#{int(token)}"
-        text = self.tokenizer.decode([int(token)], skip_special_tokens=False)
-        # SentencePiece decoders drop the space before the first word of a text.
-        if piece.startswith("\u2581") and not text.startswith(" "):
-            text = " " + text
-        return visible(text or piece)
+        text = token_text(self.tokenizer, token) if self.tokenizer else None
+        return f"#{int(token)}" if text is None else visible(text)
 
 
 def visible(text: str) -> str:

@@ -208,10 +208,29 @@ def fitted(
 
 
 def evaluated(found: "Evaluation", written: Sequence[str] = ()) -> None:
-    """KL and precision@1 by layer, and the files that were written."""
+    """KL and precision@1 by layer, precision@1 by confidence, and the files that were written."""
     print_evaluation(found)
+    _confidences(found)
     for path in written:
         print(f"wrote {path}")
+
+
+def _confidences(found: "Evaluation") -> None:
+    """Precision@1 by the model's confidence, at one layer of each probe and offset."""
+    from .buckets import BUCKETS, bucket_name
+
+    names = [bucket_name(*bucket) for bucket in BUCKETS]
+    rows: list[Sequence[object]] = []
+    for offset in found.offsets:
+        for probe in found.probes:
+            if not (whole := found.select(probe, offset)):
+                continue
+            layer = max(whole, key=lambda row: row.precision_at_1).layer
+            parts = found.select_buckets(probe, offset)
+            shown = {row.bucket: row.precision_at_1 for row in parts if row.layer == layer}
+            rows.append((offset, probe, layer, *(shown.get(name) for name in names)))
+    title = "precision@1 by the model's confidence at t+N, at the layer where it is best in all"
+    table(title, ("N", "probe", "layer", *names), rows)
 
 
 def started(value: dict[str, Any], found: "Evaluation") -> None:

@@ -12,9 +12,12 @@ KS = (1, 5, 10)
 """The k of precision@k."""
 RESAMPLES = 500
 """Bootstrap resamples of the sequences behind an interval."""
+TILE_BYTES = 4 << 20
+"""Float32 logits that are measured at once: what is made of them stays near the processor."""
 COLUMNS = (
     "n",
     "kl",
+    "kl_reverse",
     *(f"precision_at_{k}" for k in KS),
     "nll",
     "surprisal",
@@ -22,7 +25,7 @@ COLUMNS = (
     "nll_text",
     *(f"precision_at_{k}_text" for k in KS),
 )
-"""What is summed for every sequence, in this order."""
+"""What is summed over positions, in this order."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Row:
     kl_low: float | None
     """Lower end of the 95 % interval of `kl`; None with fewer than two sequences."""
     kl_high: float | None
+    kl_reverse: float
+    """KL(probe || model); infinite if the probe gives mass to what the model's logits exclude."""
     precision_at_1: float
     """Share of positions where the probe's first token is the model's."""
     precision_at_1_low: float | None
@@ -81,11 +86,16 @@ class Reference:
         log_p = logits.float().log_softmax(-1)
         return cls(log_p, log_p.exp(), first_max(logits), text)
 
+    @property
+    def confidence(self) -> np.ndarray:
+        """The model's largest probability, `(n,)` float32."""
+        return _pick(self.p, self.top).cpu().numpy()
+
     def take(self, index: np.ndarray) -> "Reference":
-        """The targets `index`, `(m,)` increasing numbers; no copy if these are all."""
-        if len(index) == len(self.top):
-            return self
-        return Reference(self.log_p[index], self.p[index], self.top[index], self.text[index])
+        """The targets `index`, `(m,)` increasing numbers; no copy if they are neighbours."""
+        first, last = int(index[0]), int(index[-1])
+        rows = slice(first, last + 1) if last - first + 1 == len(index) else index
+        return Reference(self.log_p[rows], self.p[rows], self.top[rows], self.text[rows])
 
 
 def first_max(logits: "torch.Tensor") -> "torch.Tensor":
@@ -115,14 +125,28 @@ def _count(mask: "torch.Tensor") -> "torch.Tensor":
     return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=-1))
 
 
-def kl_divergence(reference: Reference, log_q: "torch.Tensor") -> "torch.Tensor":
-    """KL(model || probe) in nats, `(n,)` float32; 0 log 0 is 0, and rounding below 0 is cut."""
-    terms = (reference.log_p - log_q).mul_(reference.p)
-    kl = terms.sum(-1)
+def divergences(
+    reference: Reference, logits: "torch.Tensor", top: "torch.Tensor"
+) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    """log of the probe's probabilities, KL(model || probe) and KL(probe || model) in nats.
+
+    `(n, vocab)` and twice `(n,)` float32, with one exp; `top` are the largest logits' tokens.
+    0 log 0 is 0, and rounding below 0 is cut. Logarithms come from logits: a probability that
+    underflows to 0 adds 0 on its own side, and what it costs the other side stays finite.
+    """
+    log_q = logits - logits.gather(-1, top[:, None])
+    q = log_q.exp()  # times `total`, to save a pass
+    total = q.sum(-1)
+    log_q.sub_(total.log()[:, None])
+    terms = reference.log_p - log_q
+    reverse = -q.mul_(terms).sum(-1).div_(total)
+    kl = terms.mul_(reference.p).sum(-1)
+    # A token without mass adds nothing, even where the other side excludes it (0 * inf).
     if not bool(kl.isfinite().all()):
-        # A token the model excludes adds nothing, even where the probe excludes it (0 * inf).
         kl = terms.masked_fill_(reference.p == 0, 0.0).sum(-1)
-    return kl.clamp_min_(0.0)
+    if not bool(reverse.isfinite().all()):
+        reverse = -q.masked_fill_(log_q.exp() == 0, 0.0).sum(-1).div_(total)
+    return log_q, kl.clamp_min_(0.0), reverse.clamp_min_(0.0)
 
 
 def measure(reference: Reference, logits: "torch.Tensor") -> "torch.Tensor":
@@ -130,17 +154,19 @@ def measure(reference: Reference, logits: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     logits = logits.float()
-    log_q = logits.log_softmax(-1)
+    top = first_max(logits)
+    log_q, kl, reverse = divergences(reference, logits, top)
     known = reference.text >= 0
     text = reference.text.clamp_min(0)
     rank, rank_text = rank_of(logits, reference.top), rank_of(logits, text)
     zero = torch.zeros((), device=logits.device)
     columns = [
         torch.ones_like(known),
-        kl_divergence(reference, log_q),
+        kl,
+        reverse,
         *(rank < k for k in KS),
         -_pick(log_q, reference.top),
-        -_pick(reference.log_p, first_max(logits)),
+        -_pick(reference.log_p, top),
         known,
         torch.where(known, -_pick(log_q, text), zero),
         *((rank_text < k) & known for k in KS),
@@ -153,19 +179,41 @@ def _pick(values: "torch.Tensor", token: "torch.Tensor") -> "torch.Tensor":
 
 
 class MetricSums:
-    """Running sums of `COLUMNS` per sequence, `(sequences, columns)` float64; order-free."""
+    """Running sums of `COLUMNS` per group of positions, `(groups, columns)` float64; order-free.
 
-    def __init__(self, sequences: int) -> None:
-        self.sums = np.zeros((sequences, len(COLUMNS)))
+    A group is a sequence where a row is asked for.
+    """
 
-    def add(self, slots: np.ndarray, reference: Reference, logits: "torch.Tensor") -> None:
-        """Add positions of the sequences `slots` `(n,)` with the probe's `logits` `(n, vocab)`."""
-        if len(slots):
-            np.add.at(self.sums, slots, measure(reference, logits).cpu().numpy())
+    def __init__(self, groups: int) -> None:
+        self.sums = np.zeros((groups, len(COLUMNS)))
+
+    def add(
+        self,
+        slots: np.ndarray,
+        reference: Reference,
+        logits: "torch.Tensor",
+        targets: np.ndarray | None = None,
+    ) -> None:
+        """Add positions of the groups `slots` `(n,)` with the probe's `logits` `(n, vocab)`.
+
+        `targets` `(n,)` are their numbers in `reference`, increasing; by default all of them.
+        """
+        targets = np.arange(len(slots)) if targets is None else targets
+        rows = max(1, TILE_BYTES // (4 * logits.shape[-1]))
+        for start in range(0, len(slots), rows):
+            here = slice(start, start + rows)
+            found = measure(reference.take(targets[here]), logits[here])
+            np.add.at(self.sums, slots[here], found.cpu().numpy())
 
     def merge(self, other: "MetricSums") -> None:
-        """Add the sums that another pass made over the same sequences."""
+        """Add the sums that another pass made over the same groups."""
         self.sums += other.sums
+
+    def by(self, sequence: np.ndarray, sequences: int) -> "MetricSums":
+        """The sums per sequence; group i is part of `sequence[i]`, or of none where that is -1."""
+        found, kept = MetricSums(sequences), sequence >= 0
+        np.add.at(found.sums, sequence[kept], self.sums[kept])
+        return found
 
     def row(self, probe: str, layer: int | None, offset: int, weights: np.ndarray) -> Row | None:
         """Means and 95 % intervals, with the resamples of `resampling`; None without a pair."""

@@ -9,6 +9,11 @@ GLOSSARY = {
     "nats": "Unit of information with the natural logarithm; 1 nat is 1.44 bits.",
     "KL": "KL(model ‖ probe): nats lost when the probe's distribution stands in for the model's. "
     "0 is perfect. Mean over pairs.",
+    "KL reverse": "KL(probe ‖ model): nats lost the other way round. It is large where the probe "
+    "gives mass to what the model finds unlikely, infinite where the model's logits exclude that.",
+    "confidence": "The model's largest probability at t+N, where the probe is to predict it. A "
+    "bucket holds its lower end, not its upper one; the last holds 100 % too.",
+    "share": "Part of the pairs of this probe, layer and N that is in the bucket.",
     "p@k (precision@k)": "Share of pairs for which the model's top token at t+N is among the "
     "probe's k likeliest tokens; ties go to the lower token id.",
     "NLL": "-log of the probe's probability of the model's top token, nats.",
@@ -41,6 +46,10 @@ PRECISION_NOTE = (
 MAP_NOTE = (
     "One passage of the evaluated split. A cell is the token that the lens finds likeliest at this "
     "layer after this input token; darker is more probable. Hover for more."
+)
+BUCKET_NOTE = (
+    "The same numbers where the model itself is less or more sure of what it says at t+N; its "
+    "confidence is its largest probability there. Buckets without a pair have no row."
 )
 TABLE_NOTE = "Click a column's name to sort by it."
 PAGE = """<!doctype html>
@@ -84,7 +93,8 @@ dt { font-weight: 600; margin-top: 8px; }
 dd { margin: 0 0 0 20px; max-width: 76ch; color: #44525f; }
 """
 SORT = """
-document.querySelectorAll(".numbers th").forEach((head, column) => {
+document.querySelectorAll(".numbers th").forEach(head => {
+  const column = head.cellIndex;
   let down = false;
   head.addEventListener("click", () => {
     const body = head.closest("table").tBodies[0];

@@ -7,10 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..cache.manifest import SHORT_ID
+from .buckets import BucketRow
 from .evaluate import Evaluation
 from .heatmap import Heatmap
 from .metrics import KS, Row
-from .page import GLOSSARY, KL_NOTE, MAP_NOTE, PAGE, PRECISION_NOTE, SORT, STYLE, TABLE_NOTE
+from .page import (
+    BUCKET_NOTE,
+    GLOSSARY,
+    KL_NOTE,
+    MAP_NOTE,
+    PAGE,
+    PRECISION_NOTE,
+    SORT,
+    STYLE,
+    TABLE_NOTE,
+)
 from .plots import ahead, label, short_name
 
 if TYPE_CHECKING:
@@ -21,6 +32,7 @@ if TYPE_CHECKING:
 PRECISIONS = tuple(f"precision_at_{k}" for k in KS)
 BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]
 """Plotly's buttons that work without a network."""
+KEY = ("probe", "layer", "offset")
 COLUMNS = {
     "probe": "probe",
     "layer": "layer",
@@ -28,6 +40,7 @@ COLUMNS = {
     "n": "n",
     "kl": "KL, nats",
     "kl_interval": "95 % interval",
+    "kl_reverse": "KL reverse",
     "precision_at_1": "p@1",
     "precision_at_1_interval": "95 % interval",
     "precision_at_5": "p@5",
@@ -40,6 +53,15 @@ COLUMNS = {
     "precision_at_5_text": "p@5 text",
     "precision_at_10_text": "p@10 text",
 }
+BUCKET_COLUMNS = {
+    "probe": "probe",
+    "layer": "layer",
+    "offset": "N",
+    "bucket": "confidence",
+    "share": "share",
+    **{name: says for name, says in COLUMNS.items() if "text" not in name and name not in KEY},
+}
+"""Columns of the table by confidence."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +158,18 @@ def _bounds(low: float | None, high: float | None, digits: int) -> str:
 def write_pngs(
     folder: str | Path, evaluation: Evaluation, heatmaps: Sequence[Heatmap] = ()
 ) -> list[Path]:
-    """Write `kl.png`, `precision_at_<k>.png` and `heatmap_<probe>_N<offset>.png`, 150 dpi."""
+    """Write `kl.png`, `precision_at_<k>.png`, `confidence.png` and a heatmap each, 150 dpi.
+
+    These are `heatmap_<probe>_N<offset>.png`.
+    """
     from . import plots
+    from .confidence import confidence_figure
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = {measure: plots.curves(evaluation, measure) for measure in ("kl", *PRECISIONS)}
+    if any(row.layer is not None for row in evaluation.buckets):
+        figures["confidence"] = confidence_figure(evaluation)
     for number, heatmap in enumerate(heatmaps):
         kind = "".join(c if c.isalnum() else "_" for c in heatmap.probe)
         name = f"heatmap_{kind}_N{heatmap.offset}"
@@ -183,7 +211,10 @@ def write_report(
         _section("What each layer says, token by token", MAP_NOTE, maps, "map") if maps else "",
         "<h2>All numbers</h2>",
         f"<p>{TABLE_NOTE}</p>",
-        _table(evaluation.rows),
+        _table(evaluation.rows, COLUMNS),
+        "<h2>By the model's confidence</h2>",
+        f"<p>{BUCKET_NOTE}</p>",
+        _table(evaluation.buckets, BUCKET_COLUMNS),
         "<h2>Glossary</h2>",
         _glossary(),
     ]
@@ -205,8 +236,10 @@ def _facts(evaluation: Evaluation, cache: "ActivationCache | None", command: str
     if cache is not None:
         facts["cache holds"] = f"{cache.positions:,} positions, layers 0-{cache.depth}"
         facts["d_model, vocab"] = f"{cache.d_model:,}, {cache.vocab:,}"
+    chosen = evaluation.n < evaluation.positions
+    of = f" (chosen by a mask) of the {evaluation.positions:,}" if chosen else ""
     facts["evaluated"] = (
-        f"{evaluation.split} split, {evaluation.n:,} positions of "
+        f"{evaluation.split} split, {evaluation.n:,}{of} positions of "
         f"{evaluation.sequences:,} sequences, seed {evaluation.seed}"
     )
     if command:
@@ -241,10 +274,10 @@ def _section(title: str, note: str, figures: "Iterable[Figure]", name: str) -> s
     return f"<h2>{escape(title)}</h2><p>{note}</p>" + "".join(divs)
 
 
-def _table(rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS.values())
+def _table(rows: Sequence[Row] | Sequence[BucketRow], columns: dict[str, str]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns.values())
     body = "".join(
-        "<tr>" + "".join(_cell_of(row, name) for name in COLUMNS) + "</tr>" for row in rows
+        "<tr>" + "".join(_cell_of(row, name) for name in columns) + "</tr>" for row in rows
     )
     return (
         f"<div class='scroll'><table class='numbers'><thead><tr>{head}</tr></thead>"

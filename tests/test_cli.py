@@ -74,7 +74,12 @@ def test_the_whole_flow_as_json(model_folder: Path, texts_file: Path, tmp_path: 
     assert {(r["layer"], r["offset"]) for r in fitted["metrics"]} == {
         (layer, offset) for layer in range(4) for offset in range(3)
     }
-    rows = parsed("evaluate", short, Path(fitted["probe"]).name, *root)["rows"]
+    measured = parsed("evaluate", short, Path(fitted["probe"]).name, *root)
+    rows = measured["rows"]
+    assert sum(r["n"] for r in measured["buckets"]) == sum(r["n"] for r in rows)
+    inside = parsed("evaluate", short, "--where", "continued", *root)
+    assert (measured["where"], inside["where"]) == (None, "continued")
+    assert 0 < inside["rows"][0]["n"] < rows[0]["n"]
     assert {row["probe"] for row in rows} == {"logit", "ridge", "bigram"}
     columns = "probe layer offset kl precision_at_1 precision_at_5 precision_at_10 nll surprisal n"
     assert all(set(columns.split()) <= set(row) for row in rows)
@@ -95,6 +100,8 @@ def test_commands_also_speak_to_people(root: Path, tiny_cache: ActivationCache) 
     fitted = invoke("fit", "ridge", tiny_cache.path, "--root", root, "--alpha", "10")
     assert "next: residua evaluate" in fitted.stdout
     shown = invoke("evaluate", short, "ridge", "--root", root)
+    assert "precision@1 by the model's confidence" in shown.stdout
+    assert "90-100 %" in shown.stdout
     assert shown.exit_code == 0, shown.output
     assert "logit KL" in shown.stdout
 

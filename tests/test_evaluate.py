@@ -129,8 +129,9 @@ def test_no_pair_crosses_a_sequence(tiny_cache):
     for offset in (0, 1, 3):
         pairs = []
         for window in windows(tiny_cache, sequences, (offset,), 7):
-            targets = window.targets(offset) + window.lead
-            pairs += zip(window.positions[targets - offset], window.positions[targets], strict=True)
+            targets = window.targets(offset)
+            sources, places = window.sources(targets, offset), window.place[targets]
+            pairs += zip(window.positions[sources], window.positions[places], strict=True)
         sources, targets = (np.array(side) for side in zip(*pairs, strict=True))
         assert np.array_equal(which[sources], which[targets])
         assert np.array_equal(targets - sources, np.full(len(pairs), offset))

@@ -25,6 +25,8 @@ def plain(model: np.ndarray, probe: np.ndarray, text: np.ndarray) -> dict[str, n
         terms = [np.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True) if p > -np.inf]
         out["n"].append(1)
         out["kl"].append(sum(terms))
+        back = [np.exp(q) * (q - p) for p, q in zip(log_p, log_q, strict=True) if q > -np.inf]
+        out["kl_reverse"].append(sum(back))
         out["nll"].append(-log_q[top])
         out["surprisal"].append(-log_p[order[0]])
         out["n_text"].append(known)

@@ -14,7 +14,7 @@ from residua.analysis.evaluate import Evaluation, evaluate
 from residua.analysis.heatmap import Heatmap
 from residua.analysis.metrics import Row
 from residua.analysis.page import GLOSSARY
-from residua.analysis.report import COLUMNS, headlines, write_pngs, write_report
+from residua.analysis.report import BUCKET_COLUMNS, COLUMNS, headlines, write_pngs, write_report
 from residua.cache.store import ActivationCache
 
 from .synthetic import make_cache, random_head
@@ -98,11 +98,16 @@ def test_equal_numbers_give_equal_bytes(tmp_path, evaluation):
 
 def test_the_report_holds_every_number_and_word(tmp_path, tiny_cache, evaluation):
     page = page_without_plotly(evaluation.to_html(tmp_path / "report.html"))
-    body = re.search(r"<tbody>(.*)</tbody>", page, re.S)
-    assert body is not None
-    assert body[1].count("<tr>") == len(evaluation.rows)
-    assert body[1].count("<td") == len(evaluation.rows) * len(COLUMNS)
-    assert f"{evaluation.rows[0].kl:.3f}" in body[1]
+    whole, buckets = re.findall(r"<tbody>(.*?)</tbody>", page, re.S)
+    tables = (
+        (whole, evaluation.rows, COLUMNS),
+        (buckets, evaluation.buckets, BUCKET_COLUMNS),
+    )
+    for body, rows, columns in tables:
+        assert body.count("<tr>") == len(rows)
+        assert body.count("<td") == len(rows) * len(columns)
+        assert f"{rows[0].kl_reverse:.3f}" in body
+    assert f"<td data-v='{evaluation.buckets[0].share}'>" in buckets
     assert evaluation.cache_id[:12] in page
     for word in GLOSSARY:
         assert escape(word) in page
@@ -123,8 +128,8 @@ def test_pngs_are_written_for_every_measure_and_heatmap(tmp_path, evaluation):
     paths = write_pngs(tmp_path, evaluation, [*evaluation.heatmaps(), odd_heatmap()])
     names = [path.name for path in paths]
     assert names[:4] == ["kl.png", *(f"precision_at_{k}.png" for k in (1, 5, 10))]
-    assert names[4] == "heatmap_logit_N0.png"
-    assert len(names) == 6
+    assert names[4:6] == ["confidence.png", "heatmap_logit_N0.png"]
+    assert len(names) == 7
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 

@@ -1,0 +1,105 @@
+"""Measures by the model's own confidence: rows for buckets of its largest probability."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from .metrics import MetricSums, Row
+
+EDGES = (0.0, 0.3, 0.6, 0.9, 1.0)
+"""Ends of the buckets (Future Lens): [0, 0.3), [0.3, 0.6), [0.6, 0.9) and [0.9, 1]."""
+BUCKETS = tuple(zip(EDGES[:-1], EDGES[1:], strict=True))
+"""Lower and upper end of each bucket."""
+
+Key = tuple[str, int | None, int]
+"""(name of the probe, layer, offset)."""
+
+
+@dataclass(frozen=True)
+class BucketRow(Row):
+    """The measures of a `Row` over the pairs whose target the model is so sure of.
+
+    Confidence is the largest probability that the model gives at t+N, where it is predicted.
+    """
+
+    confidence_from: float
+    """Lower end, which belongs to the bucket."""
+    confidence_to: float
+    """Upper end, which belongs to the bucket only if it is 1."""
+    share: float
+    """Part of the pairs of the probe, layer and offset that is in the bucket."""
+
+    @property
+    def bucket(self) -> str:
+        """Its name: `30-60 %`."""
+        return bucket_name(self.confidence_from, self.confidence_to)
+
+
+def bucket_name(low: float, high: float) -> str:
+    """`30-60 %` from 0.3 and 0.6."""
+    return f"{100 * low:.0f}-{100 * high:.0f} %"
+
+
+def bucket_of(confidence: np.ndarray) -> np.ndarray:
+    """Number of the bucket of each probability, `(n,)` int64; ends are rounded to its dtype."""
+    inner = np.array(EDGES[1:-1], confidence.dtype)
+    return np.searchsorted(inner, confidence, side="right")
+
+
+class Tally:
+    """Sums of every key per cell, a sequence and a bucket; only cells that occur take room.
+
+    Each key takes at most `min(4 sequences, positions)` rows of `MetricSums`.
+    """
+
+    def __init__(self, keys: Sequence[Key], sequences: int, positions: int) -> None:
+        self.sequences = sequences
+        size = min(sequences * len(BUCKETS), positions)
+        self.sums = {key: MetricSums(size) for key in keys}
+        """`(cells, columns)` by key."""
+        self._cell = np.full((sequences, len(BUCKETS)), -1)
+        self._sequence, self._bucket = np.full(size, -1), np.full(size, -1)
+
+    def cells(self, slots: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+        """Cell of each position from its sequence `(n,)` and the model's confidence `(n,)`."""
+        buckets = bucket_of(confidence)
+        self._number(slots, buckets)
+        return self._cell[slots, buckets]
+
+    def _number(self, slots: np.ndarray, buckets: np.ndarray) -> None:
+        """Give cells that come for the first time the next numbers."""
+        new = self._cell[slots, buckets] < 0
+        if not new.any():
+            return
+        sequence, bucket = np.unique(np.stack([slots[new], buckets[new]]), axis=1)
+        first = np.count_nonzero(self._sequence >= 0)
+        numbers = np.arange(first, first + len(sequence))
+        self._cell[sequence, bucket] = numbers
+        self._sequence[numbers], self._bucket[numbers] = sequence, bucket
+
+    def rows(self, weights: np.ndarray) -> tuple[list[Row], list[BucketRow]]:
+        """Rows of all keys, and of their buckets; a key or bucket without a pair has none.
+
+        `weights` is that of `resampling`: a bucket's interval comes from the same resamples.
+        """
+        rows: list[Row] = []
+        parts: list[BucketRow] = []
+        for key in self.sums:
+            row = self._row(key, weights, self._sequence)
+            if row is not None:
+                rows.append(row)
+                parts += self._parts(key, weights, row.n)
+        return rows, parts
+
+    def _parts(self, key: Key, weights: np.ndarray, n: int) -> list[BucketRow]:
+        found = []
+        for number, (low, high) in enumerate(BUCKETS):
+            inside = np.where(self._bucket == number, self._sequence, -1)
+            if (row := self._row(key, weights, inside)) is not None:
+                found.append(BucketRow(**asdict(row), confidence_from=low, confidence_to=high,
+                                       share=row.n / n))  # fmt: skip
+        return found
+
+    def _row(self, key: Key, weights: np.ndarray, sequence: np.ndarray) -> Row | None:
+        return self.sums[key].by(sequence, self.sequences).row(*key, weights)
