@@ -308,7 +308,8 @@ def fit() -> None:
 def ridge(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
     alpha: float | None, folds: int, products: str, target: tuple[int, ...] | None,
-    memory: int | None, keep: bool | None, control: str | None, out: Path | None,
+    memory: int | None, keep: bool | None, control: str | None, scheduler: str | None,
+    out: Path | None,
 ) -> Any:  # fmt: skip
     """Ridge maps from every layer to the last layer N tokens on, in one pass over CACHE.
 
@@ -325,6 +326,7 @@ def ridge(
     from residua.analysis.messages import fitted
     from residua.analysis.terminal import meter
     from residua.cache.catalog import find_cache
+    from residua.cache.cluster import connected
     from residua.probes.control import controlled
     from residua.probes.library import probe_path
     from residua.probes.ridge import RidgeProbe
@@ -334,8 +336,8 @@ def ridge(
     ridge = RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products,
                        target=target)  # fmt: skip
     probe = controlled(ridge, control)
-    with meter(quiet) as shown:
-        probe.fit(source, memory=memory, keep=keep, progress=shown.of("moments"))
+    with meter(quiet) as shown, connected(scheduler) as client:
+        probe.fit(source, client=client, memory=memory, keep=keep, progress=shown.of("moments"))
     path = save_probe(probe, out or probe_path(root, probe))
     metrics = probe.metrics()
     moments = getattr(probe, "probe_", probe).moments_
@@ -393,7 +395,7 @@ def baseline(
 def lens(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
     steps: int, batch: int, lr: float | None, seed: int, memory: int | None,
-    control: str | None, out: Path | None,
+    control: str | None, scheduler: str | None, out: Path | None,
 ) -> Any:  # fmt: skip
     """A tuned lens: translators of every layer, fitted to the model's own distribution.
 
@@ -407,6 +409,7 @@ def lens(
     from residua.analysis.messages import fitted
     from residua.analysis.terminal import meter
     from residua.cache.catalog import find_cache
+    from residua.cache.cluster import connected
     from residua.probes.control import controlled
     from residua.probes.lens import FutureLens, TunedLens
     from residua.probes.library import checkpoint_path, probe_path
@@ -416,9 +419,10 @@ def lens(
     kind = TunedLens if offsets == (0,) else FutureLens
     lens = kind(offset=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed)
     probe = controlled(lens, control)
-    with meter(quiet) as shown:
+    with meter(quiet) as shown, connected(scheduler) as client:
         checkpoint = checkpoint_path(root, probe, source.id)
-        probe.fit(source, memory=memory, checkpoint=checkpoint, progress=shown.stage)
+        probe.fit(source, client=client, memory=memory, checkpoint=checkpoint,
+                  progress=shown.stage)  # fmt: skip
     path = save_probe(probe, out or probe_path(root, probe))
     metrics = probe.metrics()
     value = {"probe": str(path), "cache": source.id, "metrics": metrics}
@@ -440,7 +444,8 @@ def lens(
 @command
 def vocab(
     root: Path, quiet: bool, cache: str, memory: int | None, checkpoint_seconds: float,
-    control: str | None, out: Path | None, offsets: tuple[int, ...], **options: Any,
+    control: str | None, scheduler: str | None, out: Path | None, offsets: tuple[int, ...],
+    **options: Any,
 ) -> Any:  # fmt: skip
     """Softmax regressions from every layer to the token N further on, in one stream over CACHE.
 
@@ -454,6 +459,7 @@ def vocab(
     from residua.analysis.messages import fitted
     from residua.analysis.terminal import meter
     from residua.cache.catalog import find_cache
+    from residua.cache.cluster import connected
     from residua.probes.control import controlled
     from residua.probes.library import checkpoint_path, probe_path
     from residua.probes.save import save_probe
@@ -461,9 +467,9 @@ def vocab(
 
     source = find_cache(cache, root)
     probe = controlled(VocabProbe(offset=offsets, **options), control)
-    with meter(quiet) as shown:
+    with meter(quiet) as shown, connected(scheduler) as client:
         checkpoint = checkpoint_path(root, probe, source.id)
-        probe.fit(source, memory=memory, checkpoint=checkpoint,
+        probe.fit(source, client=client, memory=memory, checkpoint=checkpoint,
                   checkpoint_seconds=checkpoint_seconds,
                   progress=shown.of("positions"))  # fmt: skip
     path = save_probe(probe, out or probe_path(root, probe))

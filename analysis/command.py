@@ -71,6 +71,8 @@ def probing(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--control", type=click.Choice(CONTROLS), help="Fit a control instead: "
                      "states of other positions, targets of other positions, or the next token's "
                      "embedding beside the state."),
+        click.option("--scheduler", metavar="ADDRESS", help="Let the workers of this dask "
+                     "scheduler, who see the root, fit, like tcp://host:8786."),
         click.option("--out", type=click.Path(path_type=Path),
                      help="Folder of the probe.  [default: under the root]"),
     )  # fmt: skip

@@ -5,13 +5,14 @@ other holds. Parts of a worker that dies are taken over, in the end by the drive
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .catalog import cache_root
+from .cluster import connected, threads_of
 from .errors import UsageError
 from .extract import Extraction, Progress, run
 from .fill import done_positions, missing_parts
@@ -40,23 +41,9 @@ def run_at(
     stages: Stages | None = None,
 ) -> Extraction:
     """`run_on` the workers of the scheduler at an address like `tcp://host:8786`."""
-    with connect(scheduler) as client:
+    with connected(scheduler) as client:
+        assert client is not None
         return run_on(client, request, progress, stages)
-
-
-@contextmanager
-def connect(scheduler: str) -> "Iterator[Client]":
-    """A client of the scheduler at an address like `tcp://host:8786`."""
-    from distributed import Client
-
-    try:
-        client = Client(scheduler, timeout="10s", set_as_default=False)
-    except (OSError, ValueError) as error:  # TimeoutError is an OSError
-        raise UsageError(
-            f"no dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`"
-        ) from None
-    with client:
-        yield client
 
 
 def run_on(
@@ -99,10 +86,7 @@ def _absolute(request: Request) -> Request:
 
 def _make(client: "Client", request: Request) -> dict[str, Any]:
     """Find the cache or make it, empty, on one worker; here if no worker lives long enough."""
-    try:
-        client.wait_for_workers(1, timeout=GRACE_SECONDS)
-    except TimeoutError:
-        raise UsageError("the scheduler has no workers; start some with `dask worker`") from None
+    threads_of(client)
     request = replace(request, part=NO_PART)
     future = client.submit(_work, request, pure=False)
     seen = time.monotonic()

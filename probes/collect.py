@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cache.cluster import threads_of
 from ..cache.errors import UsageError
 from ..cache.store import ActivationCache
 from ..cache.tokens import folds_of
@@ -280,7 +281,7 @@ def cores(client: Any = None) -> int:
     """Threads of the cluster of `client`, or cores that this process may use."""
     from dask.system import CPU_COUNT
 
-    return CPU_COUNT if client is None else max(1, sum(client.nthreads().values()))
+    return CPU_COUNT if client is None else max(1, sum(threads_of(client).values()))
 
 
 def collect_rows(

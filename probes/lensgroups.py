@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..cache.cluster import threads_of
 from ..cache.errors import UsageError
 from ..cache.jsonfile import digest
 from ..cache.store import ActivationCache
@@ -98,7 +99,7 @@ def divide_pairs(
 ) -> list[Group]:
     """Groups that fit `memory`, as many as workers at least: fewer layers, then fewer offsets."""
     layers, offsets = tuple(sorted(set(layers))), tuple(sorted(set(offsets)))
-    threads = {"": cores()} if client is None else client.nthreads()
+    threads = {"": cores()} if client is None else threads_of(client)
     # Every thread adds up moments of its own; after them a translator needs less than they did.
     pair = 8 * cache.d_model**2 * max(2 * FOLDS * (max(threads.values(), default=1) + 1), MATRICES)
     room = max(1, memory // pair)

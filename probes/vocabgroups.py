@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..cache.cluster import threads_of
 from ..cache.errors import UsageError
 from ..cache.store import ActivationCache
 from .checkpoint import Checkpoint
@@ -23,9 +24,6 @@ from .descent import Outcome, representatives
 from .job import CacheJob, Job
 from .readout import Pair
 from .sweep import Sweep, Tried, rates_of, rows_of
-
-GRACE_SECONDS = 10.0
-"""How long a cluster without workers is waited for."""
 
 Known = tuple[dict[str, Any], dict[str, Tensor]]
 """What a checkpoint gives: JSON and tensors."""
@@ -203,13 +201,7 @@ class Workers(Here):
                 "client= is for a fit from a cache, which workers open on their own; rows are "
                 "fitted in this process: leave client= out"
             )
-        try:
-            client.wait_for_workers(1, timeout=GRACE_SECONDS)
-        except TimeoutError:
-            raise UsageError(
-                "the cluster of client= has no workers; start some with `dask worker`"
-            ) from None
-        threads = client.nthreads().values()
+        threads = threads_of(client).values()
         super().__init__(job, memory // max(threads))
         self.client, self.cache_job, self.threads = client, job, sum(threads)
 

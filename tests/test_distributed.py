@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from distributed import Client, LocalCluster
 
 import residua
+from residua.cache import cluster as clusters
 from residua.cache import distributed
 from residua.cache.distributed import run_on
 from residua.cache.errors import DataError, UsageError
@@ -118,14 +119,14 @@ def test_a_mistake_is_the_error_it_is_without_a_cluster(
 
 def test_no_scheduler_at_the_address_is_a_usage_error() -> None:
     missing = pytest.raises(UsageError, match="no dask scheduler answers at nonsense")
-    with missing, distributed.connect("nonsense://host"):
+    with missing, clusters.connected("nonsense://host"):
         pass
 
 
 def test_a_scheduler_without_workers_is_a_usage_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(clusters, "GRACE_SECONDS", 0.2)
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as empty,
         Client(empty, set_as_default=False) as client,

@@ -14,6 +14,7 @@ import torch
 from distributed import Client, LocalCluster
 
 from residua import VocabProbe
+from residua.cache import cluster as clusters
 from residua.cache.errors import MismatchError, UsageError
 from residua.cache.jsonfile import read_json
 from residua.cache.store import ActivationCache
@@ -281,10 +282,10 @@ def test_a_client_for_rows_and_one_without_workers_are_refused(
     rng = np.random.default_rng(0)
     with pytest.raises(UsageError, match="leave client= out"):
         VocabProbe().fit(rng.normal(size=(50, 3)), np.arange(50) % 2, client=threads)
-    monkeypatch.setattr(vocabgroups, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(clusters, "GRACE_SECONDS", 0.2)
     with (
-        LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as cluster,
-        Client(cluster, set_as_default=False) as client,
+        LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as empty,
+        Client(empty, set_as_default=False) as client,
         pytest.raises(UsageError, match="has no workers"),
     ):
         VocabProbe().fit(echo, client=client)

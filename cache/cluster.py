@@ -1,0 +1,40 @@
+"""Clusters of dask.distributed: a client of one at an address, and whether it has workers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+GRACE_SECONDS = 10.0
+"""How long a cluster without workers is waited for."""
+
+
+@contextmanager
+def connected(scheduler: str | None) -> "Iterator[Client | None]":
+    """A client of the scheduler at an address like `tcp://host:8786`; None without an address."""
+    if scheduler is None:
+        yield None
+        return
+    from distributed import Client
+
+    try:
+        client = Client(scheduler, timeout="10s", set_as_default=False)
+    except (OSError, ValueError) as error:  # TimeoutError is an OSError
+        raise UsageError(
+            f"no dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`"
+        ) from None
+    with client:
+        yield client
+
+
+def threads_of(client: "Client") -> dict[str, int]:
+    """Threads of each worker; raises `UsageError` if there is none after `GRACE_SECONDS`."""
+    try:
+        client.wait_for_workers(1, timeout=GRACE_SECONDS)
+    except TimeoutError:
+        raise UsageError("the cluster has no workers; start some with `dask worker`") from None
+    return client.nthreads()
