@@ -9,6 +9,7 @@ extraction stops after the last block.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -102,8 +103,6 @@ def writer_ratio(folder: Path, cache: ActivationCache) -> float:
     chunks = layout.shard_rows // layout.chunk_rows
 
     def raw() -> None:
-        import os
-
         with open(folder / "raw", "wb") as file:
             for _ in range(chunks):
                 file.write(rows.data)
@@ -124,11 +123,17 @@ def writer_ratio(folder: Path, cache: ActivationCache) -> float:
 
 
 def peak(args: argparse.Namespace, tokens: int) -> float:
-    """Peak memory in MiB of a process that extracts `tokens`."""
+    """Peak memory in MiB of a process that extracts `tokens`.
+
+    Freed blocks go back to the system at once: what glibc keeps of them varies by 100 MiB from run
+    to run, for a bare forward pass as well, and the highest of many batches is taken here.
+    """
     command = [sys.executable, __file__, "--only", str(tokens)]
     for name in ("d_model", "layers", "vocab", "context"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    return float(done.stdout)
 
 
 def main() -> None:
