@@ -3,14 +3,14 @@
     python benchmarks/lens.py --quick
     python benchmarks/lens.py --json lens.json --png lens.png    # 20 minutes of CPU time
 
-Both baselines are plain torch: 250 steps of 4096 tokens, every layer in turn, under bfloat16
-autocast where the processor multiplies bfloat16 (elsewhere it is 6 to 9 times slower than
-float32, which is taken then), gradients clipped to norm 1 over all layers together, rates that fall to 0 linearly; SGD
-with Nesterov momentum .9 (rate .1, weight decay 1e-3, the package's default), and Muon (rate .01,
-weight decay .01, AdamW for biases, its pull request 141). They train on the train split of the
-cache, residua fits the same rows; all are measured on the same positions of the test split. CPU
-seconds of one process and one thread. Targets: the KL of the SGD recipe in at most 1/20 of its CPU,
-once cached, and a final KL at least 5 % below Muon's.
+Both baselines are plain torch: 250 steps of 4096 tokens, every layer in turn, gradients clipped to
+norm 1 over all layers together, rates that fall to 0 linearly; SGD with Nesterov momentum .9 (rate
+.1, weight decay 1e-3, the package's default), and Muon (rate .01, weight decay .01, AdamW for
+biases, its pull request 141). They run under bfloat16 autocast where the processor multiplies
+bfloat16; elsewhere that takes 6 to 9 times as long as float32, which is taken instead. They train
+on the train split of the cache, residua fits the same rows; all are measured on the same positions
+of the test split. CPU seconds of one process and one thread. Targets: the KL of the SGD recipe in
+at most 1/20 of its CPU, once cached, and a final KL at least 5 % below Muon's.
 """
 
 import argparse
