@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 
@@ -31,7 +31,7 @@ def connected(scheduler: str | None) -> "Iterator[Client | None]":
         yield client
 
 
-def threads_of(client: "Client") -> dict[str, int]:
+def threads_of(client: Any) -> dict[str, int]:
     """Threads of each worker; raises `UsageError` if there is none after `GRACE_SECONDS`."""
     try:
         client.wait_for_workers(1, timeout=GRACE_SECONDS)
