@@ -69,7 +69,8 @@ def test_a_lens_is_better_than_ridge_and_never_worse_than_the_logit_lens(
     for layer in range(curved.depth):
         assert kl["lens", layer, 0] < 0.95 * kl["ridge", layer, 0]
         assert kl["lens", layer, 0] < kl["logit", layer, 0]
-    assert kl["lens", curved.depth, 0] == 0
+    # The last bits of a float32 product depend on where its operands lie in memory.
+    assert kl["lens", curved.depth, 0] < 1e-7
 
 
 def test_metrics_are_what_evaluation_finds(curved: ActivationCache, lens: TunedLens) -> None:
