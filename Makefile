@@ -2,6 +2,7 @@
 # Both make .venv and install what they need; Python 3.11 or newer is all they ask for.
 PYTHON ?= python3
 BIN := .venv/bin
+SLOW ?= slow
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 quickstart: .venv/run
@@ -14,7 +15,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest -n auto
 
 slow: .venv/dev
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto -m "$(SLOW)"
 
 format: .venv/dev
 	$(BIN)/ruff format .

@@ -260,8 +260,11 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     for layer in range(len(rows[-1]["layers"])):
         right.plot([r["tokens"] for r in curve], [r["layers"][layer] for r in curve], ".-",
                    label=f"layer {layer}")  # fmt: skip
-    right.set(xscale="log", yscale="log", xlabel="cached train tokens", ylabel="held-out KL, nats")
-    right.legend()
+    if curve:
+        right.set(xscale="log", yscale="log")
+    right.set(xlabel="cached train tokens", ylabel="held-out KL, nats")
+    if curve:
+        right.legend()
     figure.savefig(path, dpi=120)
 
 

@@ -49,7 +49,7 @@ class Child:
         if not self.ended():
             os.kill(self.pid, number)
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 180) -> int:
         """The exit code; fails the test if there is none after `seconds`."""
         until(self.ended, seconds)
         assert self.code is not None

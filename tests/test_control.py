@@ -323,6 +323,7 @@ def test_vocabulary_probes_gain_from_the_next_token(tiny_cache, form):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_the_sample_model_controls_say_what_the_unigram_says(tmp_path):
     sample = residua.extract(str(MODEL_DIR), str(TEXT_PATH), root=tmp_path)
     layer = sample.depth

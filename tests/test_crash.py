@@ -1,7 +1,6 @@
 """Nothing that was committed is ever lost, whenever processes are killed."""
 
 import contextlib
-import os
 import random
 import shutil
 import signal
@@ -23,8 +22,8 @@ from .crashing import Child, Driver, shared_driver
 from .scenes import Scene, Witness, complete, files, whole, write_texts
 
 SEED = 20261120
-MANY = int(os.environ.get("RESIDUA_KILLS", "220"))
-"""Kills of the slow test; CI takes fewer, to stay within its 20 minutes."""
+MANY = 220
+"""Kills of the slow test."""
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +140,7 @@ def test_a_few_kills_lose_no_logits(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SCENES)
 @pytest.mark.parametrize("workers", [1, 3])
 def test_many_kills_lose_nothing(

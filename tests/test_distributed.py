@@ -136,6 +136,7 @@ def test_a_scheduler_without_workers_is_a_usage_error(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("count", "back"), [(1, False), (2, False), (2, True)])
 def test_workers_that_die_are_replaced_by_others_or_by_the_driver(
     model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -46,6 +46,7 @@ def write(path: Path, documents: int) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("pack", [True, False])
 def test_ten_times_the_tokens_take_no_more_memory(
     model_folder: Path, tmp_path: Path, pack: bool
