@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from residua import __version__
-from residua.analysis.command import CONTEXT, NUMBERS, SLICES, Commands, command, probing
+from residua.analysis.command import (
+    CONTEXT,
+    NUMBERS,
+    SLICES,
+    Commands,
+    command,
+    probing,
+    shared,
+)
 
 BASELINES = ("unigram", "bigram", "trigram", "lagged", "chain", "marginal")
 
@@ -352,10 +360,12 @@ def ridge(
 @click.argument("kinds", nargs=-1, metavar="[KIND]...", type=click.Choice(BASELINES))
 @click.option("--offsets", type=NUMBERS, default="0-3", show_default=True, help="Predict N tokens "
               "further on; those at which a kind says nothing are left out.")  # fmt: skip
+@shared
 @command
 def baseline(
-    root: Path, quiet: bool, cache: str, kinds: tuple[str, ...], offsets: tuple[int, ...]
-) -> Any:
+    root: Path, quiet: bool, cache: str, kinds: tuple[str, ...], offsets: tuple[int, ...],
+    scheduler: str | None,
+) -> Any:  # fmt: skip
     """Baselines that count the tokens of the train split of CACHE, and read no layer.
 
     KIND is unigram (the marginal), bigram (reads x[t+N]), trigram (x[t+N-1] too), lagged (x[t]
@@ -368,14 +378,16 @@ def baseline(
     """
     from residua.analysis.messages import fitted
     from residua.cache.catalog import find_cache
+    from residua.cache.cluster import connected
     from residua.probes.counts import baselines
     from residua.probes.library import probe_path
     from residua.probes.save import save_probe
 
     source, found = find_cache(cache, root), []
-    for probe in baselines(kinds or BASELINES, offsets):
-        path = save_probe(probe.fit(source), probe_path(root, probe))
-        found.append({"kind": probe.kind, "probe": str(path), "metrics": probe.metrics()})
+    with connected(scheduler) as client:
+        for probe in baselines(kinds or BASELINES, offsets):
+            path = save_probe(probe.fit(source, client=client), probe_path(root, probe))
+            found.append({"kind": probe.kind, "probe": str(path), "metrics": probe.metrics()})
 
     def show() -> None:
         for one in found:

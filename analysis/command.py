@@ -59,6 +59,11 @@ SLICES = ("continued", "names")
 """Names of `analysis.slices`, likewise."""
 
 
+shared = click.option("--scheduler", metavar="ADDRESS", help="Let the workers of this dask "
+                      "scheduler, who see the root, fit, like tcp://host:8786.")  # fmt: skip
+"""Adds --scheduler to a fit."""
+
+
 def probing(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds what every fit of a probe takes: CACHE, and options that mean the same for all."""
     parameters = (
@@ -71,8 +76,7 @@ def probing(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--control", type=click.Choice(CONTROLS), help="Fit a control instead: "
                      "states of other positions, targets of other positions, or the next token's "
                      "embedding beside the state."),
-        click.option("--scheduler", metavar="ADDRESS", help="Let the workers of this dask "
-                     "scheduler, who see the root, fit, like tcp://host:8786."),
+        shared,
         click.option("--out", type=click.Path(path_type=Path),
                      help="Folder of the probe.  [default: under the root]"),
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Clusters of dask.distributed: a client of one at an address, and whether it has workers."""
+"""Clusters of dask.distributed: a client of one at an address, its workers, and their results."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,3 +38,20 @@ def threads_of(client: Any) -> dict[str, int]:
     except TimeoutError:
         raise UsageError("the cluster has no workers; start some with `dask worker`") from None
     return client.nthreads()
+
+
+def results(
+    client: Any, work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]
+) -> Iterator[Any]:
+    """`work(*call)` for all `calls`, on the workers of `client`, in the order of `calls`.
+
+    What is not done yet when the reader leaves is cancelled.
+    """
+    futures = [client.submit(work, *call, pure=False) for call in calls]
+    try:
+        for future in futures:
+            yield future.result()
+            future.release()
+    finally:
+        for future in futures:
+            future.cancel()

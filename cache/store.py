@@ -73,6 +73,10 @@ class ActivationCache:
         self.manifest = Manifest.read(self.path / "manifest.json")
         self.journal = Journal(self.path / "journal")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Only the path travels: a worker opens the cache on its own.
+        return type(self), (self.path.absolute(),)
+
     def __repr__(self) -> str:
         return (
             f"<ActivationCache {self.id[:SHORT_ID]} of {self.manifest.model_name!r}: "

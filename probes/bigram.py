@@ -1,6 +1,6 @@
 """The bigram baselines: the next token from one token alone, counted in the train split."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,10 +47,13 @@ class Bigram(Counted):
     def __init__(self, offsets: tuple[int, ...] = (1, 2, 3)) -> None:
         self.offsets = offsets
 
-    def fit(self, cache: "ActivationCache") -> "Bigram":
-        """Count the tokens of the train split in one pass, without a residual stream."""
+    def fit(self, cache: "ActivationCache", *, client: Any = None) -> "Bigram":
+        """Count the tokens of the train split in one pass, without a residual stream.
+
+        The workers of `client` (of `dask.distributed`), if given, share the sequences.
+        """
         self._start(cache)
-        self.counts_ = count_pairs(cache)
+        self.counts_ = count_pairs(cache, client=client)
         self.unigram_ = unigram(column_sums(self.counts_))
         return self
 
@@ -92,11 +95,14 @@ class LaggedBigram(Counted):
     def __init__(self, offsets: tuple[int, ...] = (0, 1, 2, 3)) -> None:
         self.offsets = offsets
 
-    def fit(self, cache: "ActivationCache") -> "LaggedBigram":
-        """Count the tokens of the train split, in one pass for each offset and one for all."""
+    def fit(self, cache: "ActivationCache", *, client: Any = None) -> "LaggedBigram":
+        """Count the tokens of the train split, in one pass for each offset and one for all.
+
+        The workers of `client` (of `dask.distributed`), if given, share the sequences.
+        """
         self._start(cache)
-        self.unigram_ = unigram(count_followers(cache))
-        self.counts_ = {offset: count_pairs(cache, offset + 1) for offset in self.offsets}
+        self.unigram_ = unigram(count_followers(cache, client))
+        self.counts_ = {offset: count_pairs(cache, offset + 1, client) for offset in self.offsets}
         return self
 
     def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":

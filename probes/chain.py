@@ -1,6 +1,6 @@
 """Marginalised bigrams: a bigram taken several steps further, over the tokens that are not seen."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,9 +30,12 @@ class MarginalBigram(Bigram):
 
     kind = "marginal"
 
-    def fit(self, cache: "ActivationCache") -> "MarginalBigram":
-        """Count the tokens of the train split in one pass, without a residual stream."""
-        super().fit(cache)
+    def fit(self, cache: "ActivationCache", *, client: Any = None) -> "MarginalBigram":
+        """Count the tokens of the train split in one pass, without a residual stream.
+
+        The workers of `client` (of `dask.distributed`), if given, share the sequences.
+        """
+        super().fit(cache, client=client)
         self.depth_ = cache.depth
         return self
 

@@ -4,12 +4,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..cache.cluster import threads_of
+from ..cache.cluster import results, threads_of
 from ..cache.errors import UsageError
 from ..cache.store import ActivationCache
 from ..cache.tokens import folds_of
@@ -141,20 +140,11 @@ def run_on(
     client: Any, cache: ActivationCache, plan: Pass, shift: Shift, count: "Counter"
 ) -> Iterator[Sums]:
     """The sums of each task from the cluster of `client`, whose workers open the cache."""
-    path = cache.path.absolute()
-    futures = [
-        client.submit(sum_run_alone, path, plan, shift, task, pure=False)
-        for task in range(plan.tasks)
-    ]
-    try:
-        for task in range(plan.tasks):
-            # In order: sums then do not depend on which worker was first.
-            yield futures[task].result()
-            futures[task].release()
-            count.add(int(cache.sequence_length[plan.run(cache, task)].sum()))
-    finally:
-        for future in futures:
-            future.cancel()
+    calls = [(cache, plan, shift, task) for task in range(plan.tasks)]
+    # In order: sums then do not depend on which worker was first.
+    for task, sums in enumerate(results(client, sum_run_alone, calls)):
+        yield sums
+        count.add(int(cache.sequence_length[plan.run(cache, task)].sum()))
 
 
 def add_up(sums: Iterator[Sums]) -> Sums:
@@ -165,12 +155,12 @@ def add_up(sums: Iterator[Sums]) -> Sums:
     return total
 
 
-def sum_run_alone(path: Path, plan: Pass, shift: Shift, task: int) -> Sums:
+def sum_run_alone(cache: ActivationCache, plan: Pass, shift: Shift, task: int) -> Sums:
     """`sum_run` in a worker process, which it leaves with one BLAS thread per task."""
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1, user_api="blas")
-    return sum_run(ActivationCache(path), plan, shift, task)
+    return sum_run(cache, plan, shift, task)
 
 
 def sum_run(

@@ -48,8 +48,6 @@ class ControlProbe(Params):
             raise UsageError("a control is fitted on a cache: it needs the sequences of the rows")
         if options.get("keep"):
             raise UsageError("moments of a control are not kept with the cache; leave keep out")
-        if options.get("client") is not None:
-            raise UsageError("controls are fitted in this process; leave client= out")
         self._check()
         view = view_of(X, self.control, self.seed)
         probe = type(self.probe)(**self.probe.get_params(deep=False))

@@ -1,10 +1,11 @@
 """Counts of tokens that follow others in the train split, and probabilities made of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ..cache.cluster import results, threads_of
 from ..cache.errors import UsageError
 from .params import Params
 
@@ -93,37 +94,69 @@ class Counted(Params):
         return probe
 
 
-def count_pairs(cache: "ActivationCache", lag: int = 1) -> "csr_matrix":
+def count_pairs(cache: "ActivationCache", lag: int = 1, client: Any = None) -> "csr_matrix":
     """How often each token came `lag` tokens after each other one, `(vocab, vocab)` int64.
 
     Both inside one sequence of the train split. Memory: 12 bytes for each distinct pair, twice
     while they are added up.
     """
-    from scipy.sparse import csr_matrix
+    return total(over_train(_pairs_of, cache, client, lag), empty(cache.vocab, cache.vocab))
+
+
+def _pairs_of(cache: "ActivationCache", sequences: np.ndarray, lag: int) -> "csr_matrix":
+    """`count_pairs` in some sequences."""
 
     def blocks() -> "Iterator[csr_matrix]":
-        for ids, left in token_blocks(cache):
+        for ids, left in token_blocks(cache, sequences):
             first = np.flatnonzero(left >= lag)
             keys = ids[first] * cache.vocab + ids[first + lag]
             yield table(keys, (cache.vocab, cache.vocab))
 
-    return total(blocks(), csr_matrix((cache.vocab, cache.vocab), dtype=np.int64))
+    return total(blocks(), empty(cache.vocab, cache.vocab))
 
 
-def count_followers(cache: "ActivationCache") -> np.ndarray:
+def count_followers(cache: "ActivationCache", client: Any = None) -> np.ndarray:
     """How often each token follows another one in its sequence of the train split, int64."""
+    return sum(over_train(_followers_of, cache, client), np.zeros(cache.vocab, np.int64))
+
+
+def _followers_of(cache: "ActivationCache", sequences: np.ndarray) -> np.ndarray:
+    """`count_followers` in some sequences."""
     found = np.zeros(cache.vocab, np.int64)
-    for ids, left in token_blocks(cache):
+    for ids, left in token_blocks(cache, sequences):
         found += np.bincount(ids[np.flatnonzero(left >= 1) + 1], minlength=cache.vocab)
     return found
 
 
-def token_blocks(cache: "ActivationCache") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def over_train(
+    count: Callable[..., Any], cache: "ActivationCache", client: Any, *args: Any
+) -> Iterator[Any]:
+    """`count(cache, sequences, *args)` of the train split: here, or shared by a cluster's threads.
+
+    Counts are whole numbers: their sum does not depend on who counted what.
+    """
+    sequences = cache.split("train")
+    if client is None:
+        return iter((count(cache, sequences, *args),))
+    shares = np.array_split(sequences, sum(threads_of(client).values()))
+    return results(client, count, [(cache, share, *args) for share in shares])
+
+
+def token_blocks(
+    cache: "ActivationCache", sequences: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Token ids of whole sequences, and how many tokens of its sequence follow each; int64."""
-    for sequences in cache.blocks(cache.split("train"), BLOCK_TOKENS):
-        ids = cache.tokens[cache.rows(sequences)].astype(np.int64)
-        lengths = cache.sequence_length[sequences]
+    for some in cache.blocks(sequences, BLOCK_TOKENS):
+        ids = cache.tokens[cache.rows(some)].astype(np.int64)
+        lengths = cache.sequence_length[some]
         yield ids, np.repeat(np.cumsum(lengths), lengths) - np.arange(len(ids)) - 1
+
+
+def empty(rows: int, columns: int) -> "csr_matrix":
+    """A table without a count."""
+    from scipy.sparse import csr_matrix
+
+    return csr_matrix((rows, columns), dtype=np.int64)
 
 
 def table(keys: np.ndarray, shape: tuple[int, int]) -> "csr_matrix":
@@ -134,12 +167,12 @@ def table(keys: np.ndarray, shape: tuple[int, int]) -> "csr_matrix":
     return csr_matrix((number.astype(np.int64), np.divmod(distinct, shape[1])), shape=shape)
 
 
-def total(tables: "Iterable[csr_matrix]", empty: "csr_matrix") -> "csr_matrix":
-    """The sum of all `tables`.
+def total(tables: "Iterable[csr_matrix]", none: "csr_matrix") -> "csr_matrix":
+    """The sum of all `tables`, and of `none`.
 
     Those of like size are added first: the work is n log n in the entries, not n squared.
     """
-    waiting = [empty]
+    waiting = [none]
     for one in tables:
         waiting.append(one)
         while len(waiting) > 1 and waiting[-2].nnz <= 2 * waiting[-1].nnz:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..cache.cluster import threads_of
+from ..cache.cluster import results, threads_of
 from ..cache.errors import UsageError
 from ..cache.jsonfile import digest
 from ..cache.store import ActivationCache
@@ -58,10 +58,9 @@ def fit_groups(
         for number, (some, ahead) in enumerate(groups):
             found |= call(cache, some, ahead, report=partial(total, number))
     else:
-        # Only the path travels: each worker opens the cache on its own.
-        futures = [client.submit(call, cache.path, *group, pure=False) for group in groups]
-        for number, future in enumerate(futures):
-            found |= future.result()
+        calls = [(cache, *group) for group in groups]
+        for number, some in enumerate(results(client, call, calls)):
+            found |= some
             total(number, "lens", settings.steps, settings.steps)
     if folder is not None:
         for group in groups:
@@ -125,7 +124,7 @@ class _Total:
 
 
 def fit_group(
-    cache: ActivationCache | Path,
+    cache: ActivationCache,
     layers: tuple[int, ...],
     offsets: tuple[int, ...],
     settings: Settings,
@@ -133,7 +132,6 @@ def fit_group(
     report: Report | None = None,
 ) -> dict[Pair, Fitted]:
     """Fit the translators of some layers and offsets; they share every batch."""
-    cache = cache if isinstance(cache, ActivationCache) else ActivationCache(cache)
     pairs = pairs_of(cache, (layers, offsets))
     if not pairs:
         return {}

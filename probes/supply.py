@@ -75,12 +75,7 @@ def supply(
     memory = memory or default_memory()
     account.bytes = request.bytes(cache.d_model)
     source = find(cache, request)
-    for group in groups(request, source, memory, cache.d_model):
-        try:
-            found = load(source, group)
-        except CorruptError:  # what can be computed again is no loss; the folder is gone
-            source = {pair: entry for pair, entry in source.items() if pair not in group}
-            continue
+    for found in kept(request, source, memory, cache.d_model):
         account.kept += len(found.pairs)
         yield found
         del found
@@ -89,13 +84,7 @@ def supply(
         return
     size = sum(group.bytes(cache.d_model) for group in request.of_pairs(lacking))
     account.why = why_not(cache, size, keep)
-    work: list[tuple[Pass, Inherited | None]] = []
-    for old in inherited(cache, request, lacking):
-        lacking -= set(old.source)
-        for group in request.of_pairs(old.source):
-            plans = plan_passes(cache, group, first=old.first, memory=memory, client=client)
-            work += [(plan, old) for plan in plans]
-    work += [(plan, None) for plan in full(cache, request, lacking, memory, client)]
+    work = passes(cache, request, lacking, memory, client)
     count = Counter(sum(plan.positions(cache) for plan, _ in work), progress)
     while work:
         plan, old = work.pop(0)
@@ -115,6 +104,34 @@ def supply(
         _keep(cache, found, account)
         yield found
         del found
+
+
+def kept(
+    request: Request, source: dict[Pair, Any], memory: int, d_model: int
+) -> Iterator[MomentSet]:
+    """The moments that `source` names, in groups; takes damaged ones out of `source`."""
+    for group in groups(request, source, memory, d_model):
+        try:
+            found = load(source, group)
+        except CorruptError:  # what can be computed again is no loss; the folder is gone
+            for pair in group:
+                del source[pair]
+            continue
+        yield found
+        del found
+
+
+def passes(
+    cache: ActivationCache, request: Request, lacking: set[Pair], memory: int, client: Any
+) -> list[tuple[Pass, Inherited | None]]:
+    """Passes for the `lacking` pairs: over new sequences where old moments go on, else over all."""
+    work: list[tuple[Pass, Inherited | None]] = []
+    for old in inherited(cache, request, lacking):
+        lacking = lacking - set(old.source)
+        for group in request.of_pairs(old.source):
+            plans = plan_passes(cache, group, first=old.first, memory=memory, client=client)
+            work += [(plan, old) for plan in plans]
+    return work + [(plan, None) for plan in full(cache, request, lacking, memory, client)]
 
 
 def extend(moments: MomentSet, cache: ActivationCache, **options: Any) -> MomentSet:

@@ -1,7 +1,7 @@
 """The trigram baseline: the next token from the last two, counted in the train split."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from .counts import (
     Counted,
     column_sums,
     count_pairs,
+    empty,
+    over_train,
     pack,
     table,
     token_blocks,
@@ -59,39 +61,26 @@ class Trigram(Counted):
         self.offsets = offsets
         self.contexts = contexts
 
-    def fit(self, cache: "ActivationCache") -> "Trigram":
-        """Count the train split: pairs in the first pass, triples in the second."""
-        from scipy.sparse import csr_matrix
+    def fit(self, cache: "ActivationCache", *, client: Any = None) -> "Trigram":
+        """Count the train split: pairs in the first pass, triples in the second.
 
+        The workers of `client` (of `dask.distributed`), if given, share the sequences.
+        """
         self._start(cache)
         if self.contexts < 1:
             raise UsageError(f"contexts must be at least 1, not {self.contexts}")
-        self.pairs_ = count_pairs(cache)
+        self.pairs_ = count_pairs(cache, client=client)
         self.unigram_ = unigram(column_sums(self.pairs_))
         self.contexts_ = most_frequent(self.pairs_, self.contexts)
-        shape = len(self.contexts_), cache.vocab
-        self.counts_ = total(self._blocks(cache), csr_matrix(shape, dtype=np.int64))
+        counts = over_train(_triples_of, cache, client, self.contexts_)
+        self.counts_ = total(counts, empty(len(self.contexts_), cache.vocab))
         return self
-
-    def _blocks(self, cache: "ActivationCache") -> "Iterator[csr_matrix]":
-        for ids, left in token_blocks(cache):
-            first = np.flatnonzero(left >= 2)
-            row, known = self._find(ids[first], ids[first + 1])
-            keys = row[known] * cache.vocab + ids[first + 2][known]
-            yield table(keys, (len(self.contexts_), cache.vocab))
-
-    def _find(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Number of the context (a, b) of each pair, `(n,)`, and whether it is one."""
-        keys = a * len(self.unigram_) + b
-        row = np.searchsorted(self.contexts_, keys)
-        row[row == len(self.contexts_)] = 0
-        return row, (self.contexts_[row] == keys) & (a >= 0)
 
     def log_probabilities(self, previous: np.ndarray, last: np.ndarray) -> np.ndarray:
         """log P(. | previous, last) of tokens `(n,)`, `(n, vocab)` float32; previous may be -1."""
         self.check_fitted()
         out = after(last, self.pairs_, self.unigram_)
-        row, known = self._find(previous, last)
+        row, known = find(self.contexts_, len(self.unigram_), previous, last)
         out[known] = witten_bell(self.counts_[row[known]], out[known])
         return out
 
@@ -122,3 +111,26 @@ def most_frequent(pairs: "csr_matrix", number: int) -> np.ndarray:
     keys = np.repeat(np.arange(len(followers)), followers) * len(followers) + pairs.indices
     rank = np.lexsort((keys, np.negative(pairs.data)))
     return np.sort(keys[rank[:number]])
+
+
+def find(contexts: np.ndarray, vocab: int, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Number of the context (a, b) of each pair, `(n,)`, and whether it is one."""
+    keys = a * vocab + b
+    row = np.searchsorted(contexts, keys)
+    row[row == len(contexts)] = 0
+    return row, (contexts[row] == keys) & (a >= 0)
+
+
+def _triples_of(
+    cache: "ActivationCache", sequences: np.ndarray, contexts: np.ndarray
+) -> "csr_matrix":
+    """How often each token followed each of `contexts` in some sequences, `(contexts, vocab)`."""
+
+    def blocks() -> "Iterator[csr_matrix]":
+        for ids, left in token_blocks(cache, sequences):
+            first = np.flatnonzero(left >= 2)
+            row, known = find(contexts, cache.vocab, ids[first], ids[first + 1])
+            keys = row[known] * cache.vocab + ids[first + 2][known]
+            yield table(keys, (len(contexts), cache.vocab))
+
+    return total(blocks(), empty(len(contexts), cache.vocab))

@@ -1,6 +1,6 @@
 """The unigram baseline: how often each token follows another one, whatever the context."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,10 +28,10 @@ class Unigram(Counted):
     def __init__(self, offsets: tuple[int, ...] = (0, 1, 2, 3)) -> None:
         self.offsets = offsets
 
-    def fit(self, cache: "ActivationCache") -> "Unigram":
-        """Count the tokens of the train split in one pass."""
+    def fit(self, cache: "ActivationCache", *, client: Any = None) -> "Unigram":
+        """Count the tokens of the train split in one pass, on the workers of `client` if given."""
         self._start(cache)
-        self.counts_ = count_followers(cache)
+        self.counts_ = count_followers(cache, client)
         self.unigram_ = unigram(self.counts_)
         return self
 

@@ -36,7 +36,7 @@ class View(ActivationCache):
         self.seed = seed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (type(self), self.base.path, self.seed)
+        return type(self), (self.base, self.seed)
 
     @property
     def id(self) -> str:
@@ -139,11 +139,6 @@ class NextToken(View):
 
 CONTROLS = {view.name: view for view in (ShuffledStates, PermutedLabels, NextToken)}
 """Views by name."""
-
-
-def _again(kind: type[View], path: Any, seed: int) -> View:
-    """The view that was pickled."""
-    return kind(ActivationCache(path), seed)
 
 
 class Rows:

@@ -213,7 +213,7 @@ class Workers(Here):
         job = self.cache_job
         assert job.cache is not None
         options = {**job.options, "products": job.products}
-        sent = job.cache.path.absolute(), job.pairs, options, self.tops
+        sent = job.cache, job.pairs, options, self.tops
         futures = {
             self.client.submit(on_worker, work, *sent, *call, pure=False): number
             for number, call in enumerate(calls)
@@ -236,16 +236,16 @@ class Workers(Here):
 
 def on_worker(
     work: Callable[..., Any],
-    path: Path,
+    cache: ActivationCache,
     pairs: list[Pair],
     options: dict[str, Any],
     tops: np.ndarray | None,
     *call: Any,
 ) -> Any:
-    """`work` on the cache at `path`, in a thread of its own with one thread of torch's."""
+    """`work` on `cache`, in a thread of its own with one thread of torch's."""
 
     def fit() -> Any:
-        job = CacheJob.of(ActivationCache(path), pairs, options)
+        job = CacheJob.of(cache, pairs, options)
         job.given = tops
         return work(job, *call)
 

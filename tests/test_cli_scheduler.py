@@ -12,7 +12,8 @@ import residua
 from residua.cli import main
 
 FITS = {
-    "ridge": ["--offsets", "0-1"],
+    "ridge": ["--offsets", "0-1", "--no-keep-moments"],
+    "ridge of a control": ["--offsets", "0-1", "--control", "shuffled"],
     "lens": ["--layers", "1-2", "--steps", "8", "--batch", "128"],
     "vocab": ["--layers", "1-2", "--epochs", "1", "--lr", "0.01"],
 }
@@ -31,10 +32,9 @@ def test_workers_fit_the_same_probe(
 ) -> None:
     found = []
     for name, more in (("here", []), ("there", ["--scheduler", address])):
-        command = ["fit", kind, tiny_cache.id, "--root", str(tiny_cache.path.parent), *FITS[kind],
+        command = ["fit", kind.split()[0], tiny_cache.id,
+                   "--root", str(tiny_cache.path.parent), *FITS[kind],
                    "--out", str(tmp_path / name), *more, "--json"]  # fmt: skip
-        if kind == "ridge":
-            command.append("--no-keep-moments")
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 0, result.output
         found.append(residua.load_probe(json.loads(result.stdout)["probe"]).state()[1])
@@ -42,6 +42,24 @@ def test_workers_fit_the_same_probe(
     assert here.keys() == there.keys()
     for name in here:
         np.testing.assert_allclose(there[name], here[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_workers_count_the_same_baselines(
+    address: str, tiny_cache: residua.ActivationCache, tmp_path: Path
+) -> None:
+    found = []
+    for name, more in (("here", []), ("there", ["--scheduler", address])):
+        command = ["fit", "baseline", str(tiny_cache.path), "--root", str(tmp_path / name), *more]
+        result = CliRunner().invoke(main, [*command, "--json"])
+        assert result.exit_code == 0, result.output
+        probes = json.loads(result.stdout)["probes"]
+        found.append({one["kind"]: residua.load_probe(one["probe"]).state() for one in probes})
+    here, there = found
+    assert len(here) == 6
+    for kind, (about, tensors) in here.items():
+        assert there[kind][0] == about
+        for name, values in tensors.items():
+            np.testing.assert_array_equal(there[kind][1][name], values)
 
 
 def test_a_wrong_address_is_a_message(tiny_cache: residua.ActivationCache) -> None:

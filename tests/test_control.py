@@ -224,8 +224,6 @@ def test_mistakes_are_said(tiny_cache):
         ControlProbe(RidgeProbe(target=1)).fit(tiny_cache)
     with pytest.raises(UsageError, match="leave keep out"):
         ControlProbe(ridge).fit(tiny_cache, keep=True)
-    with pytest.raises(UsageError, match="leave client= out"):
-        ControlProbe(ridge).fit(tiny_cache, client=object())
     with pytest.raises(NotFoundError, match="layer 9"):
         ControlProbe(RidgeProbe(layers=[9])).fit(tiny_cache)
     with pytest.raises(Exception, match="not fitted"):
