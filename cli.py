@@ -10,6 +10,7 @@ import click
 from residua import __version__
 from residua.analysis.command import (
     CONTEXT,
+    NUMBER,
     NUMBERS,
     SLICES,
     Commands,
@@ -298,7 +299,7 @@ def fit() -> None:
 
 @fit.command()
 @probing
-@click.option("--alpha", type=float, help="One fixed penalty, scikit-learn's meaning.  [default: "
+@click.option("--alpha", type=NUMBER, help="One fixed penalty, scikit-learn's meaning.  [default: "
               "the best of a path by cross-validation]")  # fmt: skip
 @click.option("--folds", default=5, show_default=True, help="Folds of the cross-validation.")
 @click.option(
@@ -336,7 +337,7 @@ def ridge(
     from residua.cache.catalog import find_cache
     from residua.cache.cluster import connected
     from residua.probes.control import controlled
-    from residua.probes.library import probe_path
+    from residua.probes.library import new_place
     from residua.probes.ridge import RidgeProbe
     from residua.probes.save import save_probe
 
@@ -344,9 +345,10 @@ def ridge(
     ridge = RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products,
                        target=target)  # fmt: skip
     probe = controlled(ridge, control)
+    path = new_place(root, probe, source.id, out)
     with meter(quiet) as shown, connected(scheduler) as client:
         probe.fit(source, client=client, memory=memory, keep=keep, progress=shown.of("moments"))
-    path = save_probe(probe, out or probe_path(root, probe))
+    save_probe(probe, path)
     metrics = probe.metrics()
     moments = getattr(probe, "probe_", probe).moments_
     value = {"probe": str(path), "cache": source.id, "metrics": metrics, "moments": moments}
@@ -380,13 +382,14 @@ def baseline(
     from residua.cache.catalog import find_cache
     from residua.cache.cluster import connected
     from residua.probes.counts import baselines
-    from residua.probes.library import probe_path
+    from residua.probes.library import new_place
     from residua.probes.save import save_probe
 
     source, found = find_cache(cache, root), []
     with connected(scheduler) as client:
         for probe in baselines(kinds or BASELINES, offsets):
-            path = save_probe(probe.fit(source, client=client), probe_path(root, probe))
+            path = new_place(root, probe, source.id)
+            save_probe(probe.fit(source, client=client), path)
             found.append({"kind": probe.kind, "probe": str(path), "metrics": probe.metrics()})
 
     def show() -> None:
@@ -400,7 +403,7 @@ def baseline(
 @probing
 @click.option("--steps", default=400, show_default=True, help="Steps of each translator.")
 @click.option("--batch", default=1024, show_default=True, help="Positions of a step.")
-@click.option("--lr", type=float, help="Share of the natural gradient's full step.  [default: the "
+@click.option("--lr", type=NUMBER, help="Share of the natural gradient's full step.  [default: the "
               "best of a short sweep]")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of positions.")
 @command
@@ -424,18 +427,19 @@ def lens(
     from residua.cache.cluster import connected
     from residua.probes.control import controlled
     from residua.probes.lens import FutureLens, TunedLens
-    from residua.probes.library import checkpoint_path, probe_path
+    from residua.probes.library import checkpoint_path, new_place
     from residua.probes.save import save_probe
 
     source = find_cache(cache, root)
     kind = TunedLens if offsets == (0,) else FutureLens
     lens = kind(offset=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed)
     probe = controlled(lens, control)
+    path = new_place(root, probe, source.id, out)
     with meter(quiet) as shown, connected(scheduler) as client:
         checkpoint = checkpoint_path(root, probe, source.id)
         probe.fit(source, client=client, memory=memory, checkpoint=checkpoint,
                   progress=shown.stage)  # fmt: skip
-    path = save_probe(probe, out or probe_path(root, probe))
+    save_probe(probe, path)
     metrics = probe.metrics()
     value = {"probe": str(path), "cache": source.id, "metrics": metrics}
     return value, lambda: fitted(probe.kind, source.id, path, metrics)
@@ -449,7 +453,7 @@ def lens(
 @click.option("--form", type=click.Choice(["full", "head"]), default="full", show_default=True,
               help="A matrix to the vocabulary, or a map in front of the head.")  # fmt: skip
 @click.option("--rank", type=int, help="Rank of the matrix.  [default: full]")
-@click.option("--lr", type=float, help="Learning rate.  [default: by a short sweep]")
+@click.option("--lr", type=NUMBER, help="Learning rate.  [default: by a short sweep]")
 @click.option("--epochs", default=3, show_default=True, help="Most passes over the train split.")
 @click.option("--checkpoint-seconds", default=60.0, show_default=True, help="Time between two "
               "checkpoints; a killed fit goes on from the last one.")  # fmt: skip
@@ -473,18 +477,19 @@ def vocab(
     from residua.cache.catalog import find_cache
     from residua.cache.cluster import connected
     from residua.probes.control import controlled
-    from residua.probes.library import checkpoint_path, probe_path
+    from residua.probes.library import checkpoint_path, new_place
     from residua.probes.save import save_probe
     from residua.probes.vocab import VocabProbe
 
     source = find_cache(cache, root)
     probe = controlled(VocabProbe(offset=offsets, **options), control)
+    path = new_place(root, probe, source.id, out)
     with meter(quiet) as shown, connected(scheduler) as client:
         checkpoint = checkpoint_path(root, probe, source.id)
         probe.fit(source, client=client, memory=memory, checkpoint=checkpoint,
                   checkpoint_seconds=checkpoint_seconds,
                   progress=shown.of("positions"))  # fmt: skip
-    path = save_probe(probe, out or probe_path(root, probe))
+    save_probe(probe, path)
     metrics, sweep = probe.metrics(), getattr(probe, "probe_", probe).sweep_
     value = {"probe": str(path), "cache": source.id, "metrics": metrics, "sweep": sweep}
     return value, lambda: fitted(probe.kind, source.id, path, metrics)
@@ -521,11 +526,12 @@ def evaluate(
     from residua.analysis import slices
     from residua.analysis.evaluate import evaluate as measure
     from residua.analysis.messages import evaluated
-    from residua.analysis.output import write
+    from residua.analysis.output import check, write
     from residua.analysis.terminal import meter
     from residua.cache.catalog import find_cache
     from residua.probes.library import find_probe, load_for
 
+    check(html, png)
     source = find_cache(cache, root)
     loaded = [load_for(source, find_probe(name, root), force) for name in probes]
     with meter(quiet) as shown:

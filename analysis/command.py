@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
+from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +36,41 @@ class Numbers(click.ParamType):
 
 
 NUMBERS = Numbers()
+
+
+class Number(click.ParamType):
+    """A finite number."""
+
+    name = "NUMBER"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            found = float(value)
+        except ValueError:
+            found = float("nan")
+        if not isfinite(found):
+            self.fail(f"{value!r} is no finite number", param, ctx)
+        return found
+
+
+NUMBER = Number()
+
+
+class Place(click.ParamType):
+    """A file or folder to write; a URL for what may lie in an object store."""
+
+    name = "PATH"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        from ..cache.place import as_path
+
+        try:
+            return as_path(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+PLACE = Place()
 
 
 class Gibibytes(click.ParamType):
@@ -77,7 +113,7 @@ def probing(function: Callable[..., Any]) -> Callable[..., Any]:
                      "states of other positions, targets of other positions, or the next token's "
                      "embedding beside the state."),
         shared,
-        click.option("--out", type=click.Path(path_type=Path),
+        click.option("--out", type=PLACE,
                      help="Folder of the probe.  [default: under the root]"),
     )  # fmt: skip
     for add in reversed(parameters):

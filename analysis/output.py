@@ -2,7 +2,19 @@
 
 from pathlib import Path
 
+from ..cache.disk import check_target
+from ..cache.errors import UsageError
 from .evaluate import Evaluation
+
+
+def check(html: Path | None, png: Path | None) -> None:
+    """Raise `UsageError` unless a report can be written to `html` and pictures below `png`."""
+    if html is not None:
+        if html.is_dir():
+            raise UsageError(f"{html} is a folder; name a file such as {html / 'report.html'}")
+        check_target(html)
+    if png is not None:
+        check_target(png / "lenses.png")
 
 
 def write(

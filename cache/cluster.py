@@ -21,14 +21,32 @@ def connected(scheduler: str | None) -> "Iterator[Client | None]":
         return
     from distributed import Client
 
+    check_address(scheduler)
     try:
         client = Client(scheduler, timeout="10s", set_as_default=False)
-    except (OSError, ValueError) as error:  # TimeoutError is an OSError
+    except OSError as error:  # TimeoutError is one
         raise UsageError(
             f"no dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`"
         ) from None
     with client:
         yield client
+
+
+def check_address(scheduler: str) -> None:
+    """Raise `UsageError` for what cannot be an address; a client that met it would hang."""
+    from distributed.comm.addressing import parse_address, parse_host_port
+    from distributed.comm.registry import get_backend
+
+    try:
+        scheme, place = parse_address(scheduler)
+        get_backend(scheme)
+        if scheme != "inproc":
+            parse_host_port(place)
+    except ValueError as error:
+        raise UsageError(
+            f"{scheduler!r} is no address of a dask scheduler ({error}); write it like "
+            "tcp://host:8786"
+        ) from None
 
 
 def threads_of(client: Any) -> dict[str, int]:

@@ -69,6 +69,24 @@ def check_writable(root: Path) -> None:
             pass
 
 
+def check_target(path: Path) -> None:
+    """Raise `UsageError` unless a file or folder can be written at `path`, whose parent is made.
+
+    To be asked before long work, so that its result is not lost.
+    """
+    if is_remote(path):
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written ({(error.strerror or str(error)).lower()}); name another "
+            "place"
+        ) from None
+
+
 def _translate(error: Exception, folder: Path) -> ResiduaError | None:
     number = _number(error)
     if number in FULL:

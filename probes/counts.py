@@ -250,6 +250,6 @@ def baselines(kinds: Iterable[str], offsets: Iterable[int]) -> "list[Any]":
             found.append(baseline(offsets=chosen))
     if not found:
         raise UsageError(
-            f"{', '.join(kinds)} say nothing at the offsets {tuple(offsets)}; give one of 1 or more"
+            f"at offset 0 there is nothing for {', '.join(kinds)} to say; give offsets of 1 or more"
         )
     return found

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cache.disk import check_target
 from ..cache.errors import MismatchError, NotFoundError, UsageError
 from ..cache.jsonfile import digest
 from ..cache.place import as_path
@@ -29,6 +30,18 @@ def probe_path(root: Path, probe: Any, cache_id: str | None = None) -> Path:
 def checkpoint_path(root: Path, probe: Any, cache_id: str) -> Path:
     """Where the same fit, killed and started again, finds its checkpoint."""
     return root / CHECKPOINTS / probe_path(root, probe, cache_id).name
+
+
+def new_place(root: Path, probe: Any, cache_id: str, out: Path | None = None) -> Path:
+    """Where the probe will be saved, `out` or its place under `root`.
+
+    Raises `UsageError` before the fit if nothing can be written there.
+    """
+    path = out or probe_path(root, probe, cache_id)
+    if path.is_file():
+        raise UsageError(f"{path} is a file; name a folder for the probe")
+    check_target(path)
+    return path
 
 
 def find_probe(name: str, root: Path) -> Path:

@@ -314,6 +314,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
 
             found = self.predict(X, *pair)
             return accuracy_score(np.asarray(y), np.asarray(found), sample_weight=sample_weight)
+        if self.form == "head" and self.head_ is None:
+            self.head_ = X.head.torch()
         loss = "text" if self.loss == "text" else "model"
         found = top_tokens(X, X.split(split)) if loss == "model" else np.zeros(0, np.int32)
         examples = cache_examples(

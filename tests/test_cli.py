@@ -131,12 +131,21 @@ def test_a_damaged_cache_gives_exit_code_4(tmp_path: Path, root: Path, tiny_cach
         (["fit", "ridge", "{cache}", "--layers", "40"], 2, "layer 40 is not in this cache"),
         (["evaluate", "{cache}", "nothing"], 2, "no probe 'nothing'"),
         (["evaluate", "{cache}", "--split", "dev"], 2, "no split 'dev'"),
+        (["fit", "lens", "{cache}", "--lr", "nan"], 2, "'nan' is no finite number"),
+        (["fit", "ridge", "{cache}", "--alpha", "much"], 2, "'much' is no finite number"),
+        (["fit", "ridge", "{cache}", "--out", "{file}"], 2, "is a file; name a folder"),
+        (["fit", "ridge", "{cache}", "--out", "{file}/probe"], 2, "name another place"),
+        (["fit", "vocab", "{cache}", "--out", "{file}/a/probe"], 2, "name another place"),
+        (["evaluate", "{cache}", "--html", "{file}/report.html"], 2, "name another place"),
+        (["evaluate", "{cache}", "--html", "{folder}"], 2, "is a folder; name a file"),
+        (["evaluate", "{cache}", "--png", "{file}"], 2, "name another place"),
     ],
 )
 def test_mistakes_end_with_a_message_not_a_traceback(
     args: list[str], code: int, message: str, root: Path, tiny_cache: ActivationCache
 ) -> None:
-    args = [arg.format(cache=tiny_cache.id) for arg in args]
+    file = tiny_cache.path / "manifest.json"
+    args = [arg.format(cache=tiny_cache.id, file=file, folder=root) for arg in args]
     result = invoke(*args, "--root", root)
     assert result.exit_code == code
     assert message in result.stderr

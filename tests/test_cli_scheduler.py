@@ -62,9 +62,14 @@ def test_workers_count_the_same_baselines(
             np.testing.assert_array_equal(there[kind][1][name], values)
 
 
-def test_a_wrong_address_is_a_message(tiny_cache: residua.ActivationCache) -> None:
+@pytest.mark.parametrize("address", ["nonsense", "nonsense://host:1", "tcp://host", "tcp://h:port"])
+def test_what_is_no_address_is_said_at_once(
+    tiny_cache: residua.ActivationCache, address: str
+) -> None:
     root = ["--root", str(tiny_cache.path.parent)]
-    command = ["fit", "ridge", tiny_cache.id, *root, "--scheduler", "nonsense://host"]
-    result = CliRunner().invoke(main, command)
+    result = CliRunner().invoke(
+        main, ["fit", "ridge", tiny_cache.id, *root, "--scheduler", address]
+    )
     assert result.exit_code == 2
-    assert "no dask scheduler answers at nonsense://host" in result.output
+    assert f"{address!r} is no address of a dask scheduler" in result.output
+    assert "write it like tcp://host:8786" in result.output

@@ -300,8 +300,8 @@ def test_a_saved_probe_reads_the_same(echo: ActivationCache, tmp_path: Path) -> 
     hidden = torch.from_numpy(echo.layer(0)[:20])
     batch = Batch(hidden, torch.zeros(20, dtype=torch.int64), echo.head.torch())
     forms: list[dict[str, Any]] = [{"lr": 0.1}, {"form": "head"}, {"rank": 3, "lr": 0.1}]
-    for number, form in enumerate(forms):
-        probe = VocabProbe((0, 2), [0], epochs=1, **form).fit(echo)
+    probes = [VocabProbe((0, 2), [0], epochs=1, **form).fit(echo) for form in forms]
+    for number, probe in enumerate(probes):
         loaded = load_probe(save_probe(probe, tmp_path / str(number)))
         for pair in probe.pairs():
             expected = probe.logits(batch, *pair)
@@ -314,6 +314,9 @@ def test_a_saved_probe_reads_the_same(echo: ActivationCache, tmp_path: Path) -> 
     assert config["pairs"][0]["history"]
     with pytest.raises(UsageError, match="needs its head"):
         load_probe(tmp_path / "1").predict(hidden.numpy(), 0, 0)
+    loaded = load_probe(tmp_path / "1")
+    assert loaded.score(echo, layer=0, offset=2) == probes[1].score(echo, layer=0, offset=2)
+    assert (loaded.predict(hidden.numpy(), 0, 2) == probes[1].predict(hidden.numpy(), 0, 2)).all()
 
 
 def test_a_saved_probe_of_arrays_keeps_its_labels(tmp_path: Path) -> None:
