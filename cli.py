@@ -316,9 +316,7 @@ def fit() -> None:
 @command
 def ridge(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
-    alpha: float | None, folds: int, products: str, target: tuple[int, ...] | None,
-    memory: int | None, keep: bool | None, control: str | None, scheduler: str | None,
-    out: Path | None,
+    alpha: float | None, folds: int, products: str, target: tuple[int, ...] | None, **options: Any,
 ) -> Any:  # fmt: skip
     """Ridge maps from every layer to the last layer N tokens on, in one pass over CACHE.
 
@@ -332,23 +330,15 @@ def ridge(
     residua fit ridge 3f2a --layers 0-3 --target 6,9 --memory 4 --keep-moments
     residua fit ridge 3f2a --offsets 0-3 --control shuffled
     """
+    from residua.analysis.fitting import fit_and_save
     from residua.analysis.messages import fitted
-    from residua.analysis.terminal import meter
-    from residua.cache.catalog import find_cache
-    from residua.cache.cluster import connected
-    from residua.probes.control import controlled
-    from residua.probes.library import new_place
     from residua.probes.ridge import RidgeProbe
-    from residua.probes.save import save_probe
 
-    source = find_cache(cache, root)
     ridge = RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products,
                        target=target)  # fmt: skip
-    probe = controlled(ridge, control)
-    path = new_place(root, probe, source.id, out)
-    with meter(quiet) as shown, connected(scheduler) as client:
-        probe.fit(source, client=client, memory=memory, keep=keep, progress=shown.of("moments"))
-    save_probe(probe, path)
+    source, probe, path = fit_and_save(
+        ridge, cache, root, quiet, stage="moments", resumes=False, **options
+    )
     metrics = probe.metrics()
     moments = getattr(probe, "probe_", probe).moments_
     value = {"probe": str(path), "cache": source.id, "metrics": metrics, "moments": moments}
@@ -409,8 +399,7 @@ def baseline(
 @command
 def lens(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
-    steps: int, batch: int, lr: float | None, seed: int, memory: int | None,
-    control: str | None, scheduler: str | None, out: Path | None,
+    steps: int, batch: int, lr: float | None, seed: int, **options: Any,
 ) -> Any:  # fmt: skip
     """A tuned lens: translators of every layer, fitted to the model's own distribution.
 
@@ -421,25 +410,13 @@ def lens(
     residua fit lens 3f2a
     residua fit lens 3f2a --offsets 0-8 --layers 4-8
     """
+    from residua.analysis.fitting import fit_and_save
     from residua.analysis.messages import fitted
-    from residua.analysis.terminal import meter
-    from residua.cache.catalog import find_cache
-    from residua.cache.cluster import connected
-    from residua.probes.control import controlled
     from residua.probes.lens import FutureLens, TunedLens
-    from residua.probes.library import checkpoint_path, new_place
-    from residua.probes.save import save_probe
 
-    source = find_cache(cache, root)
     kind = TunedLens if offsets == (0,) else FutureLens
     lens = kind(offset=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed)
-    probe = controlled(lens, control)
-    path = new_place(root, probe, source.id, out)
-    with meter(quiet) as shown, connected(scheduler) as client:
-        checkpoint = checkpoint_path(root, probe, source.id)
-        probe.fit(source, client=client, memory=memory, checkpoint=checkpoint,
-                  progress=shown.stage)  # fmt: skip
-    save_probe(probe, path)
+    source, probe, path = fit_and_save(lens, cache, root, quiet, **options)
     metrics = probe.metrics()
     value = {"probe": str(path), "cache": source.id, "metrics": metrics}
     return value, lambda: fitted(probe.kind, source.id, path, metrics)
@@ -459,9 +436,8 @@ def lens(
               "checkpoints; a killed fit goes on from the last one.")  # fmt: skip
 @command
 def vocab(
-    root: Path, quiet: bool, cache: str, memory: int | None, checkpoint_seconds: float,
-    control: str | None, scheduler: str | None, out: Path | None, offsets: tuple[int, ...],
-    **options: Any,
+    root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
+    loss: str, form: str, rank: int | None, lr: float | None, epochs: int, **options: Any,
 ) -> Any:  # fmt: skip
     """Softmax regressions from every layer to the token N further on, in one stream over CACHE.
 
@@ -472,24 +448,13 @@ def vocab(
     residua fit vocab 3f2a --offsets 0-3
     residua fit vocab 3f2a --offsets 1 --layers 4-8 --loss kl --rank 64
     """
+    from residua.analysis.fitting import fit_and_save
     from residua.analysis.messages import fitted
-    from residua.analysis.terminal import meter
-    from residua.cache.catalog import find_cache
-    from residua.cache.cluster import connected
-    from residua.probes.control import controlled
-    from residua.probes.library import checkpoint_path, new_place
-    from residua.probes.save import save_probe
     from residua.probes.vocab import VocabProbe
 
-    source = find_cache(cache, root)
-    probe = controlled(VocabProbe(offset=offsets, **options), control)
-    path = new_place(root, probe, source.id, out)
-    with meter(quiet) as shown, connected(scheduler) as client:
-        checkpoint = checkpoint_path(root, probe, source.id)
-        probe.fit(source, client=client, memory=memory, checkpoint=checkpoint,
-                  checkpoint_seconds=checkpoint_seconds,
-                  progress=shown.of("positions"))  # fmt: skip
-    save_probe(probe, path)
+    vocab = VocabProbe(offset=offsets, layers=layers, loss=loss, form=form, rank=rank, lr=lr,
+                       epochs=epochs)  # fmt: skip
+    source, probe, path = fit_and_save(vocab, cache, root, quiet, stage="positions", **options)
     metrics, sweep = probe.metrics(), getattr(probe, "probe_", probe).sweep_
     value = {"probe": str(path), "cache": source.id, "metrics": metrics, "sweep": sweep}
     return value, lambda: fitted(probe.kind, source.id, path, metrics)

@@ -1,6 +1,6 @@
 """Vocabulary probes from a cache against plain torch and scikit-learn on the same rows in RAM.
 
-    python benchmarks/vocab.py --positions 400000
+    python benchmarks/vocab.py
 
 Plain: `nn.Linear` from zero, `cross_entropy` and AdamW with a cosine decay, rows and labels held in
 RAM; the best of several learning rates, of which one run is timed, and reading the rows is not.
@@ -42,7 +42,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cache", type=Path, help="a cache [default: the sample model's]")
-    parser.add_argument("--positions", type=int, default=100_000)
+    parser.add_argument("--positions", type=int, default=400_000)
     parser.add_argument("--layer", type=int, default=3)
     parser.add_argument("--offset", type=int, default=1)
     parser.add_argument("--layers", type=int, nargs="*", help="of the run of all [default: all]")
