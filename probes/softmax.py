@@ -116,9 +116,10 @@ class Teacher:
         negentropy = residual.new_empty(len(residual))
         for tile in tiles(len(residual), self.vocab, self.tile_rows):
             rows = self.head(residual[tile])
-            softmax_(rows)
-            p[tile] = rows
-            negentropy[tile] = torch.special.xlogy(rows, rows).sum(1)
+            # From the largest logit on, log p = z - log(sum exp z) needs no logarithm per token.
+            rows -= rows.amax(1, keepdim=True)
+            q = torch.softmax(rows, 1, out=p[tile])
+            negentropy[tile] = expectation(q, rows) + q.amax(1).log_()
         return Target(p=p, negentropy=negentropy)
 
 

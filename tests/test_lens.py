@@ -19,7 +19,7 @@ from residua.cache.record import SHAPES, record
 from residua.cache.store import ActivationCache
 from residua.cache.tape import generalize
 from residua.probes import lensgroups
-from residua.probes.curvature import Inputs, LensFit, sampled_slopes
+from residua.probes.curvature import Inputs, LensFit, drawn, sampled_slopes
 from residua.probes.lens import FutureLens, TunedLens
 from residua.probes.lensfit import identity
 from residua.probes.moments import Moments
@@ -285,6 +285,16 @@ def test_whitened_inputs_have_second_moments_one() -> None:
     z = inputs(torch.from_numpy(rows.astype("f4"))).double().numpy()
     np.testing.assert_allclose(z.T @ z / len(z), np.eye(WIDTH), atol=5e-3)
     assert torch.allclose(inputs.whiten @ inputs.unwhiten, torch.eye(WIDTH), atol=1e-3)
+
+
+def test_tokens_are_drawn_as_their_probabilities_say() -> None:
+    q = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    n, generator = 100_000, torch.Generator().manual_seed(0)
+    token = drawn(q.repeat_interleave(n, 0), generator).view(2, n)
+    found = torch.stack([row.bincount(minlength=6) for row in token])
+    assert not found[q == 0].any()
+    # Six standard deviations.
+    assert (found / n - q).abs().max() < 6 * (0.25 / n) ** 0.5
 
 
 def test_sampled_slopes_have_the_fisher_matrix_as_second_moment() -> None:

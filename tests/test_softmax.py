@@ -130,6 +130,9 @@ def test_the_teacher_is_the_head(tile_rows: int | None) -> None:
     torch.testing.assert_close(found.p.double(), expected.softmax(-1), rtol=1e-5, atol=1e-7)
     negentropy = (expected.softmax(-1) * expected.log_softmax(-1)).sum(-1)
     torch.testing.assert_close(found.negentropy.double(), negentropy, rtol=1e-5, atol=1e-6)
+    sure = Teacher(head.torch(), tile_rows).distribution(1000 * hidden)
+    assert sure.negentropy is not None
+    assert sure.negentropy.max() < 1e-6
     token = teacher.tokens(hidden).token
     assert token is not None
     assert token.tolist() == expected.argmax(-1).tolist()
@@ -152,6 +155,12 @@ def test_extreme_logits_stay_exact() -> None:
     excluded = torch.tensor([[1.0, 2.0, -float("inf")]])
     p = excluded.softmax(-1)
     target = Target(p=p, negentropy=torch.special.xlogy(p, p).sum(-1))
+    head = random_head(WIDTH, VOCAB)
+    never = replace(head, bias=np.where(np.arange(VOCAB) < 3, -np.inf, head.bias).astype("f4"))
+    found = Teacher(never.torch()).distribution(normal(ROWS, WIDTH))
+    assert found.p is not None
+    assert not found.p[:, :3].any()
+    torch.testing.assert_close(found.negentropy, torch.special.xlogy(found.p, found.p).sum(-1))
     rows = excluded.clone()
     assert target.losses(rows).abs().max() < 1e-6
     assert rows.abs().max() < 1e-6
