@@ -9,6 +9,8 @@ from .errors import UsageError
 if TYPE_CHECKING:
     from distributed import Client
 
+ANSWER_SECONDS = 10
+"""How long a scheduler is waited for."""
 GRACE_SECONDS = 10.0
 """How long a cluster without workers is waited for."""
 
@@ -23,7 +25,7 @@ def connected(scheduler: str | None) -> "Iterator[Client | None]":
 
     check_address(scheduler)
     try:
-        client = Client(scheduler, timeout="10s", set_as_default=False)
+        client = Client(scheduler, timeout=ANSWER_SECONDS, set_as_default=False)
     except OSError as error:  # TimeoutError is one
         raise UsageError(
             f"no dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`"

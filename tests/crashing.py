@@ -8,6 +8,7 @@ Where the system allows it the driver has mounts of its own, which `Driver.see` 
 import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,9 +119,10 @@ class Driver:
 @cache
 def shared_driver() -> Driver:
     """One driver for all tests of a session: importing everything takes seconds."""
-    folder = tempfile.TemporaryDirectory(prefix="residua-driver-")
-    atexit.register(folder.cleanup)
-    driver = Driver(Path(folder.name))
+    # A TemporaryDirectory would be removed with the first forked child that drops its exit handlers.
+    folder = Path(tempfile.mkdtemp(prefix="residua-driver-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    driver = Driver(folder)
     atexit.register(driver.close)
     return driver
 

@@ -117,9 +117,18 @@ def test_a_mistake_is_the_error_it_is_without_a_cluster(
         run_on(client, Request(str(model_folder), str(texts_file), tmp_path, part="1/2"))
 
 
-def test_no_scheduler_at_the_address_is_a_usage_error() -> None:
-    missing = pytest.raises(UsageError, match="no dask scheduler answers at nonsense")
-    with missing, clusters.connected("nonsense://host"):
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("tcp://127.0.0.1:1", "no dask scheduler answers at tcp://127.0.0.1:1"),
+        ("nonsense://host", "'nonsense://host' is no address"),
+    ],
+)
+def test_no_scheduler_at_the_address_is_a_usage_error(
+    address: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clusters, "ANSWER_SECONDS", 1)
+    with pytest.raises(UsageError, match=message), clusters.connected(address):
         pass
 
 
