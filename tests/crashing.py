@@ -119,7 +119,7 @@ class Driver:
 @cache
 def shared_driver() -> Driver:
     """One driver for all tests of a session: importing everything takes seconds."""
-    # A TemporaryDirectory would be removed with the first forked child that drops its exit handlers.
+    # A TemporaryDirectory goes when a forked child drops the exit handler that holds it.
     folder = Path(tempfile.mkdtemp(prefix="residua-driver-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     driver = Driver(folder)
