@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.slow
 def test_the_quickstart_makes_cache_probe_report_and_pictures(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "residua.cli", "quickstart", "--json"]
+    command = [sys.executable, "-m", "residua.cli", "quickstart", "--max-tokens", "40000", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
