@@ -432,8 +432,8 @@ def lens(
 @click.option("--rank", type=int, help="Rank of the matrix.  [default: full]")
 @click.option("--lr", type=NUMBER, help="Learning rate.  [default: by a short sweep]")
 @click.option("--epochs", default=3, show_default=True, help="Most passes over the train split.")
-@click.option("--checkpoint-seconds", default=60.0, show_default=True, help="Time between two "
-              "checkpoints; a killed fit goes on from the last one.")  # fmt: skip
+@click.option("--checkpoint-seconds", type=NUMBER, default=60.0, show_default=True, help="Time "
+              "between two checkpoints; a killed fit goes on from the last one.")  # fmt: skip
 @command
 def vocab(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,

@@ -154,12 +154,12 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def run(root: str | None, as_json: bool, **options: Any) -> None:
         from ..cache.catalog import cache_root
-        from ..cache.disk import store_errors
+        from ..cache.disk import any_disk_errors, store_errors
 
         try:
             try:
                 place = cache_root(root)
-                with store_errors(place):
+                with any_disk_errors(), store_errors(place):
                     value, show = function(root=place, quiet=as_json, **options)
             except KeyboardInterrupt:
                 raise Interrupted("interrupted; the same command goes on from here") from None

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..cache.jsonfile import write_atomically
 from ..cache.manifest import SHORT_ID
 from .buckets import BucketRow
 from .evaluate import Evaluation
@@ -223,7 +224,7 @@ def write_report(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page.encode())
     return path
 
 

@@ -38,12 +38,15 @@ def check_address(scheduler: str) -> None:
     """Raise `UsageError` for what cannot be an address; a client that met it would hang."""
     from distributed.comm.addressing import parse_address, parse_host_port
     from distributed.comm.registry import get_backend
+    from distributed.security import Security
 
     try:
         scheme, place = parse_address(scheduler)
         get_backend(scheme)
         if scheme != "inproc":
             parse_host_port(place)
+        if scheme == "tls" and not Security().get_connection_args("client").get("ssl_context"):
+            raise ValueError("no certificate: see distributed.comm.tls in dask's configuration")
     except ValueError as error:
         raise UsageError(
             f"{scheduler!r} is no address of a dask scheduler ({error}); write it like "

@@ -55,6 +55,25 @@ def store_errors(root: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def any_disk_errors() -> Iterator[None]:
+    """A disk that is full or cannot be written becomes our error, whatever is written and where."""
+    try:
+        yield
+    except ResiduaError:
+        raise
+    except Exception as error:
+        number, name = _number(error), getattr(error, "filename", None)
+        message = f"{os.strerror(number)}{f': {name}' if name else ''}; what was written is kept"
+        if number in FULL:
+            raise NoSpaceError(
+                f"{message}: free some space and give the same command again"
+            ) from error
+        if number in READ_ONLY:
+            raise UsageError(f"{message}: change the permissions, or name another place") from error
+        raise
+
+
 def check_writable(root: Path) -> None:
     """Make `root` and open a file in it; raises as `disk_errors` does.
 
@@ -81,6 +100,8 @@ def check_target(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise UsageError(
             f"{path} cannot be written ({(error.strerror or str(error)).lower()}); name another "
             "place"

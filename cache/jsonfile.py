@@ -65,11 +65,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         put(path, data)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        # On a full disk the beginning of a file would take what space is left.
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -48,9 +48,13 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{state['step']:08d}.safetensors"
         temporary = self.folder / f".{name}.tmp"
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
-        sync_folder(temporary)
-        os.replace(temporary, self.folder / name)
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+            sync_folder(temporary)
+            os.replace(temporary, self.folder / name)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         digest = file_digest(self.folder / name)
         about = {"identity": self.identity, "state": state, "tensors": name, "digest": digest}
         write_json(self.file, about)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 
 import residua
 from residua.cache.cluster import results
@@ -16,6 +16,7 @@ from residua.probes.control import ControlProbe
 from residua.probes.counts import baselines
 from residua.probes.views import CONTROLS
 
+from .local import local_client
 from .synthetic import make_cache, random_head
 
 FITS: dict[str, Any] = {
@@ -37,12 +38,7 @@ def some(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
 @pytest.fixture(scope="module")
 def threads() -> Iterator[Client]:
     """Two workers in this process."""
-    with (
-        LocalCluster(
-            n_workers=2, processes=False, threads_per_worker=1, dashboard_address=":0"
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with local_client() as client:
         yield client
 
 
@@ -82,10 +78,7 @@ def test_processes_find_a_cache_that_was_opened_by_a_relative_path(
     """Workers stay in the folder in which they started."""
     probe, options = FITS[kind]
     alone = ControlProbe(probe, "next-token").fit(some, **options)
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with local_client(processes=True) as client:
         monkeypatch.chdir(some.path.parent)
         near = ActivationCache(some.path.name)
         assert not near.path.is_absolute()

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from residua.cache.catalog import list_paths
-from residua.cache.disk import disk_errors
+from residua.cache.disk import any_disk_errors, disk_errors
 from residua.cache.errors import NoSpaceError, NotFoundError, UsageError
+from residua.cache.store import ActivationCache
 
 from .crashing import Child, Driver, shared_driver, until
 from .scenes import Scene, Witness, complete, files, temporary, whole, write_texts
@@ -113,6 +114,41 @@ def test_a_disk_that_fills_up_loses_nothing(
     ballast.unlink()
     finish(driver, scene, root, seen, undisturbed)
     witness.check()
+
+
+FITS = {
+    "ridge": ("--offsets", "0-2", "--no-keep-moments"),
+    "lens": ("--steps", "8", "--batch", "64"),
+    "vocab": ("--epochs", "1", "--lr", "0.01", "--checkpoint-seconds", "0"),
+    "baseline": (),
+}
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_a_fit_on_a_full_disk_says_so_and_leaves_no_part_of_a_file(
+    driver: Driver, disk: Path, tiny_cache: ActivationCache, kind: str
+) -> None:
+    command = "fit", kind, tiny_cache.path, "--root", disk / "root", *FITS[kind]
+    ballast = fill_up(driver.see(disk))
+    child = driver.start(*command)
+    assert child.wait() == 5, child.err.read_text()
+    assert child.json()["error"] == "NoSpaceError"
+    assert "free some space and give the same command again" in child.json()["message"]
+    assert child.err.read_text() == ""
+    assert [path for path in driver.see(disk).rglob("*") if path.stat().st_size and path.is_file()
+            and path != ballast] == []  # fmt: skip
+    ballast.unlink()
+    driver.run(*command)
+    assert list(driver.see(disk).glob("root/probes/*/config.json"))
+
+
+def test_a_full_disk_is_named_where_nobody_knows_which(tmp_path: Path) -> None:
+    with pytest.raises(NoSpaceError, match="device: here; what was"), any_disk_errors():
+        raise OSError(errno.ENOSPC, "as the system says", "here")
+    with pytest.raises(UsageError, match="Permission denied: there"), any_disk_errors():
+        raise PermissionError(errno.EACCES, "as the system says", "there")
+    with pytest.raises(KeyError), any_disk_errors():
+        raise KeyError("no disk")
 
 
 def test_a_cache_that_does_not_fit_is_refused_beforehand(

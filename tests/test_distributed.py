@@ -20,6 +20,7 @@ from residua.cache.extract import run
 from residua.cache.request import Request
 from residua.cli import main
 
+from .local import local_client
 from .test_crash import files
 
 SIZE: dict[str, Any] = {"context": 40, "part_positions": 128, "batch_tokens": 200}
@@ -137,8 +138,7 @@ def test_a_scheduler_without_workers_is_a_usage_error(
 ) -> None:
     monkeypatch.setattr(clusters, "GRACE_SECONDS", 0.2)
     with (
-        LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as empty,
-        Client(empty, set_as_default=False) as client,
+        local_client(workers=0) as client,
         pytest.raises(UsageError, match="has no workers"),
     ):
         run_on(client, Request("model", "data", tmp_path))

@@ -28,6 +28,7 @@ from residua.probes.ridge import RidgeProbe
 from residua.probes.save import check_geometry, load_probe, save_probe
 from residua.probes.softmax import Teacher
 
+from .local import local_client
 from .synthetic import make_cache, random_head
 
 WIDTH, VOCAB = 10, 24
@@ -185,13 +186,9 @@ def test_a_fit_that_was_killed_by_the_system_goes_on_to_the_same_lens(
 def test_groups_of_layers_and_workers_give_the_same_lens(
     curved: ActivationCache, lens: TunedLens
 ) -> None:
-    from distributed import Client, LocalCluster
 
     small = TunedLens(**FAST).fit(curved, memory=1)
-    with (
-        LocalCluster(n_workers=2, processes=False, dashboard_address=":0") as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with local_client() as client:
         shared = TunedLens(**FAST).fit(curved, client=client)
     for other in (small, shared):
         for pair, found in lens.maps_.items():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client
 
 from residua import VocabProbe
 from residua.cache import cluster as clusters
@@ -25,6 +25,7 @@ from residua.probes.job import COPIES
 from residua.probes.sweep import Sweep
 from residua.probes.vocabgroups import divide
 
+from .local import local_client
 from .synthetic import make_cache, random_head
 from .test_vocab import planted, same
 
@@ -49,12 +50,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def threads() -> Iterator[Client]:
     """Two workers in this process, two threads each."""
-    with (
-        LocalCluster(
-            n_workers=2, processes=False, threads_per_worker=2, dashboard_address=":0"
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with local_client(threads=2) as client:
         yield client
 
 
@@ -89,10 +85,7 @@ def test_processes_of_a_cluster_give_what_this_process_gives_even_if_one_dies(
     echo: ActivationCache, tmp_path: Path
 ) -> None:
     alone = VocabProbe(**OPTIONS).fit(echo)
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with local_client(processes=True) as client:
         assert equal(VocabProbe(**OPTIONS).fit(echo, client=client), alone)
         found: Any = client.run(os.getpid)
         pids = list(found.values())
@@ -284,8 +277,7 @@ def test_a_client_for_rows_and_one_without_workers_are_refused(
         VocabProbe().fit(rng.normal(size=(50, 3)), np.arange(50) % 2, client=threads)
     monkeypatch.setattr(clusters, "GRACE_SECONDS", 0.2)
     with (
-        LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as empty,
-        Client(empty, set_as_default=False) as client,
+        local_client(workers=0) as client,
         pytest.raises(UsageError, match="has no workers"),
     ):
         VocabProbe().fit(echo, client=client)
