@@ -155,4 +155,4 @@ def shorten(
             f"max_bytes {limit:,} is less than the cache of one sequence needs, {size(1):,} bytes; "
             "allow more, or take fewer layers or smaller parts (--part-positions)"
         )
-    return stream if low == len(ends) else stream.select(np.arange(low))
+    return stream if low == len(ends) else stream.head(low)

@@ -76,6 +76,8 @@ def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]
         {name: cache.array(name)[:] for name in stream.of_sequences if cache.has(name)},
         {name: words for name in stream.categories if (words := cache.categories(name))},
         cut=None if stream.cut is None else np.zeros(len(cache.sequence_length), np.int64),
+        splits=None if stream.splits is None else cache.sequence_split,
+        documents=None if stream.documents is None else cache.sequence_document,
     )
     return concatenate(held, stream.select(np.array(lacking)))
 
@@ -92,6 +94,7 @@ def add_tokens(
     manifest = Manifest(
         old.model, tokens, old.capture, layout, old.d_model, old.vocab, old.depth,
         old.batch_tokens, old.model_name, old.data_name, {**old.extra, EXTENDS: cache.id},
+        old.format,
     )  # fmt: skip
     dtypes = {layer: cache.layer(layer).layout.logical_dtype for layer in cache.layers}
     kept = [n for n in ("logits/full", "logits/values") if n in cache.logits_names]

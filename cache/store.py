@@ -328,8 +328,30 @@ class ActivationCache:
 
     @cached_property
     def sequence_hash(self) -> np.ndarray:
-        """64 bits of the sha256 of each sequence's token ids, `(sequences,)` uint64."""
+        """64 bits of the sha256 of each sequence, `(sequences,)` uint64; see cache/README.md."""
         return self.array("sequences/hash")[:]
+
+    @cached_property
+    def sequence_document(self) -> np.ndarray:
+        """64 bits of the sha256 of the text in which each sequence begins, `(sequences,)` uint64.
+
+        In format 1, which has no such number, `sequence_hash`.
+        """
+        name = "sequences/document"
+        return self.array(name)[:] if self.has(name) else self.sequence_hash
+
+    def sequence_folds(self, folds: int, split: str = "train") -> np.ndarray:
+        """Fold of each sequence for cross-validation on `split`, `(sequences,)` int64.
+
+        Sequences that begin in one document are in one fold. Where documents are so few that a
+        fold would have none of the split, folds are of single sequences instead.
+        """
+        from .tokens import folds_of
+
+        found = folds_of(self.sequence_document, folds)
+        if len(np.unique(found[self._split(split)])) < folds:
+            return folds_of(self.sequence_hash, folds)
+        return found
 
     @cached_property
     def contexts(self) -> "Contexts":
