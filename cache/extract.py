@@ -117,7 +117,7 @@ def run(
     began = time.perf_counter()
     stages = Stages() if stages is None else stages
     root = cache_root(request.root)
-    source = ModelSource.locate(request.model, request.revision)
+    source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
     stream = read_stream(request, source, progress)
     model: torch.nn.Module | None = None
     canary: Canary | None = None
@@ -160,7 +160,7 @@ def run(
 def plan(request: Request, progress: Progress | None = None) -> Estimate:
     """What `request` would take on the disk; loads the model, writes nothing."""
     root = cache_root(request.root)
-    source = ModelSource.locate(request.model, request.revision)
+    source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
     stream = read_stream(request, source, progress)
     model = load(request, source)
     if request.max_bytes is not None:
@@ -172,7 +172,7 @@ def plan(request: Request, progress: Progress | None = None) -> Estimate:
 
 def find(request: Request, progress: Progress | None = None) -> Resolution:
     """Which cache answers `request`, if any; loads no weights."""
-    source = ModelSource.locate(request.model, request.revision)
+    source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
     stream = read_stream(request, source, progress)
     return resolve(want(request, source, stream), cache_root(request.root))
 

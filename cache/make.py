@@ -4,7 +4,7 @@ import json
 import platform
 import time
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,10 +162,11 @@ def make_cache(
             # Left out where it is raw, as it was before there was a choice.
             **({} if request.codec == "raw" else {CODEC: request.codec}),
         },
+        format=request.format,
     )
 
     def write_head(folder: Path) -> None:
-        save_head(folder, source, canary)
+        save_head(folder, source, canary, request.format)
         record(canary.stack, stream, folder)
         write_origin(folder.parent, request.model, request.data)
 
@@ -175,7 +176,7 @@ def make_cache(
         "cut": stream.cut_counts,
     }
     if request.codec != "raw":  # other versions may compress to other bytes
-        provenance["versions"]["numcodecs"] = version("numcodecs")
+        provenance["versions"]["numcodecs"] = version_of("numcodecs")
     path = create_cache(
         root, manifest, stream, stream.digests()[1], canary.dtypes, write_head, provenance,
         canary.logits.dtype,
@@ -183,10 +184,10 @@ def make_cache(
     return path, canary.stack
 
 
-def save_head(folder: Path, source: ModelSource, canary: "Canary") -> None:
-    """The head, the tokenizer and copies of the configuration."""
+def save_head(folder: Path, source: ModelSource, canary: "Canary", version: int) -> None:
+    """The head, the tokenizer and copies of the configuration, in the format `version`."""
     canary.head.save(folder, canary.tensors)
-    source.tokenizer.save(str(folder / "tokenizer.json"))
+    source.tokenizer_in(version).save(str(folder / "tokenizer.json"))
     for name in ("config.json", "tokenizer_config.json"):
         if (source.folder / name).is_file():
             (folder / name).write_bytes(_without_paths((source.folder / name).read_bytes()))

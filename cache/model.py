@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ModelError
 from .oom import is_out_of_memory
 from .source import ModelSource
+from .tokenizer import read_tokenizer_file
 
 if TYPE_CHECKING:
     import torch
@@ -62,17 +63,50 @@ def load_model(
     return module.to(device).eval().requires_grad_(False)
 
 
-def convert_tokenizer(folder: Path) -> "Tokenizer":
-    """A fast tokenizer from the older vocabulary files of `folder`."""
+PROBES = (
+    "a",
+    " a b",
+    "Hello, world!\n\tA second line.  Two spaces",
+    "naïve 东京 \U0001f600 <s></s>",
+)
+"""Texts on which the tokenizer itself must agree with what transformers makes of it."""
+
+
+def convert_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer":
+    """The tokenizer of `AutoTokenizer`, as one of the `tokenizers` library.
+
+    A folder without tokenizer_config.json whose type of model transformers does not know has what
+    its tokenizer.json says. Raises `ModelError` if a tokenizer cannot be read, or works in Python.
+    """
     from transformers import AutoTokenizer
 
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return tokenizer.backend_tokenizer
-    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+            # Never asked for on the terminal: whoever wants that code to run names it beforehand.
+            loaded: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        tokenizer = loaded.backend_tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        with quiet():
+            wrong = [t for t in PROBES if loaded(t)["input_ids"] != tokenizer.encode(t).ids]
+    except Exception as error:  # of any class: tokenizers raises bare ones
+        alone = folder / "tokenizer.json"
+        if alone.is_file() and not (folder / "tokenizer_config.json").is_file():
+            return read_tokenizer_file(alone)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder} has no tokenizer that can be read: {reason}") from None
+        raise ModelError(
+            f"{folder} has no tokenizer that can be read: {reason}; expected one that "
+            "AutoTokenizer loads as a fast tokenizer"
+        ) from None
+    if wrong:
+        raise ModelError(
+            f"the tokenizer of {folder} gives other tokens in Python than by itself (for "
+            f"{wrong[0]!r}), so that its tokens would not be the model's; save it as a fast "
+            "tokenizer without code of its own"
+        )
+    return tokenizer
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from .codec import check as check_codec
 from .errors import UsageError
 from .layout import STORED_DTYPES
 from .logits import check as check_logits
+from .manifest import FORMAT, FORMATS
 from .policy import check as check_policy
 
 
@@ -60,6 +61,8 @@ class Request:
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    format: int = FORMAT
+    """Format of the cache; 1 finds, finishes and extends caches of the first version."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *STORED_DTYPES):
@@ -71,6 +74,9 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.format not in FORMATS:
+            known = ", ".join(map(str, FORMATS))
+            raise UsageError(f"format {self.format!r} is unknown; formats are {known}")
         check_policy(self.positions, self.pack)
         check_logits(self.logits)
         check_codec(self.codec)

@@ -101,7 +101,7 @@ def inherited(cache: ActivationCache, request: Request, lacking: set[Pair]) -> I
     lacking = set(lacking)
     for old in lineage(cache):
         layers = {layer for pair in lacking for layer in (pair[0], pair[2])}
-        if not layers <= set(old.layers) or not same_sequences(old, cache, request.split):
+        if not layers <= set(old.layers) or not same_sequences(old, cache, request):
             continue
         source = {p: entry for p, entry in find(old, request).items() if p in lacking}
         used = {layer for pair in source for layer in (pair[0], pair[2])}
@@ -122,9 +122,10 @@ def lineage(cache: ActivationCache) -> Iterator[ActivationCache]:
         yield cache
 
 
-def same_sequences(old: ActivationCache, new: ActivationCache, split: str) -> bool:
-    """Whether `new` begins with the sequences of `old`, in the same splits, under one head."""
+def same_sequences(old: ActivationCache, new: ActivationCache, request: Request) -> bool:
+    """Whether `new` begins with the sequences of `old`, in the same splits and folds."""
     count = len(old.sequence_length)
+    split, folds = request.split, request.folds
     kept = new.split(split)
     return (
         old.d_model == new.d_model
@@ -134,6 +135,10 @@ def same_sequences(old: ActivationCache, new: ActivationCache, split: str) -> bo
         and np.array_equal(old.sequence_hash, new.sequence_hash[:count])
         # Splits of tiny sets may move, and a repair may quarantine a sequence.
         and np.array_equal(old.split(split), kept[kept < count])
+        # Few documents are in folds by sequence, more of them by document.
+        and np.array_equal(
+            old.sequence_folds(folds, split), new.sequence_folds(folds, split)[:count]
+        )
     )
 
 
