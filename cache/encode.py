@@ -282,12 +282,18 @@ class SplitPacker:
         self._written = written
         self._allowance = Allowance(max_tokens, context)
         self._packers = [Packer(context) for _ in SPLITS]
+        self._behind: set[int] = set()
+        """Splits of which documents wait."""
 
     def pack(self, order: np.ndarray) -> None:
         """Write the sequences of the documents `order`."""
         # Once a split has its share, its further documents wait: tokens may be left in the end.
         waiting: set[int] = set()
         finished = self._add(order, waiting)
+        if finished:
+            for split, packer in enumerate(self._packers):
+                if split not in self._behind and not packer.full:
+                    self._write_rest(split)
         self._allowance.release()
         for split in range(len(SPLITS)):
             self._write_full(split)
@@ -295,19 +301,18 @@ class SplitPacker:
             rest = order[np.isin(order, np.fromiter(waiting, np.int64))]
             finished = not self._allowance.spent and self._add(rest, set()) and finished
         if finished:
-            for split, packer in enumerate(self._packers):
-                size = packer.waiting
-                if size and not packer.full and self._allowance.allows(split, size):
-                    self._write(split, size)
+            for split in range(len(SPLITS)):
+                self._write_rest(split)
 
     def _add(self, numbers: np.ndarray, waiting: set[int]) -> bool:
         """Pack documents; False if tokens ran out before the documents did."""
 
         def has_room(number: int, hash: int) -> bool:
-            full = self._packers[self._split_of(hash)].full
-            if full:
+            split = self._split_of(hash)
+            if self._packers[split].full:
                 waiting.add(number)
-            return not full
+                self._behind.add(split)
+            return not self._packers[split].full
 
         for tokens in self._encoder.tokens(numbers, has_room):
             if self._allowance.spent:
@@ -322,6 +327,12 @@ class SplitPacker:
         """Write the whole sequences of `split` as far as they are allowed."""
         packer, size = self._packers[split], self._packers[split].context
         while packer.full and self._allowance.allows(split, size):
+            self._write(split, size)
+
+    def _write_rest(self, split: int) -> None:
+        """Write what is left of `split`, less than a whole sequence, if it is allowed."""
+        size = self._packers[split].waiting
+        if size and not self._packers[split].full and self._allowance.allows(split, size):
             self._write(split, size)
 
     def _write(self, split: int, tokens: int) -> None:
