@@ -101,7 +101,9 @@ def inherited(cache: ActivationCache, request: Request, lacking: set[Pair]) -> I
     lacking = set(lacking)
     for old in lineage(cache):
         layers = {layer for pair in lacking for layer in (pair[0], pair[2])}
-        if not layers <= set(old.layers) or not same_sequences(old, cache, request):
+        if not layers <= set(old.layers):
+            continue
+        if not same_sequences(old, cache, request.split, request.folds):
             continue
         source = {p: entry for p, entry in find(old, request).items() if p in lacking}
         used = {layer for pair in source for layer in (pair[0], pair[2])}
@@ -122,10 +124,9 @@ def lineage(cache: ActivationCache) -> Iterator[ActivationCache]:
         yield cache
 
 
-def same_sequences(old: ActivationCache, new: ActivationCache, request: Request) -> bool:
+def same_sequences(old: ActivationCache, new: ActivationCache, split: str, folds: int) -> bool:
     """Whether `new` begins with the sequences of `old`, in the same splits and folds."""
     count = len(old.sequence_length)
-    split, folds = request.split, request.folds
     kept = new.split(split)
     return (
         old.d_model == new.d_model

@@ -16,7 +16,6 @@ from sklearn.model_selection import KFold
 
 from residua.cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
 from residua.cache.store import ActivationCache
-from residua.cache.tokens import folds_of
 from residua.probes.collect import collect
 from residua.probes.readout import Batch
 from residua.probes.ridge import RidgeProbe
@@ -54,7 +53,7 @@ def train_pairs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows x, y in float64 and the fold of each, sequence by sequence."""
     x, y = (np.asarray(cache.layer(number)[:], np.float64) for number in (layer, target))
-    folds = folds_of(cache.sequence_hash, FOLDS)
+    folds = cache.sequence_folds(FOLDS)
     found: list[tuple[int, int, int]] = []
     for number in cache.split("train"):
         start, length = int(cache.sequence_start[number]), int(cache.sequence_length[number])
