@@ -128,27 +128,26 @@ def test_an_adapter_is_refused(model: Path) -> None:
 
 
 CODE = """
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-class MineConfig(GPTNeoXConfig):
-    model_type = "mine_{number}"
-class Mine(GPTNeoXForCausalLM):
+from transformers import LlamaConfig, LlamaForCausalLM
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+class Mine(LlamaForCausalLM):
     config_class = MineConfig
     def __init__(self, config):
         super().__init__(config)
-        for layer in self.gpt_neox.layers:
+        for layer in self.model.layers:
             layer.mlp.register_forward_hook(lambda module, args, out: out * {factor})
 """
 
 
-def write_code(model: Path, factor: float, number: int = 0) -> None:
-    (model / "mine.py").write_text(CODE.format(factor=factor, number=number))
+def write_code(model: Path, factor: float) -> None:
+    (model / "mine.py").write_text(CODE.format(factor=factor))
     names = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}
-    change_json(model / "config.json", auto_map=names, model_type=f"mine_{number}")
+    change_json(model / "config.json", auto_map=names, model_type="mine")
 
 
-def test_code_that_runs_is_part_of_the_identity(
-    model: Path, texts_file: Path, tmp_path: Path
-) -> None:
+def test_code_that_runs_is_part_of_the_identity(texts_file: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "llama", "llama")
     options: dict[str, Any] = {
         "root": tmp_path / "root", "trust_remote_code": True, "max_tokens": 300, "context": 64,
     }  # fmt: skip
