@@ -22,6 +22,11 @@ def extracted(value: dict[str, Any]) -> None:
         print(f"  {speeds}")
     print(f"  {value['path']}")
     _tell_cut(value["cut"])
+    if value["split_by"] == "sequence":
+        print(
+            "  fewer than three documents: train, validation and test are parts of the same text, "
+            "so that intervals are too narrow"
+        )
     if value["complete"]:
         print(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
     else:

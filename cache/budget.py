@@ -18,7 +18,7 @@ from .layout import (
 )
 from .logits import LogitsArray
 from .place import is_remote
-from .tables import SPAN_DTYPES, TABLE_DTYPES
+from .tables import CONTEXT_DTYPES, SPAN_DTYPES, TABLE_DTYPES
 from .tokens import TokenStream
 
 SPARE_BYTES = 64 << 20
@@ -92,7 +92,8 @@ def estimate(
     layout = layout.shrunk(positions)
     arrays = {"head": head_bytes + SMALL_FILES}
     if context_tokens:
-        arrays["context/ids"] = 4 * context_tokens
+        for name in ("context/ids", "context/row_id"):
+            arrays[name] = np.dtype(CONTEXT_DTYPES[name]).itemsize * context_tokens
     rows: dict[str, tuple[int, int]] = {}
     for layer, dtype in dtypes.items():
         row = np.dtype(STORED_DTYPES[dtype]).itemsize * d_model

@@ -75,6 +75,7 @@ class Extraction:
             "head_error": self.head_error,
             "written": self.written,
             "cut": self.cut,
+            "split_by": self.cache.manifest.tokens.split_by,
             "seconds": round(self.seconds, 3),
             "stages": self.stages.to_dict(),
         }
