@@ -144,7 +144,7 @@ class Manifest:
         try:
             identity = value.pop("identity")
             recorded = value.pop("id")
-            if (version := identity["format"]) not in FORMATS:
+            if type(version := identity["format"]) is not int or version not in FORMATS:
                 raise CorruptError(
                     f"{path} has format {version}, this version reads "
                     f"{', '.join(map(str, FORMATS))}; install the version of residua that wrote it"
