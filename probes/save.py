@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import __version__
 from ..cache.errors import CorruptError, MismatchError, UsageError
-from ..cache.jsonfile import read_json, write_atomically, write_json
+from ..cache.jsonfile import make_folder, read_json, write_atomically, write_json
 from ..cache.place import as_path
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def save_probe(probe: Saved, folder: str | Path) -> Path:
         raise UsageError(f"{type(probe).__name__} cannot be saved; kinds are {', '.join(KINDS)}")
     config, tensors = probe.state()
     path = as_path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
     write_atomically(path / "probe.safetensors", data)
     about = {
