@@ -36,7 +36,7 @@ PROBES: dict[str, Any] = {
     "ridge to targets": RidgeProbe(np.int64(1), layers=[0], target=(1, 2)),
     "ridge of given penalties": RidgeProbe(layers=(0, 1), alphas=np.logspace(0, 3, 4), folds=2),
     "ridge of one penalty": RidgeProbe(range(0, 3, 2), alpha=3.0, folds=1),
-    "lens": TunedLens(layers=np.array([0, 2]), **STEPS),
+    "lens": TunedLens(layers=range(0, 3, 2), **STEPS),
     "future": FutureLens((0, 1), layers=[0], **STEPS),
     "vocab": VocabProbe((0, 2), [0], **EPOCHS),
     "vocab of low rank": VocabProbe(1, [0, 1], rank=3, **EPOCHS),
