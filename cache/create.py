@@ -17,7 +17,7 @@ from .array import CacheArray
 from .decode import decode, encode
 from .errors import UsageError
 from .journal import Journal, PartRecord, ShardRecord
-from .jsonfile import file_digest, sync_folder, write_json
+from .jsonfile import file_digest, make_folder, sync_folder, sync_tree, write_json
 from .layout import Key, Layout, name_of
 from .lease import FileLease, Lease, exclusive, try_lock
 from .logits import arrays_of
@@ -87,8 +87,7 @@ def publish(staging: Path, target: Path) -> None:
             if not (target / "manifest.json").is_file():
                 upload(staging, target, last=["manifest.json"])
         return
-    for path in (*staging.rglob("*"), staging):
-        sync_folder(path)
+    sync_tree(staging)
     try:
         os.rename(staging, target)
     except OSError:
@@ -104,7 +103,7 @@ def _staging(root: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="residua-") as folder:
             yield Path(folder)
         return
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     while True:
         staging = root / f".new-{uuid.uuid4().hex}"
         staging.mkdir()

@@ -7,6 +7,7 @@ where the file system has no links), and the old rows of the shard in which the 
 
 import os
 import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from .create import create_cache
 from .journal import Journal
-from .jsonfile import file_digest, read_json, sync_folder
+from .jsonfile import file_digest, make_folder, read_json, sync_folder, write_atomically
 from .layout import Layout
 from .lease import exclusive, lease
 from .manifest import Manifest, TokenIdentity
@@ -31,7 +32,7 @@ EXTENDS = "extends"
 def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
     """Create the empty arrays of further layers; `fill` then writes them part by part.
 
-    One process at a time; layers that another one, or one that died, created are not touched.
+    One process at a time; layers that the journal names already are not touched.
     """
     store = cache.path / "arrays.zarr"
     with exclusive(cache.path / "leases", "layers"):
@@ -44,13 +45,16 @@ def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
         files = {}
         for layer in unnamed_layers(cache, tuple(dtypes)):
             path = cache.path / _metadata(layer)
-            if not path.is_file():
+            # What a maker that died left may be cut short: only what the journal names is sure.
+            with tempfile.TemporaryDirectory(prefix="residua-") as folder:
                 create_residual(
-                    store, layer, cache.positions, cache.d_model, dtypes[layer],
+                    Path(folder), layer, cache.positions, cache.d_model, dtypes[layer],
                     cache.manifest.layout, cache.manifest.codec,
                 )  # fmt: skip
-            for changed in (path, *path.parents[:2]):
-                sync_folder(changed)
+                made = (Path(folder) / f"residual/{layer}/zarr.json").read_bytes()
+            if not is_remote(path):
+                make_folder(path.parent)
+            write_atomically(path, made)
             files[_metadata(layer)] = file_digest(path)
         if files:
             cache.journal.commit_base({}, files)

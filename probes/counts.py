@@ -86,7 +86,9 @@ class Counted(Params):
         cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
     ) -> Self:
         """The baseline that `state` described."""
-        probe = cls(**{**params, "offsets": tuple(params["offsets"])})
+        if "param_types" not in config:  # as the first version wrote
+            params = {**params, "offsets": tuple(params["offsets"])}
+        probe = cls(**params)
         probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
         probe.split_, probe.n_features_in_ = config["split"], config["d_model"]
         probe.unigram_ = tensors["unigram"]

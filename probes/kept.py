@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..cache.errors import CorruptError, NotFoundError
-from ..cache.jsonfile import digest, read_json, sync_folder
+from ..cache.jsonfile import digest, make_folder, read_json, sync_folder
 from ..cache.lease import try_lock
 from ..cache.place import children, is_remote, store_of, total_bytes, upload
 from ..cache.store import ActivationCache
@@ -194,7 +194,7 @@ def save(cache: ActivationCache, moments: MomentSet) -> int:
             moments.save(made)
             upload(Path(made), folder / name, last=[TABLE])
         return moments.bytes
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     sweep(cache)
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
     temporary.mkdir()

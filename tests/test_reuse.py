@@ -77,6 +77,21 @@ def test_more_layers_extend_the_cache_in_place(
     assert residua.verify(more.cache.path).ok
 
 
+def test_metadata_of_a_layer_that_a_power_cut_left_empty_is_made_anew(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    """The journal does not name the layer yet: its file may be there without its bytes."""
+    some = run(ask(model_folder, texts_file, tmp_path / "a", layers=(1,))).cache
+    metadata = some.path / "arrays.zarr/residual/0/zarr.json"
+    metadata.parent.mkdir()
+    metadata.write_bytes(b"")
+    more = run(ask(model_folder, texts_file, tmp_path / "a", layers=(0, 1))).cache
+    whole = run(ask(model_folder, texts_file, tmp_path / "b", layers=(0, 1))).cache
+    assert metadata.read_bytes() == (whole.path / "arrays.zarr/residual/0/zarr.json").read_bytes()
+    same_rows(more, whole, whole.positions)
+    assert residua.verify(more.path).ok
+
+
 @pytest.mark.parametrize("pack", [True, False])
 def test_more_tokens_extend_without_running_what_is_there(
     model_folder: Path, texts_file: Path, tmp_path: Path, forwards: list[int], pack: bool
