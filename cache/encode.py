@@ -2,14 +2,14 @@
 
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .columns import Column, take
-from .documents import Documents, batches
+from .documents import Documents, reason_against
 from .errors import DataError
 from .tokens import TokenStream
 
@@ -88,16 +88,20 @@ def tokenize(
     encoded = _encode(documents, order, tokenizer, prefix, progress)
     join = _packed if pack else _one_by_one
     stream = join(encoded, Written(scratch), context, max_tokens)
+    stream = replace(stream, reading=documents.reading)
     if not stream.sequences:
         least = (
             f"; max_tokens={max_tokens} is less than one sequence" if max_tokens is not None else ""
         )
+        dropped = documents.reading.dropped
+        least += "".join(f"; {found.documents} {reason}" for reason, found in dropped.items())
         raise DataError(f"the data hold no text ({len(documents)} documents){least}")
     if pack:
         return stream
-    labels, categories = documents.labels(stream.row_ids)
-    stream.of_sequences.update({f"sequences/labels/{n}": values for n, values in labels.items()})
-    stream.categories.update({f"sequences/labels/{n}": words for n, words in categories.items()})
+    labels = documents.labels(stream.row_ids)
+    stream.of_sequences.update({f"sequences/labels/{n}": v for n, v in labels.values.items()})
+    stream.categories.update({f"sequences/labels/{n}": w for n, w in labels.categories.items()})
+    documents.reading.notes += labels.notes
     return stream
 
 
@@ -108,16 +112,23 @@ def _encode(
     prefix: list[int],
     progress: Progress | None,
 ) -> Iterator[Tokens]:
-    """Tokens of each document, in `order`; empty documents are left out."""
+    """Tokens of each document, in `order`; empty documents are left out and counted."""
     done = 0
-    for numbers in batches(order):
-        texts = documents.texts(numbers)
-        kept = [(n, text) for n, text in zip(numbers, texts, strict=True) if text and text.strip()]
+    for numbers in documents.batches(order):
+        kept: list[tuple[int, str]] = []
+        for number, text in zip(numbers, documents.texts(numbers), strict=True):
+            reason = reason_against(text)
+            if text is None or reason is not None:
+                documents.reading.drop(reason or "missing", number)
+            else:
+                kept.append((number, text))
         encodings = tokenizer.encode_batch([text for _, text in kept])
         for (number, _), encoding in zip(kept, encodings, strict=True):
             tokens = _tokens(number, encoding, prefix)
             if len(tokens.ids):
                 yield tokens
+            else:
+                documents.reading.drop("without tokens", number)
         done += len(numbers)
         if progress is not None:
             progress(done, len(order))

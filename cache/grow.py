@@ -100,6 +100,7 @@ def add_tokens(
     if "cut" in provenance:
         more = stream.cut_counts
         provenance["cut"] = {name: n + more[name] for name, n in provenance["cut"].items()}
+    provenance["reading"] = stream.reading.to_dict()
     _, hashes = stream.digests()
     path = create_cache(
         cache.path.parent,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .columns import BLOCK, Column, Numbers, blocks
+from .documents import Reading
 from .store import SPLITS
 
 TEST_SHARE = 0.1
@@ -54,6 +55,8 @@ class TokenStream:
     """Tokens that each sequence lost at its end to the context, `(sequences,)`; None if packed."""
     scratch: Path | None = None
     """Folder of temporary files; None for the system's."""
+    reading: Reading = field(default_factory=Reading)
+    """How the texts were read, and which documents were left out."""
 
     @property
     def positions(self) -> int:
@@ -115,6 +118,7 @@ class TokenStream:
             self._runs_of(numbers),
             None if self.cut is None else self.cut[numbers],
             self.scratch,
+            self.reading,
         )
 
     def _runs_of(self, numbers: np.ndarray) -> Runs | None:
@@ -183,6 +187,7 @@ def concatenate(*streams: TokenStream) -> TokenStream:
         {n: words for n, words in streams[0].categories.items() if n in common},
         cut=np.concatenate(cuts) if len(cuts) == len(streams) else None,
         scratch=scratch,
+        reading=streams[-1].reading,
     )
 
 

@@ -127,7 +127,8 @@ def test_the_text_column_is_guessed_only_where_it_is_plain(tmp_path):
         return list(load_documents(str(folder), name))
 
     assert documents({"story": ["a"], "number": [1]}) == ["a"]
-    assert documents({"odd": ["a"], "number": [1]}) == ["a"]
+    assert documents({"odd": ["a cat"], "number": [1]}) == ["a cat"]
+    assert documents({"odd": ["a"]}) == ["a"]
     assert documents({"title": ["t"], "text": ["a"]}) == ["a"]
     assert documents({"title": ["t"], "text": ["a"]}, "title") == ["t"]
     with pytest.raises(DataError, match=r"no obvious text column; text columns are: one, two"):
