@@ -142,6 +142,8 @@ def _sample(rows: Any, name: str, feature: Any) -> ColumnSample:
         return column
     if kind in ("binary", "large_binary"):
         return ColumnSample.of_type("bytes")
+    if kind == "null":
+        return ColumnSample()
     if is_plain(feature):
         return ColumnSample.of_type("a number")
     column = ColumnSample.of_type("a list or object" if kind in ("list", "dict", "") else kind)

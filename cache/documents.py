@@ -154,7 +154,10 @@ class Table(Documents):
 
         texts = self._rows.data.column(self._name)
         return np.concatenate(
-            [_filled_lengths(pyarrow.compute.binary_length(chunk)) for chunk in texts.chunks]
+            [
+                _filled_lengths(pyarrow.compute.call_function("binary_length", [chunk]))
+                for chunk in texts.chunks
+            ]
         )[numbers]
 
     def texts(self, numbers: list[int]) -> list[str | None]:

@@ -11,6 +11,7 @@ import numpy as np
 from .columns import Column, take
 from .documents import Documents, reason_against
 from .errors import DataError
+from .labels import LABELS
 from .tokens import TokenStream
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def tokenize(
     if pack:
         return stream
     labels = documents.labels(stream.row_ids)
-    stream.of_sequences.update({f"sequences/labels/{n}": v for n, v in labels.values.items()})
-    stream.categories.update({f"sequences/labels/{n}": w for n, w in labels.categories.items()})
+    stream.of_sequences.update({LABELS + n: values for n, values in labels.values.items()})
+    stream.categories.update({LABELS + n: words for n, words in labels.categories.items()})
     documents.reading.notes += labels.notes
     return stream
 

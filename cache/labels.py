@@ -10,12 +10,14 @@ import re
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+LABELS = "sequences/labels/"
+"""What the names of the arrays of labels begin with."""
 MISSING, EMPTY, TRUTH, WORD = "missing", "empty", "truth values", "words"
 INTEGER, LONG, HUGE = "whole numbers", "whole numbers beyond 2^53", "whole numbers beyond 64 bits"
 FLOAT, NAN = "numbers", "NaN"
@@ -230,3 +232,52 @@ class _Words:
 def _storable(word: str) -> str:
     """A word that UTF-8 can hold: half a surrogate pair is written as its escape."""
     return word.encode("utf-8", "backslashreplace").decode()
+
+
+def join_labels(
+    parts: Sequence[tuple[int, np.ndarray | None, tuple[str, ...] | None]],
+) -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """The values of one label of several streams, one after the other, and the words by code.
+
+    A part is its number of sequences, the values, and the words that its codes stand for; values
+    are None, and then missing, where a stream lacks the label. Every value stays what it is.
+    """
+    given = [values for _, values, _ in parts if values is not None]
+    lacks = len(given) < len(parts)
+    if any(words is not None for _, _, words in parts) or not _have_common_dtype(given, lacks):
+        coded = [_coded(count, values, words) for count, values, words in parts]
+        union = sorted({word for _, words in coded for word in words})
+        rank = {word: code for code, word in enumerate(union)}
+        codes = [np.array([*map(rank.get, words), -1], "<i4")[codes] for codes, words in coded]
+        return np.concatenate(codes), tuple(union)
+    dtype = given[0].dtype if len({v.dtype for v in given}) == 1 and not lacks else "<f8"
+    numbers = [
+        np.full(count, np.nan) if values is None else values.astype(dtype)
+        for count, values, _ in parts
+    ]
+    return np.concatenate(numbers), None
+
+
+def _have_common_dtype(given: Sequence[np.ndarray], lacks: bool) -> bool:
+    """Whether one dtype holds all numbers exactly, and NaN where values are missing."""
+    kinds = {values.dtype.kind for values in given}
+    if len(kinds) == 1 and not lacks:
+        return True
+    integers = [values for values in given if values.dtype.kind == "i"]
+    exact = all(len(v) == 0 or (v.min() >= -EXACT and v.max() <= EXACT) for v in integers)
+    return exact and (len(kinds) == 1 or kinds == {"i", "f"})
+
+
+def _coded(
+    count: int, values: np.ndarray | None, words: tuple[str, ...] | None
+) -> tuple[np.ndarray, list[str]]:
+    """Values as codes of words, the last code -1 being that of a missing one."""
+    if values is None:
+        return np.full(count, -1), []
+    if words is not None:
+        return values, list(words)
+    is_truth = values.dtype.kind == "u"
+    distinct, codes = np.unique(values, return_inverse=True)
+    known = distinct[~np.isnan(distinct)] if distinct.dtype.kind == "f" else distinct
+    shown = [json.dumps(bool(value) if is_truth else value) for value in known.tolist()]
+    return np.where(codes < len(known), codes, -1), shown

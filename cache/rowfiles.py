@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 from .disk import disk_errors
 from .errors import DataError
 from .lines import BLOCK_BYTES, COMPRESSIONS, open_bytes, text_blocks, text_lines
-from .textcolumn import ColumnSample
+from .policy import COLUMNS
+from .textcolumn import ColumnSample, kind_of
 
 FORMATS = {
     ".jsonl": "json",
@@ -83,7 +84,7 @@ class RowFile:
         if self.format == "json":
             return _json_rows(self, text)
         if self.format == "parquet":
-            return _parquet_rows(self, columns)
+            return _parquet_rows(self, columns, text)
         return _csv_rows(self, text) if self.format == "csv" else _tsv_rows(self, text)
 
     def fail(self, place: str, reason: str) -> NoReturn:
@@ -138,7 +139,7 @@ def _json_rows(file: RowFile, text: str | None) -> Iterator[tuple[str, Row]]:
         if isinstance(value, str):
             value = {"text": value}
         if not isinstance(value, dict):
-            file.fail(place, f"expected an object per row, found {describe(value)}")
+            file.fail(place, f"expected an object per row, found {kind_of(value)}")
         if isinstance(value, _Repeated):
             if text in value.names:
                 file.fail(place, f"the column {text!r} occurs twice in one row")
@@ -391,7 +392,7 @@ def _tsv_rows(file: RowFile, text: str | None) -> Iterator[tuple[str, Row]]:
         yield f"line {number}", dict(zip(header, cells, strict=True))
     if quoted:
         file.notes.append(
-            f"{quoted} rows or cells of {file.path.name} are quoted as in .csv and were unquoted"
+            f"quotes as in .csv were removed from {quoted} cells or rows of {file.path.name}"
         )
 
 
@@ -469,6 +470,9 @@ def _parquet_sample(file: RowFile) -> dict[str, ColumnSample]:
             if entry.name in columns:
                 columns[entry.name].kinds.add("twice")
                 continue
+            if pyarrow.types.is_null(entry.type):
+                columns[entry.name] = ColumnSample()
+                continue
             columns[entry.name] = ColumnSample.of_type(_kind_of_type(entry.type))
             if pyarrow.types.is_nested(entry.type):
                 columns[entry.name].add_layout(str(entry.type))
@@ -513,8 +517,10 @@ def _is_view(found: Any, name: str) -> bool:
     return getattr(types, f"is_{name}_view", lambda _: False)(found)
 
 
-def _parquet_rows(file: RowFile, columns: list[str] | None) -> Iterator[tuple[str, Row]]:
-    """Rows of `columns`, by default of all that hold plain values or lists of them."""
+def _parquet_rows(
+    file: RowFile, columns: list[str] | None, text: str | None
+) -> Iterator[tuple[str, Row]]:
+    """Rows of `columns`, by default of all that hold plain values or decide on positions."""
     with _parquet_file(file) as opened:
         names = opened.schema_arrow.names
         kinds = {entry.name: _kind_of_type(entry.type) for entry in opened.schema_arrow}
@@ -523,7 +529,9 @@ def _parquet_rows(file: RowFile, columns: list[str] | None) -> Iterator[tuple[st
             file.notes.append(f"the columns {name!r} are left out: there are two of that name")
         if columns is None:
             plain = ("text", "bytes", "a truth value", "a whole number", "a number")
-            columns = [name for name, kind in kinds.items() if kind in plain or name == "positions"]
+            columns = [
+                name for name, kind in kinds.items() if kind in plain or name in (text, *COLUMNS)
+            ]
         columns = [name for name in columns if name in kinds]
         number = 0
         for batch in opened.iter_batches(PARQUET_ROWS, columns=columns):
@@ -537,10 +545,3 @@ def _ending_is(path: Path, ending: str) -> bool:
     """Whether the name ends so, apart from the ending of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return next((s for s in reversed(suffixes) if s not in COMPRESSIONS), "") == ending
-
-
-def describe(value: Any) -> str:
-    """What a value is, for messages."""
-    from .textcolumn import kind_of
-
-    return kind_of(value)

@@ -14,7 +14,7 @@ import numpy as np
 from .disk import disk_errors
 from .documents import Documents, Reading, decoded_text
 from .errors import DataError
-from .labels import MISSING, Labels, kind_of_cell, kind_of_value, label_arrays
+from .labels import MISSING, OTHER, Labels, kind_of_cell, kind_of_value, label_arrays
 from .policy import COLUMNS, EXPLICIT
 from .rowfiles import RowFile
 from .textcolumn import ColumnSample, check_is_there, choose_text_column, kind_of
@@ -32,7 +32,7 @@ class Spool:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = Path(tempfile.gettempdir()) if folder is None else folder
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=self._folder)  # noqa: SIM115
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=str(self._folder))  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         self._ends = array("q", [0])
 
@@ -90,6 +90,10 @@ class RowTable(Documents):
             raise DataError(f"{self._data} has no rows; give a file with texts")
         if not self._is_there:
             check_is_there(columns, name, self._data)
+        if labels:
+            for column, sample in columns.items():  # those that the file did not give
+                if column not in self._kinds and column != name and "twice" not in sample.kinds:
+                    self._kinds[column] = Counter({OTHER: len(self)})
         for kinds in self._kinds.values():
             kinds[MISSING] += len(self) - kinds.total()
         self.reading = Reading(name, found, file.notes)

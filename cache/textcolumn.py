@@ -97,6 +97,8 @@ def choose_text_column(
     Without `asked`: a column of one of the names `TEXT_COLUMNS`; else the only column of text, if
     it looks like texts and no other column could hold them. Raises `DataError`.
     """
+    if not columns:
+        raise DataError(f"{data} has no rows; give a file with texts")
     if asked is not None:
         _check_asked(columns, asked, data)
         return asked, None
@@ -115,7 +117,7 @@ def choose_text_column(
         raise DataError(
             f"{data} has no obvious text column but conversations (column "
             f"{_shown(conversations[0])}), and no chat template is applied; write their text into "
-            f"a column and choose it with --text-column; text columns are: {_listed(texts)}"
+            f"a column and choose it with --text-column; text columns are: {_texts(columns)}"
         )
     candidates = [name for name in texts if not columns[name].is_number]
     if len(candidates) == 1:
@@ -127,22 +129,22 @@ def choose_text_column(
         if columns[only].is_prose and not nested:
             return only, "the only column of text"
     raise DataError(
-        f"{data} has no obvious text column; text columns are: {_listed(texts)} (choose with "
+        f"{data} has no obvious text column; text columns are: {_texts(columns)} (choose with "
         "--text-column)"
     )
 
 
 def _check_asked(columns: Mapping[str, ColumnSample], name: str, data: str) -> None:
     """Raise `DataError` if the first rows show that the column holds no text."""
-    texts = [found for found, column in columns.items() if column.is_text]
     found = columns.get(name)
     if found is not None and "twice" in found.kinds:
         raise DataError(f"{data} has two columns {name!r}; rename one")
-    if found is not None and found.kinds - {"text", "bytes"}:
+    # Where only some rows hold text, reading them names the first that does not.
+    if found is not None and "text" not in found.kinds and found.kinds - {"bytes"}:
         other = ", ".join(sorted(found.kinds - {"text"}))
         hint = "; no chat template is applied to conversations" if found.holds_turns else ""
         raise DataError(
-            f"{data} has no text column {name!r}; text columns are: {_listed(texts)} (choose with "
+            f"{data} has no text column {name!r}; text columns are: {_texts(columns)} (choose with "
             f"--text-column; {name!r} holds {other}{hint})"
         )
 
@@ -150,15 +152,22 @@ def _check_asked(columns: Mapping[str, ColumnSample], name: str, data: str) -> N
 def check_is_there(columns: Mapping[str, ColumnSample], name: str, data: str) -> None:
     """Raise `DataError` if there is no column `name`."""
     if name not in columns:
-        texts = [found for found, column in columns.items() if column.is_text]
         raise DataError(
-            f"{data} has no text column {name!r}; text columns are: {_listed(texts)} (choose with "
+            f"{data} has no text column {name!r}; text columns are: {_texts(columns)} (choose with "
             "--text-column)"
         )
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(_shown, names)) or "none"
+def _texts(columns: Mapping[str, ColumnSample]) -> str:
+    """The names of the columns of text; without any, of all, with what they hold."""
+    texts = [_shown(name) for name, column in columns.items() if column.is_text]
+    if texts or not columns:
+        return ", ".join(texts) or "none"
+    held = (
+        f"{_shown(name)} holds {', '.join(sorted(column.kinds)) or 'nothing'}"
+        for name, column in columns.items()
+    )
+    return f"none; {'; '.join(held)}"
 
 
 def _shown(name: str) -> str:

@@ -28,7 +28,7 @@ class TextFile:
 
     def __init__(self, path: Path, lines: bool, folder: Path | None = None) -> None:
         self._folder = Path(tempfile.gettempdir()) if folder is None else folder
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=self._folder)  # noqa: SIM115
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=str(self._folder))  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         marked = self._copy(path)
         self._starts, self._stops = array("q"), array("q")

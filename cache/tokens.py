@@ -10,6 +10,7 @@ import numpy as np
 
 from .columns import BLOCK, Column, Numbers, blocks
 from .documents import Reading
+from .labels import LABELS, join_labels
 from .store import SPLITS
 
 TEST_SHARE = 0.1
@@ -166,11 +167,12 @@ class TokenStream:
 
 
 def concatenate(*streams: TokenStream) -> TokenStream:
-    """One stream after the other, with the further arrays that all of them have alike."""
+    """One stream after the other, with the labels of any and the further arrays of all."""
+    of_sequences, categories = _labels(streams)
     common = [
         name
         for name in streams[0].of_sequences
-        if all(name in stream.of_sequences for stream in streams) and _alike(name, streams)
+        if name not in of_sequences and all(name in stream.of_sequences for stream in streams)
     ]
     scratch = streams[-1].scratch
     cuts = [stream.cut for stream in streams if stream.cut is not None]
@@ -183,8 +185,11 @@ def concatenate(*streams: TokenStream) -> TokenStream:
         lengths,
         rows,
         {n: _chain([stream.of_tokens[n] for stream in streams], scratch) for n in names},
-        {n: np.concatenate([stream.of_sequences[n] for stream in streams]) for n in common},
-        {n: words for n, words in streams[0].categories.items() if n in common},
+        {
+            **of_sequences,
+            **{n: np.concatenate([stream.of_sequences[n] for stream in streams]) for n in common},
+        },
+        categories,
         cut=np.concatenate(cuts) if len(cuts) == len(streams) else None,
         scratch=scratch,
         reading=streams[-1].reading,
@@ -200,9 +205,20 @@ def _chain(columns: Sequence[Numbers], scratch: Path | None) -> Column:
     return found
 
 
-def _alike(name: str, streams: tuple[TokenStream, ...]) -> bool:
-    """Whether the codes of a label mean the same in all streams."""
-    return len({stream.categories.get(name) for stream in streams}) == 1
+def _labels(
+    streams: tuple[TokenStream, ...],
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]:
+    """The labels of all streams by the names of their arrays, and the words of coded ones."""
+    names = dict.fromkeys(name for stream in streams for name in stream.of_sequences)
+    values: dict[str, np.ndarray] = {}
+    categories: dict[str, tuple[str, ...]] = {}
+    for name in (name for name in names if name.startswith(LABELS)):
+        values[name], words = join_labels(
+            [(len(s.lengths), s.of_sequences.get(name), s.categories.get(name)) for s in streams]
+        )
+        if words is not None:
+            categories[name] = words
+    return values, categories
 
 
 def from_sequences(sequences: Sequence[Sequence[int] | np.ndarray]) -> TokenStream:
