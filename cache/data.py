@@ -5,8 +5,8 @@ from typing import Any
 
 from .documents import Documents, Table, is_plain
 from .errors import DataError
-from .lines import COMPRESSIONS
-from .rowfiles import FORMATS, RowFile
+from .rowfiles import FORMATS
+from .rowsource import RowFile, ending_of
 from .rowtable import RowTable
 from .textcolumn import ColumnSample, check_is_there, choose_text_column
 from .textfile import TextFile
@@ -37,7 +37,7 @@ def load_documents(
     path = Path(data).expanduser()
     if split is not None and path.is_file():
         raise DataError(f"--split is for data sets that have several; {data} is one file")
-    format_ = FILES.get(_ending(path)) if path.is_file() else None
+    format_ = FILES.get(ending_of(path)) if path.is_file() else None
     if separator is not None and format_ not in ("csv", "tsv"):
         raise DataError(f"--separator is for .csv and .tsv files, not for {data}")
     if path.is_file():
@@ -53,15 +53,9 @@ def load_documents(
         return RowTable(RowFile(path, format_, separator, scratch), text_column, labels)
     if path.is_dir():
         return _load_folder(path, split, text_column)
-    if _ending(path) in FILES or data.startswith((".", "/", "~")) or data.count("/") > 1:
+    if ending_of(path) in FILES or data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise DataError(f"{data} does not exist; give a file, a saved data set or a hub id")
     return _table(_load_hub(data, split), text_column, data)
-
-
-def _ending(path: Path) -> str:
-    """The ending without that of a compression."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return next((s for s in reversed(suffixes) if s not in COMPRESSIONS), "")
 
 
 def _load_folder(path: Path, split: str | None, text_column: str | None) -> Table:

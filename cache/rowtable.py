@@ -16,7 +16,8 @@ from .documents import Documents, Reading, decoded_text
 from .errors import DataError
 from .labels import MISSING, OTHER, Labels, kind_of_cell, kind_of_value, label_arrays
 from .policy import COLUMNS, EXPLICIT
-from .rowfiles import RowFile
+from .rowfiles import read_rows, read_sample
+from .rowsource import RowFile
 from .textcolumn import ColumnSample, check_is_there, choose_text_column, kind_of
 
 IN_MEMORY = 16 << 20
@@ -41,14 +42,20 @@ class Spool:
 
     def append(self, piece: bytes) -> None:
         """Put a piece at the end; all are appended before the first is read."""
-        with disk_errors(self._folder):
+        try:
             self._file.write(piece)
+        except OSError as error:
+            with disk_errors(self._folder):
+                raise error
         self._ends.append(self._ends[-1] + len(piece))
 
     def __getitem__(self, number: int) -> bytes:
         start, stop = self._ends[number], self._ends[number + 1]
-        with disk_errors(self._folder):  # what is still in the buffer is written now
-            self._file.seek(start)
+        try:
+            self._file.seek(start)  # what is still in the buffer is written now
+        except OSError as error:
+            with disk_errors(self._folder):
+                raise error
         return self._file.read(stop - start)
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
@@ -66,7 +73,7 @@ class RowTable(Documents):
 
     def __init__(self, file: RowFile, text_column: str | None = None, labels: bool = True) -> None:
         self._data = str(file.path)
-        columns = file.sample()
+        columns = read_sample(file)
         name, found = choose_text_column(columns, text_column, self._data)
         if file.format in ("csv", "tsv", "parquet"):  # their first rows name all columns
             check_is_there(columns, name, self._data)
@@ -76,7 +83,7 @@ class RowTable(Documents):
         self._is_there = found is not None
         kind_of_label = kind_of_cell if file.format in ("csv", "tsv") else kind_of_value
         only = found in ("the only column", "the only column of text")
-        for place, row in file.rows(name, labels or only):
+        for place, row in read_rows(file, name, labels or only):
             self._add_text(row, name, place)
             if only:
                 _check_only(row, name, place, columns, self._data)
