@@ -97,7 +97,8 @@ def label_names(columns: Iterable[str]) -> dict[str, str]:
     for column in columns:
         plain = re.sub(r"\W", "_", unicodedata.normalize("NFC", column))
         plain = re.sub(r"^__+", "_", plain)  # zarr reserves names that begin with two
-        plain = plain.encode()[:NAME_BYTES].decode(errors="ignore") or "column"
+        plain = plain.encode()[:NAME_BYTES].decode(errors="ignore")
+        plain = plain if plain.strip("_") else "column"
         name, number = plain, 2
         while name.casefold() in used:
             name, number = f"{plain}_{number}", number + 1
