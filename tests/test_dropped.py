@@ -49,9 +49,9 @@ def test_documents_without_text_are_counted(model_folder: Path, tmp_path: Path, 
 def test_the_command_line_says_what_was_left_out_and_guessed(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    rows = [{"odd": text, "m": n, "a b": [n]} for n, text in enumerate(texts(8, seed=3))]
+    rows = [{"odd": text, "m": n, "a b": n} for n, text in enumerate(texts(8, seed=3))]
     data = write(tmp_path / "a.jsonl", [*rows, {"odd": "", "m": "x"}, {"m": 1, "a b": 0}])
-    options = ["--root", str(tmp_path / "root"), "--no-pack", "--layers", "0", "--quiet"]
+    options = ["--root", str(tmp_path / "root"), "--no-pack", "--layers", "0"]
 
     def output(*more: str) -> str:
         found = CliRunner().invoke(main, ["extract", str(model_folder), str(data), *options, *more])
@@ -63,7 +63,7 @@ def test_the_command_line_says_what_was_left_out_and_guessed(
         assert "1 documents are left out: empty (rows 8, counted from 0)" in shown
         assert "1 documents are left out: missing (rows 9, counted from 0)" in shown
         assert "column 'm' is kept as words" in shown
-        assert "no labels, because they hold lists, objects or other values: 'a b'" in shown
+        assert "column 'a b' is the label 'a_b'" in shown
     reading = json.loads(output("--json"))["reading"]
     assert reading["dropped"]["empty"] == {"documents": 1, "rows": [8]}
     assert "the texts are those" not in output("--text-column", "odd")
