@@ -42,7 +42,11 @@ def main() -> None:
               "at most 1024]")  # fmt: skip
 @click.option("--pack/--no-pack", default=True, help="Pack documents to the context length, or "
               "keep one sequence per document.")  # fmt: skip
-@click.option("--text-column", help="Column that holds the text.  [default: the obvious one]")
+@click.option(
+    "--text-column", help="Column that holds the text.  [default: the obvious one, which is said]"
+)
+@click.option("--separator", metavar="CHARACTER", help="Separator of the columns of .csv and .tsv "
+              "files, or `tab`.  [default: , and tab]")  # fmt: skip
 @click.option("--split", help="Split of a data set that has several.  [default: train]")
 @click.option("--layers", type=NUMBERS, help="Layers to keep; the last one always is.  "
               "[default: all]")  # fmt: skip

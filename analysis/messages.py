@@ -27,6 +27,7 @@ def extracted(value: dict[str, Any]) -> None:
             "  fewer than three documents: train, validation and test are parts of the same text, "
             "so that intervals are too narrow"
         )
+    _tell_reading(value["reading"])
     if value["complete"]:
         print(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
     else:
@@ -41,6 +42,22 @@ def _tell_cut(cut: dict[str, int]) -> None:
             f"  {cut['sequences']:,} documents are longer than the context: {cut['tokens']:,} of "
             "their tokens are left out (--context, or --pack)"
         )
+
+
+def _tell_reading(reading: dict[str, Any]) -> None:
+    """Say what was guessed, and which documents were left out."""
+    column, found = reading["text_column"], reading["found"]
+    if found is not None and column != "text":
+        print(f"  the texts are those of the column {column!r}, {found} (--text-column)")
+    for reason, dropped in reading["dropped"].items():
+        rows = ", ".join(map(str, dropped["rows"]))
+        more = ", ..." if len(dropped["rows"]) < dropped["documents"] else ""
+        print(
+            f"  {dropped['documents']:,} documents are left out: {reason} (rows {rows}{more}, "
+            "counted from 0)"
+        )
+    for note in reading["notes"]:
+        print(f"  {note}")
 
 
 def _contents(value: dict[str, Any]) -> str:
@@ -63,6 +80,7 @@ def estimated(value: dict[str, Any]) -> None:
     if value["free"] is not None:  # an object store has no end
         print(f"{fits} into {size(value['free'])} free")
     _tell_cut(value["cut"])
+    _tell_reading(value["reading"])
 
 
 def differing(one: str, other: str, found: Sequence[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .documents import Reading
 from .errors import NoSpaceError, UsageError
 from .layout import (
     CHECKSUM_BYTES,
@@ -45,6 +46,8 @@ class Estimate:
     """Bytes by which a compact cache may be larger than was measured on its first rows."""
     cut: dict[str, int] = field(default_factory=dict)
     """How many `sequences` would lose how many `tokens` to the context."""
+    reading: Reading = field(default_factory=Reading)
+    """How the texts were read, and which documents would be left out."""
 
     @property
     def bytes(self) -> int:
@@ -66,7 +69,7 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `residua extract --dry-run`."""
         shown = {"bytes": self.bytes, "largest": self.largest, "fits": self.fits}
-        return {**asdict(self), **shown}
+        return {**asdict(self), **shown, "reading": self.reading.to_dict()}
 
     def check(self, root: Path) -> None:
         """Raise `NoSpaceError` if the cache does not fit, before anything is written."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .columns import Column
-from .documents import Documents, batches
+from .documents import Documents, reason_against
 from .errors import DataError
+from .labels import LABELS
 from .manifest import FORMAT, SEQUENCE
 from .store import SPLITS
 from .tokens import TEST_SHARE, TokenStream, assign_splits, split_in_order, text_hash
@@ -128,22 +129,25 @@ def tokenize(
         stream = _pack_together(encoder.tokens(order), written, context, max_tokens)
     else:
         stream = _pack_by_split(encoder, order, written, context, max_tokens)
-    stream = replace(stream, format=version)
+    stream = replace(stream, format=version, reading=documents.reading)
     if not stream.sequences:
         least = (
             f"; max_tokens={max_tokens} is less than one sequence" if max_tokens is not None else ""
         )
+        dropped = documents.reading.dropped
+        least += "".join(f"; {found.documents} {reason}" for reason, found in dropped.items())
         raise DataError(f"the data hold no text ({len(documents)} documents){least}")
     if pack:
         return stream
-    labels, categories = documents.labels(stream.row_ids)
-    stream.of_sequences.update({f"sequences/labels/{n}": values for n, values in labels.items()})
-    stream.categories.update({f"sequences/labels/{n}": words for n, words in categories.items()})
+    labels = documents.labels(stream.row_ids)
+    stream.of_sequences.update({LABELS + n: values for n, values in labels.values.items()})
+    stream.categories.update({LABELS + n: words for n, words in labels.categories.items()})
+    documents.reading.notes += labels.notes
     return stream
 
 
 class Encoder:
-    """Gives the tokens of documents by number; empty documents are left out."""
+    """Gives the tokens of documents by number; those without text are left out and counted."""
 
     def __init__(
         self,
@@ -160,7 +164,12 @@ class Encoder:
 
     def hashes(self, numbers: np.ndarray) -> np.ndarray:
         """`text_hash` of those documents among `numbers` that hold text, uint64."""
-        found = (text_hash(text) for _, text in self._texts(numbers))
+        found = (
+            text_hash(text)
+            for some in self.documents.batches(numbers)
+            for text in self.documents.texts(some)
+            if text is not None and reason_against(text) is None
+        )
         return np.fromiter(found, np.uint64)
 
     def tokens(
@@ -170,23 +179,28 @@ class Encoder:
 
         `wanted(number, hash)` is asked right before a document is tokenized with its neighbours.
         """
-        for some in batches(numbers):
-            texts = [(n, t, text_hash(t)) for n, t in self._texts(np.array(some, np.int64))]
+        for some in self.documents.batches(numbers):
+            texts = [(n, t, text_hash(t)) for n, t in self._texts(some)]
             texts = [(n, t, h) for n, t, h in texts if wanted(n, h)]
             encodings = self._tokenizer.encode_batch([text for _, text, _ in texts])
             for (number, _, hash), encoding in zip(texts, encodings, strict=True):
                 tokens = _tokens(number, hash, encoding, self._prefix)
                 if len(tokens.ids):
                     yield tokens
+                else:
+                    self.documents.reading.drop("without tokens", number)
             self._done = min(self._done + len(some), len(self.documents))
             if self._progress is not None:
                 self._progress(self._done, len(self.documents))
 
-    def _texts(self, numbers: np.ndarray) -> Iterator[tuple[int, str]]:
-        for some in batches(numbers):
-            for number, text in zip(some, self.documents.texts(some), strict=True):
-                if text and text.strip():
-                    yield number, text
+    def _texts(self, numbers: list[int]) -> Iterator[tuple[int, str]]:
+        """Those documents of `numbers` that hold text; the others are counted as left out."""
+        for number, text in zip(numbers, self.documents.texts(numbers), strict=True):
+            reason = reason_against(text)
+            if text is None or reason is not None:
+                self.documents.reading.drop(reason or "missing", number)
+            else:
+                yield number, text
 
 
 def _tokens(number: int, hash: int, encoding: "Encoding", prefix: list[int]) -> Tokens:

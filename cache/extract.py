@@ -12,6 +12,7 @@ from .budget import Estimate
 from .catalog import cache_root
 from .create import choose_dtype, sweep_unfinished
 from .disk import check_writable, disk_errors
+from .documents import Reading
 from .fill import fill
 from .grow import add_layers, add_tokens, joined, unnamed_layers
 from .jsonfile import read_json
@@ -58,6 +59,8 @@ class Extraction:
     """Wall time of this call."""
     cut: dict[str, int]
     """How many `sequences` of the request lost how many `tokens` to the context."""
+    reading: Reading = field(default_factory=Reading)
+    """How the texts of the request were read, and which documents were left out."""
     stages: Stages = field(default_factory=Stages)
     """How busy forward, copy and write were; with a scheduler, of all workers together."""
 
@@ -76,6 +79,7 @@ class Extraction:
             "written": self.written,
             "cut": self.cut,
             "split_by": self.cache.manifest.tokens.split_by,
+            "reading": self.reading.to_dict(),
             "seconds": round(self.seconds, 3),
             "stages": self.stages.to_dict(),
         }
@@ -155,7 +159,9 @@ def run(
         cache.check_complete()
     error = read_json(cache.path / "provenance.json")["canary"]["head_error"]
     seconds = time.perf_counter() - began
-    return Extraction(cache, status, error, written, seconds, stream.cut_counts, stages)
+    return Extraction(
+        cache, status, error, written, seconds, stream.cut_counts, stream.reading, stages
+    )
 
 
 def plan(request: Request, progress: Progress | None = None) -> Estimate:
@@ -168,7 +174,9 @@ def plan(request: Request, progress: Progress | None = None) -> Estimate:
         canary, stream = shorten_stream(request, source, model, stream, root)
     else:
         canary = examine_model(request, source, model, stream)
-    return replace(estimate_of(request, canary, stream, root), cut=stream.cut_counts)
+    return replace(
+        estimate_of(request, canary, stream, root), cut=stream.cut_counts, reading=stream.reading
+    )
 
 
 def find(request: Request, progress: Progress | None = None) -> Resolution:

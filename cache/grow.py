@@ -16,6 +16,7 @@ import numpy as np
 from .create import create_cache
 from .journal import Journal
 from .jsonfile import file_digest, make_folder, read_json, sync_folder, write_atomically
+from .labels import LABELS
 from .layout import Layout
 from .lease import exclusive, lease
 from .manifest import Manifest, TokenIdentity
@@ -72,13 +73,15 @@ def _metadata(layer: int) -> str:
 
 def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]) -> TokenStream:
     """The stream of `cache` followed by the sequences `lacking` of `stream`."""
+    labels = [LABELS + name for name in cache.label_names]
+    further = [n for n in stream.of_sequences if n not in labels and cache.has(n)]
     held = TokenStream(
         cache.tokens,
         cache.sequence_length,
         cache.array("sequences/row_id")[:],
         {name: cache.array(name) for name in stream.of_tokens if cache.has(name)},
-        {name: cache.array(name)[:] for name in stream.of_sequences if cache.has(name)},
-        {name: words for name in stream.categories if (words := cache.categories(name))},
+        {name: cache.array(name)[:] for name in (*labels, *further)},
+        {n: cache.categories(n) for n in labels if cache.has_categories(n)},
         cut=None if stream.cut is None else np.zeros(len(cache.sequence_length), np.int64),
         splits=None if stream.splits is None else cache.sequence_split,
         documents=None if stream.documents is None else cache.sequence_document,
@@ -107,6 +110,7 @@ def add_tokens(
     if "cut" in provenance:
         more = stream.cut_counts
         provenance["cut"] = {name: n + more[name] for name, n in provenance["cut"].items()}
+    provenance["reading"] = stream.reading.to_dict()
     _, hashes = stream.digests()
     path = create_cache(
         cache.path.parent,

@@ -174,6 +174,7 @@ def make_cache(
         **_provenance(model, canary.report()),
         "revision": source.revision,
         "cut": stream.cut_counts,
+        "reading": stream.reading.to_dict(),
     }
     if request.codec != "raw":  # other versions may compress to other bytes
         provenance["versions"]["numcodecs"] = version_of("numcodecs")

@@ -27,6 +27,8 @@ class Request:
     """Pack documents to the context length; else one sequence per document."""
     text_column: str | None = None
     """Column that holds the text."""
+    separator: str | None = None
+    """Separator of columns in .csv and .tsv files, one character or `tab`; default , and tab."""
     split: str | None = None
     """Split of a data set that has several."""
     layers: tuple[int, ...] | None = None
@@ -77,6 +79,8 @@ class Request:
         if self.format not in FORMATS:
             known = ", ".join(map(str, FORMATS))
             raise UsageError(f"format {self.format!r} is unknown; formats are {known}")
+        if self.separator is not None:
+            object.__setattr__(self, "separator", _separator(self.separator))
         check_policy(self.positions, self.pack)
         check_logits(self.logits)
         check_codec(self.codec)
@@ -96,3 +100,11 @@ class Request:
         if not 1 <= number <= shares:
             raise UsageError(f"part {self.part!r} is not a share; write it like 2/8")
         return number, shares
+
+
+def _separator(name: str) -> str:
+    """The separator that is meant: `tab` and `\\t` are a tab."""
+    separator = {"tab": "\t", "\\t": "\t"}.get(name, name)
+    if len(separator) != 1 or separator in '"\r\n':
+        raise UsageError(f"separator {name!r} must be one character, or tab")
+    return separator

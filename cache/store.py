@@ -177,20 +177,32 @@ class ActivationCache:
         """The words that the codes of an array stand for; empty if its numbers are no codes."""
         return tuple(self.array(name).attributes.get("categories", ()))
 
+    def has_categories(self, name: str) -> bool:
+        """Whether the numbers of an array are codes of words."""
+        return "categories" in self.array(name).attributes
+
     @property
     def label_names(self) -> tuple[str, ...]:
         """Labels that the sequences have: the other columns of the data they came from."""
         folder = self.path / "arrays.zarr" / "sequences" / "labels"
         return tuple(sorted(path.parent.name for path in folder.glob("*/zarr.json")))
 
-    def label(self, name: str) -> np.ndarray:
-        """One value per sequence, `(sequences,)`; words as str, the empty one where missing."""
+    def label(self, name: str, missing: str | None = "") -> np.ndarray:
+        """One value per sequence, `(sequences,)`; words as str, `missing` where one is missing.
+
+        With None for `missing`, unlike with the empty word, those that are empty in the data can
+        be told from it; the array then holds objects. Missing numbers are NaN.
+        """
         if name not in self.label_names:
             known = ", ".join(self.label_names) or "none"
             raise NotFoundError(f"there is no label {name!r} in this cache; labels are: {known}")
         values = self.array(f"sequences/labels/{name}")[:]
-        words = self.categories(f"sequences/labels/{name}")
-        return np.array([*words, ""])[values] if words else values
+        if not self.has_categories(f"sequences/labels/{name}"):
+            return values
+        words = [*self.categories(f"sequences/labels/{name}"), missing]
+        # numpy's own texts lose a NUL at their end
+        plain = missing is not None and not any(word and word[-1] == "\0" for word in words)
+        return np.array(words, None if plain else object)[values]
 
     def spans(self, positions: np.ndarray) -> np.ndarray:
         """Document, first character and end of each position, `(n, 3)` int64."""

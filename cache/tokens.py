@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from .columns import BLOCK, Column, Numbers, blocks
+from .documents import Reading
+from .labels import LABELS, join_labels
 from .manifest import DOCUMENT, FORMAT, SEQUENCE
 from .store import SPLITS
 
@@ -66,6 +68,8 @@ class TokenStream:
     """What lies in one split as a whole: `document`, or `sequence` of one or two documents."""
     format: int = FORMAT
     """Format of the cache that the stream is for: what `digests` covers, and how splits follow."""
+    reading: Reading = field(default_factory=Reading)
+    """How the texts were read, and which documents were left out."""
 
     @property
     def positions(self) -> int:
@@ -131,6 +135,7 @@ class TokenStream:
             None if self.documents is None else self.documents[numbers],
             self.split_by,
             self.format,
+            self.reading,
         )
 
     def head(self, count: int) -> "TokenStream":
@@ -252,11 +257,12 @@ class TokenStream:
 
 
 def concatenate(*streams: TokenStream) -> TokenStream:
-    """One stream after the other, with the further arrays that all of them have alike."""
+    """One stream after the other, with the labels of any and the further arrays of all."""
+    of_sequences, categories = _labels(streams)
     common = [
         name
         for name in streams[0].of_sequences
-        if all(name in stream.of_sequences for stream in streams) and _alike(name, streams)
+        if name not in of_sequences and all(name in stream.of_sequences for stream in streams)
     ]
     scratch = streams[-1].scratch
     cuts = [stream.cut for stream in streams if stream.cut is not None]
@@ -269,14 +275,18 @@ def concatenate(*streams: TokenStream) -> TokenStream:
         lengths,
         rows,
         {n: _chain([stream.of_tokens[n] for stream in streams], scratch) for n in names},
-        {n: np.concatenate([stream.of_sequences[n] for stream in streams]) for n in common},
-        {n: words for n, words in streams[0].categories.items() if n in common},
+        {
+            **of_sequences,
+            **{n: np.concatenate([stream.of_sequences[n] for stream in streams]) for n in common},
+        },
+        categories,
         cut=np.concatenate(cuts) if len(cuts) == len(streams) else None,
         scratch=scratch,
         splits=_joined([stream.splits for stream in streams]),
         documents=_joined([stream.documents for stream in streams]),
         split_by=streams[-1].split_by,
         format=streams[-1].format,
+        reading=streams[-1].reading,
     )
 
 
@@ -295,9 +305,20 @@ def _chain(columns: Sequence[Numbers], scratch: Path | None) -> Column:
     return found
 
 
-def _alike(name: str, streams: tuple[TokenStream, ...]) -> bool:
-    """Whether the codes of a label mean the same in all streams."""
-    return len({stream.categories.get(name) for stream in streams}) == 1
+def _labels(
+    streams: tuple[TokenStream, ...],
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]:
+    """The labels of all streams by the names of their arrays, and the words of coded ones."""
+    names = dict.fromkeys(name for stream in streams for name in stream.of_sequences)
+    values: dict[str, np.ndarray] = {}
+    categories: dict[str, tuple[str, ...]] = {}
+    for name in (name for name in names if name.startswith(LABELS)):
+        values[name], words = join_labels(
+            [(len(s.lengths), s.of_sequences.get(name), s.categories.get(name)) for s in streams]
+        )
+        if words is not None:
+            categories[name] = words
+    return values, categories
 
 
 def from_sequences(sequences: Sequence[Sequence[int] | np.ndarray]) -> TokenStream:

@@ -36,7 +36,13 @@ def read_stream(request: Request, source: ModelSource, progress: Progress | None
     """The token stream of the request; its columns lie on the disk."""
     scratch = scratch_folder(cache_root(request.root))
     documents = load_documents(
-        request.data, request.text_column, request.split, not request.pack, scratch
+        request.data,
+        request.text_column,
+        request.split,
+        lines=not request.pack,
+        scratch=scratch,
+        separator=request.separator,
+        labels=not request.pack,
     )
     stream = tokenize(
         documents,

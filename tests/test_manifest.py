@@ -66,7 +66,9 @@ def test_the_id_does_not_change_with_layout_names_and_sizes(name):
 
 
 def test_every_field_is_either_identity_or_not():
-    assert {"format", "model", "tokens", "capture", *REST} == {field.name for field in fields(Manifest)}
+    assert {"format", "model", "tokens", "capture", *REST} == {
+        field.name for field in fields(Manifest)
+    }
 
 
 def test_the_id_is_the_digest_of_the_identity_in_the_file(tmp_path):
