@@ -214,6 +214,8 @@ def _provenance(model: "torch.nn.Module", canary: dict[str, object]) -> dict[str
         "canary": canary,
         "device": str(next(model.parameters()).device),
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        # Tensors that the checkpoint lacks and the class computes, and those that no module reads.
+        "checkpoint": getattr(model, "checkpoint_notes", None),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
