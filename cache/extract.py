@@ -24,7 +24,7 @@ from .make import (
     make_cache,
     shorten_stream,
 )
-from .manifest import CaptureIdentity
+from .manifest import ALONE, BATCH, CaptureIdentity
 from .place import as_path
 from .replay import check
 from .request import Request
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from .canary import Canary
+    from .independence import Independence
     from .stack import Stack
 
 
@@ -187,7 +188,7 @@ def _extend(
     stages: Stages,
 ) -> tuple[str, Path, "Stack"]:
     """Give the cache that was found its missing layers and tokens, still to be filled."""
-    from .canary import reexamine
+    from .canary import independence_of, reexamine
 
     assert found.path is not None
     cache = ActivationCache(found.path)
@@ -209,7 +210,17 @@ def _extend(
     layout = cache.manifest.layout
     if cache.positions <= layout.chunk_rows:  # it may be a small cache's
         layout = layout_like(request, cache).shrunk(longer.positions)
-    return "extended", add_tokens(cache, tokens, longer, layout), stack
+    extra = _sharing(cache, independence_of(stack, longer, cache.manifest.batch_tokens))
+    return "extended", add_tokens(cache, tokens, longer, layout, extra), stack
+
+
+def _sharing(cache: ActivationCache, found: "Independence") -> dict[str, Any]:
+    """Keys of `extra` for the sequences that are added: as careful as the cache or `found` asks."""
+    kept = cache.manifest.extra
+    extra = {"pad": cache.manifest.pad and found.pad}
+    for name in ("causal", "embedding"):
+        extra[name] = bool(kept.get(name, True)) and getattr(found, name)
+    return {**extra, **({BATCH: ALONE} if cache.manifest.alone or found.alone else {})}
 
 
 def _dtypes(

@@ -15,7 +15,7 @@ from .create import create_cache
 from .errors import UsageError
 from .layout import STORED_DTYPES, Layout
 from .logits import LogitsArray, arrays_of
-from .manifest import CODEC, Manifest
+from .manifest import ALONE, BATCH, CODEC, Manifest
 from .oom import choose_batch_tokens, memory_errors
 from .origin import public_name, write_origin
 from .replay import record
@@ -53,7 +53,9 @@ def examine_model(
     """What a few sequences show of the model, with the dtypes of the layers that are kept."""
     from .canary import examine
 
-    canary = examine(model, stream, source.compute_dtype, request.dtype, request.logits)
+    canary = examine(
+        model, stream, source.compute_dtype, request.dtype, request.logits, request.batch_tokens
+    )
     kept = kept_layers(request.layers, canary.stack.depth)
     canary = replace(canary, dtypes={layer: canary.dtypes[layer] for layer in kept})
     if request.codec == "raw":
@@ -159,6 +161,7 @@ def make_cache(
             "pad": canary.pad,
             "causal": canary.causal,
             "embedding": canary.embedding,
+            **({BATCH: ALONE} if canary.alone else {}),
             # Left out where it is raw, as it was before there was a choice.
             **({} if request.codec == "raw" else {CODEC: request.codec}),
         },

@@ -47,10 +47,11 @@ def load_model(
 
     for path in sorted(source.folder.glob("*.safetensors")):
         read_header(path)
+    auto: Any = AutoModelForCausalLM
     kwargs: dict[str, Any] = {} if attention == "default" else {"attn_implementation": attention}
     try:
         with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            module, info = auto.from_pretrained(
                 source.folder,
                 dtype="auto",
                 use_safetensors=True,
@@ -70,7 +71,6 @@ def load_model(
         raise ModelError(
             f"{source.name} cannot be loaded as a causal language model: {reason}"
         ) from None
-    module: Any = model
     notes = compare_with_checkpoint(module, info, source.name)
     module = module.to(device).eval().requires_grad_(False)
     module.checkpoint_notes = notes

@@ -105,11 +105,11 @@ class PartRunner:
     def _plan(self, part: int) -> list[Batch]:
         """Batches of the part, but for the sequences that are copied."""
         manifest = self.cache.manifest
-        pad = bool(manifest.extra.get("pad", True))
+        batch_tokens = 0 if manifest.alone else manifest.batch_tokens
         held = 0 if self.ancestor is None else len(self.ancestor.sequence_length)
         batches = plan_part(
             self.starts[held:], self.rows[held:], manifest.layout, part,
-            manifest.batch_tokens, pad, self.lengths[held:], self._window_rows(),
+            batch_tokens, manifest.pad, self.lengths[held:], self._window_rows(),
         )  # fmt: skip
         return [Batch(tuple(held + number for number in batch.sequences)) for batch in batches]
 

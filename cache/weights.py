@@ -42,7 +42,7 @@ def compare_with_checkpoint(
     errors = [str(error) for error in info.get("error_msgs") or ()]
     if errors:
         raise ModelError(f"{name} cannot be loaded: {errors[0].strip().splitlines()[0]}")
-    mismatched = sorted(tuple(entry) for entry in info.get("mismatched_keys") or ())
+    mismatched: list[Any] = sorted(info.get("mismatched_keys") or ())
     if mismatched:
         first = "; ".join(
             f"{tensor} is {tuple(found)}, the model's is {tuple(expected)}"
@@ -54,8 +54,8 @@ def compare_with_checkpoint(
             "these weights"
         )
     buffers = {key for key, _ in model.named_buffers()}
-    missing = sorted(info.get("missing_keys") or ())
-    unexpected = sorted(info.get("unexpected_keys") or ())
+    missing: list[str] = sorted(info.get("missing_keys") or ())
+    unexpected: list[str] = sorted(info.get("unexpected_keys") or ())
     computed = [key for key in missing if key in buffers and COMPUTED.search(key)]
     if lacking := sorted({*missing} - {*computed}):
         raise ModelError(
@@ -162,7 +162,7 @@ def _block_prefixes(model: "torch.nn.Module") -> set[str]:
 
 def _predictor_layers(model: Any) -> list[int]:
     """Numbers of the layers behind the last block that predict further tokens (MTP)."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     depth = getattr(config, "num_hidden_layers", None)
     more = getattr(config, "num_nextn_predict_layers", None)
