@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .columns import blocks
-from .create import choose_dtype
+from .create import LARGEST, ValueRange, choose_dtype
 from .discover import find_stack
 from .errors import HeadMismatchError, MismatchError, ModelError
 from .head import Head
@@ -43,7 +43,7 @@ class Canary:
     independence: Independence
     """What a row depends on besides its own sequence."""
     dtypes: dict[int, str]
-    """Stored dtype of each layer, from the calibrated absmax."""
+    """Stored dtype of each layer, by the range of its calibrated values."""
     ratios: dict[str, float] = field(default_factory=dict)
     """Compressed over raw bytes by array, where the cache is to be compact."""
 
@@ -101,8 +101,8 @@ def examine(
         head, tensors, error = find_head(stack, ids, other, fresh)
         check_size(logits, head.vocab)
         independence = measure_independence(stack, stream, fresh, batch_tokens)
-        absmax = calibrate(stack, stream, device)
-        dtypes = {n: choose_dtype(a, compute_dtype, policy) for n, a in enumerate(absmax)}
+        ranges = calibrate(stack, stream, device)
+        dtypes = {n: choose_dtype(r, compute_dtype, policy) for n, r in enumerate(ranges)}
         return Canary(
             stack,
             head,
@@ -213,14 +213,25 @@ def _vocabulary(model: torch.nn.Module) -> int:
     return int(embedding.weight.shape[0])
 
 
-def calibrate(stack: Stack, stream: TokenStream, device: torch.device) -> list[float]:
-    """Largest |value| of each layer on the first sequences, first tokens included."""
-    absmax = [0.0] * (stack.depth + 1)
+def calibrate(stack: Stack, stream: TokenStream, device: torch.device) -> list[ValueRange]:
+    """Range of each layer's values on the first sequences, first tokens included."""
+    ranges = [ValueRange()] * (stack.depth + 1)
     for number in range(min(ROWS, len(stream.lengths))):
         ids = torch.from_numpy(stream.sequence(number).astype(np.int64))[None].to(device)
         for layer, hidden in enumerate(stack.residuals(ids)):
-            absmax[layer] = max(absmax[layer], float(hidden.abs().max()))
-    return absmax
+            ranges[layer] = ranges[layer].joined(value_range(hidden))
+    return ranges
+
+
+def value_range(rows: torch.Tensor) -> ValueRange:
+    """Range of the finite values of `rows`, `(..., width)`, and what float16 costs a row."""
+    values = rows.float()
+    values = torch.where(values.isfinite(), values, 0.0)
+    peaks = values.abs().amax(-1)
+    fits = (peaks > 0) & (peaks <= LARGEST["float16"])
+    errors = (values.half().float() - values).abs().amax(-1)
+    loss = torch.where(fits, errors / peaks.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    return ValueRange(float(peaks.max()), float(loss.max()))
 
 
 def _logits_errors(
@@ -231,8 +242,8 @@ def _logits_errors(
     hidden = stack.residuals(ids)[-1].float().flatten(0, 1).cpu().numpy()
     model = logits_of(run(stack.model, ids)).float().flatten(0, 1).cpu().numpy()
 
-    def choose(absmax: float) -> str:
+    def choose(rows: np.ndarray) -> str:
         # The head computes in float32 whatever the model ran in.
-        return choose_dtype(absmax, "float32", policy)
+        return choose_dtype(value_range(torch.from_numpy(rows)), "float32", policy)
 
     return measure(head, hidden, model, dtype, choose, mode)

@@ -23,6 +23,7 @@ from .make import (
     load,
     make_cache,
     shorten_stream,
+    with_loaded_dtype,
 )
 from .manifest import ALONE, BATCH, CaptureIdentity
 from .place import as_path
@@ -76,6 +77,7 @@ class Extraction:
             "head_error": self.head_error,
             "written": self.written,
             "cut": self.cut,
+            "quarantined": len(self.cache.quarantined),
             "seconds": round(self.seconds, 3),
             "stages": self.stages.to_dict(),
         }
@@ -124,15 +126,22 @@ def run(
     canary: Canary | None = None
     if request.max_bytes is not None:
         model = load(request, source)
+        source = with_loaded_dtype(source, model)
         canary, stream = shorten_stream(request, source, model, stream, root)
     wanted = want(request, source, stream)
     found = resolve(wanted, root)
-    path, status = found.path, "hit"
-    written = 0
-    if path is None or found.answer in ("miss", "partial"):
+    if found.path is None or found.answer in ("miss", "partial"):
         check_writable(root)
         sweep_unfinished(root)
         model = model or load(request, source)
+        if (loaded := with_loaded_dtype(source, model)) is not source:
+            # The files said another dtype than the model has: the model's goes into the identity.
+            source, wanted = loaded, want(request, loaded, stream)
+            found = resolve(wanted, root)
+    path, status = found.path, "hit"
+    written = 0
+    if path is None or found.answer in ("miss", "partial"):
+        assert model is not None
         with disk_errors(root):
             if path is None or found.answer == "miss":
                 status, (path, stack) = (
@@ -164,6 +173,7 @@ def plan(request: Request, progress: Progress | None = None) -> Estimate:
     source = ModelSource.locate(request.model, request.revision)
     stream = read_stream(request, source, progress)
     model = load(request, source)
+    source = with_loaded_dtype(source, model)
     if request.max_bytes is not None:
         canary, stream = shorten_stream(request, source, model, stream, root)
     else:
@@ -232,5 +242,5 @@ def _dtypes(
     from .canary import calibrate
 
     with torch.inference_mode():
-        absmax = calibrate(stack, stream, next(stack.model.parameters()).device)
-    return {n: choose_dtype(absmax[n], capture.compute_dtype, capture.dtype) for n in layers}
+        ranges = calibrate(stack, stream, next(stack.model.parameters()).device)
+    return {n: choose_dtype(ranges[n], capture.compute_dtype, capture.dtype) for n in layers}

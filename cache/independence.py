@@ -120,9 +120,10 @@ def measure_independence(
 
 
 def lowest_dtype(model: torch.nn.Module) -> torch.dtype:
-    """The lowest precision among the weights of the model."""
+    """The lowest precision among the weights of the model; packed ones (float8) do not count."""
     found = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
+    running = [dtype for dtype in found if dtype.itemsize > 1]
+    return max(running, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def choose_lengths(lengths: np.ndarray, constants: list[int]) -> list[int]:

@@ -47,6 +47,14 @@ def load(request: Request, source: ModelSource) -> "torch.nn.Module":
         return load_model(source, device, request.attention, request.trust_remote_code)
 
 
+def with_loaded_dtype(source: ModelSource, model: "torch.nn.Module") -> ModelSource:
+    """`source` with the dtype that `model`, loaded from it, really runs in."""
+    from .independence import lowest_dtype
+
+    dtype = str(lowest_dtype(model)).removeprefix("torch.")
+    return source if dtype == source.compute_dtype else replace(source, loaded_dtype=dtype)
+
+
 def examine_model(
     request: Request, source: ModelSource, model: "torch.nn.Module", stream: TokenStream
 ) -> "Canary":

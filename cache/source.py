@@ -14,6 +14,7 @@ from .digests import known_digests
 from .errors import ModelError
 from .jsonfile import digest
 from .manifest import ModelIdentity
+from .safetensors_header import RUNNING_DTYPES, read_header
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,6 +29,11 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+POSITIONS_AFTER_PADDING = frozenset(
+    "roberta camembert xlm-roberta xlm-roberta-xl roberta-prelayernorm data2vec-text xmod "
+    "longformer ibert".split()
+)
+"""Model types whose first token has position `pad_token_id` + 1."""
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 
@@ -40,6 +46,8 @@ class ModelSource:
     folder: Path
     revision: str | None = None
     """Commit of the hub repository."""
+    loaded_dtype: str | None = None
+    """dtype that the loaded model was found to run in; None before it is loaded."""
 
     @classmethod
     def locate(cls, name: str, revision: str | None = None) -> "ModelSource":
@@ -90,29 +98,78 @@ class ModelSource:
         """A value of the configuration, also from the text part of a composite model."""
         return self.config.get(name, (self.config.get("text_config") or {}).get(name))
 
-    @property
+    @cached_property
     def compute_dtype(self) -> str:
-        """dtype of the checkpoint, in which the model runs."""
-        found = self.constant("dtype") or self.constant("torch_dtype") or "float32"
-        return str(found).removeprefix("torch.")
+        """dtype in which the model runs: the loaded one's, else as transformers' `auto` takes it.
+
+        That is the configuration's, else the index's, else the first floating-point tensor's.
+        """
+        if self.loaded_dtype is not None:
+            return self.loaded_dtype
+        found = self.constant("dtype") or self.constant("torch_dtype")
+        found = found.get("") if isinstance(found, dict) else found
+        return str(found or self._checkpoint_dtype()).removeprefix("torch.")
+
+    def _checkpoint_dtype(self) -> str:
+        """dtype of the first tensor of the first file, by name, that a model can run in."""
+        index = self._weight_index()
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("dtype"), str):
+            return metadata["dtype"]
+        files = index.get("weight_map")
+        names = sorted(set(files.values())) if isinstance(files, dict) else []
+        paths = [self.folder / str(name) for name in names] or self.weight_files
+        entries = read_header(paths[0]) if paths else {}
+        for name in sorted(entries):
+            if (dtype := RUNNING_DTYPES.get(entries[name].dtype)) is not None:
+                return dtype
+        return "float32"
+
+    def _weight_index(self) -> dict[str, Any]:
+        """The index of a checkpoint in several files; empty for one in a single file."""
+        path = self.folder / "model.safetensors.index.json"
+        if not path.is_file() or (self.folder / "model.safetensors").exists():
+            return {}
+        try:
+            value = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from None
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files of the folder, by name."""
+        return sorted(self.folder.glob("*.safetensors"))
 
     @property
     def context(self) -> int | None:
         """Longest context of the model, if its configuration says so."""
         for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
             if isinstance(value := self.constant(name), int) and value > 0:
-                return value
+                return max(1, value - self._reserved_positions())
         return None
+
+    def _reserved_positions(self) -> int:
+        """Rows of the position embedding that no token of a text gets.
+
+        Models of this family count positions from the padding token's number on.
+        """
+        if self.config.get("model_type") not in POSITIONS_AFTER_PADDING:
+            return 0
+        padding = self.constant("pad_token_id")
+        return 2 if padding is None else int(padding) + 1
 
     @cached_property
     def identity(self) -> ModelIdentity:
         """Content hashes; the folder's name and place do not matter."""
-        weights = sorted(self.folder.glob("*.safetensors"))
+        weights = self.weight_files
         if not weights:
             raise ModelError(
                 f"{self.folder} holds no *.safetensors weights; pickled weights are not read, "
                 "save the model with save_pretrained(..., safe_serialization=True)"
             )
+        for path in weights:
+            read_header(path)  # a file that is no safetensors file is refused before it is hashed
         hashes = known_digests(weights)
         config = {k: v for k, v in self.config.items() if k not in _VOLATILE}
         names = self.config.get("architectures") or [self.config.get("model_type", "unknown")]
