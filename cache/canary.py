@@ -13,7 +13,13 @@ from .discover import find_stack
 from .errors import HeadMismatchError, MismatchError, ModelError
 from .head import Head
 from .headprobe import SMALL, probe_head, scaled, verify_head
-from .independence import Independence, lowest_dtype, measure_independence
+from .independence import (
+    Independence,
+    lowest_dtype,
+    measure_independence,
+    refuse_difference,
+    row_change,
+)
 from .logits import RECOMPUTE, check_size
 from .logitserror import LogitsErrors, measure
 from .manifest import SHORT_ID
@@ -26,6 +32,8 @@ from .tokens import TokenStream
 
 ROWS = 4
 LENGTH = 48
+FIRST = 8
+"""Tokens that a model reads before all others, and again at the end."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,12 @@ def examine(
     device = next(model.parameters()).device
     with torch.inference_mode(), _memory(model, int(stream.lengths.max())):
         ids, other, fresh = _batches(stream, model, _vocabulary(model), device)
+        first = _logits_or_none(model, fresh[:1, :FIRST])
         stack = find_stack(model, ids, other)
         head, tensors, error = find_head(stack, ids, other, fresh)
         check_size(logits, head.vocab)
         independence = measure_independence(stack, stream, fresh, batch_tokens)
+        _check_memory(model, fresh[:1, :FIRST], first)
         ranges = calibrate(stack, stream, device)
         dtypes = {n: choose_dtype(r, compute_dtype, policy) for n, r in enumerate(ranges)}
         return Canary(
@@ -112,6 +122,22 @@ def examine(
             independence,
             dtypes,
         )
+
+
+def _logits_or_none(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor | None:
+    """Logits of a short sequence by a model that has read nothing else; None if it cannot run."""
+    try:
+        logits = getattr(run(model, ids), "logits", None)
+    except Exception:  # said, with the reason, where the stack is looked for
+        return None
+    return logits.clone() if isinstance(logits, torch.Tensor) else None
+
+
+def _check_memory(model: torch.nn.Module, ids: torch.Tensor, first: torch.Tensor | None) -> None:
+    """Refuse a model that gives other logits for `ids` now that it has read longer sequences."""
+    if first is not None:
+        again = logits_of(run(model, ids))
+        refuse_difference(model, ids, row_change(first, again, lowest_dtype(model)))
 
 
 def _memory(model: torch.nn.Module, length: int) -> AbstractContextManager[None]:

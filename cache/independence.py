@@ -93,7 +93,6 @@ def measure_independence(
     dtype, device = lowest_dtype(stack.model), fresh.device
     real = _Sequences(stream, fresh)
     longest = real.longest()
-    _check_runs(stack, longest)
     _check_repeats(stack, longest, fresh[:1], dtype)
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS["cpu" if device.type == "cpu" else "gpu"]
@@ -232,35 +231,41 @@ def _worst(pairs: Iterator[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtyp
     return max(row_change(one, many, dtype) for one, many in pairs)
 
 
-def _check_runs(stack: Stack, longest: torch.Tensor) -> None:
-    """Refuse a model that cannot read as many tokens as its longest sequence has."""
+def _check_repeats(
+    stack: Stack, longest: torch.Tensor, short: torch.Tensor, dtype: torch.dtype
+) -> None:
+    """Refuse a model that gives other residuals for the same tokens, again or after others.
+
+    The shorter one runs first: a model may remember the longest sequence that it has read.
+    """
+    middle = longest[:, : max(1, 3 * longest.shape[1] // 4)]
+    first = [_run_or_refuse(stack, ids) for ids in (middle, longest)]
+    stack.residuals(short)
+    for ids, before in zip((middle, longest), first, strict=True):
+        refuse_difference(stack.model, ids, _worst(_pairs(before, stack.residuals(ids)), dtype))
+
+
+def refuse_difference(model: torch.nn.Module, ids: torch.Tensor, change: float) -> None:
+    """Refuse a model that gave other numbers, by the relative `change`, for the same tokens."""
+    if not change <= REPEAT_TOLERANCE.get(lowest_dtype(model), 1e-5):
+        raise ModelError(
+            f"{type(model).__name__} is not deterministic: run twice on the same {ids.shape[1]} "
+            f"tokens, its residual stream differs by {change:.1e}"
+        )
+
+
+def _run_or_refuse(stack: Stack, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Residuals of `ids`; refuses a model that cannot read as many tokens."""
     try:
-        stack.residuals(longest)
+        return stack.residuals(ids)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{type(stack.model).__name__} cannot run on a sequence of {longest.shape[1]} tokens "
+            f"{type(stack.model).__name__} cannot run on a sequence of {ids.shape[1]} tokens "
             f"({reason}); extract with a shorter --context"
         ) from None
-
-
-def _check_repeats(
-    stack: Stack, longest: torch.Tensor, short: torch.Tensor, dtype: torch.dtype
-) -> None:
-    """Refuse a model that gives other residuals for the same tokens, again or after others."""
-    limit = REPEAT_TOLERANCE.get(dtype, 1e-5)
-    middle = longest[:, : max(1, 3 * longest.shape[1] // 4)]
-    for ids, between in ((longest, short), (middle, longest)):
-        first = stack.residuals(ids)
-        stack.residuals(between)
-        worst = _worst(_pairs(first, stack.residuals(ids)), dtype)
-        if not worst <= limit:
-            raise ModelError(
-                f"{type(stack.model).__name__} is not deterministic: run twice on the same "
-                f"{ids.shape[1]} tokens, its residual stream differs by {worst:.1e}"
-            )
 
 
 def _batch_error(stack: Stack, ids: torch.Tensor, dtype: torch.dtype) -> float:
