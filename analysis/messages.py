@@ -28,6 +28,11 @@ def extracted(value: dict[str, Any]) -> None:
             "so that intervals are too narrow"
         )
     _tell_reading(value["reading"])
+    if value["quarantined"]:
+        print(
+            f"  {value['quarantined']:,} sequences have values that are not finite, or too large "
+            "for their stored dtype (--dtype); they are left out of all splits"
+        )
     if value["complete"]:
         print(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
     else:
@@ -129,6 +134,7 @@ def details(value: dict[str, Any]) -> None:
         ),
         ("stored KL", f"{canary['stored_kl']:.1e} nats per position, layer L as stored"),
         ("padding", f"{canary['padding_error']:.1e} largest change of a residual by padding"),
+        ("batches", "one sequence alone" if value["alone"] else "of several sequences"),
         ("causal", "yes" if canary["causal"] else "NO: later tokens change earlier residuals"),
     ]
     width = max(len(name) for name, _ in rows)

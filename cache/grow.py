@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -90,18 +91,19 @@ def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]
 
 
 def add_tokens(
-    cache: ActivationCache, tokens: TokenIdentity, stream: TokenStream, layout: Layout
-) -> Path:
+    cache: ActivationCache, tokens: TokenIdentity, stream: TokenStream, layout: Layout,
+    extra: dict[str, Any] | None = None,
+) -> Path:  # fmt: skip
     """A cache of `stream`, which begins with all sequences of `cache`; full parts are linked.
 
     `cache` must be complete in its layers, and parts are linked only if they have the `layout` of
-    its own. The rest is left to `fill`.
+    its own. The rest is left to `fill`. `extra` replaces keys of the manifest's `extra`.
     """
     old = cache.manifest
     manifest = Manifest(
         old.model, tokens, old.capture, layout, old.d_model, old.vocab, old.depth,
-        old.batch_tokens, old.model_name, old.data_name, {**old.extra, EXTENDS: cache.id},
-        old.format,
+        old.batch_tokens, old.model_name, old.data_name,
+        {**old.extra, **(extra or {}), EXTENDS: cache.id}, old.format,
     )  # fmt: skip
     dtypes = {layer: cache.layer(layer).layout.logical_dtype for layer in cache.layers}
     kept = [n for n in ("logits/full", "logits/values") if n in cache.logits_names]

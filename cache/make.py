@@ -15,7 +15,7 @@ from .create import create_cache
 from .errors import UsageError
 from .layout import STORED_DTYPES, Layout
 from .logits import LogitsArray, arrays_of
-from .manifest import CODEC, Manifest
+from .manifest import ALONE, BATCH, CODEC, Manifest
 from .oom import choose_batch_tokens, memory_errors
 from .origin import public_name, write_origin
 from .replay import record
@@ -47,13 +47,23 @@ def load(request: Request, source: ModelSource) -> "torch.nn.Module":
         return load_model(source, device, request.attention, request.trust_remote_code)
 
 
+def with_loaded_dtype(source: ModelSource, model: "torch.nn.Module") -> ModelSource:
+    """`source` with the dtype that `model`, loaded from it, really runs in."""
+    from .independence import lowest_dtype
+
+    dtype = str(lowest_dtype(model)).removeprefix("torch.")
+    return source if dtype == source.compute_dtype else replace(source, loaded_dtype=dtype)
+
+
 def examine_model(
     request: Request, source: ModelSource, model: "torch.nn.Module", stream: TokenStream
 ) -> "Canary":
     """What a few sequences show of the model, with the dtypes of the layers that are kept."""
     from .canary import examine
 
-    canary = examine(model, stream, source.compute_dtype, request.dtype, request.logits)
+    canary = examine(
+        model, stream, source.compute_dtype, request.dtype, request.logits, request.batch_tokens
+    )
     kept = kept_layers(request.layers, canary.stack.depth)
     canary = replace(canary, dtypes={layer: canary.dtypes[layer] for layer in kept})
     if request.codec == "raw":
@@ -159,6 +169,7 @@ def make_cache(
             "pad": canary.pad,
             "causal": canary.causal,
             "embedding": canary.embedding,
+            **({BATCH: ALONE} if canary.alone else {}),
             # Left out where it is raw, as it was before there was a choice.
             **({} if request.codec == "raw" else {CODEC: request.codec}),
         },
@@ -216,6 +227,8 @@ def _provenance(model: "torch.nn.Module", canary: dict[str, object]) -> dict[str
         "canary": canary,
         "device": str(next(model.parameters()).device),
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        # Tensors that the checkpoint lacks and the class computes, and those that no module reads.
+        "checkpoint": getattr(model, "checkpoint_notes", None),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

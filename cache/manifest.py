@@ -16,6 +16,9 @@ CODEC = "codec"
 """Key of `extra`; absent where nothing is compressed."""
 DOCUMENT, SEQUENCE = "document", "sequence"
 """What a split holds as a whole."""
+BATCH = "batch"
+"""Key of `extra`; absent where sequences share a batch, `ALONE` where each runs by itself."""
+ALONE = "alone"
 SHORT_ID = 12
 """Characters of an id that are shown to people."""
 
@@ -121,6 +124,16 @@ class Manifest:
     def codec(self) -> str:
         """How the shards of the parts are kept, one of `codec.CODECS`; no part of the identity."""
         return self.extra.get(CODEC, "raw")
+
+    @property
+    def pad(self) -> bool:
+        """Whether sequences of different lengths share a batch; no part of the identity."""
+        return bool(self.extra.get("pad", True))
+
+    @property
+    def alone(self) -> bool:
+        """Whether each sequence runs through the model alone; no part of the identity."""
+        return self.extra.get(BATCH) == ALONE
 
     @property
     def identity(self) -> dict[str, Any]:

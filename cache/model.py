@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError
 from .oom import is_out_of_memory
+from .safetensors_header import read_header
 from .source import ModelSource
 from .tokenizer import read_tokenizer_file
+from .weights import compare_with_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -38,29 +40,42 @@ def load_model(
     """The model in eval mode, without gradients, in the dtype of its checkpoint.
 
     Only safetensors are read. Code that comes with a model runs only if `trust_remote_code`.
+    Raises `ModelError` where a file cannot be read, or the checkpoint does not fill the model;
+    what it holds besides is in the attribute `checkpoint_notes` of the model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    for path in source.weight_files:
+        read_header(path)
+    auto: Any = AutoModelForCausalLM
     kwargs: dict[str, Any] = {} if attention == "default" else {"attn_implementation": attention}
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            module, info = auto.from_pretrained(
                 source.folder,
                 dtype="auto",
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **kwargs,
             )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (
+        OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError,
+        SafetensorError,
+    ) as error:  # fmt: skip
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{source.name} cannot be loaded as a causal language model: {reason}"
         ) from None
-    module: Any = model
-    return module.to(device).eval().requires_grad_(False)
+    notes = compare_with_checkpoint(module, info, source.name)
+    module = module.to(device).eval().requires_grad_(False)
+    module.checkpoint_notes = notes
+    return module
 
 
 PROBES = (

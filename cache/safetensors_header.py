@@ -28,6 +28,10 @@ FLOATING_DTYPES = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2",
 }  # fmt: skip
 """The format's name -> torch's name of floating-point dtypes."""
+RUNNING_DTYPES = {
+    name: dtype for name, dtype in FLOATING_DTYPES.items() if name in ("F64", "F32", "F16", "BF16")
+}
+"""Those that a whole model can run in; others are unpacked first."""
 _LFS_POINTER = b"version https://git-lfs"
 
 

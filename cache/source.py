@@ -5,6 +5,7 @@ a cache that exists is answered fast.
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from .digests import known_digests, known_tensor_digests
 from .errors import ModelError
 from .jsonfile import digest, file_digest
 from .manifest import ModelIdentity
+from .safetensors_header import RUNNING_DTYPES, read_header
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The weights of a folder: one file, else those that the index names."""
+POSITIONS_AFTER_PADDING = frozenset(
+    "roberta camembert xlm-roberta xlm-roberta-xl roberta-prelayernorm data2vec-text xmod "
+    "longformer ibert".split()
+)
+"""Model types whose first token has position `pad_token_id` + 1."""
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 
@@ -36,6 +43,8 @@ class ModelSource:
     """Commit of the hub repository."""
     trust_remote_code: bool = False
     """Whether code that comes with the model runs."""
+    loaded_dtype: str | None = None
+    """dtype that the loaded model was found to run in; None before it is loaded."""
 
     @classmethod
     def locate(
@@ -88,19 +97,58 @@ class ModelSource:
         """A value of the configuration, also from the text part of a composite model."""
         return self.config.get(name, (self.config.get("text_config") or {}).get(name))
 
-    @property
+    @cached_property
     def compute_dtype(self) -> str:
-        """dtype of the checkpoint, in which the model runs."""
-        found = self.constant("dtype") or self.constant("torch_dtype") or "float32"
-        return str(found).removeprefix("torch.")
+        """dtype in which the model runs: the loaded one's, else as transformers' `auto` takes it.
+
+        That is the configuration's, else the index's, else the first floating-point tensor's.
+        """
+        if self.loaded_dtype is not None:
+            return self.loaded_dtype
+        found = self.constant("dtype") or self.constant("torch_dtype")
+        found = found.get("") if isinstance(found, dict) else found
+        return str(found or self._checkpoint_dtype()).removeprefix("torch.")
+
+    def _checkpoint_dtype(self) -> str:
+        """dtype of the first tensor of the first file, by name, that a model can run in."""
+        index = self._weight_index()
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("dtype"), str):
+            return metadata["dtype"]
+        entries = read_header(self.weight_files[0])
+        for name in sorted(entries):
+            if (dtype := RUNNING_DTYPES.get(entries[name].dtype)) is not None:
+                return dtype
+        return "float32"
+
+    def _weight_index(self) -> dict[str, Any]:
+        """The index of a checkpoint in several files; empty for one in a single file."""
+        path = self.folder / INDEX
+        if not path.is_file() or os.path.lexists(self.folder / WEIGHTS):
+            return {}
+        try:
+            value = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from None
+        return value if isinstance(value, dict) else {}
 
     @property
     def context(self) -> int | None:
         """Longest context of the model, if its configuration says so."""
         for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
             if isinstance(value := self.constant(name), int) and value > 0:
-                return value
+                return max(1, value - self._reserved_positions())
         return None
+
+    def _reserved_positions(self) -> int:
+        """Rows of the position embedding that no token of a text gets.
+
+        Models of this family count positions from the padding token's number on.
+        """
+        if self.config.get("model_type") not in POSITIONS_AFTER_PADDING:
+            return 0
+        padding = self.constant("pad_token_id")
+        return 2 if padding is None else int(padding) + 1
 
     @cached_property
     def identity(self) -> ModelIdentity:
@@ -126,12 +174,12 @@ class ModelSource:
             )
         name = self.config.get("transformers_weights")
         if name is None:
-            name = WEIGHTS if (self.folder / WEIGHTS).exists() else INDEX
+            name = WEIGHTS if os.path.lexists(self.folder / WEIGHTS) else INDEX
         names = [str(name)]
         if names[0].endswith(".index.json") and (self.folder / names[0]).is_file():
             names = self._indexed(self.folder / names[0])
         for name in names:
-            if not name.endswith(".safetensors") or not (self.folder / name).is_file():
+            if not name.endswith(".safetensors") or not os.path.lexists(self.folder / name):
                 found = "is missing" if name.endswith(".safetensors") else "is not read"
                 where = self.folder / (WEIGHTS if name == INDEX else name)
                 raise ModelError(
