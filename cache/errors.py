@@ -13,7 +13,8 @@
     ├── NoSpaceError             5   (also OSError) the disk is, or would be, full
     └── Interrupted             130   stopped by the user; the work done so far is kept
 
-A message says what was expected, what was found and what to do.
+A message says what was expected, what was found and what to do. What is no error, but changes
+what a result means, is a `ResiduaWarning`; the command line prints it as `Warning: ...`.
 """
 
 
@@ -75,3 +76,7 @@ class Interrupted(ResiduaError):
     """The user stopped the work; what is committed is kept and the same command goes on."""
 
     exit_code = 130
+
+
+class ResiduaWarning(UserWarning):
+    """A result is not what its name promises: a measure is undefined, a fit is not validated."""

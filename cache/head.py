@@ -202,7 +202,8 @@ class TorchHead:
         self.bias = move(head.bias)
 
     def normalize(self, hidden: "torch.Tensor") -> "torch.Tensor":
-        """The final norm with its gain and bias; `(..., d_model)`."""
+        """The final norm with its gain and bias of rows of any dtype; `(..., d_model)` float32."""
+        hidden = hidden.float()
         if self.head.norm == "layernorm":
             hidden = hidden - hidden.mean(-1, keepdim=True)
         if self.head.norm != "none":
