@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from html import escape as escape_html
 from typing import TYPE_CHECKING, Any
 
+from ..cache.jsonfile import plain
 from .evaluate import Evaluation
 from .heatmap import Heatmap
 from .metrics import Row
@@ -16,6 +17,7 @@ from .plots import (
     base,
     caption,
     color,
+    drawn,
     heatmap_title,
     label,
     measure_title,
@@ -137,7 +139,7 @@ def _level(row: Row, measure: str, layers: Sequence[int]) -> "Scatter":
     """A dashed line for a probe that reads no layer."""
     from plotly.graph_objects import Scatter
 
-    value = getattr(row, measure)
+    value = plain(getattr(row, measure))
     return Scatter(
         x=list(layers),
         y=[value] * len(layers),
@@ -158,7 +160,7 @@ def _line(rows: list[Row], measure: str, floor: float) -> "list[Scatter]":
     common = {"name": escape(label(probe)), "legendgroup": probe}
     line = Scatter(
         x=layers,
-        y=[max(getattr(row, measure), floor) for row in rows],
+        y=plain([drawn(row, measure, floor) for row in rows]),
         mode="lines+markers",
         line={"color": color(probe), "dash": stroke(probe)[1], "width": 2},
         marker={"symbol": SYMBOLS.get(base(probe), "cross"), "size": 7},
@@ -185,7 +187,11 @@ def _line(rows: list[Row], measure: str, floor: float) -> "list[Scatter]":
 
 
 def _hover(row: Row, measure: str) -> str:
-    value = f"{getattr(row, measure):.4g}" + (" nats" if measure == "kl" else "")
+    number = getattr(row, measure)
+    if number is None:
+        value = f"undefined at {row.n_undefined:,} pairs"
+    else:
+        value = f"{number:.4g}" + (" nats" if measure == "kl" else "")
     band = band_of(row, measure)
     interval = f"<br>95 % interval {band[0]:.4g} to {band[1]:.4g}" if band else ""
     layer = "any layer" if row.layer is None else f"layer {row.layer}"
@@ -201,7 +207,7 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
     tokens, layers = range(len(heatmap.tokens)), range(len(heatmap.layers))
     figure = Figure(
         Cells(
-            z=heatmap.probability[:, :, 0].tolist(),
+            z=plain(heatmap.probability[:, :, 0]),
             text=[[escape(short(heatmap.top[la][t][0], 7)) for t in tokens] for la in layers],
             texttemplate="%{text}",
             textfont={"size": 9.5},

@@ -82,6 +82,21 @@ class Row:
         return plain(asdict(self))
 
 
+def ascending_kl(row: Row) -> float:
+    """Key that sorts rows by KL, undefined ones last."""
+    return math.inf if row.kl is None else row.kl
+
+
+def precision(row: Row) -> float:
+    """Key that sorts rows by precision@1, undefined ones below every number."""
+    return -1.0 if row.precision_at_1 is None else row.precision_at_1
+
+
+def shown(value: float | None, digits: int) -> str:
+    """A measure for people: `1.234`, `inf`, or `undefined`."""
+    return "undefined" if value is None else f"{value:.{digits}f}"
+
+
 @dataclass(frozen=True)
 class Reference:
     """The model's distribution at target positions, computed once and shared by all probes."""

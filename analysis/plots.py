@@ -109,8 +109,14 @@ def short(token: str, letters: int = CELL_LETTERS) -> str:
 
 def needs_log(rows: Sequence[Row]) -> bool:
     """True if the KL of `rows` spans more than 1.5 decades above the floor."""
-    values = [max(row.kl, KL_FLOOR) for row in rows if math.isfinite(row.kl)]
+    values = [max(row.kl, KL_FLOOR) for row in rows if row.kl is not None and row.kl < math.inf]
     return bool(values) and max(values) / min(values) > 10**1.5
+
+
+def drawn(row: Row, measure: str, floor: float = 0.0) -> float:
+    """Value of a measure in a picture; NaN, which leaves a gap, if undefined or infinite."""
+    value: float | None = getattr(row, measure)
+    return math.nan if value is None or not math.isfinite(value) else max(value, floor)
 
 
 def band_of(row: Row, measure: str) -> tuple[float, float] | None:
@@ -157,7 +163,7 @@ def _panel(axes: "Axes", evaluation: Evaluation, measure: str, offset: int) -> N
     for probe in evaluation.probes:
         rows = evaluation.select(probe, offset)
         if rows and rows[0].layer is None:
-            level = getattr(rows[0], measure)
+            level = drawn(rows[0], measure)
             axes.axhline(level, color=color(probe), linestyle="--", label=label(probe))
         elif rows:
             _line(axes, rows, measure, KL_FLOOR if log else 0.0)
@@ -181,7 +187,7 @@ def _line(axes: "Axes", rows: list[Row], measure: str, floor: float) -> None:
         "label": label(probe),
         "linestyle": stroke(probe)[0],
     }
-    values = [max(getattr(row, measure), floor) for row in rows]
+    values = [drawn(row, measure, floor) for row in rows]
     axes.plot(layers, values, marker=marker, markersize=4, linewidth=1.6, **style)
     bands = [band_of(row, measure) for row in rows]
     if all(bands):

@@ -4,6 +4,7 @@
     ├── UsageError               2   (also ValueError) a request that cannot be right
     │   ├── DataError            2   texts that cannot be read or are empty
     │   ├── ModelError           2   a model that cannot be loaded or captured
+    │   ├── InputTypeError       2   (also TypeError) rows or labels of a type that is not read
     │   └── NotFoundError        2   (also FileNotFoundError) no such cache, probe, layer
     ├── MismatchError            3   two things that do not belong together
     │   └── HeadMismatchError    3   the stored head does not give the model's logits
@@ -36,6 +37,10 @@ class DataError(UsageError):
 
 class ModelError(UsageError):
     """The model cannot be loaded, or its residual stream or head cannot be captured."""
+
+
+class InputTypeError(UsageError, TypeError):
+    """Rows, labels or numbers are of a type that cannot be read."""
 
 
 class NotFoundError(UsageError, FileNotFoundError):

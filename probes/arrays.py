@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cache.errors import ResiduaWarning, UsageError
+from ..cache.errors import InputTypeError, ResiduaWarning, UsageError
 from ..cache.numbers import span
 
 NUMBERS = "biuf"
@@ -29,7 +29,7 @@ def numbers(value: Any, name: str = "numbers") -> tuple[int, ...]:
             raise TypeError
         return tuple(operator.index(item) for item in given)
     except TypeError:
-        raise UsageError(
+        raise InputTypeError(
             f"{name} must be a whole number or several, such as 3 or [0, 3], not {value!r}"
         ) from None
 
@@ -54,7 +54,7 @@ def as_array(values: Any, name: str, known: bool = True, kinds: str = NUMBERS) -
     if is_dask(values):
         return _checked_dask(values, name, known, kinds)
     if hasattr(values, "__dask_graph__"):
-        raise UsageError(
+        raise InputTypeError(
             f"{name} is a {_type_name(values)}; give a dask array: "
             f"{name}.to_dask_array(lengths=True) of a dask frame, {name}.data of an xarray"
         )
@@ -62,29 +62,29 @@ def as_array(values: Any, name: str, known: bool = True, kinds: str = NUMBERS) -
         values = _of_torch(values)
     if isinstance(values, np.ma.MaskedArray):
         if np.ma.is_masked(values):
-            raise UsageError(f"{name} has masked values: {_unmask(name)}")
+            raise InputTypeError(f"{name} has masked values: {_unmask(name)}")
         values = np.ma.getdata(values)
     if isinstance(values, np.ndarray):
         values = _widened(values)
         # scikit-learn tries to read objects as numbers, and has its own message for complex ones.
         if values.dtype.kind not in f"{kinds}Oc":
-            raise UsageError(_dtype_message(name, values.dtype, kinds))
+            raise InputTypeError(_dtype_message(name, values.dtype, kinds))
     return values
 
 
 def _checked_dask(values: Any, name: str, known: bool, kinds: str) -> Any:
     meta = values._meta
     if isinstance(meta, np.ma.MaskedArray):
-        raise UsageError(f"{name} is a dask array of masked blocks: {_unmask(name)}")
+        raise InputTypeError(f"{name} is a dask array of masked blocks: {_unmask(name)}")
     if not isinstance(meta, np.ndarray):
-        raise UsageError(
+        raise InputTypeError(
             f"{name} is a dask array of {_type_name(meta)}; its blocks must be numpy arrays: "
             f"{name}.map_blocks(np.asarray)"
         )
     if values.dtype.kind == "V":
         values = values.map_blocks(_widened, dtype=np.float32)
     if values.dtype.kind not in kinds:
-        raise UsageError(_dtype_message(name, values.dtype, kinds))
+        raise InputTypeError(_dtype_message(name, values.dtype, kinds))
     if known and np.isnan(values.shape).any():
         raise UsageError(
             f"{name} has chunks of unknown size, shape {values.shape}: call "
@@ -96,7 +96,9 @@ def _checked_dask(values: Any, name: str, known: bool, kinds: str) -> Any:
 def _of_torch(values: Any) -> np.ndarray:
     values = values.detach().cpu()
     # numpy has no bfloat16.
-    return (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
+    return (
+        values.float() if values.is_floating_point() and values.itemsize < 4 else values
+    ).numpy()
 
 
 def _widened(values: np.ndarray) -> np.ndarray:
@@ -126,7 +128,9 @@ def validated(estimator: Any, *arrays: Any, **options: Any) -> Any:
 
     try:
         return validate_data(estimator, *arrays, **options)
-    except (ValueError, TypeError) as error:
+    except TypeError as error:
+        raise InputTypeError(str(error)) from None
+    except ValueError as error:
         raise UsageError(str(error)) from None
 
 
@@ -136,7 +140,7 @@ def check_labels(classes: np.ndarray) -> np.ndarray:
         raise UsageError("labels y must be finite; leave out the rows without a label")
     kept = all(isinstance(label, str | int | float | bool) for label in classes.tolist())
     if classes.dtype.kind not in f"{LABELS}O" or not kept:
-        raise UsageError(
+        raise InputTypeError(
             f"labels y must be numbers or strings, not {classes.dtype}; convert them, for example "
             "with y.astype(str)"
         )

@@ -28,9 +28,9 @@ class TunedLens(Params):
     whichever is better on the validation split, by `steps` steps of `batch` positions along the
     natural gradient, damped by `damping` of its mean curvature. `lr` is a share of the full step;
     None: the best of a short sweep. The best translator found on the validation split is kept, so
-    that none is worse there than the logit lens; at an offset that the validation split has no pair
-    of, it is fitted unvalidated, with a `ResiduaWarning`. `layers` defaults to all. At offset 0 the last
-    layer is the model itself: its translator is the identity.
+    that none is worse there than the logit lens; where that split has no pair at an offset,
+    translators are fitted unvalidated, with a `ResiduaWarning`. `layers` defaults to all. At offset
+    0 the last layer is the model itself: its translator is the identity.
     Memory: that of the moments of as many layers and offsets as `memory` in `fit` has room for.
     """
 

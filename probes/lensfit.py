@@ -118,6 +118,7 @@ class Track:
 
         fit = LensFit(Inputs(**part("inputs.")), damping)
         fit.restore(part("fit."))
+
         def read(kl: float | None) -> float:
             return math.inf if kl is None else kl
 

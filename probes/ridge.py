@@ -131,7 +131,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
                     self, X, y, multi_output=True, y_numeric=True, dtype=(np.float64, np.float32)
                 )
             except UsageError as error:
-                raise UsageError(
+                raise type(error)(
                     f"{error}\nfit takes a cache, or two arrays: rows X (n, d_in) and targets y"
                 ) from None
         check_rows(X, y, self.folds)
@@ -383,7 +383,6 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             found = AffineMap(weight, bias)
             probe._keep(pair, RidgeFit(found, row["alpha"], alphas, path, r2, row["n"]))
         return probe
-
 
 
 def _same_length(y: Any, predicted: Any) -> bool:
