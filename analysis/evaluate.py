@@ -10,8 +10,7 @@ import numpy as np
 
 from ..cache.errors import MismatchError, NotFoundError, ResiduaWarning, UsageError
 from ..cache.head import TorchHead
-from ..cache.numbers import span
-from ..probes.arrays import numbers
+from ..cache.numbers import number, numbers, span
 from ..probes.bigram import Bigram
 from ..probes.counts import Counted
 from ..probes.readout import Batch, LogitLens, Readout
@@ -138,7 +137,7 @@ def evaluate(
     """
     import torch
 
-    (max_positions,), (seed,) = numbers(max_positions, "max_positions"), numbers(seed, "seed")
+    max_positions, seed = number(max_positions, "max_positions"), number(seed, "seed")
     given = list(probes) if isinstance(probes, Iterable) else [probes]
     for probe in given:
         check_for(probe, cache, force)
@@ -311,10 +310,10 @@ def _check_asked(
     for what, part, asked in (("layer", 0, layers), ("offset", 1, offsets)):
         known = {name: {pair[part] for pair in p.pairs()} - {None} for name, p in named.items()}
         known = {name: found for name, found in known.items() if found}
-        for number in (asked or ()) if known else ():
-            if not any(number in found for found in known.values()):
+        for wanted in (asked or ()) if known else ():
+            if not any(wanted in found for found in known.values()):
                 said = "; ".join(f"{name} has {_has(named[name])}" for name in known)
-                raise NotFoundError(f"no probe was fitted for {what} {number}: {said}")
+                raise NotFoundError(f"no probe was fitted for {what} {wanted}: {said}")
         for name, found in known.items():
             if lacking := sorted(set(asked or ()) - found):
                 notes.append(f"{name} was not fitted for {what} {span(lacking)}: no row there")

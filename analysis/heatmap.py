@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache.errors import NotFoundError, UsageError
-from ..cache.numbers import span
-from ..probes.arrays import numbers
+from ..cache.numbers import number, span
 from ..probes.readout import Batch, LogitLens, Readout
 from ..probes.save import check_for
 from .metrics import Reference, divergences, first_max, is_distribution
@@ -125,7 +124,8 @@ def heatmap(
     """
     import torch
 
-    (offset,), (start,), (width,) = numbers(offset), numbers(start), numbers(width)
+    offset, start = number(offset, "offset"), number(start, "start")
+    width = number(width, "width")
     readout = readout or LogitLens.of(cache, (offset,))
     check_for(readout, cache, force)
     layers = _layers_of(readout, offset)
@@ -135,7 +135,7 @@ def heatmap(
         raise NotFoundError(f"the {readout.kind} readout reads no layer at offset {offset}: {says}")
     if sequence is None:
         sequence = _passage(cache, split, start + width + offset)
-    (sequence,) = numbers(sequence)
+    sequence = number(sequence, "sequence")
     first, count = _place(cache, sequence, start, width, offset)
     with torch.inference_mode():
         cells = _Cells(cache, first, count, offset, readout)

@@ -1,8 +1,6 @@
-"""Rows, labels and numbers as users give them: taken as plain arrays and ints, or refused."""
+"""Rows and labels as users give them: taken as plain arrays, or refused with what to do."""
 
-import operator
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,29 +12,6 @@ NUMBERS = "biuf"
 """Kinds of numpy dtypes that rows may have: bool, signed, unsigned, floating."""
 LABELS = "biufU"
 """Kinds of numpy dtypes that labels may have: those of rows, and strings."""
-
-
-def numbers(value: Any, name: str = "numbers") -> tuple[int, ...]:
-    """A tuple of ints of one whole number or several, Python's or numpy's.
-
-    Raises `UsageError` for anything else: a fraction, a mask, a string. `name` is the parameter's.
-    """
-    try:
-        if isinstance(value, str | bytes):
-            raise TypeError
-        given = [value] if not is_several(value) else list(value)
-        if any(isinstance(item, bool | np.bool_) for item in given):
-            raise TypeError
-        return tuple(operator.index(item) for item in given)
-    except TypeError:
-        raise InputTypeError(
-            f"{name} must be a whole number or several, such as 3 or [0, 3], not {value!r}"
-        ) from None
-
-
-def is_several(value: Any) -> bool:
-    """Whether `value` is a list of numbers, of whatever type, and no single one."""
-    return np.ndim(value) > 0 if isinstance(value, np.ndarray) else isinstance(value, Iterable)
 
 
 def is_dask(values: Any) -> bool:

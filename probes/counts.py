@@ -7,7 +7,7 @@ import numpy as np
 
 from ..cache.cluster import results, threads_of
 from ..cache.errors import NotFoundError, UsageError
-from .arrays import numbers
+from ..cache.numbers import numbers
 from .params import Params
 
 if TYPE_CHECKING:

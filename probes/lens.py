@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache.errors import NotFoundError, ResiduaWarning, UsageError
+from ..cache.numbers import number, numbers
 from ..cache.store import ActivationCache
-from .arrays import as_array, numbers, warn_unvalidated
+from .arrays import as_array, warn_unvalidated
 from .params import Params
 from .readout import Batch, Pair
 from .save import check_finite
@@ -77,8 +78,8 @@ class TunedLens(Params):
         if not isinstance(X, ActivationCache):
             raise UsageError("a tuned lens is fitted on a cache: it needs the head beside the rows")
         lr = None if self.lr is None else float(self.lr)
-        (steps,), (batch,), (seed,) = (
-            numbers(getattr(self, name), name) for name in ("steps", "batch", "seed")
+        steps, batch, seed = (
+            number(getattr(self, name), name) for name in ("steps", "batch", "seed")
         )
         settings = Settings(lr, steps, batch, float(self.damping), seed)
         layers = X.layers if self.layers is None else numbers(self.layers, "layers")

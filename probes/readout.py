@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..cache.head import TorchHead
-from .arrays import numbers
+from ..cache.numbers import numbers
 
 if TYPE_CHECKING:
     import torch

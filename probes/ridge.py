@@ -9,8 +9,9 @@ import numpy as np
 
 from ..cache.errors import NotFoundError, UsageError
 from ..cache.jsonfile import plain
+from ..cache.numbers import is_several, number, numbers
 from ..cache.store import ActivationCache
-from .arrays import as_array, is_dask, is_several, numbers, validated
+from .arrays import as_array, is_dask, validated
 from .collect import Progress, check_rows, collect, collect_rows, cores, one_blas_thread
 from .estimator import (
     BaseEstimator,
@@ -91,8 +92,8 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             layers = None if self.layers is None else numbers(self.layers, "layers")
             targets = None if self.target is None else numbers(self.target, "target")
             request = Request.of(
-                X, layers, numbers(self.offset, "offset"), targets, folds=int(self.folds),
-                products=self.products,
+                X, layers, numbers(self.offset, "offset"), targets,
+                folds=number(self.folds, "folds"), products=self.products,
             )  # fmt: skip
             keep = None if keep is None else bool(keep)
             account = Account()
@@ -114,7 +115,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             numbers(given)[0] if given is not None else 0
             for given in (self.layers, self.offset, self.target)
         )
-        folds = collect_rows(X, y, int(self.folds), self.products, client)
+        folds = collect_rows(X, y, number(self.folds, "folds"), self.products, client)
         self._fit_all([MomentSet({pair: folds})], None)  # pyright: ignore[reportArgumentType]
         self._is_flat = flat
         found = self.map()

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from ..cache.errors import NotFoundError, UsageError
+from ..cache.jsonfile import plain as plain_json
+from ..cache.numbers import numbers
 from ..cache.store import ActivationCache
 from .arrays import (
     LABELS,
     as_array,
     check_labels,
     is_dask,
-    numbers,
     validated,
     warn_unvalidated,
 )
@@ -111,7 +112,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         on from it to the same result; it is removed at the end.
         """
         job = self._job(X, y)
-        rate = job.form.rate if self.lr is None else self.lr
+        rate = job.form.rate if self.lr is None else float(self.lr)
         kept = None
         if checkpoint is not None:
             identity = {**job.identity, "kind": self.kind, "params": plain(self.get_params())}
@@ -139,7 +140,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         job = self._job(X, y, self._known_classes(classes), partial=not first)
         if first:
             self._clear(job)
-        rate = job.form.rate if self.lr is None else self.lr
+        rate = job.form.rate if self.lr is None else float(self.lr)
         descent = job.descent(job.pairs)
         if not self._trainers:
             known = {pair: fitted.parameters for pair, fitted in self.fitted_.items()}
@@ -166,7 +167,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
     def _job(self, X: Any, y: Any, classes: np.ndarray | None = None, partial: bool = False) -> Job:
         """What is to be fitted; raises `UsageError` for parameters that cannot be right."""
         self._check()
-        options = self.get_params()
+        # Numbers of numpy as Python's: they come back in checkpoints and metrics.
+        options = plain_json(self.get_params())
         offsets = numbers(self.offset, "offset")
         if isinstance(X, ActivationCache):
             layers = X.layers if self.layers is None else numbers(self.layers, "layers")
@@ -202,8 +204,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
             raise UsageError("rank is for form='full'; a map in front of the head has none")
         for name in ("epochs", "batch", "rank", "lr"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} must be more than 0, not {value}")
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"{name} must be more than 0 and finite, not {value}")
         if not 0 <= self.validation < 1:
             raise UsageError(f"validation must be a share from 0 to 1, not {self.validation}")
         offsets = numbers(self.offset, "offset")
