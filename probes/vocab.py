@@ -359,6 +359,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         right = total = 0
         for step in examples.epoch():
             rows, target = step.target(pair[1])
+            if not len(target):
+                continue
             states = step.hidden[pair[0]] if rows is None else step.hidden[pair[0]][rows]
             assert target.token is not None
             right += int((self.predict(states.numpy(), *pair) == target.token.numpy()).sum())
