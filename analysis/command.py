@@ -198,7 +198,8 @@ def _fail(error: ResiduaError, as_json: bool) -> NoReturn:
     message = str(error)
     if as_json:
         kind = type(error).__name__
-        click.echo(json.dumps({"error": kind, "message": message, "exit_code": error.exit_code}))
+        value = {"error": kind, "message": message, "exit_code": error.exit_code}
+        click.echo(json.dumps(value, allow_nan=False))
     else:
         click.echo(f"Error: {message}", err=True)
     sys.exit(error.exit_code)

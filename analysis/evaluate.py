@@ -132,8 +132,9 @@ def evaluate(
     `ResiduaWarning`, and `notes` name the rows.
 
     Raises `UsageError` if the split is empty or holds no pair, `where` is no such mask, or a probe
-    holds NaN or an infinity; `NotFoundError` for a layer that the cache lacks, or an offset or
-    layer that no given probe has; `MismatchError` for a probe of another model, unless `force`.
+    holds NaN or an infinity; `NotFoundError` for a layer that the cache lacks, an offset that no
+    given probe has, or a probe without a pair of those asked for; `MismatchError` for a probe of
+    another model, unless `force`.
     """
     import torch
 
@@ -290,8 +291,9 @@ def _check_asked(
 ) -> tuple[str, ...]:
     """Notes on the probes that lack some of the `layers` and `offsets` asked for.
 
-    Raises `NotFoundError` for one that no probe has, and for a probe that has no pair of them;
-    baselines, which are floors for the others, may have none.
+    Raises `NotFoundError` for an offset that no probe has, and for a probe that has no pair of
+    those asked for. Baselines, which are floors for the others, may have none; at layers that no
+    probe has there is still the logit lens.
     """
     named, notes = _named(probes), []
     for name, probe in named.items():
@@ -307,15 +309,15 @@ def _check_asked(
                 f"{'all' if layers is None else span(layers)}, offsets "
                 f"{'all' if offsets is None else span(offsets)}); it has {_has(probe)}"
             )
-    for what, part, asked in (("layer", 0, layers), ("offset", 1, offsets)):
-        known = {name: {pair[part] for pair in p.pairs()} - {None} for name, p in named.items()}
-        known = {name: found for name, found in known.items() if found}
-        for wanted in (asked or ()) if known else ():
-            if not any(wanted in found for found in known.values()):
-                said = "; ".join(f"{name} has {_has(named[name])}" for name in known)
-                raise NotFoundError(f"no probe was fitted for {what} {wanted}: {said}")
-        for name, found in known.items():
-            if lacking := sorted(set(asked or ()) - found):
+    known = {name: {offset for _, offset in probe.pairs()} for name, probe in named.items()}
+    for offset in (offsets or ()) if named else ():
+        if not any(offset in found for found in known.values()):
+            said = "; ".join(f"{name} has {_has(probe)}" for name, probe in named.items())
+            raise NotFoundError(f"no probe was fitted for offset {offset}: {said}")
+    for name, probe in named.items():
+        read = {layer for layer, _ in probe.pairs() if layer is not None}
+        for what, asked, found in (("layer", layers, read), ("offset", offsets, known[name])):
+            if found and (lacking := sorted(set(asked or ()) - found)):
                 notes.append(f"{name} was not fitted for {what} {span(lacking)}: no row there")
     return tuple(notes)
 

@@ -354,3 +354,15 @@ def test_warnings_of_the_command_line_are_lines(cache, tmp_path, monkeypatch):
     assert value["notes"]
     mine = [row for row in value["rows"] if row["probe"] == "lens"]
     assert {row["kl"] for row in mine} == {row["precision_at_10"] for row in mine} == {None}
+
+
+def test_targets_of_a_model_without_a_distribution_are_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    layers = [rng.normal(size=(400, WIDTH)).astype(np.float32) for _ in range(3)]
+    head = random_head(WIDTH, VOCAB)
+    head.unembedding[3] = 3e38
+    cache = make_cache(tmp_path, layers, [10] * 40, head)
+    for probe in (TunedLens(layers=[1]), *(residua.VocabProbe(layers=[1], loss=loss, lr=0.1)
+                                           for loss in ("model", "kl"))):  # fmt: skip
+        with pytest.raises(UsageError, match=r"own logits are not finite at \d+ of \d+ positions"):
+            probe.fit(cache)
