@@ -12,7 +12,7 @@ from ..cache.numbers import number, span
 from ..probes.readout import Batch, LogitLens, Readout
 from ..probes.save import check_for
 from .metrics import Reference, divergences, first_max, is_distribution
-from .tokentext import token_text
+from .tokentext import byte_text, token_text
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,10 @@ SEARCHED_TOKENS = 512
 """Sequences, and tokens of each, that are searched for a telling passage."""
 WIDTH = 24
 """Tokens of a passage."""
-UNDEFINED = "–"
-"""Stands for the token where logits are no distribution (NaN, +inf)."""
+UNDEFINED = "no token"
+"""Stands for the token where logits are no distribution (NaN, +inf); no label holds a space."""
+JOINERS = "\u200c\u200d"
+"""Invisible letters that shape their neighbours."""
 MOST = 3
 """Most heatmaps that `heatmaps` makes."""
 
@@ -229,7 +231,10 @@ def _passage(cache: "ActivationCache", split: str, tokens: int) -> int:
 
 
 class TokenNames:
-    """Readable names of token ids: `␣` for a space, `\\n` for a line break, `#7` if unknown."""
+    """Readable names of token ids: `␣` for a space, `\\n` for a line break, `#7` if unknown.
+
+    Different texts have different names.
+    """
 
     def __init__(self, cache: "ActivationCache") -> None:
         has = (cache.path / "head" / "tokenizer.json").is_file()
@@ -239,10 +244,29 @@ class TokenNames:
         if token < 0:
             return UNDEFINED
         text = token_text(self.tokenizer, token) if self.tokenizer else None
+        if text is not None and "\ufffd" in text:
+            text = byte_text(self.tokenizer.id_to_token(int(token))) or text
         return f"#{int(token)}" if text is None else visible(text)
 
 
 def visible(text: str) -> str:
-    """Spaces as `␣`, control characters escaped, everything else as it is."""
-    shown = text.replace(" ", "␣")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    """A label that no other text has: spaces as `␣`, what cannot be seen and `\\` escaped.
+
+    Joiners inside a word (U+200C in Persian, U+200D in emoji) stay as they are. Bytes that are no
+    character, see `byte_text`, are `\\<E2>`.
+    """
+    last = len(text) - 1
+    return "".join(
+        letter if letter in JOINERS and 0 < place < last else _visible_letter(letter)
+        for place, letter in enumerate(text)
+    )
+
+
+def _visible_letter(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":
+        return f"\\<{ord(letter) - 0xDC00:02X}>"
+    if letter == " ":
+        return "␣"
+    if letter in "\\␣" or not letter.isprintable():
+        return letter.encode("unicode_escape").decode()
+    return letter
