@@ -10,6 +10,7 @@ import numpy as np
 
 from ..cache.errors import MismatchError, NotFoundError, ResiduaWarning, UsageError
 from ..cache.head import TorchHead
+from ..cache.manifest import SHORT_ID
 from ..cache.numbers import number, numbers, span
 from ..probes.bigram import Bigram
 from ..probes.counts import Counted
@@ -283,7 +284,24 @@ def _plan(
     offsets, layers = tuple(sorted(set(offsets))), tuple(sorted(set(layers)))
     notes = _check_asked(probes, asked_layers, asked_offsets)
     readouts = _named([*_baselines(cache, probes, layers, offsets), *probes])
-    return _Plan(readouts, layers, offsets, notes)
+    return _Plan(readouts, layers, offsets, (*notes, *_who_is_who(readouts)))
+
+
+def _who_is_who(readouts: dict[str, Readout]) -> list[str]:
+    """Says, of kinds of which there are several, which probe each name stands for."""
+    kinds = [readout.kind for readout in readouts.values()]
+    notes = []
+    for name, readout in readouts.items():
+        if kinds.count(readout.kind) > 1:
+            folder = getattr(readout, "folder_", None)
+            cache_id = getattr(readout, "cache_id_", None)
+            told = [
+                " ".join(repr(readout).split()),
+                *([f"of cache {cache_id[:SHORT_ID]}"] if cache_id else []),
+                *([f"in {folder}"] if folder else []),
+            ]
+            notes.append(f"{name} is {' '.join(told)}")
+    return notes
 
 
 def _check_asked(

@@ -14,12 +14,12 @@ from .plots import (
     MEASURES,
     SCALE,
     band_of,
-    base,
     caption,
     color,
     drawn,
     heatmap_title,
     label,
+    marker,
     measure_title,
     needs_log,
     short,
@@ -29,13 +29,6 @@ from .plots import (
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter
 
-SYMBOLS = {
-    "logit": "circle",
-    "ridge": "square",
-    "lens": "triangle-up",
-    "future": "diamond",
-    "vocab": "triangle-down",
-}
 LOG_AXIS: dict[str, Any] = {
     "type": "log",
     "dtick": 1,
@@ -144,7 +137,11 @@ def _level(row: Row, measure: str, layers: Sequence[int]) -> "Scatter":
         x=list(layers),
         y=[value] * len(layers),
         mode="lines",
-        line={"color": color(row.probe), "dash": "dash", "width": 2},
+        line={
+            "color": color(row.probe),
+            "dash": stroke(row.probe, ("--", "dash"))[1],
+            "width": 2,
+        },
         name=escape(label(row.probe)),
         legendgroup=row.probe,
         hovertext=[_hover(row, measure)] * len(layers),
@@ -163,7 +160,7 @@ def _line(rows: list[Row], measure: str, floor: float) -> "list[Scatter]":
         y=plain([drawn(row, measure, floor) for row in rows]),
         mode="lines+markers",
         line={"color": color(probe), "dash": stroke(probe)[1], "width": 2},
-        marker={"symbol": SYMBOLS.get(base(probe), "cross"), "size": 7},
+        marker={"symbol": marker(probe)[1], "size": 7},
         hovertext=[_hover(row, measure) for row in rows],
         hoverinfo="text",
         **common,

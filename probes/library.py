@@ -68,4 +68,6 @@ def load_for(cache: "ActivationCache", path: Path, force: bool = False) -> Any:
         check_for(probe, cache, force)
     except MismatchError as error:
         raise MismatchError(f"{path}: {error}") from None
+    # Tells probes of one kind apart in a report.
+    probe.folder_ = str(path)
     return probe

@@ -1,7 +1,7 @@
 """Claims about what users give to probes: any dtype, any whole number; odd arrays are refused."""
 
 # The parameters say int; what else is taken, and what is refused, is the subject here.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportFunctionMemberAccess=false
 import json
 from collections.abc import Callable
 from pathlib import Path
