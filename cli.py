@@ -510,10 +510,13 @@ def evaluate(
     loaded = [load_for(source, find_probe(name, root), force) for name in probes]
     with meter(quiet) as shown:
         mask = None if where is None else slices.SLICES[where](source)
-        found = measure(source, loaded, where=mask, progress=shown.of("evaluate"), **options)
+        found = measure(
+            source, loaded, where=mask, force=force, progress=shown.of("evaluate"), **options
+        )
     written = write(found, html, png, " ".join(["residua", *sys.argv[1:]]))
     value = {"cache": source.id, "split": options["split"], "where": where,
-             "rows": found.to_dicts(), "buckets": found.bucket_dicts()}  # fmt: skip
+             "rows": found.to_dicts(), "buckets": found.bucket_dicts(),
+             "notes": list(found.notes)}  # fmt: skip
     return {**value, "files": written}, lambda: evaluated(found, written)
 
 

@@ -28,7 +28,10 @@ class BucketRow(Row):
     confidence_to: float
     """Upper end, which belongs to the bucket only if it is 1."""
     share: float
-    """Part of the pairs of the probe, layer and offset that is in the bucket."""
+    """Part of the pairs of the probe, layer and offset that is in the bucket.
+
+    Shares add up to 1 where the model's logits are a distribution at every target.
+    """
 
     @property
     def bucket(self) -> str:
@@ -42,23 +45,29 @@ def bucket_name(low: float, high: float) -> str:
 
 
 def bucket_of(confidence: np.ndarray) -> np.ndarray:
-    """Number of the bucket of each probability, `(n,)` int64; ends are rounded to its dtype."""
+    """Number of the bucket of each probability, `(n,)` int64; ends are rounded to its dtype.
+
+    NaN is in no bucket: its number is `len(BUCKETS)`.
+    """
     inner = np.array(EDGES[1:-1], confidence.dtype)
-    return np.searchsorted(inner, confidence, side="right")
+    found = np.searchsorted(inner, confidence, side="right")
+    return np.where(np.isnan(confidence), len(BUCKETS), found)
 
 
 class Tally:
     """Sums of every key per cell, a sequence and a bucket; only cells that occur take room.
 
-    Each key takes at most `min(4 sequences, positions)` rows of `MetricSums`.
+    Each key takes at most `min(5 sequences, positions)` rows of `MetricSums`: targets without a
+    confidence (see `bucket_of`) have a cell of their own.
     """
 
     def __init__(self, keys: Sequence[Key], sequences: int, positions: int) -> None:
         self.sequences = sequences
-        size = min(sequences * len(BUCKETS), positions)
+        numbers = len(BUCKETS) + 1
+        size = min(sequences * numbers, positions)
         self.sums = {key: MetricSums(size) for key in keys}
         """`(cells, columns)` by key."""
-        self._cell = np.full((sequences, len(BUCKETS)), -1)
+        self._cell = np.full((sequences, numbers), -1)
         self._sequence, self._bucket = np.full(size, -1), np.full(size, -1)
 
     def cells(self, slots: np.ndarray, confidence: np.ndarray) -> np.ndarray:

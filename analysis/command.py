@@ -2,7 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from math import isfinite
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from ..cache.errors import Interrupted, ResiduaError, UsageError
+from ..cache.errors import Interrupted, ResiduaError, ResiduaWarning, UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 JSON = "--json"
@@ -155,18 +157,19 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(root: str | None, as_json: bool, **options: Any) -> None:
         from ..cache.catalog import cache_root
         from ..cache.disk import any_disk_errors, store_errors
+        from ..cache.jsonfile import plain
 
         try:
             try:
                 place = cache_root(root)
-                with any_disk_errors(), store_errors(place):
+                with any_disk_errors(), store_errors(place), warnings_as_lines():
                     value, show = function(root=place, quiet=as_json, **options)
             except KeyboardInterrupt:
                 raise Interrupted("interrupted; the same command goes on from here") from None
         except ResiduaError as error:
             _fail(error, as_json)
         if as_json:
-            click.echo(json.dumps(value, default=str))
+            click.echo(json.dumps(plain(value), default=str, allow_nan=False))
         else:
             show()
         sys.exit(value.pop("exit_code", 0) if isinstance(value, dict) else 0)
@@ -174,11 +177,29 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Print every `ResiduaWarning` as one line on stderr, without a place in the code."""
+    show = warnings.showwarning
+
+    def show_line(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, ResiduaWarning):
+            click.echo(f"Warning: {message}", err=True)
+        else:
+            show(message, category, *rest, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ResiduaWarning)
+        warnings.showwarning = show_line
+        yield
+
+
 def _fail(error: ResiduaError, as_json: bool) -> NoReturn:
     message = str(error)
     if as_json:
         kind = type(error).__name__
-        click.echo(json.dumps({"error": kind, "message": message, "exit_code": error.exit_code}))
+        value = {"error": kind, "message": message, "exit_code": error.exit_code}
+        click.echo(json.dumps(value, allow_nan=False))
     else:
         click.echo(f"Error: {message}", err=True)
     sys.exit(error.exit_code)

@@ -6,7 +6,7 @@ import numpy as np
 
 from .buckets import BUCKETS, BucketRow, bucket_name
 from .evaluate import Evaluation
-from .plots import ahead, band_of, label, printable, short_name
+from .plots import ahead, band_of, drawn, label, printable, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def _panel(axes: "Axes", rows: list[BucketRow]) -> None:
             continue
         layers = [row.layer or 0 for row in inside]
         style = {"color": SHADES[number], "marker": MARKS[number], "markersize": 3.5}
-        values = [row.precision_at_1 for row in inside]
+        values = [drawn(row, MEASURE) for row in inside]
         axes.plot(layers, values, linewidth=1.5, label=_name(bucket), **style)
         bands = [band_of(row, MEASURE) for row in inside]
         if all(bands):

@@ -1,16 +1,21 @@
 """Evaluates probes against the model's own predictions, streamed from a cache without the model."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..cache.errors import UsageError
+from ..cache.errors import MismatchError, NotFoundError, ResiduaWarning, UsageError
 from ..cache.head import TorchHead
+from ..cache.manifest import SHORT_ID
+from ..cache.numbers import number, numbers, span
 from ..probes.bigram import Bigram
+from ..probes.counts import Counted
 from ..probes.readout import Batch, LogitLens, Readout
+from ..probes.save import check_for
 from .buckets import BucketRow, Key, Tally
 from .metrics import Reference, Row, resampling
 from .windows import Window, check_where, choose_sequences, windows
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from .report import OffsetTable
 
 DEFAULT_OFFSETS = (0, 1, 2, 3)
+UNDEFINED_NAMED = 3
+"""Most rows that the warning of undefined measures names."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,17 @@ class Evaluation:
     offsets: tuple[int, ...]
     probes: tuple[str, ...]
     """Names of the probes, baselines first."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the numbers must know: undefined measures, pairs that a probe lacks."""
     cache: "ActivationCache | None" = field(default=None, repr=False, compare=False)
     readouts: tuple[Readout, ...] = field(default=(), repr=False, compare=False)
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """One dictionary of plain numbers per row."""
+        """One dictionary of plain numbers per row; None for what is infinite or undefined."""
         return [row.to_dict() for row in self.rows]
 
     def bucket_dicts(self) -> list[dict[str, Any]]:
-        """One dictionary of plain numbers per row of `buckets`."""
+        """One dictionary of plain numbers per row of `buckets`; None as in `to_dicts`."""
         return [row.to_dict() for row in self.buckets]
 
     def select(self, probe: str, offset: int) -> list[Row]:
@@ -99,18 +108,19 @@ class Evaluation:
 
 def evaluate(
     cache: "ActivationCache",
-    probes: Sequence[Readout] = (),
+    probes: Readout | Sequence[Readout] = (),
     *,
     split: str = "test",
-    offsets: Sequence[int] | None = None,
-    layers: Sequence[int] | None = None,
+    offsets: int | Iterable[int] | None = None,
+    layers: int | Iterable[int] | None = None,
     max_positions: int = 16384,
     batch_rows: int | None = None,
     seed: int = 0,
     where: np.ndarray | None = None,
+    force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Measure `probes`, the logit lens and the bigram on whole sequences of `split`.
+    """Measure `probes` (or one), the logit lens and the bigram on whole sequences of `split`.
 
     Sequences are taken in a seeded random order up to `max_positions` positions (one at least).
     `offsets` and `layers` default to those of the probes, else to 0-3 and all layers. `batch_rows`
@@ -119,14 +129,23 @@ def evaluate(
     `where` is a bool mask `(positions,)` of the cache, such as `slices.names` makes: only pairs
     whose target t+N is in it are counted. The sequences are the same with and without a mask.
 
-    Raises `UsageError` if the split is empty or holds no pair, or `where` is no such mask;
-    `NotFoundError` for a layer that the cache lacks.
+    Logits that are no distribution (NaN, +inf) make the measures of their row None: there is one
+    `ResiduaWarning`, and `notes` name the rows.
+
+    Raises `UsageError` if the split is empty or holds no pair, `where` is no such mask, or a probe
+    holds NaN or an infinity; `NotFoundError` for a layer that the cache lacks, an offset that no
+    given probe has, or a probe without a pair of those asked for; `MismatchError` for a probe of
+    another model, unless `force`.
     """
     import torch
 
+    max_positions, seed = number(max_positions, "max_positions"), number(seed, "seed")
+    given = list(probes) if isinstance(probes, Iterable) else [probes]
+    for probe in given:
+        check_for(probe, cache, force)
     check_where(cache, where)
     sequences = choose_sequences(cache, split, max_positions, seed)
-    plan = _plan(cache, probes, offsets, layers)
+    plan = _plan(cache, given, offsets, layers)
     groups = plan.groups(cache)
     positions = int(cache.sequence_length[sequences].sum())
     n = positions if where is None else int(where[cache.rows(sequences)].sum())
@@ -140,10 +159,31 @@ def evaluate(
     rows, buckets = tally.rows(resampling(len(sequences), seed))
     if not rows:
         raise _no_pair(cache, sequences, split, plan.offsets, n)
+    undefined = _undefined(rows)
+    if undefined:
+        warnings.warn(undefined, ResiduaWarning, stacklevel=2)
     return _evaluation(
         cache, plan, rows, buckets=buckets, split=split, seed=seed, n=n, positions=positions,
-        sequences=len(sequences),
+        sequences=len(sequences), notes=(*plan.notes, *([undefined] if undefined else [])),
     )  # fmt: skip
+
+
+def _undefined(rows: Sequence[Row]) -> str:
+    """Says in which rows measures are undefined; empty if in none."""
+    found = [row for row in rows if row.n_undefined]
+    if not found:
+        return ""
+    parts = [
+        f"{row.probe}{'' if row.layer is None else f' layer {row.layer}'} N = {row.offset} "
+        f"({row.n_undefined:,} of {row.n:,} pairs)"
+        for row in found[:UNDEFINED_NAMED]
+    ]
+    more = f" and {len(found) - len(parts)} more rows" if len(found) > len(parts) else ""
+    return (
+        "logits that are no distribution (NaN or +inf) leave measures undefined, they are None: "
+        + ", ".join(parts)
+        + more
+    )
 
 
 def _no_pair(
@@ -187,6 +227,8 @@ class _Plan:
     readouts: dict[str, Readout]
     layers: tuple[int, ...]
     offsets: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+    """Which probes lack some of the layers and offsets asked for."""
 
     def wanted(self) -> list[Key]:
         """(name, layer, offset), sorted by offset, then probe, then layer."""
@@ -223,22 +265,86 @@ class _Group:
 def _plan(
     cache: "ActivationCache",
     probes: Sequence[Readout],
-    offsets: Sequence[int] | None,
-    layers: Sequence[int] | None,
+    offsets: int | Iterable[int] | None,
+    layers: int | Iterable[int] | None,
 ) -> _Plan:
     pairs = [pair for probe in probes for pair in probe.pairs()]
+    asked_offsets = None if offsets is None else numbers(offsets, "offsets")
+    asked_layers = None if layers is None else numbers(layers, "layers")
+    offsets, layers = asked_offsets, asked_layers
     if offsets is None:
-        offsets = sorted({offset for _, offset in pairs}) or DEFAULT_OFFSETS
+        offsets = tuple(sorted({offset for _, offset in pairs})) or DEFAULT_OFFSETS
     if layers is None:
-        layers = sorted({layer for layer, _ in pairs if layer is not None}) or cache.layers
-    if not len(offsets) or min(offsets) < 0:
+        layers = tuple(sorted({la for la, _ in pairs if la is not None})) or cache.layers
+    if not offsets or min(offsets) < 0:
         raise UsageError(f"offsets must be 0 or more, not {list(offsets)}")
     # Raises where the cache lacks a layer; the model's own logits come from the last one.
     for layer in (*layers, cache.depth):
         cache.layer(layer)
     offsets, layers = tuple(sorted(set(offsets))), tuple(sorted(set(layers)))
+    notes = _check_asked(probes, asked_layers, asked_offsets)
     readouts = _named([*_baselines(cache, probes, layers, offsets), *probes])
-    return _Plan(readouts, layers, offsets)
+    return _Plan(readouts, layers, offsets, (*notes, *_who_is_who(readouts)))
+
+
+def _who_is_who(readouts: dict[str, Readout]) -> list[str]:
+    """Says, of kinds of which there are several, which probe each name stands for."""
+    kinds = [readout.kind for readout in readouts.values()]
+    notes = []
+    for name, readout in readouts.items():
+        if kinds.count(readout.kind) > 1:
+            folder = getattr(readout, "folder_", None)
+            cache_id = getattr(readout, "cache_id_", None)
+            told = [
+                " ".join(repr(readout).split()),
+                *([f"of cache {cache_id[:SHORT_ID]}"] if cache_id else []),
+                *([f"in {folder}"] if folder else []),
+            ]
+            notes.append(f"{name} is {' '.join(told)}")
+    return notes
+
+
+def _check_asked(
+    probes: Sequence[Readout], layers: Sequence[int] | None, offsets: Sequence[int] | None
+) -> tuple[str, ...]:
+    """Notes on the probes that lack some of the `layers` and `offsets` asked for.
+
+    Raises `NotFoundError` for an offset that no probe has, and for a probe that has no pair of
+    those asked for. Baselines, which are floors for the others, may have none; at layers that no
+    probe has there is still the logit lens.
+    """
+    named, notes = _named(probes), []
+    for name, probe in named.items():
+        pairs = [
+            (layer, offset)
+            for layer, offset in probe.pairs()
+            if (layers is None or layer is None or layer in layers)
+            and (offsets is None or offset in offsets)
+        ]
+        if not pairs and not isinstance(probe, Counted):
+            raise NotFoundError(
+                f"{name} was fitted for none of the pairs asked for (layers "
+                f"{'all' if layers is None else span(layers)}, offsets "
+                f"{'all' if offsets is None else span(offsets)}); it has {_has(probe)}"
+            )
+    known = {name: {offset for _, offset in probe.pairs()} for name, probe in named.items()}
+    for offset in (offsets or ()) if named else ():
+        if not any(offset in found for found in known.values()):
+            said = "; ".join(f"{name} has {_has(probe)}" for name, probe in named.items())
+            raise NotFoundError(f"no probe was fitted for offset {offset}: {said}")
+    for name, probe in named.items():
+        read = {layer for layer, _ in probe.pairs() if layer is not None}
+        for what, asked, found in (("layer", layers, read), ("offset", offsets, known[name])):
+            if found and (lacking := sorted(set(asked or ()) - found)):
+                notes.append(f"{name} was not fitted for {what} {span(lacking)}: no row there")
+    return tuple(notes)
+
+
+def _has(probe: Readout) -> str:
+    """The layers and offsets of `probe` for a message."""
+    layers = sorted({layer for layer, _ in probe.pairs() if layer is not None})
+    offsets = f"offsets {span(sorted({offset for _, offset in probe.pairs()}))}"
+    return f"layers {span(layers)}, {offsets}" if layers else offsets
 
 
 def _baselines(
@@ -299,7 +405,16 @@ def _add_window(
                 tokens = window.read[sources], window.previous[targets]
                 batch = Batch(states, window.token[targets], head, *tokens)
                 logits = readout.logits(batch, key[1], offset)
+                _check_logits(logits, key[0], len(targets), cache.vocab)
             tally.sums[key].add(cells[targets], reference, logits, targets)
+
+
+def _check_logits(logits: "torch.Tensor", probe: str, n: int, vocab: int) -> None:
+    if tuple(logits.shape) != (n, vocab):
+        raise MismatchError(
+            f"{probe} gives logits of shape {tuple(logits.shape)} for {n} pairs of a cache with "
+            f"{vocab} tokens; use a probe of the same model"
+        )
 
 
 def _hidden(cache: "ActivationCache", layer: int, positions: np.ndarray) -> "torch.Tensor":

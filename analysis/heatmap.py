@@ -1,14 +1,18 @@
 """What a lens reads in every layer at every token of one passage: numbers of the heatmap."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..cache.errors import UsageError
+from ..cache.errors import NotFoundError, UsageError
+from ..cache.numbers import number, span
 from ..probes.readout import Batch, LogitLens, Readout
-from .tokentext import token_text
+from ..probes.save import check_for
+from .metrics import Reference, divergences, first_max, is_distribution
+from .tokentext import byte_text, token_text
 
 if TYPE_CHECKING:
     import torch
@@ -22,13 +26,20 @@ SEARCHED_TOKENS = 512
 """Sequences, and tokens of each, that are searched for a telling passage."""
 WIDTH = 24
 """Tokens of a passage."""
+UNDEFINED = "no token"
+"""Stands for the token where logits are no distribution (NaN, +inf); no label holds a space."""
+JOINERS = "\u200c\u200d"
+"""Invisible letters that shape their neighbours."""
 MOST = 3
 """Most heatmaps that `heatmaps` makes."""
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """A passage as one readout sees it; cells are `(layers, tokens)`, layers from the lowest."""
+    """A passage as one readout sees it; cells are `(layers, tokens)`, layers from the lowest.
+
+    Where logits are no distribution the tokens are `UNDEFINED` and the numbers NaN.
+    """
 
     probe: str
     """Name of the readout."""
@@ -85,7 +96,10 @@ def telling_passage(cache: "ActivationCache", split: str, width: int) -> tuple[i
         logits = cache.head.logits(cache.layer(cache.depth).take(rows))
         early = cache.head.logits(cache.layer(middle).take(rows)).argmax(-1)
         top = logits.max(-1)
-        sure = 1 / np.exp(logits - top[:, None]).sum(-1)
+        # Logits that are no distribution (NaN, +inf) make nobody sure.
+        finite = np.isfinite(top)
+        sure = np.zeros(len(rows))
+        sure[finite] = 1 / np.exp(logits[finite] - top[finite, None]).sum(-1)
         news = np.concatenate([[0.0], np.cumsum(sure * (early != logits.argmax(-1)))])
         windows = news[width:] - news[:-width]
         if len(windows) and windows.max() > best[0]:
@@ -102,20 +116,28 @@ def heatmap(
     sequence: int | None = None,
     start: int = 0,
     width: int = WIDTH,
+    force: bool = False,
 ) -> Heatmap:
     """Read `width` tokens of a sequence (default: the first of `split` that is long enough).
 
-    `readout` defaults to the logit lens. Raises `UsageError` if the readout has no layer at this
-    offset, or the sequence no token there.
+    `readout` defaults to the logit lens; a control reads the rows of its view of the cache. Raises
+    `NotFoundError` if the readout has no layer at this offset, `UsageError` if the sequence has no
+    token there, `MismatchError` for a readout of another model, unless `force`.
     """
     import torch
 
+    offset, start = number(offset, "offset"), number(start, "start")
+    width = number(width, "width")
     readout = readout or LogitLens.of(cache, (offset,))
+    check_for(readout, cache, force)
     layers = _layers_of(readout, offset)
     if not layers:
-        raise UsageError(f"the {readout.kind} readout reads no layer at offset {offset}")
+        has = sorted({n for la, n in readout.pairs() if la is not None})
+        says = f"it reads layers at offsets {span(has)}" if has else "it reads no layer at all"
+        raise NotFoundError(f"the {readout.kind} readout reads no layer at offset {offset}: {says}")
     if sequence is None:
         sequence = _passage(cache, split, start + width + offset)
+    sequence = number(sequence, "sequence")
     first, count = _place(cache, sequence, start, width, offset)
     with torch.inference_mode():
         cells = _Cells(cache, first, count, offset, readout)
@@ -129,7 +151,7 @@ def heatmap(
         start,
         layers,
         tuple(names(i) for i in cache.tokens[first : first + count]),
-        tuple(names(i) for i in cells.model.argmax(-1).tolist()),
+        tuple(names(i) for i in cells.targets.tolist()),
         tuple(tuple(tuple(names(i) for i in cell) for cell in row) for row in ids.tolist()),
         *(np.stack([cell[part] for cell in found]) for part in (1, 2, 3)),
     )
@@ -158,29 +180,40 @@ class _Cells:
     ) -> None:
         import torch
 
-        self.cache, self.first, self.count = cache, first, count
+        view = getattr(readout, "view", None)
+        self.source = view(cache) if view else cache
+        self.first, self.count = first, count
         self.readout, self.offset = readout, offset
         self.head = cache.head.torch()
-        last = cache.tokens[first + offset : first + offset + count].astype(np.int64)
-        self.last = torch.from_numpy(last)
-        self.model = self.head(self._hidden(cache.depth, offset)).log_softmax(-1)
+        self.last, self.token = (
+            torch.from_numpy(cache.tokens[place : place + count].astype(np.int64))
+            for place in (first + offset, first)
+        )
+        logits = self.head(self._hidden(cache, cache.depth, offset))
+        self.reference = Reference.of(logits, torch.full_like(self.last, -1))
+        self.targets = self.reference.top.masked_fill(~self.reference.defined, -1)
 
     def read(self, layer: int) -> tuple[np.ndarray, ...]:
         """Top ids, their probabilities, entropy and KL of one layer; `(tokens, ...)`."""
-        batch = Batch(self._hidden(layer, 0), self.last, self.head)
-        log_q = self.readout.logits(batch, layer, self.offset).float().log_softmax(-1)
-        q, p = log_q.exp(), self.model.exp()
+        hidden = self._hidden(self.source, layer, 0)
+        batch = Batch(hidden, self.last, self.head, self.token)
+        logits = self.readout.logits(batch, layer, self.offset).float()
+        first = first_max(logits)
+        log_q, kl, _ = divergences(self.reference, logits, first)
+        q = log_q.exp()
         top = q.topk(min(TOP, q.shape[-1]), dim=-1)
         entropy = -(q * log_q).masked_fill_(q == 0, 0.0).sum(-1)
-        kl = (p * (self.model - log_q)).masked_fill_(p == 0, 0.0).sum(-1).clamp_min_(0.0)
-        return tuple(value.numpy() for value in (top.indices, top.values, entropy, kl))
+        undefined = ~is_distribution(logits, first)
+        ids = top.indices.masked_fill(undefined[:, None], -1)
+        kl = kl.masked_fill(undefined | ~self.reference.defined, math.nan)
+        return tuple(value.numpy() for value in (ids, top.values, entropy, kl))
 
-    def _hidden(self, layer: int, shift: int) -> "torch.Tensor":
+    def _hidden(self, cache: "ActivationCache", layer: int, shift: int) -> "torch.Tensor":
         import torch
 
         start = self.first + shift
         # A copy: rows read through a memory map may be read-only.
-        return torch.from_numpy(np.array(self.cache.layer(layer)[start : start + self.count]))
+        return torch.from_numpy(np.array(cache.layer(layer)[start : start + self.count]))
 
 
 def _layers_of(readout: Readout, offset: int) -> tuple[int, ...]:
@@ -198,18 +231,42 @@ def _passage(cache: "ActivationCache", split: str, tokens: int) -> int:
 
 
 class TokenNames:
-    """Readable names of token ids: `␣` for a space, `\\n` for a line break, `#7` if unknown."""
+    """Readable names of token ids: `␣` for a space, `\\n` for a line break, `#7` if unknown.
+
+    Different texts have different names.
+    """
 
     def __init__(self, cache: "ActivationCache") -> None:
         has = (cache.path / "head" / "tokenizer.json").is_file()
         self.tokenizer: Any = cache.tokenizer() if has else None
 
     def __call__(self, token: int) -> str:
+        if token < 0:
+            return UNDEFINED
         text = token_text(self.tokenizer, token) if self.tokenizer else None
+        if text is not None and "\ufffd" in text:
+            text = byte_text(self.tokenizer.id_to_token(int(token))) or text
         return f"#{int(token)}" if text is None else visible(text)
 
 
 def visible(text: str) -> str:
-    """Spaces as `␣`, control characters escaped, everything else as it is."""
-    shown = text.replace(" ", "␣")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    """A label that no other text has: spaces as `␣`, what cannot be seen and `\\` escaped.
+
+    Joiners inside a word (U+200C in Persian, U+200D in emoji) stay as they are. Bytes that are no
+    character, see `byte_text`, are `\\<E2>`.
+    """
+    last = len(text) - 1
+    return "".join(
+        letter if letter in JOINERS and 0 < place < last else _visible_letter(letter)
+        for place, letter in enumerate(text)
+    )
+
+
+def _visible_letter(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":
+        return f"\\<{ord(letter) - 0xDC00:02X}>"
+    if letter == " ":
+        return "␣"
+    if letter in "\\␣" or not letter.isprintable():
+        return letter.encode("unicode_escape").decode()
+    return letter

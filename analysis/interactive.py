@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from html import escape as escape_html
 from typing import TYPE_CHECKING, Any
 
+from ..cache.jsonfile import plain
 from .evaluate import Evaluation
 from .heatmap import Heatmap
 from .metrics import Row
@@ -13,11 +14,12 @@ from .plots import (
     MEASURES,
     SCALE,
     band_of,
-    base,
     caption,
     color,
+    drawn,
     heatmap_title,
     label,
+    marker,
     measure_title,
     needs_log,
     short,
@@ -27,13 +29,6 @@ from .plots import (
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter
 
-SYMBOLS = {
-    "logit": "circle",
-    "ridge": "square",
-    "lens": "triangle-up",
-    "future": "diamond",
-    "vocab": "triangle-down",
-}
 LOG_AXIS: dict[str, Any] = {
     "type": "log",
     "dtick": 1,
@@ -137,12 +132,16 @@ def _level(row: Row, measure: str, layers: Sequence[int]) -> "Scatter":
     """A dashed line for a probe that reads no layer."""
     from plotly.graph_objects import Scatter
 
-    value = getattr(row, measure)
+    value = plain(getattr(row, measure))
     return Scatter(
         x=list(layers),
         y=[value] * len(layers),
         mode="lines",
-        line={"color": color(row.probe), "dash": "dash", "width": 2},
+        line={
+            "color": color(row.probe),
+            "dash": stroke(row.probe, ("--", "dash"))[1],
+            "width": 2,
+        },
         name=escape(label(row.probe)),
         legendgroup=row.probe,
         hovertext=[_hover(row, measure)] * len(layers),
@@ -158,10 +157,10 @@ def _line(rows: list[Row], measure: str, floor: float) -> "list[Scatter]":
     common = {"name": escape(label(probe)), "legendgroup": probe}
     line = Scatter(
         x=layers,
-        y=[max(getattr(row, measure), floor) for row in rows],
+        y=plain([drawn(row, measure, floor) for row in rows]),
         mode="lines+markers",
         line={"color": color(probe), "dash": stroke(probe)[1], "width": 2},
-        marker={"symbol": SYMBOLS.get(base(probe), "cross"), "size": 7},
+        marker={"symbol": marker(probe)[1], "size": 7},
         hovertext=[_hover(row, measure) for row in rows],
         hoverinfo="text",
         **common,
@@ -185,7 +184,11 @@ def _line(rows: list[Row], measure: str, floor: float) -> "list[Scatter]":
 
 
 def _hover(row: Row, measure: str) -> str:
-    value = f"{getattr(row, measure):.4g}" + (" nats" if measure == "kl" else "")
+    number = getattr(row, measure)
+    if number is None:
+        value = f"undefined at {row.n_undefined:,} pairs"
+    else:
+        value = f"{number:.4g}" + (" nats" if measure == "kl" else "")
     band = band_of(row, measure)
     interval = f"<br>95 % interval {band[0]:.4g} to {band[1]:.4g}" if band else ""
     layer = "any layer" if row.layer is None else f"layer {row.layer}"
@@ -201,7 +204,7 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
     tokens, layers = range(len(heatmap.tokens)), range(len(heatmap.layers))
     figure = Figure(
         Cells(
-            z=heatmap.probability[:, :, 0].tolist(),
+            z=plain(heatmap.probability[:, :, 0]),
             text=[[escape(short(heatmap.top[la][t][0], 7)) for t in tokens] for la in layers],
             texttemplate="%{text}",
             textfont={"size": 9.5},

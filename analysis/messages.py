@@ -247,6 +247,7 @@ def evaluated(found: "Evaluation", written: Sequence[str] = ()) -> None:
 def _confidences(found: "Evaluation") -> None:
     """Precision@1 by the model's confidence, at one layer of each probe and offset."""
     from .buckets import BUCKETS, bucket_name
+    from .metrics import precision
 
     names = [bucket_name(*bucket) for bucket in BUCKETS]
     rows: list[Sequence[object]] = []
@@ -254,7 +255,7 @@ def _confidences(found: "Evaluation") -> None:
         for probe in found.probes:
             if not (whole := found.select(probe, offset)):
                 continue
-            layer = max(whole, key=lambda row: row.precision_at_1).layer
+            layer = max(whole, key=precision).layer
             parts = found.select_buckets(probe, offset)
             shown = {row.bucket: row.precision_at_1 for row in parts if row.layer == layer}
             rows.append((offset, probe, layer, *(shown.get(name) for name in names)))

@@ -1,9 +1,17 @@
-"""Measures a probe's distribution against the model's: sums per sequence, rows with intervals."""
+"""Measures a probe's distribution against the model's: sums per sequence, rows with intervals.
 
+Logits are a distribution where their largest one is finite: -inf excludes a token, while NaN, +inf
+or nothing but -inf leave the softmax undefined. Undefined positions are NaN in every sum that they
+enter, and so None in the `Row`: they never count as a hit, and are never left out of a mean.
+"""
+
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..cache.jsonfile import plain
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +24,7 @@ TILE_BYTES = 4 << 20
 """Float32 logits that are measured at once: what is made of them stays near the processor."""
 COLUMNS = (
     "n",
+    "n_undefined",
     "kl",
     "kl_reverse",
     *(f"precision_at_{k}" for k in KS),
@@ -30,30 +39,35 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """Measures of one probe at one layer and offset, means over `n` positions; nats, shares."""
+    """Measures of one probe at one layer and offset, means over `n` positions; nats, shares.
+
+    A measure is None where it is undefined at one of the positions at least; see `n_undefined`.
+    """
 
     probe: str
     layer: int | None
     """Layer whose residual stream was read; None for a probe that reads tokens only."""
     offset: int
     n: int
-    """Number of pairs (t, t+N)."""
-    kl: float
-    """KL(model || probe)."""
+    """Number of pairs (t, t+N), the undefined ones among them."""
+    n_undefined: int
+    """Pairs at which the model's or the probe's logits are no distribution (NaN, +inf)."""
+    kl: float | None
+    """KL(model || probe); infinite if the probe excludes what the model gives mass to."""
     kl_low: float | None
     """Lower end of the 95 % interval of `kl`; None with fewer than two sequences."""
     kl_high: float | None
-    kl_reverse: float
+    kl_reverse: float | None
     """KL(probe || model); infinite if the probe gives mass to what the model's logits exclude."""
-    precision_at_1: float
+    precision_at_1: float | None
     """Share of positions where the probe's first token is the model's."""
     precision_at_1_low: float | None
     precision_at_1_high: float | None
-    precision_at_5: float
-    precision_at_10: float
-    nll: float
+    precision_at_5: float | None
+    precision_at_10: float | None
+    nll: float | None
     """-log of the probe's probability of the model's top token."""
-    surprisal: float
+    surprisal: float | None
     """-log of the model's probability of the probe's top token (Din et al., 2303.09435)."""
     n_text: int
     """Pairs for which the text goes on after t+N."""
@@ -64,7 +78,23 @@ class Row:
     precision_at_10_text: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """All fields as JSON has them: plain numbers, None also for what is infinite."""
+        return plain(asdict(self))
+
+
+def ascending_kl(row: Row) -> float:
+    """Key that sorts rows by KL, undefined ones last."""
+    return math.inf if row.kl is None else row.kl
+
+
+def precision(row: Row) -> float:
+    """Key that sorts rows by precision@1, undefined ones below every number."""
+    return -1.0 if row.precision_at_1 is None else row.precision_at_1
+
+
+def shown(value: float | None, digits: int) -> str:
+    """A measure for people: `1.234`, `inf`, or `undefined`."""
+    return "undefined" if value is None else f"{value:.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -79,36 +109,53 @@ class Reference:
     """The model's top token, the lowest id on ties, `(n,)` int64."""
     text: "torch.Tensor"
     """The text's next token, -1 at the end of a sequence, `(n,)` int64."""
+    defined: "torch.Tensor"
+    """Whether the model's logits are a distribution, `(n,)` bool."""
 
     @classmethod
     def of(cls, logits: "torch.Tensor", text: "torch.Tensor") -> "Reference":
         """From the model's logits `(n, vocab)` and the text's next tokens `(n,)`."""
-        log_p = logits.float().log_softmax(-1)
-        return cls(log_p, log_p.exp(), first_max(logits), text)
+        logits = logits.float()
+        log_p, top = logits.log_softmax(-1), first_max(logits)
+        return cls(log_p, log_p.exp(), top, text, is_distribution(logits, top))
 
     @property
     def confidence(self) -> np.ndarray:
-        """The model's largest probability, `(n,)` float32."""
+        """The model's largest probability, `(n,)` float32; NaN where it is undefined."""
         return _pick(self.p, self.top).cpu().numpy()
 
     def take(self, index: np.ndarray) -> "Reference":
         """The targets `index`, `(m,)` increasing numbers; no copy if they are neighbours."""
         first, last = int(index[0]), int(index[-1])
         rows = slice(first, last + 1) if last - first + 1 == len(index) else index
-        return Reference(self.log_p[rows], self.p[rows], self.top[rows], self.text[rows])
+        return Reference(
+            self.log_p[rows], self.p[rows], self.top[rows], self.text[rows], self.defined[rows]
+        )
 
 
 def first_max(logits: "torch.Tensor") -> "torch.Tensor":
-    """The lowest id among the largest logits, `(n,)` int64 (torch promises the first maximum)."""
+    """The lowest id among the largest logits, `(n,)` int64 (torch promises the first maximum).
+
+    A NaN counts as the largest.
+    """
     return logits.argmax(-1)
 
 
+def is_distribution(logits: "torch.Tensor", top: "torch.Tensor") -> "torch.Tensor":
+    """Whether the softmax of each row is defined, `(n,)` bool; `top` is that of `first_max`."""
+    return _pick(logits, top).isfinite()
+
+
 def rank_of(logits: "torch.Tensor", token: "torch.Tensor") -> "torch.Tensor":
-    """Number of tokens that come before `token`, larger logits and then lower ids, `(n,)` int64."""
+    """Number of tokens that come before `token`, larger logits and then lower ids, `(n,)` int64.
+
+    A NaN comes before every number, and a token whose own logit is NaN comes last.
+    """
     import torch
 
     own = logits.gather(-1, token[:, None])
-    rank = _count(logits > own)
+    # The complement: every comparison with NaN is false.
+    rank = logits.shape[-1] - _count(logits <= own)
     ties = logits == own
     if int(_count(ties).sum()) > len(token):
         ids = torch.arange(logits.shape[-1], device=logits.device)
@@ -160,18 +207,26 @@ def measure(reference: Reference, logits: "torch.Tensor") -> "torch.Tensor":
     text = reference.text.clamp_min(0)
     rank, rank_text = rank_of(logits, reference.top), rank_of(logits, text)
     zero = torch.zeros((), device=logits.device)
-    columns = [
-        torch.ones_like(known),
+    against_model = [
         kl,
         reverse,
         *(rank < k for k in KS),
         -_pick(log_q, reference.top),
         -_pick(reference.log_p, top),
-        known,
+    ]
+    against_text = [
         torch.where(known, -_pick(log_q, text), zero),
         *((rank_text < k) & known for k in KS),
     ]
-    return torch.stack([column.double() for column in columns], dim=-1)
+    own = is_distribution(logits, top)
+    both = own & reference.defined
+    columns = [torch.ones_like(known), ~both, *against_model, known, *against_text]
+    found = torch.stack([column.double() for column in columns], dim=-1)
+    if not bool(both.all()):
+        first, text_first = COLUMNS.index("kl"), COLUMNS.index("nll_text")
+        found[~both, first : first + len(against_model)] = math.nan
+        found[~own & known, text_first:] = math.nan
+    return found
 
 
 def _pick(values: "torch.Tensor", token: "torch.Tensor") -> "torch.Tensor":
@@ -218,12 +273,13 @@ class MetricSums:
     def row(self, probe: str, layer: int | None, offset: int, weights: np.ndarray) -> Row | None:
         """Means and 95 % intervals, with the resamples of `resampling`; None without a pair."""
         total = dict(zip(COLUMNS, self.sums.sum(0).tolist(), strict=True))
-        n, n_text = int(total.pop("n")), int(total.pop("n_text"))
+        n, n_text, n_undefined = (int(total.pop(name)) for name in ("n", "n_text", "n_undefined"))
         if n == 0:
             return None
         divisor = {name: n_text if name.endswith("_text") else n for name in total}
         means: dict[str, Any] = {
-            name: value / divisor[name] if divisor[name] else None for name, value in total.items()
+            name: None if math.isnan(value) or not divisor[name] else value / divisor[name]
+            for name, value in total.items()
         }
         kl_low, kl_high = self._interval("kl", weights)
         low, high = self._interval("precision_at_1", weights)
@@ -232,6 +288,7 @@ class MetricSums:
             layer=layer,
             offset=offset,
             n=n,
+            n_undefined=n_undefined,
             n_text=n_text,
             kl_low=kl_low,
             kl_high=kl_high,

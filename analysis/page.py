@@ -6,6 +6,8 @@ GLOSSARY = {
     "N (offset)": "From the residual stream at token t the probe predicts what the model says at "
     "token t+N; N = 0 is the ordinary next token. A pair (t, t+N) lies inside one sequence.",
     "n": "Number of pairs measured. n text: those for which the text goes on.",
+    "undefined": "Pairs at which the logits of the model or the probe are no distribution (NaN, "
+    "infinity). Measures of a row with such pairs are undefined, and left empty.",
     "nats": "Unit of information with the natural logarithm; 1 nat is 1.44 bits.",
     "KL": "KL(model ‖ probe): nats lost when the probe's distribution stands in for the model's. "
     "0 is perfect. Mean over pairs.",

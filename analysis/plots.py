@@ -47,9 +47,24 @@ COLORS = {
     "unigram": "#999999",
 }
 OTHER_COLOR = "#56B4E9"
-MARKERS = {"logit": "o", "ridge": "s", "lens": "^", "future": "D", "vocab": "v"}
+MARKERS = {
+    "logit": ("o", "circle"),
+    "ridge": ("s", "square"),
+    "lens": ("^", "triangle-up"),
+    "future": ("D", "diamond"),
+    "vocab": ("v", "triangle-down"),
+}
+"""Markers of kinds of probes, for matplotlib and plotly."""
 STROKES = {"shuffled": (":", "dot"), "permuted": ("-.", "dashdot"), "next-token": ("--", "dash")}
 """Strokes of controls, for matplotlib and plotly."""
+MORE_STROKES = (
+    ((0, (8, 2)), "longdash"),
+    ((0, (8, 2, 1, 2)), "longdashdot"),
+    ((0, (4, 1)), "8px,2px"),
+)
+"""Strokes of the second probe of a kind and further ones, for matplotlib and plotly."""
+MORE_MARKERS = (("X", "x"), ("P", "cross"), ("*", "star"), ("p", "pentagon"), ("h", "hexagon"))
+"""Markers of the second probe of a kind and further ones, for matplotlib and plotly."""
 MEASURES = {
     "kl": "KL(model ‖ probe), nats",
     **{f"precision_at_{k}": f"precision@{k} (share of positions)" for k in KS},
@@ -82,10 +97,27 @@ def base(probe: str) -> str:
     return probe.partition(" ")[0].partition("/")[0]
 
 
-def stroke(probe: str) -> tuple[str, str]:
-    """The line of a probe for matplotlib and plotly: broken for a control."""
+def stroke(probe: str, first: Any = ("-", "solid")) -> tuple[Any, str]:
+    """The line of a probe for matplotlib and plotly: broken for a control.
+
+    `first` is that of the first probe of a kind; `ridge 2` and `ridge 3` have others.
+    """
     control = probe.partition(" ")[0].partition("/")[2]
-    return STROKES.get(control, ("-", "solid"))
+    more = MORE_STROKES[(series(probe) - 2) % len(MORE_STROKES)] if series(probe) > 1 else first
+    return STROKES.get(control, more)
+
+
+def marker(probe: str) -> tuple[str, str]:
+    """The marker of a probe for matplotlib and plotly; that of `ridge 2` is not that of `ridge`."""
+    if (number := series(probe)) > 1:
+        return MORE_MARKERS[(number - 2) % len(MORE_MARKERS)]
+    return MARKERS.get(base(probe), ("P", "cross"))
+
+
+def series(probe: str) -> int:
+    """Number of a probe among those of its kind: 2 for `ridge 2`, 1 for `ridge`."""
+    number = probe.partition(" ")[2]
+    return int(number) if number.isdecimal() else 1
 
 
 def short_name(model: str) -> str:
@@ -109,8 +141,14 @@ def short(token: str, letters: int = CELL_LETTERS) -> str:
 
 def needs_log(rows: Sequence[Row]) -> bool:
     """True if the KL of `rows` spans more than 1.5 decades above the floor."""
-    values = [max(row.kl, KL_FLOOR) for row in rows if math.isfinite(row.kl)]
+    values = [max(row.kl, KL_FLOOR) for row in rows if row.kl is not None and row.kl < math.inf]
     return bool(values) and max(values) / min(values) > 10**1.5
+
+
+def drawn(row: Row, measure: str, floor: float = 0.0) -> float:
+    """Value of a measure in a picture; NaN, which leaves a gap, if undefined or infinite."""
+    value: float | None = getattr(row, measure)
+    return math.nan if value is None or not math.isfinite(value) else max(value, floor)
 
 
 def band_of(row: Row, measure: str) -> tuple[float, float] | None:
@@ -157,8 +195,9 @@ def _panel(axes: "Axes", evaluation: Evaluation, measure: str, offset: int) -> N
     for probe in evaluation.probes:
         rows = evaluation.select(probe, offset)
         if rows and rows[0].layer is None:
-            level = getattr(rows[0], measure)
-            axes.axhline(level, color=color(probe), linestyle="--", label=label(probe))
+            level = drawn(rows[0], measure)
+            style = stroke(probe, ("--", "dash"))[0]
+            axes.axhline(level, color=color(probe), linestyle=style, label=label(probe))
         elif rows:
             _line(axes, rows, measure, KL_FLOOR if log else 0.0)
     axes.set_title(caption(evaluation, offset), fontsize=10)
@@ -175,14 +214,13 @@ def _panel(axes: "Axes", evaluation: Evaluation, measure: str, offset: int) -> N
 def _line(axes: "Axes", rows: list[Row], measure: str, floor: float) -> None:
     probe = rows[0].probe
     layers = [row.layer or 0 for row in rows]
-    marker = MARKERS.get(base(probe), "P")
     style: dict[str, Any] = {
         "color": color(probe),
         "label": label(probe),
         "linestyle": stroke(probe)[0],
     }
-    values = [max(getattr(row, measure), floor) for row in rows]
-    axes.plot(layers, values, marker=marker, markersize=4, linewidth=1.6, **style)
+    values = [drawn(row, measure, floor) for row in rows]
+    axes.plot(layers, values, marker=marker(probe)[0], markersize=4, linewidth=1.6, **style)
     bands = [band_of(row, measure) for row in rows]
     if all(bands):
         low, high = np.maximum(np.array(bands), floor).T

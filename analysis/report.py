@@ -6,12 +6,12 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cache.jsonfile import make_folder, write_atomically
+from ..cache.jsonfile import make_folder, plain, write_atomically
 from ..cache.manifest import SHORT_ID
 from .buckets import BucketRow
 from .evaluate import Evaluation
 from .heatmap import Heatmap
-from .metrics import KS, Row
+from .metrics import KS, Row, ascending_kl, precision, shown
 from .page import (
     BUCKET_NOTE,
     GLOSSARY,
@@ -39,6 +39,7 @@ COLUMNS = {
     "layer": "layer",
     "offset": "N",
     "n": "n",
+    "n_undefined": "undefined",
     "kl": "KL, nats",
     "kl_interval": "95 % interval",
     "kl_reverse": "KL reverse",
@@ -88,7 +89,7 @@ def offset_table(evaluation: Evaluation, offset: int) -> OffsetTable:
         pairs = [cells.get((layer, name), (None, None)) for name in probes]
         lines.append((layer, *(value for pair in pairs for value in pair)))
     baselines = [
-        f"{row.probe}: KL {row.kl:.3f}, p@1 {row.precision_at_1:.3f}"
+        f"{row.probe}: KL {shown(row.kl, 3)}, p@1 {shown(row.precision_at_1, 3)}"
         for row in rows
         if row.layer is None
     ]
@@ -115,12 +116,12 @@ def _headline(evaluation: Evaluation, offset: int) -> list[str]:
     if offset == 0:
         layers = sorted({row.layer for row in lenses if row.layer is not None})
         middle = layers[len(layers) // 2]
-        first, *rest = sorted((r for r in lenses if r.layer == middle), key=lambda row: row.kl)
+        first, *rest = sorted((r for r in lenses if r.layer == middle), key=ascending_kl)
         says = f"At layer {middle} the {label(first.probe)} is {_kl(first)} nats from the model"
         return [", ".join([says, *(f"the {label(r.probe)} {_kl(r)}" for r in rest)]) + " (N = 0)."]
     best = {p: [r for r in lenses if r.probe == p] for p in evaluation.probes}
-    tops = [max(found, key=lambda row: row.precision_at_1) for found in best.values() if found]
-    tops.sort(key=lambda row: -row.precision_at_1)
+    tops = [max(found, key=precision) for found in best.values() if found]
+    tops.sort(key=precision, reverse=True)
     parts = [f"{_share(row)} for the {label(row.probe)} (layer {row.layer})" for row in tops]
     parts += [
         f"{_share(row)} for the {label(row.probe)} (which reads {_tokens(row)})"
@@ -144,12 +145,12 @@ def _tokens(row: Row) -> str:
 
 
 def _kl(row: Row) -> str:
-    return f"{row.kl:.2f}" + _bounds(row.kl_low, row.kl_high, 2)
+    return shown(row.kl, 2) + _bounds(row.kl_low, row.kl_high, 2)
 
 
 def _share(row: Row) -> str:
     bounds = _bounds(row.precision_at_1_low, row.precision_at_1_high, 3)
-    return f"{row.precision_at_1:.3f}{bounds}"
+    return f"{shown(row.precision_at_1, 3)}{bounds}"
 
 
 def _bounds(low: float | None, high: float | None, digits: int) -> str:
@@ -205,7 +206,7 @@ def write_report(
         f"<h1>{escape(title)}</h1>",
         _facts(evaluation, cache, command),
         "<ul class='headlines'>",
-        *(f"<li>{escape(text)}</li>" for text in headlines(evaluation)),
+        *(f"<li>{escape(text)}</li>" for text in (*headlines(evaluation), *evaluation.notes)),
         "</ul>",
         _section("KL to the model by layer", KL_NOTE, [kl], "kl"),
         _section("Precision@k by layer", PRECISION_NOTE, [precision], "precision"),
@@ -295,5 +296,8 @@ def _cell_of(row: Row, name: str) -> str:
     value = getattr(row, name)
     if isinstance(value, str):
         return f"<td class='name' data-v='{escape(label(value))}'>{escape(label(value))}</td>"
-    text = "" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
-    return f"<td data-v='{'' if value is None else value}'>{text}</td>"
+    if value is None or isinstance(value, float):
+        # What is infinite or undefined is sorted to the end.
+        number = "" if plain(value) is None else value
+        return f"<td data-v='{number}'>{'' if value is None else shown(value, 3)}</td>"
+    return f"<td data-v='{value}'>{value:,}</td>"

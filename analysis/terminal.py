@@ -151,6 +151,8 @@ def print_evaluation(found: "Evaluation") -> None:
     """Print KL and precision@1 by layer, one table per offset."""
     for part in found.table():
         table(part.caption, part.columns, part.rows)
+    for note in found.notes:
+        print(f"note: {note}")
 
 
 def short(name: str | None) -> str:

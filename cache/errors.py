@@ -4,6 +4,7 @@
     ├── UsageError               2   (also ValueError) a request that cannot be right
     │   ├── DataError            2   texts that cannot be read or are empty
     │   ├── ModelError           2   a model that cannot be loaded or captured
+    │   ├── InputTypeError       2   (also TypeError) rows or labels of a type that is not read
     │   └── NotFoundError        2   (also FileNotFoundError) no such cache, probe, layer
     ├── MismatchError            3   two things that do not belong together
     │   └── HeadMismatchError    3   the stored head does not give the model's logits
@@ -13,7 +14,8 @@
     ├── NoSpaceError             5   (also OSError) the disk is, or would be, full
     └── Interrupted             130   stopped by the user; the work done so far is kept
 
-A message says what was expected, what was found and what to do.
+A message says what was expected, what was found and what to do. What is no error, but changes
+what a result means, is a `ResiduaWarning`; the command line prints it as `Warning: ...`.
 """
 
 
@@ -35,6 +37,10 @@ class DataError(UsageError):
 
 class ModelError(UsageError):
     """The model cannot be loaded, or its residual stream or head cannot be captured."""
+
+
+class InputTypeError(UsageError, TypeError):
+    """Rows, labels or numbers are of a type that cannot be read."""
 
 
 class NotFoundError(UsageError, FileNotFoundError):
@@ -75,3 +81,7 @@ class Interrupted(ResiduaError):
     """The user stopped the work; what is committed is kept and the same command goes on."""
 
     exit_code = 130
+
+
+class ResiduaWarning(UserWarning):
+    """A result is not what its name promises: a measure is undefined, a fit is not validated."""

@@ -14,7 +14,7 @@ from .errors import UsageError
 from .flatfile import FORMATS, Column, check_space, write_file, writing
 from .jsonfile import file_digest, make_folder, sync_folder, sync_tree, write_json
 from .layout import STORED_DTYPES
-from .numbers import span
+from .numbers import numbers, span
 from .runs import Runs
 from .store import BLOCK_BYTES, ActivationCache
 
@@ -43,7 +43,7 @@ def export(
     folder has files or `dtype` cannot hold a value, `NoSpaceError` before anything is written.
     """
     folder = Path(folder).expanduser()
-    layers = tuple(cache.layers if layers is None else layers)
+    layers = cache.layers if layers is None else numbers(layers, "layers")
     _check(cache, folder, format, layers, dtype)
     sequences = cache.split(split)
     if not len(sequences):

@@ -105,8 +105,6 @@ def extract(
     """
     if options.get("root") is not None:
         options["root"] = as_path(options["root"])
-    if options.get("layers") is not None:
-        options["layers"] = tuple(options["layers"])
     request = Request(str(model), str(data), **options)
     if client is not None:
         from .distributed import run_on

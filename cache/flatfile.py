@@ -121,7 +121,7 @@ def _header(columns: list[Column]) -> bytes:
             "data_offsets": [start, stop],
         }
         start = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

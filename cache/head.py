@@ -66,7 +66,7 @@ class Head:
     @cached_property
     def geometry(self) -> str:
         """Hex sha256 of everything that the head computes with: equal heads read equal streams."""
-        hasher = hashlib.sha256(json.dumps(self._spec(), sort_keys=True).encode())
+        hasher = hashlib.sha256(json.dumps(self._spec(), sort_keys=True, allow_nan=False).encode())
         for name in _TENSORS:
             hasher.update(np.ascontiguousarray(getattr(self, name), np.float32).tobytes())
         return hasher.hexdigest()
@@ -202,7 +202,8 @@ class TorchHead:
         self.bias = move(head.bias)
 
     def normalize(self, hidden: "torch.Tensor") -> "torch.Tensor":
-        """The final norm with its gain and bias; `(..., d_model)`."""
+        """The final norm with its gain and bias of rows of any dtype; `(..., d_model)` float32."""
+        hidden = hidden.float()
         if self.head.norm == "layernorm":
             hidden = hidden - hidden.mean(-1, keepdim=True)
         if self.head.norm != "none":

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .errors import CorruptError, NotFoundError
 from .place import create, is_remote, put
@@ -19,6 +22,27 @@ def canonical(value: Any) -> bytes:
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
     return text.encode()
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON has it (RFC 8259): numpy's numbers and arrays, tuples and paths converted.
+
+    NaN and the infinities, for which JSON has no word, become None.
+    """
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {plain_key(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range | set | frozenset):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def plain_key(key: Any) -> Any:
+    """A key of a JSON object: numpy's numbers as Python's, whose JSON is the same word."""
+    return key.item() if isinstance(key, np.generic) else key
 
 
 def digest(value: Any) -> str:

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .array import CacheArray
 from .errors import MismatchError, UsageError
+from .numbers import is_several, numbers
 from .runs import Runs
 from .store import ActivationCache
 
@@ -54,8 +55,11 @@ class RowLoader(IterableDataset[Batch]):
         slab_rows = cache.slab_rows if slab_rows is None else slab_rows
         _check(batch_rows, buffer_rows, slab_rows, rank, world_size, seed)
         self.cache = cache
-        self.layers = (layer,) if isinstance(layer, int) else tuple(layer)
-        self.stacked = not isinstance(layer, int)
+        self.layers, self.stacked = numbers(layer, "layer"), is_several(layer)
+        batch_rows, buffer_rows, slab_rows, seed, rank, world_size = numbers(
+            (batch_rows, buffer_rows, slab_rows, seed, rank, world_size),
+            "batch_rows, buffer_rows, slab_rows, seed, rank, world_size",
+        )
         self.batch_rows, self.slab_rows, self.buffer_rows = batch_rows, slab_rows, buffer_rows
         self.split, self.shuffle, self.seed = split, shuffle, seed
         self.dtype, self.drop_last, self.with_tokens = dtype, drop_last, with_tokens

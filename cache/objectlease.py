@@ -49,7 +49,7 @@ class ObjectLease:
     def signature(self) -> bytes:
         """What the object says now: who holds it, and a number that grows."""
         who = {"token": self.token, "beats": self._beats, **_myself()}
-        return json.dumps(who).encode()
+        return json.dumps(who, allow_nan=False).encode()
 
     def check(self) -> None:
         """Raise `LeaseLostError` unless this process still holds the lease."""

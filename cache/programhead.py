@@ -66,7 +66,7 @@ class ProgramHead(Head):
     @cached_property
     def geometry(self) -> str:
         """Hex sha256 of everything that the head computes with: equal heads read equal streams."""
-        hasher = hashlib.sha256(json.dumps(self._spec(), sort_keys=True).encode())
+        hasher = hashlib.sha256(json.dumps(self._spec(), sort_keys=True, allow_nan=False).encode())
         for name in sorted(self.tensors):
             array = np.ascontiguousarray(self.tensors[name], np.float32)
             hasher.update(f"{name}{array.shape}".encode())

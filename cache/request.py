@@ -8,7 +8,18 @@ from .errors import UsageError
 from .layout import STORED_DTYPES
 from .logits import check as check_logits
 from .manifest import FORMAT, FORMATS
+from .numbers import number, numbers
 from .policy import check as check_policy
+
+WHOLE_NUMBERS = (
+    "context",
+    "max_tokens",
+    "max_bytes",
+    "seed",
+    "batch_tokens",
+    "part_positions",
+)
+"""Fields of `Request` that are whole numbers, or None."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,14 @@ class Request:
     """Format of the cache; 1 finds, finishes and extends caches of the first version."""
 
     def __post_init__(self) -> None:
+        # Numbers of numpy as Python's: they are written as JSON.
+        for name in WHOLE_NUMBERS:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, number(value, name))
+        for name in ("pack", "trust_remote_code"):
+            object.__setattr__(self, name, bool(getattr(self, name)))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", numbers(self.layers, "layers"))
         if self.dtype not in ("auto", *STORED_DTYPES):
             known = ", ".join(("auto", *STORED_DTYPES))
             raise UsageError(f"dtype {self.dtype!r} is unknown; choose one of {known}")

@@ -1,5 +1,6 @@
 """The bigram baselines: the next token from one token alone, counted in the train split."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Bigram(Counted):
     counts_: "csr_matrix"
     """Pairs seen, `(vocab, vocab)` int64; memory grows with the distinct pairs only."""
 
-    def __init__(self, offsets: tuple[int, ...] = (1, 2, 3)) -> None:
+    def __init__(self, offsets: int | Iterable[int] = (1, 2, 3)) -> None:
         self.offsets = offsets
 
     def fit(self, cache: "ActivationCache", *, client: Any = None) -> "Bigram":
@@ -92,7 +93,7 @@ class LaggedBigram(Counted):
     counts_: "dict[int, csr_matrix]"
     """Offset -> pairs (x[t], x[t+N+1]) seen, `(vocab, vocab)` int64."""
 
-    def __init__(self, offsets: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+    def __init__(self, offsets: int | Iterable[int] = (0, 1, 2, 3)) -> None:
         self.offsets = offsets
 
     def fit(self, cache: "ActivationCache", *, client: Any = None) -> "LaggedBigram":
@@ -102,7 +103,7 @@ class LaggedBigram(Counted):
         """
         self._start(cache)
         self.unigram_ = unigram(count_followers(cache, client))
-        self.counts_ = {offset: count_pairs(cache, offset + 1, client) for offset in self.offsets}
+        self.counts_ = {n: count_pairs(cache, n + 1, client) for n in self._offsets()}
         return self
 
     def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
@@ -110,6 +111,7 @@ class LaggedBigram(Counted):
         import torch
 
         self.check_fitted()
+        self._check_offset(offset)
         out = after(tokens_of(batch.token), self.counts_[offset], self.unigram_)
         return torch.from_numpy(out).to(batch.last_token.device)
 
@@ -121,7 +123,7 @@ class LaggedBigram(Counted):
 
     def _read(self, tensors: dict[str, np.ndarray]) -> None:
         vocab = len(self.unigram_)
-        self.counts_ = {n: unpack(str(n), tensors, vocab) for n in self.offsets}
+        self.counts_ = {n: unpack(str(n), tensors, vocab) for n in self._offsets()}
 
 
 def after(tokens: np.ndarray, counts: "csr_matrix", unigram: np.ndarray) -> np.ndarray:

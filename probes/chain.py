@@ -1,5 +1,6 @@
 """Marginalised bigrams: a bigram taken several steps further, over the tokens that are not seen."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class MarginalBigram(Bigram):
     def pairs(self) -> list[tuple[int | None, int]]:
         """The last layer with every offset."""
         self.check_fitted()
-        return [(self.depth_, offset) for offset in self.offsets]
+        return [(self.depth_, offset) for offset in self._offsets()]
 
     def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
         """Log-probabilities of the token after t+N, `(n, vocab)` float32."""
@@ -95,12 +96,12 @@ class BigramChain(MarginalBigram):
     kind = "chain"
     least_offset = 0
 
-    def __init__(self, offsets: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+    def __init__(self, offsets: int | Iterable[int] = (0, 1, 2, 3)) -> None:
         super().__init__(offsets)
 
     def pairs(self) -> list[tuple[int | None, int]]:
         """Layer None with every offset."""
-        return [(None, offset) for offset in self.offsets]
+        return [(None, offset) for offset in self._offsets()]
 
     def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
         """Log-probabilities of the token N+1 after `batch.token`, `(n, vocab)` float32."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache.errors import UsageError
+from ..cache.numbers import number, numbers
 from ..cache.store import ActivationCache
 from .params import Params
 from .readout import Batch
@@ -49,7 +50,7 @@ class ControlProbe(Params):
         if options.get("keep"):
             raise UsageError("moments of a control are not kept with the cache; leave keep out")
         self._check()
-        view = view_of(X, self.control, self.seed)
+        view = view_of(X, self.control, number(self.seed, "seed"))
         probe = type(self.probe)(**self.probe.get_params(deep=False))
         if "keep" in signature(probe.fit).parameters:
             # Moments of a control are no use to another fit.
@@ -65,11 +66,11 @@ class ControlProbe(Params):
         params = self.probe.get_params()
         if params.get("target") is not None:
             raise UsageError("a control predicts the last layer; leave target out")
-        offsets = np.atleast_1d(params["offset"])
-        if self.control == NextToken.name and min(offsets) < 1:
+        offsets = numbers(params["offset"], "offset")
+        if self.control == NextToken.name and min(offsets, default=0) < 1:
             raise UsageError(
                 "the next token is what is to be predicted at offset 0: the control next-token is "
-                f"for offsets of 1 or more, not {offsets.tolist()}"
+                f"for offsets of 1 or more, not {list(offsets)}"
             )
 
     def check_fitted(self) -> None:
@@ -100,6 +101,8 @@ class ControlProbe(Params):
     def score(self, X: ActivationCache, y: None = None, **options: Any) -> float:
         """The probe's `score` on a cache, as this control reads it."""
         self.check_fitted()
+        if not isinstance(X, ActivationCache):
+            raise UsageError("a control is scored on a cache: it needs the sequences of the rows")
         return self.probe_.score(self.view(X), y, **options)
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ..cache.cluster import results, threads_of
-from ..cache.errors import UsageError
+from ..cache.errors import NotFoundError, UsageError
+from ..cache.numbers import numbers
 from .params import Params
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Counted(Params):
     """
 
     kind: str
-    offsets: tuple[int, ...]
+    offsets: int | Iterable[int]
     least_offset = 0
     """The smallest offset at which the baseline says something."""
 
@@ -35,11 +36,24 @@ class Counted(Params):
 
     def pairs(self) -> list[tuple[int | None, int]]:
         """Layer None with every offset."""
-        return [(None, offset) for offset in self.offsets]
+        return [(None, offset) for offset in self._offsets()]
+
+    def _offsets(self) -> tuple[int, ...]:
+        """`offsets` as plain ints, whether one or several were given."""
+        return numbers(self.offsets, "offsets")
+
+    def _check_offset(self, offset: int) -> None:
+        """Raise `NotFoundError` for an offset that was not asked for in the fit."""
+        if offset not in self._offsets():
+            raise NotFoundError(
+                f"{type(self).__name__} has no counts for offset {offset}; it has the offsets "
+                f"{', '.join(map(str, self._offsets()))}"
+            )
 
     def _start(self, cache: "ActivationCache") -> None:
         """Check the parameters, and note which cache is counted."""
-        if not len(self.offsets) or min(self.offsets) < self.least_offset:
+        offsets = self._offsets()
+        if not offsets or min(offsets) < self.least_offset:
             raise UsageError(
                 f"offsets of {type(self).__name__} must be {self.least_offset} or more, "
                 f"not {self.offsets}"
@@ -86,8 +100,9 @@ class Counted(Params):
         cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
     ) -> Self:
         """The baseline that `state` described."""
-        if "param_types" not in config:  # as the first version wrote
-            params = {**params, "offsets": tuple(params["offsets"])}
+        given = params["offsets"]
+        if "param_types" not in config and isinstance(given, list):  # as the first version wrote
+            params = {**params, "offsets": tuple(given)}
         probe = cls(**params)
         probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
         probe.split_, probe.n_features_in_ = config["split"], config["d_model"]

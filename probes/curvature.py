@@ -88,6 +88,10 @@ class LensFit:
         for name in self.STATE:
             setattr(self, name, state[name].clone())
 
+    def is_finite(self) -> bool:
+        """Whether the map holds neither NaN nor an infinity."""
+        return bool(self.weight.isfinite().all()) and bool(self.bias.isfinite().all())
+
     def losses(self, x: Tensor, head: TorchHead, target: Target) -> Tensor:
         """Losses of rows `x` `(n, d)`, `(n,)`."""
         return head_losses(torch.addmm(self.bias, self.inputs(x), self.weight), head, target)

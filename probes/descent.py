@@ -12,6 +12,7 @@ rows 4.504, at their best a tenth dearer a step; one-sided Shampoo 4.914. Three 
 in principal axes 4.198.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache.jsonfile import plain
 from .checkpoint import Checkpoint
 from .crew import Crew
 from .examples import Examples, Step
@@ -50,10 +52,10 @@ class Outcome:
 
     parameters: Parameters
     """The best ones, as a map of raw states."""
-    last: dict[str, float]
+    last: dict[str, float | None]
     """Their line of `history`."""
-    history: list[dict[str, float]]
-    """Step, training loss since the line before, held-out loss; nats."""
+    history: list[dict[str, float | None]]
+    """Step, training loss since the line before, held-out loss; nats, None where not finite."""
 
 
 class Trainer:
@@ -69,8 +71,10 @@ class Trainer:
         self.best_loss = float("inf")
         self.worse = 0
         """Measurements since the best one."""
-        self.history: list[dict[str, float]] = []
-        """Step, mean training loss since the measurement before, held-out loss; nats."""
+        self.history: list[dict[str, float | None]] = []
+        """Step, mean training loss since the measurement before, held-out loss; nats.
+
+        None for a loss that is not finite; without held-out rows there is no held-out loss."""
         self.loss_sum, self.loss_rows = 0.0, 0
 
     @property
@@ -92,8 +96,9 @@ class Trainer:
         """Note the held-out loss, keep the parameters if it is the best so far."""
         training = self.loss_sum / max(1, self.loss_rows)
         self.loss_sum, self.loss_rows = 0.0, 0
-        row = {"step": step, "train": training}
-        self.history.append(row if held_out is None else {**row, "validation": held_out})
+        row = {"step": step, "train": plain(training)}
+        more = {} if held_out is None else {"validation": plain(held_out)}
+        self.history.append({**row, **more})
         if held_out is None:
             return
         self.worse += 1
@@ -101,7 +106,7 @@ class Trainer:
             self.best_loss, self.worse = held_out, 0
             self.best = {name: value.clone() for name, value in self.parameters.items()}
 
-    def chosen(self) -> dict[str, float]:
+    def chosen(self) -> dict[str, float | None]:
         """The line of `history` of the parameters that `outcome` gives."""
         return self.history[-1 - self.worse] if self.best is not None else self.history[-1]
 
@@ -112,7 +117,9 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything that changes, as JSON and tensors."""
-        numbers = {k: getattr(self, k) for k in ("worse", "history", "loss_sum", "loss_rows")}
+        numbers = {k: getattr(self, k) for k in ("worse", "history", "loss_rows")}
+        # JSON has no word for a sum that is not finite.
+        numbers["loss_sum"] = plain(self.loss_sum)
         numbers["best_loss"] = None if self.best is None else self.best_loss
         tensors = {f"now.{name}": value for name, value in self.parameters.items()}
         tensors |= {f"best.{name}": value for name, value in (self.best or {}).items()}
@@ -123,8 +130,9 @@ class Trainer:
 
     def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take the state of `state`."""
-        for key in ("worse", "history", "loss_sum", "loss_rows"):
+        for key in ("worse", "history", "loss_rows"):
             setattr(self, key, numbers[key])
+        self.loss_sum = math.nan if numbers["loss_sum"] is None else numbers["loss_sum"]
         self.best = None
         if numbers["best_loss"] is not None:
             self.best_loss = numbers["best_loss"]

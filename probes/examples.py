@@ -112,7 +112,10 @@ class ArrayExamples:
             cuts = list(zip(starts.tolist(), stops, strict=True))
             found = dask.compute(*([v[a:b] for a, b in cuts] for v in (self.X, self.y)))  # pyright: ignore
             x, y = (np.concatenate(v) for v in found)
-        return x.astype(np.float32), codes_of(y, self.classes)
+        x = x.astype(np.float32)
+        if not np.isfinite(x).all():
+            raise UsageError("the rows X hold values that are not finite in float32")
+        return x, codes_of(y, self.classes)
 
 
 def codes_of(y: np.ndarray, classes: np.ndarray) -> np.ndarray:

@@ -172,7 +172,11 @@ Form = Full | LowRank | ThroughHead
 
 
 def apply(parameters: Parameters, rows: Tensor) -> Tensor:
-    """Folded parameters on raw states: logits, or for `ThroughHead` what the head is to read."""
-    parameters = {name: value.to(rows) for name, value in parameters.items()}
+    """Folded parameters on raw states: logits, or for `ThroughHead` what the head is to read.
+
+    States of any dtype are cast to that of the parameters, on the device of the states.
+    """
+    parameters = {name: value.to(rows.device) for name, value in parameters.items()}
+    rows = rows.to(parameters["weight"].dtype)
     inner = rows @ parameters["down"].T if "down" in parameters else rows
     return torch.addmm(parameters["bias"], inner, parameters["weight"].T)

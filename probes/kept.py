@@ -144,13 +144,18 @@ def same_sequences(old: ActivationCache, new: ActivationCache, split: str, folds
 
 
 def same_rows(old: ActivationCache, new: ActivationCache, layer: int) -> bool:
-    """Whether `new` begins with the stored rows of `old`, by the checksums of shared parts."""
+    """Whether `new` begins with the stored rows of `old`.
+
+    By the checksums of the parts that both have whole; other rows are compared byte by byte. A
+    small cache has smaller parts than the one it has grown into: then all of them are.
+    """
     name, layout = f"residual/{layer}", old.manifest.layout
     mine, theirs = old.layer(layer), new.layer(layer)
-    if layout != new.manifest.layout or mine.layout.logical_dtype != theirs.layout.logical_dtype:
+    if mine.layout.logical_dtype != theirs.layout.logical_dtype:
         return False
+    is_shared = layout == new.manifest.layout
     for part, record in old.committed.items():
-        if record.stop - record.start == layout.part_rows:
+        if is_shared and record.stop - record.start == layout.part_rows:
             a, b = (cache.committed[part].arrays[name] for cache in (old, new))
             if (a.bytes, a.crc32c) != (b.bytes, b.crc32c):
                 return False

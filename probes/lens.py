@@ -1,15 +1,19 @@
 """Tuned lens: translators of the residual stream, fitted by KL to the model; also N tokens on."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..cache.errors import NotFoundError, UsageError
+from ..cache.errors import NotFoundError, ResiduaWarning, UsageError
+from ..cache.numbers import number, numbers
 from ..cache.store import ActivationCache
+from .arrays import as_array, warn_unvalidated
 from .params import Params
 from .readout import Batch, Pair
+from .save import check_finite
 from .solve import AffineMap
 
 if TYPE_CHECKING:
@@ -25,8 +29,9 @@ class TunedLens(Params):
     whichever is better on the validation split, by `steps` steps of `batch` positions along the
     natural gradient, damped by `damping` of its mean curvature. `lr` is a share of the full step;
     None: the best of a short sweep. The best translator found on the validation split is kept, so
-    that none is worse there than the logit lens. `layers` defaults to all. At offset 0 the last
-    layer is the model itself: its translator is the identity.
+    that none is worse there than the logit lens; where that split has no pair at an offset,
+    translators are fitted unvalidated, with a `ResiduaWarning`. `layers` defaults to all. At offset
+    0 the last layer is the model itself: its translator is the identity.
     Memory: that of the moments of as many layers and offsets as `memory` in `fit` has room for.
     """
 
@@ -72,15 +77,34 @@ class TunedLens(Params):
 
         if not isinstance(X, ActivationCache):
             raise UsageError("a tuned lens is fitted on a cache: it needs the head beside the rows")
-        settings = Settings(self.lr, self.steps, self.batch, self.damping, self.seed)
-        layers = X.layers if self.layers is None else tuple(self.layers)
-        offsets = tuple(np.atleast_1d(np.asarray(self.offset, int)).tolist())
+        lr = None if self.lr is None else float(self.lr)
+        steps, batch, seed = (
+            number(getattr(self, name), name) for name in ("steps", "batch", "seed")
+        )
+        settings = Settings(lr, steps, batch, float(self.damping), seed)
+        layers = X.layers if self.layers is None else numbers(self.layers, "layers")
+        offsets = numbers(self.offset, "offset")
         folder = None if checkpoint is None else Path(checkpoint)
         found = fit_groups(X, layers, offsets, settings, client, memory, folder, progress)
         self._keep({pair: fitted.map for pair, fitted in found.items()}, X.d_model)
         self._rows = {pair: fitted.row for pair, fitted in found.items()}
         self.cache_id_, self.geometry_, self.split_ = X.id, X.head.geometry, "train"
+        self._warn_of_kl()
         return self
+
+    def _warn_of_kl(self) -> None:
+        """Warn of translators that were chosen without a KL on the validation split."""
+        checked = {pair: row for pair, row in self._rows.items() if row["kl"] is None}
+        unvalidated = [pair for pair, row in checked.items() if not row["n_validation"]]
+        if unvalidated:
+            warn_unvalidated(unvalidated, "they start from ridge and end with their last step")
+        if undefined := [pair for pair in checked if pair not in unvalidated]:
+            warnings.warn(
+                f"the KL on the validation split is not finite for (layer, offset) {undefined}: "
+                "their translators are those of the logit lens",
+                ResiduaWarning,
+                stacklevel=3,
+            )
 
     def _keep(self, maps: Mapping[Pair, AffineMap], d_model: int) -> None:
         self.maps_ = {pair: maps[pair] for pair in sorted(maps)}
@@ -93,7 +117,13 @@ class TunedLens(Params):
 
     @classmethod
     def of(cls, maps: Mapping[Pair, AffineMap], geometry: str | None = None) -> "TunedLens":
-        """A lens of maps `x @ weight + bias` that were fitted elsewhere, by (layer, offset)."""
+        """A lens of maps `x @ weight + bias` that were fitted elsewhere, by (layer, offset).
+
+        Raises `UsageError` for a map that holds NaN or an infinity.
+        """
+        for (layer, offset), found in maps.items():
+            check_finite({f"{layer}.{offset}.weight": found.weight}, "the lens")
+            check_finite({f"{layer}.{offset}.bias": found.bias}, "the lens")
         offsets = sorted({offset for _, offset in maps})
         lens = cls(offset=offsets[0] if len(offsets) == 1 else offsets)
         lens._keep(maps, len(next(iter(maps.values())).bias))
@@ -122,12 +152,21 @@ class TunedLens(Params):
         raise UsageError(f"name an offset; fitted (layer, offset) are {fitted}")
 
     def transform_hidden(self, h: Any, layer: int, offset: int | None = None) -> Any:
-        """The translated residual stream of rows `(..., d_model)` of numpy, dask or torch."""
+        """The translated residual stream of rows `(..., d_model)` of numpy, dask or torch.
+
+        Rows of any dtype are cast to the translator's.
+        """
         pair = self._pair(layer, offset)
-        if type(h).__module__.partition(".")[0] != "torch":
-            return self.maps_[pair](h)
+        is_torch = type(h).__module__.partition(".")[0] == "torch"
+        rows = h if is_torch else as_array(h, "h", known=False)
+        if np.shape(rows)[-1:] != (self.n_features_in_,):
+            raise UsageError(
+                f"expected rows (..., {self.n_features_in_}), found shape {np.shape(rows)}"
+            )
+        if not is_torch:
+            return self.maps_[pair](rows)
         weight, bias = self._torch(pair, str(h.device))
-        return h @ weight + bias
+        return h.to(weight.dtype) @ weight + bias
 
     def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
         """Logits `(n, vocab)` that the head gives for the translated rows; float32."""
@@ -151,6 +190,7 @@ class TunedLens(Params):
         `kl_logit` is the logit lens's, `kl_ridge` ridge's, `kl` the lens's own; `start` says which
         it began from, `lr` the step length, `steps` those that the kept translator had taken,
         `sweep` the KL that each rate reached in the sweep, `backs` how often the rate was halved.
+        A KL is None where it is not finite, or where the split has no pair (`n_validation` is 0).
         """
         self.check_fitted()
         return [

@@ -3,6 +3,9 @@
 Every translator goes its own way: it starts from ridge or the logit lens, whichever is better on
 the validation split, takes the rate that did best in a short sweep, goes back to its best and
 halves the rate where a check finds it worse, and ends as the best that a check has found.
+
+Where the validation split has no pair at its offset there is nothing to choose by: it starts from
+ridge, takes the lower rate and ends with its last step.
 """
 
 import math
@@ -15,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..cache.jsonfile import plain
 from ..cache.store import ActivationCache
 from .curvature import Inputs, LensFit
 from .feed import BUFFER_BYTES, BUFFER_ROWS, Feed
@@ -67,13 +71,15 @@ class Track:
     """Pairs that ridge was fitted on."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """Where it was best."""
+    n_validation: int = 0
+    """Pairs of the validation split; without one the last step counts as the best."""
     kl: float = math.inf
-    """KL on the validation split there."""
+    """KL on the validation split there; infinite where it is not finite or there is no pair."""
     step: int = 0
     """Steps it had taken."""
     start: str = "ridge"
-    kl_logit: float = math.nan
-    kl_ridge: float = math.nan
+    kl_logit: float = math.inf
+    kl_ridge: float = math.inf
     rate: float = 0.0
     sweep: dict[float, float] = field(default_factory=dict)
     """Rate -> KL on the validation split after `SWEEP` steps."""
@@ -81,18 +87,19 @@ class Track:
     """How often it went back, at half the rate."""
 
     def row(self) -> dict[str, Any]:
-        """All of it that is no tensor: what `TunedLens.metrics` says."""
+        """All of it that is no tensor: what `TunedLens.metrics` says; None for an infinite KL."""
         return {
             "start": self.start,
-            "kl_logit": self.kl_logit,
-            "kl_ridge": self.kl_ridge,
-            "kl": self.kl,
+            "kl_logit": plain(self.kl_logit),
+            "kl_ridge": plain(self.kl_ridge),
+            "kl": plain(self.kl),
             "steps": self.step,
             "lr": self.rate,
             "backs": self.backs,
             "alpha": self.alpha,
             "n": self.n,
-            "sweep": [[rate, kl] for rate, kl in self.sweep.items()],
+            "n_validation": self.n_validation,
+            "sweep": [[rate, plain(kl)] for rate, kl in self.sweep.items()],
         }
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -111,11 +118,25 @@ class Track:
 
         fit = LensFit(Inputs(**part("inputs.")), damping)
         fit.restore(part("fit."))
-        sweep = {float(rate): kl for rate, kl in row["sweep"]}
+
+        def read(kl: float | None) -> float:
+            return math.inf if kl is None else kl
+
         return cls(
-            fit, row["alpha"], row["n"], part("best."), row["kl"], row["steps"], row["start"],
-            row["kl_logit"], row["kl_ridge"], row["lr"], sweep, row["backs"],
+            fit, row["alpha"], row["n"], part("best."), row["n_validation"], read(row["kl"]),
+            row["steps"], row["start"], read(row["kl_logit"]), read(row["kl_ridge"]), row["lr"],
+            {float(rate): read(kl) for rate, kl in row["sweep"]}, row["backs"],
         )  # fmt: skip
+
+    def judge(self, kl: float, step: int) -> None:
+        """Keep the fit as it is now, or go back to the best one at half the rate."""
+        is_best = self.fit.is_finite() if not self.n_validation else kl < self.kl
+        if is_best:
+            self.keep(kl, step)
+        elif not self.n_validation or math.isinf(kl) or kl > WORSE * self.kl:
+            self.back()
+            self.rate /= 2
+            self.backs += 1
 
     def keep(self, kl: float, step: int) -> None:
         """What the fit is now is the best."""
@@ -145,10 +166,12 @@ class Course:
             cache, layers, offsets, "train", batch, seed, drop_last=True,
             buffer_rows=rows, buffer_bytes=1 << 62,
         )  # fmt: skip
-        self.held = Feed(
-            cache, layers, offsets, "validation", batch, seed,
-            max_positions=VALIDATION_POSITIONS, shuffle=False,
-        )  # fmt: skip
+        self.held = None
+        if len(cache.split("validation")):
+            self.held = Feed(
+                cache, layers, offsets, "validation", batch, seed,
+                max_positions=VALIDATION_POSITIONS, shuffle=False,
+            )  # fmt: skip
         self.step = 0
 
     def rows(self, feed: Feed, step: int = 0) -> Iterator[list[tuple[Pair, Tensor, Target]]]:
@@ -167,12 +190,18 @@ class Course:
                 step += 1
 
     def check(self) -> dict[Pair, float]:
-        """KL of every translator on the validation split; sums in float64."""
+        """KL of every translator on the validation split; sums in float64.
+
+        Infinite where it is not finite, and where there is no pair.
+        """
         sums = {pair: np.zeros(2) for pair in self.tracks}
-        for found in islice(self.rows(self.held), self.held.steps):
-            for pair, x, target in found:
-                losses = self.tracks[pair].fit.losses(x, self.head, target)
-                sums[pair] += losses.sum(dtype=torch.float64).item(), len(losses)
+        if self.held is not None:
+            for found in islice(self.rows(self.held), self.held.steps):
+                for pair, x, target in found:
+                    losses = self.tracks[pair].fit.losses(x, self.head, target)
+                    sums[pair] += losses.sum(dtype=torch.float64).item(), len(losses)
+        for pair, (_, n) in sums.items():
+            self.tracks[pair].n_validation = int(n)
         found = {pair: total / n if n else math.inf for pair, (total, n) in sums.items()}
         return {pair: float(kl) if math.isfinite(kl) else math.inf for pair, kl in found.items()}
 
@@ -187,7 +216,7 @@ class Course:
         for pair, kl in self.check().items():
             track = self.tracks[pair]
             track.kl_logit, track.kl_ridge = logit[pair], kl
-            if logit[pair] <= kl:
+            if track.n_validation and logit[pair] <= kl:
                 track.fit.restore(starts[pair])
                 track.start = "logit"
         del starts
@@ -224,11 +253,15 @@ class Course:
                 self._take(step, next(batches), lambda track, now=rate * (1 - step / steps): now)
             for pair, kl in self.check().items():
                 track = self.tracks[pair]
+                if not track.n_validation:
+                    if rate == min(rates) and track.fit.is_finite():
+                        track.keep(kl, steps)
+                    continue
                 track.sweep[rate] = kl
                 if kl < track.kl:
                     track.keep(kl, steps)
         for track in self.tracks.values():
-            track.rate = min(track.sweep, key=lambda rate: track.sweep[rate])
+            track.rate = min(track.sweep, key=lambda rate: track.sweep[rate], default=min(rates))
             track.back()
         self.step = steps
 
@@ -258,13 +291,7 @@ class Course:
 
     def _judge(self) -> None:
         for pair, kl in self.check().items():
-            track = self.tracks[pair]
-            if kl < track.kl:
-                track.keep(kl, self.step)
-            elif not kl <= WORSE * track.kl:
-                track.back()
-                track.rate /= 2
-                track.backs += 1
+            self.tracks[pair].judge(kl, self.step)
 
     def _generator(self, pair: Pair, step: int) -> torch.Generator:
         """Draws tokens; the same for a pair and a step whatever is fitted beside it."""

@@ -7,7 +7,7 @@ from ..cache.disk import check_target
 from ..cache.errors import MismatchError, NotFoundError, UsageError
 from ..cache.jsonfile import digest
 from ..cache.place import as_path
-from .save import check_geometry, load_probe, plain
+from .save import check_for, load_probe, plain
 
 if TYPE_CHECKING:
     from ..cache.store import ActivationCache
@@ -65,8 +65,9 @@ def load_for(cache: "ActivationCache", path: Path, force: bool = False) -> Any:
     """The probe at `path`, checked against the geometry of `cache` unless `force`."""
     probe = load_probe(path)
     try:
-        check_geometry(probe, cache)
+        check_for(probe, cache, force)
     except MismatchError as error:
-        if not force or probe.n_features_in_ != cache.d_model:
-            raise MismatchError(f"{path}: {error}") from None
+        raise MismatchError(f"{path}: {error}") from None
+    # Tells probes of one kind apart in a report.
+    probe.folder_ = str(path)
     return probe

@@ -209,7 +209,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, st
     for name, array in tensors.items():
         span = [end, end := end + array.nbytes]
         header[name] = {"dtype": "F64", "shape": array.shape, "data_offsets": span}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     digests = {}
     with open(path, "wb") as file:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..cache.errors import UsageError
+from ..cache.numbers import numbers
 from ..cache.store import ActivationCache
 from .moments import PRODUCTS
 from .sums import Pair
@@ -47,9 +48,11 @@ class Request:
     ) -> "Request":
         """A request of `cache`, by default of all layers, with the last one as the target."""
         return cls(
-            cache.layers if layers is None else tuple(dict.fromkeys(layers)),
-            tuple(sorted(set(offsets))),
-            (cache.depth,) if targets is None else tuple(dict.fromkeys(targets)),
+            cache.layers if layers is None else tuple(dict.fromkeys(numbers(layers, "layers"))),
+            tuple(sorted(set(numbers(offsets, "offsets")))),
+            (cache.depth,)
+            if targets is None
+            else tuple(dict.fromkeys(numbers(targets, "targets"))),
             **options,
         ).check(cache)
 

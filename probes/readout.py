@@ -1,9 +1,11 @@
 """What evaluation asks of anything that predicts tokens from a cache: the `Readout` protocol."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..cache.head import TorchHead
+from ..cache.numbers import numbers
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +55,12 @@ class LogitLens:
 
     kind = "logit"
 
-    def __init__(self, layers: tuple[int, ...], offsets: tuple[int, ...]) -> None:
-        self.layers = layers
-        self.offsets = offsets
+    def __init__(self, layers: int | Iterable[int], offsets: int | Iterable[int]) -> None:
+        self.layers = numbers(layers, "layers")
+        self.offsets = numbers(offsets, "offsets")
 
     @classmethod
-    def of(cls, cache: "ActivationCache", offsets: tuple[int, ...]) -> "LogitLens":
+    def of(cls, cache: "ActivationCache", offsets: int | Iterable[int]) -> "LogitLens":
         """The logit lens for every layer of `cache`."""
         return cls(cache.layers, offsets)
 

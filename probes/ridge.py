@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache.errors import NotFoundError, UsageError
+from ..cache.jsonfile import plain
+from ..cache.numbers import is_several, number, numbers
 from ..cache.store import ActivationCache
+from .arrays import as_array, is_dask, validated
 from .collect import Progress, check_rows, collect, collect_rows, cores, one_blas_thread
 from .estimator import (
     BaseEstimator,
     MultiOutputMixin,
     RegressorMixin,
     check_is_fitted,
-    validate_data,
 )
 from .moments import PRODUCTS
 from .momentset import MomentSet
@@ -88,11 +90,13 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """
         self._check()
         if isinstance(X, ActivationCache):
-            targets = None if self.target is None else numbers(self.target)
+            layers = None if self.layers is None else numbers(self.layers, "layers")
+            targets = None if self.target is None else numbers(self.target, "target")
             request = Request.of(
-                X, self.layers, numbers(self.offset), targets, folds=self.folds,
-                products=self.products,
+                X, layers, numbers(self.offset, "offset"), targets,
+                folds=number(self.folds, "folds"), products=self.products,
             )  # fmt: skip
+            keep = None if keep is None else bool(keep)
             account = Account()
             groups = supply(
                 X, request, keep=keep, memory=memory, client=client, progress=progress,
@@ -112,7 +116,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             numbers(given)[0] if given is not None else 0
             for given in (self.layers, self.offset, self.target)
         )
-        folds = collect_rows(X, y, self.folds, self.products, client)
+        folds = collect_rows(X, y, number(self.folds, "folds"), self.products, client)
         self._fit_all([MomentSet({pair: folds})], None)  # pyright: ignore[reportArgumentType]
         self._is_flat = flat
         self._set_coefficients()
@@ -126,13 +130,14 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     def _rows(self, X: Any, y: Any) -> tuple[Any, Any]:
         """`X` and `y` as arrays that fit together; dask's are left lazy."""
-        if not is_lazy(X):
+        X, y = as_array(X, "X"), as_array(y, "y")
+        if not is_dask(X):
             try:
-                X, y = validate_data(
+                X, y = validated(
                     self, X, y, multi_output=True, y_numeric=True, dtype=(np.float64, np.float32)
                 )
-            except ValueError as error:
-                raise UsageError(
+            except UsageError as error:
+                raise type(error)(
                     f"{error}\nfit takes a cache, or two arrays: rows X (n, d_in) and targets y"
                 ) from None
         check_rows(X, y, self.folds)
@@ -143,7 +148,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         there = {pair[2] for pair in moments.pairs}
         if self.target is None and len(there) > 1:
             raise UsageError(f"these moments have the targets {sorted(there)}: give target=")
-        asked = there if self.target is None else set(numbers(self.target))
+        asked = there if self.target is None else set(numbers(self.target, "target"))
         if not asked <= there:
             raise NotFoundError(f"these moments have the targets {sorted(there)}, not {asked}")
         return moments.with_pairs({p: m for p, m in moments.pairs.items() if p[2] in asked})
@@ -209,7 +214,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return {p: fit for pairs, some in fits for p, fit in zip(pairs, some, strict=True)}
 
     def _keep(self, pair: Key, found: RidgeFit) -> None:
-        key = pair if isinstance(self.target, Iterable) else pair[:2]
+        key = pair if is_several(self.target) else pair[:2]
         self.maps_[key], self.target_[key] = found.map, pair[2]
         self.alpha_[key] = found.alpha
         self.alphas_[key] = found.alphas
@@ -237,7 +242,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         ]
         if len(found) == 1:
             return found[0]
-        several = isinstance(self.target, Iterable)
+        several = is_several(self.target)
         names = "(layer, offset, target)" if several else "(layer, offset)"
         fitted = ", ".join(map(str, self.maps_))
         if not found:
@@ -254,11 +259,9 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
     ) -> Any:  # fmt: skip
         """The predicted residual_L[t+N] of rows `(n, d_in)`, `(n, d_out)`; dask stays lazy."""
         found = self.map(layer, offset, target)
-        if not is_lazy(X):
-            try:
-                X = validate_data(self, X, reset=False, dtype=(np.float64, np.float32))
-            except ValueError as error:
-                raise UsageError(str(error)) from None
+        X = as_array(X, "X", known=False)
+        if not is_dask(X):
+            X = validated(self, X, reset=False, dtype=(np.float64, np.float32))
         elif X.ndim != 2 or X.shape[1] != len(found.weight):
             raise UsageError(f"expected rows (n, {len(found.weight)}), found shape {X.shape}")
         out = found(X)
@@ -288,10 +291,18 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 raise UsageError(f"split {split!r} has no pair at offset {key[1]}")
             sse, spread = held_out_sse(self.maps_[key], moments), moments.yy
         else:
-            y = y if is_lazy(y) else np.asarray(y, np.float64)
+            if y is None:
+                raise UsageError("score of rows X needs their targets: score(X, y)")
+            y = as_array(y, "y", known=False)
+            # Squares of half precision would overflow.
+            y = y.astype(np.float64) if is_dask(y) else np.asarray(y, np.float64)
             predicted = self.predict(X, key[0], key[1], self.target_[key])
+            if y.shape[1:] != predicted.shape[1:] or not _same_length(y, predicted):
+                raise UsageError(f"expected targets y {predicted.shape}, found {y.shape}")
             sse = float(((y - predicted) ** 2).sum())
             spread = float(((y - y.mean(axis=0)) ** 2).sum())
+        if not (np.isfinite(sse) and np.isfinite(spread)):
+            raise UsageError("the rows or targets hold values that are not finite")
         return 1 - sse / spread if spread else float(sse == 0)
 
     def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
@@ -300,7 +311,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
         if batch.hidden is None:
             raise UsageError("the ridge probe reads a layer; this batch has none")
-        several = isinstance(self.target, Iterable)
+        several = is_several(self.target)
         pair = self._pair(layer, offset, self.depth_ if several else None)
         if self.depth_ not in (None, self.target_[pair]):
             raise UsageError(
@@ -313,12 +324,15 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             weight, bias = (torch.tensor(a, device=device) for a in (found.weight, found.bias))
             self._tensors[pair, device] = weight, bias
         weight, bias = self._tensors[pair, device]
-        return batch.head(torch.addmm(bias, batch.hidden, weight))
+        return batch.head(torch.addmm(bias, batch.hidden.to(weight.dtype), weight))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One row per (layer, offset): penalty, cross-validated R2 and error, number of pairs."""
+        """One row per (layer, offset): penalty, cross-validated R2 and error, number of pairs.
+
+        R2 and error are None where nothing was held out.
+        """
         check_is_fitted(self, "maps_")
-        return [
+        rows = [
             {
                 "layer": key[0],
                 "offset": key[1],
@@ -330,6 +344,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             }
             for key in self.maps_
         ]
+        return plain(rows)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = dict(super().__getstate__())  # pyright: ignore
@@ -339,7 +354,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What `save_probe` writes: a JSON object and tensors."""
-        rows = [{k: None if v != v else v for k, v in row.items()} for row in self.metrics()]
+        rows = self.metrics()
         for row, target in zip(rows, self.target_.values(), strict=True):
             row["target"] = target
         about = {"cache": self.cache_id_, "geometry": self.geometry_, "split": self.split_}
@@ -364,7 +379,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
         probe.split_, probe._is_flat = config["split"], config["flat"]
         probe.n_features_in_, probe.depth_ = config["d_model"], config.get("depth")
-        several = isinstance(probe.target, Iterable)
+        several = is_several(probe.target)
         for row in config["pairs"]:
             # Probes of the first version knew no target but layer L.
             pair = row["layer"], row["offset"], row.get("target", probe.depth_)
@@ -384,11 +399,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return probe
 
 
-def numbers(value: int | Iterable[int]) -> tuple[int, ...]:
-    """A tuple of one number or several."""
-    return tuple(int(v) for v in value) if isinstance(value, Iterable) else (int(value),)
-
-
-def is_lazy(rows: Any) -> bool:
-    """Whether `rows` are of dask, which only computes what it is asked for."""
-    return hasattr(rows, "__dask_graph__")
+def _same_length(y: Any, predicted: Any) -> bool:
+    """Whether both have as many rows, as far as chunks of unknown size let it be known."""
+    lengths = y.shape[0], predicted.shape[0]
+    return bool(np.isnan(lengths).any()) or lengths[0] == lengths[1]

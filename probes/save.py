@@ -1,6 +1,7 @@
 """Probes on disk: a folder with `probe.safetensors` and `config.json`, never a pickle."""
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +11,7 @@ import numpy as np
 from .. import __version__
 from ..cache.errors import CorruptError, MismatchError, UsageError
 from ..cache.jsonfile import make_folder, read_json, write_atomically, write_json
+from ..cache.jsonfile import plain as plain_json
 from ..cache.place import as_path
 
 if TYPE_CHECKING:
@@ -52,12 +54,16 @@ class Saved(Protocol):
 
 
 def save_probe(probe: Saved, folder: str | Path) -> Path:
-    """Write a fitted `probe` (see `Saved`) to `folder`; tensors first, then `config.json`."""
+    """Write a fitted `probe` (see `Saved`) to `folder`; tensors first, then `config.json`.
+
+    Raises `UsageError` for a probe that holds NaN or an infinity.
+    """
     from safetensors.numpy import save
 
     if not is_known(getattr(probe, "kind", None)):
         raise UsageError(f"{type(probe).__name__} cannot be saved; kinds are {', '.join(KINDS)}")
     config, tensors = probe.state()
+    check_finite(tensors, f"the {probe.kind} probe")
     path = as_path(folder)
     make_folder(path)
     data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
@@ -74,7 +80,10 @@ def save_probe(probe: Saved, folder: str | Path) -> Path:
 
 
 def load_probe(folder: str | Path) -> Any:
-    """Read a probe of `save_probe`, without its cache; any changed byte raises `CorruptError`."""
+    """Read a probe of `save_probe`, without its cache; any changed byte raises `CorruptError`.
+
+    Raises `UsageError` for a probe of another version, or one that holds NaN or an infinity.
+    """
     from safetensors.numpy import load
 
     config, file = read_json(as_path(folder) / "config.json"), as_path(folder) / "probe.safetensors"
@@ -89,6 +98,7 @@ def load_probe(folder: str | Path) -> Any:
     params = typed(config["params"], config.get("param_types", {}))
     # Copies: arrays of their own, aligned as numpy and torch align those of a fit.
     tensors = {name: value.copy() for name, value in load(data).items()}
+    check_finite(tensors, str(file))
     return class_of(config["kind"]).restore(params, config, tensors)
 
 
@@ -165,14 +175,57 @@ def typed(params: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_for(probe: Any, cache: "ActivationCache", force: bool = False) -> None:
+    """Raise unless `probe` can be read on `cache`: of the same model, and with finite tensors.
+
+    `force` leaves out the head's digest, not the width. Readouts that know of no cache (a logit
+    lens, one of a user's own) are of any model. Raises `MismatchError` or `UsageError`.
+    """
+    if hasattr(probe, "geometry_") and hasattr(probe, "n_features_in_"):
+        try:
+            check_geometry(probe, cache)
+        except MismatchError as error:
+            if not force or probe.n_features_in_ != cache.d_model:
+                raise MismatchError(f"{probe.kind}: {error}") from None
+    classes = getattr(probe, "classes_", None)
+    if classes is not None and not np.array_equal(classes, np.arange(cache.vocab)):
+        raise MismatchError(
+            f"{probe.kind}: the probe knows {len(classes)} classes that are not the {cache.vocab} "
+            "tokens of this cache; fit it on a cache of the same model"
+        )
+    check_finite(dict(_tensors_of(probe)), f"the {probe.kind} probe")
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
+    """Raise `UsageError` that names the first of `tensors` with NaN or an infinity."""
+    for name, tensor in tensors.items():
+        # Penalties without held-out pairs have no error: that is what the NaN of a path says.
+        if name.endswith(".path") or tensor.dtype.kind != "f":
+            continue
+        count = tensor.size - int(np.count_nonzero(np.isfinite(tensor)))
+        if count:
+            raise UsageError(
+                f"{where}: tensor {name} holds {count} values of {tensor.size} that are not finite "
+                "(NaN or infinite); the fit diverged: fit it again, with a smaller step (lr)"
+            )
+
+
+def _tensors_of(probe: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters that `probe` reads residual streams with, by name; no copies."""
+    probe = getattr(probe, "probe_", probe)
+    for pair, found in getattr(probe, "maps_", {}).items():
+        name = ".".join(map(str, pair))
+        yield f"{name}.weight", found.weight
+        yield f"{name}.bias", found.bias
+    for pair, fitted in getattr(probe, "fitted_", {}).items():
+        for name, tensor in fitted.parameters.items():
+            yield f"{pair[0]}.{pair[1]}.{name}", tensor.numpy()
+
+
 def plain(value: Any) -> Any:
-    """`value` with numpy's numbers, arrays and tuples as JSON's, and a probe as its parameters."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+    """`value` as JSON has it, and a probe as its kind and parameters."""
     if hasattr(value, "get_params"):
         return {"kind": value.kind, "params": plain(value.get_params())}
-    if isinstance(value, list | tuple | range):
-        return [plain(item) for item in value]
-    return value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return plain_json(value)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cache.errors import UsageError
 from ..cache.head import TorchHead
 
 TILE_BYTES = 16 << 20
@@ -106,7 +107,10 @@ class Teacher:
         """The model's top token for rows `(n, d_model)`, the lowest id on ties."""
         out = torch.empty(len(residual), dtype=torch.int64)
         for tile in tiles(len(residual), self.vocab, self.tile_rows):
-            out[tile] = torch.from_numpy(self.head(residual[tile]).numpy().argmax(1))
+            logits = self.head(residual[tile])
+            # numpy's argmax takes the first maximum, and a NaN for one.
+            out[tile] = torch.from_numpy(logits.numpy().argmax(1))
+            _check_distributions(logits.gather(1, out[tile][:, None]))
         return Target(token=out)
 
     @torch.no_grad()
@@ -117,10 +121,23 @@ class Teacher:
         for tile in tiles(len(residual), self.vocab, self.tile_rows):
             rows = self.head(residual[tile])
             # From the largest logit on, log p = z - log(sum exp z) needs no logarithm per token.
-            rows -= rows.amax(1, keepdim=True)
+            most = rows.amax(1, keepdim=True)
+            _check_distributions(most)
+            rows -= most
             q = torch.softmax(rows, 1, out=p[tile])
             negentropy[tile] = expectation(q, rows) + q.amax(1).log_()
         return Target(p=p, negentropy=negentropy)
+
+
+def _check_distributions(largest: Tensor) -> None:
+    """Raise `UsageError` unless the model's `largest` logits are finite; they are the targets'."""
+    count = len(largest) - int(largest.isfinite().sum())
+    if count:
+        raise UsageError(
+            f"the model's own logits are not finite at {count} of {len(largest)} positions (NaN, "
+            "+inf or nothing but -inf): nothing can be fitted to them; extract the cache again, "
+            "with dtype='float32'"
+        )
 
 
 @dataclass(frozen=True)

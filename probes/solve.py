@@ -35,8 +35,9 @@ class AffineMap:
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name)))
 
     def __call__(self, x: Any) -> Any:
-        """Map rows `(..., d_in)` of numpy or dask to `(..., d_out)`."""
-        return x @ self.weight + self.bias
+        """Map rows `(..., d_in)` of numpy or dask to `(..., d_out)`, in the dtype of the map."""
+        rows = x if hasattr(x, "astype") else np.asarray(x)
+        return rows.astype(self.weight.dtype, copy=False) @ self.weight + self.bias
 
     def astype(self, dtype: Any) -> "AffineMap":
         """The same map, rounded to `dtype`."""
@@ -90,12 +91,15 @@ def fit_ridge(
         raise UsageError(f"{what}: the rows hold values that are not finite")
     tried = np.array([alpha]) if alpha is not None else penalties(total, alphas)
     path, held = cross_validate(folds, tried, spectra)
+    if held and not np.isfinite(path).any():
+        raise UsageError(f"{what}: no penalty gives a finite error; scale the rows down")
     if not held and alpha is None:
         raise UsageError(
             f"{what}: choosing a penalty needs pairs in at least two folds; "
             "give alpha=, or use more sequences"
         )
-    best = int(np.argmin(path)) if held else 0
+    # numpy's argmin would choose NaN.
+    best = int(np.argmin(np.where(np.isfinite(path), path, np.inf))) if held else 0
     chosen = float(tried[best])
     sse = path[best] * held * len(total.mean_y)
     r2 = (1 - sse / total.yy if total.yy else float(sse == 0)) if held else np.nan

@@ -10,7 +10,7 @@ from .readout import Pair
 SWEEP_MORE = 3
 """Learning rates tried beyond the first three, each a factor of 3 on, while the best is an edge."""
 BAD = 1e9
-"""Stands for a loss that is not finite; JSON has no word for it."""
+"""Stands for a loss that is not finite, and loses to every other."""
 
 Tried = dict[Pair, dict[float, float]]
 """Held-out loss by learning rate, of each pair that was tried."""
@@ -70,20 +70,25 @@ def further(tried: dict[float, float]) -> list[float]:
 
 
 def rates_of(pairs: list[Pair], tried: Tried, descent: Descent, lr: float) -> dict[Pair, float]:
-    """The learning rate of each pair: the best of the nearest one that was tried."""
+    """The learning rate of each pair: the best of the nearest one that was tried.
+
+    Pairs that could not be measured, for want of held-out rows, tell no rate.
+    """
     # What is best for few steps is too much for many.
     share = (descent.sweep_steps / descent.steps) ** 0.25
     rates = {}
     for pair in pairs:
-        found = tried[min(tried, key=lambda other: distance(pair, other))]
+        measured = [other for other in tried if tried[other]]
+        nearest = min(measured, key=lambda other: distance(pair, other), default=None)
+        found = {} if nearest is None else tried[nearest]
         rates[pair] = share * min(found, key=lambda rate: found[rate], default=lr)
     return rates
 
 
-def rows_of(tried: Tried) -> list[dict[str, float]]:
-    """Layer, offset, learning rate and held-out loss of each short fit."""
+def rows_of(tried: Tried) -> list[dict[str, float | None]]:
+    """Layer, offset, learning rate and held-out loss of each short fit; None if not finite."""
     return [
-        {"layer": layer, "offset": offset, "lr": rate, "validation": loss}
+        {"layer": layer, "offset": offset, "lr": rate, "validation": loss if loss < BAD else None}
         for (layer, offset), found in tried.items()
         for rate, loss in sorted(found.items())
     ]

@@ -1,6 +1,6 @@
 """The trigram baseline: the next token from the last two, counted in the train split."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,7 +57,7 @@ class Trigram(Counted):
     pairs_: "csr_matrix"
     """Pairs seen, `(vocab, vocab)` int64."""
 
-    def __init__(self, offsets: tuple[int, ...] = (1, 2, 3), contexts: int = CONTEXTS) -> None:
+    def __init__(self, offsets: int | Iterable[int] = (1, 2, 3), contexts: int = CONTEXTS) -> None:
         self.offsets = offsets
         self.contexts = contexts
 

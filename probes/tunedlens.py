@@ -15,6 +15,7 @@ import numpy as np
 from ..cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
 from ..cache.jsonfile import make_folder, sync_folder, write_atomically
 from .lens import TunedLens
+from .save import check_finite
 from .solve import AffineMap
 
 if TYPE_CHECKING:
@@ -30,11 +31,13 @@ def read_tuned_lens(
 
     With a `cache`, its width, depth and unembedding must be those the lens was made for
     (`MismatchError`); `force` leaves out the unembedding, whose hash also differs where a model's
-    vocabulary was cut. Raises `NotFoundError`, `CorruptError` or `UsageError` for other files.
+    vocabulary was cut. Raises `NotFoundError`, `CorruptError` or `UsageError` for other files, and
+    `UsageError` for a translator that holds NaN or an infinity, as a diverged fit leaves it.
     """
     path = Path(folder)
     config = _read_config(path / "config.json")
     state = _read_params(path / "params.pt")
+    check_finite(state, str(path / "params.pt"))
     width, depth = config["d_model"], config["num_hidden_layers"]
     maps = {}
     for layer in range(depth):
@@ -71,8 +74,10 @@ def write_tuned_lens(
     for layer in range(cache.depth):
         found = lens.maps_[layer, 0].astype(np.float64)
         weight = (found.weight - np.eye(len(found.bias))).T
-        for name, array in ("weight", weight), ("bias", found.bias):
-            state[f"{layer}.{name}"] = torch.from_numpy(np.ascontiguousarray(array, np.float32))
+        arrays = {f"{layer}.weight": weight, f"{layer}.bias": found.bias}
+        check_finite(arrays, "this lens")
+        for name, array in arrays.items():
+            state[name] = torch.from_numpy(np.ascontiguousarray(array, np.float32))
     config = {
         "base_model_name_or_path": cache.manifest.model_name,
         "d_model": cache.d_model,
@@ -89,7 +94,7 @@ def write_tuned_lens(
     sync_folder(temporary)
     temporary.replace(path / "params.pt")
     sync_folder(path)
-    write_atomically(path / "config.json", json.dumps(config).encode())
+    write_atomically(path / "config.json", json.dumps(config, allow_nan=False).encode())
     return path
 
 

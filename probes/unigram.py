@@ -1,5 +1,6 @@
 """The unigram baseline: how often each token follows another one, whatever the context."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class Unigram(Counted):
     counts_: np.ndarray
     """c(b), `(vocab,)` int64."""
 
-    def __init__(self, offsets: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+    def __init__(self, offsets: int | Iterable[int] = (0, 1, 2, 3)) -> None:
         self.offsets = offsets
 
     def fit(self, cache: "ActivationCache", *, client: Any = None) -> "Unigram":

@@ -9,16 +9,25 @@ import numpy as np
 import torch
 
 from ..cache.errors import NotFoundError, UsageError
+from ..cache.jsonfile import plain as plain_json
+from ..cache.numbers import numbers
 from ..cache.store import ActivationCache
+from .arrays import (
+    LABELS,
+    as_array,
+    check_labels,
+    is_dask,
+    validated,
+    warn_unvalidated,
+)
 from .collect import Progress, default_memory
 from .crew import Crew
 from .descent import CHECKPOINT_SECONDS, Outcome, Trainer, advance
-from .estimator import BaseEstimator, ClassifierMixin, check_is_fitted, validate_data
+from .estimator import BaseEstimator, ClassifierMixin, check_is_fitted
 from .examples import LOSSES, cache_examples
 from .forms import FORMS, Parameters, apply
 from .job import ArrayJob, CacheJob, Job
 from .readout import Batch, Pair
-from .ridge import numbers
 from .save import feature_names, plain, set_feature_names
 from .softmax import PRODUCTS, tiles
 from .tops import top_tokens
@@ -36,7 +45,7 @@ class Fitted:
     """A map of raw states."""
     row: dict[str, Any]
     """Its line of `metrics`."""
-    history: list[dict[str, float]]
+    history: list[dict[str, float | None]]
     """Step, training loss since the line before, held-out loss; nats."""
 
 
@@ -103,7 +112,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         on from it to the same result; it is removed at the end.
         """
         job = self._job(X, y)
-        rate = job.form.rate if self.lr is None else self.lr
+        rate = job.form.rate if self.lr is None else float(self.lr)
         kept = None
         if checkpoint is not None:
             identity = {**job.identity, "kind": self.kind, "params": plain(self.get_params())}
@@ -114,6 +123,9 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         self.sweep_ = plan.rows
         for pair, outcome in found.items():
             self._keep(pair, outcome, plan.rates[pair], plan.positions)
+        unvalidated = [p for p, fitted in self.fitted_.items() if fitted.row["validation"] is None]
+        if unvalidated and isinstance(X, ActivationCache):
+            warn_unvalidated(unvalidated, "they end with their last step")
         return self
 
     def partial_fit(self, X: Any, y: Any = None, classes: Any = None) -> "VocabProbe":
@@ -128,7 +140,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         job = self._job(X, y, self._known_classes(classes), partial=not first)
         if first:
             self._clear(job)
-        rate = job.form.rate if self.lr is None else self.lr
+        rate = job.form.rate if self.lr is None else float(self.lr)
         descent = job.descent(job.pairs)
         if not self._trainers:
             known = {pair: fitted.parameters for pair, fitted in self.fitted_.items()}
@@ -155,15 +167,17 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
     def _job(self, X: Any, y: Any, classes: np.ndarray | None = None, partial: bool = False) -> Job:
         """What is to be fitted; raises `UsageError` for parameters that cannot be right."""
         self._check()
-        options = self.get_params()
-        offsets = numbers(self.offset)
+        # Numbers of numpy as Python's: they come back in checkpoints and metrics.
+        options = plain_json(self.get_params())
+        offsets = numbers(self.offset, "offset")
         if isinstance(X, ActivationCache):
-            layers = X.layers if self.layers is None else numbers(self.layers)
+            layers = X.layers if self.layers is None else numbers(self.layers, "layers")
             for layer in layers:
                 X.layer(layer)
             return CacheJob.of(X, [(la, n) for la in layers for n in offsets], options)
         if self.loss == "kl":
             raise UsageError("loss='kl' needs a cache: labelled rows have no model's distribution")
+        X, y = as_array(X, "X"), as_array(y, "y", kinds=LABELS)
         if is_dask(X):
             X, y = check_dask(X, y)
             if partial and X.shape[1] != self.n_features_in_:
@@ -171,10 +185,11 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         else:
             from sklearn.utils.multiclass import check_classification_targets
 
-            X, y = validate_data(self, X, y, dtype=[np.float32, np.float64], reset=not partial)
+            X, y = validated(self, X, y, dtype=[np.float32, np.float64], reset=not partial)
+            # Labels that cannot be kept are named before scikit-learn calls them unknown.
+            check_labels(np.unique(y) if y.dtype.kind != "O" else y)
             check_classification_targets(y)
-        if classes is None:
-            classes = distinct(y)
+        classes = check_labels(distinct(y) if classes is None else classes)
         pair = (numbers(self.layers)[0] if self.layers is not None else 0, offsets[0])
         identity = {"rows": len(y), "classes": len(classes), "width": X.shape[1]}
         return ArrayJob([pair], classes, X.shape[1], options, identity, X=X, y=y)
@@ -189,16 +204,17 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
             raise UsageError("rank is for form='full'; a map in front of the head has none")
         for name in ("epochs", "batch", "rank", "lr"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} must be more than 0, not {value}")
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"{name} must be more than 0 and finite, not {value}")
         if not 0 <= self.validation < 1:
             raise UsageError(f"validation must be a share from 0 to 1, not {self.validation}")
-        if not numbers(self.offset) or min(numbers(self.offset)) < 0:
+        offsets = numbers(self.offset, "offset")
+        if not offsets or min(offsets) < 0:
             raise UsageError(f"offsets are 0 or more, not {self.offset}")
 
     def _clear(self, job: Job) -> None:
         self.fitted_: dict[Pair, Fitted] = {}
-        self.sweep_: list[dict[str, float]] = []
+        self.sweep_: list[dict[str, float | None]] = []
         self.classes_, self.n_features_in_ = job.classes, job.d_in
         self.head_ = job.head
         cache = job.cache if isinstance(job, CacheJob) else None
@@ -210,6 +226,12 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
 
     def _keep(self, pair: Pair, outcome: Outcome, lr: float, rows: int) -> None:
         last = outcome.last
+        finite = all(bool(tensor.isfinite().all()) for tensor in outcome.parameters.values())
+        if not finite or last.get("validation", 0.0) is None:
+            raise UsageError(
+                f"layer {pair[0]}, offset {pair[1]}: the fit diverged at learning rate {lr:.3g}, "
+                "its loss is not finite; give a smaller lr"
+            )
         self.fitted_[pair] = Fitted(
             outcome.parameters,
             {
@@ -276,17 +298,26 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         def block(rows: np.ndarray) -> np.ndarray:
             out = []
             for tile in tiles(len(rows), classes):
-                found = apply(parameters, torch.from_numpy(np.ascontiguousarray(rows[tile])))
-                out.append(read(found if self.head_ is None else self.head_(found)))
+                states = torch.from_numpy(np.ascontiguousarray(rows[tile], np.float32))
+                found = apply(parameters, states)
+                logits = found if self.head_ is None else self.head_(found)
+                # A NaN would be taken for the largest logit.
+                if not bool(logits.amax(-1).isfinite().all()):
+                    raise UsageError("the rows X, or their logits, hold values that are not finite")
+                out.append(read(logits))
             return np.concatenate(out) if out else read(torch.empty(0, classes))
 
+        X = as_array(X, "X", known=False)
         if is_dask(X):
             self._check_width(X)
-            dtype = X.dtype if wide else self.classes_.dtype
+            dtype = np.dtype(np.float32) if wide else self.classes_.dtype
             chunks = (X.chunks[0], (classes,)) if wide else (X.chunks[0],)
             X = X.rechunk({1: -1})
-            return X.map_blocks(block, dtype=dtype, chunks=chunks, drop_axis=[] if wide else [1])
-        rows: Any = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
+            return X.map_blocks(
+                block, dtype=dtype, chunks=chunks, drop_axis=[] if wide else [1],
+                meta=np.empty((0, 0) if wide else 0, dtype),
+            )  # fmt: skip
+        rows: Any = validated(self, X, dtype=[np.float32, np.float64], reset=False)
         return block(rows)
 
     def _check_width(self, X: Any) -> None:
@@ -312,6 +343,9 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         if not isinstance(X, ActivationCache):
             from sklearn.metrics import accuracy_score
 
+            if y is None:
+                raise UsageError("score of rows X needs their labels: score(X, y)")
+            y = as_array(y, "y", known=False, kinds=LABELS)
             found = self.predict(X, *pair)
             return accuracy_score(np.asarray(y), np.asarray(found), sample_weight=sample_weight)
         if self.form == "head" and self.head_ is None:
@@ -325,11 +359,15 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         right = total = 0
         for step in examples.epoch():
             rows, target = step.target(pair[1])
+            if not len(target):
+                continue
             states = step.hidden[pair[0]] if rows is None else step.hidden[pair[0]][rows]
             assert target.token is not None
             right += int((self.predict(states.numpy(), *pair) == target.token.numpy()).sum())
             total += len(target)
-        return right / total if total else float("nan")
+        if not total:
+            raise UsageError(f"split {split!r} has no pair at offset {pair[1]}")
+        return right / total
 
     def logits(self, batch: Batch, layer: int | None, offset: int) -> torch.Tensor:
         """Logits `(n, vocab)` for the token after t+N; float32."""
@@ -366,7 +404,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         """The probe that `state` described."""
         probe = cls(**params)
         known = config["classes"]
-        dtype = config.get("classes_dtype")  # the first version did not write it
+        dtype = config.get("classes_dtype")  # absent in probes of the first version
         classes = np.arange(config["vocab"]) if known is None else np.array(known, dtype)
         probe._clear(Job([], classes, config["d_model"], params))
         probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
@@ -386,17 +424,14 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         return probe
 
 
-def is_dask(X: Any) -> bool:
-    """Whether `X` is a dask array, without importing dask for others."""
-    return hasattr(X, "dask") and hasattr(X, "chunks")
-
-
 def check_dask(X: Any, y: Any) -> tuple[Any, Any]:
     """`X` `(n, d)` and `y` `(n,)` in blocks of the same rows; raises `UsageError`."""
     import dask.array
 
+    if y is None:
+        raise UsageError("fit takes a cache, or rows X (n, d) with labels y (n,); y is missing")
     y = dask.array.asarray(y)
-    if X.ndim != 2 or y.ndim != 1 or np.isnan(X.shape + y.shape).any() or len(X) != len(y):
+    if X.ndim != 2 or y.ndim != 1 or len(X) != len(y):
         raise UsageError(f"X must be (n, d) and y (n,); found {X.shape} and {y.shape}")
     return X.rechunk({1: -1}), y.rechunk((X.chunks[0],))
 

@@ -36,7 +36,7 @@ class Plan:
     groups: list[list[Pair]]
     rates: dict[Pair, float]
     """Learning rate of each pair."""
-    rows: list[dict[str, float]]
+    rows: list[dict[str, float | None]]
     """Layer, offset, learning rate and held-out loss of each fit of the sweep."""
     positions: int
     """Rows of an epoch."""

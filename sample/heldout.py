@@ -105,7 +105,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=390_000, help="characters of text in all")
     chosen = parser.parse_args()
     documents = build(chosen.root, chosen.size)
-    lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+    lines = (
+        json.dumps(document, allow_nan=False, ensure_ascii=False) + "\n" for document in documents
+    )
     chosen.out.write_text("".join(lines), encoding="utf-8")
     print(f"{len(documents)} documents, {chosen.out.stat().st_size:,} bytes")
 

@@ -231,14 +231,16 @@ def save(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name older releases know as well
     for name in ("is_local", "local_files_only"):  # these tell how it was loaded, not what it is
         settings.pop(name, None)
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(settings, allow_nan=False, indent=2) + "\n"
+    )
     model.config.save_pretrained(out)
     settings = json.loads((out / "config.json").read_text())
     # releases before 5 read the rotary settings from these two names
     rope = settings["rope_parameters"]
     settings["rotary_pct"] = rope["partial_rotary_factor"]
     settings["rotary_emb_base"] = rope["rope_theta"]
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(settings, allow_nan=False, indent=2) + "\n")
     weights = {name: value.detach().half() for name, value in model.state_dict().items()}
     save_file(weights, out / "model.part", metadata={"format": "pt"})
     os.replace(out / "model.part", out / "model.safetensors")
@@ -274,8 +276,8 @@ def main() -> None:
     report = {"plan": asdict(plan), "parameters": size, "training": done}
     model = AutoModelForCausalLM.from_pretrained(out).eval()  # what was saved is what is scored
     report |= evaluate.figures(model, tokenizer, stream, pack(tokenizer, held))
-    (out / "figures.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+    (out / "figures.json").write_text(json.dumps(report, allow_nan=False, indent=1) + "\n")
+    print(json.dumps(report, allow_nan=False, indent=1))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from .models import build_model, build_tokenizer, save_model, texts
 
 
 def save(folder: Path, weights: torch.dtype, **fields: Any) -> Path:
-    """A tiny model of `weights` whose config.json has `fields`, and no dtype unless they give one."""
+    """A tiny model of `weights` whose config.json has `fields`, and a dtype only from them."""
     model: Any = build_model("gpt_neox", weights)
     with quiet():
         model.save_pretrained(folder, max_shard_size=fields.pop("shard", "1GB"))

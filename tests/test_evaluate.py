@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from residua.analysis.evaluate import Evaluation, evaluate
-from residua.analysis.heatmap import TokenNames, heatmap, visible
+from residua.analysis.heatmap import UNDEFINED, TokenNames, heatmap, visible
 from residua.analysis.metrics import KS, Row
 from residua.analysis.windows import choose_sequences, windows
 from residua.cache.errors import NotFoundError, UsageError
@@ -245,7 +245,7 @@ def test_heatmap_beyond_the_sequence_is_refused(tiny_cache):
     ("pieces", "decoder", "names"),
     [
         # Byte-level BPE: a space, a line break, a word, the first byte of a longer letter.
-        (["Ġa", "Ċ", "b", "â"], "ByteLevel", ["␣a", "\\n", "b", "�"]),
+        (["Ġa", "Ċ", "b", "â"], "ByteLevel", ["␣a", "\\n", "b", "\\<E2>"]),
         # SentencePiece, whose decoder drops a leading space.
         (["▁a", "▁", "b", "cd"], "Metaspace", ["␣a", "␣", "b", "cd"]),
     ],
@@ -261,5 +261,26 @@ def test_token_names_keep_spaces_and_odd_bytes(tmp_path, pieces, decoder, names)
     assert [named(token) for token in range(5)] == [*names, "#4"]
 
 
+def test_bytes_that_are_no_character_have_names_of_their_own(tmp_path):
+    from tokenizers import Tokenizer, decoders, models
+
+    tiny = cache_of(tmp_path, [5, 5])
+    pieces = ["â", "ã", "âĤ", "âĤ¬", "Ċ"]  # bytes E2, E3, E2 82, E2 82 AC (the euro), 0A
+    tokenizer = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, []))
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.save(str(tiny.path / "head" / "tokenizer.json"))
+    named = TokenNames(tiny)
+    assert [named(n) for n in range(5)] == ["\\<E2>", "\\<E3>", "\\<E2>\\<82>", "€", "\\n"]
+
+
 def test_names_show_spaces_and_line_breaks():
     assert visible(" a\n\tb\x00�") == "␣a\\n\\tb\\x00�"
+
+
+def test_different_texts_have_different_names():
+    texts = ["\n", "\\n", "\\\\n", " ", "␣", "\\u2423", "\x80", "\udc80", "\\x80", "\\<80>",
+             "\u200c", "a\u200cb", "ab", "\u200cab", "no token", "\ufeff", ""]  # fmt: skip
+    names = [visible(text) for text in texts]
+    assert len({*names, UNDEFINED}) == len(texts) + 1
+    persian, family = "\u0645\u06cc\u200c\u062e\u0648", "\U0001f469\u200d\U0001f467"
+    assert [visible(persian), visible(family)] == [persian, family]

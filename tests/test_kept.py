@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 import residua
 from residua.cache.create import PartWriter, create_cache
 from residua.cache.errors import MismatchError, UsageError
+from residua.cache.layout import Layout
 from residua.cache.store import ActivationCache
 from residua.cache.tokens import from_sequences
 from residua.cli import main
@@ -57,7 +58,11 @@ class Grown:
         )
 
     def grow(
-        self, old: ActivationCache, count: int, layers: list[np.ndarray] | None = None
+        self,
+        old: ActivationCache,
+        count: int,
+        layers: list[np.ndarray] | None = None,
+        layout: Layout | None = None,
     ) -> ActivationCache:
         """A cache of the first `count` sequences that says that it extends `old`."""
         layers = layers or self.layers
@@ -65,7 +70,8 @@ class Grown:
         stream = from_sequences(np.split(self.ids[:rows], np.cumsum(self.lengths[:count])[:-1]))
         digest, hashes = stream.digests()
         tokens = replace(old.manifest.tokens, digest=digest, positions=rows, sequences=count)
-        manifest = replace(old.manifest, tokens=tokens, extra={"extends": old.id})
+        layout = layout or old.manifest.layout
+        manifest = replace(old.manifest, tokens=tokens, layout=layout, extra={"extends": old.id})
         numbers = tuple(range(len(layers)))
         dtypes = dict.fromkeys(numbers, "float32")
         path = create_cache(self.root, manifest, stream, hashes, dtypes, self.head.save, {})
@@ -170,6 +176,33 @@ def test_a_cache_that_has_grown_needs_only_its_new_rows(tmp_path: Path) -> None:
     found, account = supplied(largest, asked(largest))
     assert account.extended == 9
     assert_same(found, fresh(largest, asked(largest)))
+
+
+@pytest.mark.parametrize("rows", [(64, 64), (32, 512), (128, 1024)])
+def test_a_small_cache_that_has_grown_into_other_parts_needs_only_its_new_rows(
+    tmp_path: Path, rows: tuple[int, int]
+) -> None:
+    """Caches that fill no part have smaller parts than those that they grow into."""
+    made = Grown(tmp_path)
+    supplied(made.first, asked(made.first))
+    bigger = made.grow(made.first, 80, layout=Layout(*rows))
+    assert bigger.manifest.layout != made.first.manifest.layout
+    found, account = supplied(bigger, asked(bigger))
+    new = bigger.split("train")[bigger.split("train") >= 60]
+    assert (account.extended, account.computed) == (9, 0)
+    assert account.positions == bigger.sequence_length[new].sum()
+    assert_same(found, fresh(bigger, asked(bigger)), rtol=1e-9)
+    expected = collect(bigger, None, OFFSETS, None, folds=FOLDS)
+    assert_same(extend(collect(made.first, None, OFFSETS, None, folds=FOLDS), bigger), expected)
+    for row in (0, made.first.positions - 1):
+        changed = [layer.copy() for layer in made.layers]
+        changed[1][row, 2] += 1
+        other = Grown(tmp_path / f"{row}", seed=0)
+        supplied(other.first, asked(other.first))
+        moved = other.grow(other.first, 80, changed, Layout(*rows))
+        found, account = supplied(moved, asked(moved))
+        assert (account.extended, account.computed) == (6, 3)
+        assert_same(found, fresh(moved, asked(moved)))
 
 
 def test_growth_skips_a_cache_without_moments(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def plain(model: np.ndarray, probe: np.ndarray, text: np.ndarray) -> dict[str, n
         top = int(np.argmax(model[row]))
         terms = [np.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True) if p > -np.inf]
         out["n"].append(1)
+        out["n_undefined"].append(0)
         out["kl"].append(sum(terms))
         back = [np.exp(q) * (q - p) for p, q in zip(log_p, log_q, strict=True) if q > -np.inf]
         out["kl_reverse"].append(sum(back))

@@ -16,6 +16,10 @@ from residua.analysis.metrics import Row
 from residua.analysis.page import GLOSSARY
 from residua.analysis.report import BUCKET_COLUMNS, COLUMNS, headlines, write_pngs, write_report
 from residua.cache.store import ActivationCache
+from residua.probes.library import load_for
+from residua.probes.ridge import RidgeProbe
+from residua.probes.save import save_probe
+from residua.probes.unigram import Unigram
 
 from .synthetic import make_cache, random_head
 
@@ -188,3 +192,23 @@ def test_an_evaluation_without_a_cache_is_still_a_report(tmp_path, evaluation):
     page = page_without_plotly(alone.to_html(tmp_path / "report.html"))
     assert "token by token" not in page
     assert "All numbers" in page
+
+
+def test_probes_of_one_kind_are_told_apart(tiny_cache, tmp_path):
+    ridges = [RidgeProbe(alpha=alpha, folds=1).fit(tiny_cache, keep=False) for alpha in (1.0, 1e5)]
+    saved = [load_for(tiny_cache, save_probe(r, tmp_path / f"{n}")) for n, r in enumerate(ridges)]
+    unigrams = [Unigram(0).fit(tiny_cache) for _ in range(2)]
+    found = evaluate(tiny_cache, [*ridges, *saved, *unigrams], split="all", offsets=0)
+    for name, told in {
+        "ridge": "alpha=1.0", "ridge 2": "alpha=100000.0", "ridge 4": str(tmp_path / "1"),
+    }.items():  # fmt: skip
+        note = next(note for note in found.notes if note.startswith(f"{name} is "))
+        assert told in note
+        assert tiny_cache.id[:12] in note
+    figure = interactive.curves(found, ("kl",))
+    lines = [trace for trace in figure.data if trace.fill is None]  # pyright: ignore
+    looks = [(t.line.color, t.line.dash, t.marker.symbol) for t in lines]  # pyright: ignore
+    assert len(set(looks)) == len(lines) == 7
+    drawn = plots.curves(found, "kl").axes[0].get_lines()
+    styles = [(line.get_color(), str(line._dash_pattern), line.get_marker()) for line in drawn]  # pyright: ignore
+    assert len(set(styles)) == len(drawn) == 7
