@@ -42,7 +42,11 @@ def main() -> None:
               "at most 1024]")  # fmt: skip
 @click.option("--pack/--no-pack", default=True, help="Pack documents to the context length, or "
               "keep one sequence per document.")  # fmt: skip
-@click.option("--text-column", help="Column that holds the text.  [default: the obvious one]")
+@click.option(
+    "--text-column", help="Column that holds the text.  [default: the obvious one, which is said]"
+)
+@click.option("--separator", metavar="CHARACTER", help="Separator of the columns of .csv and .tsv "
+              "files, or `tab`.  [default: , and tab]")  # fmt: skip
 @click.option("--split", help="Split of a data set that has several.  [default: train]")
 @click.option("--layers", type=NUMBERS, help="Layers to keep; the last one always is.  "
               "[default: all]")  # fmt: skip
@@ -69,6 +73,8 @@ def main() -> None:
               "default, eager, sdpa, flash_attention_2.")  # fmt: skip
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--format", type=int, default=2, show_default=True, help="Format of the cache; 1 "
+              "finds, finishes and extends those of the first version.")  # fmt: skip
 @click.option("--scheduler", metavar="ADDRESS", help="Let the workers of this dask scheduler "
               "share the work, like tcp://host:8786.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what it would take and write nothing.")
@@ -188,8 +194,11 @@ def verify(root: Path, quiet: bool, cache: str) -> Any:
 @click.argument("cache")
 @click.option("--model", help="Where the model is now.  [default: where it was]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, auto.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @command
-def repair(root: Path, quiet: bool, cache: str, model: str | None, device: str) -> Any:
+def repair(
+    root: Path, quiet: bool, cache: str, model: str | None, device: str, trust_remote_code: bool
+) -> Any:
     """Verify CACHE and extract its damaged parts again; the rest stays as it is.
 
     \b
@@ -203,7 +212,7 @@ def repair(root: Path, quiet: bool, cache: str, model: str | None, device: str) 
 
     path = find_path(cache, root)
     with meter(quiet) as shown:
-        found = mend(path, model, device, shown.stage)
+        found = mend(path, model, device, shown.stage, trust_remote_code)
     value = {"path": str(path), **found.to_dict(), "exit_code": 0 if found.ok else 4}
     return value, lambda: repaired(found)
 

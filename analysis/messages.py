@@ -22,6 +22,17 @@ def extracted(value: dict[str, Any]) -> None:
         print(f"  {speeds}")
     print(f"  {value['path']}")
     _tell_cut(value["cut"])
+    if value["split_by"] == "sequence":
+        print(
+            "  fewer than three documents: train, validation and test are parts of the same text, "
+            "so that intervals are too narrow"
+        )
+    _tell_reading(value["reading"])
+    if value["quarantined"]:
+        print(
+            f"  {value['quarantined']:,} sequences have values that are not finite, or too large "
+            "for their stored dtype (--dtype); they are left out of all splits"
+        )
     if value["complete"]:
         print(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
     else:
@@ -36,6 +47,22 @@ def _tell_cut(cut: dict[str, int]) -> None:
             f"  {cut['sequences']:,} documents are longer than the context: {cut['tokens']:,} of "
             "their tokens are left out (--context, or --pack)"
         )
+
+
+def _tell_reading(reading: dict[str, Any]) -> None:
+    """Say what was guessed, and which documents were left out."""
+    column, found = reading["text_column"], reading["found"]
+    if found is not None and column != "text":
+        print(f"  the texts are those of the column {column!r}, {found} (--text-column)")
+    for reason, dropped in reading["dropped"].items():
+        rows = ", ".join(map(str, dropped["rows"]))
+        more = ", ..." if len(dropped["rows"]) < dropped["documents"] else ""
+        print(
+            f"  {dropped['documents']:,} documents are left out: {reason} (rows {rows}{more}, "
+            "counted from 0)"
+        )
+    for note in reading["notes"]:
+        print(f"  {note}")
 
 
 def _contents(value: dict[str, Any]) -> str:
@@ -58,6 +85,7 @@ def estimated(value: dict[str, Any]) -> None:
     if value["free"] is not None:  # an object store has no end
         print(f"{fits} into {size(value['free'])} free")
     _tell_cut(value["cut"])
+    _tell_reading(value["reading"])
 
 
 def differing(one: str, other: str, found: Sequence[dict[str, Any]]) -> None:
@@ -106,6 +134,7 @@ def details(value: dict[str, Any]) -> None:
         ),
         ("stored KL", f"{canary['stored_kl']:.1e} nats per position, layer L as stored"),
         ("padding", f"{canary['padding_error']:.1e} largest change of a residual by padding"),
+        ("batches", "one sequence alone" if value["alone"] else "of several sequences"),
         ("causal", "yes" if canary["causal"] else "NO: later tokens change earlier residuals"),
     ]
     width = max(len(name) for name, _ in rows)

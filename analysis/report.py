@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cache.jsonfile import plain, write_atomically
+from ..cache.jsonfile import make_folder, plain, write_atomically
 from ..cache.manifest import SHORT_ID
 from .buckets import BucketRow
 from .evaluate import Evaluation
@@ -224,7 +224,7 @@ def write_report(
         title=escape(title), style=STYLE, plotly=get_plotlyjs(), body="\n".join(body), sort=SORT
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, page.encode())
     return path
 

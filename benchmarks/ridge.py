@@ -32,7 +32,6 @@ from sklearn.model_selection import PredefinedSplit
 from threadpoolctl import threadpool_limits
 
 from residua.cache.store import ActivationCache
-from residua.cache.tokens import folds_of
 from residua.probes.collect import collect_passes, cores
 from residua.probes.passes import BLOCK_ROWS, Request
 from residua.probes.ridge import RidgeProbe
@@ -96,7 +95,7 @@ def in_memory(cache: ActivationCache, layer: int, offset: int, folds: int) -> Ro
     lengths = cache.sequence_length[split]
     rows = cache.rows(split)
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows)) - 1
-    fold = np.repeat(folds_of(cache.sequence_hash[split], folds), lengths)
+    fold = np.repeat(cache.sequence_folds(folds)[split], lengths)
     keep = left >= offset
     x, y = (cache.layer(n)[:].astype(np.float64) for n in (layer, cache.depth))
     return x[rows[keep]], y[rows[keep] + offset], fold[keep]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .documents import Reading
 from .errors import NoSpaceError, UsageError
 from .layout import (
     CHECKSUM_BYTES,
@@ -18,7 +19,7 @@ from .layout import (
 )
 from .logits import LogitsArray
 from .place import is_remote
-from .tables import SPAN_DTYPES, TABLE_DTYPES
+from .tables import CONTEXT_DTYPES, SPAN_DTYPES, TABLE_DTYPES
 from .tokens import TokenStream
 
 SPARE_BYTES = 64 << 20
@@ -45,6 +46,8 @@ class Estimate:
     """Bytes by which a compact cache may be larger than was measured on its first rows."""
     cut: dict[str, int] = field(default_factory=dict)
     """How many `sequences` would lose how many `tokens` to the context."""
+    reading: Reading = field(default_factory=Reading)
+    """How the texts were read, and which documents would be left out."""
 
     @property
     def bytes(self) -> int:
@@ -66,7 +69,7 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `residua extract --dry-run`."""
         shown = {"bytes": self.bytes, "largest": self.largest, "fits": self.fits}
-        return {**asdict(self), **shown}
+        return {**asdict(self), **shown, "reading": self.reading.to_dict()}
 
     def check(self, root: Path) -> None:
         """Raise `NoSpaceError` if the cache does not fit, before anything is written."""
@@ -92,7 +95,8 @@ def estimate(
     layout = layout.shrunk(positions)
     arrays = {"head": head_bytes + SMALL_FILES}
     if context_tokens:
-        arrays["context/ids"] = 4 * context_tokens
+        for name in ("context/ids", "context/row_id"):
+            arrays[name] = np.dtype(CONTEXT_DTYPES[name]).itemsize * context_tokens
     rows: dict[str, tuple[int, int]] = {}
     for layer, dtype in dtypes.items():
         row = np.dtype(STORED_DTYPES[dtype]).itemsize * d_model
@@ -155,4 +159,4 @@ def shorten(
             f"max_bytes {limit:,} is less than the cache of one sequence needs, {size(1):,} bytes; "
             "allow more, or take fewer layers or smaller parts (--part-positions)"
         )
-    return stream if low == len(ends) else stream.select(np.arange(low))
+    return stream if low == len(ends) else stream.head(low)

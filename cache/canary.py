@@ -1,21 +1,29 @@
 """Checks before anything is written: does the head reproduce the model, do rows stand alone?"""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from .columns import blocks
-from .create import choose_dtype
+from .create import LARGEST, ValueRange, choose_dtype
 from .discover import find_stack
-from .errors import HeadMismatchError, ModelError
+from .errors import HeadMismatchError, MismatchError, ModelError
 from .head import Head
 from .headprobe import SMALL, probe_head, scaled, verify_head
+from .independence import (
+    Independence,
+    lowest_dtype,
+    measure_independence,
+    refuse_difference,
+    row_change,
+)
 from .logits import RECOMPUTE, check_size
 from .logitserror import LogitsErrors, measure
-from .oom import is_out_of_memory, memory_errors
+from .manifest import SHORT_ID
+from .oom import memory_errors
 from .programhead import ProgramHead
 from .record import record_head
 from .stack import Stack, logits_of, run
@@ -24,15 +32,8 @@ from .tokens import TokenStream
 
 ROWS = 4
 LENGTH = 48
-PADDING_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest relative change of a residual by right padding, per dtype of the model; beyond it,
-only sequences of equal length share a batch."""
-BATCH_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.5, torch.bfloat16: 0.5}
-"""Largest relative change of a residual by other rows of its batch; in half precision a router of
-experts may tip over rounding, in float32 nothing may."""
-CAUSAL_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-"""Largest relative change of a residual by later tokens, or by running again: the shapes are the
-same, so even rounding hardly differs."""
+FIRST = 8
+"""Tokens that a model reads before all others, and again at the end."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,32 @@ class Canary:
     """Largest |head(layer L) - logits| over the largest |logit|, on other tokens."""
     logits: LogitsErrors
     """How far each logits mode is from the model."""
-    padding_error: float
-    """Largest relative change of a residual when its row is padded on the right."""
-    causal: bool
-    """False if a later token changes an earlier residual."""
-    batch_error: float
-    """Largest relative change of a residual by the other rows of its batch."""
-    embedding: bool
-    """Whether layer 0 follows from its own token: False if something mixes before the blocks."""
+    independence: Independence
+    """What a row depends on besides its own sequence."""
     dtypes: dict[int, str]
-    """Stored dtype of each layer, from the calibrated absmax."""
+    """Stored dtype of each layer, by the range of its calibrated values."""
     ratios: dict[str, float] = field(default_factory=dict)
     """Compressed over raw bytes by array, where the cache is to be compact."""
 
     @property
     def pad(self) -> bool:
         """Whether a row is independent of padding, up to rounding."""
-        limit = PADDING_TOLERANCE.get(_dtype(self.stack.model), 1e-4)
-        return self.padding_error <= limit
+        return self.independence.pad
+
+    @property
+    def alone(self) -> bool:
+        """Whether each sequence must run alone, because others in its batch change its rows."""
+        return self.independence.alone
+
+    @property
+    def causal(self) -> bool:
+        """False if a later token changes an earlier residual."""
+        return self.independence.causal
+
+    @property
+    def embedding(self) -> bool:
+        """Whether layer 0 follows from its own token: False if something mixes before."""
+        return self.independence.embedding
 
     @property
     def stored_kl(self) -> float:
@@ -73,8 +82,7 @@ class Canary:
 
     def report(self) -> dict[str, object]:
         """The measured numbers, for `provenance.json` and people."""
-        skip = {"stack", "head", "tensors", "dtypes", "logits", "ratios"}
-        shown = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in skip}
+        shown = {"head_error": self.head_error, **asdict(self.independence)}
         dtypes = {str(k): v for k, v in self.dtypes.items()}
         more = {"stored_kl": self.stored_kl, "logits": self.logits.to_dict(), "dtypes": dtypes}
         return {**shown, **more}
@@ -86,36 +94,50 @@ def examine(
     compute_dtype: str,
     policy: str,
     logits: str = RECOMPUTE,
+    batch_tokens: int | None = None,
 ) -> Canary:
-    """Find stack and head of `model` and measure them on the first sequences of `stream`.
+    """Find stack and head of `model` and measure them on sequences of `stream`.
 
-    `logits` is the mode that is measured beside its alternatives. Raises `ModelError` or
-    `HeadMismatchError` with the reason if stack or head is not the model's, `UsageError` if the
-    mode does not go with the vocabulary.
+    `logits` is the mode that is measured beside its alternatives, `batch_tokens` the request's
+    bound of a batch. Raises `ModelError` or `HeadMismatchError` with the reason if stack or head is
+    not the model's, `UsageError` if the mode does not go with the vocabulary.
     """
     device = next(model.parameters()).device
-    with torch.inference_mode(), _memory(model, int(stream.lengths[:ROWS].max())):
+    with torch.inference_mode(), _memory(model, int(stream.lengths.max())):
         ids, other, fresh = _batches(stream, model, _vocabulary(model), device)
+        first = _logits_or_none(model, fresh[:1, :FIRST])
         stack = find_stack(model, ids, other)
         head, tensors, error = find_head(stack, ids, other, fresh)
         check_size(logits, head.vocab)
-        real = torch.from_numpy(stream.sequence(0).astype(np.int64))[None].to(device)
-        _check_repeats(stack, real)
-        batch_error = _batch_error(stack, fresh)
-        absmax = calibrate(stack, stream, device)
-        dtypes = {n: choose_dtype(a, compute_dtype, policy) for n, a in enumerate(absmax)}
+        independence = measure_independence(stack, stream, fresh, batch_tokens)
+        _check_memory(model, fresh[:1, :FIRST], first)
+        ranges = calibrate(stack, stream, device)
+        dtypes = {n: choose_dtype(r, compute_dtype, policy) for n, r in enumerate(ranges)}
         return Canary(
             stack,
             head,
             tensors,
             error,
             _logits_errors(head, stack, ids, dtypes[stack.depth], policy, logits),
-            _padding_error(stack, fresh),
-            _is_causal(stack, fresh),
-            batch_error,
-            _is_embedding(stack, fresh),
+            independence,
             dtypes,
         )
+
+
+def _logits_or_none(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor | None:
+    """Logits of a short sequence by a model that has read nothing else; None if it cannot run."""
+    try:
+        logits = getattr(run(model, ids), "logits", None)
+    except Exception:  # said, with the reason, where the stack is looked for
+        return None
+    return logits.clone() if isinstance(logits, torch.Tensor) else None
+
+
+def _check_memory(model: torch.nn.Module, ids: torch.Tensor, first: torch.Tensor | None) -> None:
+    """Refuse a model that gives other logits for `ids` now that it has read longer sequences."""
+    if first is not None:
+        again = logits_of(run(model, ids))
+        refuse_difference(model, ids, row_change(first, again, lowest_dtype(model)))
 
 
 def _memory(model: torch.nn.Module, length: int) -> AbstractContextManager[None]:
@@ -151,7 +173,7 @@ def find_head(
 
 def _prove(head: Head, stack: Stack, fresh: torch.Tensor, other: torch.Tensor) -> float:
     """Error of the head on other tokens, another shape, and residuals so small that eps matters."""
-    hidden, dtype = stack.residuals(fresh)[-1], _dtype(stack.model)
+    hidden, dtype = stack.residuals(fresh)[-1], lowest_dtype(stack.model)
     error = verify_head(head, hidden, logits_of(run(stack.model, fresh)), dtype)
     small = scaled(hidden, SMALL)
     tokens = other[: fresh.shape[0], : fresh.shape[1]].contiguous()
@@ -159,15 +181,34 @@ def _prove(head: Head, stack: Stack, fresh: torch.Tensor, other: torch.Tensor) -
 
 
 def reexamine(model: torch.nn.Module, cache: ActivationCache) -> Stack:
-    """The stack of `model`, once the head kept in `cache` has reproduced the model's logits."""
+    """The stack of `model`, once it has shown that it can go on with `cache`.
+
+    The head kept in `cache` must reproduce the model's logits, and the cache's sequences must be
+    independent of each other as its manifest says. Raises `HeadMismatchError`, `MismatchError`.
+    """
+    lengths = cache.contexts.length
+    stream = TokenStream(cache.contexts.ids, lengths, np.arange(len(lengths)))
     device = next(model.parameters()).device
-    rows = int(min(cache.positions, ROWS * LENGTH))
-    stream = TokenStream(cache.tokens[:rows], np.array([rows]), np.array([0]))
-    with torch.inference_mode(), _memory(model, LENGTH):
+    with torch.inference_mode(), _memory(model, int(lengths.max())):
         ids, other, fresh = _batches(stream, model, _vocabulary(model), device)
         stack = find_stack(model, ids, other)
         _prove(cache.head, stack, fresh, other)
+        found = measure_independence(stack, stream, fresh, cache.manifest.batch_tokens)
+    if reason := found.contradiction(cache.manifest.pad, cache.manifest.alone):
+        raise MismatchError(
+            f"rows of cache {cache.id[:SHORT_ID]} ran in batches that changed them: {reason}; they "
+            "are not the model's for each sequence alone. Extract the texts anew into another root"
+        )
     return stack
+
+
+def independence_of(stack: Stack, stream: TokenStream, batch_tokens: int) -> Independence:
+    """What `measure_independence` finds for the sequences of `stream`."""
+    model = stack.model
+    device = next(model.parameters()).device
+    with torch.inference_mode(), _memory(model, int(stream.lengths.max())):
+        *_, fresh = _batches(stream, model, _vocabulary(model), device)
+        return measure_independence(stack, stream, fresh, batch_tokens)
 
 
 def _batches(
@@ -187,12 +228,6 @@ def _batches(
     return tuple(torch.from_numpy(a).to(device) for a in (ids[0], ids[1], fresh))
 
 
-def _dtype(model: torch.nn.Module) -> torch.dtype:
-    """The lowest precision among the weights of the model."""
-    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
-
-
 def _vocabulary(model: torch.nn.Module) -> int:
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     if not hasattr(embedding, "weight"):
@@ -204,14 +239,25 @@ def _vocabulary(model: torch.nn.Module) -> int:
     return int(embedding.weight.shape[0])
 
 
-def calibrate(stack: Stack, stream: TokenStream, device: torch.device) -> list[float]:
-    """Largest |value| of each layer on the first sequences, first tokens included."""
-    absmax = [0.0] * (stack.depth + 1)
+def calibrate(stack: Stack, stream: TokenStream, device: torch.device) -> list[ValueRange]:
+    """Range of each layer's values on the first sequences, first tokens included."""
+    ranges = [ValueRange()] * (stack.depth + 1)
     for number in range(min(ROWS, len(stream.lengths))):
         ids = torch.from_numpy(stream.sequence(number).astype(np.int64))[None].to(device)
         for layer, hidden in enumerate(stack.residuals(ids)):
-            absmax[layer] = max(absmax[layer], float(hidden.abs().max()))
-    return absmax
+            ranges[layer] = ranges[layer].joined(value_range(hidden))
+    return ranges
+
+
+def value_range(rows: torch.Tensor) -> ValueRange:
+    """Range of the finite values of `rows`, `(..., width)`, and what float16 costs a row."""
+    values = rows.float()
+    values = torch.where(values.isfinite(), values, 0.0)
+    peaks = values.abs().amax(-1)
+    fits = (peaks > 0) & (peaks <= LARGEST["float16"])
+    errors = (values.half().float() - values).abs().amax(-1)
+    loss = torch.where(fits, errors / peaks.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    return ValueRange(float(peaks.max()), float(loss.max()))
 
 
 def _logits_errors(
@@ -222,82 +268,8 @@ def _logits_errors(
     hidden = stack.residuals(ids)[-1].float().flatten(0, 1).cpu().numpy()
     model = logits_of(run(stack.model, ids)).float().flatten(0, 1).cpu().numpy()
 
-    def choose(absmax: float) -> str:
+    def choose(rows: np.ndarray) -> str:
         # The head computes in float32 whatever the model ran in.
-        return choose_dtype(absmax, "float32", policy)
+        return choose_dtype(value_range(torch.from_numpy(rows)), "float32", policy)
 
     return measure(head, hidden, model, dtype, choose, mode)
-
-
-def _change(one: torch.Tensor, many: torch.Tensor) -> float:
-    """Largest |many - one| over the largest |one|."""
-    change = (many.float() - one.float()).abs().max()
-    return float(change / one.float().abs().max().clamp_min(1e-30))
-
-
-def _check_repeats(stack: Stack, ids: torch.Tensor) -> None:
-    """Refuse a model that gives other residuals for the same tokens, at their real length."""
-    limit = CAUSAL_TOLERANCE.get(_dtype(stack.model), 1e-5)
-    pairs = zip(stack.residuals(ids), stack.residuals(ids), strict=True)
-    if not (worst := max(_change(one, two) for one, two in pairs)) <= limit:
-        raise ModelError(
-            f"{type(stack.model).__name__} is not deterministic: run twice on the same "
-            f"{ids.shape[1]} tokens, its residual stream differs by {worst:.1e}"
-        )
-
-
-def _batch_error(stack: Stack, ids: torch.Tensor) -> float:
-    """Relative change of a row's residuals by the rows beside it; raises if they depend on them."""
-    alone, together = stack.residuals(ids[:1]), stack.residuals(ids)
-    worst = max(_change(a[0], b[0]) for a, b in zip(alone, together, strict=True))
-    limit = BATCH_TOLERANCE.get(_dtype(stack.model), 1e-3)
-    if not worst <= limit:
-        raise ModelError(
-            f"{type(stack.model).__name__}: a sequence's residual stream changes with the other "
-            f"rows of its batch (by {worst:.1e}, allowed {limit:.0e}), so it cannot be cached"
-        )
-    return worst
-
-
-def _padding_error(stack: Stack, ids: torch.Tensor) -> float:
-    """Relative change of a short row's residuals when it is padded beside a longer one."""
-    short = ids.shape[1] // 2
-    mask = torch.ones_like(ids)
-    mask[0, short:] = 0
-    padded = ids.clone()
-    padded[0, short:] = 0
-    alone = stack.residuals(ids[:1, :short])
-    try:
-        many = stack.residuals(padded, mask)
-    except (TypeError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        return 1.0  # the model takes no mask: batches of equal length only
-    return max(_change(a[0], b[0, :short]) for a, b in zip(alone, many, strict=True))
-
-
-def _is_causal(stack: Stack, ids: torch.Tensor) -> bool:
-    """Whether other tokens from some position on leave all layers before it as they are."""
-    length, limit = ids.shape[1], CAUSAL_TOLERANCE.get(_dtype(stack.model), 1e-5)
-    before = stack.residuals(ids)
-    for start in (length // 3, 2 * length // 3, length - 1):
-        after = stack.residuals(_other_tokens(ids, slice(start, None)))
-        pairs = zip(before, after, strict=True)
-        if any(_change(a[:, :start], b[:, :start]) > limit for a, b in pairs):
-            return False
-    return True
-
-
-def _is_embedding(stack: Stack, ids: torch.Tensor) -> bool:
-    """Whether other tokens before some position leave layer 0 from there on as it is."""
-    middle, limit = ids.shape[1] // 2, CAUSAL_TOLERANCE.get(_dtype(stack.model), 1e-5)
-    before = stack.residuals(ids)[0]
-    after = stack.residuals(_other_tokens(ids, slice(None, middle)))[0]
-    return _change(before[:, middle:], after[:, middle:]) <= limit
-
-
-def _other_tokens(ids: torch.Tensor, where: slice) -> torch.Tensor:
-    """`ids` with the tokens of the row above at the positions `where`."""
-    changed = ids.clone()
-    changed[:, where] = torch.roll(ids, 1, 0)[:, where]
-    return changed

@@ -113,6 +113,7 @@ def describe(cache: ActivationCache) -> dict[str, Any]:
         "layer_arrays": layers,
         "logits": manifest.capture.logits,
         "codec": manifest.codec,
+        "alone": manifest.alone,
         "head": {**cache.head.describe(), "geometry": cache.head.geometry},
         "provenance": read_json(cache.path / "provenance.json"),
         "origin": read_origin(cache.path),

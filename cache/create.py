@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .array import CacheArray
 from .decode import decode, encode
 from .errors import UsageError
 from .journal import Journal, PartRecord, ShardRecord
-from .jsonfile import file_digest, sync_folder, write_json
+from .jsonfile import file_digest, make_folder, sync_folder, sync_tree, write_json
 from .layout import Key, Layout, name_of
 from .lease import FileLease, Lease, exclusive, try_lock
 from .logits import arrays_of
@@ -32,6 +33,9 @@ from .writer import create_logits, create_residual, write_table
 
 FP16_LIMIT = 16384.0
 """Calibrated absmax up to which a float32 or float16 layer is kept in float16."""
+FP16_ROUNDING = 1.001 * 2.0**-11
+"""Loss of float16, relative to a row's largest |value|, that is rounding; numbers below 6e-5, for
+which float16 has fewer bits, lose more."""
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3961773e38}
 """Largest value that a dtype does not round to infinity (float16 would round 65519 down)."""
 UNFINISHED_SECONDS = 24 * 3600.0
@@ -87,8 +91,7 @@ def publish(staging: Path, target: Path) -> None:
             if not (target / "manifest.json").is_file():
                 upload(staging, target, last=["manifest.json"])
         return
-    for path in (*staging.rglob("*"), staging):
-        sync_folder(path)
+    sync_tree(staging)
     try:
         os.rename(staging, target)
     except OSError:
@@ -104,7 +107,7 @@ def _staging(root: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="residua-") as folder:
             yield Path(folder)
         return
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     while True:
         staging = root / f".new-{uuid.uuid4().hex}"
         staging.mkdir()
@@ -166,13 +169,36 @@ def _plain_files(folder: Path) -> list[Path]:
     return sorted(p for p in files if "arrays.zarr" not in p.parts or p.name == "zarr.json")
 
 
-def choose_dtype(absmax: float, compute_dtype: str, policy: str) -> str:
-    """Stored dtype of a layer: never one that the calibrated values do not fit."""
+@dataclass(frozen=True)
+class ValueRange:
+    """How large the values of an array were on the calibrated rows, and what float16 costs them."""
+
+    absmax: float = 0.0
+    """Largest |value|."""
+    float16_loss: float = 0.0
+    """Largest error of a row's values in float16, relative to the row's largest |value|."""
+
+    def joined(self, other: "ValueRange") -> "ValueRange":
+        """The range of both."""
+        loss = max(self.float16_loss, other.float16_loss)
+        return ValueRange(max(self.absmax, other.absmax), loss)
+
+
+def choose_dtype(values: ValueRange, compute_dtype: str, policy: str) -> str:
+    """Stored dtype of a layer: never one that the calibrated values do not fit.
+
+    Under `auto`: bfloat16 where the model ran in it, or where values are large; float32 where
+    float16 would lose more of small values than its rounding.
+    """
     if policy != "auto":
         return policy
     if compute_dtype == "bfloat16":
         return "bfloat16"
-    return "float16" if absmax <= FP16_LIMIT else "bfloat16"
+    if values.absmax > LARGEST["bfloat16"]:
+        return "float32"
+    if values.absmax > FP16_LIMIT:
+        return "bfloat16"
+    return "float16" if values.float16_loss <= FP16_ROUNDING else "float32"
 
 
 class PartWriter:
@@ -227,16 +253,21 @@ class PartWriter:
     def put(self, key: Key, position: int, stored: np.ndarray, peaks: np.ndarray) -> int:
         """Put rows that are in the stored dtype, with the float32 peak |value| of each row.
 
-        Returns the number of non-finite values.
+        Rows with a finite peak that this dtype does not hold become NaN. Returns the number of
+        non-finite values.
         """
-        self.check(key, peaks)
         nonfinite = 0
-        absmax = float(peaks.max(initial=0.0))
-        if not np.isfinite(absmax):
+        finite_peaks = np.isfinite(peaks)
+        absmax = float(peaks[finite_peaks].max(initial=0.0))
+        too_large = self.too_large(key, peaks)
+        if too_large.any():
+            stored = np.array(stored)
+            stored[too_large] = encode(np.full(1, np.nan, np.float32), self.dtypes[key])[0]
+        if too_large.any() or not finite_peaks.all():
             values = decode(stored, self.dtypes[key])
             finite = np.isfinite(values)
             nonfinite = int(values.size - finite.sum())
-            absmax = float(np.abs(values[finite]).max(initial=0.0))
+            absmax = max(absmax, float(np.abs(values[finite]).max(initial=0.0)))
             stored = encode(values, self.dtypes[key])  # one bit pattern for every NaN
         self._absmax[key] = max(self._absmax[key], absmax)
         self._nonfinite[key] += nonfinite
@@ -244,17 +275,27 @@ class PartWriter:
         self._shards[key].write(position - self.start, rows)
         return nonfinite
 
+    def too_large(self, key: Key, peaks: np.ndarray) -> np.ndarray:
+        """Which rows have a finite peak that the array's stored dtype does not hold."""
+        return np.isfinite(peaks) & (peaks > LARGEST.get(self.dtypes[key], np.inf))
+
+    def reason_too_large(self, key: Key, peaks: np.ndarray) -> str | None:
+        """What is too large for the array's stored dtype, and what to do; None if nothing is."""
+        too_large = self.too_large(key, peaks)
+        if not too_large.any():
+            return None
+        dtype = self.dtypes[key]
+        other = "bfloat16 or float32" if dtype == "float16" else "float32"
+        what = f"layer {key}" if isinstance(key, int) else key
+        return (
+            f"{what} reaches {float(peaks[too_large].max()):.3g}, which {dtype} cannot hold "
+            f"although the calibrated rows stayed below; extract with --dtype {other}"
+        )
+
     def check(self, key: Key, peaks: np.ndarray) -> None:
         """Raise `UsageError` if a finite peak does not fit the array's stored dtype."""
-        dtype = self.dtypes[key]
-        absmax = float(peaks[np.isfinite(peaks)].max(initial=0.0))
-        if absmax > LARGEST.get(dtype, np.inf):
-            other = "bfloat16 or float32" if dtype == "float16" else "float32"
-            what = f"layer {key}" if isinstance(key, int) else key
-            raise UsageError(
-                f"{what} reaches {absmax:.3g}, which {dtype} cannot hold although the "
-                f"calibration batch stayed below; extract with --dtype {other}"
-            )
+        if reason := self.reason_too_large(key, peaks):
+            raise UsageError(reason)
 
     def commit(self, expected: PartRecord | None = None) -> PartRecord:
         """Make every shard appear, then the commit record, if it says more than `expected`."""

@@ -1,26 +1,19 @@
 """Texts and their labels from files, folders and the hub: the only door to `datasets`."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .documents import Documents, Table
+from .documents import Documents, Table, is_plain
 from .errors import DataError
+from .rowfiles import FORMATS
+from .rowsource import RowFile, ending_of
+from .rowtable import RowTable
+from .textcolumn import ColumnSample, check_is_there, choose_text_column
 from .textfile import TextFile
 
-FILES = {
-    ".txt": "text",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-}
-TEXT_COLUMNS = ("text", "content", "document", "sentence", "story", "prompt")
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-
-Progress = Callable[[int, int], None]
+FILES = {".txt": "text", **FORMATS}
+"""Ending -> format of the files that are read."""
+SAMPLE_ROWS = 200
 
 
 def load_documents(
@@ -29,47 +22,44 @@ def load_documents(
     split: str | None = None,
     lines: bool = False,
     scratch: Path | None = None,
+    separator: str | None = None,
+    labels: bool = True,
 ) -> Documents:
     """Documents of a file, a saved `datasets` folder or a hub data set, by number.
 
-    Nothing is kept in memory: `datasets` maps its files, those of others are copied to one
-    without a name in the folder `scratch`.
+    Nothing is kept in memory: the texts of a file are copied to one without a name in the folder
+    `scratch`, so they are those that the file has now; `datasets` maps the files of others.
 
     A .txt file is one document per `<|endoftext|>`-separated piece, or per line if `lines`;
-    other formats give one document per row. Raises `DataError`.
+    other formats give one document per row. `separator` is that of the columns of .csv and .tsv.
+    Without `labels` only the texts of a file are kept. Raises `DataError`.
     """
     path = Path(data).expanduser()
+    if split is not None and path.is_file():
+        raise DataError(f"--split is for data sets that have several; {data} is one file")
+    format_ = FILES.get(ending_of(path)) if path.is_file() else None
+    if separator is not None and format_ not in ("csv", "tsv"):
+        raise DataError(f"--separator is for .csv and .tsv files, not for {data}")
     if path.is_file():
-        if _ending(path) == ".txt":
+        if format_ is None:
+            known = ", ".join(FILES)
+            raise DataError(
+                f"{path.name} has no known ending; expected one of {known} (or .gz of one)"
+            )
+        if not path.stat().st_size:
+            raise DataError(f"{path} is empty; give a file with texts")
+        if format_ == "text":
             return Documents(TextFile(path, lines, scratch))
-        return _column(_load_file(path), text_column, data)
+        return RowTable(RowFile(path, format_, separator, scratch), text_column, labels)
     if path.is_dir():
-        return _column(_load_folder(path, split), text_column, data)
-    if _ending(path) in FILES or data.startswith((".", "/", "~")) or data.count("/") > 1:
+        return _load_folder(path, split, text_column)
+    if ending_of(path) in FILES or data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise DataError(f"{data} does not exist; give a file, a saved data set or a hub id")
-    return _column(_load_hub(data, split), text_column, data)
+    return _table(_load_hub(data, split), text_column, data)
 
 
-def _ending(path: Path) -> str:
-    """The ending without that of a compression."""
-    return next((s for s in reversed(path.suffixes) if s not in COMPRESSIONS), "")
-
-
-def _load_file(path: Path) -> Any:
-    ending = _ending(path)
-    if not path.stat().st_size:
-        raise DataError(f"{path} is empty; give a file with texts")
-    kind = FILES.get(ending)
-    if kind is None:
-        known = ", ".join(FILES)
-        raise DataError(f"{path.name} has no known ending; expected one of {known} (or .gz of one)")
-    kwargs = {"delimiter": "\t"} if ending == ".tsv" else {}
-    return _load(
-        kind, f"{path} cannot be read as {kind}", data_files=str(path), split="train", **kwargs
-    )
-
-
-def _load_folder(path: Path, split: str | None) -> Any:
+def _load_folder(path: Path, split: str | None, text_column: str | None) -> Table:
+    """The documents of a folder saved by `datasets`: of one split where it has several."""
     import datasets
 
     try:
@@ -78,12 +68,18 @@ def _load_folder(path: Path, split: str | None) -> Any:
         raise DataError(
             f"{path} is not a folder saved by datasets.save_to_disk: {_first(error)}"
         ) from None
-    if isinstance(found, datasets.DatasetDict):
-        name = split or ("train" if "train" in found else next(iter(found)))
-        if name not in found:
-            raise DataError(f"{path} has no split {name!r}; it has {', '.join(map(str, found))}")
-        return found[name]
-    return found
+    if not isinstance(found, datasets.DatasetDict):
+        if split is not None and split != str(found.split):
+            raise DataError(f"{path} has no split {split!r}; it is one data set without splits")
+        return _table(found, text_column, str(path))
+    name = split or ("train" if "train" in found else next(iter(found), "train"))
+    listed = ", ".join(map(str, found)) or "none"
+    if name not in found:
+        raise DataError(f"{path} has no split {name!r}; it has {listed}")
+    table = _table(found[name], text_column, str(path))
+    if split is None and name != "train":
+        table.reading.notes.append(f"the split {name!r} is read; there is no 'train' in {listed}")
+    return table
 
 
 def _load_hub(name: str, split: str | None) -> Any:
@@ -103,6 +99,10 @@ def _load(kind: str, complaint: str, *args: Any, **kwargs: Any) -> Any:
     enabled = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
+        config = datasets.load_dataset_builder(kind, *args).config
+        if hasattr(config, "keep_default_na"):
+            # Of .csv files: words like NA and null are text, only an empty cell is missing.
+            kwargs |= {"keep_default_na": False, "na_values": [""]}
         return datasets.load_dataset(kind, *args, **kwargs)
     except Exception as error:  # datasets raises many kinds; all mean unusable input
         raise DataError(f"{complaint}: {_first(error.__cause__ or error)}") from None
@@ -116,19 +116,30 @@ def _first(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _column(rows: Any, name: str | None, data: str) -> Table:
-    texts = [
-        column
-        for column, feature in rows.features.items()
-        if getattr(feature, "dtype", "") in ("string", "large_string")
-    ]
-    if name is None:
-        known = [column for column in TEXT_COLUMNS if column in texts]
-        name = known[0] if known else texts[0] if len(texts) == 1 else None
-    if name is None or name not in texts:
-        wanted = f"no text column {name!r}" if name else "no obvious text column"
-        listed = ", ".join(texts) or "none"
-        raise DataError(
-            f"{data} has {wanted}; text columns are: {listed} (choose with --text-column)"
-        )
-    return Table(rows, name, data)
+def _table(rows: Any, text_column: str | None, data: str) -> Table:
+    """The documents of a data set."""
+    columns = {name: _sample(rows, name, feature) for name, feature in rows.features.items()}
+    name, found = choose_text_column(columns, text_column, data)
+    check_is_there(columns, name, data)
+    table = Table(rows, name, data)
+    table.reading.found = found
+    return table
+
+
+def _sample(rows: Any, name: str, feature: Any) -> ColumnSample:
+    """What a column holds, by its type, and the first of its texts."""
+    kind = str(getattr(feature, "dtype", ""))
+    if kind in ("string", "large_string"):
+        column = ColumnSample.of_type("text")
+        words = rows.with_format(None).select_columns([name])[:SAMPLE_ROWS][name]
+        column.words.extend(word for word in words if word is not None)
+        return column
+    if kind in ("binary", "large_binary"):
+        return ColumnSample.of_type("bytes")
+    if kind == "null":
+        return ColumnSample()
+    if is_plain(feature):
+        return ColumnSample.of_type("a number")
+    column = ColumnSample.of_type("a list or object" if kind in ("list", "dict", "") else kind)
+    column.add_layout(repr(feature))
+    return column

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .errors import CorruptError, NoSpaceError, NotFoundError, ResiduaError, UsageError
+from .jsonfile import make_folder
 from .place import check_creates, code_of, is_remote
 
 FULL = {
@@ -83,7 +84,7 @@ def check_writable(root: Path) -> None:
         if is_remote(root):
             check_creates(root)
             return
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         with tempfile.TemporaryFile(dir=root):  # one without a name, where the system has such
             pass
 
@@ -96,7 +97,7 @@ def check_target(path: Path) -> None:
     if is_remote(path):
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:

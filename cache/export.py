@@ -12,7 +12,7 @@ from .create import LARGEST
 from .decode import encode
 from .errors import UsageError
 from .flatfile import FORMATS, Column, check_space, write_file, writing
-from .jsonfile import file_digest, sync_folder, write_json
+from .jsonfile import file_digest, make_folder, sync_folder, sync_tree, write_json
 from .layout import STORED_DTYPES
 from .numbers import numbers, span
 from .runs import Runs
@@ -52,7 +52,7 @@ def export(
     need = sum(column.bytes for columns in files.values() for column in columns)
     with writing(folder):
         need += sum(path.stat().st_size for path in _head_files(cache))
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         check_space(folder.parent, need, "take fewer --layers, one --split, or another disk")
         staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(staging, ignore_errors=True)
@@ -64,6 +64,7 @@ def export(
             index = _index(cache, format, split, written)
             (staging / "README.md").write_text(_readme(index), encoding="utf-8")
             write_json(staging / "index.json", index)
+            sync_tree(staging)
             os.replace(staging, folder)
             sync_folder(folder.parent)
         finally:

@@ -12,6 +12,7 @@ from .budget import Estimate
 from .catalog import cache_root
 from .create import choose_dtype, sweep_unfinished
 from .disk import check_writable, disk_errors
+from .documents import Reading
 from .fill import fill
 from .grow import add_layers, add_tokens, joined, unnamed_layers
 from .jsonfile import read_json
@@ -23,8 +24,9 @@ from .make import (
     load,
     make_cache,
     shorten_stream,
+    with_loaded_dtype,
 )
-from .manifest import CaptureIdentity
+from .manifest import ALONE, BATCH, CaptureIdentity
 from .place import as_path
 from .replay import check
 from .request import Request
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from .canary import Canary
+    from .independence import Independence
     from .stack import Stack
 
 
@@ -58,6 +61,8 @@ class Extraction:
     """Wall time of this call."""
     cut: dict[str, int]
     """How many `sequences` of the request lost how many `tokens` to the context."""
+    reading: Reading = field(default_factory=Reading)
+    """How the texts of the request were read, and which documents were left out."""
     stages: Stages = field(default_factory=Stages)
     """How busy forward, copy and write were; with a scheduler, of all workers together."""
 
@@ -75,6 +80,9 @@ class Extraction:
             "head_error": self.head_error,
             "written": self.written,
             "cut": self.cut,
+            "split_by": self.cache.manifest.tokens.split_by,
+            "reading": self.reading.to_dict(),
+            "quarantined": len(self.cache.quarantined),
             "seconds": round(self.seconds, 3),
             "stages": self.stages.to_dict(),
         }
@@ -115,21 +123,28 @@ def run(
     began = time.perf_counter()
     stages = Stages() if stages is None else stages
     root = cache_root(request.root)
-    source = ModelSource.locate(request.model, request.revision)
+    source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
     stream = read_stream(request, source, progress)
     model: torch.nn.Module | None = None
     canary: Canary | None = None
     if request.max_bytes is not None:
         model = load(request, source)
+        source = with_loaded_dtype(source, model)
         canary, stream = shorten_stream(request, source, model, stream, root)
     wanted = want(request, source, stream)
     found = resolve(wanted, root)
-    path, status = found.path, "hit"
-    written = 0
-    if path is None or found.answer in ("miss", "partial"):
+    if found.path is None or found.answer in ("miss", "partial"):
         check_writable(root)
         sweep_unfinished(root)
         model = model or load(request, source)
+        if (loaded := with_loaded_dtype(source, model)) is not source:
+            # The files said another dtype than the model has: the model's goes into the identity.
+            source, wanted = loaded, want(request, loaded, stream)
+            found = resolve(wanted, root)
+    path, status = found.path, "hit"
+    written = 0
+    if path is None or found.answer in ("miss", "partial"):
+        assert model is not None
         with disk_errors(root):
             if path is None or found.answer == "miss":
                 status, (path, stack) = (
@@ -152,25 +167,30 @@ def run(
         cache.check_complete()
     error = read_json(cache.path / "provenance.json")["canary"]["head_error"]
     seconds = time.perf_counter() - began
-    return Extraction(cache, status, error, written, seconds, stream.cut_counts, stages)
+    return Extraction(
+        cache, status, error, written, seconds, stream.cut_counts, stream.reading, stages
+    )
 
 
 def plan(request: Request, progress: Progress | None = None) -> Estimate:
     """What `request` would take on the disk; loads the model, writes nothing."""
     root = cache_root(request.root)
-    source = ModelSource.locate(request.model, request.revision)
+    source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
     stream = read_stream(request, source, progress)
     model = load(request, source)
+    source = with_loaded_dtype(source, model)
     if request.max_bytes is not None:
         canary, stream = shorten_stream(request, source, model, stream, root)
     else:
         canary = examine_model(request, source, model, stream)
-    return replace(estimate_of(request, canary, stream, root), cut=stream.cut_counts)
+    return replace(
+        estimate_of(request, canary, stream, root), cut=stream.cut_counts, reading=stream.reading
+    )
 
 
 def find(request: Request, progress: Progress | None = None) -> Resolution:
     """Which cache answers `request`, if any; loads no weights."""
-    source = ModelSource.locate(request.model, request.revision)
+    source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
     stream = read_stream(request, source, progress)
     return resolve(want(request, source, stream), cache_root(request.root))
 
@@ -185,7 +205,7 @@ def _extend(
     stages: Stages,
 ) -> tuple[str, Path, "Stack"]:
     """Give the cache that was found its missing layers and tokens, still to be filled."""
-    from .canary import reexamine
+    from .canary import independence_of, reexamine
 
     assert found.path is not None
     cache = ActivationCache(found.path)
@@ -207,7 +227,17 @@ def _extend(
     layout = cache.manifest.layout
     if cache.positions <= layout.chunk_rows:  # it may be a small cache's
         layout = layout_like(request, cache).shrunk(longer.positions)
-    return "extended", add_tokens(cache, tokens, longer, layout), stack
+    extra = _sharing(cache, independence_of(stack, longer, cache.manifest.batch_tokens))
+    return "extended", add_tokens(cache, tokens, longer, layout, extra), stack
+
+
+def _sharing(cache: ActivationCache, found: "Independence") -> dict[str, Any]:
+    """Keys of `extra` for the sequences that are added: as careful as the cache or `found` asks."""
+    kept = cache.manifest.extra
+    extra = {"pad": cache.manifest.pad and found.pad}
+    for name in ("causal", "embedding"):
+        extra[name] = bool(kept.get(name, True)) and getattr(found, name)
+    return {**extra, **({BATCH: ALONE} if cache.manifest.alone or found.alone else {})}
 
 
 def _dtypes(
@@ -219,5 +249,5 @@ def _dtypes(
     from .canary import calibrate
 
     with torch.inference_mode():
-        absmax = calibrate(stack, stream, next(stack.model.parameters()).device)
-    return {n: choose_dtype(absmax[n], capture.compute_dtype, capture.dtype) for n in layers}
+        ranges = calibrate(stack, stream, next(stack.model.parameters()).device)
+    return {n: choose_dtype(ranges[n], capture.compute_dtype, capture.dtype) for n in layers}

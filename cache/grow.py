@@ -7,14 +7,17 @@ where the file system has no links), and the old rows of the shard in which the 
 
 import os
 import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .create import create_cache
 from .journal import Journal
-from .jsonfile import file_digest, read_json, sync_folder
+from .jsonfile import file_digest, make_folder, read_json, sync_folder, write_atomically
+from .labels import LABELS
 from .layout import Layout
 from .lease import exclusive, lease
 from .manifest import Manifest, TokenIdentity
@@ -31,7 +34,7 @@ EXTENDS = "extends"
 def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
     """Create the empty arrays of further layers; `fill` then writes them part by part.
 
-    One process at a time; layers that another one, or one that died, created are not touched.
+    One process at a time; layers that the journal names already are not touched.
     """
     store = cache.path / "arrays.zarr"
     with exclusive(cache.path / "leases", "layers"):
@@ -44,13 +47,16 @@ def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
         files = {}
         for layer in unnamed_layers(cache, tuple(dtypes)):
             path = cache.path / _metadata(layer)
-            if not path.is_file():
+            # What a maker that died left may be cut short: only what the journal names is sure.
+            with tempfile.TemporaryDirectory(prefix="residua-") as folder:
                 create_residual(
-                    store, layer, cache.positions, cache.d_model, dtypes[layer],
+                    Path(folder), layer, cache.positions, cache.d_model, dtypes[layer],
                     cache.manifest.layout, cache.manifest.codec,
                 )  # fmt: skip
-            for changed in (path, *path.parents[:2]):
-                sync_folder(changed)
+                made = (Path(folder) / f"residual/{layer}/zarr.json").read_bytes()
+            if not is_remote(path):
+                make_folder(path.parent)
+            write_atomically(path, made)
             files[_metadata(layer)] = file_digest(path)
         if files:
             cache.journal.commit_base({}, files)
@@ -68,30 +74,36 @@ def _metadata(layer: int) -> str:
 
 def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]) -> TokenStream:
     """The stream of `cache` followed by the sequences `lacking` of `stream`."""
+    labels = [LABELS + name for name in cache.label_names]
+    further = [n for n in stream.of_sequences if n not in labels and cache.has(n)]
     held = TokenStream(
         cache.tokens,
         cache.sequence_length,
         cache.array("sequences/row_id")[:],
         {name: cache.array(name) for name in stream.of_tokens if cache.has(name)},
-        {name: cache.array(name)[:] for name in stream.of_sequences if cache.has(name)},
-        {name: words for name in stream.categories if (words := cache.categories(name))},
+        {name: cache.array(name)[:] for name in (*labels, *further)},
+        {n: cache.categories(n) for n in labels if cache.has_categories(n)},
         cut=None if stream.cut is None else np.zeros(len(cache.sequence_length), np.int64),
+        splits=None if stream.splits is None else cache.sequence_split,
+        documents=None if stream.documents is None else cache.sequence_document,
     )
     return concatenate(held, stream.select(np.array(lacking)))
 
 
 def add_tokens(
-    cache: ActivationCache, tokens: TokenIdentity, stream: TokenStream, layout: Layout
-) -> Path:
+    cache: ActivationCache, tokens: TokenIdentity, stream: TokenStream, layout: Layout,
+    extra: dict[str, Any] | None = None,
+) -> Path:  # fmt: skip
     """A cache of `stream`, which begins with all sequences of `cache`; full parts are linked.
 
     `cache` must be complete in its layers, and parts are linked only if they have the `layout` of
-    its own. The rest is left to `fill`.
+    its own. The rest is left to `fill`. `extra` replaces keys of the manifest's `extra`.
     """
     old = cache.manifest
     manifest = Manifest(
         old.model, tokens, old.capture, layout, old.d_model, old.vocab, old.depth,
-        old.batch_tokens, old.model_name, old.data_name, {**old.extra, EXTENDS: cache.id},
+        old.batch_tokens, old.model_name, old.data_name,
+        {**old.extra, **(extra or {}), EXTENDS: cache.id}, old.format,
     )  # fmt: skip
     dtypes = {layer: cache.layer(layer).layout.logical_dtype for layer in cache.layers}
     kept = [n for n in ("logits/full", "logits/values") if n in cache.logits_names]
@@ -100,6 +112,7 @@ def add_tokens(
     if "cut" in provenance:
         more = stream.cut_counts
         provenance["cut"] = {name: n + more[name] for name, n in provenance["cut"].items()}
+    provenance["reading"] = stream.reading.to_dict()
     _, hashes = stream.digests()
     path = create_cache(
         cache.path.parent,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make all files and folders in `folder`, and itself, durable."""
+    for path in (*folder.rglob("*"), folder):
+        sync_folder(path)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and what is missing above it, durably: a power cut takes no name away."""
+    if is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        with suppress(PermissionError):  # a folder that lets us make others, but not look
+            sync_folder(path.parent)
 
 
 def file_digest(path: Path) -> str:

@@ -65,16 +65,16 @@ def compared(mode: str, vocab: int) -> tuple[str, ...]:
 
 def measure(
     head: Head, hidden: np.ndarray, model: np.ndarray, layer_dtype: str,
-    choose: Callable[[float], str], mode: str = RECOMPUTE,
+    choose: Callable[[np.ndarray], str], mode: str = RECOMPUTE,
 ) -> LogitsErrors:  # fmt: skip
     """Errors of the modes on layer L `hidden`, `(rows, d_model)`, uncast, and the model's logits.
 
-    `choose` gives the stored dtype of logits for their largest |value|.
+    `choose` gives the stored dtype of logits such as the rows that it is given.
     """
     hidden, model = hidden[:ROWS], model[:ROWS]
     step = max(1, TILE_BYTES // (8 * head.vocab))
     tiles = [slice(start, start + step) for start in range(0, len(hidden), step)]
-    dtype = choose(max(float(np.abs(model[tile]).max()) for tile in tiles))
+    dtype = choose(model)
     names = compared(mode, head.vocab)
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for tile in tiles:

@@ -4,7 +4,7 @@ import json
 import platform
 import time
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from .create import create_cache
 from .errors import UsageError
 from .layout import STORED_DTYPES, Layout
 from .logits import LogitsArray, arrays_of
-from .manifest import CODEC, Manifest
+from .manifest import ALONE, BATCH, CODEC, Manifest
 from .oom import choose_batch_tokens, memory_errors
 from .origin import public_name, write_origin
 from .replay import record
@@ -47,13 +47,23 @@ def load(request: Request, source: ModelSource) -> "torch.nn.Module":
         return load_model(source, device, request.attention, request.trust_remote_code)
 
 
+def with_loaded_dtype(source: ModelSource, model: "torch.nn.Module") -> ModelSource:
+    """`source` with the dtype that `model`, loaded from it, really runs in."""
+    from .independence import lowest_dtype
+
+    dtype = str(lowest_dtype(model)).removeprefix("torch.")
+    return source if dtype == source.compute_dtype else replace(source, loaded_dtype=dtype)
+
+
 def examine_model(
     request: Request, source: ModelSource, model: "torch.nn.Module", stream: TokenStream
 ) -> "Canary":
     """What a few sequences show of the model, with the dtypes of the layers that are kept."""
     from .canary import examine
 
-    canary = examine(model, stream, source.compute_dtype, request.dtype, request.logits)
+    canary = examine(
+        model, stream, source.compute_dtype, request.dtype, request.logits, request.batch_tokens
+    )
     kept = kept_layers(request.layers, canary.stack.depth)
     canary = replace(canary, dtypes={layer: canary.dtypes[layer] for layer in kept})
     if request.codec == "raw":
@@ -159,13 +169,15 @@ def make_cache(
             "pad": canary.pad,
             "causal": canary.causal,
             "embedding": canary.embedding,
+            **({BATCH: ALONE} if canary.alone else {}),
             # Left out where it is raw, as it was before there was a choice.
             **({} if request.codec == "raw" else {CODEC: request.codec}),
         },
+        format=request.format,
     )
 
     def write_head(folder: Path) -> None:
-        save_head(folder, source, canary)
+        save_head(folder, source, canary, request.format)
         record(canary.stack, stream, folder)
         write_origin(folder.parent, request.model, request.data)
 
@@ -173,9 +185,10 @@ def make_cache(
         **_provenance(model, canary.report()),
         "revision": source.revision,
         "cut": stream.cut_counts,
+        "reading": stream.reading.to_dict(),
     }
     if request.codec != "raw":  # other versions may compress to other bytes
-        provenance["versions"]["numcodecs"] = version("numcodecs")
+        provenance["versions"]["numcodecs"] = version_of("numcodecs")
     path = create_cache(
         root, manifest, stream, stream.digests()[1], canary.dtypes, write_head, provenance,
         canary.logits.dtype,
@@ -183,10 +196,10 @@ def make_cache(
     return path, canary.stack
 
 
-def save_head(folder: Path, source: ModelSource, canary: "Canary") -> None:
-    """The head, the tokenizer and copies of the configuration."""
+def save_head(folder: Path, source: ModelSource, canary: "Canary", version: int) -> None:
+    """The head, the tokenizer and copies of the configuration, in the format `version`."""
     canary.head.save(folder, canary.tensors)
-    source.tokenizer.save(str(folder / "tokenizer.json"))
+    source.tokenizer_in(version).save(str(folder / "tokenizer.json"))
     for name in ("config.json", "tokenizer_config.json"):
         if (source.folder / name).is_file():
             (folder / name).write_bytes(_without_paths((source.folder / name).read_bytes()))
@@ -214,6 +227,8 @@ def _provenance(model: "torch.nn.Module", canary: dict[str, object]) -> dict[str
         "canary": canary,
         "device": str(next(model.parameters()).device),
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        # Tensors that the checkpoint lacks and the class computes, and those that no module reads.
+        "checkpoint": getattr(model, "checkpoint_notes", None),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

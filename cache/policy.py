@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from .documents import Documents, batches
+from .documents import Documents
 from .errors import DataError, UsageError
 from .tokens import Runs, TokenStream
 
 POLICIES = ("all", "last", "sample:K", "answer", "explicit")
 ANSWER, ANSWER_START, EXPLICIT = "answer", "answer_start", "positions"
 """Columns of the data that `answer` and `explicit` read."""
+COLUMNS = (ANSWER, ANSWER_START, EXPLICIT)
 
 
 def check(policy: str, pack: bool) -> None:
@@ -40,6 +41,8 @@ def keep(policy: str, stream: TokenStream, documents: Documents, seed: int) -> T
     if not len(held):
         raise DataError(f"positions {policy} keeps nothing of the {len(stream.lengths)} sequences")
     if len(held) < len(stream.lengths):
+        for row in np.delete(stream.row_ids, held).tolist():
+            documents.reading.drop(f"no position for {policy}", row)
         stream = stream.select(held)
     return stream.with_runs(replace(runs, sequence=np.searchsorted(held, runs.sequence)))
 
@@ -55,18 +58,18 @@ def _choose(
         for length, found in zip(stream.lengths, hashes, strict=True):
             yield _sample(int(length), size, int(found), seed)
     elif policy == "answer":
-        for rows, sequences in _batches(stream):
+        for rows, sequences in _batches(stream, documents):
             yield from _answers(stream, documents, rows, sequences)
     else:
-        for rows, sequences in _batches(stream):
+        for rows, sequences in _batches(stream, documents):
             wanted, lengths = documents.column(rows, EXPLICIT), stream.lengths[sequences]
             yield from (_named(w, int(n)) for w, n in zip(wanted, lengths, strict=True))
 
 
-def _batches(stream: TokenStream) -> Iterator[tuple[list[int], slice]]:
+def _batches(stream: TokenStream, documents: Documents) -> Iterator[tuple[list[int], slice]]:
     """Documents of some sequences at a time, which have one each, and those sequences."""
     start = 0
-    for rows in batches(stream.row_ids):
+    for rows in documents.batches(stream.row_ids):
         yield rows, slice(start, start + len(rows))
         start += len(rows)
 
@@ -78,7 +81,7 @@ def _sample(length: int, size: int, sequence_hash: int, seed: int) -> np.ndarray
 
 
 def _named(wanted: object, length: int) -> np.ndarray:
-    if not isinstance(wanted, list) or not all(isinstance(place, int) for place in wanted):
+    if not isinstance(wanted, list) or not all(type(place) is int for place in wanted):
         raise DataError(f"column {EXPLICIT!r} must hold lists of whole numbers, found {wanted!r}")
     places = {place + length if place < 0 else place for place in wanted}
     return np.array(sorted(place for place in places if 0 <= place < length), np.int64)
@@ -88,11 +91,14 @@ def _answers(
     stream: TokenStream, documents: Documents, rows: list[int], sequences: slice
 ) -> Iterator[np.ndarray]:
     """Positions that predict the tokens of each row's answer."""
-    answers, texts = documents.column(rows, ANSWER), documents.texts(rows)
+    answers = [_answer(answer) for answer in documents.column(rows, ANSWER)]
     places = (
-        documents.column(rows, ANSWER_START)
+        [_character(place) for place in documents.column(rows, ANSWER_START)]
         if documents.has(ANSWER_START)
-        else [text.rfind(str(answer)) for text, answer in zip(texts, answers, strict=True)]
+        else [
+            (text or "").rfind(answer)
+            for text, answer in zip(documents.texts(rows), answers, strict=True)
+        ]
     )
     first, stop = stream.of_tokens["tokens/char_start"], stream.of_tokens["tokens/char_stop"]
     starts, lengths = stream.starts[sequences].tolist(), stream.lengths[sequences].tolist()
@@ -101,9 +107,31 @@ def _answers(
         if not answer or place is None or place < 0:
             yield np.zeros(0, np.int64)
             continue
-        within = (first[inside] < place + len(str(answer))) & (stop[inside] > place)
+        within = (first[inside] < place + len(answer)) & (stop[inside] > place)
         indices = np.flatnonzero(within) - 1
         yield indices[indices >= 0]
+
+
+def _answer(value: object) -> str:
+    """The answer as it stands in the text, empty where there is none: 0 and False are answers."""
+    if value is None:
+        return ""
+    if isinstance(value, list | dict):
+        raise DataError(f"column {ANSWER!r} must hold the answer as text, found {value!r}")
+    return str(value)
+
+
+def _character(value: object) -> int | None:
+    """A number of a character, which .csv files write as text; None where there is none."""
+    if value is None or value == "":
+        return None
+    if type(value) is int:
+        return value
+    if isinstance(value, float) and value.is_integer():  # beside missing ones
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
+        return int(value)
+    raise DataError(f"column {ANSWER_START!r} must hold whole numbers, found {value!r}")
 
 
 def runs_of(chosen: Iterable[np.ndarray]) -> Runs:

@@ -17,6 +17,7 @@ from .lease import lease
 from .manifest import Manifest
 from .origin import read_origin
 from .replay import check
+from .resolve import compare, describe
 from .runner import PartRunner
 from .source import ModelSource
 from .store import ActivationCache
@@ -50,11 +51,13 @@ class Repair:
 
 
 def repair(
-    path: Path, model: str | None = None, device: str = "auto", progress: Progress | None = None
-) -> Repair:
+    path: Path, model: str | None = None, device: str = "auto", progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> Repair:  # fmt: skip
     """Verify the cache at `path` and write its damaged shards, head and metadata anew.
 
-    `model` is where the model is now, if it has moved. Raises `MismatchError` if it is another
+    `model` is where the model is now, if it has moved; code of its own runs only if
+    `trust_remote_code`. Raises `MismatchError` if it is another
     model, `CorruptError` if the manifest itself is damaged. Tokens cannot be mended.
     """
     found = verify(path, progress and (lambda done, total: progress("verify", done, total)))
@@ -65,7 +68,7 @@ def repair(
     mended += _make_metadata(path, manifest, found.damages, mended)
     wrong = [damage for damage in found.damages if damage.file not in mended]
     if any(_is_of_part(d) or d.file.startswith("head/") for d in wrong):
-        source, loaded = _load(path, manifest, model, device)
+        source, loaded = _load(path, manifest, model, device, trust_remote_code)
         mended += _rebuild_head(path, source, loaded, manifest, wrong)
         again, changed = _rewrite_shards(path, loaded, wrong, progress)
         mended += again
@@ -120,22 +123,29 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def _load(
-    path: Path, manifest: Manifest, model: str | None, device: str
+    path: Path, manifest: Manifest, model: str | None, device: str, trust_remote_code: bool
 ) -> tuple[ModelSource, "torch.nn.Module"]:
     from .model import choose_device, load_model
 
     name = model or read_origin(path).get("model", manifest.model_name)
     try:
-        source = ModelSource.locate(name)
+        source = ModelSource.locate(name, trust_remote_code=trust_remote_code)
     except ModelError as error:
         raise ModelError(f"{error}; say where the model is with --model") from None
-    if source.identity != manifest.model:
+    if manifest.model.code is not None and not trust_remote_code:
+        raise ModelError(
+            f"the model of this cache ran code of its own; repair with --trust-remote-code to run "
+            f"that of {source.name} again"
+        )
+    identity = source.identity_in(manifest.format)
+    if identity != manifest.model:
+        differences = compare(asdict(identity), asdict(manifest.model))
         raise MismatchError(
-            f"{source.name} is not the model of this cache: its weights are "
-            f"{source.identity.weights[:12]}, expected {manifest.model.weights[:12]}; say where "
+            f"{source.name} is not the model of this cache ({describe(differences)}); say where "
             "the model is with --model"
         )
-    return source, load_model(source, choose_device(device), manifest.capture.attention)
+    attention = manifest.capture.attention
+    return source, load_model(source, choose_device(device), attention, trust_remote_code)
 
 
 def _rebuild_head(
@@ -161,7 +171,7 @@ def _rebuild_head(
     _, files = cache.journal.base()
     mended = []
     with tempfile.TemporaryDirectory(prefix="residua-") as folder:
-        save_head(Path(folder), source, canary)
+        save_head(Path(folder), source, canary, manifest.format)
         record(canary.stack, stream, Path(folder))
         for name in names:
             fresh = Path(folder) / Path(name).name

@@ -7,6 +7,7 @@ from .codec import check as check_codec
 from .errors import UsageError
 from .layout import STORED_DTYPES
 from .logits import check as check_logits
+from .manifest import FORMAT, FORMATS
 from .numbers import number, numbers
 from .policy import check as check_policy
 
@@ -17,6 +18,7 @@ WHOLE_NUMBERS = (
     "seed",
     "batch_tokens",
     "part_positions",
+    "format",
 )
 """Fields of `Request` that are whole numbers, or None."""
 
@@ -37,6 +39,8 @@ class Request:
     """Pack documents to the context length; else one sequence per document."""
     text_column: str | None = None
     """Column that holds the text."""
+    separator: str | None = None
+    """Separator of columns in .csv and .tsv files, one character or `tab`; default , and tab."""
     split: str | None = None
     """Split of a data set that has several."""
     layers: tuple[int, ...] | None = None
@@ -71,6 +75,8 @@ class Request:
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    format: int = FORMAT
+    """Format of the cache; 1 finds, finishes and extends caches of the first version."""
 
     def __post_init__(self) -> None:
         # Numbers of numpy as Python's: they are written as JSON.
@@ -90,6 +96,11 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.format not in FORMATS:
+            known = ", ".join(map(str, FORMATS))
+            raise UsageError(f"format {self.format!r} is unknown; formats are {known}")
+        if self.separator is not None:
+            object.__setattr__(self, "separator", _separator(self.separator))
         check_policy(self.positions, self.pack)
         check_logits(self.logits)
         check_codec(self.codec)
@@ -109,3 +120,11 @@ class Request:
         if not 1 <= number <= shares:
             raise UsageError(f"part {self.part!r} is not a share; write it like 2/8")
         return number, shares
+
+
+def _separator(name: str) -> str:
+    """The separator that is meant: `tab` and `\\t` are a tab."""
+    separator = {"tab": "\t", "\\t": "\t"}.get(name, name)
+    if len(separator) != 1 or separator in '"\r\n':
+        raise UsageError(f"separator {name!r} must be one character, or tab")
+    return separator

@@ -11,7 +11,7 @@ import numpy as np
 from .catalog import list_paths
 from .errors import ResiduaError
 from .logits import covers
-from .manifest import CaptureIdentity, ModelIdentity, TokenIdentity
+from .manifest import FORMAT, CaptureIdentity, ModelIdentity, TokenIdentity, identity_of
 from .store import ActivationCache
 
 ANSWERS = ("hit", "covers", "partial", "miss")
@@ -28,11 +28,12 @@ class Wanted:
     """64 bits of the sha256 of each sequence, `(sequences,)` uint64."""
     layers: tuple[int, ...] | None = None
     """None for all layers."""
+    format: int = FORMAT
+    """Format of the cache: one of another format is another cache."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        named = {"model": self.model, "tokens": self.tokens, "capture": self.capture}
-        return {name: asdict(value) for name, value in named.items()}
+        return identity_of(self.format, self.model, self.tokens, self.capture)
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ def _sequences(asked: np.ndarray, held: np.ndarray) -> tuple[tuple[int, ...], bo
 def compare(
     one: dict[str, Any], other: dict[str, Any], prefix: str = ""
 ) -> tuple[tuple[str, Any, Any], ...]:
-    """Fields in which two identities differ: (name, in one, in other); `format` is left out."""
+    """Fields in which two identities differ: (name, in one, in other)."""
     differences: list[tuple[str, Any, Any]] = []
-    for name in sorted((set(one) | set(other)) - {"format"}):
+    for name in sorted(set(one) | set(other)):
         a, b = one.get(name), other.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             differences += compare(a, b, f"{prefix}{name}.")

@@ -105,11 +105,11 @@ class PartRunner:
     def _plan(self, part: int) -> list[Batch]:
         """Batches of the part, but for the sequences that are copied."""
         manifest = self.cache.manifest
-        pad = bool(manifest.extra.get("pad", True))
+        batch_tokens = 0 if manifest.alone else manifest.batch_tokens
         held = 0 if self.ancestor is None else len(self.ancestor.sequence_length)
         batches = plan_part(
             self.starts[held:], self.rows[held:], manifest.layout, part,
-            manifest.batch_tokens, pad, self.lengths[held:], self._window_rows(),
+            batch_tokens, manifest.pad, self.lengths[held:], self._window_rows(),
         )  # fmt: skip
         return [Batch(tuple(held + number for number in batch.sequences)) for batch in batches]
 
@@ -131,6 +131,10 @@ class PartRunner:
             step = min(size, source.layout.chunk_rows)
             for start in range(writer.start, stop, step):
                 writer.write(key, start, source.read(start, min(start + step, stop)))
+        for number, reason in self.ancestor.quarantined.items():
+            first = int(self.ancestor.sequence_start[number])
+            if first < stop and first + int(self.ancestor.sequence_length[number]) > writer.start:
+                writer.quarantine.setdefault(number, reason)
         return max(0, stop - writer.start)
 
     def _write(self, writer: PartWriter, sequences: dict[int, dict[Key, "Rows"]]) -> None:
@@ -146,27 +150,32 @@ class PartRunner:
                 # Logits are computed for the kept positions alone.
                 every = self.sparse and isinstance(key, int)
                 inside = self._kept(first, last) if every else slice(first - start, last - start)
+                reason = writer.reason_too_large(key, rows.peaks[inside])
                 bad = writer.put(key, first, rows.stored[inside], rows.peaks[inside])
                 written += rows.stored[inside].nbytes
-                if bad:
+                if reason:
+                    self._quarantine(writer, number, reason, "cannot be kept: ")
+                elif bad:
                     where = f"at layer {key}" if isinstance(key, int) else f"in {key}"
-                    self._quarantine(writer, number, f"{bad} non-finite values {where}")
+                    reason = f"{bad} non-finite values {where}"
+                    self._quarantine(writer, number, reason, "has ")
         self.stages.add("write", time.perf_counter() - began, written)
 
     def _kept(self, first: int, last: int) -> np.ndarray:
         """Indices in their sequence of the positions `first:last` of the cache."""
         return self.cache.array("tokens/index").read(first, last)
 
-    def _quarantine(self, writer: PartWriter, number: int, reason: str) -> None:
-        if self.on_error == "raise":
-            row = int(self.cache.array("sequences/row_id")[number])
-            raise ModelError(
-                f"sequence {number} (document {row}) has {reason}; --on-error quarantine keeps "
-                "going and leaves such sequences out of the splits"
-            )
+    def _quarantine(self, writer: PartWriter, number: int, reason: str, verb: str) -> None:
+        """Leave sequence `number` out of the splits, or stop if the caller asked for that."""
         numbers = [number]
         if self.sparse:
             numbers = np.flatnonzero(self.cache.array("sequences/context")[:] == number).tolist()
+        if self.on_error == "raise":
+            row = int(self.cache.array("sequences/row_id")[numbers[0]])
+            raise ModelError(
+                f"sequence {numbers[0]} (document {row}) {verb}{reason}; --on-error quarantine "
+                "keeps going and leaves such sequences out of the splits"
+            )
         for sequence in numbers:
             writer.quarantine.setdefault(sequence, reason)
 

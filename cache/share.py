@@ -25,6 +25,7 @@ from .errors import (
 from .flatfile import check_space, writing
 from .hub import check_limits, hub_errors
 from .journal import Journal
+from .jsonfile import make_folder
 from .manifest import SHORT_ID, Manifest
 from .place import is_remote
 from .store import ActivationCache
@@ -266,7 +267,7 @@ def _check_names(repo_id: str, names: dict[str, int]) -> None:
 @contextmanager
 def _staging(path: Path) -> Iterator[Path]:
     """A folder that only this process fills; kept only where an interrupted pull can go on."""
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,6 +8,7 @@ output of the l-th call of a block (a model that loops over its blocks has a lay
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -124,9 +125,48 @@ class Stack:
 
 
 def run(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
-    """One forward pass without a key-value cache."""
+    """One forward pass without a key-value cache, which leaves the model as it was."""
     kwargs = {} if mask is None else {"attention_mask": mask}
-    return model(input_ids=ids, use_cache=False, **kwargs)
+    with _unchanged(model):
+        return model(input_ids=ids, use_cache=False, **kwargs)
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Put buffers and numbers of the modules back to what they were before the context.
+
+    Some models remember the longest sequence that they have read (dynamic rotary frequencies),
+    and give other residuals for the next one.
+    """
+    before = [(m, m.__dict__.copy(), m._buffers.copy()) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            if not _are_same(module._buffers, buffers):
+                module._buffers.update(buffers)
+            if not _are_same(module.__dict__, attributes):
+                _restore_numbers(module.__dict__, attributes)
+
+
+def _are_same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether two dictionaries hold the same objects in the same order."""
+    return len(now) == len(before) and all(map(is_, now.values(), before.values()))
+
+
+def _restore_numbers(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Put back what was a plain value, and remove plain values that are new."""
+    for name in [name for name, value in now.items() if _is_plain(value)]:
+        if name not in before:
+            del now[name]
+    now.update({name: value for name, value in before.items() if _is_plain(value)})
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `value` is a number, a tensor of one number, a word or None."""
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def logits_of(output: Any) -> torch.Tensor:

@@ -177,20 +177,32 @@ class ActivationCache:
         """The words that the codes of an array stand for; empty if its numbers are no codes."""
         return tuple(self.array(name).attributes.get("categories", ()))
 
+    def has_categories(self, name: str) -> bool:
+        """Whether the numbers of an array are codes of words."""
+        return "categories" in self.array(name).attributes
+
     @property
     def label_names(self) -> tuple[str, ...]:
         """Labels that the sequences have: the other columns of the data they came from."""
         folder = self.path / "arrays.zarr" / "sequences" / "labels"
         return tuple(sorted(path.parent.name for path in folder.glob("*/zarr.json")))
 
-    def label(self, name: str) -> np.ndarray:
-        """One value per sequence, `(sequences,)`; words as str, the empty one where missing."""
+    def label(self, name: str, missing: str | None = "") -> np.ndarray:
+        """One value per sequence, `(sequences,)`; words as str, `missing` where one is missing.
+
+        With None for `missing`, unlike with the empty word, those that are empty in the data can
+        be told from it; the array then holds objects. Missing numbers are NaN.
+        """
         if name not in self.label_names:
             known = ", ".join(self.label_names) or "none"
             raise NotFoundError(f"there is no label {name!r} in this cache; labels are: {known}")
         values = self.array(f"sequences/labels/{name}")[:]
-        words = self.categories(f"sequences/labels/{name}")
-        return np.array([*words, ""])[values] if words else values
+        if not self.has_categories(f"sequences/labels/{name}"):
+            return values
+        words = [*self.categories(f"sequences/labels/{name}"), missing]
+        # numpy's own texts lose a NUL at their end
+        plain = missing is not None and not any(word and word[-1] == "\0" for word in words)
+        return np.array(words, None if plain else object)[values]
 
     def spans(self, positions: np.ndarray) -> np.ndarray:
         """Document, first character and end of each position, `(n, 3)` int64."""
@@ -328,8 +340,30 @@ class ActivationCache:
 
     @cached_property
     def sequence_hash(self) -> np.ndarray:
-        """64 bits of the sha256 of each sequence's token ids, `(sequences,)` uint64."""
+        """64 bits of the sha256 of each sequence, `(sequences,)` uint64; see cache/README.md."""
         return self.array("sequences/hash")[:]
+
+    @cached_property
+    def sequence_document(self) -> np.ndarray:
+        """64 bits of the sha256 of the text in which each sequence begins, `(sequences,)` uint64.
+
+        In format 1, which has no such number, `sequence_hash`.
+        """
+        name = "sequences/document"
+        return self.array(name)[:] if self.has(name) else self.sequence_hash
+
+    def sequence_folds(self, folds: int, split: str = "train") -> np.ndarray:
+        """Fold of each sequence for cross-validation on `split`, `(sequences,)` int64.
+
+        Sequences that begin in one document are in one fold. Where documents are so few that a
+        fold would have none of the split, folds are of single sequences instead.
+        """
+        from .tokens import folds_of
+
+        found = folds_of(self.sequence_document, folds)
+        if len(np.unique(found[self._split(split)])) < folds:
+            return folds_of(self.sequence_hash, folds)
+        return found
 
     @cached_property
     def contexts(self) -> "Contexts":

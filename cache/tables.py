@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from .columns import Computed, Numbers, take
-from .tokens import Runs, TokenStream, assign_splits
+from .tokens import DOCUMENT_OF_TOKENS, Runs, TokenStream
 
 TABLE_DTYPES = {
     "tokens/ids": "<i4",
@@ -18,6 +18,7 @@ TABLE_DTYPES = {
     "sequences/length": "<i4",
     "sequences/split": "u1",
     "sequences/hash": "<u8",
+    "sequences/document": "<u8",
 }
 """The one-dimensional arrays of every cache; the part before the slash names their axis."""
 SPAN_DTYPES = {"tokens/row_id": "<i8", "tokens/char_start": "<i4", "tokens/char_stop": "<i4"}
@@ -26,6 +27,7 @@ SPAN_DTYPES = {"tokens/row_id": "<i8", "tokens/char_start": "<i4", "tokens/char_
 CONTEXT_DTYPES = {
     "sequences/context": "<i4",
     "context/ids": "<i4",
+    "context/row_id": "<i8",
     "contexts/start": "<i8",
     "contexts/length": "<i4",
 }
@@ -46,9 +48,11 @@ def tables(stream: TokenStream, hashes: np.ndarray) -> dict[str, Numbers]:
         "sequences/row_id": stream.row_ids[runs.sequence],
         "sequences/start": places.ends - runs.length,
         "sequences/length": runs.length,
-        "sequences/split": assign_splits(hashes)[runs.sequence],
+        "sequences/split": stream.sequence_splits[runs.sequence],
         "sequences/hash": hashes[runs.sequence],
     }
+    if stream.format > 1:
+        values["sequences/document"] = stream.sequence_documents[runs.sequence]
     values |= {n: _of_kept(stream, found, places) for n, found in stream.of_tokens.items()}
     values |= {name: found[runs.sequence] for name, found in stream.of_sequences.items()}
     if stream.runs is not None:
@@ -58,6 +62,8 @@ def tables(stream: TokenStream, hashes: np.ndarray) -> dict[str, Numbers]:
             "contexts/start": stream.starts,
             "contexts/length": stream.lengths,
         }
+        if stream.format > 1 and DOCUMENT_OF_TOKENS in stream.of_tokens:
+            values["context/row_id"] = stream.of_tokens[DOCUMENT_OF_TOKENS]
     return {name: _as_stored(name, found) for name, found in values.items()}
 
 

@@ -1,7 +1,5 @@
 """Documents of a plain text file, of any size: they lie on the disk and are read by number."""
 
-import codecs
-import io
 import tempfile
 import weakref
 from array import array
@@ -9,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from .errors import DataError
+import numpy as np
+
+from .disk import disk_errors
+from .lines import BLOCK_BYTES, text_blocks
 
 SEPARATOR = "<|endoftext|>"
 """Where a .txt file has this mark, it separates documents."""
-BLOCK_BYTES = 1 << 20
 IN_MEMORY = 16 << 20
 """Bytes of text that need no file."""
 
@@ -27,8 +27,8 @@ class TextFile:
     """
 
     def __init__(self, path: Path, lines: bool, folder: Path | None = None) -> None:
-        where = None if folder is None else str(folder)
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=where)  # noqa: SIM115
+        self._folder = Path(tempfile.gettempdir()) if folder is None else folder
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=str(self._folder))  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         marked = self._copy(path)
         self._starts, self._stops = array("q"), array("q")
@@ -48,13 +48,21 @@ class TextFile:
         self._file.seek(start)
         return self._file.read(self._stops[number] - start).decode()
 
+    def sizes(self, numbers: np.ndarray) -> np.ndarray:
+        """Bytes of the documents `numbers`."""
+        starts, stops = (np.frombuffer(v, np.int64) for v in (self._starts, self._stops))
+        return stops[numbers] - starts[numbers]
+
     def _copy(self, path: Path) -> bool:
         """Keep the text as UTF-8; returns whether there is a `SEPARATOR`."""
         found, end = False, ""
-        for text in _decoded(path):
+        for text in text_blocks(path):
             found = found or SEPARATOR in (end := end + text)
             end = end[1 - len(SEPARATOR) :]
-            self._file.write(text.encode())
+            with disk_errors(self._folder):
+                self._file.write(text.encode())
+        with disk_errors(self._folder):
+            self._file.seek(0)  # what is still in the buffer is written now
         return found
 
     def _pieces(self, mark: bytes | None) -> Iterator[tuple[int, bytes]]:
@@ -70,27 +78,3 @@ class TextFile:
                 yield start, piece
                 start += len(piece) + len(mark)
         yield start, rest
-
-
-def _decoded(path: Path) -> Iterator[str]:
-    """The text in blocks, every end of a line as a newline."""
-    import fsspec
-
-    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-    lines = io.IncrementalNewlineDecoder(None, translate=True)
-    read = 0
-    with fsspec.open(str(path), "rb", compression="infer") as file:
-        while True:
-            block: bytes = file.read(BLOCK_BYTES)  # pyright: ignore[reportAttributeAccessIssue]
-            held = len(utf8.getstate()[0])
-            try:
-                text = utf8.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                place = read - held + error.start
-                raise DataError(
-                    f"{path} is not UTF-8 text (byte {place}); convert it first"
-                ) from None
-            yield lines.decode(text, final=not block)
-            if not block:
-                return
-            read += len(block)

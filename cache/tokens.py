@@ -9,11 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from .columns import BLOCK, Column, Numbers, blocks
+from .documents import Reading
+from .labels import LABELS, join_labels
+from .manifest import DOCUMENT, FORMAT, SEQUENCE
 from .store import SPLITS
 
 TEST_SHARE = 0.1
 VALIDATION_SHARE = 0.1
 _DENOMINATOR = 1 << 32
+DOCUMENT_OF_TOKENS = "tokens/row_id"
+"""Array of the number of each token's document; where it changes, another document begins."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,17 @@ class TokenStream:
     """Tokens that each sequence lost at its end to the context, `(sequences,)`; None if packed."""
     scratch: Path | None = None
     """Folder of temporary files; None for the system's."""
+    splits: np.ndarray | None = None
+    """Split of each sequence, index into `SPLITS`, `(sequences,)` uint8; None: by `documents`."""
+    documents: np.ndarray | None = None
+    """64 bits of the sha256 of the text of the document in which each sequence begins,
+    `(sequences,)` uint64; None where each sequence is a document of its own."""
+    split_by: str = DOCUMENT
+    """What lies in one split as a whole: `document`, or `sequence` of one or two documents."""
+    format: int = FORMAT
+    """Format of the cache that the stream is for: what `digests` covers, and how splits follow."""
+    reading: Reading = field(default_factory=Reading)
+    """How the texts were read, and which documents were left out."""
 
     @property
     def positions(self) -> int:
@@ -115,7 +131,19 @@ class TokenStream:
             self._runs_of(numbers),
             None if self.cut is None else self.cut[numbers],
             self.scratch,
+            None if self.splits is None else self.splits[numbers],
+            None if self.documents is None else self.documents[numbers],
+            self.split_by,
+            self.format,
+            self.reading,
         )
+
+    def head(self, count: int) -> "TokenStream":
+        """The first `count` sequences; those of fewer than three documents are split anew."""
+        stream = self.select(np.arange(count))
+        if stream.split_by == SEQUENCE and stream.format > 1:
+            return replace(stream, splits=split_in_order(count))
+        return stream
 
     def _runs_of(self, numbers: np.ndarray) -> Runs | None:
         if self.runs is None:
@@ -138,11 +166,64 @@ class TokenStream:
             first = last
 
     def digests(self) -> tuple[str, np.ndarray]:
-        """Hex sha256 of the whole stream, and 64 bits of the sha256 of each sequence's ids."""
+        """Hex sha256 of the whole stream, and 64 bits of the sha256 of each sequence.
+
+        What is hashed of a sequence is in cache/README.md, *Tokens*.
+        """
         return self._digests
 
     @cached_property
     def _digests(self) -> tuple[str, np.ndarray]:
+        if self.format == 1:
+            return self._digests_of_ids()
+        whole = hashlib.sha256()
+        hashes = np.empty(len(self.lengths), np.uint64)
+        splits, documents = self.sequence_splits, self.sequence_documents
+        borders, runs = self._borders(), self._kept_runs()
+        for first, last, ids in self._groups():
+            data = np.ascontiguousarray(ids, "<i4").data.cast("B")
+            start = 0
+            for number in range(first, last):
+                stop = start + 4 * int(self.lengths[number])
+                inside = next(borders)
+                record = [self.lengths[number], splits[number], documents[number], len(inside)]
+                about = np.array(record, "<u8").tobytes() + inside.tobytes() + next(runs)
+                sequence = hashlib.sha256(about)
+                sequence.update(data[start:stop])
+                digest = sequence.digest()
+                whole.update(digest)
+                hashes[number] = int.from_bytes(digest[:8], "little")
+                start = stop
+        return whole.hexdigest(), hashes
+
+    def _borders(self) -> Iterator[np.ndarray]:
+        """Where another document begins inside each sequence: indices, `(borders,)` int64."""
+        rows = self.of_tokens.get(DOCUMENT_OF_TOKENS)
+        none = np.zeros(0, "<i8")
+        for first, last, _ in self._groups():
+            start = int(self.starts[first])
+            stop = int(self.starts[last - 1] + self.lengths[last - 1])
+            changes = none if rows is None else np.flatnonzero(np.diff(rows[start:stop])) + 1
+            offsets = self.starts[first:last] - start
+            ends = np.searchsorted(changes, offsets + self.lengths[first:last])
+            begins = np.searchsorted(changes, offsets, side="right")
+            for offset, begin, end in zip(offsets, begins, ends, strict=True):
+                yield (changes[begin:end] - offset).astype("<i8")
+
+    def _kept_runs(self) -> Iterator[bytes]:
+        """What is hashed of the kept positions of each sequence; nothing where all are kept."""
+        if self.runs is None:
+            yield from (b"" for _ in self.lengths)
+            return
+        numbers = np.arange(len(self.lengths))
+        first = np.searchsorted(self.runs.sequence, numbers)
+        last = np.searchsorted(self.runs.sequence, numbers, side="right")
+        for begin, end in zip(first, last, strict=True):
+            runs = np.stack([self.runs.first[begin:end], self.runs.length[begin:end]], -1)
+            yield np.array([end - begin], "<i8").tobytes() + runs.astype("<i8").tobytes()
+
+    def _digests_of_ids(self) -> tuple[str, np.ndarray]:
+        """As format 1 has them: the stream's, and that of the ids of each sequence."""
         whole = hashlib.sha256()
         hashes = np.empty(len(self.lengths), np.uint64)
         for first, last, ids in self._groups():
@@ -160,13 +241,28 @@ class TokenStream:
                 whole.update(values.astype("<i8").tobytes())
         return whole.hexdigest(), hashes
 
+    @cached_property
+    def sequence_documents(self) -> np.ndarray:
+        """`documents`, or the same of the ids of each sequence that is a document of its own."""
+        if self.documents is not None:
+            return self.documents
+        return replace(self, format=1).digests()[1]
+
+    @cached_property
+    def sequence_splits(self) -> np.ndarray:
+        """`splits`, or what follows from `documents`, `(sequences,)` uint8."""
+        if self.format == 1:
+            return assign_splits(self.digests()[1])
+        return assign_splits(self.sequence_documents) if self.splits is None else self.splits
+
 
 def concatenate(*streams: TokenStream) -> TokenStream:
-    """One stream after the other, with the further arrays that all of them have alike."""
+    """One stream after the other, with the labels of any and the further arrays of all."""
+    of_sequences, categories = _labels(streams)
     common = [
         name
         for name in streams[0].of_sequences
-        if all(name in stream.of_sequences for stream in streams) and _alike(name, streams)
+        if name not in of_sequences and all(name in stream.of_sequences for stream in streams)
     ]
     scratch = streams[-1].scratch
     cuts = [stream.cut for stream in streams if stream.cut is not None]
@@ -179,11 +275,25 @@ def concatenate(*streams: TokenStream) -> TokenStream:
         lengths,
         rows,
         {n: _chain([stream.of_tokens[n] for stream in streams], scratch) for n in names},
-        {n: np.concatenate([stream.of_sequences[n] for stream in streams]) for n in common},
-        {n: words for n, words in streams[0].categories.items() if n in common},
+        {
+            **of_sequences,
+            **{n: np.concatenate([stream.of_sequences[n] for stream in streams]) for n in common},
+        },
+        categories,
         cut=np.concatenate(cuts) if len(cuts) == len(streams) else None,
         scratch=scratch,
+        splits=_joined([stream.splits for stream in streams]),
+        documents=_joined([stream.documents for stream in streams]),
+        split_by=streams[-1].split_by,
+        format=streams[-1].format,
+        reading=streams[-1].reading,
     )
+
+
+def _joined(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """One array after the other; None if one is None."""
+    there = [array for array in arrays if array is not None]
+    return np.concatenate(there) if len(there) == len(arrays) else None
 
 
 def _chain(columns: Sequence[Numbers], scratch: Path | None) -> Column:
@@ -195,9 +305,20 @@ def _chain(columns: Sequence[Numbers], scratch: Path | None) -> Column:
     return found
 
 
-def _alike(name: str, streams: tuple[TokenStream, ...]) -> bool:
-    """Whether the codes of a label mean the same in all streams."""
-    return len({stream.categories.get(name) for stream in streams}) == 1
+def _labels(
+    streams: tuple[TokenStream, ...],
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]:
+    """The labels of all streams by the names of their arrays, and the words of coded ones."""
+    names = dict.fromkeys(name for stream in streams for name in stream.of_sequences)
+    values: dict[str, np.ndarray] = {}
+    categories: dict[str, tuple[str, ...]] = {}
+    for name in (name for name in names if name.startswith(LABELS)):
+        values[name], words = join_labels(
+            [(len(s.lengths), s.of_sequences.get(name), s.categories.get(name)) for s in streams]
+        )
+        if words is not None:
+            categories[name] = words
+    return values, categories
 
 
 def from_sequences(sequences: Sequence[Sequence[int] | np.ndarray]) -> TokenStream:
@@ -208,10 +329,10 @@ def from_sequences(sequences: Sequence[Sequence[int] | np.ndarray]) -> TokenStre
 
 
 def assign_splits(hashes: np.ndarray) -> np.ndarray:
-    """Split of each sequence by its hash, `(sequences,)` uint8 index into `SPLITS`.
+    """Split of each document by its hash, `(documents,)` uint8 index into `SPLITS`.
 
-    A tenth goes to `test`, a tenth to `validation`. Equal sequences share a split. Where chance
-    leaves a split of a small set empty, the sequences nearest to its threshold fill it.
+    A tenth goes to `test`, a tenth to `validation`. Equal documents share a split. Where chance
+    leaves a split of a small set empty, the documents nearest to its threshold fill it.
     """
     share = (hashes >> np.uint64(32)).astype(np.float64) / _DENOMINATOR
     splits = np.full(len(hashes), SPLITS.index("train"), np.uint8)
@@ -233,6 +354,26 @@ def assign_splits(hashes: np.ndarray) -> np.ndarray:
     return splits
 
 
+def split_in_order(sequences: int) -> np.ndarray:
+    """Splits of packed sequences of one or two documents, `(sequences,)` uint8.
+
+    The last tenth is test, the tenth before it validation, each at least one sequence; fewer than
+    three sequences are all train.
+    """
+    splits = np.full(sequences, SPLITS.index("train"), np.uint8)
+    if sequences >= len(SPLITS):
+        tenth = max(1, round(sequences * TEST_SHARE))
+        splits[-2 * tenth : -tenth] = SPLITS.index("validation")
+        splits[-tenth:] = SPLITS.index("test")
+    return splits
+
+
+def text_hash(text: str) -> int:
+    """64 bits of the sha256 of a document's text in UTF-8, which decide its split."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
 def folds_of(hashes: np.ndarray, folds: int) -> np.ndarray:
-    """Fold of each sequence for cross-validation, from bits that do not decide its split."""
+    """Fold of each document for cross-validation, from bits that do not decide its split."""
     return ((hashes & np.uint64(0xFFFF_FFFF)) % np.uint64(folds)).astype(np.int64)

@@ -7,11 +7,12 @@ from .columns import blocks, scratch_folder
 from .data import load_documents
 from .encode import tokenize
 from .errors import ModelError, UsageError
-from .manifest import CaptureIdentity, TokenIdentity
+from .manifest import SEQUENCE, CaptureIdentity, TokenIdentity
 from .policy import keep
 from .request import Request
 from .resolve import Wanted
 from .source import ModelSource
+from .tokenizer import tokenizer_digest
 from .tokens import TokenStream
 
 Progress = Callable[[str, int, int], None]
@@ -35,11 +36,17 @@ def read_stream(request: Request, source: ModelSource, progress: Progress | None
     """The token stream of the request; its columns lie on the disk."""
     scratch = scratch_folder(cache_root(request.root))
     documents = load_documents(
-        request.data, request.text_column, request.split, not request.pack, scratch
+        request.data,
+        request.text_column,
+        request.split,
+        lines=not request.pack,
+        scratch=scratch,
+        separator=request.separator,
+        labels=not request.pack,
     )
     stream = tokenize(
         documents,
-        source.tokenizer,
+        source.tokenizer_in(request.format),
         context=choose_context(request, source),
         pack=request.pack,
         separator=source.separator,
@@ -47,6 +54,7 @@ def read_stream(request: Request, source: ModelSource, progress: Progress | None
         max_tokens=request.max_tokens,
         progress=progress and (lambda done, total: progress("tokenize", done, total)),
         scratch=scratch,
+        version=request.format,
     )
     vocab = source.constant("vocab_size")
     largest = max(int(block.max()) for block in blocks(stream.ids))
@@ -65,10 +73,11 @@ def want(request: Request, source: ModelSource, stream: TokenStream) -> Wanted:
         digest,
         stream.positions,
         stream.sequences,
-        source.tokenizer_digest,
+        tokenizer_digest(source.tokenizer_in(request.format)),
         choose_context(request, source),
         request.pack,
         request.seed,
+        stream.split_by if request.format > 1 else SEQUENCE,
     )
     capture = CaptureIdentity(
         source.compute_dtype,
@@ -79,4 +88,5 @@ def want(request: Request, source: ModelSource, stream: TokenStream) -> Wanted:
     )
     if stream.runs is not None:
         hashes = hashes[stream.runs.sequence]
-    return Wanted(source.identity, tokens, capture, hashes, request.layers)
+    model = source.identity_in(request.format)
+    return Wanted(model, tokens, capture, hashes, request.layers, request.format)

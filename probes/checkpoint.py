@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..cache.errors import CorruptError, MismatchError, NotFoundError
-from ..cache.jsonfile import file_digest, read_json, sync_folder, write_json
+from ..cache.jsonfile import file_digest, make_folder, read_json, sync_folder, write_json
 
 
 class Checkpoint:
@@ -32,7 +32,7 @@ class Checkpoint:
 
         A worker that lost its client goes on for a while, and may still be at this very fit.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             with suppress(OSError):  # a file system without locks
@@ -45,13 +45,14 @@ class Checkpoint:
         """Replace the state; one killed at any moment leaves the old one or the new one whole."""
         from safetensors.torch import save_file
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         name = f"{state['step']:08d}.safetensors"
         temporary = self.folder / f".{name}.tmp"
         try:
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
             sync_folder(temporary)
             os.replace(temporary, self.folder / name)
+            sync_folder(self.folder)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

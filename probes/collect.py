@@ -11,7 +11,6 @@ import numpy as np
 from ..cache.cluster import results, threads_of
 from ..cache.errors import UsageError
 from ..cache.store import ActivationCache
-from ..cache.tokens import folds_of
 from .moments import Moments, merge_all
 from .momentset import MomentSet, counted
 from .passes import BLOCK_ROWS, Pass, Request, default_memory, divide
@@ -185,11 +184,12 @@ def blocks_of(
     asked = plan.request
     kinds = len(asked.offsets)
     held: dict[int, list[np.ndarray]] = {}
+    folds = cache.sequence_folds(asked.folds, asked.split)
     for window in cache.blocks(numbers, plan.rows * asked.folds):
         rows, lengths = cache.rows(window), cache.sequence_length[window]
         left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows)) - 1
         kind = np.searchsorted(asked.offsets, left, side="right") - 1
-        fold = np.repeat(folds_of(cache.sequence_hash[window], asked.folds), lengths)
+        fold = np.repeat(folds[window], lengths)
         keys = np.where(kind < 0, -1, fold * kinds + kind)
         for key in np.unique(keys[keys >= 0]).tolist():
             size = plan.rows if key % kinds == kinds - 1 else min(plan.rows, TAIL_ROWS)

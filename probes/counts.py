@@ -101,7 +101,9 @@ class Counted(Params):
     ) -> Self:
         """The baseline that `state` described."""
         given = params["offsets"]
-        probe = cls(**{**params, "offsets": tuple(given) if isinstance(given, list) else given})
+        if "param_types" not in config and isinstance(given, list):  # as the first version wrote
+            params = {**params, "offsets": tuple(given)}
+        probe = cls(**params)
         probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
         probe.split_, probe.n_features_in_ = config["split"], config["d_model"]
         probe.unigram_ = tensors["unigram"]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..cache.errors import CorruptError, NotFoundError
-from ..cache.jsonfile import digest, read_json, sync_folder
+from ..cache.jsonfile import digest, make_folder, read_json, sync_folder
 from ..cache.lease import try_lock
 from ..cache.place import children, is_remote, store_of, total_bytes, upload
 from ..cache.store import ActivationCache
@@ -101,7 +101,9 @@ def inherited(cache: ActivationCache, request: Request, lacking: set[Pair]) -> I
     lacking = set(lacking)
     for old in lineage(cache):
         layers = {layer for pair in lacking for layer in (pair[0], pair[2])}
-        if not layers <= set(old.layers) or not same_sequences(old, cache, request.split):
+        if not layers <= set(old.layers):
+            continue
+        if not same_sequences(old, cache, request.split, request.folds):
             continue
         source = {p: entry for p, entry in find(old, request).items() if p in lacking}
         used = {layer for pair in source for layer in (pair[0], pair[2])}
@@ -122,8 +124,8 @@ def lineage(cache: ActivationCache) -> Iterator[ActivationCache]:
         yield cache
 
 
-def same_sequences(old: ActivationCache, new: ActivationCache, split: str) -> bool:
-    """Whether `new` begins with the sequences of `old`, in the same splits, under one head."""
+def same_sequences(old: ActivationCache, new: ActivationCache, split: str, folds: int) -> bool:
+    """Whether `new` begins with the sequences of `old`, in the same splits and folds."""
     count = len(old.sequence_length)
     kept = new.split(split)
     return (
@@ -134,6 +136,10 @@ def same_sequences(old: ActivationCache, new: ActivationCache, split: str) -> bo
         and np.array_equal(old.sequence_hash, new.sequence_hash[:count])
         # Splits of tiny sets may move, and a repair may quarantine a sequence.
         and np.array_equal(old.split(split), kept[kept < count])
+        # Few documents are in folds by sequence, more of them by document.
+        and np.array_equal(
+            old.sequence_folds(folds, split), new.sequence_folds(folds, split)[:count]
+        )
     )
 
 
@@ -193,7 +199,7 @@ def save(cache: ActivationCache, moments: MomentSet) -> int:
             moments.save(made)
             upload(Path(made), folder / name, last=[TABLE])
         return moments.bytes
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     sweep(cache)
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
     temporary.mkdir()

@@ -179,8 +179,8 @@ class TunedLens(Params):
 
         if (pair, device) not in self._tensors:
             found = self.maps_[pair].astype(np.float32)
-            arrays = found.weight, found.bias
-            weight, bias = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)
+            # Copies: torch aligns its own memory, on which the last bits of a product depend.
+            weight, bias = (torch.tensor(a, device=device) for a in (found.weight, found.bias))
             self._tensors[pair, device] = weight, bias
         return self._tensors[pair, device]
 

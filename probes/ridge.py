@@ -23,6 +23,7 @@ from .moments import PRODUCTS
 from .momentset import MomentSet
 from .passes import Request
 from .readout import Batch
+from .save import feature_names, set_feature_names
 from .solve import AffineMap, RidgeFit, fit_targets, held_out_sse
 from .sums import Pair
 from .supply import Account, supply
@@ -118,10 +119,14 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         folds = collect_rows(X, y, number(self.folds, "folds"), self.products, client)
         self._fit_all([MomentSet({pair: folds})], None)  # pyright: ignore[reportArgumentType]
         self._is_flat = flat
-        found = self.map()
-        self.coef_ = found.weight[:, 0] if flat else found.weight.T
-        self.intercept_ = found.bias[0] if flat else found.bias
+        self._set_coefficients()
         return self
+
+    def _set_coefficients(self) -> None:
+        """`coef_` `(d_out, d_in)` and `intercept_` as scikit-learn's linear models have them."""
+        found = self.map()
+        self.coef_ = found.weight[:, 0] if self._is_flat else found.weight.T
+        self.intercept_ = found.bias[0] if self._is_flat else found.bias
 
     def _rows(self, X: Any, y: Any) -> tuple[Any, Any]:
         """`X` and `y` as arrays that fit together; dask's are left lazy."""
@@ -315,8 +320,8 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         device = str(batch.hidden.device)
         if (pair, device) not in self._tensors:
             found = self.maps_[pair].astype(np.float32)
-            arrays = found.weight, found.bias
-            weight, bias = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)
+            # Copies: torch aligns its own memory, on which the last bits of a product depend.
+            weight, bias = (torch.tensor(a, device=device) for a in (found.weight, found.bias))
             self._tensors[pair, device] = weight, bias
         weight, bias = self._tensors[pair, device]
         return batch.head(torch.addmm(bias, batch.hidden.to(weight.dtype), weight))
@@ -354,6 +359,8 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             row["target"] = target
         about = {"cache": self.cache_id_, "geometry": self.geometry_, "split": self.split_}
         about |= {"d_model": self.n_features_in_, "flat": self._is_flat, "depth": self.depth_}
+        about |= {"of_rows": hasattr(self, "coef_"), "moments": getattr(self, "moments_", None)}
+        about["feature_names"] = feature_names(self)
         tensors = {}
         for key, found in self.maps_.items():
             name = ".".join(map(str, key))
@@ -383,6 +390,12 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             r2 = np.nan if row["r2"] is None else row["r2"]
             found = AffineMap(weight, bias)
             probe._keep(pair, RidgeFit(found, row["alpha"], alphas, path, r2, row["n"]))
+        # What the first version did not write is left out.
+        if config.get("moments") is not None:
+            probe.moments_ = config["moments"]
+        if config.get("of_rows"):
+            probe._set_coefficients()
+        set_feature_names(probe, config.get("feature_names"))
         return probe
 
 

@@ -19,12 +19,20 @@ Spectrum = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class AffineMap:
-    """`x @ weight + bias`."""
+    """`x @ weight + bias`; both arrays lie row by row (C order), whatever order they come in.
+
+    The last bits of a product depend on the order of its factors, and a file keeps only one: so a
+    map that was saved and loaded predicts what the fitted one does.
+    """
 
     weight: np.ndarray
     """`(d_in, d_out)`."""
     bias: np.ndarray
     """`(d_out,)`."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "bias"):
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name)))
 
     def __call__(self, x: Any) -> Any:
         """Map rows `(..., d_in)` of numpy or dask to `(..., d_out)`, in the dtype of the map."""

@@ -146,7 +146,7 @@ def extend(moments: MomentSet, cache: ActivationCache, **options: Any) -> Moment
         old is None
         or moments.sequences != counted(old.split(split))
         or moments.content != {layer: content_of(old, layer) for layer in layers}
-        or not same_sequences(old, cache, split)
+        or not same_sequences(old, cache, split, moments.folds)
         or not all(same_rows(old, cache, layer) for layer in layers)
     ):
         raise MismatchError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
-from ..cache.jsonfile import write_atomically
+from ..cache.jsonfile import make_folder, sync_folder, write_atomically
 from .lens import TunedLens
 from .save import check_finite
 from .solve import AffineMap
@@ -88,10 +88,12 @@ def write_tuned_lens(
         "lens_type": LENS_TYPE,
     }
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     temporary = path / ".params.pt.tmp"
     torch.save(state, temporary)
+    sync_folder(temporary)
     temporary.replace(path / "params.pt")
+    sync_folder(path)
     write_atomically(path / "config.json", json.dumps(config, allow_nan=False).encode())
     return path
 

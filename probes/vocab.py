@@ -28,7 +28,7 @@ from .examples import LOSSES, cache_examples
 from .forms import FORMS, Parameters, apply
 from .job import ArrayJob, CacheJob, Job
 from .readout import Batch, Pair
-from .save import plain
+from .save import feature_names, plain, set_feature_names
 from .softmax import PRODUCTS, tiles
 from .tops import top_tokens
 from .vocabgroups import Kept, fit_groups
@@ -388,7 +388,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         classes = None if self.cache_id_ is not None else self.classes_.tolist()
         config = {**about, "d_model": self.n_features_in_, "vocab": len(self.classes_),
                   "classes": classes, "classes_dtype": self.classes_.dtype.str,
-                  "sweep": self.sweep_, "pairs": rows}  # fmt: skip
+                  "sweep": self.sweep_, "steps": self.steps_, "passes": self.passes_,
+                  "feature_names": feature_names(self), "pairs": rows}  # fmt: skip
         tensors = {
             f"{layer}.{offset}.{name}": value.numpy()
             for (layer, offset), fitted in self.fitted_.items()
@@ -403,16 +404,18 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         """The probe that `state` described."""
         probe = cls(**params)
         known = config["classes"]
-        dtype = config.get("classes_dtype")  # absent in probes of the first version
+        dtype = config.get("classes_dtype")  # the first version did not write it
         classes = np.arange(config["vocab"]) if known is None else np.array(known, dtype)
         probe._clear(Job([], classes, config["d_model"], params))
         probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
         probe.split_, probe.sweep_ = config["split"], config["sweep"]
+        probe.steps_, probe.passes_ = config.get("steps", 0), config.get("passes", 0)
+        set_feature_names(probe, config.get("feature_names"))
         for row in config["pairs"]:
             pair = row["layer"], row["offset"]
             start = f"{pair[0]}.{pair[1]}."
             found = {
-                key[len(start) :]: torch.from_numpy(value)
+                key[len(start) :]: torch.tensor(value)
                 for key, value in tensors.items()
                 if key.startswith(start)
             }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,30 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One process per core runs tests: none needs the other cores' threads as well.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+LONG_PART = "RESIDUA_LONG_PART"
+"""Name of a variable: if it is set, to a seed, only a part of the long tests runs."""
+DRAWN = {"test_many_kills_lose_nothing": 4}
+"""Cases of a long test that the part has; one of each other test."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out all long tests but a part drawn by the seed in `LONG_PART`."""
+    seed = os.environ.get(LONG_PART)
+    if seed is None:
+        return
+    cases: dict[str, list[str]] = {}
+    for item in items:
+        if item.get_closest_marker("long"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item.nodeid)
+    drawn: set[str] = set()
+    for test, names in cases.items():
+        number = min(len(names), DRAWN.get(test.rpartition("::")[2], 1))
+        drawn |= set(random.Random(f"{seed} {test}").sample(sorted(names), number))
+    left = {name for names in cases.values() for name in names} - drawn
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left])
+    items[:] = [item for item in items if item.nodeid not in left]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,8 +5,10 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import residua.cache.documents
 from residua.cache.data import FILES, load_documents
 from residua.cache.errors import DataError
 from residua.cache.textfile import SEPARATOR
@@ -127,7 +129,8 @@ def test_the_text_column_is_guessed_only_where_it_is_plain(tmp_path):
         return list(load_documents(str(folder), name))
 
     assert documents({"story": ["a"], "number": [1]}) == ["a"]
-    assert documents({"odd": ["a"], "number": [1]}) == ["a"]
+    assert documents({"odd": ["a cat"], "number": [1]}) == ["a cat"]
+    assert documents({"odd": ["a"]}) == ["a"]
     assert documents({"title": ["t"], "text": ["a"]}) == ["a"]
     assert documents({"title": ["t"], "text": ["a"]}, "title") == ["t"]
     with pytest.raises(DataError, match=r"no obvious text column; text columns are: one, two"):
@@ -195,3 +198,138 @@ def test_an_empty_table_is_said_to_be_empty(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match="is empty; give a file with texts"):
         load_documents(str(tmp_path / "empty.jsonl"))
+
+
+def rows_file(path: Path, rows: Sequence[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+TURNS = [{"role": "user", "content": "tell me a story"}, {"role": "assistant", "content": "no"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": TURNS, "source": "set-1"}, r"conversations \(column messages\)"),
+        ({"messages": TURNS, "source": "a set of words"}, r"conversations \(column messages\)"),
+        ({"conversations": [{"from": "human", "value": "x"}], "id": "a"}, "column conversations"),
+        ({"messages": TURNS, "prompt": "a prompt", "prompt_id": "a1"}, "column messages"),
+        ({"odd": TURNS, "content": "a summary"}, "column odd"),
+        ({"tokens": ["a", "cat"], "source": "a set of words"}, "text columns are: source"),
+        ({"ids": [1, 2], "author": "Jane Austen"}, "text columns are: author"),
+        ({"label": "positive", "score": 0.5}, "text columns are: label"),
+        ({"url": "https://example.org/a", "n": 1}, "text columns are: url"),
+        ({"id": "9f86d081884c7d659a2feaa0c55ad015", "n": 1}, "text columns are: id"),
+        ({"number": "12", "n": 1}, "text columns are: number"),
+        ({"n": 1, "m": [1]}, "none; n holds a whole number; m holds a list"),
+    ],
+)
+def test_a_column_that_is_no_text_is_not_taken_for_one(tmp_path, row, message):
+    import datasets
+
+    with pytest.raises(DataError, match=f"no obvious text column.*{message}"):
+        load_documents(str(rows_file(tmp_path / "a.jsonl", [row] * 3)))
+    table = datasets.Dataset.from_list([row] * 3)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for name in ("a.parquet", "saved"):
+        with pytest.raises(DataError, match="no obvious text column"):
+            load_documents(str(tmp_path / name))
+
+
+def test_labels_that_repeat_are_no_texts(tmp_path):
+    rows = [{"kind": ["a long name", "another name"][n % 2], "n": n} for n in range(40)]
+    with pytest.raises(DataError, match="text columns are: kind"):
+        load_documents(str(rows_file(tmp_path / "a.jsonl", rows)))
+    documents = load_documents(str(tmp_path / "a.jsonl"), "kind")
+    assert list(documents) == [row["kind"] for row in rows]
+    assert documents.reading.found is None
+
+
+@pytest.mark.parametrize("text", ["a cat sat", "猫が座った", "แมวนั่ง"])
+def test_a_guess_is_taken_where_it_is_plausible_and_said(tmp_path, text):
+    path = rows_file(tmp_path / "a.jsonl", [{"odd": text, "number": 1}])
+    documents = load_documents(str(path))
+    assert list(documents) == [text]
+    assert documents.reading.text_column == "odd"
+    assert documents.reading.found == "the only column of text"
+
+
+def test_a_guess_that_later_rows_refute_is_an_error(tmp_path):
+    rows = [{"odd": f"a cat {n}", "n": n} for n in range(2000)]
+    path = rows_file(tmp_path / "a.jsonl", [*rows, {"odd": "a", "n": 1, "more": "a text"}])
+    with pytest.raises(DataError, match="'odd' is the only one before line 2001, which has 'more'"):
+        load_documents(str(path))
+    assert len(load_documents(str(path), "odd")) == 2001
+
+
+@pytest.mark.parametrize(
+    ("value", "held"),
+    [(TURNS, "a list; no chat template"), ({"a": 1}, "an object"), (True, "a truth value")],
+)
+def test_a_column_that_is_asked_for_must_hold_text(tmp_path, value, held):
+    path = rows_file(tmp_path / "a.jsonl", [{"text": "a", "odd": value}])
+    with pytest.raises(DataError, match=f"no text column 'odd'; .*: text .*'odd' holds {held}"):
+        load_documents(str(path), "odd")
+
+
+def test_a_column_that_begins_late_can_be_asked_for(tmp_path):
+    rows = [{"text": "a"}] * 1500 + [{"text": "b", "late": "c"}]
+    documents = load_documents(str(rows_file(tmp_path / "a.jsonl", rows)), "late")
+    assert list(documents) == [None] * 1500 + ["c"]
+    with pytest.raises(DataError, match="no text column 'later'; text columns are: text"):
+        load_documents(str(tmp_path / "a.jsonl"), "later")
+
+
+def test_a_saved_data_set_of_another_format_gives_its_texts(tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"text": ["a", None, "c"], "n": [1, 0, 2**60]})
+    table.with_format("numpy").select([2, 0, 1]).save_to_disk(tmp_path / "saved")
+    documents = load_documents(str(tmp_path / "saved"))
+    assert list(documents) == ["c", "a", None]
+    assert documents.labels(np.array([0, 1, 2])).values["n"].tolist() == [2**60, 1, 0]
+
+
+def test_a_split_that_is_not_there_is_an_error_and_a_guessed_one_is_said(tmp_path):
+    import datasets
+
+    parts = datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"]})})
+    parts.save_to_disk(tmp_path / "parts")
+    documents = load_documents(str(tmp_path / "parts"))
+    assert documents.reading.notes == ["the split 'test' is read; there is no 'train' in test"]
+    assert load_documents(str(tmp_path / "parts"), split="test").reading.notes == []
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "one")
+    with pytest.raises(DataError, match="no split 'test'; it is one data set without splits"):
+        load_documents(str(tmp_path / "one"), split="test")
+    path = rows_file(tmp_path / "a.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError, match="--split is for data sets that have several"):
+        load_documents(str(path), split="train")
+
+
+def test_words_in_csv_files_of_a_hub_data_set_are_texts(tmp_path):
+    from residua.cache.data import _load_hub
+
+    words = ["NA", "None", "null", "nan", "a cat"]
+    config = "---\nconfigs:\n- config_name: default\n  data_files: rows.csv\n---\n"
+    (tmp_path / "README.md").write_text(config)
+    (tmp_path / "rows.csv").write_text("text,n\n" + "".join(f"{word},1\n" for word in words))
+    assert _load_hub(str(tmp_path), None)["text"][:] == words  # a folder is read as a hub's is
+
+
+def test_reads_are_bounded_by_the_bytes_of_the_texts(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(residua.cache.documents, "READ_BYTES", 1000)
+    texts = ["é" * 300, "b", "c" * 5000, *["d" * 90] * 30]
+    rows_file(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+    for name in ("a.jsonl", "a.txt", "saved"):
+        documents = load_documents(str(tmp_path / name), lines=True)
+        batches = list(documents.batches(np.arange(len(texts))))
+        assert [number for batch in batches for number in batch] == list(range(len(texts)))
+        assert batches[:2] == [[0, 1], [2]]
+        assert max(map(len, batches)) == 11
+        assert list(documents) == texts

@@ -1,12 +1,15 @@
 """Digests of weight files are remembered, and never believed when anything changed."""
 
+import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from residua.cache import digests
-from residua.cache.digests import known_digests, memo_path
+from residua.cache.digests import known_digests, known_tensor_digests, memo_path, tensor_digests
 from residua.cache.extract import run
 from residua.cache.jsonfile import file_digest, read_json
 from residua.cache.request import Request
@@ -124,7 +127,7 @@ def test_small_and_fresh_files_are_not_remembered(
 def test_the_memo_does_not_grow_without_end(
     weights: Path, memo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digests, "ENTRIES", 3)
+    monkeypatch.setitem(digests.ENTRIES, "files", 3)
     others = [weights.with_name(f"{number}.safetensors") for number in range(5)]
     for number, other in enumerate(others):
         other.write_bytes(bytes([number]))
@@ -134,15 +137,60 @@ def test_the_memo_does_not_grow_without_end(
     assert str(others[-1].resolve()) in kept
 
 
-def test_asking_again_reads_no_weights_and_the_identity_stays(
-    model_folder: Path, texts_file: Path, tmp_path: Path, hashed: list[str]
+def save_tensors(path: Path, **tensors: np.ndarray) -> Path:
+    save_file(tensors, path)
+    return path
+
+
+def test_a_tensor_is_hashed_with_its_dtype_and_shape(tmp_path: Path) -> None:
+    values = np.arange(6, dtype=np.float32)
+    path = save_tensors(tmp_path / "a.safetensors", flat=values, wide=values.reshape(2, 3))
+    found = tensor_digests(path)
+    raw = values.astype("<f4").tobytes()
+    assert found == {
+        "flat": hashlib.sha256(b"F32 6\n" + raw).hexdigest(),
+        "wide": hashlib.sha256(b"F32 2,3\n" + raw).hexdigest(),
+    }
+
+
+def test_tensors_are_remembered_by_file_like_whole_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seen: list[str] = []
+
+    def counting(path: Path) -> dict[str, str]:
+        seen.append(path.name)
+        return tensor_digests(path)
+
+    monkeypatch.setattr(digests, "tensor_digests", counting)
+    path = save_tensors(tmp_path / "model.safetensors", x=np.ones(3, np.float32))
+    other = save_tensors(tmp_path / "other.safetensors", y=np.zeros(2, np.float32))
+    want = {path: tensor_digests(path), other: tensor_digests(other)}
+    assert known_tensor_digests([path, other]) == known_tensor_digests([path, other]) == want
+    assert seen == ["model.safetensors", "other.safetensors"]
+    known_digests([path])  # one memo for both kinds: neither drops the other
+    assert known_tensor_digests([path, other]) == want
+    save_tensors(path, x=np.full(3, 2, np.float32))
+    assert known_tensor_digests([path])[path] == tensor_digests(path) != want[path]
+    assert seen == ["model.safetensors", "other.safetensors", "model.safetensors"]
+
+
+def test_asking_again_reads_no_weights_and_the_identity_stays(
+    model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def counting(path: Path) -> dict[str, str]:
+        seen.append(path.name)
+        return tensor_digests(path)
+
+    monkeypatch.setattr(digests, "tensor_digests", counting)
     request = Request(str(model_folder), str(texts_file), tmp_path / "root", max_tokens=400)
     made = run(request)
-    assert hashed == ["model.safetensors"]
+    assert seen == ["model.safetensors"]
     again = run(request)
     assert (again.status, again.cache.id) == ("hit", made.cache.id)
-    assert hashed == ["model.safetensors"]
+    assert seen == ["model.safetensors"]
     assert not list((tmp_path / "root").rglob("digests.json"))
     memo_path().unlink()
     assert ModelSource.locate(str(model_folder)).identity == made.cache.manifest.model

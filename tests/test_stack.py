@@ -159,7 +159,6 @@ def test_streams_of_every_form_are_found_and_decode_row_by_row(
         (toys.PositionTail, "depends on the tokens or on the size"),
         (toys.TokenTail, "not a function of the last block's output alone"),
         (toys.EarlierBlock, "not a function of the last block's output alone"),
-        (toys.Crowd, "other rows of its batch"),
         (toys.Random, "is not deterministic"),
         (toys.Infinite, "not finite"),
         (toys.Stepped, "operator round is not one of a head program"),
@@ -172,6 +171,11 @@ def test_what_a_cache_would_get_wrong_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises((ModelError, HeadMismatchError), match=reason):
         examine(model(), stream(), "float32", "auto")
+
+
+def test_a_model_whose_rows_mix_in_a_batch_runs_every_sequence_alone() -> None:
+    assert examine(toys.Crowd(), stream(), "float32", "auto").alone
+    assert not examine(Toy(), stream(), "float32", "auto").alone
 
 
 def test_a_model_without_blocks_is_refused() -> None:

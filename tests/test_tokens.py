@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from residua.cache.encode import tokenize
 from residua.cache.errors import DataError
 from residua.cache.store import SPLITS
 from residua.cache.tables import tables
-from residua.cache.tokens import TokenStream, assign_splits, folds_of, from_sequences
+from residua.cache.tokens import Runs, TokenStream, assign_splits, folds_of, from_sequences
 
 TRAIN, VALIDATION, TEST = range(3)
 
@@ -27,21 +28,64 @@ def random_hashes(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 1 << 64, count, dtype=np.uint64)
 
 
-def test_the_digest_is_sha256_over_lengths_and_ids():
-    stream = from_sequences([[5, 6, 7], [1], [70000, 2]])
-    data = b"".join(
-        struct.pack("<q", len(ids)) + struct.pack(f"<{len(ids)}i", *ids)
-        for ids in ([5, 6, 7], [1], [70000, 2])
+def test_the_digest_is_sha256_over_all_that_decides_the_numbers_of_each_sequence():
+    """As cache/README.md, *Tokens*, has it: worked out byte by byte."""
+    ids = np.array([5, 6, 7, 1, 70000, 2], np.int32)
+    stream = TokenStream(
+        ids,
+        np.array([3, 1, 2]),
+        np.array([9, 9, 4]),
+        {"tokens/row_id": np.array([9, 4, 4, 9, 4, 8])},
+        splits=np.array([0, 2, 1], np.uint8),
+        documents=np.array([11, 12, 2**63], np.uint64),
     )
-    assert stream.digests()[0] == hashlib.sha256(data).hexdigest()
-
-
-def test_a_sequence_is_hashed_by_its_ids_alone():
-    hashes = from_sequences([[5, 6, 7], [1], [5, 6, 7]]).digests()[1]
-    first = hashlib.sha256(struct.pack("<3i", 5, 6, 7)).digest()[:8]
+    records = [
+        struct.pack("<4Qq3i", 3, 0, 11, 1, 1, 5, 6, 7),
+        struct.pack("<4Qi", 1, 2, 12, 0, 1),
+        struct.pack("<4Qq2i", 2, 1, 2**63, 1, 1, 70000, 2),
+    ]
+    digests = [hashlib.sha256(record).digest() for record in records]
+    whole, hashes = stream.digests()
+    assert whole == hashlib.sha256(b"".join(digests)).hexdigest()
     assert hashes.dtype == np.uint64
-    assert int(hashes[0]) == int(hashes[2]) == int.from_bytes(first, "little")
-    assert hashes[0] != hashes[1]
+    assert hashes.tolist() == [int.from_bytes(digest[:8], "little") for digest in digests]
+
+
+def test_what_is_kept_of_a_sequence_is_part_of_its_hash():
+    """Else a cache of other positions would be taken for the one that is asked for."""
+    stream = from_sequences([[5, 6, 7], [1, 2]])
+    seen = set()
+    for first, length in (([0, 0], [1, 1]), ([1, 0], [1, 1]), ([0, 0], [2, 1]), ([0, 1], [1, 1])):
+        runs = Runs(np.array([0, 1]), np.array(first), np.array(length))
+        seen.add(tuple(stream.with_runs(runs).digests()[1].tolist()))
+    assert len(seen) == 4
+    document = int(stream.sequence_documents[0])
+    split = int(stream.sequence_splits[0])
+    record = struct.pack("<4QQqq3i", 3, split, document, 0, 1, 0, 2, 5, 6, 7)
+    runs = Runs(np.array([0]), np.array([0]), np.array([2]))
+    digest = hashlib.sha256(record).digest()
+    assert stream.with_runs(runs).digests()[1][0] == int.from_bytes(digest[:8], "little")
+
+
+def test_format_1_hashes_lengths_and_ids():
+    sequences = [[5, 6, 7], [1], [70000, 2], [5, 6, 7]]
+    stream = replace(from_sequences(sequences), format=1)
+    data = b"".join(
+        struct.pack("<q", len(ids)) + struct.pack(f"<{len(ids)}i", *ids) for ids in sequences
+    )
+    whole, hashes = stream.digests()
+    assert whole == hashlib.sha256(data).hexdigest()
+    first = hashlib.sha256(struct.pack("<3i", 5, 6, 7)).digest()[:8]
+    assert int(hashes[0]) == int(hashes[3]) == int.from_bytes(first, "little")
+    np.testing.assert_array_equal(stream.sequence_splits, assign_splits(hashes))
+
+
+def test_sequences_without_documents_are_documents_of_their_own():
+    stream = from_sequences([[5, 6, 7], [1], [5, 6, 7]])
+    first = hashlib.sha256(struct.pack("<3i", 5, 6, 7)).digest()[:8]
+    documents = stream.sequence_documents
+    assert int(documents[0]) == int(documents[2]) == int.from_bytes(first, "little")
+    np.testing.assert_array_equal(stream.sequence_splits, assign_splits(documents))
 
 
 def test_the_digest_knows_where_sequences_begin_and_their_order():
@@ -74,7 +118,9 @@ def test_tables_say_where_every_position_is():
         "sequences/length": "int32",
         "sequences/split": "uint8",
         "sequences/hash": "uint64",
+        "sequences/document": "uint64",
     }
+    assert "sequences/document" not in tables(replace(stream, format=1), hashes)
     np.testing.assert_array_equal(stream.sequence(2), [4, 5, 6, 7])
 
 
@@ -182,30 +228,110 @@ def permuted(ids: list[list[int]], seed: int) -> list[int]:
     return [number for number in order if ids[number]]
 
 
+def splits_of(texts: list[str]) -> list[int]:
+    """Split of each document by the hash of its text; -1 where it holds none."""
+    found = [hashlib.sha256(text.encode()).digest()[:8] for text in texts if text.strip()]
+    splits = assign_splits(np.array([int.from_bytes(d, "little") for d in found], np.uint64))
+    given = iter(splits.tolist())
+    return [next(given) if text.strip() else -1 for text in texts]
+
+
+def packed_plainly(
+    texts: list[str], ids: list[list[int]], seed: int, context: int = 16
+) -> list[tuple[int, list[int], int]]:
+    """(split, tokens, first document) of every sequence, with lists alone."""
+    splits, waiting, sequences = splits_of(texts), {s: [] for s in range(3)}, []
+    for number in permuted(ids, seed):
+        split = splits[number]
+        waiting[split] += [(token, number) for token in [MARK, *ids[number]]]
+        while len(waiting[split]) >= context:
+            taken, waiting[split] = waiting[split][:context], waiting[split][context:]
+            sequences.append((split, [token for token, _ in taken], taken[0][1]))
+    for split in range(3):
+        if waiting[split]:
+            taken = waiting[split]
+            sequences.append((split, [token for token, _ in taken], taken[0][1]))
+    return sequences
+
+
 @pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize("seed", [0, 7])
-def test_packing_keeps_every_token_of_the_permuted_documents(seed, marked):
-    texts, ids = documents_of(seed)
+@pytest.mark.parametrize(("seed", "count"), [(0, 300), (7, 300), (3, 1500), (5, 12), (6, 3)])
+def test_the_documents_of_each_split_are_packed_by_themselves(seed, count, marked):
+    texts, ids = documents_of(seed, max(count, 4))
     stream = stream_of(texts, marked, seed=seed)
-    want = [token for number in permuted(ids, seed) for token in [MARK, *ids[number]]]
-    assert stream.ids[:].tolist() == want
+    want = packed_plainly(texts, ids, seed)
+    assert [stream.sequence(n).tolist() for n in range(len(stream.lengths))] == [w[1] for w in want]
+    assert stream.sequence_splits.tolist() == [w[0] for w in want]
+    assert stream.row_ids.tolist() == [w[2] for w in want]
+    hashes = [hashlib.sha256(texts[w[2]].encode()).digest()[:8] for w in want]
+    assert stream.sequence_documents.tolist() == [int.from_bytes(h, "little") for h in hashes]
+    assert set(stream.sequence_splits.tolist()) == {TRAIN, VALIDATION, TEST}
     assert stream.ids.dtype == np.int32
+
+
+def test_no_document_is_in_two_splits_and_equal_ones_share_theirs():
+    texts, _ = documents_of(8)
+    texts = [*texts, *texts[:200]]
+    stream = stream_of(texts)
+    splits: dict[str, set[int]] = {}
+    rows, starts = stream.of_tokens["tokens/row_id"][:], stream.starts
+    for number, split in enumerate(stream.sequence_splits.tolist()):
+        start = int(starts[number])
+        for row in np.unique(rows[start : start + int(stream.lengths[number])]).tolist():
+            splits.setdefault(texts[row], set()).add(split)
+    assert {len(found) for found in splits.values()} == {1}
+
+
+def test_more_documents_move_none_to_another_split():
+    texts, _ = documents_of(9, count=900)
+    assert splits_of(texts)[:500] == splits_of(texts[:500])
+    few, many = stream_of(texts[:500]), stream_of(texts)
+    split_of = {}
+    for stream in (few, many):
+        owner = np.repeat(stream.sequence_splits, stream.lengths)
+        for row, split in zip(stream.of_tokens["tokens/row_id"][:].tolist(), owner, strict=True):
+            assert split_of.setdefault(row, split) == split
+
+
+@pytest.mark.parametrize("copies", [1, 5])
+@pytest.mark.parametrize("max_tokens", [None, 200])
+def test_of_one_or_two_documents_the_end_is_held_out(copies, max_tokens):
+    long = " ".join(f"w{i % WORDS}" for i in range(1000))
+    other = " ".join(f"w{i % 7}" for i in range(300))
+    for texts in ([long] * copies, [long, other] * copies):
+        stream = stream_of(texts, max_tokens=max_tokens)
+        assert stream.split_by == "sequence"
+        count = len(stream.lengths)
+        tenth = max(1, round(count / 10))
+        want = [TRAIN] * (count - 2 * tenth) + [VALIDATION] * tenth + [TEST] * tenth
+        assert stream.sequence_splits.tolist() == want
+        # Shortened, it is split anew: nothing is without a test split.
+        short = stream.head(10)
+        assert short.sequence_splits.tolist() == [TRAIN] * 8 + [VALIDATION, TEST]
+    assert stream_of([long], context=600).sequence_splits.tolist() == [TRAIN, TRAIN]
+    assert stream_of(documents_of(1)[0]).split_by == "document"
+
+
+def test_format_1_packs_all_documents_together():
+    texts, ids = documents_of(0)
+    stream = stream_of(texts, version=1)
+    want = [token for number in permuted(ids, 0) for token in [MARK, *ids[number]]]
+    assert stream.ids[:].tolist() == want
     assert set(stream.lengths[:-1].tolist()) == {16}
-    assert 1 <= stream.lengths[-1] <= 16
-    assert stream.positions == len(want)
+    for max_tokens in (16, 17, 100, 1000, len(want), len(want) - 1):
+        some = stream_of(texts, version=1, max_tokens=max_tokens)
+        kept = len(want) if max_tokens >= len(want) else max_tokens // 16 * 16
+        assert some.ids[:].tolist() == want[:kept]
 
 
 def test_without_a_separator_documents_follow_each_other():
     texts, ids = documents_of(1)
-    want = [token for number in permuted(ids, 0) for token in ids[number]]
-    assert stream_of(texts, separator=None).ids[:].tolist() == want
-
-
-def test_a_row_id_names_the_document_in_which_its_sequence_begins():
-    texts, ids = documents_of(2)
-    stream = stream_of(texts)
-    owners = [number for number in permuted(ids, 0) for _ in range(len(ids[number]) + 1)]
-    assert stream.row_ids.tolist() == [owners[start] for start in stream.starts]
+    stream = stream_of(texts, separator=None)
+    order, splits = permuted(ids, 0), splits_of(texts)
+    for split in (TRAIN, VALIDATION, TEST):
+        want = [token for number in order if splits[number] == split for token in ids[number]]
+        numbers = np.flatnonzero(stream.sequence_splits == split)
+        assert [t for n in numbers for t in stream.sequence(int(n)).tolist()] == want
 
 
 def test_not_packed_there_is_one_sequence_per_document_cut_at_the_context():
@@ -219,17 +345,51 @@ def test_not_packed_there_is_one_sequence_per_document_cut_at_the_context():
     assert marked.sequence(0).tolist() == [MARK, *ids[order[0]]][:16]
 
 
-@pytest.mark.parametrize("pack", [True, False])
+def sequences_by_split(stream: TokenStream) -> list[list[list[int]]]:
+    return [
+        [stream.sequence(int(n)).tolist() for n in np.flatnonzero(stream.sequence_splits == split)]
+        for split in range(3)
+    ]
+
+
 @pytest.mark.parametrize("max_tokens", [16, 17, 100, 1000, 10**6])
-def test_fewer_tokens_are_a_prefix_of_the_whole_stream(pack, max_tokens):
+def test_not_packed_fewer_tokens_are_a_prefix_of_the_whole_stream(max_tokens):
     texts, _ = documents_of(4)
-    whole, some = (stream_of(texts, pack=pack, max_tokens=n) for n in (None, max_tokens))
+    whole, some = (stream_of(texts, pack=False, max_tokens=n) for n in (None, max_tokens))
     count = len(some.lengths)
     assert some.positions <= max_tokens
     assert count == len(whole.lengths) or some.positions + whole.lengths[count] > max_tokens
     np.testing.assert_array_equal(some.ids[:], whole.ids[: some.positions])
     np.testing.assert_array_equal(some.lengths, whole.lengths[:count])
     np.testing.assert_array_equal(some.row_ids, whole.row_ids[:count])
+
+
+@pytest.mark.parametrize("max_tokens", [16, 17, 40, 100, 500, 1000, 4000, 5910, 5911, 6000, 10**6])
+@pytest.mark.parametrize("long", [False, True])
+def test_packed_fewer_tokens_are_the_first_sequences_of_each_split(max_tokens, long):
+    texts, ids = documents_of(4)
+    if long:  # one document, which comes early, is longer than all others together
+        first = permuted(ids, 0)[2]
+        texts[first] = " ".join(f"w{i % WORDS}" for i in range(9000))
+    whole, some = (stream_of(texts, max_tokens=n) for n in (None, max_tokens))
+    count, possible = len(some.lengths), max_tokens // 16
+    for kept, every in zip(sequences_by_split(some), sequences_by_split(whole), strict=True):
+        assert kept == every[: len(kept)]
+        if possible >= 3:
+            assert len(kept) >= min(len(every), max(1, round(possible / 10)))
+    assert some.positions <= max_tokens
+    # Nothing is left out that would fit.
+    assert count == len(whole.lengths) or some.positions + 16 > max_tokens
+    if max_tokens >= whole.positions:
+        assert sorted(some.digests()[1].tolist()) == sorted(whole.digests()[1].tolist())
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_how_many_documents_are_read_at_once_changes_nothing(rows, monkeypatch):
+    texts, _ = documents_of(11, count=500)
+    want = [stream_of(texts, max_tokens=n).digests()[0] for n in (None, 900, 4000)]
+    monkeypatch.setattr("residua.cache.documents.READ_ROWS", rows)
+    assert [stream_of(texts, max_tokens=n).digests()[0] for n in (None, 900, 4000)] == want
 
 
 def test_the_seed_decides_the_order():

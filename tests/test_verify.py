@@ -9,6 +9,7 @@ import pytest
 
 from residua.cache.store import ActivationCache
 from residua.cache.verify import verify
+from residua.probes.ridge import RidgeProbe
 
 from .synthetic import make_cache, random_head
 
@@ -161,6 +162,62 @@ def test_one_damaged_record_does_not_hide_the_other_parts(damaged):
     found = {damage.file for damage in result.damages}
     assert {"journal/00000001.json", "arrays.zarr/residual/0/c/2/0"} <= found
     assert result.missing_parts in ((), (1,))
+
+
+@pytest.fixture(scope="module")
+def real(tiny_cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An extraction with tokenizer, canary rows and configuration, and with kept moments."""
+    path = tmp_path_factory.mktemp("real") / tiny_cache.id
+    shutil.copytree(tiny_cache.path, path)
+    RidgeProbe(layers=[1], folds=2).fit(ActivationCache(path), keep=True)
+    return path
+
+
+def guarded(path: Path) -> list[str]:
+    """Files that may not change: all but notes of this machine, locks, and what is derived."""
+    free = ("local.json", "leases/", "moments/")
+    return [file for file in files_of(path) if not file.startswith(free)]
+
+
+def test_a_changed_byte_is_found_in_every_file_of_an_extraction(real: Path) -> None:
+    assert verify(real).ok
+    names = {Path(file).name for file in guarded(real)}
+    assert {"tokenizer.json", "canary.safetensors", "config.json", "head.safetensors"} <= names
+    choose = random.Random(1)
+    for file in guarded(real):
+        raw = (real / file).read_bytes()
+        for place in {0, len(raw) - 1, choose.randrange(len(raw)), choose.randrange(len(raw))}:
+            changed = bytearray(raw)
+            changed[place] ^= 1 << choose.randrange(8)
+            (real / file).write_bytes(changed)
+            assert file in [damage.file for damage in verify(real).damages], (file, place)
+        (real / file).unlink()
+        result = verify(real)
+        lost = [f"journal/{part:08d}.json" for part in result.missing_parts]
+        assert file in [*lost, *(damage.file for damage in result.damages)]
+        (real / file).write_bytes(raw)
+    assert verify(real).ok
+
+
+def test_damaged_moments_are_no_damage_of_the_cache_and_are_not_used(real: Path) -> None:
+    want = RidgeProbe(layers=[1], folds=2).fit(ActivationCache(real), keep=False).map().weight
+    choose = random.Random(2)
+    files = [file for file in files_of(real) if file.startswith("moments/")]
+    assert {Path(file).suffix for file in files} == {".json", ".safetensors"}
+    whole = {file: (real / file).read_bytes() for file in files}
+    for file in files:
+        for place in (choose.randrange(len(whole[file])) for _ in range(12)):
+            changed = bytearray(whole[file])
+            changed[place] ^= 1 << choose.randrange(8)
+            (real / file).write_bytes(changed)
+            assert verify(real).ok
+            probe = RidgeProbe(layers=[1], folds=2).fit(ActivationCache(real), keep=False)
+            np.testing.assert_allclose(probe.map().weight, want, rtol=1e-5, atol=1e-6)
+            for name, raw in whole.items():  # what was damaged may have been removed
+                (real / name).parent.mkdir(exist_ok=True)
+                (real / name).write_bytes(raw)
+    probe = RidgeProbe(layers=[1], folds=2).fit(ActivationCache(real), keep=False)
+    assert probe.moments_["kept"] == 1
 
 
 def test_a_part_that_was_never_committed_is_missing_not_damaged(damaged):
