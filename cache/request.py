@@ -18,6 +18,7 @@ WHOLE_NUMBERS = (
     "seed",
     "batch_tokens",
     "part_positions",
+    "format",
 )
 """Fields of `Request` that are whole numbers, or None."""
 

@@ -129,52 +129,6 @@ def check_geometry(probe: Any, cache: "ActivationCache") -> None:
         )
 
 
-def feature_names(probe: Any) -> list[str] | None:
-    """Names of the columns of a data frame that `probe` was fitted on; None for other rows."""
-    names = getattr(probe, "feature_names_in_", None)
-    return None if names is None else names.tolist()
-
-
-def set_feature_names(probe: Any, names: list[str] | None) -> None:
-    """Give a restored `probe` the names of `feature_names`."""
-    if names is not None:
-        probe.feature_names_in_ = np.array(names, object)
-
-
-def types_of(params: dict[str, Any]) -> dict[str, Any]:
-    """Types of those parameters that JSON would change: name -> type, and dtype of numpy's."""
-    types: dict[str, Any] = {}
-    for name, value in params.items():
-        if hasattr(value, "get_params"):
-            types[name] = types_of(value.get_params())
-        elif isinstance(value, np.ndarray):
-            types[name] = f"array {value.dtype.str}"
-        elif isinstance(value, np.generic):
-            types[name] = f"number {value.dtype.str}"
-        elif isinstance(value, tuple | range):
-            types[name] = type(value).__name__
-    return types
-
-
-def typed(params: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
-    """Parameters as they were before `plain`, by the `types` of `types_of`."""
-    found = dict(params)
-    for name, kind in types.items():
-        value = params[name]
-        if isinstance(kind, dict):
-            found[name] = {**value, "params": typed(value["params"], kind)}
-        elif kind == "tuple":
-            found[name] = tuple(value)
-        elif kind == "range":
-            step = value[1] - value[0] if len(value) > 1 else 1
-            last = value[-1] + (1 if step > 0 else -1) if value else 0
-            found[name] = range(value[0], last, step) if value else range(0)
-        else:
-            form, dtype = kind.split()
-            found[name] = np.array(value, dtype) if form == "array" else np.dtype(dtype).type(value)
-    return found
-
-
 def check_for(probe: Any, cache: "ActivationCache", force: bool = False) -> None:
     """Raise unless `probe` can be read on `cache`: of the same model, and with finite tensors.
 
@@ -220,6 +174,52 @@ def _tensors_of(probe: Any) -> Iterator[tuple[str, np.ndarray]]:
     for pair, fitted in getattr(probe, "fitted_", {}).items():
         for name, tensor in fitted.parameters.items():
             yield f"{pair[0]}.{pair[1]}.{name}", tensor.numpy()
+
+
+def feature_names(probe: Any) -> list[str] | None:
+    """Names of the columns of a data frame that `probe` was fitted on; None for other rows."""
+    names = getattr(probe, "feature_names_in_", None)
+    return None if names is None else names.tolist()
+
+
+def set_feature_names(probe: Any, names: list[str] | None) -> None:
+    """Give a restored `probe` the names of `feature_names`."""
+    if names is not None:
+        probe.feature_names_in_ = np.array(names, object)
+
+
+def types_of(params: dict[str, Any]) -> dict[str, Any]:
+    """Types of those parameters that JSON would change: name -> type, and dtype of numpy's."""
+    types: dict[str, Any] = {}
+    for name, value in params.items():
+        if hasattr(value, "get_params"):
+            types[name] = types_of(value.get_params())
+        elif isinstance(value, np.ndarray):
+            types[name] = f"array {value.dtype.str}"
+        elif isinstance(value, np.generic):
+            types[name] = f"number {value.dtype.str}"
+        elif isinstance(value, tuple | range):
+            types[name] = type(value).__name__
+    return types
+
+
+def typed(params: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as they were before `plain`, by the `types` of `types_of`."""
+    found = dict(params)
+    for name, kind in types.items():
+        value = params[name]
+        if isinstance(kind, dict):
+            found[name] = {**value, "params": typed(value["params"], kind)}
+        elif kind == "tuple":
+            found[name] = tuple(value)
+        elif kind == "range":
+            step = value[1] - value[0] if len(value) > 1 else 1
+            last = value[-1] + (1 if step > 0 else -1) if value else 0
+            found[name] = range(value[0], last, step) if value else range(0)
+        else:
+            form, dtype = kind.split()
+            found[name] = np.array(value, dtype) if form == "array" else np.dtype(dtype).type(value)
+    return found
 
 
 def plain(value: Any) -> Any:

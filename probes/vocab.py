@@ -404,7 +404,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         """The probe that `state` described."""
         probe = cls(**params)
         known = config["classes"]
-        dtype = config.get("classes_dtype")  # absent in probes of the first version
+        dtype = config.get("classes_dtype")  # the first version did not write it
         classes = np.arange(config["vocab"]) if known is None else np.array(known, dtype)
         probe._clear(Job([], classes, config["d_model"], params))
         probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
