@@ -20,8 +20,14 @@ from ..cache.errors import CorruptError, NotFoundError
 from ..cache.jsonfile import digest, read_json, sync_folder
 from ..cache.lease import try_lock
 from ..cache.place import children, is_remote, store_of, total_bytes, upload
+from ..cache.segments import (
+    BLOCK_POSITIONS,
+    DOCUMENT_OF_POSITION,
+    has_borders,
+    segment_places,
+)
 from ..cache.store import ActivationCache
-from .momentset import TABLE, MomentSet, content_of, counted
+from .momentset import TABLE, MomentSet, content_of, counted, scope_of
 from .passes import Request
 from .sums import Pair
 
@@ -87,6 +93,7 @@ def find(cache: ActivationCache, request: Request) -> Source:
             # Exact products also serve who asks for quick ones.
             and about["products"] in (request.products, "float64")
             and about["sequences"] == numbers
+            and same_pairs(cache, about, request)
         )
         for pair in asked.intersection(entry.pairs) if same else ():
             for layer in (pair[0], pair[2]):
@@ -96,12 +103,22 @@ def find(cache: ActivationCache, request: Request) -> Source:
     return found
 
 
+def same_pairs(cache: ActivationCache, about: dict[str, Any], request: Request) -> bool:
+    """Whether moments count the pairs of `request`: where no sequence has two documents, all do."""
+    across, drop_first = scope_of(about)
+    if drop_first != request.drop_first:
+        return False
+    return across == request.across_documents or not has_borders(cache)
+
+
 def inherited(cache: ActivationCache, request: Request, lacking: set[Pair]) -> Iterator[Inherited]:
     """Moments of `lacking` pairs kept with the caches that this one extends, the latest first."""
     lacking = set(lacking)
     for old in lineage(cache):
         layers = {layer for pair in lacking for layer in (pair[0], pair[2])}
         if not layers <= set(old.layers) or not same_sequences(old, cache, request.split):
+            continue
+        if not same_documents(old, cache, request.across_documents):
             continue
         source = {p: entry for p, entry in find(old, request).items() if p in lacking}
         used = {layer for pair in source for layer in (pair[0], pair[2])}
@@ -134,6 +151,20 @@ def same_sequences(old: ActivationCache, new: ActivationCache, split: str) -> bo
         and np.array_equal(old.sequence_hash, new.sequence_hash[:count])
         # Splits of tiny sets may move, and a repair may quarantine a sequence.
         and np.array_equal(old.split(split), kept[kept < count])
+    )
+
+
+def same_documents(old: ActivationCache, new: ActivationCache, across_documents: bool) -> bool:
+    """Whether `new` begins with the documents of `old`, as far as pairs depend on them.
+
+    Numbers of documents may differ, borders may not; read in blocks.
+    """
+    if across_documents or not (old.has(DOCUMENT_OF_POSITION) or new.has(DOCUMENT_OF_POSITION)):
+        return True
+    numbers = np.arange(len(old.sequence_length))
+    return all(
+        np.array_equal(segment_places(old, some)[0], segment_places(new, some)[0])
+        for some in old.blocks(numbers, BLOCK_POSITIONS)
     )
 
 
@@ -182,6 +213,7 @@ def save(cache: ActivationCache, moments: MomentSet) -> int:
     """
     folder = folder_of(cache)
     about = [sorted(moments.pairs), moments.sequences, sorted(moments.content.items())]
+    about += [moments.across_documents, moments.drop_first]
     name = f"{moments.split}-{moments.folds}-{moments.products}-{digest(about)[:16]}"
     if is_remote(folder):
         with TemporaryDirectory(prefix="residua-") as made, suppress(FileExistsError):

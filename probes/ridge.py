@@ -58,6 +58,8 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         folds: int = 5,
         products: str = "float64",
         target: int | Sequence[int] | None = None,
+        across_documents: bool = False,
+        drop_first: int = 0,
     ) -> None:
         self.offset = offset
         self.layers = layers
@@ -66,6 +68,8 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.folds = folds
         self.products = products
         self.target = target
+        self.across_documents = across_documents
+        self.drop_first = drop_first
 
     def fit(
         self,
@@ -90,7 +94,8 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             targets = None if self.target is None else numbers(self.target)
             request = Request.of(
                 X, self.layers, numbers(self.offset), targets, folds=self.folds,
-                products=self.products,
+                products=self.products, across_documents=self.across_documents,
+                drop_first=self.drop_first,
             )  # fmt: skip
             account = Account()
             groups = supply(
@@ -278,7 +283,10 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         key = self._pair(layer, offset, target)
         if isinstance(X, ActivationCache):
             asked = [[key[0]], [key[1]], [self.target_[key]]]
-            moments = collect(X, *asked, folds=1, split=split, client=client).total(*key[:2])
+            moments = collect(
+                X, *asked, folds=1, split=split, client=client,
+                across_documents=self.across_documents, drop_first=self.drop_first,
+            ).total(*key[:2])  # fmt: skip
             if moments.n == 0:
                 raise UsageError(f"split {split!r} has no pair at offset {key[1]}")
             sse, spread = held_out_sse(self.maps_[key], moments), moments.yy

@@ -49,7 +49,9 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
     given, or with `form="head"` a `(d_model, d_model)` map in front of the frozen head. Without
     `lr` a short sweep chooses.
     At most `epochs` passes over the train split in batches of `batch` positions; a (layer, offset)
-    stops when its loss on the validation split no longer falls. Gradients are computed from factors
+    stops when its loss on the validation split no longer falls. Pairs (t, t+N) stay inside one
+    document unless `across_documents`; the `drop_first` first positions of each sequence are not
+    fitted. Gradients are computed from factors
     in bfloat16 (`products`) where the processor has such products; losses never are. Rows of arrays
     have labels `y` `(n,)` instead; a share `validation` of 100 rows or more is held out.
     """
@@ -69,6 +71,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         validation: float = 0.1,
         products: str = "auto",
         seed: int = 0,
+        across_documents: bool = False,
+        drop_first: int = 0,
     ) -> None:
         self.offset = offset
         self.layers = layers
@@ -81,6 +85,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         self.validation = validation
         self.products = products
         self.seed = seed
+        self.across_documents = across_documents
+        self.drop_first = drop_first
 
     def fit(
         self,
@@ -321,6 +327,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         examples = cache_examples(
             X, pair[:1], pair[1:], loss, lambda: found,
             split=split, batch=self.batch, shuffle=False,
+            across_documents=self.across_documents, drop_first=self.drop_first,
         )  # fmt: skip
         right = total = 0
         for step in examples.epoch():
