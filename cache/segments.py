@@ -125,9 +125,7 @@ def neighbour_tokens(
     inside = (other >= first) & (other < end)
     if not across_documents:
         if cache.has(documents):
-            own, there = (
-                cache.array(documents).take(at[inside]) for at in (place, other)
-            )
+            own, there = (cache.array(documents).take(at[inside]) for at in (place, other))
             inside[inside] = own == there
         elif sparse and cache.has(DOCUMENT_OF_POSITION):
             # Caches of before know the documents of rows alone: two neighbours may be of two.
@@ -206,7 +204,7 @@ def has_borders(cache: "ActivationCache") -> bool:
 def pairs_in_sequences(
     cache: "ActivationCache", sequences: np.ndarray, offset: int, drop_first: int = 0
 ) -> int:
-    """Pairs (t, t+`offset`) of `sequences`, those of two documents too, from their lengths alone."""
+    """Pairs (t, t+`offset`) of `sequences`, those of two documents too: from lengths alone."""
     sources = cache.sequence_length[sequences] - dropped_rows(cache, sequences, drop_first)
     return int(np.maximum(sources - offset, 0).sum())
 

@@ -364,9 +364,7 @@ class ActivationCache:
 
         return Tokenizer.from_str((self.path / "head" / "tokenizer.json").read_text("utf-8"))
 
-    def following_tokens(
-        self, positions: np.ndarray, across_documents: bool = False
-    ) -> np.ndarray:
+    def following_tokens(self, positions: np.ndarray, across_documents: bool = False) -> np.ndarray:
         """Token that the text goes on with after each of `positions`, `(n,)` int64; -1 at its end.
 
         The text is that of the whole sequences that the model read, also where only some of their

@@ -30,7 +30,7 @@ class Bigram(Counted):
         P(b | a) = (c(a, b) + T(a) P(b)) / (c(a) + T(a))
         P(b)     = (c(b) + T / vocab) / (n + T)
 
-    `c` counts pairs inside one sequence of the train split, `T(a)` the distinct tokens seen after
+    `c` counts pairs inside one document of the train split, `T(a)` the distinct tokens seen after
     `a`, `T` the distinct tokens seen at all (Witten and Bell, 1991; Chen and Goodman, 1999,
     section 2.4). Every probability is positive. Counts in int64, logarithms in float64.
 
@@ -44,8 +44,11 @@ class Bigram(Counted):
     counts_: "csr_matrix"
     """Pairs seen, `(vocab, vocab)` int64; memory grows with the distinct pairs only."""
 
-    def __init__(self, offsets: tuple[int, ...] = (1, 2, 3)) -> None:
+    def __init__(
+        self, offsets: tuple[int, ...] = (1, 2, 3), across_documents: bool = False
+    ) -> None:
         self.offsets = offsets
+        self.across_documents = across_documents
 
     def fit(self, cache: "ActivationCache", *, client: Any = None) -> "Bigram":
         """Count the tokens of the train split in one pass, without a residual stream.
@@ -53,7 +56,7 @@ class Bigram(Counted):
         The workers of `client` (of `dask.distributed`), if given, share the sequences.
         """
         self._start(cache)
-        self.counts_ = count_pairs(cache, client=client)
+        self.counts_ = count_pairs(cache, 1, client, self.across_documents)
         self.unigram_ = unigram(column_sums(self.counts_))
         return self
 
@@ -92,8 +95,11 @@ class LaggedBigram(Counted):
     counts_: "dict[int, csr_matrix]"
     """Offset -> pairs (x[t], x[t+N+1]) seen, `(vocab, vocab)` int64."""
 
-    def __init__(self, offsets: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+    def __init__(
+        self, offsets: tuple[int, ...] = (0, 1, 2, 3), across_documents: bool = False
+    ) -> None:
         self.offsets = offsets
+        self.across_documents = across_documents
 
     def fit(self, cache: "ActivationCache", *, client: Any = None) -> "LaggedBigram":
         """Count the tokens of the train split, in one pass for each offset and one for all.
@@ -101,8 +107,11 @@ class LaggedBigram(Counted):
         The workers of `client` (of `dask.distributed`), if given, share the sequences.
         """
         self._start(cache)
-        self.unigram_ = unigram(count_followers(cache, client))
-        self.counts_ = {offset: count_pairs(cache, offset + 1, client) for offset in self.offsets}
+        self.unigram_ = unigram(count_followers(cache, client, self.across_documents))
+        self.counts_ = {
+            offset: count_pairs(cache, offset + 1, client, self.across_documents)
+            for offset in self.offsets
+        }
         return self
 
     def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":

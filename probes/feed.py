@@ -19,7 +19,7 @@ from ..cache.segments import (
     sequence_of,
 )
 from ..cache.store import ActivationCache
-from .draws import BUFFER_ROWS, SLAB_ROWS, Order, Slabs
+from .draws import BUFFER_ROWS, SLAB_ROWS, Order, Slabs, draw_sequences
 
 BUFFER_BYTES = 256 << 20
 """Most memory of the buffer; the rows of fewer positions are shuffled where they are wider."""
@@ -105,7 +105,10 @@ class Feed:
         self.sequences = chosen
         dropped = dropped_rows(cache, chosen, self.scope.drop_first)
         lengths = cache.sequence_length[chosen] - dropped
-        starts, lengths = (cache.sequence_start[chosen] + dropped)[lengths > 0], lengths[lengths > 0]
+        starts, lengths = (
+            (cache.sequence_start[chosen] + dropped)[lengths > 0],
+            lengths[lengths > 0],
+        )
         if not len(lengths):
             but = f" but the first {drop_first} of each sequence" if dropped.any() else ""
             raise UsageError(
@@ -303,17 +306,6 @@ def _gather(stored: np.ndarray, rows: np.ndarray, logical_dtype: str) -> torch.T
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def draw_sequences(
-    cache: ActivationCache, sequences: np.ndarray, max_positions: int, seed: int
-) -> np.ndarray:
-    """Whole sequences out of `sequences` up to `max_positions` positions, one at least, sorted."""
-    if max_positions < 1:
-        raise UsageError(f"max_positions must be 1 or more, not {max_positions}")
-    drawn = np.random.default_rng(seed).permutation(sequences)
-    fits = np.cumsum(cache.sequence_length[drawn]) <= max_positions
-    return np.sort(drawn[: max(1, int(fits.sum()))])
 
 
 def in_background(items: Iterator[Any], depth: int) -> Iterator[Any]:

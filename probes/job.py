@@ -12,8 +12,9 @@ from ..cache.head import TorchHead
 from ..cache.segments import PairScope
 from ..cache.store import ActivationCache
 from .descent import Descent, Trainer
+from .draws import draw_sequences
 from .examples import Examples, array_examples, cache_examples
-from .feed import Feed, draw_sequences
+from .feed import Feed
 from .forms import Form, Full, LowRank, ThroughHead
 from .readout import Pair
 from .softmax import fast_products
@@ -198,9 +199,7 @@ def scope_of(options: dict[str, Any]) -> PairScope:
     return PairScope(options.get("across_documents", False), options.get("drop_first", 0)).check()
 
 
-def check_pairs(
-    cache: ActivationCache, offsets: list[int], scope: PairScope, text: bool
-) -> None:
+def check_pairs(cache: ActivationCache, offsets: list[int], scope: PairScope, text: bool) -> None:
     """Raise a `UsageError` unless the train split has a pair at each of `offsets`.
 
     With `text`, a token of the text must follow it.
@@ -223,8 +222,8 @@ def check_pairs(
     where = "sequence" if scope.across_documents else "document of one sequence"
     most = f"the largest offset is {longest}" if longest >= 0 else "none is long enough"
     raise UsageError(
-        f"the train split has no pair at offset {missing}{what}: t and t+N must lie in one {where}; "
-        f"{most}; use smaller offsets or longer sequences"
+        f"the train split has no pair at offset {missing}{what}: t and t+N must lie in one "
+        f"{where}; {most}; use smaller offsets or longer sequences"
     )
 
 

@@ -159,7 +159,7 @@ class MomentSet:
 
 
 def scope_of(about: Mapping[str, Any]) -> tuple[bool, int]:
-    """`across_documents` and `drop_first` of a `moments.json`; of before, all pairs of sequences."""
+    """`across_documents` and `drop_first` of a `moments.json`; older ones count all pairs."""
     return bool(about.get("across_documents", True)), int(about.get("drop_first", 0))
 
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache.errors import NotFoundError, UsageError
+from ..cache.segments import crossing_shares
 from ..cache.store import ActivationCache
 from .collect import Progress, check_rows, collect, collect_rows, cores, one_blas_thread
+from .errorshare import SHARES, error_shares, warn_of_domination
 from .estimator import (
     BaseEstimator,
     MultiOutputMixin,
@@ -41,6 +43,10 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
     `products="float32"` halves the time of the pass, at a relative error of about 1e-6 in the
     moments: on the sample model the penalties stay the same, R2 moves by 3e-7 and weights by 1e-4.
     Read through the head, it is a lens (offset 0) or a future lens.
+
+    Pairs (t, t+N) stay inside one document unless `across_documents`. The `drop_first` first
+    positions of each sequence are no sources: in many models they are attention sinks, whose
+    massive residual streams dominate a squared error.
 
     `target` is the layer that is predicted, by default L. Several give a map to each of them from
     one pass; the keys of `maps_` and of the other fitted dictionaries are then (layer, offset,
@@ -104,10 +110,27 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             )  # fmt: skip
             self._fit_all(groups, np.float32)
             self.moments_ = vars(account).copy()
+            self._describe(X, request)
             return self
         if isinstance(X, MomentSet):
             return self._fit_all([self._chosen(X)], np.float32)
         return self._fit_rows(X, y, client)
+
+    def _describe(self, cache: ActivationCache, request: Request) -> None:
+        """Note which pairs join two documents, and how few rows make most of the error."""
+        sequences = cache.split(request.split)
+        inside = None
+        if not request.across_documents:
+            inside = {key[1]: self.n_[key] for key in self.maps_}
+        crossing = crossing_shares(cache, sequences, request.offsets, request.scope, inside)
+        pair_of = {(*key[:2], self.target_[key]): key for key in self.maps_}
+        maps = {pair: self.maps_[key] for pair, key in pair_of.items()}
+        found = error_shares(cache, maps, sequences, request.scope)
+        self.shares_ = {
+            key: {"crossing": crossing[key[1]], **found[pair].columns()}
+            for pair, key in pair_of.items()
+        }
+        warn_of_domination(found)
 
     def _fit_rows(self, X: Any, y: Any, client: Any) -> "RidgeProbe":
         X, y = self._rows(X, y)
@@ -188,6 +211,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.mse_: dict[Key, float] = {}
         self.n_: dict[Key, int] = {}
         self.target_: dict[Key, int] = {}
+        self.shares_: dict[Key, dict[str, float | None]] = {}
         self._is_flat = False
         self._tensors: dict[tuple[Key, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -318,8 +342,18 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         weight, bias = self._tensors[pair, device]
         return batch.head(torch.addmm(bias, batch.hidden, weight))
 
+    def residual_map(self, layer: int | None, offset: int) -> AffineMap | None:
+        """The map to the last layer of a (layer, offset), None where it is to another one."""
+        several = isinstance(self.target, Iterable)
+        pair = self._pair(layer, offset, self.depth_ if several else None)
+        return self.maps_[pair] if self.target_[pair] == self.depth_ else None
+
     def metrics(self) -> list[dict[str, Any]]:
-        """One row per (layer, offset): penalty, cross-validated R2 and error, number of pairs."""
+        """One row per (layer, offset): penalty, cross-validated R2 and error, number of pairs.
+
+        Of a cache also `crossing`, the share of the pairs of its sequences that join two documents
+        (left out unless `across_documents`), and the shares of `ErrorShare`.
+        """
         check_is_fitted(self, "maps_")
         return [
             {
@@ -330,6 +364,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 "r2": self.r2_[key],
                 "mse": self.mse_[key],
                 "n": self.n_[key],
+                **self.shares_.get(key, {}),
             }
             for key in self.maps_
         ]
@@ -376,6 +411,9 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             r2 = np.nan if row["r2"] is None else row["r2"]
             found = AffineMap(weight, bias)
             probe._keep(pair, RidgeFit(found, row["alpha"], alphas, path, r2, row["n"]))
+            if "crossing" in row:
+                key = pair if several else pair[:2]
+                probe.shares_[key] = {name: row[name] for name in ("crossing", *SHARES)}
         return probe
 
 

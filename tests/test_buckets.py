@@ -155,7 +155,7 @@ def test_a_bucket_holds_its_lower_end_and_the_last_one_both():
 
 
 def test_cells_take_no_more_room_than_positions():
-    tally = Tally([("logit", 0, 0)], sequences=5, positions=5)
+    tally = Tally([("logit", 0, 0)], units=5, positions=5)
     assert tally.sums["logit", 0, 0].sums.shape == (5, len(COLUMNS))
     slots, confidence = np.array([4, 2, 0, 1, 3]), np.array([0.1, 0.95, 0.4, 0.1, 0.7])
     assert sorted(tally.cells(slots, confidence)) == list(range(5))
