@@ -1,7 +1,7 @@
 """Evaluates probes against the model's own predictions, streamed from a cache without the model."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +9,13 @@ import numpy as np
 
 from ..cache.errors import UsageError
 from ..cache.head import TorchHead
-from ..probes.bigram import Bigram
+from ..cache.segments import PairScope
+from ..probes.bigram import Bigram, CrossFittedBigram
+from ..probes.errorshare import ErrorShare, domination_message, error_shares
 from ..probes.readout import Batch, LogitLens, Readout
 from .buckets import BucketRow, Key, Tally
 from .metrics import Reference, Row, resampling
-from .windows import Window, check_where, choose_sequences, windows
+from .windows import Targets, Units, Window, check_where, choose_sequences, windows
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from .report import OffsetTable
 
 DEFAULT_OFFSETS = (0, 1, 2, 3)
+FITTED_SPLITS = ("train", "all")
+"""Splits with text that probes and baselines are fitted on."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Evaluation:
     split: str
     seed: int
     n: int
-    """Positions evaluated; a pair at offset N also needs t+N inside the sequence."""
+    """Positions evaluated; a pair at offset N also needs t in the sequence and document of t+N."""
     positions: int
     """Positions of the sequences taken, more than `n` where a mask chose among them."""
     sequences: int
@@ -47,6 +51,20 @@ class Evaluation:
     offsets: tuple[int, ...]
     probes: tuple[str, ...]
     """Names of the probes, baselines first."""
+    across_documents: bool = False
+    """Whether pairs may join two documents of a sequence."""
+    drop_first: int = 0
+    """Positions at the start of each sequence that were no sources."""
+    crossing: dict[int, float] = field(default_factory=dict)
+    """Share of the sequences' pairs that join two documents, by offset; counted or left out."""
+    unit: str = "document"
+    """What intervals resample: `document`, or `sequence` where there is one document."""
+    units: int = 0
+    """How many of them were evaluated."""
+    shares: dict[Key, ErrorShare] = field(default_factory=dict)
+    """How few pairs make most of the squared error to residual_L, for ridge and lenses."""
+    notes: tuple[str, ...] = ()
+    """What to know when these numbers are read, one sentence each."""
     cache: "ActivationCache | None" = field(default=None, repr=False, compare=False)
     readouts: tuple[Readout, ...] = field(default=(), repr=False, compare=False)
 
@@ -57,6 +75,21 @@ class Evaluation:
     def bucket_dicts(self) -> list[dict[str, Any]]:
         """One dictionary of plain numbers per row of `buckets`."""
         return [row.to_dict() for row in self.buckets]
+
+    def about(self) -> dict[str, Any]:
+        """What was evaluated, as plain values: split, pairs, unit of the intervals, notes."""
+        names = ("split", "seed", "n", "positions", "sequences", "across_documents", "drop_first")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "crossing": {str(offset): share for offset, share in self.crossing.items()},
+            "unit": self.unit,
+            "units": self.units,
+            "squared_errors": [
+                {"probe": name, "layer": layer, "offset": offset, **asdict(share)}
+                for (name, layer, offset), share in self.shares.items()
+            ],
+            "notes": list(self.notes),
+        }
 
     def select(self, probe: str, offset: int) -> list[Row]:
         """Rows of one probe at one offset, by layer."""
@@ -108,6 +141,8 @@ def evaluate(
     batch_rows: int | None = None,
     seed: int = 0,
     where: np.ndarray | None = None,
+    across_documents: bool = False,
+    drop_first: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure `probes`, the logit lens and the bigram on whole sequences of `split`.
@@ -119,6 +154,11 @@ def evaluate(
     `where` is a bool mask `(positions,)` of the cache, such as `slices.names` makes: only pairs
     whose target t+N is in it are counted. The sequences are the same with and without a mask.
 
+    Pairs (t, t+N), and the text's tokens after them, stay inside one document of one sequence;
+    `across_documents` allows pairs of two. The `drop_first` first positions of each sequence are no
+    sources. Intervals resample documents. The bigram is counted on the train split; where that
+    split is evaluated (`train`, `all`), on its documents of other folds (`CrossFittedBigram`).
+
     Raises `UsageError` if the split is empty or holds no pair, or `where` is no such mask;
     `NotFoundError` for a layer that the cache lacks.
     """
@@ -126,39 +166,114 @@ def evaluate(
 
     check_where(cache, where)
     sequences = choose_sequences(cache, split, max_positions, seed)
-    plan = _plan(cache, probes, offsets, layers)
+    scope = PairScope(across_documents, drop_first).check()
+    plan = _plan(cache, probes, offsets, layers, _Baselines(split, scope.across_documents))
     groups = plan.groups(cache)
     positions = int(cache.sequence_length[sequences].sum())
-    n = positions if where is None else int(where[cache.rows(sequences)].sum())
-    tally = Tally(plan.wanted(), len(sequences), n)
+    units = Units.of(cache, sequences, seed)
+    targets = Targets.of(cache, sequences, scope, where)
+    n = targets.count
+    tally = Tally(plan.wanted(), units.slots, n)
     head = cache.head.torch()
     with torch.inference_mode():
-        for window in windows(cache, sequences, plan.offsets, batch_rows, where):
+        for window in windows(cache, sequences, plan.offsets, batch_rows, where, scope, units):
             _add_window(cache, head, plan, groups, window, tally)
             if progress is not None:
                 progress(window.stop, n)
-    rows, buckets = tally.rows(resampling(len(sequences), seed))
+    rows, buckets = tally.rows(resampling(units.slots, seed))
     if not rows:
-        raise _no_pair(cache, sequences, split, plan.offsets, n)
+        raise _no_pair(cache, sequences, split, plan.offsets, targets)
+    shares = _error_shares(cache, plan, sequences, scope, where)
     return _evaluation(
         cache, plan, rows, buckets=buckets, split=split, seed=seed, n=n, positions=positions,
-        sequences=len(sequences),
+        sequences=len(sequences), **vars(scope), unit=units.name, units=units.count,
+        crossing=_crossing(cache, sequences, scope, where, targets, plan.offsets), shares=shares,
+        notes=_notes(cache, probes, split, units, shares),
     )  # fmt: skip
 
 
+def _crossing(
+    cache: "ActivationCache",
+    sequences: np.ndarray,
+    scope: PairScope,
+    where: np.ndarray | None,
+    targets: Targets,
+    offsets: tuple[int, ...],
+) -> dict[int, float]:
+    """Share of the pairs of `sequences` that join two documents, by offset."""
+    within = targets
+    if scope.across_documents:
+        within = Targets.of(cache, sequences, PairScope(False, scope.drop_first), where)
+    return {offset: targets.crossing(within, offset) for offset in offsets}
+
+
+def _error_shares(
+    cache: "ActivationCache",
+    plan: "_Plan",
+    sequences: np.ndarray,
+    scope: PairScope,
+    where: np.ndarray | None,
+) -> dict[Key, ErrorShare]:
+    """Who makes the squared errors of the maps to the last layer that are evaluated."""
+    found: dict[Key, ErrorShare] = {}
+    for name, readout in plan.readouts.items():
+        map_of = getattr(readout, "residual_map", None)
+        keys = [key for key in plan.wanted() if key[0] == name] if map_of else []
+        maps = {
+            (key[1], key[2], cache.depth): fitted
+            for key in keys
+            if map_of and key[1] is not None and (fitted := map_of(key[1], key[2])) is not None
+        }
+        shares = error_shares(cache, maps, sequences, scope, where)
+        found |= {(name, layer, offset): share for (layer, offset, _), share in shares.items()}
+    return found
+
+
+def _notes(
+    cache: "ActivationCache",
+    probes: Sequence[Readout],
+    split: str,
+    units: Units,
+    shares: dict[Key, ErrorShare],
+) -> tuple[str, ...]:
+    """What to know when the numbers are read."""
+    notes = [units.note] if units.note else []
+    own = [p.kind for p in probes if getattr(p, "cache_id_", None) == cache.id]
+    if split in FITTED_SPLITS and own:
+        notes.append(
+            f"the {split} split holds text that these probes were fitted on: {', '.join(own)}; "
+            "use split='test' for what they say of other text"
+        )
+    by_layer = {(layer, offset, name): share for (name, layer, offset), share in shares.items()}
+    if message := domination_message(by_layer):
+        notes.append(message)
+    return tuple(notes)
+
+
 def _no_pair(
-    cache: "ActivationCache", sequences: np.ndarray, split: str, offsets: tuple[int, ...], n: int
+    cache: "ActivationCache",
+    sequences: np.ndarray,
+    split: str,
+    offsets: tuple[int, ...],
+    targets: Targets,
 ) -> UsageError:
     """Says why there is nothing to measure."""
     lengths = cache.sequence_length[sequences]
-    if lengths.max() > min(offsets):
+    least, n = min(offsets), int(targets.chosen.sum())
+    if (targets.index >= least).any():
         return UsageError(
             f"`where` holds {n} of the {lengths.sum()} positions taken from the {split} split, "
-            f"none with a token {min(offsets)} before it; raise max_positions or use another mask"
+            f"none with a token {least} before it; raise max_positions or use another mask"
+        )
+    if (targets.index_in_sequence >= least).any():
+        return UsageError(
+            f"no document of the {len(sequences)} {split} sequences is longer inside one sequence "
+            f"than the offsets {offsets} ask for; use smaller offsets, or across_documents=True "
+            "(--across-documents)"
         )
     return UsageError(
-        f"no {split} sequence is longer than the offsets {offsets} ask for: "
-        f"the longest of {len(sequences)} has {lengths.max()} tokens"
+        f"no {split} sequence is longer than the offsets {offsets} ask for, beside the positions "
+        f"that drop_first leaves out: the longest of {len(sequences)} has {lengths.max()} tokens"
     )
 
 
@@ -225,6 +340,7 @@ def _plan(
     probes: Sequence[Readout],
     offsets: Sequence[int] | None,
     layers: Sequence[int] | None,
+    baselines: "_Baselines",
 ) -> _Plan:
     pairs = [pair for probe in probes for pair in probe.pairs()]
     if offsets is None:
@@ -237,25 +353,34 @@ def _plan(
     for layer in (*layers, cache.depth):
         cache.layer(layer)
     offsets, layers = tuple(sorted(set(offsets))), tuple(sorted(set(layers)))
-    readouts = _named([*_baselines(cache, probes, layers, offsets), *probes])
+    readouts = _named([*baselines.of(cache, probes, layers, offsets), *probes])
     return _Plan(readouts, layers, offsets)
 
 
-def _baselines(
-    cache: "ActivationCache",
-    probes: Sequence[Readout],
-    layers: tuple[int, ...],
-    offsets: tuple[int, ...],
-) -> list[Readout]:
-    """The logit lens, and the bigram where it says something, unless they are given."""
-    given = {probe.kind for probe in probes}
-    ahead = tuple(offset for offset in offsets if offset > 0)
-    out: list[Readout] = []
-    if Bigram.kind not in given and ahead and len(cache.split("train")):
-        out.append(Bigram(ahead).fit(cache))
-    if LogitLens.kind not in given:
-        out.append(LogitLens(layers, offsets))
-    return out
+@dataclass(frozen=True)
+class _Baselines:
+    """What is measured beside the probes."""
+
+    split: str
+    across_documents: bool
+
+    def of(
+        self,
+        cache: "ActivationCache",
+        probes: Sequence[Readout],
+        layers: tuple[int, ...],
+        offsets: tuple[int, ...],
+    ) -> list[Readout]:
+        """The logit lens, and the bigram where it says something, unless they are given."""
+        given = {probe.kind for probe in probes}
+        ahead = tuple(offset for offset in offsets if offset > 0)
+        out: list[Readout] = []
+        if Bigram.kind not in given and ahead and len(cache.split("train")):
+            kind = CrossFittedBigram if self.split in FITTED_SPLITS else Bigram
+            out.append(kind(ahead, self.across_documents).fit(cache))
+        if LogitLens.kind not in given:
+            out.append(LogitLens(layers, offsets))
+        return out
 
 
 def _named(readouts: Sequence[Readout]) -> dict[str, Readout]:
@@ -276,6 +401,8 @@ def _add_window(
     tally: Tally,
 ) -> None:
     """Add one window to every sum: the model's logits once, then layer by layer."""
+    import torch
+
     model = head(_hidden(cache, cache.depth, window.positions[window.place]))
     reference = Reference.of(model, window.text)
     del model
@@ -296,7 +423,8 @@ def _add_window(
                 logits = lens[sources]
             else:
                 states = None if hidden is None else hidden[sources]
-                tokens = window.read[sources], window.previous[targets]
+                position = torch.from_numpy(window.positions[window.place[targets]])
+                tokens = window.read[sources], window.previous[targets], position
                 batch = Batch(states, window.token[targets], head, *tokens)
                 logits = readout.logits(batch, key[1], offset)
             tally.sums[key].add(cells[targets], reference, logits, targets)

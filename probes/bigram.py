@@ -4,13 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..cache.segments import context_blocks, contexts_of, document_of
 from .counts import (
     Counted,
     column_sums,
     count_followers,
     count_pairs,
+    empty,
     pack,
+    table,
     tokens_of,
+    total,
     unigram,
     unpack,
     witten_bell,
@@ -22,6 +26,10 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
     from ..cache.store import ActivationCache
+
+
+FOLDS = 5
+"""Folds of documents of a `CrossFittedBigram`."""
 
 
 class Bigram(Counted):
@@ -80,6 +88,50 @@ class Bigram(Counted):
 
     def _read(self, tensors: dict[str, np.ndarray]) -> None:
         self.counts_ = unpack("pairs", tensors, len(self.unigram_))
+
+
+class CrossFittedBigram(Bigram):
+    """A `Bigram` for positions of the train split: counted on the train documents of other folds.
+
+    Documents are dealt into `FOLDS` by their number; what it says at a position comes from all
+    train documents but those of the position's own fold, so that no text is predicted from
+    itself. Copies of one text under two numbers may meet. Five tables of counts.
+    """
+
+    def fit(self, cache: "ActivationCache", *, client: Any = None) -> "CrossFittedBigram":
+        """Count the tokens of the train split, fold by fold, in one pass."""
+        self._start(cache)
+        of_fold = [empty(cache.vocab, cache.vocab) for _ in range(FOLDS)]
+        contexts = contexts_of(cache, cache.split("train"))
+        for ids, left, document in context_blocks(cache, contexts):
+            first = np.flatnonzero(left >= 1)
+            keys, fold = ids[first] * cache.vocab + ids[first + 1], document[first] % FOLDS
+            for number in np.unique(fold).tolist():
+                found = table(keys[fold == number], (cache.vocab, cache.vocab))
+                of_fold[number] = of_fold[number] + found
+        self.counts_ = total(of_fold, empty(cache.vocab, cache.vocab))
+        self.unigram_ = unigram(column_sums(self.counts_))
+        self._others = [self.counts_ - own for own in of_fold]
+        for others in self._others:
+            others.eliminate_zeros()  # a pair that only this fold has was not seen by the others
+        self._cache = cache
+        return self
+
+    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+        """Log-probabilities of the token after `batch.last_token`, `(n, vocab)` float32."""
+        import torch
+
+        self.check_fitted()
+        tokens, positions = tokens_of(batch.last_token), tokens_of(batch.position)
+        fold = document_of(self._cache, positions) % FOLDS
+        out = np.empty((len(tokens), len(self.unigram_)), np.float32)
+        for number in np.unique(fold).tolist():
+            here, others = fold == number, self._others[number]
+            seen = column_sums(others)
+            # Without another document, nothing is known of the text: every token is as likely.
+            prior = unigram(seen) if seen.any() else np.full(len(seen), 1 / len(seen))
+            out[here] = after(tokens[here], others, prior)
+        return torch.from_numpy(out).to(batch.last_token.device)
 
 
 class LaggedBigram(Counted):

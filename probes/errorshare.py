@@ -153,13 +153,13 @@ def domination_message(shares: Mapping[Any, ErrorShare]) -> str:
         for rows in ("top", "first")
         for what, of in (("error", "the squared error"), ("target", "the target's variance"))
     ]
+    place = f"layer {pair[0]}, offset {pair[1]}"
+    first = f"{100 * worst.first_pairs:.1f} % of the pairs"
     return (
-        f"few rows dominate the squared error of {len(bad)} of {len(shares)} maps: at layer "
-        f"{pair[0]}, offset {pair[1]}, the largest 0.1 % of the pairs make {says[0]} and "
-        f"{says[1]}, those whose source is the first position of a sequence ({100 * worst.first_pairs:.1f} % "
-        "
-        f"of the pairs) {says[2]} and {says[3]}. R2, penalty and map are about these; leave first "
-        "positions out with drop_first=1 (--drop-first 1)"
+        f"few rows dominate the squared error of {len(bad)} of {len(shares)} maps: at {place}, the "
+        f"largest 0.1 % of the pairs make {says[0]} and {says[1]}, those whose source is the first "
+        f"position of a sequence ({first}) {says[2]} and {says[3]}. R2, penalty and map are about "
+        "these; leave first positions out with drop_first=1 (--drop-first 1)"
     )
 
 
