@@ -92,7 +92,7 @@ def estimate(
     layout = layout.shrunk(positions)
     arrays = {"head": head_bytes + SMALL_FILES}
     if context_tokens:
-        arrays["context/ids"] = 4 * context_tokens
+        arrays["context/ids"], arrays["context/row_id"] = 4 * context_tokens, 8 * context_tokens
     rows: dict[str, tuple[int, int]] = {}
     for layer, dtype in dtypes.items():
         row = np.dtype(STORED_DTYPES[dtype]).itemsize * d_model

@@ -26,6 +26,7 @@ SPAN_DTYPES = {"tokens/row_id": "<i8", "tokens/char_start": "<i4", "tokens/char_
 CONTEXT_DTYPES = {
     "sequences/context": "<i4",
     "context/ids": "<i4",
+    "context/row_id": "<i8",
     "contexts/start": "<i8",
     "contexts/length": "<i4",
 }
@@ -58,6 +59,9 @@ def tables(stream: TokenStream, hashes: np.ndarray) -> dict[str, Numbers]:
             "contexts/start": stream.starts,
             "contexts/length": stream.lengths,
         }
+        if "tokens/row_id" in stream.of_tokens:
+            # Of tokens that are no rows, too: where the text of a kept position goes on.
+            values["context/row_id"] = stream.of_tokens["tokens/row_id"]
     return {name: _as_stored(name, found) for name, found in values.items()}
 
 

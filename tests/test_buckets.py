@@ -95,7 +95,8 @@ def interval(slots: np.ndarray, values: np.ndarray, weights: np.ndarray) -> tupl
 @pytest.mark.parametrize("masked", [False, True])
 def test_streamed_buckets_equal_the_whole_in_float64(cache, mask, rows, masked):
     where = mask if masked else None
-    found = evaluate(cache, split="train", offsets=OFFSETS, batch_rows=rows, where=where)
+    bigram = Bigram().fit(cache)
+    found = evaluate(cache, [bigram], split="train", offsets=OFFSETS, batch_rows=rows, where=where)
     everywhere = np.ones(cache.positions, bool)
     for layer, offset in [(None, 1), (None, 3), (0, 0), (1, 1), (2, 0), (2, 3)]:
         pairs = plain(cache, layer, offset, mask if masked else everywhere)

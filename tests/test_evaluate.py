@@ -98,7 +98,8 @@ def row_of(evaluation: Evaluation, probe: str, layer: int | None, offset: int) -
 def test_streamed_equals_whole(tiny_cache, layer, offset):
     if layer is None and offset == 0:
         return
-    found = evaluate(tiny_cache, split="train", offsets=(0, 1, 3), batch_rows=17)
+    bigram = Bigram().fit(tiny_cache)
+    found = evaluate(tiny_cache, [bigram], split="train", offsets=(0, 1, 3), batch_rows=17)
     row = row_of(found, "bigram" if layer is None else "logit", layer, offset)
     for name, want in whole(tiny_cache, "train", layer, offset).items():
         assert getattr(row, name) == pytest.approx(want, rel=1e-5, abs=1e-6), name
