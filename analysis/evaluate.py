@@ -91,6 +91,30 @@ class Evaluation:
             "notes": list(self.notes),
         }
 
+    def facts(self) -> list[str]:
+        """Sentences on pairs, intervals and squared errors, then the notes; plain text."""
+        what = "counted" if self.across_documents else "left out"
+        shares = [f"{100 * share:.1f} % at N = {n}" for n, share in self.crossing.items() if share]
+        plural = "" if self.units == 1 else "s"
+        found = [f"intervals resample the {self.units:,} {self.unit}{plural} evaluated"]
+        if shares:
+            found.append(f"pairs that join two documents are {what}: {', '.join(shares)}")
+        if self.drop_first:
+            found.append(f"the first {self.drop_first} positions of each sequence are no sources")
+        by_probe: dict[str, ErrorShare] = {}
+        for (name, _, _), share in self.shares.items():
+            worst = by_probe.get(name)
+            if worst is None or (share.top_error or 0) > (worst.top_error or 0):
+                by_probe[name] = share
+        for name, share in by_probe.items():
+            if share.top_error is not None and share.top_target is not None:
+                found.append(
+                    f"{name}: the largest 0.1 % of the pairs make at most "
+                    f"{100 * share.top_error:.1f} % of the squared error of a map, and there "
+                    f"{100 * share.top_target:.1f} % of the target's variance"
+                )
+        return [*found, *(f"note: {note}" for note in self.notes)]
+
     def select(self, probe: str, offset: int) -> list[Row]:
         """Rows of one probe at one offset, by layer."""
         return [row for row in self.rows if row.probe == probe and row.offset == offset]
@@ -167,7 +191,8 @@ def evaluate(
     check_where(cache, where)
     sequences = choose_sequences(cache, split, max_positions, seed)
     scope = PairScope(across_documents, drop_first).check()
-    plan = _plan(cache, probes, offsets, layers, _Baselines(split, scope.across_documents))
+    baselines = _Baselines(split, scope.across_documents)
+    plan = _plan(cache, probes, offsets, layers, baselines)
     groups = plan.groups(cache)
     positions = int(cache.sequence_length[sequences].sum())
     units = Units.of(cache, sequences, seed)
@@ -188,7 +213,7 @@ def evaluate(
         cache, plan, rows, buckets=buckets, split=split, seed=seed, n=n, positions=positions,
         sequences=len(sequences), **vars(scope), unit=units.name, units=units.count,
         crossing=_crossing(cache, sequences, scope, where, targets, plan.offsets), shares=shares,
-        notes=_notes(cache, probes, split, units, shares),
+        notes=(*_notes(cache, probes, split, units, shares), *baselines.notes),
     )  # fmt: skip
 
 
@@ -363,6 +388,8 @@ class _Baselines:
 
     split: str
     across_documents: bool
+    notes: list[str] = field(default_factory=list)
+    """Why a baseline is left out."""
 
     def of(
         self,
@@ -377,7 +404,10 @@ class _Baselines:
         out: list[Readout] = []
         if Bigram.kind not in given and ahead and len(cache.split("train")):
             kind = CrossFittedBigram if self.split in FITTED_SPLITS else Bigram
-            out.append(kind(ahead, self.across_documents).fit(cache))
+            try:
+                out.append(kind(ahead, self.across_documents).fit(cache))
+            except UsageError as error:
+                self.notes.append(f"there is no bigram beside the probes: {error}")
         if LogitLens.kind not in given:
             out.append(LogitLens(layers, offsets))
         return out

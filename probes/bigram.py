@@ -111,9 +111,12 @@ class CrossFittedBigram(Bigram):
                 of_fold[number] = of_fold[number] + found
         self.counts_ = total(of_fold, empty(cache.vocab, cache.vocab))
         self.unigram_ = unigram(column_sums(self.counts_))
-        self._others = [self.counts_ - own for own in of_fold]
-        for others in self._others:
-            others.eliminate_zeros()  # a pair that only this fold has was not seen by the others
+        # Tables of the other folds, and not the total less one: what was never seen has no entry.
+        none = empty(cache.vocab, cache.vocab)
+        self._others = [
+            total((own for other, own in enumerate(of_fold) if other != number), none)
+            for number in range(FOLDS)
+        ]
         self._cache = cache
         return self
 

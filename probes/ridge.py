@@ -123,7 +123,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         if not request.across_documents:
             inside = {key[1]: self.n_[key] for key in self.maps_}
         crossing = crossing_shares(cache, sequences, request.offsets, request.scope, inside)
-        pair_of = {(*key[:2], self.target_[key]): key for key in self.maps_}
+        pair_of = {(key[0], key[1], self.target_[key]): key for key in self.maps_}
         maps = {pair: self.maps_[key] for pair, key in pair_of.items()}
         found = error_shares(cache, maps, sequences, request.scope)
         self.shares_ = {

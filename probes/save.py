@@ -2,6 +2,7 @@
 
 import hashlib
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -85,7 +86,18 @@ def load_probe(folder: str | Path) -> Any:
             f"{folder} holds a probe of kind {config.get('kind')!r}, written by residua "
             f"{config.get('residua')}; this version knows {', '.join(KINDS)}"
         )
-    return class_of(config["kind"]).restore(config["params"], config, load(data))
+    kind = class_of(config["kind"])
+    return kind.restore(_known_scope(kind, config["params"]), config, load(data))
+
+
+def _known_scope(kind: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """`params` with `across_documents`: probes that do not say were fitted to all pairs."""
+    if isinstance(inner := params.get("probe"), dict):
+        known = _known_scope(class_of(inner["kind"]), inner["params"])
+        return {**params, "probe": {**inner, "params": known}}
+    if "across_documents" in signature(kind).parameters:
+        return {"across_documents": True, **params}
+    return params
 
 
 def is_known(kind: Any) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..cache.errors import NotFoundError, UsageError
+from ..cache.segments import crossing_shares
 from ..cache.store import ActivationCache
 from .collect import Progress, default_memory
 from .crew import Crew
@@ -16,7 +17,7 @@ from .descent import CHECKPOINT_SECONDS, Outcome, Trainer, advance
 from .estimator import BaseEstimator, ClassifierMixin, check_is_fitted, validate_data
 from .examples import LOSSES, cache_examples
 from .forms import FORMS, Parameters, apply
-from .job import ArrayJob, CacheJob, Job
+from .job import ArrayJob, CacheJob, Job, parts_of, scope_of
 from .readout import Batch, Pair
 from .ridge import numbers
 from .save import plain
@@ -212,6 +213,10 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         self.geometry_ = None if cache is None else cache.head.geometry
         self.split_ = None if cache is None else "train"
         self.steps_ = self.passes_ = 0
+        self._crossing: dict[int, float] | None = None
+        if cache is not None:
+            offsets, train = parts_of(job.pairs)[1], cache.split("train")
+            self._crossing = crossing_shares(cache, train, offsets, scope_of(job.options))
         self._trainers: dict[Any, Trainer] = {}
 
     def _keep(self, pair: Pair, outcome: Outcome, lr: float, rows: int) -> None:
@@ -227,6 +232,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
                 "train": last["train"],
                 "validation": last.get("validation"),
                 "n": rows,
+                **({} if self._crossing is None else {"crossing": self._crossing[pair[1]]}),
             },
             outcome.history,
         )
@@ -237,7 +243,11 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         return list(self.fitted_)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One row per (layer, offset): learning rate, steps taken, losses in nats, positions."""
+        """One row per (layer, offset): learning rate, steps taken, losses in nats, positions.
+
+        Of a cache also `crossing`, the share of the pairs of its sequences that join two documents
+        (left out unless `across_documents`).
+        """
         check_is_fitted(self, "fitted_")
         return [dict(fitted.row) for fitted in self.fitted_.values()]
 

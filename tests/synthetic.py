@@ -51,7 +51,7 @@ def make_cache(
     stream = from_sequences(np.split(chosen, np.cumsum(lengths)[:-1]))
     if documents is not None:
         stream.of_tokens["tokens/row_id"] = np.asarray(documents, np.int64)
-        starts = np.cumsum(lengths) - lengths
+        starts = np.cumsum([0, *lengths])[:-1]
         stream = replace(stream, row_ids=np.asarray(documents, np.int64)[starts])
     if runs is not None:
         stream = stream.with_runs(runs)

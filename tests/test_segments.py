@@ -1,4 +1,4 @@
-"""Pairs stay inside one document, and text goes on as it was read: against pairs listed one by one."""
+"""Pairs stay inside one document, text goes on as it was read: against pairs listed one by one."""
 
 import itertools
 from pathlib import Path
@@ -75,7 +75,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
 
 
 class Text:
-    """Token ids and documents as the model read them, and where each row of a cache stands there."""
+    """Token ids and documents as the model read them, and where each row stands there."""
 
     def __init__(self, cache: ActivationCache) -> None:
         sparse = cache.has("context/ids")
@@ -162,7 +162,8 @@ def test_pairs_of_two_documents_are_a_share_of_all(packed: ActivationCache) -> N
         every = len(text.pairs(rows, offset, True, 0))
         inside = len(text.pairs(rows, offset, False, 0))
         assert shares[offset] == pytest.approx(1 - inside / every)
-    assert shares[0] == 0 and shares[5] > 0.3
+    assert shares[0] == 0
+    assert shares[5] > 0.3
 
 
 def test_ridge_is_scikit_learns_on_pairs_inside_documents(packed: ActivationCache) -> None:
@@ -320,10 +321,8 @@ def test_kept_moments_of_other_pairs_are_not_taken(packed: ActivationCache, tmp_
     layers = [rng.normal(size=(len(documents), WIDTH)) for _ in range(DEPTH + 1)]
     head = random_head(WIDTH, VOCAB)
     cache = make_cache(tmp_path, layers, lengths, head, documents=documents)
-    scopes: list[dict[str, Any]] = [
-        {}, {"across_documents": True}, {"drop_first": 1}, {"across_documents": True, "drop_first": 1}
-    ]  # fmt: skip
-    for scope in scopes:
+    for across, drop in itertools.product(ALL_PAIRS, (0, 1)):
+        scope: dict[str, Any] = {"across_documents": across, "drop_first": drop}
         fitted = RidgeProbe(1, [0], **scope).fit(cache, keep=True)
         assert fitted.moments_["computed"] == 1
         again = RidgeProbe(1, [0], **scope).fit(cache)
