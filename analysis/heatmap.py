@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache.errors import UsageError
+from ..cache.segments import segment_places
 from ..probes.readout import Batch, LogitLens, Readout
 from .tokentext import token_text
 
@@ -105,7 +106,8 @@ def heatmap(
 ) -> Heatmap:
     """Read `width` tokens of a sequence (default: the first of `split` that is long enough).
 
-    `readout` defaults to the logit lens. Raises `UsageError` if the readout has no layer at this
+    `readout` defaults to the logit lens. The passage ends before the first token whose target, at
+    t + `offset`, is of another document. Raises `UsageError` if the readout has no layer at this
     offset, or the sequence no token there.
     """
     import torch
@@ -146,6 +148,15 @@ def _place(
     if count < 1 or start < 0:
         raise UsageError(
             f"sequence {sequence} has {length} tokens: none at {start} with offset {offset}"
+        )
+    _, left = segment_places(cache, np.array([sequence]))
+    alone = np.flatnonzero(left[start : start + count] < offset)
+    if len(alone):
+        count = int(alone[0])
+    if count < 1:
+        raise UsageError(
+            f"the document at token {start} of sequence {sequence} ends within the next {offset} "
+            "tokens; take another start"
         )
     return int(cache.sequence_start[sequence]) + start, count
 
