@@ -17,11 +17,7 @@ from .errors import UsageError
 if TYPE_CHECKING:
     from .store import ActivationCache
 
-DOCUMENT_OF_POSITION = "tokens/row_id"
-"""Array of the number of the document of each position."""
-DOCUMENT_OF_CONTEXT_TOKEN = "context/row_id"
-"""The same of each token of the contexts, where not all positions are kept."""
-BLOCK_POSITIONS = 1 << 20
+BLOCK_POSITIONS = 1 << 18
 """Positions that are looked at at once."""
 
 
@@ -75,8 +71,8 @@ def segment_places(
     total = int(lengths.sum())
     begins = np.zeros(total, bool)
     begins[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
-    if not across_documents and cache.has(DOCUMENT_OF_POSITION):
-        document = cache.array(DOCUMENT_OF_POSITION).take(cache.rows(sequences))
+    if not across_documents and cache.document_numbers is not None:
+        document = cache.document_numbers.take(cache.rows(sequences))
         begins[1:] |= document[1:] != document[:-1]
     starts = np.flatnonzero(begins)
     sizes = np.diff(np.append(starts, total))
@@ -87,7 +83,7 @@ def segment_places(
 def context_places(cache: "ActivationCache", positions: np.ndarray) -> np.ndarray:
     """Index of each of `positions` in the sequence that the model read, `(n,)` int64."""
     if is_sparse(cache):
-        return cache.array("tokens/index").take(positions).astype(np.int64)
+        return cache.token_index.take(positions).astype(np.int64)
     return positions - cache.sequence_start[sequence_of(cache, positions)]
 
 
@@ -98,8 +94,8 @@ def sequence_of(cache: "ActivationCache", positions: np.ndarray) -> np.ndarray:
 
 def document_of(cache: "ActivationCache", positions: np.ndarray) -> np.ndarray:
     """Number of the source document of each of `positions`, `(n,)` int64."""
-    if cache.has(DOCUMENT_OF_POSITION):
-        return cache.array(DOCUMENT_OF_POSITION).take(positions)
+    if cache.document_numbers is not None:
+        return cache.document_numbers.take(positions)
     return cache.array("sequences/row_id")[:][sequence_of(cache, positions)]
 
 
@@ -113,7 +109,7 @@ def neighbour_tokens(
     """
     sequence = sequence_of(cache, positions)
     sparse = is_sparse(cache)
-    documents = DOCUMENT_OF_CONTEXT_TOKEN if sparse else DOCUMENT_OF_POSITION
+    documents = cache.context_document_numbers
     if sparse:
         contexts, number = cache.contexts, cache.sequence_context[sequence]
         ids, first = contexts.ids, contexts.start[number]
@@ -124,10 +120,10 @@ def neighbour_tokens(
     other = place + step
     inside = (other >= first) & (other < end)
     if not across_documents:
-        if cache.has(documents):
-            own, there = (cache.array(documents).take(at[inside]) for at in (place, other))
+        if documents is not None:
+            own, there = (documents.take(at[inside]) for at in (place, other))
             inside[inside] = own == there
-        elif sparse and cache.has(DOCUMENT_OF_POSITION):
+        elif sparse and cache.document_numbers is not None:
             # Caches of before know the documents of rows alone: two neighbours may be of two.
             rows = positions + step
             run = cache.sequence_start[sequence]
@@ -151,7 +147,7 @@ def context_blocks(
     tokens that the model read count, whether or not they are rows of the cache.
     """
     held = cache.contexts
-    documents = DOCUMENT_OF_CONTEXT_TOKEN if is_sparse(cache) else DOCUMENT_OF_POSITION
+    documents = cache.context_document_numbers
     start, length = held.start[contexts], held.length[contexts]
     ends = np.cumsum(length)
     first = 0
@@ -163,8 +159,8 @@ def context_blocks(
         places = np.arange(int(lengths.sum())) + np.repeat(start[first:stop] - inner, lengths)
         begins = np.zeros(len(places), bool)
         begins[inner[lengths > 0]] = True
-        if cache.has(documents):
-            document = cache.array(documents).take(places)
+        if documents is not None:
+            document = documents.take(places)
         else:
             document = np.repeat(context_documents(cache)[contexts[first:stop]], lengths)
         if not across_documents:
@@ -193,7 +189,7 @@ def context_documents(cache: "ActivationCache") -> np.ndarray:
 
 def has_borders(cache: "ActivationCache") -> bool:
     """Whether a sequence of `cache` holds two documents; reads `tokens/row_id` until one does."""
-    if not cache.has(DOCUMENT_OF_POSITION):
+    if cache.document_numbers is None:
         return False
     blocks = cache.blocks(np.arange(len(cache.sequence_length)), BLOCK_POSITIONS)
     return any(
@@ -214,7 +210,7 @@ def dropped_rows(cache: "ActivationCache", sequences: np.ndarray, drop_first: in
     begin = np.zeros(len(sequences), np.int64)
     if drop_first and is_sparse(cache):
         # A run of kept positions may begin anywhere in what the model read.
-        begin = cache.array("tokens/index").take(cache.sequence_start[sequences]).astype(np.int64)
+        begin = cache.token_index.take(cache.sequence_start[sequences]).astype(np.int64)
     return np.minimum(np.maximum(drop_first - begin, 0), cache.sequence_length[sequences])
 
 

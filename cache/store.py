@@ -332,6 +332,26 @@ class ActivationCache:
         return self.array("sequences/hash")[:]
 
     @cached_property
+    def document_numbers(self) -> CacheArray | None:
+        """Number of the source document of each position, int64, read on slicing; None if unknown.
+
+        In the tables `tokens/row_id`; unknown in caches made of token ids.
+        """
+        return self.array("tokens/row_id") if self.has("tokens/row_id") else None
+
+    @cached_property
+    def context_document_numbers(self) -> CacheArray | None:
+        """The same for each token of `contexts`; None if unknown."""
+        if not self.has("context/ids"):
+            return self.document_numbers
+        return self.array("context/row_id") if self.has("context/row_id") else None
+
+    @cached_property
+    def token_index(self) -> CacheArray:
+        """Index of each position in the sequence that the model read, int32, read on slicing."""
+        return self.array("tokens/index")
+
+    @cached_property
     def sequence_context(self) -> np.ndarray:
         """Number of the context of each sequence, `(sequences,)`; itself where all are kept."""
         if not self.has("context/ids"):

@@ -23,6 +23,8 @@ TOP = 0.001
 """Share of the rows that counts as the largest ones; one row at least."""
 POSITIONS = 8192
 """Most positions that are looked at."""
+BLOCK_ROWS = 2048
+"""Most rows that are read at once."""
 MOST = 0.5
 """Shares above it are warned of."""
 FEWEST = 100
@@ -94,7 +96,7 @@ def error_shares(
             mean = _mean(cache, target, sources + offset)
             spread = np.zeros(len(sources))
             errors = {pair: np.zeros(len(sources)) for pair in pairs}
-            for part in _blocks(len(sources), cache.block_rows()):
+            for part in _blocks(len(sources), cache.block_rows(BLOCK_ROWS)):
                 y = cache.layer(target).take(sources[part] + offset)
                 spread[part] = _squares(y - mean)
                 for pair in pairs:
@@ -108,7 +110,7 @@ def error_shares(
 def _mean(cache: ActivationCache, layer: int, rows: np.ndarray) -> np.ndarray:
     """Mean of `rows` of a layer, `(d_model,)` float32; sums in float64."""
     total = np.zeros(cache.d_model)
-    for part in _blocks(len(rows), cache.block_rows()):
+    for part in _blocks(len(rows), cache.block_rows(BLOCK_ROWS)):
         total += cache.layer(layer).take(rows[part]).sum(axis=0, dtype=np.float64)
     return (total / max(1, len(rows))).astype(np.float32)
 

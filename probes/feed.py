@@ -12,7 +12,6 @@ import torch
 from ..cache.errors import UsageError
 from ..cache.half import decode_into
 from ..cache.segments import (
-    DOCUMENT_OF_POSITION,
     PairScope,
     dropped_rows,
     is_sparse,
@@ -248,10 +247,10 @@ class _Buffer:
         sequence = sequence_of(cache, position)
         sequence[~read] = -1
         begins[1:] |= sequence[1:] != sequence[:-1]
-        if not across and cache.has(DOCUMENT_OF_POSITION):
+        if not across and cache.document_numbers is not None:
             if len(self.documents) < len(place):
                 self.documents = np.zeros(len(place), np.int64)
-            _read(cache.array(DOCUMENT_OF_POSITION), starts, followed, self.documents, sizes)
+            _read(cache.document_numbers, starts, followed, self.documents, sizes)
             document = self.documents[: len(place)]
             begins[1:] |= document[1:] != document[:-1]
         first = np.flatnonzero(begins)

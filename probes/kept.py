@@ -22,7 +22,6 @@ from ..cache.lease import try_lock
 from ..cache.place import children, is_remote, store_of, total_bytes, upload
 from ..cache.segments import (
     BLOCK_POSITIONS,
-    DOCUMENT_OF_POSITION,
     has_borders,
     segment_places,
 )
@@ -159,7 +158,7 @@ def same_documents(old: ActivationCache, new: ActivationCache, across_documents:
 
     Numbers of documents may differ, borders may not; read in blocks.
     """
-    if across_documents or not (old.has(DOCUMENT_OF_POSITION) or new.has(DOCUMENT_OF_POSITION)):
+    if across_documents or (old.document_numbers is None and new.document_numbers is None):
         return True
     numbers = np.arange(len(old.sequence_length))
     return all(
