@@ -162,7 +162,13 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return X, y
 
     def _chosen(self, moments: MomentSet) -> MomentSet:
-        """The moments of the targets asked for."""
+        """The moments of the targets asked for; raises `UsageError` if they are of other pairs."""
+        for name in ("across_documents", "drop_first"):
+            if getattr(moments, name) != getattr(self, name):
+                raise UsageError(
+                    f"these moments were collected with {name}={getattr(moments, name)}, the probe "
+                    f"has {name}={getattr(self, name)}; give both the same"
+                )
         there = {pair[2] for pair in moments.pairs}
         if self.target is None and len(there) > 1:
             raise UsageError(f"these moments have the targets {sorted(there)}: give target=")

@@ -331,6 +331,21 @@ def test_kept_moments_of_other_pairs_are_not_taken(packed: ActivationCache, tmp_
     assert len({MomentSet.load(entry.path).total(0, 1).n for entry in entries(cache)}) == 4
 
 
+def test_moments_are_fitted_by_probes_of_the_same_pairs(
+    packed: ActivationCache, tmp_path: Path
+) -> None:
+    collect(packed, [0], [1], across_documents=True, drop_first=2).save(tmp_path)
+    back = MomentSet.load(tmp_path)
+    assert (back.across_documents, back.drop_first) == (True, 2)
+    others: list[dict[str, Any]] = [{}, {"across_documents": True}, {"drop_first": 2}]
+    for other in others:
+        with pytest.raises(UsageError, match="give both the same"):
+            RidgeProbe(1, [0], **other).fit(back)
+    probe = RidgeProbe(1, [0], across_documents=True, drop_first=2)
+    pairs = Text(packed).pairs(packed.rows(packed.split("train")), 1, True, 2)
+    assert probe.fit(back).n_[0, 1] == len(pairs)
+
+
 def test_moments_of_before_count_all_pairs(tmp_path: Path) -> None:
     from residua.cache.jsonfile import read_json, write_json
 
