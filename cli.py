@@ -15,6 +15,8 @@ from residua.analysis.command import (
     SLICES,
     Commands,
     command,
+    dropping,
+    paired,
     probing,
     shared,
 )
@@ -325,7 +327,8 @@ def fit() -> None:
 @command
 def ridge(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
-    alpha: float | None, folds: int, products: str, target: tuple[int, ...] | None, **options: Any,
+    across_documents: bool, drop_first: int, alpha: float | None, folds: int, products: str,
+    target: tuple[int, ...] | None, **options: Any,
 ) -> Any:  # fmt: skip
     """Ridge maps from every layer to the last layer N tokens on, in one pass over CACHE.
 
@@ -344,7 +347,8 @@ def ridge(
     from residua.probes.ridge import RidgeProbe
 
     ridge = RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products,
-                       target=target)  # fmt: skip
+                       target=target, across_documents=across_documents,
+                       drop_first=drop_first)  # fmt: skip
     source, probe, path = fit_and_save(
         ridge, cache, root, quiet, stage="moments", resumes=False, **options
     )
@@ -361,11 +365,12 @@ def ridge(
 @click.argument("kinds", nargs=-1, metavar="[KIND]...", type=click.Choice(BASELINES))
 @click.option("--offsets", type=NUMBERS, default="0-3", show_default=True, help="Predict N tokens "
               "further on; those at which a kind says nothing are left out.")  # fmt: skip
+@paired
 @shared
 @command
 def baseline(
     root: Path, quiet: bool, cache: str, kinds: tuple[str, ...], offsets: tuple[int, ...],
-    scheduler: str | None,
+    across_documents: bool, scheduler: str | None,
 ) -> Any:  # fmt: skip
     """Baselines that count the tokens of the train split of CACHE, and read no layer.
 
@@ -386,7 +391,7 @@ def baseline(
 
     source, found = find_cache(cache, root), []
     with connected(scheduler) as client:
-        for probe in baselines(kinds or BASELINES, offsets):
+        for probe in baselines(kinds or BASELINES, offsets, across_documents):
             path = new_place(root, probe, source.id)
             save_probe(probe.fit(source, client=client), path)
             found.append({"kind": probe.kind, "probe": str(path), "metrics": probe.metrics()})
@@ -408,7 +413,8 @@ def baseline(
 @command
 def lens(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
-    steps: int, batch: int, lr: float | None, seed: int, **options: Any,
+    across_documents: bool, drop_first: int, steps: int, batch: int, lr: float | None, seed: int,
+    **options: Any,
 ) -> Any:  # fmt: skip
     """A tuned lens: translators of every layer, fitted to the model's own distribution.
 
@@ -424,7 +430,8 @@ def lens(
     from residua.probes.lens import FutureLens, TunedLens
 
     kind = TunedLens if offsets == (0,) else FutureLens
-    lens = kind(offset=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed)
+    lens = kind(offset=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed,
+                across_documents=across_documents, drop_first=drop_first)  # fmt: skip
     source, probe, path = fit_and_save(lens, cache, root, quiet, **options)
     metrics = probe.metrics()
     value = {"probe": str(path), "cache": source.id, "metrics": metrics}
@@ -446,7 +453,8 @@ def lens(
 @command
 def vocab(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
-    loss: str, form: str, rank: int | None, lr: float | None, epochs: int, **options: Any,
+    across_documents: bool, drop_first: int, loss: str, form: str, rank: int | None,
+    lr: float | None, epochs: int, **options: Any,
 ) -> Any:  # fmt: skip
     """Softmax regressions from every layer to the token N further on, in one stream over CACHE.
 
@@ -462,7 +470,8 @@ def vocab(
     from residua.probes.vocab import VocabProbe
 
     vocab = VocabProbe(offset=offsets, layers=layers, loss=loss, form=form, rank=rank, lr=lr,
-                       epochs=epochs)  # fmt: skip
+                       epochs=epochs, across_documents=across_documents,
+                       drop_first=drop_first)  # fmt: skip
     source, probe, path = fit_and_save(vocab, cache, root, quiet, stage="positions", **options)
     metrics, sweep = probe.metrics(), getattr(probe, "probe_", probe).sweep_
     value = {"probe": str(path), "cache": source.id, "metrics": metrics, "sweep": sweep}
@@ -476,6 +485,8 @@ def vocab(
 @click.option("--layers", type=NUMBERS, help="Layers.  [default: all]")
 @click.option("--split", default="test", show_default=True, help="train, validation, test or all.")
 @click.option("--max-positions", default=16384, show_default=True, help="Positions to evaluate.")
+@paired
+@dropping
 @click.option("--seed", default=0, show_default=True, help="Seed of the choice of sequences.")
 @click.option("--where", type=click.Choice(SLICES), help="Count only what the model says inside "
               "words (continued) or capitalised words (names) of several tokens.")  # fmt: skip
@@ -514,9 +525,8 @@ def evaluate(
             source, loaded, where=mask, force=force, progress=shown.of("evaluate"), **options
         )
     written = write(found, html, png, " ".join(["residua", *sys.argv[1:]]))
-    value = {"cache": source.id, "split": options["split"], "where": where,
-             "rows": found.to_dicts(), "buckets": found.bucket_dicts(),
-             "notes": list(found.notes)}  # fmt: skip
+    value = {"cache": source.id, "where": where, **found.about(),
+             "rows": found.to_dicts(), "buckets": found.bucket_dicts()}  # fmt: skip
     return {**value, "files": written}, lambda: evaluated(found, written)
 
 

@@ -55,23 +55,23 @@ def bucket_of(confidence: np.ndarray) -> np.ndarray:
 
 
 class Tally:
-    """Sums of every key per cell, a sequence and a bucket; only cells that occur take room.
+    """Sums of every key per cell, a unit and a bucket; only cells that occur take room.
 
-    Each key takes at most `min(5 sequences, positions)` rows of `MetricSums`: targets without a
-    confidence (see `bucket_of`) have a cell of their own.
+    A unit is what is resampled, a document. Each key takes at most `min(5 units, positions)` rows
+    of `MetricSums`: targets without a confidence (see `bucket_of`) have a cell of their own.
     """
 
-    def __init__(self, keys: Sequence[Key], sequences: int, positions: int) -> None:
-        self.sequences = sequences
+    def __init__(self, keys: Sequence[Key], units: int, positions: int) -> None:
+        self.units = units
         numbers = len(BUCKETS) + 1
-        size = min(sequences * numbers, positions)
+        size = min(units * numbers, positions)
         self.sums = {key: MetricSums(size) for key in keys}
         """`(cells, columns)` by key."""
-        self._cell = np.full((sequences, numbers), -1)
-        self._sequence, self._bucket = np.full(size, -1), np.full(size, -1)
+        self._cell = np.full((units, numbers), -1)
+        self._unit, self._bucket = np.full(size, -1), np.full(size, -1)
 
     def cells(self, slots: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-        """Cell of each position from its sequence `(n,)` and the model's confidence `(n,)`."""
+        """Cell of each position from its unit `(n,)` and the model's confidence `(n,)`."""
         buckets = bucket_of(confidence)
         self._number(slots, buckets)
         return self._cell[slots, buckets]
@@ -81,11 +81,11 @@ class Tally:
         new = self._cell[slots, buckets] < 0
         if not new.any():
             return
-        sequence, bucket = np.unique(np.stack([slots[new], buckets[new]]), axis=1)
-        first = np.count_nonzero(self._sequence >= 0)
-        numbers = np.arange(first, first + len(sequence))
-        self._cell[sequence, bucket] = numbers
-        self._sequence[numbers], self._bucket[numbers] = sequence, bucket
+        unit, bucket = np.unique(np.stack([slots[new], buckets[new]]), axis=1)
+        first = np.count_nonzero(self._unit >= 0)
+        numbers = np.arange(first, first + len(unit))
+        self._cell[unit, bucket] = numbers
+        self._unit[numbers], self._bucket[numbers] = unit, bucket
 
     def rows(self, weights: np.ndarray) -> tuple[list[Row], list[BucketRow]]:
         """Rows of all keys, and of their buckets; a key or bucket without a pair has none.
@@ -95,7 +95,7 @@ class Tally:
         rows: list[Row] = []
         parts: list[BucketRow] = []
         for key in self.sums:
-            row = self._row(key, weights, self._sequence)
+            row = self._row(key, weights, self._unit)
             if row is not None:
                 rows.append(row)
                 parts += self._parts(key, weights, row.n)
@@ -104,11 +104,11 @@ class Tally:
     def _parts(self, key: Key, weights: np.ndarray, n: int) -> list[BucketRow]:
         found = []
         for number, (low, high) in enumerate(BUCKETS):
-            inside = np.where(self._bucket == number, self._sequence, -1)
+            inside = np.where(self._bucket == number, self._unit, -1)
             if (row := self._row(key, weights, inside)) is not None:
                 found.append(BucketRow(**asdict(row), confidence_from=low, confidence_to=high,
                                        share=row.n / n))  # fmt: skip
         return found
 
-    def _row(self, key: Key, weights: np.ndarray, sequence: np.ndarray) -> Row | None:
-        return self.sums[key].by(sequence, self.sequences).row(*key, weights)
+    def _row(self, key: Key, weights: np.ndarray, unit: np.ndarray) -> Row | None:
+        return self.sums[key].by(unit, self.units).row(*key, weights)

@@ -102,6 +102,19 @@ shared = click.option("--scheduler", metavar="ADDRESS", help="Let the workers of
 """Adds --scheduler to a fit."""
 
 
+paired = click.option(
+    "--across-documents", is_flag=True, help="Count pairs (t, t+N) of two documents of a packed "
+    "sequence, too.",
+)  # fmt: skip
+"""Adds --across-documents: see `PairScope`."""
+
+dropping = click.option(
+    "--drop-first", type=int, default=0, show_default=True, help="Leave out the first K positions "
+    "of each sequence, which are attention sinks in many models.",
+)  # fmt: skip
+"""Adds --drop-first: see `PairScope`."""
+
+
 def probing(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds what every fit of a probe takes: CACHE, and options that mean the same for all."""
     parameters = (
@@ -109,6 +122,8 @@ def probing(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--offsets", type=NUMBERS, default="0", show_default=True,
                      help="Predict N tokens further on; 0 is the next token."),
         click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]"),
+        paired,
+        dropping,
         click.option("--memory", type=Gibibytes(), help="Memory of the fit, beside what Python "
                      "and its libraries take.  [default: 2, at most a quarter of the machine's]"),
         click.option("--control", type=click.Choice(CONTROLS), help="Fit a control instead: "

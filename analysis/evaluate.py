@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,15 @@ from ..cache.errors import MismatchError, NotFoundError, ResiduaWarning, UsageEr
 from ..cache.head import TorchHead
 from ..cache.manifest import SHORT_ID
 from ..cache.numbers import number, numbers, span
-from ..probes.bigram import Bigram
+from ..cache.segments import PairScope
+from ..probes.bigram import Bigram, CrossFittedBigram
 from ..probes.counts import Counted
+from ..probes.errorshare import ErrorShare, domination_message, error_shares
 from ..probes.readout import Batch, LogitLens, Readout
 from ..probes.save import check_for
 from .buckets import BucketRow, Key, Tally
 from .metrics import Reference, Row, resampling
-from .windows import Window, check_where, choose_sequences, windows
+from .windows import Targets, Units, Window, check_where, choose_sequences, windows
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 DEFAULT_OFFSETS = (0, 1, 2, 3)
 UNDEFINED_NAMED = 3
 """Most rows that the warning of undefined measures names."""
+FITTED_SPLITS = ("train", "all")
+"""Splits with text that probes and baselines are fitted on."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Evaluation:
     split: str
     seed: int
     n: int
-    """Positions evaluated; a pair at offset N also needs t+N inside the sequence."""
+    """Positions evaluated; a pair at offset N also needs t in the sequence and document of t+N."""
     positions: int
     """Positions of the sequences taken, more than `n` where a mask chose among them."""
     sequences: int
@@ -54,8 +58,21 @@ class Evaluation:
     offsets: tuple[int, ...]
     probes: tuple[str, ...]
     """Names of the probes, baselines first."""
+    across_documents: bool = False
+    """Whether pairs may join two documents of a sequence."""
+    drop_first: int = 0
+    """Positions at the start of each sequence that were no sources."""
+    crossing: dict[int, float] = field(default_factory=dict)
+    """Share of the sequences' pairs that join two documents, by offset; counted or left out."""
+    unit: str = "document"
+    """What intervals resample: `document`, or `sequence` where there is one document."""
+    units: int = 0
+    """How many of them were evaluated."""
+    shares: dict[Key, ErrorShare] = field(default_factory=dict)
+    """How few pairs make most of the squared error to residual_L, for ridge and lenses."""
     notes: tuple[str, ...] = ()
-    """What a reader of the numbers must know: undefined measures, pairs that a probe lacks."""
+    """What a reader of the numbers must know, one sentence each: undefined measures, pairs that a
+    probe lacks, few documents, a baseline that is left out."""
     cache: "ActivationCache | None" = field(default=None, repr=False, compare=False)
     readouts: tuple[Readout, ...] = field(default=(), repr=False, compare=False)
 
@@ -66,6 +83,45 @@ class Evaluation:
     def bucket_dicts(self) -> list[dict[str, Any]]:
         """One dictionary of plain numbers per row of `buckets`; None as in `to_dicts`."""
         return [row.to_dict() for row in self.buckets]
+
+    def about(self) -> dict[str, Any]:
+        """What was evaluated, as plain values: split, pairs, unit of the intervals, notes."""
+        names = ("split", "seed", "n", "positions", "sequences", "across_documents", "drop_first")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "crossing": {str(offset): share for offset, share in self.crossing.items()},
+            "unit": self.unit,
+            "units": self.units,
+            "squared_errors": [
+                {"probe": name, "layer": layer, "offset": offset, **asdict(share)}
+                for (name, layer, offset), share in self.shares.items()
+            ],
+            "notes": list(self.notes),
+        }
+
+    def facts(self) -> list[str]:
+        """Sentences on pairs, intervals and squared errors, then the notes; plain text."""
+        what = "counted" if self.across_documents else "left out"
+        shares = [f"{100 * share:.1f} % at N = {n}" for n, share in self.crossing.items() if share]
+        plural = "" if self.units == 1 else "s"
+        found = [f"intervals resample the {self.units:,} {self.unit}{plural} evaluated"]
+        if shares:
+            found.append(f"pairs that join two documents are {what}: {', '.join(shares)}")
+        if self.drop_first:
+            found.append(f"the first {self.drop_first} positions of each sequence are no sources")
+        by_probe: dict[str, ErrorShare] = {}
+        for (name, _, _), share in self.shares.items():
+            worst = by_probe.get(name)
+            if worst is None or (share.top_error or 0) > (worst.top_error or 0):
+                by_probe[name] = share
+        for name, share in by_probe.items():
+            if share.top_error is not None and share.top_target is not None:
+                found.append(
+                    f"{name}: the largest 0.1 % of the pairs make at most "
+                    f"{100 * share.top_error:.1f} % of the squared error of a map, and there "
+                    f"{100 * share.top_target:.1f} % of the target's variance"
+                )
+        return [*found, *(f"note: {note}" for note in self.notes)]
 
     def select(self, probe: str, offset: int) -> list[Row]:
         """Rows of one probe at one offset, by layer."""
@@ -118,6 +174,8 @@ def evaluate(
     seed: int = 0,
     where: np.ndarray | None = None,
     force: bool = False,
+    across_documents: bool = False,
+    drop_first: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure `probes` (or one), the logit lens and the bigram on whole sequences of `split`.
@@ -132,6 +190,11 @@ def evaluate(
     Logits that are no distribution (NaN, +inf) make the measures of their row None: there is one
     `ResiduaWarning`, and `notes` name the rows.
 
+    Pairs (t, t+N), and the text's tokens after them, stay inside one document of one sequence;
+    `across_documents` allows pairs of two. The `drop_first` first positions of each sequence are no
+    sources. Intervals resample documents. The bigram is counted on the train split; where that
+    split is evaluated (`train`, `all`), on its documents of other folds (`CrossFittedBigram`).
+
     Raises `UsageError` if the split is empty or holds no pair, `where` is no such mask, or a probe
     holds NaN or an infinity; `NotFoundError` for a layer that the cache lacks, an offset that no
     given probe has, or a probe without a pair of those asked for; `MismatchError` for a probe of
@@ -145,26 +208,39 @@ def evaluate(
         check_for(probe, cache, force)
     check_where(cache, where)
     sequences = choose_sequences(cache, split, max_positions, seed)
-    plan = _plan(cache, given, offsets, layers)
+    scope = PairScope(across_documents, drop_first).check()
+    baselines = _Baselines(split, scope.across_documents)
+    plan = _plan(cache, given, offsets, layers, baselines)
     groups = plan.groups(cache)
     positions = int(cache.sequence_length[sequences].sum())
-    n = positions if where is None else int(where[cache.rows(sequences)].sum())
-    tally = Tally(plan.wanted(), len(sequences), n)
+    units = Units.of(cache, sequences, seed)
+    targets = Targets.of(cache, sequences, scope, where)
+    n = targets.count
+    tally = Tally(plan.wanted(), units.slots, n)
     head = cache.head.torch()
     with torch.inference_mode():
-        for window in windows(cache, sequences, plan.offsets, batch_rows, where):
+        for window in windows(cache, sequences, plan.offsets, batch_rows, where, scope, units):
             _add_window(cache, head, plan, groups, window, tally)
             if progress is not None:
                 progress(window.stop, n)
-    rows, buckets = tally.rows(resampling(len(sequences), seed))
+    rows, buckets = tally.rows(resampling(units.slots, seed))
     if not rows:
-        raise _no_pair(cache, sequences, split, plan.offsets, n)
+        raise _no_pair(cache, sequences, split, plan.offsets, targets)
     undefined = _undefined(rows)
     if undefined:
         warnings.warn(undefined, ResiduaWarning, stacklevel=2)
+    shares = _error_shares(cache, plan, sequences, scope, where)
+    notes = [
+        *plan.notes,
+        *([undefined] if undefined else []),
+        *_notes(cache, given, split, units, shares),
+        *baselines.notes,
+    ]
     return _evaluation(
         cache, plan, rows, buckets=buckets, split=split, seed=seed, n=n, positions=positions,
-        sequences=len(sequences), notes=(*plan.notes, *([undefined] if undefined else [])),
+        sequences=len(sequences), **vars(scope), unit=units.name, units=units.count,
+        crossing=_crossing(cache, sequences, scope, where, targets, plan.offsets), shares=shares,
+        notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -186,19 +262,88 @@ def _undefined(rows: Sequence[Row]) -> str:
     )
 
 
+def _crossing(
+    cache: "ActivationCache",
+    sequences: np.ndarray,
+    scope: PairScope,
+    where: np.ndarray | None,
+    targets: Targets,
+    offsets: tuple[int, ...],
+) -> dict[int, float]:
+    """Share of the pairs of `sequences` that join two documents, by offset."""
+    within = targets
+    if scope.across_documents:
+        within = Targets.of(cache, sequences, PairScope(False, scope.drop_first), where)
+    return {offset: targets.crossing(within, offset) for offset in offsets}
+
+
+def _error_shares(
+    cache: "ActivationCache",
+    plan: "_Plan",
+    sequences: np.ndarray,
+    scope: PairScope,
+    where: np.ndarray | None,
+) -> dict[Key, ErrorShare]:
+    """Who makes the squared errors of the maps to the last layer that are evaluated."""
+    found: dict[Key, ErrorShare] = {}
+    for name, readout in plan.readouts.items():
+        map_of = getattr(readout, "residual_map", None)
+        keys = [key for key in plan.wanted() if key[0] == name] if map_of else []
+        maps = {
+            (key[1], key[2], cache.depth): fitted
+            for key in keys
+            if map_of and key[1] is not None and (fitted := map_of(key[1], key[2])) is not None
+        }
+        shares = error_shares(cache, maps, sequences, scope, where)
+        found |= {(name, layer, offset): share for (layer, offset, _), share in shares.items()}
+    return found
+
+
+def _notes(
+    cache: "ActivationCache",
+    probes: Sequence[Readout],
+    split: str,
+    units: Units,
+    shares: dict[Key, ErrorShare],
+) -> tuple[str, ...]:
+    """What to know when the numbers are read."""
+    notes = [units.note] if units.note else []
+    own = [p.kind for p in probes if getattr(p, "cache_id_", None) == cache.id]
+    if split in FITTED_SPLITS and own:
+        notes.append(
+            f"the {split} split holds text that these probes were fitted on: {', '.join(own)}; "
+            "use split='test' for what they say of other text"
+        )
+    by_layer = {(layer, offset, name): share for (name, layer, offset), share in shares.items()}
+    if message := domination_message(by_layer):
+        notes.append(message)
+    return tuple(notes)
+
+
 def _no_pair(
-    cache: "ActivationCache", sequences: np.ndarray, split: str, offsets: tuple[int, ...], n: int
+    cache: "ActivationCache",
+    sequences: np.ndarray,
+    split: str,
+    offsets: tuple[int, ...],
+    targets: Targets,
 ) -> UsageError:
     """Says why there is nothing to measure."""
     lengths = cache.sequence_length[sequences]
-    if lengths.max() > min(offsets):
+    least, n = min(offsets), int(targets.chosen.sum())
+    if (targets.index >= least).any():
         return UsageError(
             f"`where` holds {n} of the {lengths.sum()} positions taken from the {split} split, "
-            f"none with a token {min(offsets)} before it; raise max_positions or use another mask"
+            f"none with a token {least} before it; raise max_positions or use another mask"
+        )
+    if (targets.index_in_sequence >= least).any():
+        return UsageError(
+            f"no document of the {len(sequences)} {split} sequences is longer inside one sequence "
+            f"than the offsets {offsets} ask for; use smaller offsets, or across_documents=True "
+            "(--across-documents)"
         )
     return UsageError(
-        f"no {split} sequence is longer than the offsets {offsets} ask for: "
-        f"the longest of {len(sequences)} has {lengths.max()} tokens"
+        f"no {split} sequence is longer than the offsets {offsets} ask for, beside the positions "
+        f"that drop_first leaves out: the longest of {len(sequences)} has {lengths.max()} tokens"
     )
 
 
@@ -267,6 +412,7 @@ def _plan(
     probes: Sequence[Readout],
     offsets: int | Iterable[int] | None,
     layers: int | Iterable[int] | None,
+    baselines: "_Baselines",
 ) -> _Plan:
     pairs = [pair for probe in probes for pair in probe.pairs()]
     asked_offsets = None if offsets is None else numbers(offsets, "offsets")
@@ -283,7 +429,7 @@ def _plan(
         cache.layer(layer)
     offsets, layers = tuple(sorted(set(offsets))), tuple(sorted(set(layers)))
     notes = _check_asked(probes, asked_layers, asked_offsets)
-    readouts = _named([*_baselines(cache, probes, layers, offsets), *probes])
+    readouts = _named([*baselines.of(cache, probes, layers, offsets), *probes])
     return _Plan(readouts, layers, offsets, (*notes, *_who_is_who(readouts)))
 
 
@@ -347,21 +493,35 @@ def _has(probe: Readout) -> str:
     return f"layers {span(layers)}, {offsets}" if layers else offsets
 
 
-def _baselines(
-    cache: "ActivationCache",
-    probes: Sequence[Readout],
-    layers: tuple[int, ...],
-    offsets: tuple[int, ...],
-) -> list[Readout]:
-    """The logit lens, and the bigram where it says something, unless they are given."""
-    given = {probe.kind for probe in probes}
-    ahead = tuple(offset for offset in offsets if offset > 0)
-    out: list[Readout] = []
-    if Bigram.kind not in given and ahead and len(cache.split("train")):
-        out.append(Bigram(ahead).fit(cache))
-    if LogitLens.kind not in given:
-        out.append(LogitLens(layers, offsets))
-    return out
+@dataclass(frozen=True)
+class _Baselines:
+    """What is measured beside the probes."""
+
+    split: str
+    across_documents: bool
+    notes: list[str] = field(default_factory=list)
+    """Why a baseline is left out."""
+
+    def of(
+        self,
+        cache: "ActivationCache",
+        probes: Sequence[Readout],
+        layers: tuple[int, ...],
+        offsets: tuple[int, ...],
+    ) -> list[Readout]:
+        """The logit lens, and the bigram where it says something, unless they are given."""
+        given = {probe.kind for probe in probes}
+        ahead = tuple(offset for offset in offsets if offset > 0)
+        out: list[Readout] = []
+        if Bigram.kind not in given and ahead and len(cache.split("train")):
+            kind = CrossFittedBigram if self.split in FITTED_SPLITS else Bigram
+            try:
+                out.append(kind(ahead, self.across_documents).fit(cache))
+            except UsageError as error:
+                self.notes.append(f"there is no bigram beside the probes: {error}")
+        if LogitLens.kind not in given:
+            out.append(LogitLens(layers, offsets))
+        return out
 
 
 def _named(readouts: Sequence[Readout]) -> dict[str, Readout]:
@@ -382,6 +542,8 @@ def _add_window(
     tally: Tally,
 ) -> None:
     """Add one window to every sum: the model's logits once, then layer by layer."""
+    import torch
+
     model = head(_hidden(cache, cache.depth, window.positions[window.place]))
     reference = Reference.of(model, window.text)
     del model
@@ -402,7 +564,8 @@ def _add_window(
                 logits = lens[sources]
             else:
                 states = None if hidden is None else hidden[sources]
-                tokens = window.read[sources], window.previous[targets]
+                position = torch.from_numpy(window.positions[window.place[targets]])
+                tokens = window.read[sources], window.previous[targets], position
                 batch = Batch(states, window.token[targets], head, *tokens)
                 logits = readout.logits(batch, key[1], offset)
                 _check_logits(logits, key[0], len(targets), cache.vocab)

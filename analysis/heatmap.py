@@ -9,6 +9,7 @@ import numpy as np
 
 from ..cache.errors import NotFoundError, UsageError
 from ..cache.numbers import number, span
+from ..cache.segments import segment_places
 from ..probes.readout import Batch, LogitLens, Readout
 from ..probes.save import check_for
 from .metrics import Reference, divergences, first_max, is_distribution
@@ -120,9 +121,10 @@ def heatmap(
 ) -> Heatmap:
     """Read `width` tokens of a sequence (default: the first of `split` that is long enough).
 
-    `readout` defaults to the logit lens; a control reads the rows of its view of the cache. Raises
-    `NotFoundError` if the readout has no layer at this offset, `UsageError` if the sequence has no
-    token there, `MismatchError` for a readout of another model, unless `force`.
+    `readout` defaults to the logit lens; a control reads the rows of its view of the cache. The
+    passage ends before the first token whose target, at t + `offset`, is of another document.
+    Raises `NotFoundError` if the readout has no layer at this offset, `UsageError` if the sequence
+    has no token there, `MismatchError` for a readout of another model, unless `force`.
     """
     import torch
 
@@ -168,6 +170,15 @@ def _place(
     if count < 1 or start < 0:
         raise UsageError(
             f"sequence {sequence} has {length} tokens: none at {start} with offset {offset}"
+        )
+    _, left = segment_places(cache, np.array([sequence]))
+    alone = np.flatnonzero(left[start : start + count] < offset)
+    if len(alone):
+        count = int(alone[0])
+    if count < 1:
+        raise UsageError(
+            f"the document at token {start} of sequence {sequence} ends within the next {offset} "
+            "tokens; take another start"
         )
     return int(cache.sequence_start[sequence]) + start, count
 

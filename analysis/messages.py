@@ -231,9 +231,22 @@ def fitted(
         )
         if moments["why"]:
             print(f"  {moments['why']}")
+    _tell_shares(metrics)
     print(f"probe: {probe}")
     if readable:
         print(f"next: residua evaluate {cache[:12]} {probe.name} --html report.html")
+
+
+def _tell_shares(metrics: Sequence[dict[str, Any]]) -> None:
+    """Say what the columns of pairs and of squared errors mean, where a fit has them."""
+    if "crossing" in metrics[0]:
+        print("crossing: share of the pairs of sequences that join two documents")
+    if "top_error" in metrics[0]:
+        print(
+            "top_target, top_error: shares of the target's variance and of the squared error that "
+            "the largest 0.1 % of the pairs make; first_...: the pairs whose source is the first "
+            "position of its sequence"
+        )
 
 
 def evaluated(found: "Evaluation", written: Sequence[str] = ()) -> None:

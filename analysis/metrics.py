@@ -1,4 +1,4 @@
-"""Measures a probe's distribution against the model's: sums per sequence, rows with intervals.
+"""Measures a probe's distribution against the model's: sums per document, rows with intervals.
 
 Logits are a distribution where their largest one is finite: -inf excludes a token, while NaN, +inf
 or nothing but -inf leave the softmax undefined. Undefined positions are NaN in every sum that they
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 KS = (1, 5, 10)
 """The k of precision@k."""
 RESAMPLES = 500
-"""Bootstrap resamples of the sequences behind an interval."""
+"""Bootstrap resamples of the documents behind an interval."""
 TILE_BYTES = 4 << 20
 """Float32 logits that are measured at once: what is made of them stays near the processor."""
 COLUMNS = (
@@ -55,7 +55,7 @@ class Row:
     kl: float | None
     """KL(model || probe); infinite if the probe excludes what the model gives mass to."""
     kl_low: float | None
-    """Lower end of the 95 % interval of `kl`; None with fewer than two sequences."""
+    """Lower end of the 95 % interval of `kl`; None with fewer than two documents."""
     kl_high: float | None
     kl_reverse: float | None
     """KL(probe || model); infinite if the probe gives mass to what the model's logits exclude."""
@@ -236,7 +236,7 @@ def _pick(values: "torch.Tensor", token: "torch.Tensor") -> "torch.Tensor":
 class MetricSums:
     """Running sums of `COLUMNS` per group of positions, `(groups, columns)` float64; order-free.
 
-    A group is a sequence where a row is asked for.
+    A group is a document where a row is asked for, or else what is resampled.
     """
 
     def __init__(self, groups: int) -> None:
@@ -264,10 +264,10 @@ class MetricSums:
         """Add the sums that another pass made over the same groups."""
         self.sums += other.sums
 
-    def by(self, sequence: np.ndarray, sequences: int) -> "MetricSums":
-        """The sums per sequence; group i is part of `sequence[i]`, or of none where that is -1."""
-        found, kept = MetricSums(sequences), sequence >= 0
-        np.add.at(found.sums, sequence[kept], self.sums[kept])
+    def by(self, unit: np.ndarray, units: int) -> "MetricSums":
+        """The sums per document; group i is part of `unit[i]`, or of none where that is -1."""
+        found, kept = MetricSums(units), unit >= 0
+        np.add.at(found.sums, unit[kept], self.sums[kept])
         return found
 
     def row(self, probe: str, layer: int | None, offset: int, weights: np.ndarray) -> Row | None:
@@ -298,7 +298,10 @@ class MetricSums:
         )
 
     def _interval(self, name: str, weights: np.ndarray) -> tuple[float | None, float | None]:
-        """Percentile bootstrap over sequences of the mean `name` (Efron, 1979)."""
+        """Percentile bootstrap over documents of the mean `name` (Efron, 1979).
+
+        Positions of one document are alike: whole documents are drawn (a cluster bootstrap).
+        """
         n, values = self.sums[:, 0], self.sums[:, COLUMNS.index(name)]
         if np.count_nonzero(n) < 2 or not np.isfinite(values).all():
             return None, None
@@ -308,8 +311,8 @@ class MetricSums:
         return float(low), float(high)
 
 
-def resampling(sequences: int, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """How often each resample draws each sequence, `(resamples, sequences)` float64."""
+def resampling(units: int, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
+    """How often each resample draws each unit (a document), `(resamples, units)` float64."""
     rng = np.random.default_rng(seed)
-    share = np.full(sequences, 1 / sequences)
-    return rng.multinomial(sequences, share, size=resamples).astype(np.float64)
+    share = np.full(units, 1 / units)
+    return rng.multinomial(units, share, size=resamples).astype(np.float64)

@@ -4,7 +4,8 @@ GLOSSARY = {
     "layer": "0 is the embedding output, l the output of block l; the last one comes before the "
     "final norm, so there the logit lens at N = 0 is the model itself.",
     "N (offset)": "From the residual stream at token t the probe predicts what the model says at "
-    "token t+N; N = 0 is the ordinary next token. A pair (t, t+N) lies inside one sequence.",
+    "token t+N; N = 0 is the ordinary next token. A pair (t, t+N) lies inside one document of one "
+    "sequence, unless pairs across documents were asked for.",
     "n": "Number of pairs measured. n text: those for which the text goes on.",
     "undefined": "Pairs at which the logits of the model or the probe are no distribution (NaN, "
     "infinity). Measures of a row with such pairs are undefined, and left empty.",
@@ -23,10 +24,12 @@ GLOSSARY = {
     "probe's choice would surprise the model (Din et al., arXiv 2303.09435; Future Lens).",
     "text": "NLL text and p@k text compare with the token that follows in the text, x[t+N+1], "
     "instead of the model's top token.",
-    "95 % interval": "Percentile bootstrap over whole sequences, seeded; empty for one sequence. "
+    "95 % interval": "Percentile bootstrap over whole documents, seeded: what another sample of "
+    "as many documents would give. Too narrow for few documents, empty for one sequence. "
     "It says nothing about another corpus or another training run.",
     "logit lens": "The model's own head on a middle layer, without any fit.",
-    "bigram": "Witten-Bell bigram of the train split. It reads x[t+N], which no probe of the "
+    "bigram": "Witten-Bell bigram of the train split; where that is evaluated, of its documents of "
+    "other folds. It reads x[t+N], which no probe of the "
     "residual stream at t sees; a trigram reads x[t+N-1] as well. The unigram reads nothing.",
     "lagged bigram": "What x[t] alone says of the token after t+N, counted at that distance; the "
     "bigram chain computes it from neighbours.",

@@ -239,7 +239,7 @@ def _facts(evaluation: Evaluation, cache: "ActivationCache | None", command: str
         facts["cache holds"] = f"{cache.positions:,} positions, layers 0-{cache.depth}"
         facts["d_model, vocab"] = f"{cache.d_model:,}, {cache.vocab:,}"
     chosen = evaluation.n < evaluation.positions
-    of = f" (chosen by a mask) of the {evaluation.positions:,}" if chosen else ""
+    of = f" (chosen among them) of the {evaluation.positions:,}" if chosen else ""
     facts["evaluated"] = (
         f"{evaluation.split} split, {evaluation.n:,}{of} positions of "
         f"{evaluation.sequences:,} sequences, seed {evaluation.seed}"
@@ -250,7 +250,9 @@ def _facts(evaluation: Evaluation, cache: "ActivationCache | None", command: str
         f"<tr><th>{escape(name)}</th><td>{_code(name, value)}</td></tr>"
         for name, value in facts.items()
     )
-    return "<table class='facts'>" + "".join(cells) + "</table>"
+    sentences = (f"<li>{escape(sentence)}</li>" for sentence in evaluation.facts())
+    table = "<table class='facts'>" + "".join(cells) + "</table>"
+    return table + "<ul class='notes'>" + "".join(sentences) + "</ul>"
 
 
 def _glossary() -> str:

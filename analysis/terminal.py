@@ -148,11 +148,11 @@ def bandwidths(stages: dict[str, Any]) -> str:
 
 
 def print_evaluation(found: "Evaluation") -> None:
-    """Print KL and precision@1 by layer, one table per offset."""
+    """Print KL and precision@1 by layer, one table per offset, and what to know of them."""
     for part in found.table():
         table(part.caption, part.columns, part.rows)
-    for note in found.notes:
-        print(f"note: {note}")
+    for line in found.facts():
+        print(line)
 
 
 def short(name: str | None) -> str:

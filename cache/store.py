@@ -366,12 +366,39 @@ class ActivationCache:
         return found
 
     @cached_property
+    def document_numbers(self) -> CacheArray | None:
+        """Number of the source document of each position, int64, read on slicing; None if unknown.
+
+        In the tables `tokens/row_id`; unknown in caches made of token ids.
+        """
+        return self.array("tokens/row_id") if self.has("tokens/row_id") else None
+
+    @cached_property
+    def context_document_numbers(self) -> CacheArray | None:
+        """The same for each token of `contexts`; None if unknown."""
+        if not self.has("context/ids"):
+            return self.document_numbers
+        return self.array("context/row_id") if self.has("context/row_id") else None
+
+    @cached_property
+    def token_index(self) -> CacheArray:
+        """Index of each position in the sequence that the model read, int32, read on slicing."""
+        return self.array("tokens/index")
+
+    @cached_property
+    def sequence_context(self) -> np.ndarray:
+        """Number of the context of each sequence, `(sequences,)`; itself where all are kept."""
+        if not self.has("context/ids"):
+            return np.arange(len(self.sequence_length))
+        return self.array("sequences/context")[:]
+
+    @cached_property
     def contexts(self) -> "Contexts":
         """The whole sequences that went through the model, and the rows that each gave."""
         if not self.has("context/ids"):
             start, length = self.sequence_start, self.sequence_length
             return Contexts(self.tokens, start, length, start, length)
-        of_run = self.array("sequences/context")[:]
+        of_run = self.sequence_context
         start, length = self.array("contexts/start")[:], self.array("contexts/length")[:]
         rows = np.bincount(of_run, self.sequence_length, len(start)).astype(np.int64)
         return Contexts(
@@ -390,6 +417,16 @@ class ActivationCache:
         from tokenizers import Tokenizer
 
         return Tokenizer.from_str((self.path / "head" / "tokenizer.json").read_text("utf-8"))
+
+    def following_tokens(self, positions: np.ndarray, across_documents: bool = False) -> np.ndarray:
+        """Token that the text goes on with after each of `positions`, `(n,)` int64; -1 at its end.
+
+        The text is that of the whole sequences that the model read, also where only some of their
+        positions are kept; it ends with its document unless `across_documents`.
+        """
+        from .segments import neighbour_tokens
+
+        return neighbour_tokens(self, positions, 1, across_documents)
 
     def check_complete(self) -> None:
         """Raise `IncompleteError` if rows are missing."""

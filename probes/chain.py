@@ -96,8 +96,10 @@ class BigramChain(MarginalBigram):
     kind = "chain"
     least_offset = 0
 
-    def __init__(self, offsets: int | Iterable[int] = (0, 1, 2, 3)) -> None:
-        super().__init__(offsets)
+    def __init__(
+        self, offsets: int | Iterable[int] = (0, 1, 2, 3), across_documents: bool = False
+    ) -> None:
+        super().__init__(offsets, across_documents)
 
     def pairs(self) -> list[tuple[int | None, int]]:
         """Layer None with every offset."""

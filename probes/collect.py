@@ -35,15 +35,22 @@ def collect(
     folds: int = 5,
     split: str = "train",
     products: str = "float64",
+    across_documents: bool = False,
+    drop_first: int = 0,
     **options: Any,
 ) -> MomentSet:
     """Moments of every (layer, offset, target) per fold, in as few passes as the memory allows.
 
-    Targets are layers; the default is the last one. `options` are those of `collect_passes`. The
+    Targets are layers; the default is the last one. Pairs stay inside one document unless
+    `across_documents`; the `drop_first` first positions of each sequence are in none. `options` are
+    those of `collect_passes`. The
     result holds all matrices at once; where they are too many, fit from `collect_passes`, as
     `RidgeProbe` does. Raises `NotFoundError` for a layer the cache does not hold.
     """
-    asked = Request.of(cache, layers, offsets, targets, folds=folds, split=split, products=products)
+    asked = Request.of(
+        cache, layers, offsets, targets, folds=folds, split=split, products=products,
+        across_documents=across_documents, drop_first=drop_first,
+    )  # fmt: skip
     found = list(collect_passes(cache, asked, **options))
     pairs = {pair: parts for part in found for pair, parts in part.pairs.items()}
     return found[0].with_pairs({pair: pairs[pair] for pair in asked.pairs})
@@ -187,7 +194,7 @@ def blocks_of(
     folds = cache.sequence_folds(asked.folds, asked.split)
     for window in cache.blocks(numbers, plan.rows * asked.folds):
         rows, lengths = cache.rows(window), cache.sequence_length[window]
-        left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows)) - 1
+        left = asked.scope.lefts(cache, window)
         kind = np.searchsorted(asked.offsets, left, side="right") - 1
         fold = np.repeat(folds[window], lengths)
         keys = np.where(kind < 0, -1, fold * kinds + kind)

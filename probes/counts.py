@@ -1,4 +1,9 @@
-"""Counts of tokens that follow others in the train split, and probabilities made of them."""
+"""Counts of tokens that follow others in the train split, and probabilities made of them.
+
+The text of the split is counted, that is all tokens of the sequences that the model read, also
+where only some of their positions are rows of the cache. Tokens of two documents are no pair,
+unless `across_documents`.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Self
@@ -8,6 +13,7 @@ import numpy as np
 from ..cache.cluster import results, threads_of
 from ..cache.errors import NotFoundError, UsageError
 from ..cache.numbers import numbers
+from ..cache.segments import PairScope, context_blocks, contexts_of
 from .params import Params
 
 if TYPE_CHECKING:
@@ -23,11 +29,13 @@ class Counted(Params):
     """A baseline of token counts: what `Bigram` and the others have in common.
 
     They read no residual stream, so their layer is None. Fitted in one pass or two over the tokens
-    of the train split; the model and the residual streams are not read.
+    of the train split; the model and the residual streams are not read. Tokens of two documents are
+    no pair, unless `across_documents`.
     """
 
     kind: str
     offsets: int | Iterable[int]
+    across_documents: bool
     least_offset = 0
     """The smallest offset at which the baseline says something."""
 
@@ -58,6 +66,7 @@ class Counted(Params):
                 f"offsets of {type(self).__name__} must be {self.least_offset} or more, "
                 f"not {self.offsets}"
             )
+        PairScope(self.across_documents).check()
         self.cache_id_, self.geometry_, self.split_ = cache.id, cache.head.geometry, "train"
         self.n_features_in_ = cache.d_model
 
@@ -111,20 +120,25 @@ class Counted(Params):
         return probe
 
 
-def count_pairs(cache: "ActivationCache", lag: int = 1, client: Any = None) -> "csr_matrix":
+def count_pairs(
+    cache: "ActivationCache", lag: int = 1, client: Any = None, across_documents: bool = False
+) -> "csr_matrix":
     """How often each token came `lag` tokens after each other one, `(vocab, vocab)` int64.
 
-    Both inside one sequence of the train split. Memory: 12 bytes for each distinct pair, twice
-    while they are added up.
+    Both in one document, in one sequence of the train split. Memory: 12 bytes for each distinct
+    pair, twice while they are added up.
     """
-    return total(over_train(_pairs_of, cache, client, lag), empty(cache.vocab, cache.vocab))
+    counts = over_train(_pairs_of, cache, client, lag, across_documents)
+    return total(counts, empty(cache.vocab, cache.vocab))
 
 
-def _pairs_of(cache: "ActivationCache", sequences: np.ndarray, lag: int) -> "csr_matrix":
-    """`count_pairs` in some sequences."""
+def _pairs_of(
+    cache: "ActivationCache", contexts: np.ndarray, lag: int, across_documents: bool
+) -> "csr_matrix":
+    """`count_pairs` in some contexts."""
 
     def blocks() -> "Iterator[csr_matrix]":
-        for ids, left in token_blocks(cache, sequences):
+        for ids, left, _ in context_blocks(cache, contexts, across_documents, BLOCK_TOKENS):
             first = np.flatnonzero(left >= lag)
             keys = ids[first] * cache.vocab + ids[first + lag]
             yield table(keys, (cache.vocab, cache.vocab))
@@ -132,15 +146,20 @@ def _pairs_of(cache: "ActivationCache", sequences: np.ndarray, lag: int) -> "csr
     return total(blocks(), empty(cache.vocab, cache.vocab))
 
 
-def count_followers(cache: "ActivationCache", client: Any = None) -> np.ndarray:
-    """How often each token follows another one in its sequence of the train split, int64."""
-    return sum(over_train(_followers_of, cache, client), np.zeros(cache.vocab, np.int64))
+def count_followers(
+    cache: "ActivationCache", client: Any = None, across_documents: bool = False
+) -> np.ndarray:
+    """How often each token follows another one of its document in the train split, int64."""
+    counts = over_train(_followers_of, cache, client, across_documents)
+    return sum(counts, np.zeros(cache.vocab, np.int64))
 
 
-def _followers_of(cache: "ActivationCache", sequences: np.ndarray) -> np.ndarray:
-    """`count_followers` in some sequences."""
+def _followers_of(
+    cache: "ActivationCache", contexts: np.ndarray, across_documents: bool
+) -> np.ndarray:
+    """`count_followers` in some contexts."""
     found = np.zeros(cache.vocab, np.int64)
-    for ids, left in token_blocks(cache, sequences):
+    for ids, left, _ in context_blocks(cache, contexts, across_documents, BLOCK_TOKENS):
         found += np.bincount(ids[np.flatnonzero(left >= 1) + 1], minlength=cache.vocab)
     return found
 
@@ -148,25 +167,15 @@ def _followers_of(cache: "ActivationCache", sequences: np.ndarray) -> np.ndarray
 def over_train(
     count: Callable[..., Any], cache: "ActivationCache", client: Any, *args: Any
 ) -> Iterator[Any]:
-    """`count(cache, sequences, *args)` of the train split: here, or shared by a cluster's threads.
+    """`count(cache, contexts, *args)` of the train split: here, or shared by a cluster's threads.
 
     Counts are whole numbers: their sum does not depend on who counted what.
     """
-    sequences = cache.split("train")
+    contexts = contexts_of(cache, cache.split("train"))
     if client is None:
-        return iter((count(cache, sequences, *args),))
-    shares = np.array_split(sequences, sum(threads_of(client).values()))
+        return iter((count(cache, contexts, *args),))
+    shares = np.array_split(contexts, sum(threads_of(client).values()))
     return results(client, count, [(cache, share, *args) for share in shares])
-
-
-def token_blocks(
-    cache: "ActivationCache", sequences: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Token ids of whole sequences, and how many tokens of its sequence follow each; int64."""
-    for some in cache.blocks(sequences, BLOCK_TOKENS):
-        ids = cache.tokens[cache.rows(some)].astype(np.int64)
-        lengths = cache.sequence_length[some]
-        yield ids, np.repeat(np.cumsum(lengths), lengths) - np.arange(len(ids)) - 1
 
 
 def empty(rows: int, columns: int) -> "csr_matrix":
@@ -255,7 +264,9 @@ def tokens_of(values: Any) -> np.ndarray:
     return values.cpu().numpy()
 
 
-def baselines(kinds: Iterable[str], offsets: Iterable[int]) -> "list[Any]":
+def baselines(
+    kinds: Iterable[str], offsets: Iterable[int], across_documents: bool = False
+) -> "list[Any]":
     """Unfitted baselines of `kinds`, each at those of `offsets` at which it says something."""
     from .save import class_of
 
@@ -264,7 +275,7 @@ def baselines(kinds: Iterable[str], offsets: Iterable[int]) -> "list[Any]":
         baseline = class_of(kind)
         chosen = tuple(offset for offset in offsets if offset >= baseline.least_offset)
         if chosen:
-            found.append(baseline(offsets=chosen))
+            found.append(baseline(offsets=chosen, across_documents=across_documents))
     if not found:
         raise UsageError(
             f"at offset 0 there is nothing for {', '.join(kinds)} to say; give offsets of 1 or more"

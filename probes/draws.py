@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..cache.errors import UsageError
+from ..cache.store import ActivationCache
+
 SLAB_ROWS = 128
 """Most rows of a slab."""
 BUFFER_ROWS = 32768
@@ -105,3 +108,14 @@ class Order:
         if not self.shuffle:
             return np.arange(rows)
         return np.random.default_rng([self.seed, epoch, group]).permutation(rows)
+
+
+def draw_sequences(
+    cache: ActivationCache, sequences: np.ndarray, max_positions: int, seed: int
+) -> np.ndarray:
+    """Whole sequences out of `sequences` up to `max_positions` positions, one at least, sorted."""
+    if max_positions < 1:
+        raise UsageError(f"max_positions must be 1 or more, not {max_positions}")
+    drawn = np.random.default_rng(seed).permutation(sequences)
+    fits = np.cumsum(cache.sequence_length[drawn]) <= max_positions
+    return np.sort(drawn[: max(1, int(fits.sum()))])

@@ -11,8 +11,14 @@ import torch
 
 from ..cache.errors import UsageError
 from ..cache.half import decode_into
+from ..cache.segments import (
+    PairScope,
+    dropped_rows,
+    is_sparse,
+    sequence_of,
+)
 from ..cache.store import ActivationCache
-from .draws import BUFFER_ROWS, SLAB_ROWS, Order, Slabs
+from .draws import BUFFER_ROWS, SLAB_ROWS, Order, Slabs, draw_sequences
 
 BUFFER_BYTES = 256 << 20
 """Most memory of the buffer; the rows of fewer positions are shuffled where they are wider."""
@@ -25,13 +31,15 @@ class Ahead:
     """What lies N positions after each row of a draw; rows without it are not `valid`."""
 
     valid: torch.Tensor
-    """Whether t+N lies in the sequence of t, `(n,)` bool."""
+    """Whether (t, t+N) is a pair of the `PairScope`, `(n,)` bool."""
     residual: torch.Tensor | None
     """residual_L[t+N], `(n, d_model)` float32, zeros where not valid; None if not asked for."""
     token: torch.Tensor
     """Token at t+N, `(n,)` int64, -1 where not valid."""
     text: torch.Tensor
-    """Token at t+N+1, which the model is to predict, `(n,)` int64, -1 past the sequence."""
+    """Token that the text goes on with after t+N, which the model is to predict, `(n,)` int64.
+
+    -1 where the document goes on no further, and where not valid."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,13 @@ class Draw:
 class Feed:
     """Batches of `batch` positions of a split, out of core, in an order that `seed` decides.
 
-    Every position t of the chosen sequences comes once per epoch, with the residual streams of all
+    Every position t of the chosen sequences, but the `drop_first` first ones of each, comes once
+    per epoch, with the residual streams of all
     `layers` at t and, for each of `offsets`, residual_L[t+N] (`residual=True`) and the tokens
     there. Any batch can be reached without reading those before it. `sequences` are numbers of
     sequences; by default those of `split`, of which at most `max_positions` positions are taken,
-    whole sequences in a seeded random draw (one at least). Memory: a buffer of at most
+    whole sequences in a seeded random draw (one at least). `across_documents` allows pairs of two
+    documents, as in `PairScope`. Memory: a buffer of at most
     `buffer_rows` positions and about `buffer_bytes` bytes, and `prefetch` batches that a thread
     prepares. Raises `NotFoundError` for a layer that the cache lacks, `UsageError` without rows.
     """
@@ -81,25 +91,34 @@ class Feed:
         buffer_bytes: int = BUFFER_BYTES,
         slab_rows: int = SLAB_ROWS,
         prefetch: int = 0,
+        across_documents: bool = False,
+        drop_first: int = 0,
     ) -> None:
         self.layers, self.offsets = tuple(layers), tuple(offsets)
         _check(self.layers, self.offsets, batch, seed, buffer_rows, slab_rows)
         self.cache, self.residual, self.prefetch = cache, residual, prefetch
+        self.scope = PairScope(across_documents, drop_first).check()
         chosen = cache.split(split) if sequences is None else np.sort(sequences)
         if max_positions is not None:
             chosen = draw_sequences(cache, chosen, max_positions, seed)
         self.sequences = chosen
-        starts, lengths = cache.sequence_start[chosen], cache.sequence_length[chosen]
-        if not lengths.sum():
+        dropped = dropped_rows(cache, chosen, self.scope.drop_first)
+        lengths = cache.sequence_length[chosen] - dropped
+        starts, lengths = (
+            (cache.sequence_start[chosen] + dropped)[lengths > 0],
+            lengths[lengths > 0],
+        )
+        if not len(lengths):
+            but = f" but the first {drop_first} of each sequence" if dropped.any() else ""
             raise UsageError(
-                f"the {split} split of this cache has no position; extract more sequences or take "
-                "another split"
+                f"the {split} split of this cache has no position{but}; extract more sequences or "
+                "take another split"
             )
-        self._ends = starts + lengths
+        ends = starts + lengths
         self._sources = {layer: cache.layer(layer) for layer in self.layers}
         self._last = cache.layer(cache.depth) if residual else None
         first = np.ones(len(starts), bool)
-        first[1:] = starts[1:] != self._ends[:-1]
+        first[1:] = starts[1:] != ends[:-1]
         run = np.cumsum(first) - 1
         rows = min(buffer_rows, max(batch, buffer_bytes // self._row_bytes(slab_rows)))
         runs = np.bincount(run, lengths).astype(np.int64)
@@ -143,18 +162,18 @@ class Feed:
     def _draw(self, epoch: int, step: int, parts: "list[_Rows]") -> Draw:
         positions = np.concatenate([part.positions for part in parts])
         hidden = {layer: _join([p.hidden[layer] for p in parts]) for layer in self.layers}
-        left = self._ends[np.searchsorted(self._ends, positions, "right")] - positions - 1
+        left = np.concatenate([part.left for part in parts])
         ahead = {}
         for offset in self.offsets:
-            valid, goes_on = (torch.from_numpy(left >= more) for more in (offset, offset + 1))
+            valid = torch.from_numpy(left >= offset)
             token, text = (
-                torch.from_numpy(np.concatenate([part.tokens[more] for part in parts]))
-                for more in (offset, offset + 1)
+                torch.from_numpy(np.concatenate([part[offset] for part in found]))
+                for found in ([p.tokens for p in parts], [p.text for p in parts])
             )
             residual = _join([p.last[offset] for p in parts]) if self._last is not None else None
             if residual is not None:
                 residual = residual.masked_fill_(~valid[:, None], 0)
-            token, text = token.masked_fill(~valid, -1), text.masked_fill(~goes_on, -1)
+            token, text = token.masked_fill(~valid, -1), text.masked_fill(~valid, -1)
             ahead[offset] = Ahead(valid, residual, token, text)
         return Draw(epoch, step, torch.from_numpy(positions), hidden, ahead)
 
@@ -167,8 +186,12 @@ class _Rows:
     hidden: dict[int, torch.Tensor]
     last: dict[int, torch.Tensor]
     """Offset -> residual_L[t+N]; anything where there is none."""
+    left: np.ndarray
+    """Positions that follow in the segment, counted up to one more than the largest offset."""
     tokens: dict[int, np.ndarray]
-    """Distance -> token at so many positions further on; anything where there is none."""
+    """Offset -> token at t+N; anything where there is none."""
+    text: dict[int, np.ndarray]
+    """Offset -> token that follows t+N in the text, -1 at its end; anything where t+N is none."""
 
 
 class _Buffer:
@@ -185,6 +208,8 @@ class _Buffer:
         self.at = np.empty(self.room, np.int64)
         """Where each row lies in `tokens` and `last`."""
         self.tokens = np.zeros(0, np.int32)
+        self.left, self.text = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self.documents = np.zeros(0, np.int64)
         self.last: np.ndarray | None = None
 
     def fill(self, slabs: np.ndarray) -> None:
@@ -206,8 +231,37 @@ class _Buffer:
         # Past the end of the cache nothing is read: what lies there is valid for no offset.
         followed = np.minimum(starts + sizes + lead, feed.cache.positions) - starts
         _read(feed.cache.tokens, starts, followed, self.tokens, sizes + lead)
+        self._look_ahead(starts, sizes + lead, followed)
         if feed._last is not None and self.last is not None:
             _read(feed._last, starts, followed, self.last, sizes + lead)
+
+    def _look_ahead(self, starts: np.ndarray, sizes: np.ndarray, followed: np.ndarray) -> None:
+        """Find where segments end, and the text's next tokens, in what was read of all slabs."""
+        cache, across = self.feed.cache, self.feed.scope.across_documents
+        ends = np.cumsum(sizes)
+        place = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
+        read = place < np.repeat(followed, sizes)
+        position = np.where(read, place + np.repeat(starts, sizes), cache.positions)
+        # A segment begins with each slab, sequence and, unless pairs may cross, document.
+        begins = place == 0
+        sequence = sequence_of(cache, position)
+        sequence[~read] = -1
+        begins[1:] |= sequence[1:] != sequence[:-1]
+        if not across and cache.document_numbers is not None:
+            if len(self.documents) < len(place):
+                self.documents = np.zeros(len(place), np.int64)
+            _read(cache.document_numbers, starts, followed, self.documents, sizes)
+            document = self.documents[: len(place)]
+            begins[1:] |= document[1:] != document[:-1]
+        first = np.flatnonzero(begins)
+        after = np.append(first[1:], len(place))
+        self.left = np.repeat(after, after - first) - 1 - np.arange(len(place))
+        self.text = np.full(len(place), -1, np.int64)
+        if is_sparse(cache):
+            self.text[read] = cache.following_tokens(position[read], across)
+        else:
+            goes_on = np.flatnonzero(self.left > 0)
+            self.text[goes_on] = self.tokens[goes_on + 1]
 
     def take(self, rows: np.ndarray) -> _Rows:
         """The rows with numbers `rows`, decoded."""
@@ -220,9 +274,9 @@ class _Buffer:
         if feed._last is not None and self.last is not None:
             dtype = feed._last.layout.logical_dtype
             last = {n: _gather(self.last, at + n, dtype) for n in feed.offsets}
-        ahead = {n + more for n in feed.offsets for more in (0, 1)}
-        tokens = {n: self.tokens[at + n].astype(np.int64) for n in ahead}
-        return _Rows(self.positions[rows], hidden, last, tokens)
+        tokens = {n: self.tokens[at + n].astype(np.int64) for n in feed.offsets}
+        text = {n: self.text[at + n] for n in feed.offsets}
+        return _Rows(self.positions[rows], hidden, last, self.left[at], tokens, text)
 
 
 def _read(
@@ -251,17 +305,6 @@ def _gather(stored: np.ndarray, rows: np.ndarray, logical_dtype: str) -> torch.T
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def draw_sequences(
-    cache: ActivationCache, sequences: np.ndarray, max_positions: int, seed: int
-) -> np.ndarray:
-    """Whole sequences out of `sequences` up to `max_positions` positions, one at least, sorted."""
-    if max_positions < 1:
-        raise UsageError(f"max_positions must be 1 or more, not {max_positions}")
-    drawn = np.random.default_rng(seed).permutation(sequences)
-    fits = np.cumsum(cache.sequence_length[drawn]) <= max_positions
-    return np.sort(drawn[: max(1, int(fits.sum()))])
 
 
 def in_background(items: Iterator[Any], depth: int) -> Iterator[Any]:

@@ -9,10 +9,12 @@ import numpy as np
 
 from ..cache.errors import UsageError
 from ..cache.head import TorchHead
+from ..cache.segments import PairScope
 from ..cache.store import ActivationCache
 from .descent import Descent, Trainer
+from .draws import draw_sequences
 from .examples import Examples, array_examples, cache_examples
-from .feed import Feed, draw_sequences
+from .feed import Feed
 from .forms import Form, Full, LowRank, ThroughHead
 from .readout import Pair
 from .softmax import fast_products
@@ -123,13 +125,8 @@ class CacheJob(Job):
 
     @classmethod
     def of(cls, cache: ActivationCache, pairs: list[Pair], options: dict[str, Any]) -> "CacheJob":
-        longest = int(cache.sequence_length[cache.split("train")].max(initial=0))
-        for _, offset in pairs:
-            if longest <= offset + (options["loss"] == "text"):
-                raise UsageError(
-                    f"the train split has no pair at offset {offset}: its longest sequence has "
-                    f"{longest} tokens"
-                )
+        scope = scope_of(options)
+        check_pairs(cache, [offset for _, offset in pairs], scope, options["loss"] == "text")
         head = cache.head.torch() if options["form"] == "head" else None
         identity = {"cache": cache.id}
         classes = np.arange(cache.vocab)
@@ -138,6 +135,7 @@ class CacheJob(Job):
     def examples(self, layers: list[int], offsets: list[int]) -> tuple[Examples, Examples | None]:
         assert self.cache is not None
         options = {name: self.options[name] for name in ("loss", "batch", "seed")}
+        options |= vars(scope_of(self.options))
         make = partial(
             cache_examples, self.cache, layers, offsets, tops=self.tops,
             buffer_rows=self.buffer_rows, buffer_bytes=1 << 62, **options,
@@ -152,8 +150,9 @@ class CacheJob(Job):
         assert self.cache is not None
         residual = self.options["loss"] == "kl"
         feed = Feed(
-            self.cache, *parts_of(self.pairs), batch=self.options["batch"], residual=residual
-        )
+            self.cache, *parts_of(self.pairs), batch=self.options["batch"], residual=residual,
+            **vars(scope_of(self.options)),
+        )  # fmt: skip
         return feed.order.buffer_rows
 
     @cached_property
@@ -189,8 +188,43 @@ class CacheJob(Job):
 
     def size(self) -> float:
         assert self.cache is not None
-        rows = self.cache.rows(self.cache.split("train")[:64])[:4096]
+        sequences = self.cache.split("train")[:64]
+        rows = self.cache.rows(sequences)
+        rows = rows[scope_of(self.options).lefts(self.cache, sequences) >= 0][:4096]
         return float(np.sqrt(np.square(self.cache.layer(self.cache.depth)[rows]).mean()))
+
+
+def scope_of(options: dict[str, Any]) -> PairScope:
+    """Which pairs a probe with the parameters `options` is fitted to."""
+    return PairScope(options.get("across_documents", False), options.get("drop_first", 0)).check()
+
+
+def check_pairs(cache: ActivationCache, offsets: list[int], scope: PairScope, text: bool) -> None:
+    """Raise a `UsageError` unless the train split has a pair at each of `offsets`.
+
+    With `text`, a token of the text must follow it.
+    """
+    longest, wanted = -1, max(offsets, default=0)
+    for some in cache.blocks(cache.split("train")):
+        left = scope.lefts(cache, some)
+        if text:
+            rows = cache.rows(some)
+            for offset in sorted({offset for offset in offsets if offset > longest}):
+                here = rows[left >= offset] + offset
+                if len(here) and (cache.following_tokens(here, scope.across_documents) >= 0).any():
+                    longest = offset
+        else:
+            longest = max(longest, int(left.max(initial=-1)))
+        if longest >= wanted:
+            return
+    missing = min(offset for offset in offsets if offset > longest)
+    what = " with a token of the text after it" if text else ""
+    where = "sequence" if scope.across_documents else "document of one sequence"
+    most = f"the largest offset is {longest}" if longest >= 0 else "none is long enough"
+    raise UsageError(
+        f"the train split has no pair at offset {missing}{what}: t and t+N must lie in one "
+        f"{where}; {most}; use smaller offsets or longer sequences"
+    )
 
 
 @dataclass

@@ -20,8 +20,13 @@ from ..cache.errors import CorruptError, NotFoundError
 from ..cache.jsonfile import digest, make_folder, read_json, sync_folder
 from ..cache.lease import try_lock
 from ..cache.place import children, is_remote, store_of, total_bytes, upload
+from ..cache.segments import (
+    BLOCK_POSITIONS,
+    has_borders,
+    segment_places,
+)
 from ..cache.store import ActivationCache
-from .momentset import TABLE, MomentSet, content_of, counted
+from .momentset import TABLE, MomentSet, content_of, counted, scope_of
 from .passes import Request
 from .sums import Pair
 
@@ -87,6 +92,7 @@ def find(cache: ActivationCache, request: Request) -> Source:
             # Exact products also serve who asks for quick ones.
             and about["products"] in (request.products, "float64")
             and about["sequences"] == numbers
+            and same_pairs(cache, about, request)
         )
         for pair in asked.intersection(entry.pairs) if same else ():
             for layer in (pair[0], pair[2]):
@@ -94,6 +100,14 @@ def find(cache: ActivationCache, request: Request) -> Source:
             if all(about["content"][str(la)] == content[la] for la in (pair[0], pair[2])):
                 found[pair] = entry
     return found
+
+
+def same_pairs(cache: ActivationCache, about: dict[str, Any], request: Request) -> bool:
+    """Whether moments count the pairs of `request`: where no sequence has two documents, all do."""
+    across, drop_first = scope_of(about)
+    if drop_first != request.drop_first:
+        return False
+    return across == request.across_documents or not has_borders(cache)
 
 
 def inherited(cache: ActivationCache, request: Request, lacking: set[Pair]) -> Iterator[Inherited]:
@@ -104,6 +118,8 @@ def inherited(cache: ActivationCache, request: Request, lacking: set[Pair]) -> I
         if not layers <= set(old.layers):
             continue
         if not same_sequences(old, cache, request.split, request.folds):
+            continue
+        if not same_documents(old, cache, request.across_documents):
             continue
         source = {p: entry for p, entry in find(old, request).items() if p in lacking}
         used = {layer for pair in source for layer in (pair[0], pair[2])}
@@ -140,6 +156,20 @@ def same_sequences(old: ActivationCache, new: ActivationCache, split: str, folds
         and np.array_equal(
             old.sequence_folds(folds, split), new.sequence_folds(folds, split)[:count]
         )
+    )
+
+
+def same_documents(old: ActivationCache, new: ActivationCache, across_documents: bool) -> bool:
+    """Whether `new` begins with the documents of `old`, as far as pairs depend on them.
+
+    Numbers of documents may differ, borders may not; read in blocks.
+    """
+    if across_documents or (old.document_numbers is None and new.document_numbers is None):
+        return True
+    numbers = np.arange(len(old.sequence_length))
+    return all(
+        np.array_equal(segment_places(old, some)[0], segment_places(new, some)[0])
+        for some in old.blocks(numbers, BLOCK_POSITIONS)
     )
 
 
@@ -193,6 +223,7 @@ def save(cache: ActivationCache, moments: MomentSet) -> int:
     """
     folder = folder_of(cache)
     about = [sorted(moments.pairs), moments.sequences, sorted(moments.content.items())]
+    about += [moments.across_documents, moments.drop_first]
     name = f"{moments.split}-{moments.folds}-{moments.products}-{digest(about)[:16]}"
     if is_remote(folder):
         with TemporaryDirectory(prefix="residua-") as made, suppress(FileExistsError):

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..cache.errors import NotFoundError, ResiduaWarning, UsageError
 from ..cache.numbers import number, numbers
+from ..cache.segments import PairScope, crossing_shares
 from ..cache.store import ActivationCache
 from .arrays import as_array, warn_unvalidated
 from .params import Params
@@ -31,7 +32,9 @@ class TunedLens(Params):
     None: the best of a short sweep. The best translator found on the validation split is kept, so
     that none is worse there than the logit lens; where that split has no pair at an offset,
     translators are fitted unvalidated, with a `ResiduaWarning`. `layers` defaults to all. At offset
-    0 the last layer is the model itself: its translator is the identity.
+    0 the last layer is the model itself: its translator is the identity. Pairs (t, t+N) stay inside
+    one document unless `across_documents`; the `drop_first` first positions of each sequence,
+    attention sinks in many models, are not fitted.
     Memory: that of the moments of as many layers and offsets as `memory` in `fit` has room for.
     """
 
@@ -46,6 +49,8 @@ class TunedLens(Params):
         batch: int = 1024,
         damping: float = 0.1,
         seed: int = 0,
+        across_documents: bool = False,
+        drop_first: int = 0,
     ) -> None:
         self.offset = offset
         self.layers = layers
@@ -54,6 +59,8 @@ class TunedLens(Params):
         self.batch = batch
         self.damping = damping
         self.seed = seed
+        self.across_documents = across_documents
+        self.drop_first = drop_first
 
     def fit(
         self,
@@ -72,22 +79,37 @@ class TunedLens(Params):
         layers among its workers, `memory` in bytes bounds each. `progress` is called with (stage,
         done, total), stages `moments` (positions) and `lens` (steps).
         """
+        from .errorshare import error_shares, warn_of_domination
         from .lensfit import Settings
         from .lensgroups import fit_groups
 
         if not isinstance(X, ActivationCache):
             raise UsageError("a tuned lens is fitted on a cache: it needs the head beside the rows")
+        scope = PairScope(self.across_documents, self.drop_first).check()
         lr = None if self.lr is None else float(self.lr)
         steps, batch, seed = (
             number(getattr(self, name), name) for name in ("steps", "batch", "seed")
         )
-        settings = Settings(lr, steps, batch, float(self.damping), seed)
+        settings = Settings(
+            lr, steps, batch, float(self.damping), seed, scope.across_documents, scope.drop_first
+        )
         layers = X.layers if self.layers is None else numbers(self.layers, "layers")
         offsets = numbers(self.offset, "offset")
         folder = None if checkpoint is None else Path(checkpoint)
         found = fit_groups(X, layers, offsets, settings, client, memory, folder, progress)
         self._keep({pair: fitted.map for pair, fitted in found.items()}, X.d_model)
-        self._rows = {pair: fitted.row for pair, fitted in found.items()}
+        shares = {(la, n, X.depth): fitted.map for (la, n), fitted in found.items()}
+        shares = error_shares(X, shares, X.split("train"), scope)
+        crossing = crossing_shares(X, X.split("train"), offsets, scope)
+        self._rows = {
+            pair: {
+                **fitted.row,
+                "crossing": crossing[pair[1]],
+                **(shares[*pair, X.depth].columns()),
+            }
+            for pair, fitted in found.items()
+        }
+        warn_of_domination(shares)
         self.cache_id_, self.geometry_, self.split_ = X.id, X.head.geometry, "train"
         self._warn_of_kl()
         return self
@@ -184,13 +206,19 @@ class TunedLens(Params):
             self._tensors[pair, device] = weight, bias
         return self._tensors[pair, device]
 
+    def residual_map(self, layer: int | None, offset: int) -> AffineMap | None:
+        """The map to the last layer of a (layer, offset)."""
+        return self.maps_[self._pair(layer, offset)]
+
     def metrics(self) -> list[dict[str, Any]]:
         """One row per (layer, offset): KL on the validation split before and after, in nats.
 
         `kl_logit` is the logit lens's, `kl_ridge` ridge's, `kl` the lens's own; `start` says which
         it began from, `lr` the step length, `steps` those that the kept translator had taken,
-        `sweep` the KL that each rate reached in the sweep, `backs` how often the rate was halved.
-        A KL is None where it is not finite, or where the split has no pair (`n_validation` is 0).
+        `sweep` the KL that each rate reached in the sweep, `backs` how often the rate was halved,
+        `crossing` the share of the pairs of its sequences that join two documents (left out unless
+        `across_documents`), the others the shares of `ErrorShare`. A KL is None where it is not
+        finite, or where the split has no pair (`n_validation` is 0).
         """
         self.check_fitted()
         return [
@@ -245,5 +273,9 @@ class FutureLens(TunedLens):
         batch: int = 1024,
         damping: float = 0.1,
         seed: int = 0,
+        across_documents: bool = False,
+        drop_first: int = 0,
     ) -> None:
-        super().__init__(offset, layers, lr, steps, batch, damping, seed)
+        super().__init__(
+            offset, layers, lr, steps, batch, damping, seed, across_documents, drop_first
+        )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..cache.jsonfile import plain
+from ..cache.segments import PairScope
 from ..cache.store import ActivationCache
 from .curvature import Inputs, LensFit
 from .feed import BUFFER_BYTES, BUFFER_ROWS, Feed
@@ -53,6 +54,13 @@ class Settings:
     batch: int
     damping: float
     seed: int
+    across_documents: bool = False
+    drop_first: int = 0
+
+    @property
+    def scope(self) -> PairScope:
+        """Which pairs are fitted."""
+        return PairScope(self.across_documents, self.drop_first)
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -164,13 +172,13 @@ class Course:
         rows = max(batch, min(BUFFER_ROWS, BUFFER_BYTES // row))
         self.train = Feed(
             cache, layers, offsets, "train", batch, seed, drop_last=True,
-            buffer_rows=rows, buffer_bytes=1 << 62,
+            buffer_rows=rows, buffer_bytes=1 << 62, **vars(settings.scope),
         )  # fmt: skip
         self.held = None
         if len(cache.split("validation")):
             self.held = Feed(
                 cache, layers, offsets, "validation", batch, seed,
-                max_positions=VALIDATION_POSITIONS, shuffle=False,
+                max_positions=VALIDATION_POSITIONS, shuffle=False, **vars(settings.scope),
             )  # fmt: skip
         self.step = 0
 

@@ -139,7 +139,7 @@ def fit_group(
     say = report or (lambda stage, done, total: None)
     found = None if saved is None else saved.load()
     if found is None:
-        ridge, tracks = start(cache, layers, offsets, pairs, settings, partial(say, "moments"))
+        ridge, tracks = start(cache, (layers, offsets), pairs, settings, partial(say, "moments"))
         course = Course(cache, tracks, settings)
         course.begin(ridge)
         del ridge
@@ -168,14 +168,13 @@ def fit_group(
 
 def start(
     cache: ActivationCache,
-    layers: tuple[int, ...],
-    offsets: tuple[int, ...],
+    group: Group,
     pairs: Sequence[Pair],
     settings: Settings,
     report: Any,
 ) -> tuple[dict[Pair, AffineMap], dict[Pair, Track]]:
     """Ridge maps, and translators that have their inputs' coordinates, from one pass."""
-    asked = Request.of(cache, layers, offsets, None, folds=FOLDS)
+    asked = Request.of(cache, *group, None, folds=FOLDS, **vars(settings.scope))
     # Moments that a ridge probe left with the cache serve here too, and the other way round.
     found = supply(cache, asked, memory=1 << 62, progress=report)
     by_pair = {pair[:2]: parts for moments in found for pair, parts in moments.pairs.items()}

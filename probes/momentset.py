@@ -41,6 +41,10 @@ class MomentSet:
     """Digest of the rows of each layer; see `content_of`."""
     depth: int | None = None
     """Number L of the last layer, which the head reads."""
+    across_documents: bool = False
+    """Whether pairs of two documents of a sequence were counted."""
+    drop_first: int = 0
+    """Positions at the start of each sequence that were no sources."""
 
     @classmethod
     def of(
@@ -55,7 +59,7 @@ class MomentSet:
         content = {layer: content_of(cache, layer) for layer in layers}
         return cls(
             pairs, cache.id, cache.head.geometry, request.split, request.products, sequences,
-            content, cache.depth,
+            content, cache.depth, bool(request.across_documents), int(request.drop_first),
         )  # fmt: skip
 
     @property
@@ -87,7 +91,7 @@ class MomentSet:
 
         Raises `MismatchError` unless both have the same layers, offsets, targets, folds and head.
         """
-        for name in ("geometry", "split", "folds"):
+        for name in ("geometry", "split", "folds", "across_documents", "drop_first"):
             if getattr(self, name) != getattr(other, name):
                 raise MismatchError(
                     f"moments of {name} {getattr(self, name)} and {getattr(other, name)} do not "
@@ -132,7 +136,8 @@ class MomentSet:
         about = {
             "cache": self.cache_id, "geometry": self.geometry, "split": self.split,
             "folds": self.folds, "products": self.products, "sequences": self.sequences,
-            "depth": self.depth,
+            "depth": self.depth, "across_documents": self.across_documents,
+            "drop_first": self.drop_first,
             "content": {str(layer): value for layer, value in self.content.items()},
         }  # fmt: skip
         write_json(folder / TABLE, {**about, "pairs": table, "tensors": digests})
@@ -149,8 +154,13 @@ class MomentSet:
         content = {int(layer): value for layer, value in about["content"].items()}
         return cls(
             found, about["cache"], about["geometry"], about["split"], about["products"],
-            about["sequences"], content, about["depth"],
+            about["sequences"], content, about["depth"], *scope_of(about),
         )  # fmt: skip
+
+
+def scope_of(about: Mapping[str, Any]) -> tuple[bool, int]:
+    """`across_documents` and `drop_first` of a `moments.json`; older ones count all pairs."""
+    return bool(about.get("across_documents", True)), int(about.get("drop_first", 0))
 
 
 def merged(

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..cache.errors import UsageError
 from ..cache.numbers import numbers
+from ..cache.segments import PairScope
 from ..cache.store import ActivationCache
 from .moments import PRODUCTS
 from .sums import Pair
@@ -36,6 +37,10 @@ class Request:
     folds: int = 5
     split: str = "train"
     products: str = "float64"
+    across_documents: bool = False
+    """Whether pairs may join two documents of a sequence."""
+    drop_first: int = 0
+    """Positions at the start of each sequence that are no sources."""
 
     @classmethod
     def of(
@@ -71,7 +76,13 @@ class Request:
                 f"products must be one of {', '.join(PRODUCTS)}, not {self.products!r}"
             )
         cache.split(self.split)
+        self.scope.check()
         return self
+
+    @property
+    def scope(self) -> PairScope:
+        """Which pairs are counted."""
+        return PairScope(self.across_documents, self.drop_first)
 
     @property
     def pairs(self) -> list[Pair]:

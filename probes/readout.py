@@ -19,7 +19,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Batch:
-    """Positions t of whole sequences for which t+N lies in the same sequence."""
+    """Positions t of whole sequences for which (t, t+N) is a pair: in one sequence and document."""
 
     hidden: "torch.Tensor | None"
     """Residual stream of the asked layer at t, `(n, d_model)` float32; None without a layer."""
@@ -30,7 +30,9 @@ class Batch:
     token: "torch.Tensor | None" = None
     """Token at t, the last one that the state has seen, `(n,)` int64."""
     previous_token: "torch.Tensor | None" = None
-    """Token at t+N-1, -1 where t+N is the first of its sequence, `(n,)` int64."""
+    """Token at t+N-1, -1 where t+N is the first of its text, `(n,)` int64."""
+    position: "torch.Tensor | None" = None
+    """Position t+N in the cache, `(n,)` int64."""
 
 
 class Readout(Protocol):

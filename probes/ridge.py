@@ -10,9 +10,11 @@ import numpy as np
 from ..cache.errors import NotFoundError, UsageError
 from ..cache.jsonfile import plain
 from ..cache.numbers import is_several, number, numbers
+from ..cache.segments import crossing_shares
 from ..cache.store import ActivationCache
 from .arrays import as_array, is_dask, validated
 from .collect import Progress, check_rows, collect, collect_rows, cores, one_blas_thread
+from .errorshare import SHARES, error_shares, warn_of_domination
 from .estimator import (
     BaseEstimator,
     MultiOutputMixin,
@@ -45,6 +47,10 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
     moments: on the sample model the penalties stay the same, R2 moves by 3e-7 and weights by 1e-4.
     Read through the head, it is a lens (offset 0) or a future lens.
 
+    Pairs (t, t+N) stay inside one document unless `across_documents`. The `drop_first` first
+    positions of each sequence are no sources: in many models they are attention sinks, whose
+    massive residual streams dominate a squared error.
+
     `target` is the layer that is predicted, by default L. Several give a map to each of them from
     one pass; the keys of `maps_` and of the other fitted dictionaries are then (layer, offset,
     target) and not (layer, offset).
@@ -61,6 +67,8 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         folds: int = 5,
         products: str = "float64",
         target: int | Sequence[int] | None = None,
+        across_documents: bool = False,
+        drop_first: int = 0,
     ) -> None:
         self.offset = offset
         self.layers = layers
@@ -69,6 +77,8 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.folds = folds
         self.products = products
         self.target = target
+        self.across_documents = across_documents
+        self.drop_first = drop_first
 
     def fit(
         self,
@@ -95,6 +105,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             request = Request.of(
                 X, layers, numbers(self.offset, "offset"), targets,
                 folds=number(self.folds, "folds"), products=self.products,
+                across_documents=self.across_documents, drop_first=self.drop_first,
             )  # fmt: skip
             keep = None if keep is None else bool(keep)
             account = Account()
@@ -104,10 +115,27 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             )  # fmt: skip
             self._fit_all(groups, np.float32)
             self.moments_ = vars(account).copy()
+            self._describe(X, request)
             return self
         if isinstance(X, MomentSet):
             return self._fit_all([self._chosen(X)], np.float32)
         return self._fit_rows(X, y, client)
+
+    def _describe(self, cache: ActivationCache, request: Request) -> None:
+        """Note which pairs join two documents, and how few rows make most of the error."""
+        sequences = cache.split(request.split)
+        inside = None
+        if not request.across_documents:
+            inside = {key[1]: self.n_[key] for key in self.maps_}
+        crossing = crossing_shares(cache, sequences, request.offsets, request.scope, inside)
+        pair_of = {(key[0], key[1], self.target_[key]): key for key in self.maps_}
+        maps = {pair: self.maps_[key] for pair, key in pair_of.items()}
+        found = error_shares(cache, maps, sequences, request.scope)
+        self.shares_ = {
+            key: {"crossing": crossing[key[1]], **found[pair].columns()}
+            for pair, key in pair_of.items()
+        }
+        warn_of_domination(found)
 
     def _fit_rows(self, X: Any, y: Any, client: Any) -> "RidgeProbe":
         X, y = self._rows(X, y)
@@ -144,7 +172,13 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return X, y
 
     def _chosen(self, moments: MomentSet) -> MomentSet:
-        """The moments of the targets asked for."""
+        """The moments of the targets asked for; raises `UsageError` if they are of other pairs."""
+        for name in ("across_documents", "drop_first"):
+            if getattr(moments, name) != getattr(self, name):
+                raise UsageError(
+                    f"these moments were collected with {name}={getattr(moments, name)}, the probe "
+                    f"has {name}={getattr(self, name)}; give both the same"
+                )
         there = {pair[2] for pair in moments.pairs}
         if self.target is None and len(there) > 1:
             raise UsageError(f"these moments have the targets {sorted(there)}: give target=")
@@ -193,6 +227,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.mse_: dict[Key, float] = {}
         self.n_: dict[Key, int] = {}
         self.target_: dict[Key, int] = {}
+        self.shares_: dict[Key, dict[str, float | None]] = {}
         self._is_flat = False
         self._tensors: dict[tuple[Key, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -286,7 +321,10 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         key = self._pair(layer, offset, target)
         if isinstance(X, ActivationCache):
             asked = [[key[0]], [key[1]], [self.target_[key]]]
-            moments = collect(X, *asked, folds=1, split=split, client=client).total(*key[:2])
+            moments = collect(
+                X, *asked, folds=1, split=split, client=client,
+                across_documents=self.across_documents, drop_first=self.drop_first,
+            ).total(*key[:2])  # fmt: skip
             if moments.n == 0:
                 raise UsageError(f"split {split!r} has no pair at offset {key[1]}")
             sse, spread = held_out_sse(self.maps_[key], moments), moments.yy
@@ -326,10 +364,18 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         weight, bias = self._tensors[pair, device]
         return batch.head(torch.addmm(bias, batch.hidden.to(weight.dtype), weight))
 
+    def residual_map(self, layer: int | None, offset: int) -> AffineMap | None:
+        """The map to the last layer of a (layer, offset), None where it is to another one."""
+        several = isinstance(self.target, Iterable)
+        pair = self._pair(layer, offset, self.depth_ if several else None)
+        return self.maps_[pair] if self.target_[pair] == self.depth_ else None
+
     def metrics(self) -> list[dict[str, Any]]:
         """One row per (layer, offset): penalty, cross-validated R2 and error, number of pairs.
 
-        R2 and error are None where nothing was held out.
+        R2 and error are None where nothing was held out. Of a cache also `crossing`, the share of
+        the pairs of its sequences that join two documents (left out unless `across_documents`),
+        and the shares of `ErrorShare`.
         """
         check_is_fitted(self, "maps_")
         rows = [
@@ -341,6 +387,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 "r2": self.r2_[key],
                 "mse": self.mse_[key],
                 "n": self.n_[key],
+                **self.shares_.get(key, {}),
             }
             for key in self.maps_
         ]
@@ -390,6 +437,9 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             r2 = np.nan if row["r2"] is None else row["r2"]
             found = AffineMap(weight, bias)
             probe._keep(pair, RidgeFit(found, row["alpha"], alphas, path, r2, row["n"]))
+            if "crossing" in row:
+                key = pair if several else pair[:2]
+                probe.shares_[key] = {name: row[name] for name in ("crossing", *SHARES)}
         # What the first version did not write is left out.
         if config.get("moments") is not None:
             probe.moments_ = config["moments"]

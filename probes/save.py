@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -95,11 +96,22 @@ def load_probe(folder: str | Path) -> Any:
             f"{folder} holds a probe of kind {config.get('kind')!r}, written by residua "
             f"{config.get('residua')}; this version knows {', '.join(KINDS)}"
         )
+    kind = class_of(config["kind"])
     params = typed(config["params"], config.get("param_types", {}))
     # Copies: arrays of their own, aligned as numpy and torch align those of a fit.
     tensors = {name: value.copy() for name, value in load(data).items()}
     check_finite(tensors, str(file))
-    return class_of(config["kind"]).restore(params, config, tensors)
+    return kind.restore(_known_scope(kind, params), config, tensors)
+
+
+def _known_scope(kind: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """`params` with `across_documents`: probes that do not say were fitted to all pairs."""
+    if isinstance(inner := params.get("probe"), dict):
+        known = _known_scope(class_of(inner["kind"]), inner["params"])
+        return {**params, "probe": {**inner, "params": known}}
+    if "across_documents" in signature(kind).parameters:
+        return {"across_documents": True, **params}
+    return params
 
 
 def is_known(kind: Any) -> bool:

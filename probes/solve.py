@@ -86,7 +86,7 @@ def fit_ridge(
     """
     total = merge_all(folds)
     if total.n == 0:
-        raise UsageError(f"{what}: there is no pair; are all sequences shorter than the offset?")
+        raise UsageError(f"{what}: there is no pair; are all documents shorter than the offset?")
     if not (np.isfinite(total.yy) and np.isfinite(np.trace(total.xx))):
         raise UsageError(f"{what}: the rows hold values that are not finite")
     tried = np.array([alpha]) if alpha is not None else penalties(total, alphas)

@@ -3,7 +3,8 @@
 Rows are shifted by a constant near their mean, the same in the whole pass: sums of several runs
 are then added entry by entry, and the mean is taken out at the end without cancellation.
 
-The sources of a pair at offset N are the rows with at least N rows after them in their sequence.
+The sources of a pair at offset N are the rows with at least N rows after them in their segment, the
+part of a sequence that comes from one document.
 A pass keeps its rows apart by *kind*: rows of kind i have a target at the first i+1 offsets and at
 no further one. Second moments of x at an offset are those of its kind and of all later ones, so
 that no offset needs a product of its own, and nothing is ever subtracted.

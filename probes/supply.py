@@ -19,6 +19,7 @@ from .kept import (
     kept_bytes,
     lineage,
     load,
+    same_documents,
     same_rows,
     same_sequences,
     save,
@@ -147,13 +148,17 @@ def extend(moments: MomentSet, cache: ActivationCache, **options: Any) -> Moment
         or moments.sequences != counted(old.split(split))
         or moments.content != {layer: content_of(old, layer) for layer in layers}
         or not same_sequences(old, cache, split, moments.folds)
+        or not same_documents(old, cache, moments.across_documents)
         or not all(same_rows(old, cache, layer) for layer in layers)
     ):
         raise MismatchError(
             f"cache {cache.id[:SHORT_ID]} does not begin with the rows of these moments, of cache "
             f"{str(moments.cache_id)[:SHORT_ID]}; collect them anew"
         )
-    request = Request((), (), (), moments.folds, split, str(moments.products))
+    request = Request(
+        (), (), (), moments.folds, split, str(moments.products), moments.across_documents,
+        moments.drop_first,
+    )  # fmt: skip
     options["first"], pairs, found = len(old.sequence_length), {}, moments
     for group in request.of_pairs(moments.pairs):
         for found in collect_passes(cache, group, **options):

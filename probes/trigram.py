@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache.errors import UsageError
+from ..cache.segments import context_blocks
 from .bigram import after
 from .counts import (
+    BLOCK_TOKENS,
     Counted,
     column_sums,
     count_pairs,
@@ -15,7 +17,6 @@ from .counts import (
     over_train,
     pack,
     table,
-    token_blocks,
     tokens_of,
     total,
     unigram,
@@ -57,9 +58,15 @@ class Trigram(Counted):
     pairs_: "csr_matrix"
     """Pairs seen, `(vocab, vocab)` int64."""
 
-    def __init__(self, offsets: int | Iterable[int] = (1, 2, 3), contexts: int = CONTEXTS) -> None:
+    def __init__(
+        self,
+        offsets: int | Iterable[int] = (1, 2, 3),
+        contexts: int = CONTEXTS,
+        across_documents: bool = False,
+    ) -> None:
         self.offsets = offsets
         self.contexts = contexts
+        self.across_documents = across_documents
 
     def fit(self, cache: "ActivationCache", *, client: Any = None) -> "Trigram":
         """Count the train split: pairs in the first pass, triples in the second.
@@ -69,10 +76,10 @@ class Trigram(Counted):
         self._start(cache)
         if self.contexts < 1:
             raise UsageError(f"contexts must be at least 1, not {self.contexts}")
-        self.pairs_ = count_pairs(cache, client=client)
+        self.pairs_ = count_pairs(cache, 1, client, self.across_documents)
         self.unigram_ = unigram(column_sums(self.pairs_))
         self.contexts_ = most_frequent(self.pairs_, self.contexts)
-        counts = over_train(_triples_of, cache, client, self.contexts_)
+        counts = over_train(_triples_of, cache, client, self.contexts_, self.across_documents)
         self.counts_ = total(counts, empty(len(self.contexts_), cache.vocab))
         return self
 
@@ -122,12 +129,15 @@ def find(contexts: np.ndarray, vocab: int, a: np.ndarray, b: np.ndarray) -> tupl
 
 
 def _triples_of(
-    cache: "ActivationCache", sequences: np.ndarray, contexts: np.ndarray
+    cache: "ActivationCache", numbers: np.ndarray, contexts: np.ndarray, across_documents: bool
 ) -> "csr_matrix":
-    """How often each token followed each of `contexts` in some sequences, `(contexts, vocab)`."""
+    """How often each token followed each of the pairs `contexts`, `(contexts, vocab)`.
+
+    In the sequences `numbers` that the model read.
+    """
 
     def blocks() -> "Iterator[csr_matrix]":
-        for ids, left in token_blocks(cache, sequences):
+        for ids, left, _ in context_blocks(cache, numbers, across_documents, BLOCK_TOKENS):
             first = np.flatnonzero(left >= 2)
             row, known = find(contexts, cache.vocab, ids[first], ids[first + 1])
             keys = row[known] * cache.vocab + ids[first + 2][known]

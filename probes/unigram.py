@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Unigram(Counted):
     """P(b) = (c(b) + T / vocab) / (n + T): the marginal of the train split, for every offset.
 
-    `c` counts the tokens that follow another one in their sequence, which are those that a model
+    `c` counts the tokens that follow another one in their document, which are those that a model
     predicts; `T` of them are distinct. What a probe says that has learnt nothing of its input.
     """
 
@@ -26,13 +26,16 @@ class Unigram(Counted):
     counts_: np.ndarray
     """c(b), `(vocab,)` int64."""
 
-    def __init__(self, offsets: int | Iterable[int] = (0, 1, 2, 3)) -> None:
+    def __init__(
+        self, offsets: int | Iterable[int] = (0, 1, 2, 3), across_documents: bool = False
+    ) -> None:
         self.offsets = offsets
+        self.across_documents = across_documents
 
     def fit(self, cache: "ActivationCache", *, client: Any = None) -> "Unigram":
         """Count the tokens of the train split in one pass, on the workers of `client` if given."""
         self._start(cache)
-        self.counts_ = count_followers(cache, client)
+        self.counts_ = count_followers(cache, client, self.across_documents)
         self.unigram_ = unigram(self.counts_)
         return self
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cache.errors import UsageError
+from ..cache.segments import is_sparse
 from ..cache.store import ActivationCache
 from .shuffle import Shuffle
 
@@ -103,6 +104,12 @@ class PermutedLabels(View):
     def tokens(self) -> Any:
         """Token ids as labels: those of other positions, `(positions,)` int32."""
         return Moved(self.base.tokens, self._order)
+
+    def following_tokens(self, positions: np.ndarray, across_documents: bool = False) -> np.ndarray:
+        """Tokens that follow in the text as labels: those of other positions, `(n,)` int64."""
+        if not is_sparse(self.base):
+            return super().following_tokens(positions, across_documents)
+        return self.base.following_tokens(self._order(positions), across_documents)
 
 
 class NextToken(View):

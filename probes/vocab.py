@@ -11,6 +11,7 @@ import torch
 from ..cache.errors import NotFoundError, UsageError
 from ..cache.jsonfile import plain as plain_json
 from ..cache.numbers import numbers
+from ..cache.segments import crossing_shares
 from ..cache.store import ActivationCache
 from .arrays import (
     LABELS,
@@ -26,7 +27,7 @@ from .descent import CHECKPOINT_SECONDS, Outcome, Trainer, advance
 from .estimator import BaseEstimator, ClassifierMixin, check_is_fitted
 from .examples import LOSSES, cache_examples
 from .forms import FORMS, Parameters, apply
-from .job import ArrayJob, CacheJob, Job
+from .job import ArrayJob, CacheJob, Job, parts_of, scope_of
 from .readout import Batch, Pair
 from .save import feature_names, plain, set_feature_names
 from .softmax import PRODUCTS, tiles
@@ -58,7 +59,9 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
     given, or with `form="head"` a `(d_model, d_model)` map in front of the frozen head. Without
     `lr` a short sweep chooses.
     At most `epochs` passes over the train split in batches of `batch` positions; a (layer, offset)
-    stops when its loss on the validation split no longer falls. Gradients are computed from factors
+    stops when its loss on the validation split no longer falls. Pairs (t, t+N) stay inside one
+    document unless `across_documents`; the `drop_first` first positions of each sequence are not
+    fitted. Gradients are computed from factors
     in bfloat16 (`products`) where the processor has such products; losses never are. Rows of arrays
     have labels `y` `(n,)` instead; a share `validation` of 100 rows or more is held out.
     """
@@ -78,6 +81,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         validation: float = 0.1,
         products: str = "auto",
         seed: int = 0,
+        across_documents: bool = False,
+        drop_first: int = 0,
     ) -> None:
         self.offset = offset
         self.layers = layers
@@ -90,6 +95,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         self.validation = validation
         self.products = products
         self.seed = seed
+        self.across_documents = across_documents
+        self.drop_first = drop_first
 
     def fit(
         self,
@@ -222,6 +229,10 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         self.geometry_ = None if cache is None else cache.head.geometry
         self.split_ = None if cache is None else "train"
         self.steps_ = self.passes_ = 0
+        self._crossing: dict[int, float] | None = None
+        if cache is not None:
+            offsets, train = parts_of(job.pairs)[1], cache.split("train")
+            self._crossing = crossing_shares(cache, train, offsets, scope_of(job.options))
         self._trainers: dict[Any, Trainer] = {}
 
     def _keep(self, pair: Pair, outcome: Outcome, lr: float, rows: int) -> None:
@@ -243,6 +254,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
                 "train": last["train"],
                 "validation": last.get("validation"),
                 "n": rows,
+                **({} if self._crossing is None else {"crossing": self._crossing[pair[1]]}),
             },
             outcome.history,
         )
@@ -253,7 +265,11 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         return list(self.fitted_)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One row per (layer, offset): learning rate, steps taken, losses in nats, positions."""
+        """One row per (layer, offset): learning rate, steps taken, losses in nats, positions.
+
+        Of a cache also `crossing`, the share of the pairs of its sequences that join two documents
+        (left out unless `across_documents`).
+        """
         check_is_fitted(self, "fitted_")
         return [dict(fitted.row) for fitted in self.fitted_.values()]
 
@@ -355,6 +371,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         examples = cache_examples(
             X, pair[:1], pair[1:], loss, lambda: found,
             split=split, batch=self.batch, shuffle=False,
+            across_documents=self.across_documents, drop_first=self.drop_first,
         )  # fmt: skip
         right = total = 0
         for step in examples.epoch():

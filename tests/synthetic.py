@@ -1,6 +1,7 @@
 """Caches from arrays given by a test: the same files as extraction writes, without a model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from residua.cache.head import Head
 from residua.cache.layout import Layout
 from residua.cache.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
 from residua.cache.store import ActivationCache
-from residua.cache.tokens import from_sequences
+from residua.cache.tokens import Runs, from_sequences
 
 
 def random_head(d_model: int, vocab: int, seed: int = 0) -> Head:
@@ -36,17 +37,31 @@ def make_cache(
     part_rows: int = 256,
     chunk_rows: int = 64,
     seed: int = 0,
+    documents: np.ndarray | None = None,
+    runs: Runs | None = None,
 ) -> ActivationCache:
-    """A complete cache of `layers`, each `(sum(lengths), d_model)`, with random token ids."""
+    """A complete cache of `layers`, each `(sum(lengths), d_model)`, with random token ids.
+
+    `documents` `(tokens,)` are the numbers of the document of each token, as a packed cache has
+    them. With `runs` only those positions are kept, and `layers` have a row for each of these.
+    """
     positions, d_model = layers[0].shape
     rng = np.random.default_rng(seed)
-    chosen = rng.integers(0, head.vocab, positions) if ids is None else ids
+    chosen = rng.integers(0, head.vocab, sum(lengths)) if ids is None else ids
     stream = from_sequences(np.split(chosen, np.cumsum(lengths)[:-1]))
+    if documents is not None:
+        stream.of_tokens["tokens/row_id"] = np.asarray(documents, np.int64)
+        starts = np.cumsum([0, *lengths])[:-1]
+        stream = replace(stream, row_ids=np.asarray(documents, np.int64)[starts])
+    if runs is not None:
+        stream = stream.with_runs(runs)
     digest, hashes = stream.digests()
     layout = Layout(chunk_rows, part_rows)
     manifest = Manifest(
         ModelIdentity("0" * 64, "0" * 64, "Synthetic"),
-        TokenIdentity(digest, positions, len(lengths), "0" * 64, max(lengths), False, seed),
+        TokenIdentity(
+            digest, positions, stream.sequences, "0" * 64, max(lengths), documents is not None, seed
+        ),
         CaptureIdentity("float32", dtype, "none"),
         layout,
         d_model,

@@ -95,7 +95,8 @@ def interval(slots: np.ndarray, values: np.ndarray, weights: np.ndarray) -> tupl
 @pytest.mark.parametrize("masked", [False, True])
 def test_streamed_buckets_equal_the_whole_in_float64(cache, mask, rows, masked):
     where = mask if masked else None
-    found = evaluate(cache, split="train", offsets=OFFSETS, batch_rows=rows, where=where)
+    bigram = Bigram().fit(cache)
+    found = evaluate(cache, [bigram], split="train", offsets=OFFSETS, batch_rows=rows, where=where)
     everywhere = np.ones(cache.positions, bool)
     for layer, offset in [(None, 1), (None, 3), (0, 0), (1, 1), (2, 0), (2, 3)]:
         pairs = plain(cache, layer, offset, mask if masked else everywhere)
@@ -155,7 +156,7 @@ def test_a_bucket_holds_its_lower_end_and_the_last_one_both():
 
 
 def test_cells_take_no_more_room_than_positions():
-    tally = Tally([("logit", 0, 0)], sequences=5, positions=5)
+    tally = Tally([("logit", 0, 0)], units=5, positions=5)
     assert tally.sums["logit", 0, 0].sums.shape == (5, len(COLUMNS))
     slots, confidence = np.array([4, 2, 0, 1, 3]), np.array([0.1, 0.95, 0.4, 0.1, 0.7])
     assert sorted(tally.cells(slots, confidence)) == list(range(5))

@@ -95,7 +95,8 @@ def row_of(evaluation: Evaluation, probe: str, layer: int | None, offset: int) -
 
 @pytest.fixture(scope="module")
 def streamed(tiny_cache) -> Evaluation:
-    return evaluate(tiny_cache, split="train", offsets=(0, 1, 3), batch_rows=17)
+    bigram = Bigram().fit(tiny_cache)
+    return evaluate(tiny_cache, [bigram], split="train", offsets=(0, 1, 3), batch_rows=17)
 
 
 @pytest.mark.parametrize(
