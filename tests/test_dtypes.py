@@ -26,13 +26,13 @@ from .models import build_model, build_tokenizer, save_model, texts
 
 
 def save(folder: Path, weights: torch.dtype, **fields: Any) -> Path:
-    """A tiny model of `weights` whose config.json has `fields`, and no dtype unless they give one."""
+    """A tiny model of `weights` whose config.json has `fields`, and no dtype of its own."""
     model: Any = build_model("gpt_neox", weights)
     with quiet():
         model.save_pretrained(folder, max_shard_size=fields.pop("shard", "1GB"))
     build_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config.pop("dtype", None), config.pop("torch_dtype", None)
+    config = {name: value for name, value in config.items() if not name.endswith("dtype")}
     (folder / "config.json").write_text(json.dumps(config | fields))
     return folder
 
