@@ -69,6 +69,12 @@ def load_model(
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "CONVERSION" in reason:  # the report that it speaks of is not shown
+            reason = (
+                "tensors that are packed together, such as those of all experts of a layer, do not "
+                "go together: the checkpoint lacks one of them, or its shape differs; save the "
+                "whole model anew with save_pretrained"
+            )
         raise ModelError(
             f"{source.name} cannot be loaded as a causal language model: {reason}"
         ) from None

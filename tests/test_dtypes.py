@@ -32,7 +32,7 @@ def save(folder: Path, weights: torch.dtype, **fields: Any) -> Path:
         model.save_pretrained(folder, max_shard_size=fields.pop("shard", "1GB"))
     build_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config.pop("dtype", None), config.pop("torch_dtype", None)
+    config = {name: value for name, value in config.items() if not name.endswith("dtype")}
     (folder / "config.json").write_text(json.dumps(config | fields))
     return folder
 

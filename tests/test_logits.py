@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from residua.cache import headpass, logitserror
 from residua.cache.decode import decode, encode
-from residua.cache.errors import UsageError
+from residua.cache.errors import ModelError, UsageError
 from residua.cache.extract import find, plan, run
 from residua.cache.layout import Layout
 from residua.cache.logits import DEFAULT_TOP, TopK, arrays_of, covers, top
@@ -358,8 +359,14 @@ def test_logits_beyond_float16_are_kept_in_bfloat16_and_never_narrowed(
     cache = run(ask(large, texts_file, tmp_path, logits="topk:3")).cache
     assert cache.array("logits/values").layout.logical_dtype == "bfloat16"
     assert cache.layer(3).layout.logical_dtype == "float16"
-    with pytest.raises(UsageError, match="logits/values reaches .* which float16 cannot hold"):
-        run(ask(large, texts_file, tmp_path / "x", logits="topk:3", dtype="float16"))
+    narrow = ask(large, texts_file, tmp_path / "x", logits="topk:3", dtype="float16")
+    with pytest.raises(ModelError, match="logits/values reaches .* which float16 cannot hold"):
+        run(replace(narrow, on_error="raise"))
+    found = run(narrow).cache
+    assert not np.isinf(found.array("logits/values")[:]).any()
+    too_large = np.abs(cache.array("logits/values")[:]).max(-1) > 66000
+    sequences = found.array("tokens/sequence")[:]
+    assert set(found.quarantined) >= set(sequences[too_large].tolist())
 
 
 @pytest.mark.parametrize("options", [{"logits": "topk:20"}, {"logits": "full"}])

@@ -184,7 +184,11 @@ def test_every_class_loads_what_it_saved_and_misses_what_is_taken_out(
     except Exception as error:
         pytest.skip(f"not built: {error}")
     folder = save(tmp_path / "model", model)
-    whole = {name: tensor.clone() for name, tensor in load(folder).named_parameters()}
+    first = load_or_reason(folder)
+    if isinstance(first, str):  # the class reads the configuration of a part, which has no folder
+        assert "Unrecognized configuration class" in first
+        return
+    whole = {name: tensor.clone() for name, tensor in first.named_parameters()}
     for name, tensor in model.named_parameters():
         assert torch.equal(whole[name], tensor), name
     saved = load_file(folder / "model.safetensors")
@@ -192,7 +196,7 @@ def test_every_class_loads_what_it_saved_and_misses_what_is_taken_out(
         change(folder, lambda t, lost=lost: {k: v for k, v in saved.items() if k != lost})
         again = load_or_reason(folder)
         if isinstance(again, str):
-            assert "lacks" in again, lost
+            assert "checkpoint lacks" in again, lost
             continue
         # Computed, or tied to another tensor of the checkpoint: the numbers are the same.
         for name, tensor in again.named_parameters():
