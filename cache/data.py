@@ -9,7 +9,7 @@ from .rowfiles import FORMATS
 from .rowsource import RowFile, ending_of
 from .rowtable import RowTable
 from .textcolumn import ColumnSample, check_is_there, choose_text_column
-from .textfile import TextFile
+from .textfile import SEPARATOR, TextFile
 
 FILES = {".txt": "text", **FORMATS}
 """Ending -> format of the files that are read."""
@@ -49,7 +49,14 @@ def load_documents(
         if not path.stat().st_size:
             raise DataError(f"{path} is empty; give a file with texts")
         if format_ == "text":
-            return Documents(TextFile(path, lines, scratch))
+            texts = TextFile(path, lines, scratch)
+            documents = Documents(texts)
+            if texts.blank:
+                documents.reading.notes.append(
+                    f"{texts.blank} documents between {SEPARATOR} marks are left out: they are "
+                    "empty"
+                )
+            return documents
         return RowTable(RowFile(path, format_, separator, scratch), text_column, labels)
     if path.is_dir():
         return _load_folder(path, split, text_column)

@@ -333,3 +333,17 @@ def test_reads_are_bounded_by_the_bytes_of_the_texts(tmp_path, monkeypatch):
         assert batches[:2] == [[0, 1], [2]]
         assert max(map(len, batches)) == 11
         assert list(documents) == texts
+
+
+def test_empty_documents_between_marks_are_said(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(f"{SEPARATOR}one{SEPARATOR}\n{SEPARATOR}{SEPARATOR}two{SEPARATOR}\n")
+    documents = load_documents(str(path))
+    assert list(documents) == ["one", "two"]
+    assert documents.reading.notes == [
+        "2 documents between <|endoftext|> marks are left out: they are empty"
+    ]
+    path.write_text(f"one{SEPARATOR}\ntwo{SEPARATOR}")
+    assert load_documents(str(path)).reading.notes == []
+    path.write_text(" \n \u3000")
+    assert len(load_documents(str(path))) == 0
