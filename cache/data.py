@@ -1,5 +1,6 @@
 """Texts and their labels from files, folders and the hub: the only door to `datasets`."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from .rowfiles import FORMATS
 from .rowsource import RowFile, ending_of
 from .rowtable import RowTable
 from .textcolumn import ColumnSample, check_is_there, choose_text_column
-from .textfile import TextFile
+from .textfile import SEPARATOR, TextFile
 
 FILES = {".txt": "text", **FORMATS}
 """Ending -> format of the files that are read."""
@@ -49,7 +50,16 @@ def load_documents(
         if not path.stat().st_size:
             raise DataError(f"{path} is empty; give a file with texts")
         if format_ == "text":
-            return Documents(TextFile(path, lines, scratch))
+            if text_column is not None:
+                raise DataError(f"--text-column is for tables; {data} has no columns")
+            texts = TextFile(path, lines, scratch)
+            documents = Documents(texts)
+            if texts.blank:
+                documents.reading.notes.append(
+                    f"{texts.blank} documents between {SEPARATOR} marks are left out: they are "
+                    "empty"
+                )
+            return documents
         return RowTable(RowFile(path, format_, separator, scratch), text_column, labels)
     if path.is_dir():
         return _load_folder(path, split, text_column)
@@ -66,7 +76,7 @@ def _load_folder(path: Path, split: str | None, text_column: str | None) -> Tabl
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets raises many kinds; all mean an unusable folder
         raise DataError(
-            f"{path} is not a folder saved by datasets.save_to_disk: {_first(error)}"
+            f"{path} is not a folder saved by datasets.save_to_disk: {_beginning(error)}"
         ) from None
     if not isinstance(found, datasets.DatasetDict):
         if split is not None and split != str(found.split):
@@ -105,15 +115,16 @@ def _load(kind: str, complaint: str, *args: Any, **kwargs: Any) -> Any:
             kwargs |= {"keep_default_na": False, "na_values": [""]}
         return datasets.load_dataset(kind, *args, **kwargs)
     except Exception as error:  # datasets raises many kinds; all mean unusable input
-        raise DataError(f"{complaint}: {_first(error.__cause__ or error)}") from None
+        raise DataError(f"{complaint}: {_beginning(error.__cause__ or error)}") from None
     finally:
         if enabled:
             datasets.enable_progress_bars()
 
 
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _beginning(error: BaseException) -> str:
+    """The first characters of what an error says, in one line."""
+    said = " ".join(str(error).split())
+    return textwrap.shorten(said, 300, placeholder=" ...") or type(error).__name__
 
 
 def _table(rows: Any, text_column: str | None, data: str) -> Table:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 READ_ROWS = 256
 """Most documents of one read."""
-READ_BYTES = 8 << 20
+READ_BYTES = 1 << 20
 """Bytes of text after which a read takes no further document."""
 FIRST_ROWS = 5
 """Left out documents whose numbers are told, of each kind."""

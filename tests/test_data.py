@@ -123,7 +123,7 @@ def test_a_saved_data_set_with_splits_gives_train_or_the_one_asked_for(tmp_path)
 def test_the_text_column_is_guessed_only_where_it_is_plain(tmp_path):
     import datasets
 
-    def documents(columns: dict[str, list], name: str | None = None) -> list[str]:
+    def documents(columns: dict[str, list], name: str | None = None) -> list[str | None]:
         folder = tmp_path / "-".join([*columns, str(name)])
         datasets.Dataset.from_dict(columns).save_to_disk(folder)
         return list(load_documents(str(folder), name))
@@ -333,3 +333,23 @@ def test_reads_are_bounded_by_the_bytes_of_the_texts(tmp_path, monkeypatch):
         assert batches[:2] == [[0, 1], [2]]
         assert max(map(len, batches)) == 11
         assert list(documents) == texts
+
+
+def test_a_text_file_has_no_columns(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(DataError, match=r"--text-column is for tables; .*a\.txt has no columns"):
+        load_documents(str(tmp_path / "a.txt"), "text")
+
+
+def test_empty_documents_between_marks_are_said(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(f"{SEPARATOR}one{SEPARATOR}\n{SEPARATOR}{SEPARATOR}two{SEPARATOR}\n")
+    documents = load_documents(str(path))
+    assert list(documents) == ["one", "two"]
+    assert documents.reading.notes == [
+        "2 documents between <|endoftext|> marks are left out: they are empty"
+    ]
+    path.write_text(f"one{SEPARATOR}\ntwo{SEPARATOR}")
+    assert load_documents(str(path)).reading.notes == []
+    path.write_text(" \n \u3000")
+    assert len(load_documents(str(path))) == 0

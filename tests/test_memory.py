@@ -1,5 +1,7 @@
 """Peak memory does not grow with the tokens while a cache is made and filled."""
 
+import csv
+import gzip
 import json
 import subprocess
 import sys
@@ -28,7 +30,20 @@ print(done.cache.positions, peak)
 """
 
 
-LOAD = "import sys; from residua.cache.data import load_documents; load_documents(sys.argv[1])"
+LOAD = """
+import re, sys
+from pathlib import Path
+import numpy as np
+import pyarrow.parquet
+from residua.cache.data import load_documents
+
+documents = load_documents(sys.argv[1], scratch=Path(sys.argv[2]))
+numbers = np.random.default_rng(0).permutation(len(documents))
+size = sum(len(t) for some in documents.batches(numbers) for t in documents.texts(some))
+labels = documents.labels(numbers[:1000])
+peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
+print(size, len(labels.values), peak)
+"""
 
 
 def python(code: str, *args: object) -> str:
@@ -53,8 +68,6 @@ def made(
 ) -> tuple[int, int]:
     """Positions of a cache of so many documents, and the peak memory in kB that it took."""
     data = write(folder / f"{documents}.jsonl", documents)
-    # `datasets` turns the lines into a file that it maps, once, 10 MB at a time.
-    python(LOAD, data)
     root = folder / f"root-{documents}"  # one of its own: nothing to extend
     positions, peak = python(MAKE, model_folder, data, root, pack, filled).split()
     return int(positions), int(peak)
@@ -84,3 +97,36 @@ def test_four_times_the_rows_of_the_model_take_no_more_memory(
     assert many > 3.9 * few
     assert few > BLOCK
     assert large < 1.05 * small, f"{small} kB for {few} tokens, {large} kB for {many}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz"])
+def test_ten_times_the_texts_take_no_more_memory_to_read(tmp_path: Path, ending: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    def read(count: int) -> tuple[int, int]:
+        path = tmp_path / f"{count}{ending}"
+        rows = [{"text": f"{n} the cat sat " * 150, "number": n} for n in range(count)]
+        if ending == ".parquet":
+            table = pyarrow.Table.from_pylist(rows)
+            pyarrow.parquet.write_table(table, path, row_group_size=1000)
+        elif ending in (".csv", ".tsv"):
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0], delimiter="," if ending == ".csv" else "\t")
+                writer.writeheader()
+                writer.writerows(rows)
+        elif ending == ".json":
+            path.write_text(json.dumps(rows))
+        else:
+            lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            path.write_bytes(gzip.compress(lines) if ending[-1] == "z" else lines)
+        size, labels, peak = python(LOAD, path, tmp_path).split()
+        assert labels == "1"
+        return int(size), int(peak)
+
+    few, small = read(3000)
+    many, large = read(30_000)
+    assert few > 5 << 20
+    assert many > 10 * few
+    assert large < small + (12 << 10), f"{small} kB for {few} characters, {large} kB for {many}"

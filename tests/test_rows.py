@@ -21,6 +21,7 @@ import pytest
 
 import residua.cache.jsonrows
 import residua.cache.lines
+import residua.cache.rowtable
 from residua.cache.data import load_documents
 from residua.cache.documents import Documents
 from residua.cache.errors import DataError
