@@ -257,6 +257,17 @@ def test_minus_is_the_inverse_of_merge() -> None:
         a.minus(a.merge(b))
 
 
+def test_minus_leaves_no_error_below_zero() -> None:
+    """One pair is left, whose spread is 0: what rounding makes of it must not be negative."""
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        x, y = rng.normal(size=(9, 2)), rng.normal(size=(9, 3)) * 1e3
+        y[8] = y[:8].mean(axis=0)
+        left = Moments.of(x, y).minus(Moments.of(x[:8], y[:8]))
+        assert left.n == 1
+        assert 0 <= left.yy < 1e-6
+
+
 def test_merge_leaves_its_operands_alone() -> None:
     rng = np.random.default_rng(3)
     a, b = (Moments.of(rng.normal(size=(9, 3)), rng.normal(size=(9, 2))) for _ in range(2))
