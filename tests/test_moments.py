@@ -121,6 +121,14 @@ def test_moments_equal_numpy_for_random_lengths(seed: int, tmp_path: Path) -> No
             assert_close(moments, direct(*pairs_by_hand(tiny, layer, offset, fold)), 1e-10)
 
 
+def test_second_moments_merged_from_many_blocks_are_symmetric_to_the_last_bit(
+    ragged: ActivationCache,
+) -> None:
+    for parts in whole(ragged, rows=7, tasks=3).pairs.values():
+        for moments in parts:
+            np.testing.assert_array_equal(moments.xx, moments.xx.T)
+
+
 @pytest.mark.parametrize("options", [{"rows": 1}, {"rows": 7}, {"rows": 10**6}])
 def test_moments_do_not_depend_on_block_size(ragged: ActivationCache, options: dict) -> None:
     assert_sets_close(whole(ragged, **options), whole(ragged), 1e-12)
