@@ -161,3 +161,16 @@ def test_large_logits_do_not_overflow():
     model = torch.tensor([[1e4, 0.0, -1e4]])
     found = measure(Reference.of(model, torch.tensor([0])), model.flip(-1))
     assert torch.isfinite(found).all()
+
+
+def test_an_interval_is_of_the_mean_over_the_positions_that_were_drawn() -> None:
+    """Sequences of very different lengths: a resample's mean has its own number of positions."""
+    sums = MetricSums(3)
+    n, kl = np.array([1.0, 10.0, 100.0]), np.array([4.0, 20.0, 90.0])
+    sums.sums[:, COLUMNS.index("n")], sums.sums[:, COLUMNS.index("kl")] = n, kl
+    weights = resampling(3, seed=0)
+    row = sums.row("lens", 0, 0, weights)
+    assert row is not None
+    want = np.percentile([(w * kl).sum() / (w * n).sum() for w in weights], (2.5, 97.5))
+    np.testing.assert_allclose([row.kl_low, row.kl_high], want, rtol=1e-12)
+    assert row.kl == pytest.approx(kl.sum() / n.sum())

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import residua
-from residua.cache import runner
+from residua.cache import resolve, runner
 from residua.cache.errors import UsageError
 from residua.cache.extract import find, run
 from residua.cache.request import Request
@@ -112,6 +112,27 @@ def test_more_tokens_extend_without_running_what_is_there(
     assert residua.verify(more.cache.path).ok
     assert residua.verify(few.path).ok
     assert run(ask(model_folder, texts_file, tmp_path, max_tokens=1300, pack=pack)).status == "hit"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_cache_that_lacks_least_is_extended(
+    model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    order: int,
+) -> None:  # fmt: skip
+    """Whatever its name: caches of 700, 2000 and 1300 tokens, listed from either end."""
+    made = [
+        run(ask(model_folder, texts_file, tmp_path / str(number), max_tokens=number)).cache
+        for number in (700, 2000, 1300)
+    ]
+    root = tmp_path / "root"
+    root.mkdir()
+    for cache in made:
+        shutil.copytree(cache.path, root / cache.id)
+    listed = resolve.list_paths
+    monkeypatch.setattr(resolve, "list_paths", lambda root: sorted(listed(root))[::order])
+    found = find(ask(model_folder, texts_file, root))
+    assert found.answer == "partial"
+    assert found.path == root / made[1].id
 
 
 def test_full_shards_are_shared_not_copied(
