@@ -174,3 +174,17 @@ def test_an_interval_is_of_the_mean_over_the_positions_that_were_drawn() -> None
     want = np.percentile([(w * kl).sum() / (w * n).sum() for w in weights], (2.5, 97.5))
     np.testing.assert_allclose([row.kl_low, row.kl_high], want, rtol=1e-12)
     assert row.kl == pytest.approx(kl.sum() / n.sum())
+
+
+@pytest.mark.parametrize("low", [-np.inf, -1e4])
+def test_a_token_that_both_sides_exclude_adds_nothing_to_either_divergence(low: float) -> None:
+    rng = np.random.default_rng(3)
+    model, probe = rng.normal(size=(2, 5, 6)).astype("f4")
+    model[:, 2], probe[:, 2] = -np.inf, low
+    reference = Reference.of(torch.from_numpy(model), torch.zeros(5, dtype=torch.int64))
+    found = measure(reference, torch.from_numpy(probe)).numpy()
+    rest = [0, 1, 3, 4, 5]
+    log_p, log_q = (log_softmax(v[:, rest].astype(np.float64)) for v in (model, probe))
+    for name, a, b in ("kl", log_p, log_q), ("kl_reverse", log_q, log_p):
+        want = (np.exp(a) * (a - b)).sum(-1)
+        np.testing.assert_allclose(found[:, COLUMNS.index(name)], want, rtol=1e-5, atol=1e-6)

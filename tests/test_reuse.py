@@ -262,3 +262,18 @@ def test_a_cache_of_few_rows_is_small_and_grows_into_the_layout_of_its_size(
             grown.layer(layer).take(rows[0]), alone.layer(layer).take(rows[1]), rtol=0, atol=2e-5
         )
     np.testing.assert_array_equal(small.layer(1)[:], grown.layer(1)[: small.positions])
+
+
+def test_a_text_that_comes_once_more_is_lacking(model_folder: Path, tmp_path: Path) -> None:
+    rows = texts(20, seed=6)
+    root = tmp_path / "root"
+
+    def write(name: str, rows: list[str]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+        return path
+
+    run(ask(model_folder, write("once.jsonl", rows), root, pack=False))
+    found = find(ask(model_folder, write("twice.jsonl", [*rows, rows[4]]), root, pack=False))
+    assert found.answer == "partial"
+    assert len(found.missing_sequences) == 1
