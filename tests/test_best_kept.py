@@ -62,12 +62,12 @@ def test_a_vocabulary_probe_that_is_resumed_ends_at_its_best(
 ) -> None:
     options: dict[str, Any] = {"loss": "text", "epochs": 40, "batch": 64, **FORMS["low rank"]}
     whole = VocabProbe(0, [0], **options).fit(few)
-    probe, kept = VocabProbe(0, [0], **options), {"checkpoint_seconds": 0}
+    probe, kept = VocabProbe(0, [0], **options), tmp_path / "fit"
     with monkeypatch.context() as patch:
         killed_after(measurements, patch)
         with pytest.raises(Killed):
-            probe.fit(few, checkpoint=tmp_path / "fit", **kept)
-    probe.fit(few, checkpoint=tmp_path / "fit", **kept)
+            probe.fit(few, checkpoint=kept, checkpoint_seconds=0)
+    probe.fit(few, checkpoint=kept, checkpoint_seconds=0)
     assert probe.fitted_[0, 0].history == whole.fitted_[0, 0].history
     best = min(row["validation"] for row in whole.fitted_[0, 0].history)
     assert measured(few, probe).nll_text == pytest.approx(best, abs=1e-5)

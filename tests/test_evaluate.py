@@ -136,6 +136,17 @@ def test_the_last_layer_is_the_model_itself(tiny_cache):
     assert row.nll == pytest.approx(row.surprisal, abs=1e-6)
 
 
+def test_a_window_reads_no_more_rows_than_its_limit_wherever_targets_lie(tiny_cache):
+    """Sources of scattered targets are rows of their own: fewer targets share a window."""
+    where, offsets = np.zeros(tiny_cache.positions, bool), (0, 1, 3)
+    where[::11] = True
+    sequences, targets = tiny_cache.split("train"), 0
+    for window in windows(tiny_cache, sequences, offsets, 12, where):
+        assert len(window.positions) <= 12
+        targets += len(window.place)
+    assert targets == where[tiny_cache.rows(sequences)].sum() > 12
+
+
 def test_no_pair_crosses_a_sequence(tiny_cache):
     sequences = tiny_cache.split("train")
     lengths = tiny_cache.sequence_length[sequences]

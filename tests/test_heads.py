@@ -79,7 +79,8 @@ def test_other_heads_are_programs_that_hold_for_small_rows(kind: str) -> None:
     ("kind", "field"), [("llama", "rms_norm_eps"), ("gpt_neox", "layer_norm_eps")]
 )
 def test_any_eps_of_a_configuration_is_the_heads(kind: str, field: str, eps: float) -> None:
-    model: Any = build(kind, **{field: eps})
+    fields: dict[str, Any] = {field: eps}
+    model: Any = build(kind, **fields)
     assert getattr(model.config, field) == eps
     canary = examined(model)
     assert canary.head.kind == "explicit"

@@ -220,3 +220,13 @@ def test_the_first_of_two_equal_caches_stays(tmp_path):
     assert path == cache.path
     assert {p: p.stat().st_mtime_ns for p in cache.path.rglob("*")} == before
     assert [p.name for p in tmp_path.iterdir()] == [cache.id]
+
+
+def test_what_was_quarantined_stays_so_when_a_part_gets_another_record(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.commit(PartRecord(0, 0, 8, {"residual/0": ShardRecord(1, 2)}, {3: "an infinity"}))
+    journal.commit(PartRecord(0, 0, 8, {"residual/1": ShardRecord(3, 4)}, {5: "a NaN"}))
+    journal.commit(PartRecord(0, 0, 8, {"residual/2": ShardRecord(5, 6)}))
+    (record,) = Journal(tmp_path).parts().values()
+    assert record.quarantine == {3: "an infinity", 5: "a NaN"}
+    assert set(record.arrays) == {"residual/0", "residual/1", "residual/2"}

@@ -92,8 +92,8 @@ def test_four_times_the_rows_of_the_model_take_no_more_memory(
     model_folder: Path, tmp_path: Path
 ) -> None:
     """With the model's batches, the writer behind them and all commits."""
-    few, small = made(model_folder, tmp_path, 3000, pack=False, filled=True)
-    many, large = made(model_folder, tmp_path, 12_000, pack=False, filled=True)
+    few, small = made(model_folder, tmp_path, 2400, pack=False, filled=True)
+    many, large = made(model_folder, tmp_path, 9600, pack=False, filled=True)
     assert many > 3.9 * few
     assert few > BLOCK
     assert large < 1.05 * small, f"{small} kB for {few} tokens, {large} kB for {many}"

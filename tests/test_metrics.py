@@ -162,3 +162,30 @@ def test_large_logits_do_not_overflow():
     model = torch.tensor([[1e4, 0.0, -1e4]])
     found = measure(Reference.of(model, torch.tensor([0])), model.flip(-1))
     assert torch.isfinite(found).all()
+
+
+def test_an_interval_is_of_the_mean_over_the_positions_that_were_drawn() -> None:
+    """Sequences of very different lengths: a resample's mean has its own number of positions."""
+    sums = MetricSums(3)
+    n, kl = np.array([1.0, 10.0, 100.0]), np.array([4.0, 20.0, 90.0])
+    sums.sums[:, COLUMNS.index("n")], sums.sums[:, COLUMNS.index("kl")] = n, kl
+    weights = resampling(3, seed=0)
+    row = sums.row("lens", 0, 0, weights)
+    assert row is not None
+    want = np.percentile([(w * kl).sum() / (w * n).sum() for w in weights], (2.5, 97.5))
+    assert (row.kl_low, row.kl_high) == pytest.approx(tuple(want), rel=1e-12)
+    assert row.kl == pytest.approx(kl.sum() / n.sum())
+
+
+@pytest.mark.parametrize("low", [-np.inf, -1e4])
+def test_a_token_that_both_sides_exclude_adds_nothing_to_either_divergence(low: float) -> None:
+    rng = np.random.default_rng(3)
+    model, probe = rng.normal(size=(2, 5, 6)).astype("f4")
+    model[:, 2], probe[:, 2] = -np.inf, low
+    reference = Reference.of(torch.from_numpy(model), torch.zeros(5, dtype=torch.int64))
+    found = measure(reference, torch.from_numpy(probe)).numpy()
+    rest = [0, 1, 3, 4, 5]
+    log_p, log_q = (log_softmax(v[:, rest].astype(np.float64)) for v in (model, probe))
+    for name, a, b in ("kl", log_p, log_q), ("kl_reverse", log_q, log_p):
+        want = (np.exp(a) * (a - b)).sum(-1)
+        np.testing.assert_allclose(found[:, COLUMNS.index(name)], want, rtol=1e-5, atol=1e-6)

@@ -120,6 +120,14 @@ def test_moments_equal_numpy_for_random_lengths(seed: int, tmp_path: Path) -> No
             assert_close(moments, direct(*pairs_by_hand(tiny, layer, offset, fold)), 1e-10)
 
 
+def test_second_moments_merged_from_many_blocks_are_symmetric_to_the_last_bit(
+    ragged: ActivationCache,
+) -> None:
+    for parts in whole(ragged, rows=7, tasks=3).pairs.values():
+        for moments in parts:
+            np.testing.assert_array_equal(moments.xx, moments.xx.T)
+
+
 @pytest.mark.parametrize("options", [{"rows": 1}, {"rows": 7}, {"rows": 10**6}])
 def test_moments_do_not_depend_on_block_size(ragged: ActivationCache, options: dict) -> None:
     assert_sets_close(whole(ragged, **options), whole(ragged), 1e-12)
@@ -254,6 +262,17 @@ def test_minus_is_the_inverse_of_merge() -> None:
     assert not a.minus(a).xx.any()
     with pytest.raises(UsageError, match="cannot take 60 pairs away from 30"):
         a.minus(a.merge(b))
+
+
+def test_minus_leaves_no_error_below_zero() -> None:
+    """One pair is left, whose spread is 0: what rounding makes of it must not be negative."""
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        x, y = rng.normal(size=(9, 2)), rng.normal(size=(9, 3)) * 1e3
+        y[8] = y[:8].mean(axis=0)
+        left = Moments.of(x, y).minus(Moments.of(x[:8], y[:8]))
+        assert left.n == 1
+        assert 0 <= left.yy < 1e-6
 
 
 def test_merge_leaves_its_operands_alone() -> None:

@@ -79,9 +79,10 @@ def test_a_cache_is_not_mixed_with_other_numbers(
     if unfinished:
         interrupted(data, tmp_path, **BEGUN[name])
     else:
-        cache = residua.extract(*data, root=tmp_path, **{**OPTIONS, **BEGUN[name]})
+        residua.extract(*data, root=tmp_path, **{**OPTIONS, **BEGUN[name]})
     if name == "repaired":
-        shard = cache.path / "arrays.zarr/residual/1/c/1/0"
+        (path,) = (p.parent for p in tmp_path.rglob("manifest.json"))
+        shard = path / "arrays.zarr/residual/1/c/1/0"
         shard.write_bytes(shard.read_bytes()[:-1])
     before = files(tmp_path)
     for block in (0, 2) if name == "resumed" else (2,):

@@ -135,6 +135,24 @@ def texts_with_a_rare_token(tmp_path: Path) -> Path:
     return path
 
 
+def test_every_kept_run_of_a_context_that_is_not_finite_is_quarantined(
+    model_folder: Path, texts_with_a_rare_token: Path, tmp_path: Path
+) -> None:
+    clean = residua.extract(model_folder, texts_with_a_rare_token, root=tmp_path, pack=False)
+    bad = poisoned(model_folder, tmp_path / "bad", rare_token(clean))
+    cache = residua.extract(
+        bad, texts_with_a_rare_token, root=tmp_path, pack=False, positions="sample:12"
+    )
+    context, sequence = cache.array("sequences/context")[:], cache.array("tokens/sequence")[:]
+    finite = np.all([np.isfinite(cache.layer(la)[:]).all(-1) for la in cache.layers], axis=0)
+    contexts = set(context[sequence[~finite]].tolist())
+    runs = [number for number in range(len(context)) if context[number] in contexts]
+    assert contexts
+    assert len(runs) > len(contexts)
+    assert set(cache.quarantined) == set(runs)
+    assert not set(runs) & set(cache.split("all").tolist())
+
+
 def test_sequences_that_are_not_finite_are_quarantined_with_the_reason(
     model_folder: Path, texts_with_a_rare_token: Path, tmp_path: Path
 ) -> None:

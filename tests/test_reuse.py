@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import residua
-from residua.cache import runner
+from residua.cache import resolve, runner
 from residua.cache.errors import UsageError
 from residua.cache.extract import find, run
 from residua.cache.request import Request
@@ -123,6 +123,27 @@ def test_more_tokens_extend_without_running_what_is_there(
     assert residua.verify(more.cache.path).ok
     assert residua.verify(few.path).ok
     assert run(ask(model_folder, texts_file, tmp_path, max_tokens=1300, pack=pack)).status == "hit"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_cache_that_lacks_least_is_extended(
+    model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    order: int,
+) -> None:  # fmt: skip
+    """Whatever its name: caches of 700, 2000 and 1300 tokens, listed from either end."""
+    made = [
+        run(ask(model_folder, texts_file, tmp_path / str(number), max_tokens=number)).cache
+        for number in (700, 2000, 1300)
+    ]
+    root = tmp_path / "root"
+    root.mkdir()
+    for cache in made:
+        shutil.copytree(cache.path, root / cache.id)
+    listed = resolve.list_paths
+    monkeypatch.setattr(resolve, "list_paths", lambda root: sorted(listed(root))[::order])
+    found = find(ask(model_folder, texts_file, root))
+    assert found.answer == "partial"
+    assert found.path == root / made[1].id
 
 
 def test_full_shards_are_shared_not_copied(
@@ -255,3 +276,18 @@ def test_a_cache_of_few_rows_is_small_and_grows_into_the_layout_of_its_size(
             grown.layer(layer).take(rows[0]), alone.layer(layer).take(rows[1]), rtol=0, atol=2e-5
         )
     np.testing.assert_array_equal(small.layer(1)[:], grown.layer(1)[: small.positions])
+
+
+def test_a_text_that_comes_once_more_is_lacking(model_folder: Path, tmp_path: Path) -> None:
+    rows = texts(20, seed=6)
+    root = tmp_path / "root"
+
+    def write(name: str, rows: list[str]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+        return path
+
+    run(ask(model_folder, write("once.jsonl", rows), root, pack=False))
+    found = find(ask(model_folder, write("twice.jsonl", [*rows, rows[4]]), root, pack=False))
+    assert found.answer == "partial"
+    assert len(found.missing_sequences) == 1

@@ -452,3 +452,14 @@ def test_one_sequence_is_not_enough_to_choose_a_penalty(tmp_path: Path) -> None:
     assert probe.fit(single).n_[0, 0] == 30
     with pytest.raises(UsageError, match="needs pairs in at least two folds"):
         RidgeProbe(layers=[0]).fit(single)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_columns_that_are_nearly_the_same_give_the_solution_of_least_norm(seed: int) -> None:
+    """Cholesky may succeed on a matrix of no use: its condition decides, not its success."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(300, 4)), rng.normal(size=(300, 2))
+    x[:, 3] = x[:, 2] + 3e-9 * rng.normal(size=300)
+    found = RidgeProbe(alpha=0.0, folds=1).fit(x, y)
+    want = np.linalg.lstsq(x - x.mean(axis=0), y - y.mean(axis=0), rcond=1e-7)[0]
+    np.testing.assert_allclose(found.coef_.T, want, atol=1e-6)

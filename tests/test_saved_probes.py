@@ -2,7 +2,7 @@
 
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ STEPS: dict[str, Any] = {"steps": 10, "batch": 128, "lr": 0.1}
 EPOCHS: dict[str, Any] = {"epochs": 1, "batch": 128, "lr": 0.05}
 PROBES: dict[str, Any] = {
     "ridge": RidgeProbe((0, 1), layers=range(1), folds=3),
-    "ridge to targets": RidgeProbe(np.int64(1), layers=[0], target=(1, 2)),
+    "ridge to targets": RidgeProbe(cast(int, np.int64(1)), layers=[0], target=(1, 2)),
     "ridge of given penalties": RidgeProbe(layers=(0, 1), alphas=np.logspace(0, 3, 4), folds=2),
     "ridge of one penalty": RidgeProbe(range(0, 3, 2), alpha=3.0, folds=1),
     "lens": TunedLens(layers=range(0, 3, 2), **STEPS),

@@ -64,6 +64,27 @@ def test_what_is_not_wanted_is_not_computed() -> None:
     assert only.weight.any()
 
 
+@pytest.mark.parametrize("tile_rows", TILES)
+def test_gradients_from_bfloat16_factors_are_those_of_float32_to_their_rounding(
+    tile_rows: int | None,
+) -> None:
+    target, scale = targets()[0], 0.3
+    x, weight, bias = normal(ROWS, WIDTH), normal(VOCAB, WIDTH), normal(VOCAB)
+    found = {}
+    for products in ("float32", "bfloat16"):
+        room = (torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(x))
+        losses = affine_losses(
+            x, weight, bias, target, Gradients(*room, scale, products), tile_rows
+        )
+        found[products] = losses, room
+    (want, exact), (losses, rough) = found["float32"], found["bfloat16"]
+    torch.testing.assert_close(losses, want)
+    for one, other in zip(rough, exact, strict=True):
+        assert other.norm() > 0
+        # Factors are rounded to 8 bits.
+        assert (one - other).norm() <= 2.0**-7 * other.norm()
+
+
 def heads() -> dict[str, Head]:
     layernorm = random_head(WIDTH, VOCAB)
     return {

@@ -13,7 +13,14 @@ from residua.cache.encode import tokenize
 from residua.cache.errors import DataError
 from residua.cache.store import SPLITS
 from residua.cache.tables import tables
-from residua.cache.tokens import Runs, TokenStream, assign_splits, folds_of, from_sequences
+from residua.cache.tokens import (
+    Runs,
+    TokenStream,
+    assign_splits,
+    concatenate,
+    folds_of,
+    from_sequences,
+)
 
 TRAIN, VALIDATION, TEST = range(3)
 
@@ -414,3 +421,18 @@ def test_progress_ends_with_all_documents():
     seen: list[tuple[int, int]] = []
     stream_of(texts, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(256, 600), (512, 600), (600, 600)]
+
+
+def test_labels_whose_codes_mean_other_words_are_not_joined() -> None:
+    one, other = (
+        replace(
+            from_sequences([[1, 2], [3]]),
+            of_sequences={"sequences/kind": np.array([0, 1]), "sequences/grade": np.array([5, 6])},
+            categories={"sequences/kind": words},
+        )
+        for words in (("a", "b"), ("b", "a"))
+    )
+    assert set(concatenate(one, one).of_sequences) == {"sequences/kind", "sequences/grade"}
+    found = concatenate(one, other)
+    assert set(found.of_sequences) == {"sequences/grade"}
+    assert not found.categories

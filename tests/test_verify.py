@@ -117,6 +117,17 @@ def test_a_cut_shard_is_found(damaged, file):
     assert file in [damage.file for damage in verify(damaged).damages]
 
 
+def test_bytes_between_the_chunks_and_the_index_are_found(damaged):
+    """All chunks and the index are right, but it is not the file that was committed."""
+    file = "arrays.zarr/residual/0/c/0/0"
+    raw = (damaged / file).read_bytes()
+    index = 4 * 16 + 4
+    (damaged / file).write_bytes(raw[:-index] + b"\0" + raw[-index:])
+    (damage,) = verify(damaged).damages
+    assert damage.file == file
+    assert "another size" in damage.message
+
+
 @pytest.mark.parametrize(("one", "two"), [
     ("residual/0/c/0/0", "residual/0/c/1/0"),
     ("residual/0/c/0/0", "residual/1/c/0/0"),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from residua.cache.catalog import list_paths
 from residua.cache.create import sweep_unfinished
 from residua.cache.errors import Interrupted
 from residua.cache.extract import run
+from residua.cache.lease import exclusive
 from residua.cache.request import Request
 from residua.cache.store import ActivationCache
 from residua.cache.verify import verify
@@ -196,3 +198,20 @@ def test_processes_that_want_different_layers_of_a_new_cache_both_get_them(
         assert {0, 2, 3} <= set(children[2].json()["layers"])
         assert files(root) == alone
         assert verify(only(root).path).ok
+
+
+def test_what_only_one_may_do_waits_for_the_other(tmp_path: Path) -> None:
+    inside, order = threading.Event(), []
+
+    def second() -> None:
+        with exclusive(tmp_path, "layers"):
+            order.append("second")
+            inside.set()
+
+    thread = threading.Thread(target=second)
+    with exclusive(tmp_path, "layers"):
+        thread.start()
+        assert not inside.wait(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
