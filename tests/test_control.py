@@ -26,6 +26,7 @@ from residua.probes.views import NextToken, View, view_of
 from residua.probes.vocab import VocabProbe
 from residua.sample import MODEL_DIR, TEXT_PATH
 
+from .defined import defined
 from .synthetic import make_cache, random_head
 
 VOCAB, D = 11, 6
@@ -299,7 +300,10 @@ def test_probes_fitted_by_kl_end_at_the_best_constant(tiny_cache, control, kind)
     constant = mean.log() if kind == "vocab" else best_constant(tiny_cache, mean)
     targets = rows_of(tiny_cache, 1, "test") + 1
     want = float((model.exp() * (model - constant))[targets].sum(-1).mean())
-    kl = {row.probe: row.kl for row in evaluate(tiny_cache, [plain, found], split="test").rows}
+    kl = {
+        row.probe: defined(row.kl)
+        for row in evaluate(tiny_cache, [plain, found], split="test").rows
+    }
     assert kl[found.kind] == pytest.approx(want, rel=0.05)
     assert kl[plain.kind] < 0.9 * want
     again = type(found).restore(plain_params(found), *found.state())
@@ -316,7 +320,9 @@ def test_vocabulary_probes_gain_from_the_next_token(tiny_cache, form):
     given = {"offset": 1, "layers": [1], "loss": "kl", "form": form, "epochs": 12, "lr": 0.01}
     plain = VocabProbe(**given).fit(tiny_cache)
     both = ControlProbe(VocabProbe(**given), "next-token").fit(tiny_cache)
-    kl = {row.probe: row.kl for row in evaluate(tiny_cache, [plain, both], split="test").rows}
+    kl = {
+        row.probe: defined(row.kl) for row in evaluate(tiny_cache, [plain, both], split="test").rows
+    }
     assert kl["vocab/next-token"] < 0.8 * kl["vocab"]
 
 

@@ -28,6 +28,7 @@ from residua.probes.ridge import RidgeProbe
 from residua.probes.save import check_geometry, load_probe, save_probe
 from residua.probes.softmax import Teacher
 
+from .defined import defined
 from .local import local_client
 from .synthetic import make_cache, random_head
 
@@ -60,7 +61,7 @@ def lens(curved: ActivationCache) -> TunedLens:
 
 def held_out(found: ActivationCache, probes: list[Any], **options: Any) -> dict[Any, float]:
     rows = residua.evaluate(found, probes, split="validation", **options).rows
-    return {(row.probe, row.layer, row.offset): row.kl for row in rows}
+    return {(row.probe, row.layer, row.offset): defined(row.kl) for row in rows}
 
 
 def test_a_lens_is_better_than_ridge_and_never_worse_than_the_logit_lens(
