@@ -474,7 +474,9 @@ def _check_asked(
                 f"{'all' if offsets is None else span(offsets)}); it has {_has(probe)}"
             )
     known = {name: {offset for _, offset in probe.pairs()} for name, probe in named.items()}
-    for offset in (offsets or ()) if named else ():
+    # Baselines are floors for the others: where there are no others, the logit lens is measured.
+    fitted = any(not isinstance(probe, Counted) for probe in named.values())
+    for offset in (offsets or ()) if fitted else ():
         if not any(offset in found for found in known.values()):
             said = "; ".join(f"{name} has {_has(probe)}" for name, probe in named.items())
             raise NotFoundError(f"no probe was fitted for offset {offset}: {said}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..cache.errors import UsageError
+from ..cache.manifest import DOCUMENT
 from .tokentext import plain_texts
 
 if TYPE_CHECKING:
@@ -69,7 +70,20 @@ class _Block:
 
 def _mask(cache: "ActivationCache", of: Callable[[_Block], np.ndarray]) -> np.ndarray:
     _check(cache)
-    return np.concatenate([of(block) for block in _blocks(cache)])
+    mask = np.zeros(cache.positions, bool)
+    for rows, block in _blocks(cache):
+        mask[rows] = of(block)
+    return mask
+
+
+def _text_order(cache: "ActivationCache") -> np.ndarray:
+    """Numbers of the sequences in the order in which documents go on from one to the next.
+
+    Each split is packed by itself, and its sequences lie between those of the others.
+    """
+    if cache.manifest.tokens.split_by == DOCUMENT:
+        return np.argsort(cache.sequence_split, kind="stable")
+    return np.arange(len(cache.sequence_length))
 
 
 def _check(cache: "ActivationCache") -> None:
@@ -88,12 +102,12 @@ def _check(cache: "ActivationCache") -> None:
         )
 
 
-def _blocks(cache: "ActivationCache") -> Iterator[_Block]:
-    """All positions; what a block must know of those before it is carried along."""
+def _blocks(cache: "ActivationCache") -> Iterator[tuple[np.ndarray, _Block]]:
+    """All positions, in blocks; what one must know of those before it is carried along."""
     words = _Words(cache)
     named, state, before = False, START, np.full((1, 3), -1)
     ended = False
-    for sequences in cache.blocks(np.arange(len(cache.sequence_length)), BLOCK_ROWS):
+    for sequences in cache.blocks(_text_order(cache), BLOCK_ROWS):
         rows = cache.rows(sequences)
         first = np.isin(rows, cache.sequence_start[sequences])
         spans = cache.spans(rows)
@@ -108,7 +122,7 @@ def _blocks(cache: "ActivationCache") -> Iterator[_Block]:
         capital = (kind[:, CAPITAL] > 0) & (outside == INSIDE)
         of_word = _latest(np.append(named, capital), np.append(True, ~inner))[1:]
         # The model sees no next token at the end of a sequence, though the text may go on.
-        yield _Block(np.append(more[1:] & ~first[1:], False), of_word)
+        yield rows, _Block(np.append(more[1:] & ~first[1:], False), of_word)
         named, before, ended = of_word[-1], spans[-1:], kind[-1, ENDING] > 0
 
 

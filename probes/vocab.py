@@ -437,6 +437,8 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
                 if key.startswith(start)
             }
             rest = {key: value for key, value in row.items() if key != "history"}
+            if "crossing" in row:
+                probe._crossing = {**(probe._crossing or {}), pair[1]: row["crossing"]}
             probe.fitted_[pair] = Fitted(found, rest, row["history"])
         return probe
 

@@ -196,12 +196,40 @@ def make_bucket(server: Server, seconds: float, folder: Path) -> Server:
     return server
 
 
+MOTO = """
+import io, os, sys, threading
+from moto.server import (
+    DomainDispatcherApplication, MotoRequestHandler, create_backend_app, run_simple
+)
+
+host, port = sys.argv[1:]
+os.environ["MOTO_PORT"] = port
+application = DomainDispatcherApplication(create_backend_app)
+application.debug = True
+lock = threading.Lock()
+
+def one_at_a_time(environ, start_response):
+    size = None if environ.get("wsgi.input_terminated") else int(environ.get("CONTENT_LENGTH") or 0)
+    body = environ["wsgi.input"].read() if size is None else environ["wsgi.input"].read(size)
+    if size is not None and len(body) < size:  # the client has gone
+        start_response("400 Bad Request", [])
+        return []
+    environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(body), str(len(body))
+    with lock:
+        return list(application(environ, start_response))
+
+run_simple(host, int(port), one_at_a_time, threaded=True, request_handler=MotoRequestHandler)
+"""
+"""Program of the mock. Two conditional creations in two of its threads may both find no object, so
+that requests, once they are here, are answered one after the other."""
+
+
 @contextlib.contextmanager
 def moto(folder: Path, seconds: float) -> Iterator[Server]:
     """The mock of PyPI `moto[server]`: real HTTP, real signatures, objects in memory."""
     (port,) = free_ports(1)
     url = f"http://{HOST}:{port}"
-    with running([(sys.executable, "-m", "moto.server", "-H", HOST, "-p", port)], folder):
+    with running([(sys.executable, "-c", MOTO, HOST, port)], folder):
         until(lambda: answers(url), seconds, folder)
         owner, reader = _moto_user(url, "owner", "s3:*"), _moto_user(url, "reader", "s3:[GL]*")
         # from here on it checks signatures and rights, which it leaves out otherwise

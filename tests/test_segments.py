@@ -19,7 +19,7 @@ from residua.cache.segments import (
     segment_places,
 )
 from residua.cache.store import ActivationCache
-from residua.cache.tokens import Runs, folds_of
+from residua.cache.tokens import Runs
 from residua.probes.bigram import Bigram, LaggedBigram
 from residua.probes.collect import collect
 from residua.probes.feed import Feed
@@ -124,7 +124,7 @@ def moments_by_hand(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows x and y of the pairs of one fold, float64."""
     numbers = cache.split("all")
-    numbers = numbers[folds_of(cache.sequence_hash, FOLDS) == fold]
+    numbers = numbers[cache.sequence_folds(FOLDS)[numbers] == fold]
     pairs = np.array(Text(cache).pairs(cache.rows(numbers), offset, across, drop), int)
     x, y = (np.asarray(cache.layer(la)[:], np.float64) for la in (layer, cache.depth))
     pairs = pairs.reshape(-1, 2)

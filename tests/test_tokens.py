@@ -423,16 +423,19 @@ def test_progress_ends_with_all_documents():
     assert seen == [(256, 600), (512, 600), (600, 600)]
 
 
-def test_labels_whose_codes_mean_other_words_are_not_joined() -> None:
+KIND = "sequences/labels/kind"
+
+
+def test_labels_whose_codes_mean_other_words_are_joined_by_their_words() -> None:
     one, other = (
         replace(
             from_sequences([[1, 2], [3]]),
-            of_sequences={"sequences/kind": np.array([0, 1]), "sequences/grade": np.array([5, 6])},
-            categories={"sequences/kind": words},
+            of_sequences={KIND: np.array([0, 1]), "sequences/grade": np.array([5, 6])},
+            categories={KIND: words},
         )
         for words in (("a", "b"), ("b", "a"))
     )
-    assert set(concatenate(one, one).of_sequences) == {"sequences/kind", "sequences/grade"}
+    assert set(concatenate(one, one).of_sequences) == {KIND, "sequences/grade"}
     found = concatenate(one, other)
-    assert set(found.of_sequences) == {"sequences/grade"}
-    assert not found.categories
+    words = np.array(found.categories[KIND])[found.of_sequences[KIND]]
+    assert words.tolist() == ["a", "b", "b", "a"]

@@ -29,8 +29,9 @@ def files_of(folder: Path) -> list[str]:
 
 
 RESIDUALS = [f"arrays.zarr/residual/{layer}" for layer in range(3)]
+TABLES_OF_SEQUENCES = ("document", "hash", "length", "row_id", "split", "start")
 TABLES = ["arrays.zarr/tokens/" + name for name in ("ids", "index", "sequence")]
-TABLES += ["arrays.zarr/sequences/" + n for n in ("hash", "length", "row_id", "split", "start")]
+TABLES += ["arrays.zarr/sequences/" + n for n in TABLES_OF_SEQUENCES]
 FILES = sorted(
     ["manifest.json", "provenance.json", "head/head.json", "head/head.safetensors"]
     + ["journal/base.json", *(f"journal/{part:08d}.json" for part in range(3))]
