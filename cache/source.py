@@ -157,6 +157,8 @@ class ModelSource:
         Raises `ModelError` if the weights are not safetensors, if the folder is an adapter of
         another model, or if its code lies in another repository.
         """
+        for path in self.weight_files:
+            read_header(path)  # a file that cannot be read is said before one is hashed
         tensors: dict[str, str] = {}
         for file, digests in known_tensor_digests(self.weight_files).items():
             if twice := sorted(tensors.keys() & digests.keys()):
@@ -231,6 +233,8 @@ class ModelSource:
         weights = sorted(self.folder.glob("*.safetensors"))
         if not weights:
             raise ModelError(f"{self.folder} holds no *.safetensors weights")
+        for path in weights:
+            read_header(path)
         return ModelIdentity(
             digest(known_digests(weights)), self._config_digest, self._architecture
         )

@@ -121,6 +121,21 @@ def test_a_folder_without_weights_is_refused(model: Path) -> None:
         identity(model)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("damage", ["pointer", "cut", "empty", "link"])
+def test_weights_that_cannot_be_read_are_refused(model: Path, damage: str, version: int) -> None:
+    path = model / "model.safetensors"
+    raw = path.read_bytes()
+    path.unlink()
+    if damage == "link":
+        path.symlink_to(model / "nowhere.safetensors")
+    else:
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        path.write_bytes({"pointer": pointer, "cut": raw[:-100], "empty": b""}[damage])
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        ModelSource.locate(str(model)).identity_in(version)
+
+
 def test_an_adapter_is_refused(model: Path) -> None:
     change_json(model / "adapter_config.json", peft_type="LORA")
     with pytest.raises(ModelError, match="holds an adapter of another model"):
