@@ -121,21 +121,17 @@ class TokenStream:
             for start, stop in ranges.tolist():
                 for block in blocks(names[name], start, stop):
                     column.append(block)
-        return TokenStream(
-            columns.pop("ids"),
-            self.lengths[numbers],
-            self.row_ids[numbers],
-            {**columns},
-            {name: values[numbers] for name, values in self.of_sequences.items()},
-            self.categories,
-            self._runs_of(numbers),
-            None if self.cut is None else self.cut[numbers],
-            self.scratch,
-            None if self.splits is None else self.splits[numbers],
-            None if self.documents is None else self.documents[numbers],
-            self.split_by,
-            self.format,
-            self.reading,
+        return replace(
+            self,
+            ids=columns.pop("ids"),
+            lengths=self.lengths[numbers],
+            row_ids=self.row_ids[numbers],
+            of_tokens={**columns},
+            of_sequences={name: values[numbers] for name, values in self.of_sequences.items()},
+            runs=self._runs_of(numbers),
+            cut=None if self.cut is None else self.cut[numbers],
+            splits=None if self.splits is None else self.splits[numbers],
+            documents=None if self.documents is None else self.documents[numbers],
         )
 
     def head(self, count: int) -> "TokenStream":
