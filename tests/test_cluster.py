@@ -58,7 +58,7 @@ def test_controls(some: ActivationCache, threads: Client, kind: str, control: st
     same(alone, shared, 0 if kind == "vocab" else 1e-5)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 200])
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(200, marks=pytest.mark.slow)])
 def test_baselines(
     some: ActivationCache, threads: Client, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

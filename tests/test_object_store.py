@@ -124,6 +124,7 @@ def test_a_cache_in_an_object_store_has_the_bytes_of_one_on_a_disk(
     assert residua.find_cache(far.id[:6], as_path(root)).positions == local.positions
 
 
+@pytest.mark.slow
 def test_compact_caches_with_logits_are_the_same_afar(
     root: str, model_folder: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -317,6 +318,7 @@ def test_push_of_a_remote_cache_says_what_to_do(far: ActivationCache) -> None:
         residua.push(far, "someone/repo")
 
 
+@pytest.mark.slow
 def test_three_workers_share_a_root_and_write_no_part_twice(
     driver: Driver, root: str, model_folder: Path, data: Path, local: ActivationCache
 ) -> None:
@@ -380,6 +382,7 @@ class Proxy:
             each.close()
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_of_an_upload_leaves_nothing_and_another_goes_on(
     server: Server, driver: Driver, root: str, model_folder: Path, data: Path,
     local: ActivationCache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
