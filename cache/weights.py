@@ -48,10 +48,15 @@ def compare_with_checkpoint(
             f"{tensor} is {tuple(found)}, the model's is {tuple(expected)}"
             for tensor, found, expected in mismatched[:SHOWN]
         )
+        packed = any(
+            len(found) > 2 and found[0] < expected[0] and tuple(found[1:]) == tuple(expected[1:])
+            for _, found, expected in mismatched
+        )
+        lost = "a tensor that is packed into them (of one expert) is lost, or " if packed else ""
         raise ModelError(
             f"{name}: {len(mismatched)} tensors of the checkpoint have other shapes than its "
-            f"config.json says: {first}{_more(mismatched)}; give the config.json that belongs to "
-            "these weights"
+            f"config.json says: {first}{_more(mismatched)}; {lost}give the config.json that "
+            "belongs to these weights"
         )
     buffers = {key for key, _ in model.named_buffers()}
     missing: list[str] = sorted(info.get("missing_keys") or ())

@@ -196,7 +196,10 @@ def test_every_class_loads_what_it_saved_and_misses_what_is_taken_out(
         change(folder, lambda t, lost=lost: {k: v for k, v in saved.items() if k != lost})
         again = load_or_reason(folder)
         if isinstance(again, str):
-            assert "checkpoint lacks" in again, lost
+            # Tensors of single experts are packed into one, which is shorter without one of them.
+            assert (
+                "checkpoint lacks" in again or "packed into them (of one expert) is lost" in again
+            )
             continue
         # Computed, or tied to another tensor of the checkpoint: the numbers are the same.
         for name, tensor in again.named_parameters():
