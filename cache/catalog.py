@@ -1,6 +1,7 @@
 """The caches under a root: where the root is, which caches it has, which one a name means."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ def cache_root(root: str | Path | None = None) -> Path:
 def list_paths(root: Path) -> list[Path]:
     """Folders of all caches under `root`, oldest first; nothing is read."""
     found = [p / "manifest.json" for p in children(root) if not p.name.startswith(".")]
-    found = [manifest for manifest in found if manifest.is_file()]
-    return [m.parent for m in sorted(found, key=lambda m: (m.stat().st_mtime, m))]
+    written: list[tuple[float, Path]] = []
+    for manifest in found:
+        with suppress(FileNotFoundError):  # a cache that is being removed
+            if manifest.is_file():
+                written.append((manifest.stat().st_mtime, manifest))
+    return [manifest.parent for _, manifest in sorted(written)]
 
 
 def find_path(name: str, root: Path) -> Path:

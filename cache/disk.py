@@ -58,14 +58,25 @@ def store_errors(root: Path) -> Iterator[None]:
 
 @contextmanager
 def any_disk_errors() -> Iterator[None]:
-    """A disk that is full or cannot be written becomes our error, whatever is written and where."""
+    """Errors of any disk become ours: one that is full, cannot be written, fails, or has gone."""
     try:
         yield
     except ResiduaError:
         raise
     except Exception as error:
         number, name = _number(error), getattr(error, "filename", None)
-        message = f"{os.strerror(number)}{f': {name}' if name else ''}; what was written is kept"
+        where = f": {name}" if name else ""
+        if number in GONE and name:
+            raise NotFoundError(
+                f"{name} vanished while it was used (removed, renamed or unmounted?); if it comes "
+                "back, give the same command again"
+            ) from error
+        if number == errno.EIO:
+            raise UsageError(
+                f"the disk fails ({os.strerror(number).lower()}){where}; check it, then see with "
+                "`residua verify` what of a cache is damaged"
+            ) from error
+        message = f"{os.strerror(number)}{where}; what was written is kept"
         if number in FULL:
             raise NoSpaceError(
                 f"{message}: free some space and give the same command again"

@@ -68,6 +68,10 @@ class Extraction:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `residua extract`."""
+        with disk_errors(self.cache.path):
+            return self._counted()
+
+    def _counted(self) -> dict[str, Any]:
         return {
             "cache": self.cache.id,
             "path": str(self.cache.path),
@@ -155,17 +159,20 @@ def run(
                 status, path, stack = _extend(
                     request, model, found, wanted, stream, progress, stages
                 )
-        written = fill(
-            ActivationCache(path), stack, progress, request.share, request.on_error, stages
-        )
-        if unnamed_layers(ActivationCache(path), kept_layers(request.layers, stack.depth)):
+        with disk_errors(path):
+            written = fill(
+                ActivationCache(path), stack, progress, request.share, request.on_error, stages
+            )
+            lacks = unnamed_layers(ActivationCache(path), kept_layers(request.layers, stack.depth))
+        if lacks:
             # Another process, which wants fewer layers, made this cache a moment before.
             done = run(request, progress, stages)
             return replace(done, written=done.written + written)
-    cache = ActivationCache(path)
-    if request.part is None:
-        cache.check_complete()
-    error = read_json(cache.path / "provenance.json")["canary"]["head_error"]
+    with disk_errors(path):
+        cache = ActivationCache(path)
+        if request.part is None:
+            cache.check_complete()
+        error = read_json(cache.path / "provenance.json")["canary"]["head_error"]
     seconds = time.perf_counter() - began
     return Extraction(
         cache, status, error, written, seconds, stream.cut_counts, stream.reading, stages

@@ -1,6 +1,7 @@
 """The only door to transformers: loads a frozen causal language model and its tokenizer."""
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from .weights import compare_with_checkpoint
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
+
+TRANSFORMERS = threading.RLock()
+"""Held while transformers builds or loads something: that changes the whole process."""
 
 
 def choose_device(device: str) -> str:
@@ -132,16 +136,22 @@ def convert_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokeniz
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off the screen."""
+    """Let one thread at a time use transformers, without progress bars and advice on the screen.
+
+    While transformers builds a model, it replaces methods of its classes (such as `tie_weights`)
+    for the whole process; of two threads at once, the second would put back what the first had
+    replaced, and no model of the process would be tied from then on.
+    """
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
+    with TRANSFORMERS:
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.set_verbosity(level)
+            logging.enable_progress_bar()

@@ -6,12 +6,17 @@ import signal
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import residua.cache.extract as extraction
+from residua import extract
 from residua.cache.catalog import list_paths
 from residua.cache.disk import any_disk_errors, disk_errors
 from residua.cache.errors import NoSpaceError, NotFoundError, UsageError
+from residua.cache.fill import fill
+from residua.cache.request import Request
 from residua.cache.store import ActivationCache
 
 from .crashing import Child, Driver, shared_driver, until
@@ -36,7 +41,7 @@ def scene(model_folder: Path, data: Path) -> Scene:
 def begin(driver: Driver, command: tuple[object, ...], root: Path) -> Child:
     """A process that is stopped (SIGSTOP) after it committed a part, before it has all."""
     child = driver.start(*command)
-    until(lambda: child.ended() or list(root.glob("*/journal/0*.json")))
+    until(lambda: child.ended() or list(root.glob("[!.]*/journal/0*.json")))
     child.signal(signal.SIGSTOP)
     assert not child.ended(), child.err.read_text()
     return child
@@ -63,7 +68,7 @@ def test_a_signal_ends_the_run_with_whole_parts_and_the_command_goes_on(
     child = begin(driver, scene.command(tmp_path), tmp_path)
     child.signal(number)
     child.signal(signal.SIGCONT)
-    assert child.wait() == 130
+    assert child.wait() == 130, child.err.read_text()
     assert child.json()["error"] == "Interrupted"
     assert "the same command goes on from here" in child.json()["message"]
     assert child.err.read_text() == ""
@@ -100,7 +105,7 @@ def test_a_disk_that_fills_up_loses_nothing(
     child = begin(driver, scene.command(root), seen)
     ballast = fill_up(driver.see(disk))
     child.signal(signal.SIGCONT)
-    assert child.wait() == 5
+    assert child.wait() == 5, child.err.read_text()
     assert child.json()["error"] == "NoSpaceError"
     assert f"the disk of {root}" in child.json()["message"]
     assert "is full; parts that are committed are kept" in child.json()["message"]
@@ -147,6 +152,10 @@ def test_a_full_disk_is_named_where_nobody_knows_which(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "as the system says", "here")
     with pytest.raises(UsageError, match="Permission denied: there"), any_disk_errors():
         raise PermissionError(errno.EACCES, "as the system says", "there")
+    with pytest.raises(NotFoundError, match="there vanished while"), any_disk_errors():
+        raise FileNotFoundError(errno.ENOENT, "as the system says", "there")
+    with pytest.raises(UsageError, match="the disk fails .*: here"), any_disk_errors():
+        raise OSError(errno.EIO, "as the system says", "here")
     with pytest.raises(KeyError), any_disk_errors():
         raise KeyError("no disk")
 
@@ -169,7 +178,7 @@ def test_a_read_only_root_says_so_and_goes_on_when_it_is_writable(
     child = begin(driver, scene.command(root), seen)
     child.signal(signal.SIGTERM)
     child.signal(signal.SIGCONT)
-    assert child.wait() == 130
+    assert child.wait() == 130, child.err.read_text()
     witness = Witness(seen)
     witness.check()
     assert driver.shell("mount", "-o", "remount,ro", disk) == 0
@@ -195,7 +204,7 @@ def test_a_root_that_vanishes_ends_the_run_and_no_stump_is_left(
     witness.check()
     away.rename(tmp_path / "away")
     child.signal(signal.SIGCONT)
-    assert child.wait() == 2
+    assert child.wait() == 2, child.err.read_text()
     assert child.json()["error"] == "NotFoundError"
     assert "vanished" in child.json()["message"]
     assert child.err.read_text() == ""
@@ -206,6 +215,48 @@ def test_a_root_that_vanishes_ends_the_run_and_no_stump_is_left(
     witness.check()
 
 
+SIZES: dict[str, Any] = {"context": 40, "part_positions": 128, "batch_tokens": 200}
+
+
+@pytest.mark.parametrize("call", [0, 1, 2, -1])
+def test_a_cache_that_vanishes_at_any_moment_is_said_to_have_vanished(
+    scene: Scene, tmp_path: Path, call: int
+) -> None:
+    """Renamed at the first, second, third and last report of progress, when all is committed."""
+    root, calls = tmp_path / "root", 0
+
+    def rename(stage: str, done: int, total: int) -> None:
+        nonlocal calls
+        if stage != "extract":
+            return
+        if calls == call or (call < 0 and done == total):
+            list_paths(root)[0].rename(tmp_path / "away")
+        calls += 1
+
+    with pytest.raises(NotFoundError, match="vanished"):
+        extract(scene.model, scene.data, root=root, progress=rename, **SIZES)
+    assert (tmp_path / "away").is_dir()
+
+
+def test_a_cache_that_vanishes_after_its_last_part_is_said_to_have_vanished(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(str(scene.model), str(scene.data), root=tmp_path / "root", **SIZES)
+    done = extraction.run(request)
+    done.cache.path.rename(tmp_path / "away")
+    with pytest.raises(NotFoundError, match="vanished"):
+        done.to_dict()
+
+    def fill_and_rename(cache: ActivationCache, *rest: Any) -> int:
+        written = fill(cache, *rest)
+        cache.path.rename(tmp_path / "again away")
+        return written
+
+    monkeypatch.setattr(extraction, "fill", fill_and_rename)
+    with pytest.raises(NotFoundError, match="vanished"):
+        extraction.run(request)
+
+
 def test_a_root_that_is_deleted_ends_the_run_with_a_message(
     driver: Driver, scene: Scene, tmp_path: Path
 ) -> None:
@@ -213,7 +264,7 @@ def test_a_root_that_is_deleted_ends_the_run_with_a_message(
     child = begin(driver, scene.command(root), root)
     shutil.rmtree(root)
     child.signal(signal.SIGCONT)
-    assert child.wait() == 2
+    assert child.wait() == 2, child.err.read_text()
     assert child.json()["error"] == "NotFoundError"
     assert not root.exists()
 

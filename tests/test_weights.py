@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,14 @@ def test_a_base_model_whose_head_is_its_embedding_is_whole(tmp_path: Path) -> No
     folder = save(tmp_path / "model", model.transformer)
     loaded = load(folder)
     assert torch.equal(loaded.lm_head.weight, model.transformer.wte.weight)
+
+
+def test_models_loaded_in_many_threads_leave_the_next_one_tied(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "gpt2")
+    with ThreadPoolExecutor(8) as pool:
+        models = list(pool.map(load, [folder] * 64))
+    for loaded in [*models, load(folder)]:
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
 HARMLESS: dict[str, tuple[str, Callable[[Tensors], Tensors], dict]] = {

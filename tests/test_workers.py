@@ -108,10 +108,10 @@ def holding(child: Child, root: Path) -> int:
     """The number of a part that `child`, which is stopped then, holds and has not committed."""
 
     def held() -> list[int]:
-        found = [path for path in root.glob("*/leases/*.lock")
+        found = [path for path in root.glob("[!.]*/leases/*.lock")
                  if path.read_text().startswith(f"{child.pid} ")]  # fmt: skip
         numbers = [int(path.stem) for path in found]
-        return [n for n in numbers if not list(root.glob(f"*/journal/{n:08d}.json"))]
+        return [n for n in numbers if not list(root.glob(f"[!.]*/journal/{n:08d}.json"))]
 
     until(lambda: child.ended() or held())
     child.signal(signal.SIGSTOP)
