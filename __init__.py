@@ -4,73 +4,73 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .analysis.evaluate import Evaluation as Evaluation
-    from .analysis.evaluate import evaluate as evaluate
-    from .cache.catalog import find_cache as find_cache
+    from .analysis.evaluation.evaluate import evaluate as evaluate
+    from .analysis.evaluation.result import Evaluation as Evaluation
     from .cache.errors import ResiduaError as ResiduaError
-    from .cache.export import export as export
-    from .cache.extract import extract as extract
-    from .cache.head import Head as Head
-    from .cache.loader import RowLoader as RowLoader
-    from .cache.repair import repair as repair
-    from .cache.share import pull as pull
-    from .cache.share import push as push
-    from .cache.store import ActivationCache as ActivationCache
-    from .cache.verify import verify as verify
-    from .probes.bigram import Bigram as Bigram
-    from .probes.bigram import LaggedBigram as LaggedBigram
-    from .probes.chain import BigramChain as BigramChain
-    from .probes.chain import MarginalBigram as MarginalBigram
-    from .probes.control import ControlProbe as ControlProbe
-    from .probes.lens import FutureLens as FutureLens
-    from .probes.lens import TunedLens as TunedLens
-    from .probes.readout import LogitLens as LogitLens
-    from .probes.ridge import RidgeProbe as RidgeProbe
-    from .probes.save import load_probe as load_probe
-    from .probes.save import save_probe as save_probe
-    from .probes.share import load_from_hub as load_from_hub
-    from .probes.share import push_to_hub as push_to_hub
-    from .probes.trigram import Trigram as Trigram
-    from .probes.tunedlens import read_tuned_lens as read_tuned_lens
-    from .probes.tunedlens import write_tuned_lens as write_tuned_lens
-    from .probes.unigram import Unigram as Unigram
-    from .probes.vocab import VocabProbe as VocabProbe
+    from .cache.extraction.extract import extract as extract
+    from .cache.extraction.repair import repair as repair
+    from .cache.head.head import Head as Head
+    from .cache.sharing.export import export as export
+    from .cache.sharing.hub import pull as pull
+    from .cache.sharing.hub import push as push
+    from .cache.store.activation_cache import ActivationCache as ActivationCache
+    from .cache.store.catalog import find_cache as find_cache
+    from .cache.store.row_loader import RowLoader as RowLoader
+    from .cache.store.verify import verify as verify
+    from .probes.baselines.marginal_bigram import BigramChain as BigramChain
+    from .probes.baselines.marginal_bigram import MarginalBigram as MarginalBigram
+    from .probes.baselines.ngrams import Bigram as Bigram
+    from .probes.baselines.ngrams import LaggedBigram as LaggedBigram
+    from .probes.baselines.ngrams import Trigram as Trigram
+    from .probes.baselines.ngrams import Unigram as Unigram
+    from .probes.controls.control_probe import ControlProbe as ControlProbe
+    from .probes.lens.logit_lens import LogitLens as LogitLens
+    from .probes.lens.tuned_lens import FutureLens as FutureLens
+    from .probes.lens.tuned_lens import TunedLens as TunedLens
+    from .probes.lens.tuned_lens_files import read_tuned_lens as read_tuned_lens
+    from .probes.lens.tuned_lens_files import write_tuned_lens as write_tuned_lens
+    from .probes.ridge.ridge_probe import RidgeProbe as RidgeProbe
+    from .probes.saved.hub import load_from_hub as load_from_hub
+    from .probes.saved.hub import push_to_hub as push_to_hub
+    from .probes.saved.save import load_probe as load_probe
+    from .probes.saved.save import save_probe as save_probe
+    from .probes.vocabulary.vocab_probe import VocabProbe as VocabProbe
 
 __version__ = "0.1.0"
 
 # Public name -> module; imported on first use, so that `import residua` stays light.
 _PUBLIC = {
-    "ActivationCache": ".cache.store",
-    "Bigram": ".probes.bigram",
-    "BigramChain": ".probes.chain",
-    "ControlProbe": ".probes.control",
-    "Evaluation": ".analysis.evaluate",
-    "FutureLens": ".probes.lens",
-    "Head": ".cache.head",
-    "LaggedBigram": ".probes.bigram",
-    "LogitLens": ".probes.readout",
-    "MarginalBigram": ".probes.chain",
+    "ActivationCache": ".cache.store.activation_cache",
+    "Bigram": ".probes.baselines.ngrams",
+    "BigramChain": ".probes.baselines.marginal_bigram",
+    "ControlProbe": ".probes.controls.control_probe",
+    "Evaluation": ".analysis.evaluation.result",
+    "FutureLens": ".probes.lens.tuned_lens",
+    "Head": ".cache.head.head",
+    "LaggedBigram": ".probes.baselines.ngrams",
+    "LogitLens": ".probes.lens.logit_lens",
+    "MarginalBigram": ".probes.baselines.marginal_bigram",
     "ResiduaError": ".cache.errors",
-    "RidgeProbe": ".probes.ridge",
-    "RowLoader": ".cache.loader",
-    "Trigram": ".probes.trigram",
-    "Unigram": ".probes.unigram",
-    "TunedLens": ".probes.lens",
-    "VocabProbe": ".probes.vocab",
-    "evaluate": ".analysis.evaluate",
-    "export": ".cache.export",
-    "extract": ".cache.extract",
-    "find_cache": ".cache.catalog",
-    "load_from_hub": ".probes.share",
-    "load_probe": ".probes.save",
-    "pull": ".cache.share",
-    "push": ".cache.share",
-    "push_to_hub": ".probes.share",
-    "read_tuned_lens": ".probes.tunedlens",
-    "repair": ".cache.repair",
-    "save_probe": ".probes.save",
-    "verify": ".cache.verify",
-    "write_tuned_lens": ".probes.tunedlens",
+    "RidgeProbe": ".probes.ridge.ridge_probe",
+    "RowLoader": ".cache.store.row_loader",
+    "Trigram": ".probes.baselines.ngrams",
+    "Unigram": ".probes.baselines.ngrams",
+    "TunedLens": ".probes.lens.tuned_lens",
+    "VocabProbe": ".probes.vocabulary.vocab_probe",
+    "evaluate": ".analysis.evaluation.evaluate",
+    "export": ".cache.sharing.export",
+    "extract": ".cache.extraction.extract",
+    "find_cache": ".cache.store.catalog",
+    "load_from_hub": ".probes.saved.hub",
+    "load_probe": ".probes.saved.save",
+    "pull": ".cache.sharing.hub",
+    "push": ".cache.sharing.hub",
+    "push_to_hub": ".probes.saved.hub",
+    "read_tuned_lens": ".probes.lens.tuned_lens_files",
+    "repair": ".cache.extraction.repair",
+    "save_probe": ".probes.saved.save",
+    "verify": ".cache.store.verify",
+    "write_tuned_lens": ".probes.lens.tuned_lens_files",
 }
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from residua import __version__
-from residua.analysis.command import (
+from residua.analysis.console.options import (
     CONTEXT,
     NUMBER,
     NUMBERS,
@@ -96,12 +96,12 @@ def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **opt
     residua extract gpt2 texts.jsonl --logits topk:64
     residua extract gpt2 texts.jsonl --codec compact --dtype bfloat16
     """
-    from residua.analysis.messages import estimated, extracted
-    from residua.analysis.terminal import bandwidths, meter
-    from residua.cache.distributed import run_at
-    from residua.cache.extract import plan, run
-    from residua.cache.request import Request
-    from residua.cache.stages import Stages
+    from residua.analysis.console.messages import estimated, extracted
+    from residua.analysis.console.terminal import bandwidths, meter
+    from residua.cache.extraction.answer_request import plan, run
+    from residua.cache.extraction.distributed import run_at
+    from residua.cache.extraction.request import Request
+    from residua.cache.forward.stage_times import Stages
 
     request = Request(root=root, **options)
     stages = Stages()
@@ -127,9 +127,9 @@ def diff(root: Path, quiet: bool, one: str, other: str) -> Any:
     \b
     residua diff 3f2a 81d9
     """
-    from residua.analysis.messages import differing
-    from residua.cache.catalog import find_cache
-    from residua.cache.resolve import named_differences
+    from residua.analysis.console.messages import differing
+    from residua.cache.extraction.resolve import named_differences
+    from residua.cache.store.catalog import find_cache
 
     first, second = find_cache(one, root), find_cache(other, root)
     found = named_differences(first.manifest.identity, second.manifest.identity)
@@ -145,8 +145,8 @@ def list_(root: Path, quiet: bool) -> Any:
     residua ls
     residua ls --root caches --json
     """
-    from residua.analysis.messages import listed
-    from residua.cache.catalog import list_caches
+    from residua.analysis.console.messages import listed
+    from residua.cache.store.catalog import list_caches
 
     caches = list_caches(root)
     return {"root": str(root), "caches": caches}, lambda: listed(root, caches)
@@ -164,8 +164,8 @@ def info(root: Path, quiet: bool, cache: str) -> Any:
     residua info 3f2a
     residua info caches/3f2a... --json
     """
-    from residua.analysis.messages import details
-    from residua.cache.catalog import describe, find_cache
+    from residua.analysis.console.messages import details
+    from residua.cache.store.catalog import describe, find_cache
 
     value = describe(find_cache(cache, root))
     return value, lambda: details(value)
@@ -180,10 +180,10 @@ def verify(root: Path, quiet: bool, cache: str) -> Any:
     \b
     residua verify 3f2a
     """
-    from residua.analysis.messages import verified
-    from residua.analysis.terminal import meter
-    from residua.cache.catalog import find_path
-    from residua.cache.verify import verify as check
+    from residua.analysis.console.messages import verified
+    from residua.analysis.console.terminal import meter
+    from residua.cache.store.catalog import find_path
+    from residua.cache.store.verify import verify as check
 
     path = find_path(cache, root)
     with meter(quiet) as shown:
@@ -207,10 +207,10 @@ def repair(
     residua repair 3f2a
     residua repair 3f2a --model /new/place/of/the/model
     """
-    from residua.analysis.messages import repaired
-    from residua.analysis.terminal import meter
-    from residua.cache.catalog import find_path
-    from residua.cache.repair import repair as mend
+    from residua.analysis.console.messages import repaired
+    from residua.analysis.console.terminal import meter
+    from residua.cache.extraction.repair import repair as mend
+    from residua.cache.store.catalog import find_path
 
     path = find_path(cache, root)
     with meter(quiet) as shown:
@@ -240,10 +240,10 @@ def export(root: Path, quiet: bool, cache: str, folder: Path, **options: Any) ->
     residua export 3f2a layers/
     residua export 3f2a layers/ --format numpy --layers 6,12 --split train
     """
-    from residua.analysis.messages import exported
-    from residua.analysis.terminal import meter
-    from residua.cache.catalog import find_cache
-    from residua.cache.export import export as write
+    from residua.analysis.console.messages import exported
+    from residua.analysis.console.terminal import meter
+    from residua.cache.sharing.export import export as write
+    from residua.cache.store.catalog import find_cache
 
     with meter(quiet) as shown:
         index = write(find_cache(cache, root), folder, progress=shown.of("export"), **options)
@@ -267,10 +267,10 @@ def push(root: Path, quiet: bool, cache: str, repo: str, **options: Any) -> Any:
     residua push 3f2a me/gpt2-residuals
     residua push 3f2a me/gpt2-residuals --private --revision pile-1m
     """
-    from residua.analysis.messages import pushed
-    from residua.analysis.terminal import meter
-    from residua.cache.catalog import find_cache
-    from residua.cache.share import push as upload
+    from residua.analysis.console.messages import pushed
+    from residua.analysis.console.terminal import meter
+    from residua.cache.sharing.hub import push as upload
+    from residua.cache.store.catalog import find_cache
 
     with meter(quiet) as shown:
         done = upload(find_cache(cache, root), repo, progress=shown.stage, **options)
@@ -292,9 +292,9 @@ def pull(root: Path, quiet: bool, repo: str, expect: str | None, revision: str |
     residua pull someone/gpt2-residuals
     residua pull someone/gpt2-residuals --expect 3f2a --root caches
     """
-    from residua.analysis.messages import pulled
-    from residua.analysis.terminal import meter
-    from residua.cache.share import pull as download
+    from residua.analysis.console.messages import pulled
+    from residua.analysis.console.terminal import meter
+    from residua.cache.sharing.hub import pull as download
 
     with meter(quiet) as shown:
         value = download(
@@ -342,9 +342,9 @@ def ridge(
     residua fit ridge 3f2a --layers 0-3 --target 6,9 --memory 4 --keep-moments
     residua fit ridge 3f2a --offsets 0-3 --control shuffled
     """
-    from residua.analysis.fitting import fit_and_save
-    from residua.analysis.messages import fitted
-    from residua.probes.ridge import RidgeProbe
+    from residua.analysis.console.actions import fit_and_save
+    from residua.analysis.console.messages import fitted
+    from residua.probes.ridge.ridge_probe import RidgeProbe
 
     ridge = RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products,
                        target=target, across_documents=across_documents,
@@ -382,12 +382,12 @@ def baseline(
     residua fit baseline 3f2a
     residua fit baseline 3f2a trigram lagged --offsets 1-8
     """
-    from residua.analysis.messages import fitted
-    from residua.cache.catalog import find_cache
+    from residua.analysis.console.messages import fitted
     from residua.cache.cluster import connected
-    from residua.probes.counts import baselines
-    from residua.probes.library import new_place
-    from residua.probes.save import save_probe
+    from residua.cache.store.catalog import find_cache
+    from residua.probes.baselines.token_counts import baselines
+    from residua.probes.saved.library import new_place
+    from residua.probes.saved.save import save_probe
 
     source, found = find_cache(cache, root), []
     with connected(scheduler) as client:
@@ -425,9 +425,9 @@ def lens(
     residua fit lens 3f2a
     residua fit lens 3f2a --offsets 0-8 --layers 4-8
     """
-    from residua.analysis.fitting import fit_and_save
-    from residua.analysis.messages import fitted
-    from residua.probes.lens import FutureLens, TunedLens
+    from residua.analysis.console.actions import fit_and_save
+    from residua.analysis.console.messages import fitted
+    from residua.probes.lens.tuned_lens import FutureLens, TunedLens
 
     kind = TunedLens if offsets == (0,) else FutureLens
     lens = kind(offset=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed,
@@ -465,9 +465,9 @@ def vocab(
     residua fit vocab 3f2a --offsets 0-3
     residua fit vocab 3f2a --offsets 1 --layers 4-8 --loss kl --rank 64
     """
-    from residua.analysis.fitting import fit_and_save
-    from residua.analysis.messages import fitted
-    from residua.probes.vocab import VocabProbe
+    from residua.analysis.console.actions import fit_and_save
+    from residua.analysis.console.messages import fitted
+    from residua.probes.vocabulary.vocab_probe import VocabProbe
 
     vocab = VocabProbe(offset=offsets, layers=layers, loss=loss, form=form, rank=rank, lr=lr,
                        epochs=epochs, across_documents=across_documents,
@@ -508,13 +508,13 @@ def evaluate(
     residua evaluate 3f2a ridge-3f2a
     residua evaluate 3f2a ridge-3f2a --html report.html --png pictures
     """
-    from residua.analysis import slices
-    from residua.analysis.evaluate import evaluate as measure
-    from residua.analysis.messages import evaluated
-    from residua.analysis.output import check, write
-    from residua.analysis.terminal import meter
-    from residua.cache.catalog import find_cache
-    from residua.probes.library import find_probe, load_for
+    from residua.analysis.console.actions import check, write
+    from residua.analysis.console.messages import evaluated
+    from residua.analysis.console.terminal import meter
+    from residua.analysis.evaluation import position_masks as slices
+    from residua.analysis.evaluation.evaluate import evaluate as measure
+    from residua.cache.store.catalog import find_cache
+    from residua.probes.saved.library import find_probe, load_for
 
     check(html, png)
     source = find_cache(cache, root)
@@ -546,9 +546,9 @@ def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> An
     residua quickstart
     residua quickstart --out /tmp/residua --json
     """
-    from residua.analysis.messages import started
-    from residua.analysis.quickstart import run
-    from residua.analysis.terminal import meter
+    from residua.analysis.console.messages import started
+    from residua.analysis.console.quickstart import run
+    from residua.analysis.console.terminal import meter
 
     with meter(quiet) as shown:
         value, found = run(out, root if "--root" in sys.argv else None, max_tokens, shown)

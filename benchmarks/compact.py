@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 import residua
-from residua.cache.array import CacheArray
-from residua.cache.decode import encode
-from residua.cache.layout import Layout
-from residua.cache.packed import RECENT, shard_writer
-from residua.cache.writer import create_residual
+from residua.cache.format.array import CacheArray
+from residua.cache.format.array_writer import create_residual
+from residua.cache.format.compressed_shard import RECENT, shard_writer
+from residua.cache.format.dtypes import encode
+from residua.cache.format.layout import Layout
 from residua.sample import MODEL_DIR, TEXT_PATH
 
 STEP = 4096

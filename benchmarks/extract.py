@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from residua.cache.batches import plan_part
-from residua.cache.canary import examine
-from residua.cache.create import create_cache
-from residua.cache.fill import fill
-from residua.cache.layout import Layout
-from residua.cache.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
-from residua.cache.shard import ShardWriter
-from residua.cache.store import ActivationCache
-from residua.cache.tokens import TokenStream
+from residua.cache.checks.model_checks import examine
+from residua.cache.format.layout import Layout
+from residua.cache.format.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
+from residua.cache.format.shard import ShardWriter
+from residua.cache.forward.batches import plan_part
+from residua.cache.forward.write_parts import fill
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.create_cache import create_cache
+from residua.cache.tokens.token_stream import TokenStream
 
 
 def parse() -> argparse.Namespace:

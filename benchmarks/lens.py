@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 import residua
-from residua.cache.store import ActivationCache
-from residua.probes.collect import one_blas_thread
-from residua.probes.lens import TunedLens
-from residua.probes.softmax import fast_products
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.base.resources import one_blas_thread
+from residua.probes.lens.tuned_lens import TunedLens
+from residua.probes.training.softmax_loss import fast_products
 from residua.sample import MODEL_DIR
 
 TARGET_CPU, TARGET_KL = 1 / 20, 0.95

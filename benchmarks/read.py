@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from residua.cache.array import CacheArray
-from residua.cache.decode import decode, encode
-from residua.cache.store import ActivationCache
+from residua.cache.format.array import CacheArray
+from residua.cache.format.dtypes import decode, encode
+from residua.cache.store.activation_cache import ActivationCache
 from residua.tests.synthetic import make_cache, random_head
 
 TARGETS = {"sequential": 0.80, "blocks": 0.80, "rows": 0.65}
@@ -129,7 +129,7 @@ def loaders(cache: ActivationCache, path: Path) -> tuple[Callable[[], None], Cal
     """One epoch of shuffled float32 batches: np.memmap, and ours."""
     import torch
 
-    from residua.cache.loader import RowLoader
+    from residua.cache.store.row_loader import RowLoader
 
     torch.set_num_threads(1)
     layout = cache.layer(0).layout

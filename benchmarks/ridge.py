@@ -31,17 +31,18 @@ from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import PredefinedSplit
 from threadpoolctl import threadpool_limits
 
-from residua.cache.store import ActivationCache
-from residua.probes.collect import collect_passes, cores
-from residua.probes.passes import BLOCK_ROWS, Request
-from residua.probes.ridge import RidgeProbe
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.base.resources import cores
+from residua.probes.moments.collect_moments import collect_passes
+from residua.probes.moments.pass_plan import BLOCK_ROWS, Request
+from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.tests.synthetic import make_cache, random_head
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 CHILD = """
 import json, sys, threading
-from residua.cache.store import ActivationCache
-from residua.probes.ridge import RidgeProbe
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.ridge.ridge_probe import RidgeProbe
 peaks, done = {"RssAnon": 0, "VmHWM": 0}, threading.Event()
 def watch():
     while not done.wait(0.01):

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from residua import extract
-from residua.cache.place import as_path, store_of, upload
-from residua.cache.store import ActivationCache
+from residua.cache.files.paths import as_path, store_of, upload
+from residua.cache.store.activation_cache import ActivationCache
 from residua.sample import MODEL_DIR, TEXT_PATH
 from residua.tests.servers import serving
 from residua.tests.synthetic import make_cache, random_head
@@ -66,7 +66,7 @@ def reads(root: Path, args: argparse.Namespace) -> None:
     starts = range(0, args.positions, step)
 
     def ours() -> None:
-        from residua.cache import remoteshard
+        from residua.cache.format import remote_shard as remoteshard
 
         remoteshard.forget()
         array = ActivationCache(path).layer(0)

@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import residua
-from residua.cache.store import ActivationCache
-from residua.probes.feed import Feed
-from residua.probes.forms import apply
-from residua.probes.softmax import Teacher, tiles
-from residua.probes.vocab import VocabProbe
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.training.minibatches import Feed
+from residua.probes.training.softmax_loss import Teacher, tiles
+from residua.probes.vocabulary.parametrizations import apply
+from residua.probes.vocabulary.vocab_probe import VocabProbe
 from residua.sample import MODEL_DIR
 
 HELD_OUT = 16384

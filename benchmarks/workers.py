@@ -37,7 +37,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from residua.cache.model import quiet
+    from residua.cache.model.transformers_guard import quiet
     from residua.tests.models import VOCAB, build_tokenizer, texts
 
     torch.manual_seed(0)
@@ -55,10 +55,10 @@ def work(folder: Path, root: Path, args: argparse.Namespace, threads: int, ready
     """Extract with `threads` threads, as soon as all processes are ready."""
     import torch
 
-    from residua.cache.extract import run
-    from residua.cache.make import load
-    from residua.cache.request import Request
-    from residua.cache.source import ModelSource
+    from residua.cache.extraction.answer_request import run
+    from residua.cache.extraction.prepare import load
+    from residua.cache.extraction.request import Request
+    from residua.cache.model.source import ModelSource
 
     torch.set_num_threads(threads)
     request = Request(

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from residua.cache.canary import Canary, examine
+from residua.cache.checks.model_checks import Canary, examine
 from residua.cache.errors import ResiduaError
-from residua.cache.head import Head
-from residua.cache.stack import run
-from residua.cache.tokens import TokenStream, from_sequences
+from residua.cache.head.head import Head
+from residua.cache.model.blocks import run
+from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
 from .architectures import VOCAB, build
 

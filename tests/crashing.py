@@ -24,9 +24,11 @@ UNSHARE = ("unshare", "--user", "--map-root-user", "--mount")
 MODULES = (
     "datasets", "fsspec", "numcodecs.zstd", "rich.progress", "safetensors.numpy",
     "safetensors.torch", "torch", "transformers", "transformers.models.gpt_neox.modeling_gpt_neox",
-    "zarr", "residua.cli", "residua.analysis.terminal", "residua.cache.canary",
-    "residua.cache.extract", "residua.cache.headpass", "residua.cache.model", "residua.cache.ratio",
-    "residua.cache.store",
+    "zarr", "residua.cli", "residua.analysis.console.terminal", "residua.cache.checks.model_checks",
+    "residua.cache.extraction.answer_request",
+    "residua.cache.forward.kept_logits", "residua.cache.model.load_model",
+    "residua.cache.checks.compression_ratio",
+    "residua.cache.store.activation_cache",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from residua.analysis.evaluate import Evaluation
+from residua.analysis.evaluation.result import Evaluation
 
 ROUNDING = 1e-5
 """Relative difference of float32 sums that other kernels or alignments add in another order."""

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from residua.cache.model import quiet
+from residua.cache.model.transformers_guard import quiet
 
 VOCAB = 300
 _LLAMA: dict[str, Any] = {

@@ -5,10 +5,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from residua.cache.catalog import list_paths
-from residua.cache.create import sweep_unfinished
-from residua.cache.journal import Journal
-from residua.cache.verify import verify
+from residua.cache.format.journal import Journal
+from residua.cache.store.catalog import list_paths
+from residua.cache.store.create_cache import sweep_unfinished
+from residua.cache.store.verify import verify
 
 from .crashing import Driver
 from .models import texts

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from residua.cache.create import PartWriter, create_cache
-from residua.cache.head import Head
-from residua.cache.layout import Layout
-from residua.cache.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
-from residua.cache.store import ActivationCache
-from residua.cache.tokens import Runs, from_sequences
+from residua.cache.format.layout import Layout
+from residua.cache.format.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
+from residua.cache.head.head import Head
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.create_cache import create_cache
+from residua.cache.store.part_writer import PartWriter
+from residua.cache.tokens.token_stream import Runs, from_sequences
 
 
 def random_head(d_model: int, vocab: int, seed: int = 0) -> Head:

@@ -13,10 +13,10 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import residua
-from residua.cache.canary import examine
+from residua.cache.checks.model_checks import examine
 from residua.cache.errors import ModelError
-from residua.cache.stack import run
-from residua.cache.tokens import from_sequences
+from residua.cache.model.blocks import run
+from residua.cache.tokens.token_stream import from_sequences
 
 from . import models
 from .architectures import KINDS, build
@@ -60,7 +60,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 OFFLINE = """
 import sys, numpy as np
 from pathlib import Path
-from residua.cache.head import Head
+from residua.cache.head.head import Head
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     head, rows = Head.load(folder), np.load(folder / "rows.npz")
     logits = rows["logits"]

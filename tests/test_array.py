@@ -9,11 +9,11 @@ import pytest
 import zarr
 from zarr.codecs import ZstdCodec
 
-from residua.cache import array as array_module
-from residua.cache.array import CacheArray
-from residua.cache.decode import encode
 from residua.cache.errors import CorruptError
-from residua.cache.store import ActivationCache
+from residua.cache.format import array as array_module
+from residua.cache.format.array import CacheArray
+from residua.cache.format.dtypes import encode
+from residua.cache.store.activation_cache import ActivationCache
 
 from .synthetic import make_cache, random_head
 

@@ -8,17 +8,15 @@ import pytest
 import torch
 
 import residua
-from residua.analysis.evaluate import evaluate
-from residua.analysis.report import headlines
+from residua.analysis.evaluation.evaluate import evaluate
+from residua.analysis.report.tables import headlines
 from residua.cache.errors import UsageError
-from residua.cache.store import ActivationCache
-from residua.probes import counts
-from residua.probes.bigram import Bigram, LaggedBigram
-from residua.probes.chain import BigramChain, MarginalBigram
-from residua.probes.counts import baselines
-from residua.probes.readout import Batch
-from residua.probes.trigram import Trigram
-from residua.probes.unigram import Unigram
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.base.readout import Batch
+from residua.probes.baselines import token_counts as counts
+from residua.probes.baselines.marginal_bigram import BigramChain, MarginalBigram
+from residua.probes.baselines.ngrams import Bigram, LaggedBigram, Trigram, Unigram
+from residua.probes.baselines.token_counts import baselines
 
 from .synthetic import make_cache, random_head
 

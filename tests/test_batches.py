@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from residua.cache.batches import WINDOW_CHUNKS, Batch, plan_part
-from residua.cache.layout import Layout
+from residua.cache.format.layout import Layout
+from residua.cache.forward.batches import WINDOW_CHUNKS, Batch, plan_part
 
 SEEDS = range(24)
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import residua
-from residua.cache.head import TorchHead
-from residua.cache.store import ActivationCache
-from residua.probes.lens import TunedLens
-from residua.probes.vocab import VocabProbe
+from residua.cache.head.head import TorchHead
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.lens.tuned_lens import TunedLens
+from residua.probes.vocabulary.vocab_probe import VocabProbe
 
 from .defined import defined
 from .synthetic import make_cache, random_head

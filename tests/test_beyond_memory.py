@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from residua.cache.store import ActivationCache
+from residua.cache.store.activation_cache import ActivationCache
 
 from .synthetic import make_cache, random_head
 
@@ -34,7 +34,7 @@ os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
 threading.stack_size(1 << 20)
 sys.modules["pandas"] = None  # scikit-learn would import it: a quarter of the limit for nothing
 import numpy as np
-from residua.cache.store import ActivationCache
+from residua.cache.store.activation_cache import ActivationCache
 
 peak, done = {"RssAnon": 0, "RssFile": 0}, threading.Event()
 def watch():
@@ -115,7 +115,7 @@ def test_a_cache_eight_times_the_memory_is_fitted(
     file = tmp_path / "maps.npy"
     r2 = limited(
         big,
-        "from residua.probes.ridge import RidgeProbe\n"
+        "from residua.probes.ridge.ridge_probe import RidgeProbe\n"
         "fit = RidgeProbe(folds=3, products='float32').fit(source, memory=24 << 20, keep=False)\n"
         f"np.save({str(file)!r}, np.stack([fit.map(layer, 0).weight for layer in source.layers]))\n"
         "found = [row['r2'] for row in fit.metrics()]",
@@ -131,7 +131,7 @@ def test_a_lens_is_fitted_to_a_cache_eight_times_the_memory(
     file = tmp_path / "map.npy"
     (row,) = limited(
         big,
-        "from residua.probes.lens import TunedLens\n"
+        "from residua.probes.lens.tuned_lens import TunedLens\n"
         "fit = TunedLens(layers=[3], steps=30, batch=512, lr=0.1).fit(source, memory=24 << 20)\n"
         f"np.save({str(file)!r}, fit.map(3).weight)\n"
         "found = fit.metrics()",
@@ -149,7 +149,7 @@ def test_a_vocabulary_probe_is_fitted_to_a_cache_eight_times_the_memory(
     """The model's top token is that of a linear map of the rows: found to a few percent."""
     (row,) = limited(
         big,
-        "from residua.probes.vocab import VocabProbe\n"
+        "from residua.probes.vocabulary.vocab_probe import VocabProbe\n"
         "fit = VocabProbe(0, [3], epochs=1, batch=4096, lr=0.02)\n"
         "found = fit.fit(source, memory=24 << 20).metrics()",
     )
@@ -163,7 +163,7 @@ def test_a_cache_eight_times_the_memory_is_evaluated(big: ActivationCache) -> No
 
     found = limited(
         big,
-        "from residua.analysis.evaluate import evaluate\n"
+        "from residua.analysis.evaluation.evaluate import evaluate\n"
         "found = evaluate(source, split='train', offsets=(0, 1), max_positions=100_000).to_dicts()",
     )
     want = residua.evaluate(big, split="train", offsets=(0, 1), max_positions=100_000).to_dicts()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from residua.cache.errors import UsageError
-from residua.cache.store import ActivationCache
-from residua.probes import counts
-from residua.probes.bigram import Bigram
-from residua.probes.readout import Batch
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.base.readout import Batch
+from residua.probes.baselines import token_counts as counts
+from residua.probes.baselines.ngrams import Bigram
 
 from .synthetic import make_cache, random_head
 

@@ -7,14 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from residua.analysis import metrics
-from residua.analysis.buckets import BUCKETS, EDGES, BucketRow, Tally, bucket_of
-from residua.analysis.evaluate import Evaluation, evaluate
-from residua.analysis.metrics import COLUMNS, Reference, measure, resampling
-from residua.analysis.windows import choose_sequences
+from residua.analysis.evaluation import metrics
+from residua.analysis.evaluation.confidence_buckets import (
+    BUCKETS,
+    EDGES,
+    BucketRow,
+    Tally,
+    bucket_of,
+)
+from residua.analysis.evaluation.evaluate import evaluate
+from residua.analysis.evaluation.metrics import COLUMNS, Reference, measure, resampling
+from residua.analysis.evaluation.result import Evaluation
+from residua.analysis.evaluation.windows import choose_sequences
 from residua.cache.errors import UsageError
-from residua.cache.store import ActivationCache
-from residua.probes.bigram import Bigram
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.baselines.ngrams import Bigram
 
 from .synthetic import make_cache, random_head
 

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 import residua
 from residua.cache.errors import UsageError
-from residua.cache.extract import plan, run
-from residua.cache.request import Request
+from residua.cache.extraction.answer_request import plan, run
+from residua.cache.extraction.request import Request
 from residua.cli import main
 
 

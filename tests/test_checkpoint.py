@@ -9,9 +9,9 @@ import torch
 
 from residua import VocabProbe, load_probe
 from residua.cache.errors import CorruptError, MismatchError
-from residua.cache.jsonfile import read_json
-from residua.probes import descent
-from residua.probes.checkpoint import Checkpoint
+from residua.cache.files.json_files import read_json
+from residua.probes.training.checkpoint import Checkpoint
+from residua.probes.vocabulary import descent
 
 from .crashing import shared_driver, until
 from .test_vocab import planted, same
@@ -129,7 +129,10 @@ def test_nothing_is_lost_when_a_save_breaks_off(
     def broken(*args: object) -> None:
         raise OSError("the disk is gone")
 
-    for target in ("residua.probes.checkpoint.write_json", "residua.probes.checkpoint.os.replace"):
+    for target in (
+        "residua.probes.training.checkpoint.write_json",
+        "residua.probes.training.checkpoint.os.replace",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(target, broken)
             with pytest.raises(OSError, match="gone"):

@@ -9,9 +9,9 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from residua.analysis.command import Numbers
-from residua.cache.request import Request
-from residua.cache.store import ActivationCache
+from residua.analysis.console.options import Numbers
+from residua.cache.extraction.request import Request
+from residua.cache.store.activation_cache import ActivationCache
 from residua.cli import main
 
 

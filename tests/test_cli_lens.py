@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import residua
 from residua.cli import main
-from residua.probes import lensfit
+from residua.probes.lens import translator_fit as lensfit
 
 
 def run(*args: object, code: int = 0) -> dict[str, Any]:

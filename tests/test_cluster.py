@@ -11,10 +11,10 @@ from distributed import Client
 
 import residua
 from residua.cache.cluster import results
-from residua.cache.store import ActivationCache
-from residua.probes.control import ControlProbe
-from residua.probes.counts import baselines
-from residua.probes.views import CONTROLS
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.baselines.token_counts import baselines
+from residua.probes.controls.cache_views import CONTROLS
+from residua.probes.controls.control_probe import ControlProbe
 
 from .local import local_client
 from .synthetic import make_cache, random_head
@@ -63,7 +63,7 @@ def test_baselines(
     some: ActivationCache, threads: Client, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if there are more threads than sequences."""
-    from residua.probes import counts
+    from residua.probes.baselines import token_counts as counts
 
     monkeypatch.setattr(counts, "threads_of", lambda client: {"": workers})
     for alone, shared in zip(baselines(KINDS, (0, 1, 2)), baselines(KINDS, (0, 1, 2)), strict=True):

@@ -5,19 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.cache import columns, textfile
-from residua.cache.columns import Column, Computed, blocks, scratch_folder, take
+from residua.cache.documents import text_file as textfile
+from residua.cache.documents.text_file import SEPARATOR, TextFile
 from residua.cache.errors import NoSpaceError
-from residua.cache.tables import tables
-from residua.cache.textfile import SEPARATOR, TextFile
-from residua.cache.tokens import Runs, TokenStream, concatenate
+from residua.cache.files import disk_columns as columns
+from residua.cache.files.disk_columns import Column, Computed, blocks, scratch_folder, take
+from residua.cache.tokens.index_arrays import tables
+from residua.cache.tokens.token_stream import Runs, TokenStream, concatenate
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that everything spills."""
     monkeypatch.setattr(columns, "BLOCK", 8)
-    monkeypatch.setattr("residua.cache.tokens.BLOCK", 8)
+    monkeypatch.setattr("residua.cache.tokens.token_stream.BLOCK", 8)
     monkeypatch.setattr(textfile, "BLOCK_BYTES", 5)
 
 
@@ -122,7 +123,7 @@ def test_a_stream_on_the_disk_is_the_stream_in_memory(
     found = []
     for size in (8, 1 << 18):
         monkeypatch.setattr(columns, "BLOCK", size)
-        monkeypatch.setattr("residua.cache.tokens.BLOCK", size)
+        monkeypatch.setattr("residua.cache.tokens.token_stream.BLOCK", size)
         for stream in streams(tmp_path):
             picks = [whole(stream.select(numbers)) for numbers in chosen]
             dense = TokenStream(stream.ids, stream.lengths, stream.row_ids, stream.of_tokens)

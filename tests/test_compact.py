@@ -13,21 +13,21 @@ from click.testing import CliRunner
 from numcodecs.shuffle import Shuffle
 from zarr.errors import ZarrUserWarning
 
-from residua.cache import packed
-from residua.cache.array import CacheArray
-from residua.cache.codec import pack, shuffle, unpack
-from residua.cache.decode import encode
 from residua.cache.errors import CorruptError, UsageError
-from residua.cache.export import export
-from residua.cache.extract import find, plan, run
-from residua.cache.layout import ArrayLayout, Layout
-from residua.cache.loader import RowLoader
-from residua.cache.packed import RECENT, Recent, shard_writer
-from residua.cache.repair import repair
-from residua.cache.request import Request
-from residua.cache.store import ActivationCache
-from residua.cache.verify import verify
-from residua.cache.writer import create_residual
+from residua.cache.extraction.answer_request import find, plan, run
+from residua.cache.extraction.repair import repair
+from residua.cache.extraction.request import Request
+from residua.cache.format import compressed_shard as packed
+from residua.cache.format.array import CacheArray
+from residua.cache.format.array_writer import create_residual
+from residua.cache.format.compressed_shard import RECENT, Recent, shard_writer
+from residua.cache.format.compression import pack, shuffle, unpack
+from residua.cache.format.dtypes import encode
+from residua.cache.format.layout import ArrayLayout, Layout
+from residua.cache.sharing.export import export
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.row_loader import RowLoader
+from residua.cache.store.verify import verify
 from residua.cli import main
 
 DTYPES = ("float16", "bfloat16", "float32")

@@ -9,21 +9,22 @@ from click.testing import CliRunner
 from sklearn.linear_model import Ridge
 
 import residua
-from residua.analysis.command import CONTROLS
-from residua.analysis.evaluate import evaluate
-from residua.analysis.plots import color, label, stroke
+from residua.analysis.console.options import CONTROLS
+from residua.analysis.evaluation.evaluate import evaluate
+from residua.analysis.report.probe_style import color, label, stroke
 from residua.cache.errors import NotFoundError, UsageError
-from residua.cache.store import ActivationCache
+from residua.cache.store.activation_cache import ActivationCache
 from residua.cli import BASELINES, main
-from residua.probes import save, views
-from residua.probes.control import ControlProbe
-from residua.probes.lens import TunedLens
-from residua.probes.library import load_for, probe_path
-from residua.probes.ridge import RidgeProbe
-from residua.probes.shuffle import Shuffle
-from residua.probes.unigram import Unigram
-from residua.probes.views import NextToken, View, view_of
-from residua.probes.vocab import VocabProbe
+from residua.probes.baselines.ngrams import Unigram
+from residua.probes.controls import cache_views as views
+from residua.probes.controls.cache_views import NextToken, View, view_of
+from residua.probes.controls.control_probe import ControlProbe
+from residua.probes.controls.position_shuffle import Shuffle
+from residua.probes.lens.tuned_lens import TunedLens
+from residua.probes.ridge.ridge_probe import RidgeProbe
+from residua.probes.saved import save
+from residua.probes.saved.library import load_for, probe_path
+from residua.probes.vocabulary.vocab_probe import VocabProbe
 from residua.sample import MODEL_DIR, TEXT_PATH
 
 from .defined import defined

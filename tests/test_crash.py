@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from residua.cache.catalog import list_paths
-from residua.cache.extract import run
-from residua.cache.grow import share_parts
-from residua.cache.journal import Journal
-from residua.cache.request import Request
-from residua.cache.verify import verify
+from residua.cache.extraction.answer_request import run
+from residua.cache.extraction.request import Request
+from residua.cache.format.journal import Journal
+from residua.cache.store.catalog import list_paths
+from residua.cache.store.extend_cache import share_parts
+from residua.cache.store.verify import verify
 
 from .conftest import LONG_PART
 from .crashing import Child, Driver, shared_driver

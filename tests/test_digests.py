@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from residua.cache import digests
-from residua.cache.digests import known_digests, known_tensor_digests, memo_path, tensor_digests
-from residua.cache.extract import run
-from residua.cache.jsonfile import file_digest, read_json
-from residua.cache.request import Request
-from residua.cache.source import ModelSource
+from residua.cache.extraction.answer_request import run
+from residua.cache.extraction.request import Request
+from residua.cache.files.json_files import file_digest, read_json
+from residua.cache.model import weight_digests as digests
+from residua.cache.model.source import ModelSource
+from residua.cache.model.weight_digests import (
+    known_digests,
+    known_tensor_digests,
+    memo_path,
+    tensor_digests,
+)
 
 
 @pytest.fixture(autouse=True)

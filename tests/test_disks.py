@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-import residua.cache.extract as extraction
+import residua.cache.extraction.answer_request as extraction
 from residua import extract
-from residua.cache.catalog import list_paths
-from residua.cache.disk import any_disk_errors, disk_errors
 from residua.cache.errors import NoSpaceError, NotFoundError, UsageError
-from residua.cache.fill import fill
-from residua.cache.request import Request
-from residua.cache.store import ActivationCache
+from residua.cache.extraction.request import Request
+from residua.cache.files.disk_errors import any_disk_errors, disk_errors
+from residua.cache.forward.write_parts import fill
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.catalog import list_paths
 
 from .crashing import Child, Driver, shared_driver, until
 from .scenes import Scene, Witness, complete, files, temporary, whole, write_texts

@@ -13,11 +13,11 @@ from distributed import Client, LocalCluster
 
 import residua
 from residua.cache import cluster as clusters
-from residua.cache import distributed
-from residua.cache.distributed import run_on
 from residua.cache.errors import DataError, UsageError
-from residua.cache.extract import run
-from residua.cache.request import Request
+from residua.cache.extraction import distributed
+from residua.cache.extraction.answer_request import run
+from residua.cache.extraction.distributed import run_on
+from residua.cache.extraction.request import Request
 from residua.cli import main
 
 from .local import local_client

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 import residua
 from residua.cache.errors import DataError, UsageError
-from residua.cache.extract import run
-from residua.cache.request import Request
+from residua.cache.extraction.answer_request import run
+from residua.cache.extraction.request import Request
 from residua.cli import main
 
 from .models import texts

@@ -12,15 +12,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import residua
-from residua.cache.canary import value_range
-from residua.cache.create import FP16_ROUNDING, choose_dtype
+from residua.cache.checks.model_checks import value_range
 from residua.cache.errors import ModelError
-from residua.cache.extract import run
-from residua.cache.make import with_loaded_dtype
-from residua.cache.model import load_model, quiet
-from residua.cache.request import Request
-from residua.cache.source import ModelSource
-from residua.cache.store import ActivationCache
+from residua.cache.extraction.answer_request import run
+from residua.cache.extraction.prepare import with_loaded_dtype
+from residua.cache.extraction.request import Request
+from residua.cache.format.dtypes import choose_dtype
+from residua.cache.model.load_model import load_model
+from residua.cache.model.source import ModelSource
+from residua.cache.model.transformers_guard import quiet
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.create_cache import FP16_ROUNDING
 
 from .models import build_model, build_tokenizer, save_model, texts
 

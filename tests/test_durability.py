@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import residua
-from residua.cache.export import export
-from residua.cache.extract import run
-from residua.cache.request import Request
-from residua.probes.checkpoint import Checkpoint
-from residua.probes.lens import TunedLens
-from residua.probes.ridge import RidgeProbe
-from residua.probes.save import save_probe
-from residua.probes.solve import AffineMap
-from residua.probes.tunedlens import write_tuned_lens
-from residua.probes.vocab import VocabProbe
+from residua.cache.extraction.answer_request import run
+from residua.cache.extraction.request import Request
+from residua.cache.sharing.export import export
+from residua.probes.lens.tuned_lens import TunedLens
+from residua.probes.lens.tuned_lens_files import write_tuned_lens
+from residua.probes.ridge.ridge_probe import RidgeProbe
+from residua.probes.ridge.solver import AffineMap
+from residua.probes.saved.save import save_probe
+from residua.probes.training.checkpoint import Checkpoint
+from residua.probes.vocabulary.vocab_probe import VocabProbe
 
 from .powercut import Disk
 

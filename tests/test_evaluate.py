@@ -5,14 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.analysis.evaluate import Evaluation, evaluate
-from residua.analysis.heatmap import UNDEFINED, TokenNames, heatmap, visible
-from residua.analysis.metrics import KS, Row
-from residua.analysis.windows import choose_sequences, windows
+from residua.analysis.evaluation.evaluate import evaluate
+from residua.analysis.evaluation.heatmap import UNDEFINED, TokenNames, heatmap, visible
+from residua.analysis.evaluation.metrics import KS, Row
+from residua.analysis.evaluation.result import Evaluation
+from residua.analysis.evaluation.windows import choose_sequences, windows
 from residua.cache.errors import NotFoundError, UsageError
-from residua.cache.store import SPLITS, ActivationCache
-from residua.probes.bigram import Bigram
-from residua.probes.readout import Batch
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.tokens.splits import SPLITS
+from residua.probes.base.readout import Batch
+from residua.probes.baselines.ngrams import Bigram
 
 from .synthetic import make_cache, random_head
 

@@ -12,12 +12,12 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from residua.cache import export as module
-from residua.cache.decode import decode
 from residua.cache.errors import IncompleteError, NoSpaceError, NotFoundError, UsageError
-from residua.cache.export import export
-from residua.cache.jsonfile import file_digest, read_json
-from residua.cache.store import ActivationCache
+from residua.cache.files.json_files import file_digest, read_json
+from residua.cache.format.dtypes import decode
+from residua.cache.sharing import export as module
+from residua.cache.sharing.export import export
+from residua.cache.store.activation_cache import ActivationCache
 
 from .synthetic import make_cache, random_head
 

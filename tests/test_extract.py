@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import residua
-from residua.cache import runner
 from residua.cache.errors import (
     DataError,
     HeadMismatchError,
@@ -20,11 +19,12 @@ from residua.cache.errors import (
     NoSpaceError,
     UsageError,
 )
-from residua.cache.extract import run
-from residua.cache.model import quiet
-from residua.cache.request import Request
-from residua.cache.stack import Stack
-from residua.cache.store import ActivationCache
+from residua.cache.extraction.answer_request import run
+from residua.cache.extraction.request import Request
+from residua.cache.forward import part_runner as runner
+from residua.cache.model.blocks import Stack
+from residua.cache.model.transformers_guard import quiet
+from residua.cache.store.activation_cache import ActivationCache
 
 from .models import save_model, texts
 
@@ -218,7 +218,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 def test_resuming_with_other_weights_is_refused(
     model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from residua.cache.canary import reexamine
+    from residua.cache.checks.model_checks import reexamine
 
     cache = residua.extract(str(model_folder), str(texts_file), root=tmp_path, max_tokens=500)
     other = load(save_model(tmp_path / "other", seed=7)).eval()
@@ -250,7 +250,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")(10**9, 10**9, 10**6)
-    monkeypatch.setattr("residua.cache.budget.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("residua.cache.extraction.plan.shutil.disk_usage", lambda _: usage)
     with pytest.raises(NoSpaceError, match="needs .* has 0.00 GB free"):
         residua.extract(str(model_folder), str(texts_file), root=tmp_path / "full")
     assert not list((tmp_path / "full").iterdir())
@@ -313,7 +313,7 @@ def test_rows_longer_than_the_context_are_counted(
 ) -> None:
     import tokenizers
 
-    from residua.cache.jsonfile import read_json
+    from residua.cache.files.json_files import read_json
 
     tokenizer = tokenizers.Tokenizer.from_file(str(model_folder / "tokenizer.json"))
     rows = [json.loads(line)["text"] for line in texts_file.read_text().splitlines()]

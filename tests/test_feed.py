@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from residua.cache.array import CacheArray
 from residua.cache.errors import NotFoundError, UsageError
-from residua.cache.store import ActivationCache
-from residua.probes.draws import Order, Slabs
-from residua.probes.feed import Draw, Feed, in_background
+from residua.cache.format.array import CacheArray
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.training.minibatches import Draw, Feed, in_background
+from residua.probes.training.shuffled_order import Order, Slabs
 
 from .synthetic import make_cache, random_head
 

@@ -11,10 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from residua.cache.decode import decode, encode
 from residua.cache.errors import CorruptError, NotFoundError
-from residua.cache.jsonfile import canonical, digest, read_json, write_atomically, write_json
-from residua.cache.store import ActivationCache
+from residua.cache.files.json_files import (
+    canonical,
+    digest,
+    read_json,
+    write_atomically,
+    write_json,
+)
+from residua.cache.format.dtypes import decode, encode
+from residua.cache.store.activation_cache import ActivationCache
 
 from .synthetic import make_cache, random_head
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.numpy import load_file
 
 import residua
-from residua.cache.catalog import list_paths
 from residua.cache.errors import CorruptError, MismatchError
-from residua.cache.extract import find, run
-from residua.cache.jsonfile import read_json, write_json
-from residua.cache.manifest import Manifest
-from residua.cache.request import Request
-from residua.cache.store import ActivationCache
-from residua.probes.readout import Batch
+from residua.cache.extraction.answer_request import find, run
+from residua.cache.extraction.request import Request
+from residua.cache.files.json_files import read_json, write_json
+from residua.cache.format.manifest import Manifest
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.catalog import list_paths
+from residua.probes.base.readout import Batch
 
 from .models import save_model
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from residua.cache.decode import decode
-from residua.cache.half import BLOCK, decode_into
+from residua.cache.format.dtypes import BLOCK, decode, decode_into
 
 EVERY = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from residua.cache.canary import Canary, examine
-from residua.cache.head import Head
-from residua.cache.headprobe import SMALL, scaled
+from residua.cache.checks.model_checks import Canary, examine
+from residua.cache.head.head import Head
+from residua.cache.head.identify_head import SMALL, scaled
 
 from .architectures import KINDS, VOCAB, build
 from .conformance import TOLERANCE, stream

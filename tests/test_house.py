@@ -71,7 +71,7 @@ def test_help_loads_nothing_heavy() -> None:
 def test_reading_a_cache_needs_no_torch(tiny_cache: residua.ActivationCache) -> None:
     code = (
         "import sys\n"
-        "from residua.cache.store import ActivationCache\n"
+        "from residua.cache.store.activation_cache import ActivationCache\n"
         f"cache = ActivationCache({str(tiny_cache.path)!r})\n"
         "cache.layer(1)[:5]; cache.head.logits(cache.layer(cache.depth)[:5])\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'zarr') if m in sys.modules])"

@@ -11,13 +11,11 @@ import pytest
 import torch
 
 import residua
-from residua.cache.canary import Canary, examine, reexamine
-from residua.cache.create import create_cache
+from residua.cache.checks.independence import CHECKED_LENGTHS, choose_lengths, row_change
+from residua.cache.checks.model_checks import Canary, examine, reexamine
 from residua.cache.errors import MismatchError, ModelError, ResiduaError
-from residua.cache.fill import fill
-from residua.cache.independence import CHECKED_LENGTHS, choose_lengths, row_change
-from residua.cache.layout import Layout
-from residua.cache.manifest import (
+from residua.cache.format.layout import Layout
+from residua.cache.format.manifest import (
     ALONE,
     BATCH,
     CaptureIdentity,
@@ -25,9 +23,11 @@ from residua.cache.manifest import (
     ModelIdentity,
     TokenIdentity,
 )
-from residua.cache.stack import Stack, run
-from residua.cache.store import ActivationCache
-from residua.cache.tokens import TokenStream, from_sequences
+from residua.cache.forward.write_parts import fill
+from residua.cache.model.blocks import Stack, run
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.create_cache import create_cache
+from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
 from . import models
 from .architectures import KINDS, VOCAB, build

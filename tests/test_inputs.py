@@ -14,8 +14,8 @@ import torch
 from click.testing import CliRunner
 
 import residua
-from residua.analysis.evaluate import evaluate
-from residua.analysis.heatmap import heatmap
+from residua.analysis.evaluation.evaluate import evaluate
+from residua.analysis.evaluation.heatmap import heatmap
 from residua.cache.errors import (
     InputTypeError,
     MismatchError,
@@ -23,16 +23,17 @@ from residua.cache.errors import (
     ResiduaWarning,
     UsageError,
 )
-from residua.cache.loader import RowLoader
-from residua.cache.numbers import is_several, number, numbers
-from residua.cache.request import Request
-from residua.cache.store import ActivationCache
+from residua.cache.extraction.request import Request
+from residua.cache.number_ranges import is_several, number, numbers
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.row_loader import RowLoader
 from residua.cli import main
-from residua.probes.lens import FutureLens, TunedLens
-from residua.probes.readout import Batch, LogitLens
-from residua.probes.ridge import RidgeProbe
-from residua.probes.solve import AffineMap
-from residua.probes.vocab import VocabProbe
+from residua.probes.base.readout import Batch
+from residua.probes.lens.logit_lens import LogitLens
+from residua.probes.lens.tuned_lens import FutureLens, TunedLens
+from residua.probes.ridge.ridge_probe import RidgeProbe
+from residua.probes.ridge.solver import AffineMap
+from residua.probes.vocabulary.vocab_probe import VocabProbe
 
 from .synthetic import make_cache, random_head
 

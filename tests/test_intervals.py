@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from residua.analysis import windows as windows_module
-from residua.analysis.evaluate import evaluate
-from residua.analysis.metrics import resampling
-from residua.analysis.windows import Units
-from residua.cache.segments import PairScope
-from residua.cache.store import ActivationCache
+from residua.analysis.evaluation import windows as windows_module
+from residua.analysis.evaluation.evaluate import evaluate
+from residua.analysis.evaluation.metrics import resampling
+from residua.analysis.evaluation.windows import Units
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.tokens.segments import PairScope
 from residua.cli import main
-from residua.probes.bigram import FOLDS, Bigram
-from residua.probes.errorshare import error_shares
-from residua.probes.lens import TunedLens
-from residua.probes.ridge import RidgeProbe
-from residua.probes.save import load_probe, save_probe
-from residua.probes.solve import AffineMap
+from residua.probes.baselines.ngrams import FOLDS, Bigram
+from residua.probes.lens.tuned_lens import TunedLens
+from residua.probes.ridge.error_share import error_shares
+from residua.probes.ridge.ridge_probe import RidgeProbe
+from residua.probes.ridge.solver import AffineMap
+from residua.probes.saved.save import load_probe, save_probe
 
 from .synthetic import make_cache, random_head
 
@@ -237,7 +237,7 @@ def test_scope_and_shares_are_saved_and_older_probes_had_all_pairs(
     back = load_probe(save_probe(probe, tmp_path / "new"))
     assert back.get_params() == probe.get_params()
     assert back.metrics() == probe.metrics()
-    from residua.cache.jsonfile import read_json, write_json
+    from residua.cache.files.json_files import read_json, write_json
 
     config = read_json(tmp_path / "new" / "config.json")
     for name in ("across_documents", "drop_first"):

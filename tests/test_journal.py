@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.cache import create
-from residua.cache.create import PartWriter, create_cache
 from residua.cache.errors import CorruptError, IncompleteError, UsageError
-from residua.cache.journal import Journal, PartRecord, ShardRecord
-from residua.cache.jsonfile import write_json
-from residua.cache.store import ActivationCache
-from residua.cache.tokens import from_sequences
+from residua.cache.files.json_files import write_json
+from residua.cache.format.journal import Journal, PartRecord, ShardRecord
+from residua.cache.store import create_cache as create
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.create_cache import create_cache
+from residua.cache.store.part_writer import PartWriter
+from residua.cache.tokens.token_stream import from_sequences
 
 from .synthetic import make_cache, random_head
 

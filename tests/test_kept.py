@@ -14,18 +14,19 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 import residua
-from residua.cache.create import PartWriter, create_cache
 from residua.cache.errors import MismatchError, UsageError
-from residua.cache.layout import Layout
-from residua.cache.store import ActivationCache
-from residua.cache.tokens import from_sequences
+from residua.cache.format.layout import Layout
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.create_cache import create_cache
+from residua.cache.store.part_writer import PartWriter
+from residua.cache.tokens.token_stream import from_sequences
 from residua.cli import main
-from residua.probes.collect import collect
-from residua.probes.kept import entries, find, folder_of
-from residua.probes.momentset import MomentSet
-from residua.probes.passes import Request
-from residua.probes.ridge import RidgeProbe
-from residua.probes.supply import Account, extend, supply
+from residua.probes.moments.collect_moments import collect
+from residua.probes.moments.kept_moments import entries, find, folder_of
+from residua.probes.moments.moment_set import MomentSet
+from residua.probes.moments.obtain_moments import Account, extend, supply
+from residua.probes.moments.pass_plan import Request
+from residua.probes.ridge.ridge_probe import RidgeProbe
 
 from .synthetic import make_cache, random_head
 

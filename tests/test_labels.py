@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import residua
-from residua.cache.data import load_documents
-from residua.cache.labels import Labels, join_labels, label_names
-from residua.cache.store import ActivationCache
-from residua.cache.tokens import TokenStream, concatenate, from_sequences
+from residua.cache.documents.labels import Labels, join_labels, label_names
+from residua.cache.documents.load_documents import load_documents
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.tokens.token_stream import TokenStream, concatenate, from_sequences
 
 from .models import texts
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from residua.cache.errors import CorruptError
-from residua.cache.layout import (
+from residua.cache.format.layout import (
     CHUNK_BYTES,
     CHUNK_ROWS_MAX,
     CHUNKS_PER_SHARD,
     SHARD_ROWS_MAX,
     ArrayLayout,
     Layout,
-)  # fmt: skip
+)
 
 RULE = [
     (64, 2, 16384, 65536),

@@ -14,19 +14,18 @@ from sklearn.exceptions import NotFittedError
 
 import residua
 from residua.cache.errors import MismatchError, NotFoundError, UsageError
-from residua.cache.programhead import ProgramHead
-from residua.cache.record import SHAPES, record
-from residua.cache.store import ActivationCache
-from residua.cache.tape import generalize
-from residua.probes import lensgroups
-from residua.probes.curvature import Inputs, LensFit, drawn, sampled_slopes
-from residua.probes.lens import FutureLens, TunedLens
-from residua.probes.lensfit import identity
-from residua.probes.moments import Moments
-from residua.probes.readout import Batch
-from residua.probes.ridge import RidgeProbe
-from residua.probes.save import check_geometry, load_probe, save_probe
-from residua.probes.softmax import Teacher
+from residua.cache.head.program_head import ProgramHead
+from residua.cache.head.record_head import SHAPES, generalize, record
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.base.readout import Batch
+from residua.probes.lens import fit_groups as lensgroups
+from residua.probes.lens.natural_gradient import Inputs, LensFit, drawn, sampled_slopes
+from residua.probes.lens.translator_fit import identity
+from residua.probes.lens.tuned_lens import FutureLens, TunedLens
+from residua.probes.moments.moments import Moments
+from residua.probes.ridge.ridge_probe import RidgeProbe
+from residua.probes.saved.save import check_geometry, load_probe, save_probe
+from residua.probes.training.softmax_loss import Teacher
 
 from .defined import defined
 from .local import local_client
@@ -166,8 +165,8 @@ def test_a_fit_that_was_killed_by_the_system_goes_on_to_the_same_lens(
 ) -> None:
     code = (
         "import os, signal\n"
-        "from residua.probes.lens import TunedLens\n"
-        "from residua.cache.store import ActivationCache\n"
+        "from residua.probes.lens.tuned_lens import TunedLens\n"
+        "from residua.cache.store.activation_cache import ActivationCache\n"
         "def report(stage, done, total):\n"
         "    if (stage, done) == ('lens', 50): os.kill(os.getpid(), signal.SIGKILL)\n"
         f"TunedLens(lr=0.2, steps=100, batch=128).fit(ActivationCache({str(curved.path)!r}),\n"

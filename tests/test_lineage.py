@@ -8,7 +8,7 @@ import pytest
 
 import residua
 from residua.cache.errors import NotFoundError
-from residua.cache.store import ActivationCache
+from residua.cache.store.activation_cache import ActivationCache
 
 from .models import texts
 

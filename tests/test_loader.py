@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from residua.cache.errors import IncompleteError, MismatchError, NotFoundError, UsageError
-from residua.cache.loader import RowLoader
-from residua.cache.runs import Runs
-from residua.cache.store import ActivationCache
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.row_loader import RowLoader
+from residua.cache.store.row_runs import Runs
 
 from .synthetic import make_cache, random_head
 

@@ -15,18 +15,19 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from residua.cache import headpass, logitserror
-from residua.cache.decode import decode, encode
+from residua.cache.checks import logits_error as logitserror
+from residua.cache.checks.logits_error import measure
 from residua.cache.errors import ModelError, UsageError
-from residua.cache.extract import find, plan, run
-from residua.cache.layout import Layout
-from residua.cache.logits import DEFAULT_TOP, TopK, arrays_of, covers, top
-from residua.cache.logitserror import measure
-from residua.cache.model import quiet
-from residua.cache.repair import repair
-from residua.cache.request import Request
-from residua.cache.store import ActivationCache
-from residua.cache.verify import verify
+from residua.cache.extraction.answer_request import find, plan, run
+from residua.cache.extraction.repair import repair
+from residua.cache.extraction.request import Request
+from residua.cache.format.dtypes import decode, encode
+from residua.cache.format.layout import Layout
+from residua.cache.format.logits_arrays import DEFAULT_TOP, TopK, arrays_of, covers, top
+from residua.cache.forward import kept_logits as headpass
+from residua.cache.model.transformers_guard import quiet
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.verify import verify
 from residua.cli import main
 
 from . import models
@@ -391,7 +392,7 @@ def test_a_dry_run_knows_the_logits(
 def test_batches_of_wide_rows_are_small(
     model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from residua.cache import make
+    from residua.cache.extraction import prepare as make
 
     monkeypatch.setattr(make, "LOGITS_BATCH_BYTES", 600 * 130)
     asked = ask(model_folder, texts_file, tmp_path, logits="full", batch_tokens=None, pack=False)
@@ -402,7 +403,7 @@ def test_batches_of_wide_rows_are_small(
 
 
 def test_an_export_has_the_logits(kept: dict[str, ActivationCache], tmp_path: Path) -> None:
-    from residua.cache.export import export
+    from residua.cache.sharing.export import export
 
     cache = kept[f"topk:{K}"]
     export(cache, tmp_path / "st", split="test")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from residua.cache.errors import CorruptError
-from residua.cache.jsonfile import digest, read_json, write_json
-from residua.cache.layout import Layout
-from residua.cache.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
+from residua.cache.files.json_files import digest, read_json, write_json
+from residua.cache.format.layout import Layout
+from residua.cache.format.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
 
 MANIFEST = Manifest(
     ModelIdentity("a" * 64, "b" * 64, "LlamaForCausalLM"),

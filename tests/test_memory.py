@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.cache.columns import BLOCK
+from residua.cache.files.disk_columns import BLOCK
 
 MAKE = """
 import re, sys
 from pathlib import Path
-from residua.cache.extract import run
-from residua.cache.request import Request
+from residua.cache.extraction.answer_request import run
+from residua.cache.extraction.request import Request
 
 model, data, root, pack, filled = sys.argv[1:]
 # A share without any part: the cache is made, with all its tables, and left empty.
@@ -35,7 +35,7 @@ import re, sys
 from pathlib import Path
 import numpy as np
 import pyarrow.parquet
-from residua.cache.data import load_documents
+from residua.cache.documents.load_documents import load_documents
 
 documents = load_documents(sys.argv[1], scratch=Path(sys.argv[2]))
 numbers = np.random.default_rng(0).permutation(len(documents))

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from residua.analysis.metrics import COLUMNS, KS, MetricSums, Reference, measure, resampling
+from residua.analysis.evaluation.metrics import (
+    COLUMNS,
+    KS,
+    MetricSums,
+    Reference,
+    measure,
+    resampling,
+)
 
 from .defined import defined
 

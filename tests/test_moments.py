@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from residua.cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
-from residua.cache.store import ActivationCache
-from residua.probes.collect import collect, collect_passes, collect_rows
-from residua.probes.moments import Accumulator, Moments, merge_all
-from residua.probes.momentset import MomentSet
-from residua.probes.passes import Pass, Request, divide
-from residua.probes.ridge import RidgeProbe
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.moments.collect_moments import collect, collect_passes, collect_rows
+from residua.probes.moments.moment_set import MomentSet
+from residua.probes.moments.moments import Accumulator, Moments, merge_all
+from residua.probes.moments.pass_plan import Pass, Request, divide
+from residua.probes.ridge.ridge_probe import RidgeProbe
 
 from .synthetic import make_cache, random_head
 

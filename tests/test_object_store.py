@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import residua
-from residua.cache.catalog import list_paths
 from residua.cache.errors import UsageError
-from residua.cache.extract import find, run
-from residua.cache.place import as_path, check_creates, children, create, put, store_of
-from residua.cache.request import Request
-from residua.cache.store import ActivationCache
+from residua.cache.extraction.answer_request import find, run
+from residua.cache.extraction.request import Request
+from residua.cache.files.paths import as_path, check_creates, children, create, put, store_of
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.catalog import list_paths
 
 from .crashing import Driver, until
 from .models import texts
@@ -265,7 +265,7 @@ def test_mistakes_end_with_a_message(driver: Driver, model_folder: Path, data: P
 def test_a_store_that_does_not_answer_is_named(
     monkeypatch: pytest.MonkeyPatch, root: str, server: Server
 ) -> None:
-    from residua.cache.disk import store_errors
+    from residua.cache.files.disk_errors import store_errors
 
     # Another cache of instances, which would keep the old address.
     place = as_path(root)
@@ -429,8 +429,8 @@ def test_kills_lose_nothing(
 
 RACE = """
 import sys
-from residua.cache.lease import lease
-from residua.cache.place import as_path
+from residua.cache.files.leases import lease
+from residua.cache.files.paths import as_path
 folder = as_path(sys.argv[1])
 print("ready", flush=True)
 for line in sys.stdin:

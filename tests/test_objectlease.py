@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from residua.cache import objectlease
 from residua.cache.errors import LeaseLostError
-from residua.cache.lease import exclusive, holder, lease
-from residua.cache.objectlease import ObjectLease
-from residua.cache.place import as_path, children, put
+from residua.cache.files import object_leases as objectlease
+from residua.cache.files.leases import exclusive, holder, lease
+from residua.cache.files.object_leases import ObjectLease
+from residua.cache.files.paths import as_path, children, put
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 import residua
 from residua.cache.errors import DataError, UsageError
-from residua.cache.store import ActivationCache
+from residua.cache.store.activation_cache import ActivationCache
 
 from .models import texts
 

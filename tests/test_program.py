@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from residua.cache.errors import CorruptError, ModelError, UsageError
-from residua.cache.head import Head
-from residua.cache.jsonfile import DIGEST_KEY, write_json
-from residua.cache.ops import OPS, Numpy, Torch
-from residua.cache.program import Node, Program
-from residua.cache.programhead import ProgramHead
-from residua.cache.record import NAMES, SHAPES, record
-from residua.cache.tape import generalize
+from residua.cache.files.json_files import DIGEST_KEY, write_json
+from residua.cache.head.head import Head
+from residua.cache.head.operations import OPS, Numpy, Torch
+from residua.cache.head.program import Node, Program
+from residua.cache.head.program_head import ProgramHead
+from residua.cache.head.record_head import NAMES, SHAPES, generalize, record
 
 WIDTH = 8
 GENERATOR = torch.Generator().manual_seed(0)

@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import residua
-from residua.cache import runner
 from residua.cache.errors import MismatchError, ModelError
-from residua.cache.repair import repair
-from residua.cache.store import ActivationCache
-from residua.cache.verify import verify
+from residua.cache.extraction.repair import repair
+from residua.cache.forward import part_runner as runner
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.verify import verify
 from residua.cli import main
 
 from .models import save_model
@@ -116,7 +116,7 @@ def poisoned(model_folder: Path, target: Path, token: int) -> Path:
 
 def rare_token(cache: ActivationCache) -> int:
     """A token of few sequences that no canary batch holds."""
-    from residua.cache.canary import LENGTH, ROWS
+    from residua.cache.checks.model_checks import LENGTH, ROWS
 
     ids, sequence = cache.tokens[:], cache.array("tokens/sequence")[:]
     canary = np.random.default_rng(0).integers(0, cache.vocab, (3, ROWS, LENGTH))
@@ -177,10 +177,10 @@ def test_sequences_that_are_not_finite_are_quarantined_with_the_reason(
 def test_a_machine_that_computes_other_numbers_is_found_on_resume(
     model_folder: Path, tiny_cache: ActivationCache
 ) -> None:
-    from residua.cache.canary import reexamine
-    from residua.cache.model import load_model
-    from residua.cache.replay import check, replay
-    from residua.cache.source import ModelSource
+    from residua.cache.checks.model_checks import reexamine
+    from residua.cache.checks.reference_rows import check, replay
+    from residua.cache.model.load_model import load_model
+    from residua.cache.model.source import ModelSource
 
     model: Any = load_model(ModelSource.locate(str(model_folder)))
     stack = reexamine(model, tiny_cache)

@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from residua.analysis import interactive, plots
-from residua.analysis.evaluate import Evaluation, evaluate
-from residua.analysis.heatmap import Heatmap
-from residua.analysis.metrics import Row
-from residua.analysis.page import GLOSSARY
-from residua.analysis.report import BUCKET_COLUMNS, COLUMNS, headlines, write_pngs, write_report
-from residua.cache.store import ActivationCache
-from residua.probes.library import load_for
-from residua.probes.ridge import RidgeProbe
-from residua.probes.save import save_probe
-from residua.probes.unigram import Unigram
+from residua.analysis.evaluation.evaluate import evaluate
+from residua.analysis.evaluation.heatmap import Heatmap
+from residua.analysis.evaluation.metrics import Row
+from residua.analysis.evaluation.result import Evaluation
+from residua.analysis.report import interactive_figures as interactive
+from residua.analysis.report import static_figures as plots
+from residua.analysis.report.html_page import GLOSSARY
+from residua.analysis.report.html_report import BUCKET_COLUMNS, COLUMNS, write_pngs, write_report
+from residua.analysis.report.tables import headlines
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.baselines.ngrams import Unigram
+from residua.probes.ridge.ridge_probe import RidgeProbe
+from residua.probes.saved.library import load_for
+from residua.probes.saved.save import save_probe
 
 from .synthetic import make_cache, random_head
 

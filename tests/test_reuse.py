@@ -10,12 +10,13 @@ import pytest
 from click.testing import CliRunner
 
 import residua
-from residua.cache import resolve, runner
 from residua.cache.errors import UsageError
-from residua.cache.extract import find, run
-from residua.cache.request import Request
-from residua.cache.store import ActivationCache
-from residua.cache.tokens import assign_splits, text_hash
+from residua.cache.extraction import resolve
+from residua.cache.extraction.answer_request import find, run
+from residua.cache.extraction.request import Request
+from residua.cache.forward import part_runner as runner
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.tokens.splits import assign_splits, text_hash
 from residua.cli import main
 
 from .models import save_model, texts
@@ -230,7 +231,9 @@ def test_a_hit_needs_no_weights_in_memory(
     model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(ask(model_folder, texts_file, tmp_path))
-    monkeypatch.setattr("residua.cache.extract.load", lambda *_: pytest.fail("model loaded"))
+    monkeypatch.setattr(
+        "residua.cache.extraction.answer_request.load", lambda *_: pytest.fail("model loaded")
+    )
     assert run(ask(model_folder, texts_file, tmp_path)).status == "hit"
 
 

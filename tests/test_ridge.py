@@ -15,12 +15,12 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import KFold
 
 from residua.cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
-from residua.cache.store import ActivationCache
-from residua.probes.collect import collect
-from residua.probes.readout import Batch
-from residua.probes.ridge import RidgeProbe
-from residua.probes.save import check_geometry, load_probe, save_probe
-from residua.probes.solve import GRID
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.base.readout import Batch
+from residua.probes.moments.collect_moments import collect
+from residua.probes.ridge.ridge_probe import RidgeProbe
+from residua.probes.ridge.solver import GRID
+from residua.probes.saved.save import check_geometry, load_probe, save_probe
 
 from .synthetic import make_cache, random_head
 
@@ -361,7 +361,7 @@ def test_loading_needs_no_cache_and_no_model_library(
 ) -> None:
     save_probe(RidgeProbe(layers=[0]).fit(noisy), tmp_path)
     code = (
-        "import sys; from residua.probes.save import load_probe; "
+        "import sys; from residua.probes.saved.save import load_probe; "
         f"load_probe({str(tmp_path)!r}); "
         "print([m for m in ('zarr', 'torch', 'transformers', 'distributed') if m in sys.modules])"
     )

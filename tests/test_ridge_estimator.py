@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from residua.cache.errors import UsageError
-from residua.probes.ridge import RidgeProbe
+from residua.probes.ridge.ridge_probe import RidgeProbe
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")

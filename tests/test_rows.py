@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import residua.cache.jsonrows
-import residua.cache.lines
-import residua.cache.rowtable
-from residua.cache.data import load_documents
-from residua.cache.documents import Documents
+import residua.cache.documents.json_rows
+import residua.cache.documents.row_table
+import residua.cache.documents.text_lines
+from residua.cache.documents.documents import Documents
+from residua.cache.documents.load_documents import load_documents
 from residua.cache.errors import DataError
 
 WORDS_FOR_NOTHING = ["NA", "N/A", "None", "null", "nan", "NaN", "#N/A", "-", "<NA>", "n/a", "NULL"]
@@ -82,7 +82,7 @@ def random_cells(seed: int, count: int) -> list[str]:
 def test_cells_of_csv_are_those_of_the_csv_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, quoting: Any, end: str
 ) -> None:
-    monkeypatch.setattr(residua.cache.lines, "BLOCK_BYTES", 97)
+    monkeypatch.setattr(residua.cache.documents.text_lines, "BLOCK_BYTES", 97)
     texts = random_cells(seed, 60)
     words = [word.rstrip("\r") for word in random_cells(seed + 100, 60)]  # the end of a line
     content = csv_of(
@@ -225,7 +225,7 @@ def json_layouts(rows: list[dict]) -> dict[str, str]:
 def test_rows_of_json_are_those_of_the_json_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(residua.cache.lines, "BLOCK_BYTES", block)
+    monkeypatch.setattr(residua.cache.documents.text_lines, "BLOCK_BYTES", block)
     rows = rows_of_json(0)
     for name, content in json_layouts(rows).items():
         documents = load(tmp_path / name, content)
@@ -406,7 +406,7 @@ def test_nothing_is_left_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     scratch, home = tmp_path / "scratch", tmp_path / "home"
     scratch.mkdir()
     monkeypatch.setenv("HF_HOME", str(home))
-    monkeypatch.setattr(residua.cache.rowtable, "IN_MEMORY", 10)
+    monkeypatch.setattr(residua.cache.documents.row_table, "IN_MEMORY", 10)
     (tmp_path / "a.jsonl").write_text(GOOD * 1000)
     documents = load_documents(str(tmp_path / "a.jsonl"), scratch=scratch)
     assert list(documents) == ["one", "two"] * 1000

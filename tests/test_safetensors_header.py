@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from residua.cache.errors import ModelError
-from residua.cache.safetensors_header import FLOATING_DTYPES, read_header
+from residua.cache.model.safetensors_header import FLOATING_DTYPES, read_header
 
 
 @pytest.fixture

@@ -11,17 +11,16 @@ import torch
 from scipy.sparse import csr_matrix
 
 import residua
-from residua.cache.store import ActivationCache
-from residua.probes.bigram import Bigram, LaggedBigram
-from residua.probes.chain import BigramChain, MarginalBigram
-from residua.probes.control import ControlProbe
-from residua.probes.lens import FutureLens, TunedLens
-from residua.probes.ridge import RidgeProbe
-from residua.probes.save import KINDS, load_probe, save_probe
-from residua.probes.solve import AffineMap
-from residua.probes.trigram import Trigram
-from residua.probes.unigram import Unigram
-from residua.probes.vocab import VocabProbe
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.baselines.marginal_bigram import BigramChain, MarginalBigram
+from residua.probes.baselines.ngrams import Bigram, LaggedBigram, Trigram, Unigram
+from residua.probes.controls.control_probe import ControlProbe
+from residua.probes.lens.tuned_lens import FutureLens, TunedLens
+from residua.probes.ridge.ridge_probe import RidgeProbe
+from residua.probes.ridge.solver import AffineMap
+from residua.probes.saved.kinds import KINDS
+from residua.probes.saved.save import load_probe, save_probe
+from residua.probes.vocabulary.vocab_probe import VocabProbe
 
 from .evaluations import assert_same_rows
 from .synthetic import make_cache, random_head
@@ -193,7 +192,7 @@ def test_parameters_that_the_first_version_wrote_are_read(
     tmp_path: Path, mixed: ActivationCache
 ) -> None:
     """Its files say no types, no labels' dtype and no steps."""
-    from residua.cache.jsonfile import read_json, write_json
+    from residua.cache.files.json_files import read_json, write_json
 
     new = ("param_types", "moments", "of_rows", "feature_names", "classes_dtype", "steps", "passes")
     for name in ("ridge", "vocab", "bigram"):

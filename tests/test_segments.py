@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from residua.analysis.evaluate import evaluate
+from residua.analysis.evaluation.evaluate import evaluate
 from residua.cache.errors import UsageError
-from residua.cache.segments import (
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.tokens.segments import (
     PairScope,
     crossing_shares,
     document_of,
@@ -18,17 +19,14 @@ from residua.cache.segments import (
     neighbour_tokens,
     segment_places,
 )
-from residua.cache.store import ActivationCache
-from residua.cache.tokens import Runs
-from residua.probes.bigram import Bigram, LaggedBigram
-from residua.probes.collect import collect
-from residua.probes.feed import Feed
-from residua.probes.kept import entries
-from residua.probes.momentset import MomentSet
-from residua.probes.ridge import RidgeProbe
-from residua.probes.trigram import Trigram
-from residua.probes.unigram import Unigram
-from residua.probes.vocab import VocabProbe
+from residua.cache.tokens.token_stream import Runs
+from residua.probes.baselines.ngrams import Bigram, LaggedBigram, Trigram, Unigram
+from residua.probes.moments.collect_moments import collect
+from residua.probes.moments.kept_moments import entries
+from residua.probes.moments.moment_set import MomentSet
+from residua.probes.ridge.ridge_probe import RidgeProbe
+from residua.probes.training.minibatches import Feed
+from residua.probes.vocabulary.vocab_probe import VocabProbe
 
 from .synthetic import make_cache, random_head
 
@@ -347,7 +345,7 @@ def test_moments_are_fitted_by_probes_of_the_same_pairs(
 
 
 def test_moments_of_before_count_all_pairs(tmp_path: Path) -> None:
-    from residua.cache.jsonfile import read_json, write_json
+    from residua.cache.files.json_files import read_json, write_json
 
     rng = np.random.default_rng(3)
     head = random_head(WIDTH, VOCAB)

@@ -8,8 +8,8 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from residua.cache.errors import CorruptError
-from residua.cache.layout import ArrayLayout
-from residua.cache.shard import ShardReader, ShardWriter
+from residua.cache.format.layout import ArrayLayout
+from residua.cache.format.shard import ShardReader, ShardWriter
 
 SHAPES = [
     ((600, 8), 64, 256, "<f4"),

@@ -19,8 +19,6 @@ import pytest
 from huggingface_hub import errors as hub_errors
 
 import residua
-from residua.cache import hub as limits
-from residua.cache.card import NO_LICENCE, card, size_category
 from residua.cache.errors import (
     CorruptError,
     IncompleteError,
@@ -30,9 +28,11 @@ from residua.cache.errors import (
     ResiduaError,
     UsageError,
 )
-from residua.cache.share import pull, push
-from residua.cache.store import ActivationCache
-from residua.cache.verify import verify
+from residua.cache.sharing import hub_errors as limits
+from residua.cache.sharing.dataset_card import NO_LICENCE, card, size_category
+from residua.cache.sharing.hub import pull, push
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.verify import verify
 
 from .synthetic import make_cache, random_head
 

@@ -16,9 +16,9 @@ from huggingface_hub import errors as hub_errors
 
 import residua
 from residua.cache.errors import CorruptError, MismatchError, NotFoundError
-from residua.probes.lens import FutureLens, TunedLens
-from residua.probes.save import save_probe
-from residua.probes.share import CARD_FILE
+from residua.probes.lens.tuned_lens import FutureLens, TunedLens
+from residua.probes.saved.hub import CARD_FILE
+from residua.probes.saved.save import save_probe
 
 from .synthetic import make_cache, random_head
 

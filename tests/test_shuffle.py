@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from residua.cache.errors import UsageError
-from residua.cache.store import SPLITS, ActivationCache
-from residua.probes import shuffle
-from residua.probes.shuffle import Shuffle
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.tokens.splits import SPLITS
+from residua.probes.controls import position_shuffle as shuffle
+from residua.probes.controls.position_shuffle import Shuffle
 
 from .synthetic import make_cache, random_head
 

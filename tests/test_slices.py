@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import residua
-from residua.analysis import slices
-from residua.analysis.slices import continued_words, names
-from residua.analysis.tokentext import plain_texts
+from residua.analysis.evaluation import position_masks as slices
+from residua.analysis.evaluation.position_masks import continued_words, names
+from residua.analysis.evaluation.token_text import plain_texts
 from residua.cache.errors import UsageError
-from residua.cache.store import ActivationCache
+from residua.cache.store.activation_cache import ActivationCache
 
 from .synthetic import make_cache, random_head
 
@@ -138,6 +138,6 @@ def test_token_texts_of_other_tokenizers_are_plain():
 
 
 def test_the_command_line_knows_every_slice():
-    from residua.analysis.command import SLICES
+    from residua.analysis.console.options import SLICES
 
     assert tuple(slices.SLICES) == SLICES

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from residua.cache.head import Head, TorchHead
-from residua.cache.program import Program
-from residua.cache.programhead import ProgramHead
-from residua.probes.softmax import Gradients, Target, Teacher, affine_losses, head_losses, tiles
+from residua.cache.head.head import Head, TorchHead
+from residua.cache.head.program import Program
+from residua.cache.head.program_head import ProgramHead
+from residua.probes.training.softmax_loss import (
+    Gradients,
+    Target,
+    Teacher,
+    affine_losses,
+    head_losses,
+    tiles,
+)
 
 from .synthetic import random_head
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import residua
-from residua.cache import tokenizer as tokenizers_of
 from residua.cache.errors import ModelError
-from residua.cache.extract import find, run
-from residua.cache.request import Request
-from residua.cache.source import ModelSource
+from residua.cache.extraction.answer_request import find, run
+from residua.cache.extraction.request import Request
+from residua.cache.model import tokenizer as tokenizers_of
+from residua.cache.model.source import ModelSource
 
 from .models import VOCAB, save_model, texts
 
@@ -239,7 +239,7 @@ def test_other_settings_of_the_tokenizer_are_another_cache(
 
 
 def test_a_tokenizer_is_converted_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from residua.cache import model as loading
+    from residua.cache.model import tokenizer as loading
 
     change_json(model / "tokenizer_config.json", note="a file that no other test has")
     seen: list[Path] = []

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from residua.cache.canary import examine
-from residua.cache.discover import find_stack
+from residua.cache.checks.model_checks import examine
 from residua.cache.errors import HeadMismatchError, ModelError
-from residua.cache.headprobe import verify_head
-from residua.cache.stack import run
-from residua.cache.tokens import TokenStream, from_sequences
+from residua.cache.head.identify_head import verify_head
+from residua.cache.model.blocks import run
+from residua.cache.model.find_blocks import find_stack
+from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
 from . import toys
 from .models import CONFIGS, VOCAB, build_model

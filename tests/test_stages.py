@@ -12,23 +12,23 @@ import torch
 from click.testing import CliRunner
 
 import residua
-from residua.analysis.terminal import Meter, bandwidths
-from residua.cache import runner
-from residua.cache.batches import Batch
-from residua.cache.copies import DEPTH, Arrival, Ring, Rows
+from residua.analysis.console.terminal import Meter, bandwidths
 from residua.cache.errors import ModelError
-from residua.cache.extract import run
-from residua.cache.oom import (
+from residua.cache.extraction.answer_request import run
+from residua.cache.extraction.request import Request
+from residua.cache.forward import part_runner as runner
+from residua.cache.forward.batches import (
     BATCH_TOKENS,
+    Batch,
     Halving,
     choose_batch_tokens,
     find_batch_tokens,
-    is_out_of_memory,
 )
-from residua.cache.request import Request
-from residua.cache.stack import Stack
-from residua.cache.stages import STAGES, Stages
-from residua.cache.tokens import TokenStream
+from residua.cache.forward.device_copies import DEPTH, Arrival, Ring, Rows
+from residua.cache.forward.stage_times import STAGES, Stages
+from residua.cache.model.blocks import Stack
+from residua.cache.model.memory import is_out_of_memory
+from residua.cache.tokens.token_stream import TokenStream
 from residua.cli import main
 
 

@@ -8,19 +8,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from residua.cache.documents import Documents
-from residua.cache.encode import tokenize
+from residua.cache.documents.documents import Documents
 from residua.cache.errors import DataError
-from residua.cache.store import SPLITS
-from residua.cache.tables import tables
-from residua.cache.tokens import (
-    Runs,
-    TokenStream,
-    assign_splits,
-    concatenate,
-    folds_of,
-    from_sequences,
-)
+from residua.cache.tokens.index_arrays import tables
+from residua.cache.tokens.splits import SPLITS, assign_splits, folds_of
+from residua.cache.tokens.token_stream import Runs, TokenStream, concatenate, from_sequences
+from residua.cache.tokens.tokenization import tokenize
 
 TRAIN, VALIDATION, TEST = range(3)
 
@@ -395,7 +388,7 @@ def test_packed_fewer_tokens_are_the_first_sequences_of_each_split(max_tokens, l
 def test_how_many_documents_are_read_at_once_changes_nothing(rows, monkeypatch):
     texts, _ = documents_of(11, count=500)
     want = [stream_of(texts, max_tokens=n).digests()[0] for n in (None, 900, 4000)]
-    monkeypatch.setattr("residua.cache.documents.READ_ROWS", rows)
+    monkeypatch.setattr("residua.cache.documents.documents.READ_ROWS", rows)
     assert [stream_of(texts, max_tokens=n).digests()[0] for n in (None, 900, 4000)] == want
 
 

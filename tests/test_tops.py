@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.cache.store import ActivationCache
-from residua.probes import tops
-from residua.probes.tops import tokens_at, top_tokens
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.training import top_tokens as tops
+from residua.probes.training.top_tokens import tokens_at, top_tokens
 
 from .synthetic import make_cache, random_head
 

@@ -12,10 +12,10 @@ import torch
 
 import residua
 from residua.cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
-from residua.probes.lens import TunedLens
-from residua.probes.readout import Batch
-from residua.probes.solve import AffineMap
-from residua.probes.tunedlens import read_tuned_lens, unembed_hash, write_tuned_lens
+from residua.probes.base.readout import Batch
+from residua.probes.lens.tuned_lens import TunedLens
+from residua.probes.lens.tuned_lens_files import read_tuned_lens, unembed_hash, write_tuned_lens
+from residua.probes.ridge.solver import AffineMap
 
 
 class Theirs(torch.nn.Module):

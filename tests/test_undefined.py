@@ -12,24 +12,24 @@ import torch
 from click.testing import CliRunner
 
 import residua
-from residua.analysis.buckets import bucket_of
-from residua.analysis.confidence import confidence_figure
-from residua.analysis.evaluate import evaluate
-from residua.analysis.heatmap import UNDEFINED, heatmap
-from residua.analysis.metrics import COLUMNS, KS, Reference, measure, rank_of
-from residua.analysis.plots import curves, heatmap_figure
-from residua.analysis.report import headlines
+from residua.analysis.evaluation.confidence_buckets import bucket_of
+from residua.analysis.evaluation.evaluate import evaluate
+from residua.analysis.evaluation.heatmap import UNDEFINED, heatmap
+from residua.analysis.evaluation.metrics import COLUMNS, KS, Reference, measure, rank_of
+from residua.analysis.report.static_figures import confidence_figure, curves, heatmap_figure
+from residua.analysis.report.tables import headlines
 from residua.cache.errors import ResiduaWarning, UsageError
-from residua.cache.jsonfile import plain
-from residua.cache.store import ActivationCache
+from residua.cache.files.json_files import plain
+from residua.cache.store.activation_cache import ActivationCache
 from residua.cli import main
-from residua.probes.descent import Trainer
-from residua.probes.forms import Axes, Full
-from residua.probes.lens import TunedLens
-from residua.probes.moments import Moments
-from residua.probes.readout import Batch, LogitLens
-from residua.probes.solve import AffineMap, fit_ridge
-from residua.probes.sweep import BAD, rows_of
+from residua.probes.base.readout import Batch
+from residua.probes.lens.logit_lens import LogitLens
+from residua.probes.lens.tuned_lens import TunedLens
+from residua.probes.moments.moments import Moments
+from residua.probes.ridge.solver import AffineMap, fit_ridge
+from residua.probes.vocabulary.descent import Trainer
+from residua.probes.vocabulary.learning_rate_sweep import BAD, rows_of
+from residua.probes.vocabulary.parametrizations import Axes, Full
 
 from .synthetic import make_cache, random_head
 
@@ -290,7 +290,7 @@ def test_probes_that_hold_no_finite_number_are_neither_saved_loaded_nor_evaluate
     with pytest.raises(UsageError, match=r"tensor 1\.0\.weight holds 1 values"):
         heatmap(cache, probe, split="all")
     with monkeypatch.context() as patch:  # as an older version wrote it
-        patch.setattr("residua.probes.save.check_finite", lambda *_: None)
+        patch.setattr("residua.probes.saved.save.check_finite", lambda *_: None)
         residua.save_probe(probe, tmp_path / "old")
     with pytest.raises(UsageError, match=r"tensor 1\.0\.weight holds 1 values"):
         residua.load_probe(tmp_path / "old")
@@ -305,10 +305,12 @@ def test_penalties_without_a_finite_error_are_not_chosen(monkeypatch):
     rng = np.random.default_rng(0)
     folds = [Moments.of(rng.normal(size=(30, 3)), rng.normal(size=(30, 2))) for _ in range(3)]
     monkeypatch.setattr(
-        "residua.probes.solve.cross_validate", lambda *_: (np.array([NAN, 2.0, 1.0]), 90)
+        "residua.probes.ridge.solver.cross_validate", lambda *_: (np.array([NAN, 2.0, 1.0]), 90)
     )
     assert fit_ridge(folds, None, [1.0, 2.0, 3.0], "here").alpha == 3.0
-    monkeypatch.setattr("residua.probes.solve.cross_validate", lambda *_: (np.full(3, NAN), 90))
+    monkeypatch.setattr(
+        "residua.probes.ridge.solver.cross_validate", lambda *_: (np.full(3, NAN), 90)
+    )
     with pytest.raises(UsageError, match="no penalty gives a finite error"):
         fit_ridge(folds, None, [1.0, 2.0, 3.0], "here")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.cache.store import ActivationCache
-from residua.cache.verify import verify
-from residua.probes.ridge import RidgeProbe
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.verify import verify
+from residua.probes.ridge.ridge_probe import RidgeProbe
 
 from .synthetic import make_cache, random_head
 

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from residua import VocabProbe, evaluate, load_probe, save_probe
 from residua.cache.errors import MismatchError, NotFoundError, UsageError
-from residua.cache.store import ActivationCache
-from residua.probes.descent import EVALUATIONS, distance, representatives
-from residua.probes.forms import Axes, Full, LowRank, ThroughHead, apply
-from residua.probes.readout import Batch
-from residua.probes.save import check_geometry
-from residua.probes.softmax import PRODUCTS, Target, fast_products
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.base.readout import Batch
+from residua.probes.saved.save import check_geometry
+from residua.probes.training.softmax_loss import PRODUCTS, Target, fast_products
+from residua.probes.vocabulary.descent import EVALUATIONS, distance, representatives
+from residua.probes.vocabulary.parametrizations import Axes, Full, LowRank, ThroughHead, apply
 
 from .defined import defined
 from .synthetic import make_cache, random_head

@@ -16,14 +16,15 @@ from distributed import Client
 from residua import VocabProbe
 from residua.cache import cluster as clusters
 from residua.cache.errors import MismatchError, UsageError
-from residua.cache.jsonfile import read_json
-from residua.cache.store import ActivationCache
-from residua.probes import descent, vocabgroups
-from residua.probes.crew import thread_pool
-from residua.probes.feed import Feed
-from residua.probes.job import COPIES
-from residua.probes.sweep import Sweep
-from residua.probes.vocabgroups import divide
+from residua.cache.files.json_files import read_json
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.training.minibatches import Feed
+from residua.probes.training.threads import thread_pool
+from residua.probes.vocabulary import descent
+from residua.probes.vocabulary import fit_groups as vocabgroups
+from residua.probes.vocabulary.fit_groups import divide
+from residua.probes.vocabulary.fit_job import COPIES
+from residua.probes.vocabulary.learning_rate_sweep import Sweep
 
 from .local import local_client
 from .synthetic import make_cache, random_head

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModel
 
 import residua
 from residua.cache.errors import ModelError
-from residua.cache.jsonfile import read_json
-from residua.cache.model import load_model, quiet
-from residua.cache.source import ModelSource
+from residua.cache.files.json_files import read_json
+from residua.cache.model.load_model import load_model
+from residua.cache.model.source import ModelSource
+from residua.cache.model.transformers_guard import quiet
 
 from .architectures import KINDS, build
 from .models import build_model, save_model

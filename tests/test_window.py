@@ -8,10 +8,10 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from residua.cache import array as array_module
-from residua.cache.array import CacheArray
 from residua.cache.errors import CorruptError
-from residua.cache.writer import write_table
+from residua.cache.format import array as array_module
+from residua.cache.format.array import CacheArray
+from residua.cache.format.array_writer import write_table
 
 from .synthetic import make_cache, random_head
 
@@ -97,7 +97,7 @@ def test_more_shards_than_the_soft_limit_of_open_files_can_be_read(tmp_path):
     array, values = written(tmp_path, 8)
     code = (
         "import resource, sys\nimport numpy as np\nfrom pathlib import Path\n"
-        "from residua.cache.array import CacheArray\n"
+        "from residua.cache.format.array import CacheArray\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))\n"
         f"arrays = [CacheArray(Path({str(array.path)!r})) for _ in range(12)]\n"

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 import residua
-from residua.cache.store import ActivationCache
-from residua.probes.ridge import RidgeProbe
-from residua.probes.save import save_probe
-from residua.probes.unigram import Unigram
-from residua.probes.vocab import VocabProbe
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.baselines.ngrams import Unigram
+from residua.probes.ridge.ridge_probe import RidgeProbe
+from residua.probes.saved.save import save_probe
+from residua.probes.vocabulary.vocab_probe import VocabProbe
 
 from .evaluations import assert_same_rows
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from residua.cache import fill
-from residua.cache.catalog import list_paths
-from residua.cache.create import sweep_unfinished
 from residua.cache.errors import Interrupted
-from residua.cache.extract import run
-from residua.cache.lease import exclusive
-from residua.cache.request import Request
-from residua.cache.store import ActivationCache
-from residua.cache.verify import verify
+from residua.cache.extraction.answer_request import run
+from residua.cache.extraction.request import Request
+from residua.cache.files.leases import exclusive
+from residua.cache.forward import write_parts as fill
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.catalog import list_paths
+from residua.cache.store.create_cache import sweep_unfinished
+from residua.cache.store.verify import verify
 
 from .crashing import Child, Driver, shared_driver, until
 from .models import texts

@@ -1,0 +1,1 @@
+"""Shared by the commands of the command line: options, progress, messages."""

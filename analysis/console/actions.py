@@ -1,0 +1,71 @@
+"""Fits a probe as the command line does: a place that can be written, a cluster, a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from ...cache.cluster import connected
+from ...cache.errors import UsageError
+from ...cache.files.disk_errors import check_target
+from ...cache.store.activation_cache import ActivationCache
+from ...cache.store.catalog import find_cache
+from ...probes.controls.control_probe import controlled
+from ...probes.saved.library import checkpoint_path, new_place
+from ...probes.saved.save import save_probe
+from ..evaluation.result import Evaluation
+from .terminal import meter
+
+
+def fit_and_save(
+    probe: Any,
+    cache: str,
+    root: Path,
+    quiet: bool,
+    *,
+    stage: str | None = None,
+    control: str | None = None,
+    scheduler: str | None = None,
+    out: Path | None = None,
+    resumes: bool = True,
+    **options: Any,
+) -> tuple[ActivationCache, Any, Path]:
+    """Fit `probe`, or its `control`, on the cache of that name; the cache, what was fitted, where.
+
+    `stage` names what the progress counts, None for fits that say so themselves. A fit that
+    `resumes` keeps a checkpoint under `root`. `options` are those of the probe's `fit`.
+    """
+    source, probe = find_cache(cache, root), controlled(probe, control)
+    path = new_place(root, probe, source.id, out)
+    if resumes:
+        options["checkpoint"] = checkpoint_path(root, probe, source.id)
+    with meter(quiet) as shown, connected(scheduler) as client:
+        progress = shown.stage if stage is None else shown.of(stage)
+        probe.fit(source, client=client, progress=progress, **options)
+    return source, probe, save_probe(probe, path)
+
+
+def check(html: Path | None, png: Path | None) -> None:
+    """Raise `UsageError` unless a report can be written to `html` and pictures below `png`."""
+    if html is not None:
+        if html.is_dir():
+            raise UsageError(f"{html} is a folder; name a file such as {html / 'report.html'}")
+        check_target(html)
+    if png is not None:
+        check_target(png / "lenses.png")
+
+
+def write(
+    evaluation: Evaluation, html: Path | None, png: Path | None, command: str | None = None
+) -> list[str]:
+    """Write the report to `html` and the pictures to the folder `png`; returns the files."""
+    if html is None and png is None:
+        return []
+    from ..report.html_report import write_pngs
+
+    heatmaps = evaluation.heatmaps()
+    written = []
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        written.append(str(evaluation.to_html(html, heatmaps=heatmaps, command=command)))
+    if png is not None:
+        written += [str(path) for path in write_pngs(png, evaluation, heatmaps)]
+    return written

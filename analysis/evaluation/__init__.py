@@ -1,0 +1,1 @@
+"""Measures of probes on held-out text, as plain data."""

@@ -1,0 +1,214 @@
+"""Writes an evaluation for people: one HTML file that needs nothing else, PNGs, terminal tables."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...cache.files.json_files import make_folder, plain, write_atomically
+from ...cache.format.manifest import SHORT_ID
+from ..evaluation.confidence_buckets import BucketRow
+from ..evaluation.heatmap import Heatmap
+from ..evaluation.metrics import Row, shown
+from ..evaluation.result import Evaluation
+from .html_page import (
+    BUCKET_NOTE,
+    GLOSSARY,
+    KL_NOTE,
+    MAP_NOTE,
+    PAGE,
+    PRECISION_NOTE,
+    SORT,
+    STYLE,
+    TABLE_NOTE,
+)
+from .probe_style import label, short_name
+from .tables import PRECISIONS, _bounds, headlines
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from ...cache.store.activation_cache import ActivationCache
+
+
+BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]
+"""Plotly's buttons that work without a network."""
+KEY = ("probe", "layer", "offset")
+COLUMNS = {
+    "probe": "probe",
+    "layer": "layer",
+    "offset": "N",
+    "n": "n",
+    "n_undefined": "undefined",
+    "kl": "KL, nats",
+    "kl_interval": "95 % interval",
+    "kl_reverse": "KL reverse",
+    "precision_at_1": "p@1",
+    "precision_at_1_interval": "95 % interval",
+    "precision_at_5": "p@5",
+    "precision_at_10": "p@10",
+    "nll": "NLL",
+    "surprisal": "surprisal",
+    "n_text": "n text",
+    "nll_text": "NLL text",
+    "precision_at_1_text": "p@1 text",
+    "precision_at_5_text": "p@5 text",
+    "precision_at_10_text": "p@10 text",
+}
+BUCKET_COLUMNS = {
+    "probe": "probe",
+    "layer": "layer",
+    "offset": "N",
+    "bucket": "confidence",
+    "share": "share",
+    **{name: says for name, says in COLUMNS.items() if "text" not in name and name not in KEY},
+}
+"""Columns of the table by confidence."""
+
+
+def write_pngs(
+    folder: str | Path, evaluation: Evaluation, heatmaps: Sequence[Heatmap] = ()
+) -> list[Path]:
+    """Write `kl.png`, `precision_at_<k>.png`, `confidence.png` and a heatmap each, 150 dpi.
+
+    These are `heatmap_<probe>_N<offset>.png`.
+    """
+    from . import static_figures as plots
+    from .static_figures import confidence_figure
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {measure: plots.curves(evaluation, measure) for measure in ("kl", *PRECISIONS)}
+    if any(row.layer is not None for row in evaluation.buckets):
+        figures["confidence"] = confidence_figure(evaluation)
+    for number, heatmap in enumerate(heatmaps):
+        kind = "".join(c if c.isalnum() else "_" for c in heatmap.probe)
+        name = f"heatmap_{kind}_N{heatmap.offset}"
+        figures[f"{name}_{number}" if name in figures else name] = plots.heatmap_figure(heatmap)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f"{name}.png")
+        # No version or date in the file: equal numbers give equal bytes.
+        figure.savefig(paths[-1], dpi=150, metadata={"Software": None})
+    return paths
+
+
+def write_report(
+    path: str | Path,
+    evaluation: Evaluation,
+    cache: "ActivationCache | None" = None,
+    heatmaps: Sequence[Heatmap] = (),
+    *,
+    title: str | None = None,
+    command: str | None = None,
+) -> Path:
+    """Write one HTML file with plotly inside: no network, no fonts, no date; same in, same out."""
+    from plotly.offline import get_plotlyjs
+
+    from . import interactive_figures as interactive
+
+    title = title or f"What {short_name(evaluation.model_name)} already says in its middle layers"
+    kl = interactive.curves(evaluation, ("kl",))
+    precision = interactive.curves(evaluation, PRECISIONS)
+    maps = [interactive.heatmap_figure(heatmap) for heatmap in heatmaps]
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        _facts(evaluation, cache, command),
+        "<ul class='headlines'>",
+        *(f"<li>{escape(text)}</li>" for text in (*headlines(evaluation), *evaluation.notes)),
+        "</ul>",
+        _section("KL to the model by layer", KL_NOTE, [kl], "kl"),
+        _section("Precision@k by layer", PRECISION_NOTE, [precision], "precision"),
+        _section("What each layer says, token by token", MAP_NOTE, maps, "map") if maps else "",
+        "<h2>All numbers</h2>",
+        f"<p>{TABLE_NOTE}</p>",
+        _table(evaluation.rows, COLUMNS),
+        "<h2>By the model's confidence</h2>",
+        f"<p>{BUCKET_NOTE}</p>",
+        _table(evaluation.buckets, BUCKET_COLUMNS),
+        "<h2>Glossary</h2>",
+        _glossary(),
+    ]
+    page = PAGE.format(
+        title=escape(title), style=STYLE, plotly=get_plotlyjs(), body="\n".join(body), sort=SORT
+    )
+    path = Path(path)
+    make_folder(path.parent)
+    write_atomically(path, page.encode())
+    return path
+
+
+def _facts(evaluation: Evaluation, cache: "ActivationCache | None", command: str | None) -> str:
+    facts = {
+        "model": evaluation.model_name,
+        "data": evaluation.data_name,
+        "cache": evaluation.cache_id[:SHORT_ID],
+    }
+    if cache is not None:
+        facts["cache holds"] = f"{cache.positions:,} positions, layers 0-{cache.depth}"
+        facts["d_model, vocab"] = f"{cache.d_model:,}, {cache.vocab:,}"
+    chosen = evaluation.n < evaluation.positions
+    of = f" (chosen among them) of the {evaluation.positions:,}" if chosen else ""
+    facts["evaluated"] = (
+        f"{evaluation.split} split, {evaluation.n:,}{of} positions of "
+        f"{evaluation.sequences:,} sequences, seed {evaluation.seed}"
+    )
+    if command:
+        facts["command"] = command
+    cells = (
+        f"<tr><th>{escape(name)}</th><td>{_code(name, value)}</td></tr>"
+        for name, value in facts.items()
+    )
+    sentences = (f"<li>{escape(sentence)}</li>" for sentence in evaluation.facts())
+    table = "<table class='facts'>" + "".join(cells) + "</table>"
+    return table + "<ul class='notes'>" + "".join(sentences) + "</ul>"
+
+
+def _glossary() -> str:
+    words = (f"<dt>{escape(word)}</dt><dd>{escape(says)}</dd>" for word, says in GLOSSARY.items())
+    return "<dl>" + "".join(words) + "</dl>"
+
+
+def _code(name: str, value: str) -> str:
+    text = escape(value)
+    return f"<code>{text}</code>" if name in ("cache", "command") else text
+
+
+def _section(title: str, note: str, figures: "Iterable[Figure]", name: str) -> str:
+    divs = [
+        figure.to_html(
+            include_plotlyjs=False,
+            full_html=False,
+            div_id=f"{name}-{number}",
+            config={"displaylogo": False, "responsive": True, "modeBarButtons": [BUTTONS]},
+        )
+        for number, figure in enumerate(figures)
+    ]
+    return f"<h2>{escape(title)}</h2><p>{note}</p>" + "".join(divs)
+
+
+def _table(rows: Sequence[Row] | Sequence[BucketRow], columns: dict[str, str]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns.values())
+    body = "".join(
+        "<tr>" + "".join(_cell_of(row, name) for name in columns) + "</tr>" for row in rows
+    )
+    return (
+        f"<div class='scroll'><table class='numbers'><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell_of(row: Row, name: str) -> str:
+    if name.endswith("_interval"):
+        measure = name.removesuffix("_interval")
+        low, high = getattr(row, f"{measure}_low"), getattr(row, f"{measure}_high")
+        text = _bounds(low, high, 3).strip()
+        return f"<td data-v='{'' if low is None else low}'>{text}</td>"
+    value = getattr(row, name)
+    if isinstance(value, str):
+        return f"<td class='name' data-v='{escape(label(value))}'>{escape(label(value))}</td>"
+    if value is None or isinstance(value, float):
+        # What is infinite or undefined is sorted to the end.
+        number = "" if plain(value) is None else value
+        return f"<td data-v='{number}'>{'' if value is None else shown(value, 3)}</td>"
+    return f"<td data-v='{value}'>{value:,}</td>"

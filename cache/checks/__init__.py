@@ -1,0 +1,1 @@
+"""Measurements of a model before a row is kept, and again on resume."""

@@ -1,0 +1,1 @@
+"""Documents and their labels, read from files, folders and the hub."""

@@ -1,0 +1,1 @@
+"""One request, from options to a complete cache; also repair, and the workers of a dask cluster."""

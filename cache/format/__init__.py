@@ -1,0 +1,1 @@
+"""The format on disk: layout, shards, journal, manifest; plain zarr v3."""

@@ -1,0 +1,1 @@
+"""Forward passes over the parts of a cache: batches, device to host, writer."""

@@ -1,0 +1,60 @@
+"""The files of a head: head.json and head.safetensors."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import CorruptError
+from ..files.json_files import write_json
+from ..format.dtypes import decode
+
+if TYPE_CHECKING:
+    import torch
+
+
+_SAFETENSORS_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+
+
+def save_head(
+    folder: Path,
+    spec: dict[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    tensors: "dict[str, torch.Tensor] | None",
+) -> None:
+    """Write `head.safetensors`, then `head.json` with its digest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "head.safetensors"
+    if tensors is None:
+        from safetensors.numpy import save_file
+
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    else:
+        from safetensors.torch import save_file as save_torch
+
+        save_torch(
+            {name: tensors[name].detach().cpu().contiguous().clone() for name in arrays}, path
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    write_json(folder / "head.json", {**spec, "tensors": digest})
+
+
+def _read_safetensors(raw: bytes, where: Path) -> dict[str, np.ndarray]:
+    """float32 tensors of a safetensors file; numpy alone cannot read its bfloat16."""
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        entries = deserialize(raw)
+    except SafetensorError as error:
+        raise CorruptError(f"{where / 'head.safetensors'}: {error}") from None
+    out = {}
+    for name, entry in entries:
+        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CorruptError(f"{where}: tensor {name} has dtype {entry['dtype']}")
+        stored = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+        logical = "bfloat16" if entry["dtype"] == "BF16" else stored.dtype.name
+        out[name] = decode(stored, logical)
+    return out

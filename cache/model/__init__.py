@@ -1,0 +1,1 @@
+"""The model: its files, its tokenizer, its loading, its decoder blocks."""

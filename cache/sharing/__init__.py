@@ -1,0 +1,1 @@
+"""Caches for others: plain files, dataset repositories of the hub, their cards."""

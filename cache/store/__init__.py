@@ -1,0 +1,1 @@
+"""A cache as a whole: opened, listed, created, extended, verified; without a model."""

@@ -1,0 +1,1 @@
+"""The token stream that the model reads: sequences, documents, splits, kept positions."""

@@ -1,0 +1,1 @@
+"""Shared by all probes: the Readout protocol, parameters, arguments, resources."""

@@ -1,0 +1,48 @@
+"""What evaluation asks of anything that predicts tokens from a cache: the `Readout` protocol."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ...cache.head.head import TorchHead
+
+if TYPE_CHECKING:
+    import torch
+
+
+Pair = tuple[int, int]
+"""(layer, offset)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Positions t of whole sequences for which (t, t+N) is a pair: in one sequence and document."""
+
+    hidden: "torch.Tensor | None"
+    """Residual stream of the asked layer at t, `(n, d_model)` float32; None without a layer."""
+    last_token: "torch.Tensor"
+    """Token at t+N, the last one the model read before the token to be predicted, `(n,)` int64."""
+    head: TorchHead
+    """The cache's head."""
+    token: "torch.Tensor | None" = None
+    """Token at t, the last one that the state has seen, `(n,)` int64."""
+    previous_token: "torch.Tensor | None" = None
+    """Token at t+N-1, -1 where t+N is the first of its text, `(n,)` int64."""
+    position: "torch.Tensor | None" = None
+    """Position t+N in the cache, `(n,)` int64."""
+
+
+class Readout(Protocol):
+    """Gives a distribution over the vocabulary for what the model says at t+N."""
+
+    @property
+    def kind(self) -> str:
+        """Name in tables: `logit`, `ridge`, `lens`, `vocab`, `bigram`, ..."""
+        ...
+
+    def pairs(self) -> list[tuple[int | None, int]]:
+        """The (layer, offset) pairs it can read; layer None if it reads no residual stream."""
+        ...
+
+    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+        """Logits (or log-probabilities), `(n, vocab)` float32."""
+        ...

@@ -1,0 +1,1 @@
+"""Any probe, fitted on a cache in which one thing is changed."""

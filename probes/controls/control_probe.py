@@ -1,0 +1,139 @@
+"""Control probes: any probe of the residual stream, fitted on a cache with one thing changed."""
+
+from dataclasses import replace
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...cache.errors import UsageError
+from ...cache.number_ranges import number, numbers
+from ...cache.store.activation_cache import ActivationCache
+from ..base.params import Params
+from ..base.readout import Batch
+from .cache_views import CONTROLS, NextToken, PermutedLabels, TorchFirstHalf, View, view_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ControlProbe(Params):
+    """`probe` fitted, by its own code, on a cache in which one thing is changed by `control`.
+
+    - `shuffled`: it reads the state of a position of another sequence, in the fit and when it is
+      evaluated. What it says without knowing its input: only the marginal of states is left.
+    - `permuted`: it is fitted to the targets of positions of other sequences, and evaluated on the
+      right states and targets. What a fit finds where there is nothing to be found (a control task
+      in the sense of Hewitt and Liang, 2019).
+    - `next-token`: it reads [residual_l[t]; residual_0[t+1]], the state beside the embedding
+      output of the next token; for offsets N >= 1. Where a state adds little to that, a probe of
+      the state is about the next token.
+
+    Nothing is written: the cache is read through a thin view, out of core; `seed` decides which
+    positions meet (see `Shuffle`). In tables it is called `ridge/shuffled`.
+    """
+
+    def __init__(self, probe: Any, control: str = "shuffled", seed: int = 0) -> None:
+        self.probe = probe
+        self.control = control
+        self.seed = seed
+
+    @property
+    def kind(self) -> str:
+        """`<kind of the probe>/<control>`."""
+        return f"{self.probe.kind}/{self.control}"
+
+    def fit(self, X: ActivationCache, y: None = None, **options: Any) -> "ControlProbe":
+        """Fit a copy of the probe on the changed cache `X`; `options` are those of its `fit`."""
+        if not isinstance(X, ActivationCache):
+            raise UsageError("a control is fitted on a cache: it needs the sequences of the rows")
+        if options.get("keep"):
+            raise UsageError("moments of a control are not kept with the cache; leave keep out")
+        self._check()
+        view = view_of(X, self.control, number(self.seed, "seed"))
+        probe = type(self.probe)(**self.probe.get_params(deep=False))
+        if "keep" in signature(probe.fit).parameters:
+            # Moments of a control are no use to another fit.
+            options["keep"] = False
+        self.probe_ = probe.fit(view, **options)
+        self.cache_id_, self.geometry_, self.split_ = X.id, X.head.geometry, "train"
+        self.n_features_in_ = X.d_model
+        return self
+
+    def _check(self) -> None:
+        if self.control not in CONTROLS:
+            raise UsageError(f"control must be one of {', '.join(CONTROLS)}, not {self.control!r}")
+        params = self.probe.get_params()
+        if params.get("target") is not None:
+            raise UsageError("a control predicts the last layer; leave target out")
+        offsets = numbers(params["offset"], "offset")
+        if self.control == NextToken.name and min(offsets, default=0) < 1:
+            raise UsageError(
+                "the next token is what is to be predicted at offset 0: the control next-token is "
+                f"for offsets of 1 or more, not {list(offsets)}"
+            )
+
+    def check_fitted(self) -> None:
+        """Raise scikit-learn's `NotFittedError` before `fit`."""
+        if not hasattr(self, "probe_"):
+            from ..base.estimator import NotFittedError
+
+            raise NotFittedError("this ControlProbe is not fitted; call fit(cache) first")
+
+    def view(self, cache: ActivationCache) -> View:
+        """`cache` as this probe is to read it when it is evaluated."""
+        kind = View if self.control == PermutedLabels.name else CONTROLS[self.control]
+        return kind(cache, self.seed)
+
+    def pairs(self) -> list[tuple[int | None, int]]:
+        """The fitted (layer, offset) pairs."""
+        self.check_fitted()
+        return self.probe_.pairs()
+
+    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+        """Logits `(n, vocab)` for rows of the view of a cache; float32."""
+        self.check_fitted()
+        if self.control == NextToken.name:
+            head: Any = TorchFirstHalf(batch.head, self.n_features_in_)
+            batch = replace(batch, head=head)
+        return self.probe_.logits(batch, layer, offset)
+
+    def score(self, X: ActivationCache, y: None = None, **options: Any) -> float:
+        """The probe's `score` on a cache, as this control reads it."""
+        self.check_fitted()
+        if not isinstance(X, ActivationCache):
+            raise UsageError("a control is scored on a cache: it needs the sequences of the rows")
+        return self.probe_.score(self.view(X), y, **options)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metrics of the probe that was fitted."""
+        self.check_fitted()
+        return self.probe_.metrics()
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What `save_probe` writes: a JSON object and tensors."""
+        self.check_fitted()
+        fitted, tensors = self.probe_.state()
+        about = {"cache": self.cache_id_, "geometry": self.geometry_, "split": self.split_}
+        about |= {"d_model": self.n_features_in_, "pairs": fitted["pairs"], "fitted": fitted}
+        return about, tensors
+
+    @classmethod
+    def restore(
+        cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
+    ) -> "ControlProbe":
+        """The control that `state` described."""
+        from ..saved.kinds import class_of
+
+        inner = class_of(params["probe"]["kind"])
+        given = params["probe"]["params"]
+        probe = cls(inner(**given), params["control"], params["seed"])
+        probe.probe_ = inner.restore(given, config["fitted"], tensors)
+        probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
+        probe.split_, probe.n_features_in_ = config["split"], config["d_model"]
+        return probe
+
+
+def controlled(probe: Any, control: str | None) -> Any:
+    """`probe`, or its `ControlProbe` where a control is named."""
+    return probe if control is None else ControlProbe(probe, control)

@@ -1,0 +1,1 @@
+"""Logit lens, tuned lens, future lens."""

@@ -1,0 +1,34 @@
+"""The logit lens: the model's own head on the residual stream of any layer."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ...cache.number_ranges import numbers
+from ..base.readout import Batch
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...cache.store.activation_cache import ActivationCache
+
+
+class LogitLens:
+    """The head applied to a middle layer as it is (nostalgebraist, 2020); needs no fit."""
+
+    kind = "logit"
+
+    def __init__(self, layers: int | Iterable[int], offsets: int | Iterable[int]) -> None:
+        self.layers = numbers(layers, "layers")
+        self.offsets = numbers(offsets, "offsets")
+
+    @classmethod
+    def of(cls, cache: "ActivationCache", offsets: int | Iterable[int]) -> "LogitLens":
+        """The logit lens for every layer of `cache`."""
+        return cls(cache.layers, offsets)
+
+    def pairs(self) -> list[tuple[int | None, int]]:
+        return [(layer, offset) for layer in self.layers for offset in self.offsets]
+
+    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+        assert batch.hidden is not None
+        return batch.head(batch.hidden)

@@ -1,0 +1,86 @@
+"""Digests that tell whether two caches hold the same rows."""
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...cache.files.json_files import digest
+from ...cache.store.activation_cache import ActivationCache
+from ...cache.tokens.segments import BLOCK_POSITIONS, segment_places
+
+if TYPE_CHECKING:
+    pass
+
+
+def same_sequences(old: ActivationCache, new: ActivationCache, split: str, folds: int) -> bool:
+    """Whether `new` begins with the sequences of `old`, in the same splits and folds."""
+    count = len(old.sequence_length)
+    kept = new.split(split)
+    return (
+        old.d_model == new.d_model
+        and old.head.geometry == new.head.geometry
+        and np.array_equal(old.sequence_start, new.sequence_start[:count])
+        and np.array_equal(old.sequence_length, new.sequence_length[:count])
+        and np.array_equal(old.sequence_hash, new.sequence_hash[:count])
+        # Splits of tiny sets may move, and a repair may quarantine a sequence.
+        and np.array_equal(old.split(split), kept[kept < count])
+        # Few documents are in folds by sequence, more of them by document.
+        and np.array_equal(
+            old.sequence_folds(folds, split), new.sequence_folds(folds, split)[:count]
+        )
+    )
+
+
+def same_documents(old: ActivationCache, new: ActivationCache, across_documents: bool) -> bool:
+    """Whether `new` begins with the documents of `old`, as far as pairs depend on them.
+
+    Numbers of documents may differ, borders may not; read in blocks.
+    """
+    if across_documents or (old.document_numbers is None and new.document_numbers is None):
+        return True
+    numbers = np.arange(len(old.sequence_length))
+    return all(
+        np.array_equal(segment_places(old, some)[0], segment_places(new, some)[0])
+        for some in old.blocks(numbers, BLOCK_POSITIONS)
+    )
+
+
+def same_rows(old: ActivationCache, new: ActivationCache, layer: int) -> bool:
+    """Whether `new` begins with the stored rows of `old`.
+
+    By the checksums of the parts that both have whole; other rows are compared byte by byte. A
+    small cache has smaller parts than the one it has grown into: then all of them are.
+    """
+    name, layout = f"residual/{layer}", old.manifest.layout
+    mine, theirs = old.layer(layer), new.layer(layer)
+    if mine.layout.logical_dtype != theirs.layout.logical_dtype:
+        return False
+    is_shared = layout == new.manifest.layout
+    for part, record in old.committed.items():
+        if is_shared and record.stop - record.start == layout.part_rows:
+            a, b = (cache.committed[part].arrays[name] for cache in (old, new))
+            if (a.bytes, a.crc32c) != (b.bytes, b.crc32c):
+                return False
+        else:
+            for start in range(record.start, record.stop, rows := old.block_rows()):
+                stop = min(start + rows, record.stop)
+                a, b = (array.read_stored(start, stop) for array in (mine, theirs))
+                if a.tobytes() != b.tobytes():
+                    return False
+    return True
+
+
+def counted(numbers: np.ndarray) -> dict[str, Any]:
+    """`count` and `digest` (hex sha256 of the int64) of the numbers of sequences."""
+    data = np.ascontiguousarray(numbers, "<i8")
+    return {"count": len(data), "digest": hashlib.sha256(data.data).hexdigest()}
+
+
+def content_of(cache: ActivationCache, layer: int) -> str:
+    """Digest of what the journal says of the shards of a layer: equal for equal rows."""
+    dtype, shards = cache.array(f"residual/{layer}").layout.logical_dtype, []
+    for part, record in sorted(cache.committed.items()):
+        shard = record.arrays[f"residual/{layer}"]
+        shards.append([part, record.start, record.stop, shard.bytes, shard.crc32c])
+    return digest([dtype, *shards])

@@ -1,0 +1,1 @@
+"""Probes on disk, under a root, and on the hub."""

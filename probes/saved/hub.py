@@ -1,0 +1,151 @@
+"""Shares fitted probes through model repositories of the Hugging Face hub: push, load, card."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...cache.errors import MismatchError
+from ...cache.files.json_files import read_json
+from ...cache.sharing.hub_errors import hub_errors
+from ...cache.store.local_origin import public_name
+from .save import FILES, load_probe, save_probe
+
+if TYPE_CHECKING:
+    from ...cache.store.activation_cache import ActivationCache
+
+CARD_FILE = "README.md"
+CARD = """---
+library_name: residua
+tags:
+- residua
+- interpretability
+- residual-stream
+- {kind}
+{base_model}# license: <- choose one; those of the model and of the texts bind this probe too
+---
+
+# {kind} probe{of}
+
+Fitted from cached residual streams, without the model, by residua {residua}.
+
+| | |
+|---|---|
+| kind | `{kind}` |
+| cache | `{cache}` |
+| split it was fitted on | {split} |
+| reads | residual streams of width {d_model} |
+| head (digest) | `{geometry}` |
+| parameters | {params} |
+
+```python
+import residua
+
+probe = residua.load_from_hub("{repo_id}")
+residua.evaluate(cache, [probe]).table()  # a cache of the same model: others are refused
+```
+
+## Measured when it was fitted
+
+{table}
+"""
+
+
+def push_to_hub(
+    probe: Any,
+    repo_id: str,
+    *,
+    cache: "ActivationCache | None" = None,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a fitted `probe`, or a folder of `save_probe`, to a model repository; its address.
+
+    The repository is made if needed. With the `cache` that it was fitted on, the card names the
+    model and the texts; a card that is there already stays. Raises `MismatchError` if the
+    repository holds a probe of another kind or model.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(probe) if isinstance(probe, str | Path) else save_probe(probe, temporary)
+        load_probe(folder)
+        config = read_json(folder / "config.json")
+        where = {"repo_id": repo_id, "repo_type": "model", "revision": revision, "token": token}
+        with hub_errors(repo_id, "model"):
+            import huggingface_hub as hub
+
+            # None, not False: where it is public or not by default, that default holds.
+            url = hub.create_repo(
+                repo_id, repo_type="model", private=private or None, exist_ok=True, token=token
+            )
+            if revision is not None:
+                hub.create_branch(
+                    repo_id, repo_type="model", branch=revision, exist_ok=True, token=token
+                )
+            _check_remote(config, where)
+            hub.upload_folder(
+                folder_path=folder,
+                commit_message=f"{config['kind']} of cache {str(config['cache'])[:12]}",
+                allow_patterns=list(FILES),
+                **where,
+            )
+            if not hub.file_exists(filename=CARD_FILE, **where):
+                text = card(config, repo_id, cache).encode()
+                hub.upload_file(path_or_fileobj=text, path_in_repo=CARD_FILE, **where)
+    return str(url)
+
+
+def load_from_hub(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Any:
+    """Download and load a probe of `push_to_hub`; every byte is checked, nothing is executed."""
+    with hub_errors(repo_id, "model"):
+        import huggingface_hub as hub
+
+        folder = hub.snapshot_download(
+            repo_id, repo_type="model", revision=revision, allow_patterns=list(FILES), token=token
+        )
+    return load_probe(folder)
+
+
+def _check_remote(config: dict[str, Any], where: dict[str, Any]) -> None:
+    """Raise `MismatchError` if the repository holds a probe that this one does not replace."""
+    import huggingface_hub as hub
+
+    if not hub.file_exists(filename="config.json", **where):
+        return
+    found = read_json(Path(hub.hf_hub_download(filename="config.json", **where)))
+    for name, word in {"kind": "kind", "geometry": "head"}.items():
+        if found.get(name) != config[name]:
+            raise MismatchError(
+                f"{where['repo_id']} holds a probe of {word} {found.get(name)!r}, this one has "
+                f"{config[name]!r}; push it to a repository or a revision of its own"
+            )
+
+
+def card(config: dict[str, Any], repo_id: str, cache: "ActivationCache | None" = None) -> str:
+    """README.md for `repo_id`, with YAML front matter; the licence is left to the user."""
+    name = of = ""
+    if cache is not None:
+        model, data = cache.manifest.model_name, cache.manifest.data_name
+        of = f" of {public_name(model)} on {public_name(data)}"
+        name = f"base_model: {model}\n" if public_name(model) == model and "/" in model else ""
+    fields = {key: config[key] for key in ("kind", "cache", "split", "d_model", "residua")}
+    params = ", ".join(f"{k} {v}" for k, v in config["params"].items() if v is not None)
+    return CARD.format(
+        **fields, of=of, base_model=name, repo_id=repo_id, params=params,
+        geometry=config["geometry"], table=table(config["pairs"]),
+    )  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Metrics as Markdown, one line per (layer, offset); lists are left out."""
+    names = dict.fromkeys(k for row in rows for k in row if not isinstance(row[k], list))
+    columns = sorted(names, key=lambda name: (name != "layer", name != "offset"))
+    lines = [columns, ["---:"] * len(columns)]
+    lines += [[_cell(row.get(name)) for name in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

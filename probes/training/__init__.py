@@ -1,0 +1,1 @@
+"""Shared by stochastic fits: minibatches, softmax losses, threads, checkpoints."""

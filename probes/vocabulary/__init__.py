@@ -1,0 +1,1 @@
+"""Softmax regression from a residual stream to the token N further on."""
