@@ -53,7 +53,7 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-NeoX with its tokenizer."""
-    from .models import save_model
+    from .support.models import save_model
 
     return save_model(tmp_path_factory.mktemp("models") / "neox")
 
@@ -61,7 +61,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 documents as .jsonl."""
-    from .models import texts
+    from .support.models import texts
 
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(120)))
@@ -82,7 +82,7 @@ def tiny_cache(model_folder: Path, texts_file: Path, tmp_path_factory: pytest.Te
 @pytest.fixture(scope="session")
 def moto_server():
     """The mock of S3, in a process of its own."""
-    from .servers import serving
+    from .support.servers import serving
 
     with serving("moto") as server:
         yield server
@@ -94,7 +94,7 @@ def moto_server():
 )
 def s3_server(request: pytest.FixtureRequest):
     """Each S3 server in turn: the mock, and with `-m slow` the real ones that are installed."""
-    from .servers import missing, serving
+    from .support.servers import missing, serving
 
     if request.param == "moto":
         yield request.getfixturevalue("moto_server")

@@ -1,8 +1,8 @@
 """Between stored and logical dtypes: bfloat16 is kept as the uint16 of its upper bits."""
 
 from dataclasses import dataclass
-import numpy as np
 
+import numpy as np
 
 FP16_ROUNDING = 1.001 * 2.0**-11
 """Loss of float16, relative to a row's largest |value|, that is rounding; numbers below 6e-5, for

@@ -1,1 +1,1 @@
-"""The model's head (final norm and unembedding): read off the model, kept as data, run by numpy or torch."""
+"""The head of a model (final norm, unembedding): read off it, kept as data, run without it."""

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
 import numpy as np
+
 from ..files.json_files import file_digest, make_folder, sync_folder, sync_tree, write_json
 from ..files.leases import exclusive, try_lock
 from ..files.paths import is_remote, upload
@@ -20,7 +22,6 @@ from ..format.manifest import Manifest
 from ..tokens.index_arrays import tables
 from ..tokens.token_stream import TokenStream
 from .local_origin import FILE as ORIGIN
-
 
 UNFINISHED_SECONDS = 24 * 3600.0
 """Age at which an unfinished cache is given up on where folders cannot be locked."""

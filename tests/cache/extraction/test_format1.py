@@ -1,0 +1,169 @@
+"""Caches and probes of format 1 (tests/format1) are read, verified, repaired and extended."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import residua
+from residua.cache.errors import CorruptError, MismatchError
+from residua.cache.extraction.answer_request import find, run
+from residua.cache.extraction.request import Request
+from residua.cache.files.json_files import read_json, write_json
+from residua.cache.format.manifest import Manifest
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.catalog import list_paths
+from residua.probes.base.readout import Batch
+
+from ...support.models import save_model
+
+HERE = Path(__file__).parents[2] / "format1"
+EXPECTED = json.loads((HERE / "expected.json").read_text())["caches"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "packed": {"context": 48, "layers": (0, 1, 2), "part_positions": 512},
+    "rows": {
+        "context": 32, "pack": False, "logits": "topk:4", "codec": "compact", "layers": (1,),
+    },
+    "sparse": {"context": 32, "pack": False, "positions": "sample:3", "layers": (1,)},
+}  # fmt: skip
+"""What each of the caches was asked for with."""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A copy of the three caches, with the folders that git does not keep."""
+    shutil.copytree(HERE / "root", tmp_path / "root")
+    for cache in (tmp_path / "root").iterdir():
+        for name in ("leases", "moments"):
+            (cache / name).mkdir(exist_ok=True)
+    return tmp_path / "root"
+
+
+def request_for(name: str, root: Path, data: str = "texts.jsonl", **options: Any) -> Request:
+    chosen = {"batch_tokens": 256, "format": 1, **OPTIONS[name], **options}
+    return Request(str(HERE / "model"), str(HERE / data), root, **chosen)
+
+
+def cache_of(name: str, root: Path) -> ActivationCache:
+    return ActivationCache(root / EXPECTED[name]["id"])
+
+
+def sha256(values: Any, dtype: str | None = None) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, dtype).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_a_cache_of_format_1_held_is_read(name: str, root: Path) -> None:
+    cache, want = cache_of(name, root), EXPECTED[name]
+    assert (cache.manifest.format, cache.id) == (1, want["id"])
+    assert (cache.positions, list(cache.layers)) == (want["positions"], want["layers"])
+    for array, digest in want["sha256"].items():
+        layer = array.removeprefix("residual/")
+        found = cache.residual(int(layer)).compute() if layer.isdigit() else cache.array(array)[:]
+        assert sha256(found, "<f4" if layer.isdigit() else None) == digest, array
+    assert cache.tokens[:16].tolist() == want["ids_head"]
+    np.testing.assert_array_equal(cache.sequence_document, cache.sequence_hash)
+    assert residua.verify(cache.path).ok
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_request_of_format_1_finds_its_cache(name: str, root: Path) -> None:
+    assert find(request_for(name, root)).answer == "hit"
+    done = run(request_for(name, root))
+    assert (done.status, done.cache.id) == ("hit", EXPECTED[name]["id"])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_cache_of_format_1_gets_the_layers_that_it_lacks(name: str, root: Path) -> None:
+    done = run(request_for(name, root, layers=None))
+    assert (done.status, done.cache.id) == (
+        "hit" if name == "packed" else "extended",
+        EXPECTED[name]["id"],
+    )
+    assert done.cache.layers == (0, 1, 2, 3)
+    fresh = run(request_for(name, root.parent / "fresh", layers=None)).cache
+    assert fresh.id == done.cache.id
+    for layer in fresh.layers:
+        want = fresh.residual(layer).compute()
+        # The kept rows may come from another processor.
+        np.testing.assert_allclose(done.cache.residual(layer).compute(), want, atol=2e-3)
+
+
+def test_a_cache_of_format_1_is_extended_by_tokens_as_it_was(root: Path) -> None:
+    """The same documents one by one, and twenty more."""
+    old = cache_of("rows", root)
+    done = run(request_for("rows", root, data="more.jsonl"))
+    assert done.status == "extended"
+    assert done.cache.manifest.format == 1
+    assert done.cache.manifest.extra["extends"] == old.id
+    assert len(done.cache.sequence_length) == 60
+    count = old.positions
+    np.testing.assert_array_equal(done.cache.tokens[:count], old.tokens[:])
+    np.testing.assert_array_equal(done.cache.layer(1)[:count], old.layer(1)[:])
+    assert not done.cache.has("sequences/document")
+    assert residua.verify(done.cache.path).ok
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_damaged_cache_of_format_1_is_repaired(name: str, root: Path) -> None:
+    cache = cache_of(name, root)
+    before = cache.residual(1).compute()
+    shard = cache.path / "arrays.zarr/residual/1/c/0/0"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    assert not residua.verify(cache.path).ok
+    assert residua.repair(cache.path, str(HERE / "model")).ok
+    assert residua.verify(cache.path).ok
+    np.testing.assert_allclose(cache_of(name, root).residual(1).compute(), before, atol=2e-3)
+
+
+def test_repair_with_another_model_is_refused(root: Path, tmp_path: Path) -> None:
+    cache = cache_of("packed", root)
+    (cache.path / "arrays.zarr/residual/1/c/0/0").unlink()
+    with pytest.raises(MismatchError, match=r"is not the model of this cache \(.*weights: "):
+        residua.repair(cache.path, str(save_model(tmp_path / "other", seed=5)))
+
+
+def test_without_a_word_a_new_cache_has_the_new_format(root: Path) -> None:
+    done = run(request_for("rows", root, format=2))
+    assert done.status == "extracted"
+    assert (done.cache.manifest.format, done.cache.has("sequences/document")) == (2, True)
+    assert len(list_paths(root)) == 4
+    old, new = cache_of("rows", root), done.cache
+    np.testing.assert_array_equal(old.tokens[:], new.tokens[:])
+    np.testing.assert_allclose(old.layer(1)[:], new.layer(1)[:], atol=2e-3)
+
+
+def test_an_unknown_format_is_refused(root: Path, tmp_path: Path) -> None:
+    file = cache_of("rows", root).path / "manifest.json"
+    value = read_json(file)
+    value["identity"]["format"] = 3
+    write_json(file, value)
+    with pytest.raises(CorruptError, match="has format 3, this version reads 1, 2; install"):
+        Manifest.read(file)
+
+
+@pytest.mark.parametrize("name", sorted(load_file(HERE / "expected.safetensors")))
+def test_a_probe_that_was_saved_beside_format_1_says_the_same(name: str, root: Path) -> None:
+    kind, _, offset = name.partition(".")
+    probe = residua.load_probe(HERE / "probes" / kind)
+    cache, shift = cache_of("packed", root), int(offset)
+    ids = torch.from_numpy(cache.tokens[:12].astype(np.int64))
+    layer = cache.depth if kind == "marginal" else 1
+    batch = Batch(
+        hidden=torch.from_numpy(cache.layer(layer)[:8]),
+        token=ids[1:9],
+        last_token=ids[1 + shift : 9 + shift],
+        previous_token=ids[shift : 8 + shift],
+        head=cache.head.torch("cpu"),
+    )
+    want = load_file(HERE / "expected.safetensors")[name]
+    found = probe.logits(batch, 1, shift).float().numpy()
+    np.testing.assert_allclose(found, want, atol=2e-5, rtol=1e-5)

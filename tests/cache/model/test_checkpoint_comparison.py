@@ -1,0 +1,217 @@
+"""A model that its checkpoint does not fill, or fills in part, is refused by name."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+import residua
+from residua.cache.errors import ModelError
+from residua.cache.files.json_files import read_json
+from residua.cache.model.load_model import load_model
+from residua.cache.model.source import ModelSource
+from residua.cache.model.transformers_guard import quiet
+
+from ...support.architectures import KINDS, build
+from ...support.models import build_model, save_model
+
+Tensors = dict[str, torch.Tensor]
+
+
+def save(folder: Path, model: Any) -> Path:
+    """`model` in one file of weights in `folder`."""
+    with quiet():
+        model.save_pretrained(folder)
+    return folder
+
+
+def change(folder: Path, edit: Callable[[Tensors], Tensors]) -> None:
+    """Replace the tensors in `folder` by what `edit` makes of them."""
+    path = folder / "model.safetensors"
+    save_file(edit(load_file(path)), path, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def load(folder: Path) -> Any:
+    return load_model(ModelSource.locate(str(folder)))
+
+
+def load_or_reason(folder: Path) -> Any:
+    """The model, or why it is refused."""
+    try:
+        return load(folder)
+    except ModelError as error:
+        return str(error)
+
+
+def without(*patterns: str) -> Callable[[Tensors], Tensors]:
+    return lambda t: {k: v for k, v in t.items() if not any(re.search(p, k) for p in patterns)}
+
+
+def adding(**tensors: tuple[int, ...]) -> Callable[[Tensors], Tensors]:
+    more = {name.replace("__", "."): torch.ones(shape) for name, shape in tensors.items()}
+    return lambda t: t | more
+
+
+def twice(prefix: str) -> Callable[[Tensors], Tensors]:
+    return lambda t: t | {f"{prefix}.{k}": v.clone() for k, v in t.items()}
+
+
+def renamed(prefix: str) -> Callable[[Tensors], Tensors]:
+    return lambda t: {f"{prefix}.{k}": v for k, v in t.items()}
+
+
+MLP = "model.layers.1.mlp.down_proj.weight"
+WRONG: dict[str, tuple[str, Callable[[Tensors], Tensors], dict, str]] = {
+    "of DistributedDataParallel": ("llama", renamed("module"), {}, "begin with 'module.'.*prefix"),
+    "compiled": ("llama", renamed("_orig_mod"), {}, "begin with '_orig_mod.'"),
+    "two prefixes": ("llama", renamed("module._orig_mod"), {}, "begin with 'module._orig_mod.'"),
+    "of lightning": ("gpt2", renamed("model"), {}, "begin with 'model.'"),
+    "without its head": ("llama", without("lm_head"), {}, "lacks 1 .*lm_head.weight.*without its"),
+    "one tensor lost": ("llama", without(MLP), {}, f"lacks 1 .*: {MLP};"),
+    "one norm lost": ("llama", without(r"1\.input_layernorm"), {}, "layers.1.input_layernorm.w"),
+    "one bias lost": ("gpt2", without(r"h\.2\.attn\.c_proj\.bias"), {}, "h.2.attn.c_proj.bias"),
+    "no embedding, tied": ("gpt2", without("wte"), {}, "wte.weight"),
+    "more layers than weights": ("llama", dict, {"num_hidden_layers": 5}, "lacks 18 .*layers.3"),
+    "fewer layers than weights": (
+        "llama",
+        dict,
+        {"num_hidden_layers": 2},
+        r"blocks.* that the model does not have: model\.layers\.2\..*fewer layers",
+    ),
+    "fewer layers of gpt2": ("gpt2", dict, {"n_layer": 1}, r"blocks.*h\.1\."),
+    "another width": ("llama", dict, {"intermediate_size": 64}, r"\(32, 48\), .*\(32, 64\)"),
+    "another vocabulary": ("llama", dict, {"vocab_size": 310}, r"\(300, 32\), .*\(310, 32\)"),
+    "biases in the blocks": (
+        "llama", adding(model__layers__0__self_attn__q_proj__bias=(32,)), {}, "blocks.*q_proj.bias",
+    ),
+    "an adapter": (
+        "llama",
+        adding(model__layers__0__self_attn__q_proj__lora_A__weight=(2, 32)),
+        {},
+        "blocks.*lora_A.*adapter",
+    ),
+    "a bias of the head": ("llama", adding(lm_head__bias=(300,)), {}, "do not read.*lm_head.bias"),
+    "positions": ("llama", adding(model__embed_positions__weight=(9, 32)), {}, "embed_positions"),
+    "a second copy": ("llama", twice("ema"), {}, "second copy"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_checkpoint_that_is_not_the_models_is_refused(name: str, tmp_path: Path) -> None:
+    kind, edit, config, reason = WRONG[name]
+    folder = save(tmp_path / "model", build_model(kind))
+    change(folder, edit)
+    change_config(folder, **config)
+    with pytest.raises(ModelError, match=reason):
+        load(folder)
+
+
+def test_an_encoder_without_its_head_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", build("bert"))
+    with quiet():
+        encoder = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    save(folder, encoder)
+    with pytest.raises(ModelError, match=r"lacks \d+ .*: cls\.predictions.*without its"):
+        load(folder)
+
+
+def test_a_base_model_whose_head_is_its_embedding_is_whole(tmp_path: Path) -> None:
+    model: Any = build_model("gpt2")
+    folder = save(tmp_path / "model", model.transformer)
+    loaded = load(folder)
+    assert torch.equal(loaded.lm_head.weight, model.transformer.wte.weight)
+
+
+def test_models_loaded_in_many_threads_leave_the_next_one_tied(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "gpt2")
+    with ThreadPoolExecutor(8) as pool:
+        models = list(pool.map(load, [folder] * 64))
+    for loaded in [*models, load(folder)]:
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+HARMLESS: dict[str, tuple[str, Callable[[Tensors], Tensors], dict]] = {
+    "rotary frequencies": (
+        "llama", adding(model__layers__0__self_attn__rotary_emb__inv_freq=(4,)), {}
+    ),
+    "causal masks": ("gpt2", adding(transformer__h__0__attn__masked_bias=(1,)), {}),
+    "scales of a quantized cache": ("llama", adding(model__layers__0__self_attn__k_scale=(1,)), {}),
+    "an image tower": ("llama", adding(
+        vision_tower__encoder__layers__0__self_attn__q_proj__weight=(8, 8),
+        model__visual__blocks__0__norm__weight=(8,)), {}),
+    "a task's head": ("llama", adding(score__weight=(2, 32), v_head__summary__weight=(1, 32)), {}),
+    "further predictions": ("llama", adding(mtp__layers__0__eh_proj__weight=(8, 8)), {}),
+    "numbered predictions": (
+        "llama", adding(model__layers__3__eh_proj__weight=(8, 8)), {"num_nextn_predict_layers": 1}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_the_model_does_not_read_is_noted_and_changes_nothing(
+    name: str, tmp_path: Path
+) -> None:
+    kind, edit, config = HARMLESS[name]
+    folder = save(tmp_path / "model", model := build_model(kind))
+    change(folder, edit)
+    change_config(folder, **config)
+    loaded = load(folder)
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_unused_tensors_are_in_the_provenance(texts_file: Path, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    change(folder, adding(score__weight=(2, 32)))
+    cache = residua.extract(folder, texts_file, root=tmp_path / "root", max_tokens=300)
+    notes = read_json(cache.path / "provenance.json")["checkpoint"]
+    assert notes == {"computed": [], "unused": ["score.weight"]}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_every_class_loads_what_it_saved_and_misses_what_is_taken_out(
+    kind: str, tmp_path: Path
+) -> None:
+    try:
+        model = build(kind)
+    except Exception as error:
+        pytest.skip(f"not built: {error}")
+    folder = save(tmp_path / "model", model)
+    first = load_or_reason(folder)
+    if isinstance(first, str):  # the class reads the configuration of a part, which has no folder
+        assert "Unrecognized configuration class" in first
+        return
+    whole = {name: tensor.clone() for name, tensor in first.named_parameters()}
+    for name, tensor in model.named_parameters():
+        assert torch.equal(whole[name], tensor), name
+    saved = load_file(folder / "model.safetensors")
+    for lost in sorted(saved)[:: max(1, len(saved) // 3)]:
+        change(folder, lambda t, lost=lost: {k: v for k, v in saved.items() if k != lost})
+        again = load_or_reason(folder)
+        if isinstance(again, str):
+            # Tensors of single experts are packed into one, which is shorter without one of them.
+            assert (
+                "checkpoint lacks" in again or "packed into them (of one expert) is lost" in again
+            )
+            continue
+        # Computed, or tied to another tensor of the checkpoint: the numbers are the same.
+        for name, tensor in again.named_parameters():
+            assert torch.equal(whole[name], tensor), (lost, name)
+    shutil.rmtree(folder)

@@ -1,0 +1,232 @@
+"""Claims about the loader: every row once, one order per seed and epoch, resumable, bounded."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from residua.cache.errors import IncompleteError, MismatchError, NotFoundError, UsageError
+from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.row_loader import RowLoader
+from residua.cache.store.row_runs import Runs
+
+from ...support.synthetic import make_cache, random_head
+
+LENGTHS = np.random.default_rng(5).integers(1, 90, 60).tolist()
+WIDTH = 4
+SMALL: dict[str, Any] = {"batch_rows": 100, "buffer_rows": 256, "slab_rows": 16}
+
+FORKS = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create:UserWarning", "ignore:This process:DeprecationWarning"
+)
+"""Few cores, and threads that other tests left, do not matter here."""
+
+
+def synthetic(root: Path, dtype: str = "float32") -> ActivationCache:
+    """Layer l at position p is p, 10 p, 100 p, ... times l + 1, so that rows name themselves."""
+    rows = np.arange(sum(LENGTHS), dtype=np.float32)[:, None]
+    layers = [rows * np.array([layer + 1, 1, 0.5, -1], np.float32) for layer in range(3)]
+    return make_cache(root, layers, LENGTHS, random_head(WIDTH, 11), dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
+    return synthetic(tmp_path_factory.mktemp("root"))
+
+
+def seen(batches: Any) -> list[int]:
+    """Positions in the order in which they come, from batches of layer 0."""
+    return [int(value) for batch in batches for value in batch[:, 1]]
+
+
+def wanted(cache: ActivationCache, split: str) -> list[int]:
+    return cache.rows(cache.split(split)).tolist()
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test", "all"])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("batch_rows", [1, 100, 1000, 10**6])
+def test_every_row_of_the_split_comes_once(cache, split, shuffle, batch_rows):
+    options = {**SMALL, "batch_rows": batch_rows}
+    batches = list(RowLoader(cache, 0, split=split, shuffle=shuffle, **options))
+    rows = seen(batches)
+    assert sorted(rows) == wanted(cache, split)
+    assert (rows == wanted(cache, split)) == (not shuffle)
+    assert {len(batch) for batch in batches[:-1]} <= {batch_rows}
+    assert len(batches) == RowLoader(cache, 0, split=split, **options).batches()
+
+
+def test_the_order_follows_from_seed_and_epoch_alone(cache):
+    loader, twin = RowLoader(cache, 0, **SMALL), RowLoader(cache, 0, **SMALL)
+    first = seen(loader)
+    assert seen(twin) == first == seen(loader)
+    loader.set_epoch(1)
+    second = seen(loader)
+    twin.set_epoch(1)
+    assert seen(twin) == second != first
+    assert seen(RowLoader(cache, 0, seed=1, **SMALL)) != first
+    loader.set_epoch(0)
+    assert seen(loader) == first
+
+
+def test_neighbours_in_the_cache_do_not_stay_neighbours(cache):
+    rows = np.array(seen(RowLoader(cache, 0, **SMALL)))
+    assert (np.abs(np.diff(rows)) == 1).mean() < 0.05
+
+
+@FORKS
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_workers_and_ranks_share_the_rows(cache, workers, world_size):
+    rows = []
+    for rank in range(world_size):
+        loader = RowLoader(cache, 0, rank=rank, world_size=world_size, **SMALL)
+        batches = list(DataLoader(loader, batch_size=None, num_workers=workers))
+        assert len(batches) == loader.batches(max(1, workers))
+        rows += seen(batches)
+    assert sorted(rows) == wanted(cache, "train")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_with_drop_last_every_rank_gives_equally_many_full_batches(cache, world_size, workers):
+    counts = set()
+    for rank in range(world_size):
+        loader = RowLoader(
+            cache, 0, drop_last=True, rank=rank, world_size=world_size, **{**SMALL, "batch_rows": 9}
+        )
+        counts.add(loader.batches(workers))
+        if workers == 1:
+            batches = list(loader)
+            assert len(batches) == loader.batches()
+            assert {len(batch) for batch in batches} == {9}
+            assert len(seen(batches)) == len(set(seen(batches)))
+    assert len(counts) == 1
+
+
+@FORKS
+def test_workers_that_are_kept_see_the_next_epoch(cache):
+    loader = RowLoader(cache, 0, **SMALL)
+    kept = DataLoader(loader, batch_size=None, num_workers=1, persistent_workers=True)
+    first = seen(kept)
+    loader.set_epoch(1)
+    assert seen(kept) == seen(loader) != first
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 7, 10_000])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_resumed_loader_goes_on_as_if_it_had_never_stopped(cache, after, drop_last):
+    options: dict[str, Any] = {**SMALL, "drop_last": drop_last}
+    whole = RowLoader(cache, 0, **options)
+    whole.set_epoch(3)
+    batches = list(whole)
+    stopped = RowLoader(cache, 0, **options)
+    stopped.set_epoch(3)
+    for _ in zip(range(after), stopped, strict=False):
+        pass
+    state = pickle.loads(pickle.dumps(stopped.state_dict()))
+    resumed = RowLoader(cache, 0, **options)
+    resumed.load_state_dict(state)
+    assert seen(resumed) == seen(batches[after:])
+    assert resumed.state_dict()["batch"] == len(batches)
+    assert seen(resumed) == seen(batches)
+
+
+def test_a_state_of_another_loader_is_refused(cache):
+    state = RowLoader(cache, 0, **SMALL).state_dict()
+    with pytest.raises(MismatchError, match="seed was 0, is 2"):
+        RowLoader(cache, 0, seed=2, **SMALL).load_state_dict(state)
+    with pytest.raises(MismatchError, match=r"layers was \[0\], is \[0, 1\]"):
+        RowLoader(cache, [0, 1], **SMALL).load_state_dict(state)
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_come_in_the_dtype_that_was_asked_for(tmp_path, stored, dtype):
+    cache = synthetic(tmp_path, stored)
+    loader: Any = RowLoader(cache, 1, shuffle=False, dtype=dtype, **SMALL)
+    got = torch.cat(list(loader))
+    want = torch.from_numpy(cache.layer(1)[cache.rows(cache.split("train"))]).to(dtype)
+    assert torch.equal(got, want)
+
+
+def test_several_layers_are_stacked_row_by_row(cache):
+    loader: Any = RowLoader(cache, (2, 0), **SMALL)
+    batches = list(loader)
+    rows = torch.cat(batches)
+    assert rows.shape[1:] == (2, WIDTH)
+    assert torch.equal(rows[:, 0, 0], 3 * rows[:, 1, 0])
+    assert seen(batch[:, 1] for batch in batches) == seen(RowLoader(cache, 0, **SMALL))
+    one: Any = next(iter(RowLoader(cache, [1], **SMALL)))
+    assert one.shape == (100, 1, WIDTH)
+
+
+def test_tokens_come_with_their_rows(cache):
+    ids = cache.tokens[:]
+    loader: Any = RowLoader(cache, 0, with_tokens=True, **SMALL)
+    for rows, tokens in loader:
+        assert tokens.dtype == torch.int64
+        np.testing.assert_array_equal(tokens, ids[rows[:, 1].int()])
+
+
+def test_batches_own_their_memory(cache):
+    loader = RowLoader(cache, 0, dtype=torch.float32, **SMALL)
+    for batch in loader:
+        assert isinstance(batch, torch.Tensor)
+        batch.fill_(-1)
+    assert sorted(seen(loader)) == wanted(cache, "train")
+
+
+def test_the_buffer_bounds_what_is_read_ahead(cache):
+    loader = RowLoader(cache, 0, **SMALL)
+    (buffers, order), *_ = loader._groups(0, 1, 0)
+    assert [buffer.shape for buffer in buffers] == [(256, WIDTH)]
+    assert len(order) <= 256
+
+
+def test_a_loader_travels_to_a_process_that_is_spawned(cache):
+    loader = RowLoader(cache, 0, **SMALL)
+    batches = DataLoader(loader, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert seen(batches) == seen(loader)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"layer": 9}, NotFoundError, "layer 9 is not in this cache"),
+        ({"layer": []}, UsageError, "no rows"),
+        ({"split": "dev"}, UsageError, "no split 'dev'"),
+        ({"batch_rows": 0}, UsageError, "batch_rows must be at least 1"),
+        ({"rank": 2, "world_size": 2}, UsageError, r"rank must lie in 0\.\.1"),
+        ({"seed": -1}, UsageError, "seed must be at least 0"),
+    ],
+)
+def test_wrong_requests_are_refused(cache, wrong, error, message):
+    with pytest.raises(error, match=message):
+        RowLoader(cache, **{"layer": 0, **wrong})
+
+
+def test_an_unfinished_cache_is_refused(tmp_path):
+    cache = synthetic(tmp_path)
+    (cache.path / "journal" / "00000001.json").unlink()
+    with pytest.raises(IncompleteError):
+        RowLoader(ActivationCache(cache.path), 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_are_the_rows_of_the_sequences(cache, seed):
+    rng = np.random.default_rng(seed)
+    sequences = np.flatnonzero(rng.random(len(LENGTHS)) < 0.7)
+    runs, rows = Runs.of(cache, sequences), cache.rows(sequences)
+    assert len(runs) == len(rows)
+    pieces = [np.arange(*piece) for piece in runs.pieces(50)]
+    assert max(map(len, pieces)) <= 50
+    np.testing.assert_array_equal(np.concatenate(pieces), rows)
+    for start, stop in rng.integers(0, len(rows), (40, 2)).tolist():
+        if start < stop:
+            got = np.arange(len(rows) and cache.positions)[runs.positions(start, stop)]
+            np.testing.assert_array_equal(got, rows[start:stop])

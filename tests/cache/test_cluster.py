@@ -1,0 +1,108 @@
+"""On the workers of a cluster every fit comes out as in this process, from wherever it is asked."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from distributed import Client
+
+import residua
+from residua.cache.cluster import results
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.baselines.token_counts import baselines
+from residua.probes.controls.cache_views import CONTROLS
+from residua.probes.controls.control_probe import ControlProbe
+
+from ..support.local import local_client
+from ..support.synthetic import make_cache, random_head
+
+FITS: dict[str, Any] = {
+    "ridge": (residua.RidgeProbe(offset=(1, 2)), {}),
+    "lens": (residua.FutureLens(offset=(1, 2), steps=4, batch=128), {}),
+    "vocab": (residua.VocabProbe(offset=(1, 2), epochs=1, lr=0.01, batch=128), {"memory": 1 << 20}),
+}
+KINDS = ("unigram", "bigram", "trigram", "lagged", "chain", "marginal")
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 40, 80).tolist()
+    states = [rng.normal(size=(sum(lengths), 8)) for _ in range(3)]
+    return make_cache(tmp_path_factory.mktemp("caches"), states, lengths, random_head(8, 20))
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[Client]:
+    """Two workers in this process."""
+    with local_client() as client:
+        yield client
+
+
+def same(one: Any, other: Any, rtol: float) -> None:
+    here, there = one.state()[1], other.state()[1]
+    assert here.keys() == there.keys()
+    for name, values in here.items():
+        np.testing.assert_allclose(there[name], values, rtol=rtol, atol=rtol, err_msg=name)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("kind", FITS)
+def test_controls(some: ActivationCache, threads: Client, kind: str, control: str) -> None:
+    probe, options = FITS[kind]
+    alone = ControlProbe(probe, control).fit(some, **options)
+    shared = ControlProbe(probe, control).fit(some, client=threads, **options)
+    same(alone, shared, 0 if kind == "vocab" else 1e-5)
+
+
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(200, marks=pytest.mark.slow)])
+def test_baselines(
+    some: ActivationCache, threads: Client, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if there are more threads than sequences."""
+    from residua.probes.baselines import token_counts as counts
+
+    monkeypatch.setattr(counts, "threads_of", lambda client: {"": workers})
+    for alone, shared in zip(baselines(KINDS, (0, 1, 2)), baselines(KINDS, (0, 1, 2)), strict=True):
+        same(alone.fit(some), shared.fit(some, client=threads), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FITS)
+def test_processes_find_a_cache_that_was_opened_by_a_relative_path(
+    some: ActivationCache, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers stay in the folder in which they started."""
+    probe, options = FITS[kind]
+    alone = ControlProbe(probe, "next-token").fit(some, **options)
+    with local_client(processes=True) as client:
+        monkeypatch.chdir(some.path.parent)
+        near = ActivationCache(some.path.name)
+        assert not near.path.is_absolute()
+        shared = ControlProbe(probe, "next-token").fit(near, client=client, **options)
+        same(alone, shared, 0 if kind == "vocab" else 1e-5)
+        for one, other in zip(baselines(KINDS, (1,)), baselines(KINDS, (1,)), strict=True):
+            same(one.fit(some), other.fit(near, client=client), 0)
+
+
+def test_results_come_in_order_and_what_is_left_is_cancelled(threads: Client) -> None:
+    found = results(threads, pow, [(2, n) for n in range(9)])
+    assert list(found) == [2**n for n in range(9)]
+    failing = results(threads, divmod, [(1, 1), (1, 0), (2, 1)])
+    assert next(failing) == (1, 0)
+    with pytest.raises(ZeroDivisionError):
+        next(failing)
+    assert not threads.futures
+
+
+def test_a_cache_is_pickled_as_its_path(some: ActivationCache) -> None:
+    import pickle
+
+    vars(some).pop("committed", None)
+    data = pickle.dumps(some)
+    assert len(data) < 200 + len(os.fsencode(some.path))
+    again = pickle.loads(data)
+    assert (again.id, again.path) == (some.id, Path(some.path).absolute())

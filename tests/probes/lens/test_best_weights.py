@@ -1,0 +1,141 @@
+"""A fit whose validation gets worse gives the best weights that it had, not its last ones."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import residua
+from residua.cache.head.head import TorchHead
+from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.lens.tuned_lens import TunedLens
+from residua.probes.vocabulary.vocab_probe import VocabProbe
+
+from ...support.defined import defined
+from ...support.synthetic import make_cache, random_head
+from ..training.test_checkpoint import Killed, killed_after
+
+WIDTH, VOCAB = 10, 24
+FORMS: dict[str, dict[str, Any]] = {
+    "full": {"lr": 0.02},
+    "low rank": {"rank": 4, "lr": 0.05},
+    "head": {"form": "head", "lr": 0.15},
+}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
+    """So few rows, and tokens that follow from nothing, that every fit learns them by heart."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 30, 60).tolist()
+    layers = [rng.normal(size=(sum(lengths), WIDTH)).astype("f4") for _ in range(2)]
+    layers[1] += 0.5 * layers[0]
+    return make_cache(tmp_path_factory.mktemp("few"), layers, lengths, random_head(WIDTH, VOCAB))
+
+
+def measured(cache: ActivationCache, probe: Any) -> Any:
+    """The row of evaluation of a probe of layer 0, on the validation split."""
+    found = residua.evaluate(cache, [probe], split="validation", offsets=(0,))
+    return found.select(probe.kind, 0)[0]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_vocabulary_probe_ends_at_its_best(few: ActivationCache, name: str) -> None:
+    options: dict[str, Any] = {"loss": "text", "epochs": 40, "batch": 64, **FORMS[name]}
+    probe = VocabProbe(0, [0], **options).fit(few)
+    history = [defined(row["validation"]) for row in probe.fitted_[0, 0].history]
+    best = min(history)
+    assert history[-1] > best + 1e-3
+    assert history.index(best) < len(history) - 1
+    (row,) = probe.metrics()
+    assert row["validation"] == best
+    assert row["steps"] == probe.fitted_[0, 0].history[history.index(best)]["step"]
+    assert measured(few, probe).nll_text == pytest.approx(best, abs=1e-5)
+
+
+@pytest.mark.parametrize("measurements", [2, 3])
+def test_a_vocabulary_probe_that_is_resumed_ends_at_its_best(
+    few: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measurements: int
+) -> None:
+    options: dict[str, Any] = {"loss": "text", "epochs": 40, "batch": 64, **FORMS["low rank"]}
+    whole = VocabProbe(0, [0], **options).fit(few)
+    probe, kept = VocabProbe(0, [0], **options), tmp_path / "fit"
+    with monkeypatch.context() as patch:
+        killed_after(measurements, patch)
+        with pytest.raises(Killed):
+            probe.fit(few, checkpoint=kept, checkpoint_seconds=0)
+    probe.fit(few, checkpoint=kept, checkpoint_seconds=0)
+    assert probe.fitted_[0, 0].history == whole.fitted_[0, 0].history
+    best = min(defined(row["validation"]) for row in whole.fitted_[0, 0].history)
+    assert measured(few, probe).nll_text == pytest.approx(best, abs=1e-5)
+
+
+def test_a_lens_ends_at_its_best(few: ActivationCache) -> None:
+    lens = TunedLens(layers=[0], lr=1.0, steps=200, batch=128).fit(few)
+    (row,) = lens.metrics()
+    # Worse at the end, but not by so much that it would have gone back.
+    assert 0 < row["steps"] < 200
+    assert row["backs"] == 0
+    assert row["kl"] < 0.9 * min(row["kl_logit"], row["kl_ridge"])
+    assert measured(few, lens).kl == pytest.approx(row["kl"], rel=1e-5)
+
+
+def test_a_lens_whose_steps_are_all_too_long_is_its_start(few: ActivationCache) -> None:
+    lens = TunedLens(layers=[0], lr=50.0, steps=20, batch=128).fit(few)
+    (row,) = lens.metrics()
+    assert row["sweep"][0][1] > 1.1 * row["kl"]
+    assert (row["steps"], row["backs"]) == (0, 1)
+    assert row["kl"] == min(row["kl_logit"], row["kl_ridge"])
+    assert measured(few, lens).kl == pytest.approx(row["kl"], rel=1e-5)
+
+
+def fisher_eigenvalues(
+    head: TorchHead, x: torch.Tensor, state: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Mean of z^2 (g outputs)^2 over rows and over all tokens that the lens may say, by autograd.
+
+    `z` are whitened inputs (and a one), `g` the gradient of -log q[token] in the translated rows.
+    """
+    z = (x - state["inputs.mean"]) @ state["inputs.whiten"]
+    u = (z @ state["fit.weight"] + state["fit.bias"]).requires_grad_()
+    log_q = head(u).log_softmax(-1)
+    ones = torch.cat([z, torch.ones(len(z), 1)], 1).square()
+    total = torch.zeros_like(state["fit.curvature"])
+    for token in range(VOCAB):
+        (slope,) = torch.autograd.grad(-log_q[:, token].sum(), u, retain_graph=True)
+        weight = log_q[:, token].exp().detach()[:, None]
+        total += ones.T @ (weight * (slope @ state["fit.outputs"]).square()) / len(x)
+    return total
+
+
+def test_the_curvature_of_a_lens_follows_it(tmp_path: Path) -> None:
+    """A lens that starts flat and ends sharp: eigenvalues of the start would be far off."""
+    rng = np.random.default_rng(1)
+    last = rng.normal(size=(6000, WIDTH)) * 3
+    first = np.tanh(last) @ rng.normal(size=(WIDTH, WIDTH))
+    head = random_head(WIDTH, VOCAB)
+    layers = [first.astype("f4"), last.astype("f4")]
+    cache = make_cache(tmp_path / "caches", layers, [50] * 120, head)
+    states: dict[int, dict[str, torch.Tensor]] = {}
+
+    def copy(stage: str, done: int, total: int) -> None:
+        for file in (tmp_path / "fit").rglob("0*.safetensors"):
+            tensors = load_file(shutil.copy(file, tmp_path / "copy"))
+            states[int(file.stem)] = {
+                k.removeprefix("0.0."): tensor.clone() for k, tensor in tensors.items()
+            }
+
+    lens = TunedLens(layers=[0], lr=0.15, steps=400, batch=256)
+    lens.fit(cache, checkpoint=tmp_path / "fit", progress=copy)
+    x = torch.from_numpy(cache.layer(0)[:])
+    assert {10, 375} <= set(states)
+    want = fisher_eigenvalues(cache.head.torch(), x, states[375])
+    at_the_start, now = (
+        float((states[step]["fit.curvature"] - want).norm() / want.norm()) for step in (10, 375)
+    )
+    assert now < 0.1
+    assert at_the_start > 2 * now
