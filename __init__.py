@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .analysis.evaluation.evaluate import evaluate as evaluate
     from .analysis.evaluation.result import Evaluation as Evaluation
+    from .analysis.report.html_report import write_report as write_report
     from .cache.errors import ResiduaError as ResiduaError
     from .cache.extraction.extract import extract as extract
     from .cache.extraction.repair import repair as repair
     from .cache.head.head import Head as Head
+    from .cache.head.load_head import load_head as load_head
     from .cache.sharing.export import export as export
     from .cache.sharing.hub import pull as pull
     from .cache.sharing.hub import push as push
@@ -62,6 +64,7 @@ _PUBLIC = {
     "extract": ".cache.extraction.extract",
     "find_cache": ".cache.store.catalog",
     "load_from_hub": ".probes.saved.hub",
+    "load_head": ".cache.head.load_head",
     "load_probe": ".probes.saved.save",
     "pull": ".cache.sharing.hub",
     "push": ".cache.sharing.hub",
@@ -70,6 +73,7 @@ _PUBLIC = {
     "repair": ".cache.extraction.repair",
     "save_probe": ".probes.saved.save",
     "verify": ".cache.store.verify",
+    "write_report": ".analysis.report.html_report",
     "write_tuned_lens": ".probes.lens.tuned_lens_files",
 }
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -59,13 +59,13 @@ def write(
     """Write the report to `html` and the pictures to the folder `png`; returns the files."""
     if html is None and png is None:
         return []
-    from ..report.html_report import write_pngs
+    from ..report.html_report import write_pngs, write_report
 
     heatmaps = evaluation.heatmaps()
     written = []
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
-        written.append(str(evaluation.to_html(html, heatmaps=heatmaps, command=command)))
+        written.append(str(write_report(evaluation, html, heatmaps=heatmaps, command=command)))
     if png is not None:
         written += [str(path) for path in write_pngs(png, evaluation, heatmaps)]
     return written

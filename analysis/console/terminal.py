@@ -149,7 +149,9 @@ def bandwidths(stages: dict[str, Any]) -> str:
 
 def print_evaluation(found: "Evaluation") -> None:
     """Print KL and precision@1 by layer, one table per offset, and what to know of them."""
-    for part in found.table():
+    from ..report.tables import offset_tables
+
+    for part in offset_tables(found):
         table(part.caption, part.columns, part.rows)
     for line in found.facts():
         print(line)

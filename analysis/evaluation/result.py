@@ -1,19 +1,16 @@
 """The result of an evaluation: rows of measures and heatmaps, as plain data."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...probes.base.readout import Readout
 from ...probes.ridge.error_share import ErrorShare
 from .confidence_buckets import BucketRow, Key
+from .heatmap import Heatmap, heatmaps
 from .metrics import Row
 
 if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
-    from ..report.tables import OffsetTable
-    from .heatmap import Heatmap
 
 
 @dataclass(frozen=True)
@@ -111,32 +108,10 @@ class Evaluation:
         """Rows of `buckets` of one probe at one offset, by layer, then from the least sure."""
         return [row for row in self.buckets if row.probe == probe and row.offset == offset]
 
-    def table(self) -> "list[OffsetTable]":
-        """KL and precision@1 by layer, one table per offset."""
-        from ..report.tables import offset_table
-
-        return [offset_table(self, offset) for offset in self.offsets]
-
-    def heatmaps(self, split: str | None = None) -> "list[Heatmap]":
+    def heatmaps(self, split: str | None = None) -> list[Heatmap]:
         """Lens heatmaps of one passage: the logit lens and the probes that read offset 0."""
-        from .heatmap import heatmaps
-
         if self.cache is None:
             return []
         # A control says little about a passage.
         shown = [readout for readout in self.readouts if not hasattr(readout, "view")]
         return heatmaps(self.cache, shown, split=split or self.split)
-
-    def to_html(
-        self,
-        path: str | Path,
-        cache: "ActivationCache | None" = None,
-        heatmaps: "Sequence[Heatmap] | None" = None,
-        title: str | None = None,
-        command: str | None = None,
-    ) -> Path:
-        """Write the report: one HTML file that needs nothing else."""
-        from ..report.html_report import write_report
-
-        chosen = self.heatmaps() if heatmaps is None else heatmaps
-        return write_report(path, self, cache or self.cache, chosen, title=title, command=command)

@@ -94,19 +94,26 @@ def write_pngs(
 
 
 def write_report(
-    path: str | Path,
     evaluation: Evaluation,
-    cache: "ActivationCache | None" = None,
-    heatmaps: Sequence[Heatmap] = (),
+    path: str | Path,
     *,
+    cache: "ActivationCache | None" = None,
+    heatmaps: Sequence[Heatmap] | None = None,
     title: str | None = None,
     command: str | None = None,
 ) -> Path:
-    """Write one HTML file with plotly inside: no network, no fonts, no date; same in, same out."""
+    """Write `evaluation` as one HTML file with plotly inside, and return its path.
+
+    The file needs no network and no fonts and holds no date: the same evaluation gives the same
+    bytes. `cache` is described in it (default: the evaluated cache); `heatmaps` are the lens
+    heatmaps shown (default: those of one held-out passage); `command` is the command line to quote.
+    """
     from plotly.offline import get_plotlyjs
 
     from . import interactive_figures as interactive
 
+    cache = cache or evaluation.cache
+    heatmaps = evaluation.heatmaps() if heatmaps is None else heatmaps
     title = title or f"What {short_name(evaluation.model_name)} already says in its middle layers"
     kl = interactive.curves(evaluation, ("kl",))
     precision = interactive.curves(evaluation, PRECISIONS)

@@ -16,6 +16,7 @@ from .probe_style import (
     band_of,
     caption,
     color,
+    drawn,
     heatmap_title,
     label,
     marker,
@@ -24,7 +25,6 @@ from .probe_style import (
     short,
     stroke,
 )
-from .static_figures import drawn
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter

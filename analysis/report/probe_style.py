@@ -4,17 +4,20 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..evaluation.heatmap import Heatmap
 from ..evaluation.metrics import KS, Row
 from ..evaluation.result import Evaluation
-from .static_figures import MORE_MARKERS, MORE_STROKES, series
 
-if TYPE_CHECKING:
-    pass
-
-
+MORE_STROKES = (
+    ((0, (8, 2)), "longdash"),
+    ((0, (8, 2, 1, 2)), "longdashdot"),
+    ((0, (4, 1)), "8px,2px"),
+)
+"""Strokes of the second probe of a kind and further ones, for matplotlib and plotly."""
+MORE_MARKERS = (("X", "x"), ("P", "cross"), ("*", "star"), ("p", "pentagon"), ("h", "hexagon"))
+"""Markers of the second probe of a kind and further ones, for matplotlib and plotly."""
 LABELS = {
     "logit": "logit lens",
     "ridge": "ridge lens",
@@ -156,3 +159,15 @@ def _letters() -> frozenset[int]:
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def series(probe: str) -> int:
+    """Number of a probe among those of its kind: 2 for `ridge 2`, 1 for `ridge`."""
+    number = probe.partition(" ")[2]
+    return int(number) if number.isdecimal() else 1
+
+
+def drawn(row: Row, measure: str, floor: float = 0.0) -> float:
+    """Value of a measure in a picture; NaN, which leaves a gap, if undefined or infinite."""
+    value: float | None = getattr(row, measure)
+    return math.nan if value is None or not math.isfinite(value) else max(value, floor)

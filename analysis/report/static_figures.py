@@ -17,6 +17,7 @@ from .probe_style import (
     band_of,
     caption,
     color,
+    drawn,
     heatmap_title,
     label,
     marker,
@@ -33,28 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MORE_STROKES = (
-    ((0, (8, 2)), "longdash"),
-    ((0, (8, 2, 1, 2)), "longdashdot"),
-    ((0, (4, 1)), "8px,2px"),
-)
-"""Strokes of the second probe of a kind and further ones, for matplotlib and plotly."""
-MORE_MARKERS = (("X", "x"), ("P", "cross"), ("*", "star"), ("p", "pentagon"), ("h", "hexagon"))
-"""Markers of the second probe of a kind and further ones, for matplotlib and plotly."""
 LEGEND_COLUMNS = 5
 """Names side by side under a figure."""
-
-
-def series(probe: str) -> int:
-    """Number of a probe among those of its kind: 2 for `ridge 2`, 1 for `ridge`."""
-    number = probe.partition(" ")[2]
-    return int(number) if number.isdecimal() else 1
-
-
-def drawn(row: Row, measure: str, floor: float = 0.0) -> float:
-    """Value of a measure in a picture; NaN, which leaves a gap, if undefined or infinite."""
-    value: float | None = getattr(row, measure)
-    return math.nan if value is None or not math.isfinite(value) else max(value, floor)
 
 
 def curves(evaluation: Evaluation, measure: str) -> "Figure":

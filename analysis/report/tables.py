@@ -27,6 +27,11 @@ class OffsetTable:
     """N, n, and the baselines that read no layer."""
 
 
+def offset_tables(evaluation: Evaluation) -> list[OffsetTable]:
+    """KL and precision@1 by layer, one table per offset."""
+    return [offset_table(evaluation, offset) for offset in evaluation.offsets]
+
+
 def offset_table(evaluation: Evaluation, offset: int) -> OffsetTable:
     """The rows of one offset side by side, layers down."""
     rows = [row for row in evaluation.rows if row.offset == offset]

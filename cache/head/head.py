@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import CorruptError
-from ..files.json_files import read_json
-from .head_files import _read_safetensors, save_head
+from .head_files import save_head
 
 if TYPE_CHECKING:
     import torch
 
 
 NORMS = ("layernorm", "rmsnorm", "none")
+TENSORS = ("norm_weight", "norm_bias", "unembedding", "bias")
+"""Fields of `Head` that are arrays, and their names in `head.safetensors`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Head:
     @property
     def nbytes(self) -> int:
         """Size of the tensors in float32."""
-        return sum(getattr(self, name).nbytes for name in _TENSORS)
+        return sum(getattr(self, name).nbytes for name in TENSORS)
 
     @property
     def vocab(self) -> int:
@@ -66,7 +66,7 @@ class Head:
     def geometry(self) -> str:
         """Hex sha256 of everything that the head computes with: equal heads read equal streams."""
         hasher = hashlib.sha256(json.dumps(self._spec(), sort_keys=True, allow_nan=False).encode())
-        for name in _TENSORS:
+        for name in TENSORS:
             hasher.update(np.ascontiguousarray(getattr(self, name), np.float32).tobytes())
         return hasher.hexdigest()
 
@@ -109,37 +109,12 @@ class Head:
 
     def save(self, folder: Path, tensors: dict[str, "torch.Tensor"] | None = None) -> None:
         """Write `head.safetensors`, then `head.json`; `tensors` in the model's own dtype win."""
-        arrays = {name: getattr(self, name) for name in _TENSORS}
+        arrays = {name: getattr(self, name) for name in TENSORS}
         save_head(folder, {"kind": self.kind, **self._spec()}, arrays, tensors)
-
-    @classmethod
-    def load(cls, folder: Path) -> "Head":
-        """Read and check a saved head of any kind; raises `CorruptError` on any difference."""
-        spec = read_json(folder / "head.json")
-        raw = (folder / "head.safetensors").read_bytes()
-        if hashlib.sha256(raw).hexdigest() != spec.get("tensors"):
-            raise CorruptError(f"{folder / 'head.safetensors'} was changed after it was written")
-        tensors = _read_safetensors(raw, folder)
-        if spec.get("kind") == "program":
-            from .program_head import ProgramHead
-
-            return ProgramHead.from_parts(spec, tensors)
-        try:
-            if spec["kind"] != "explicit" or spec["norm"] not in NORMS:
-                raise CorruptError(f"{folder / 'head.json'}: unknown head {spec['kind']!r}")
-            arrays = {name: tensors[name] for name in _TENSORS}
-            return Head(
-                spec["norm"], spec["eps"], **arrays, scale=spec["scale"], softcap=spec["softcap"]
-            )
-        except (KeyError, TypeError) as error:
-            raise CorruptError(f"{folder} is not a head of this format: {error}") from None
 
     def with_vocab(self, vocab: int) -> "Head":
         """The first `vocab` rows of the unembedding, where a model drops padding rows."""
         return replace(self, unembedding=self.unembedding[:vocab], bias=self.bias[:vocab])
-
-
-_TENSORS = ("norm_weight", "norm_bias", "unembedding", "bias")
 
 
 class TorchHead:

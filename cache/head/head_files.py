@@ -41,7 +41,7 @@ def save_head(
     write_json(folder / "head.json", {**spec, "tensors": digest})
 
 
-def _read_safetensors(raw: bytes, where: Path) -> dict[str, np.ndarray]:
+def read_head_tensors(raw: bytes, where: Path) -> dict[str, np.ndarray]:
     """float32 tensors of a safetensors file; numpy alone cannot read its bfloat16."""
     from safetensors import SafetensorError, deserialize
 

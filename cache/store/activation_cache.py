@@ -408,9 +408,9 @@ class ActivationCache:
     @cached_property
     def head(self) -> "Head":
         """Final norm, unembedding, bias, scale and softcap: residual of layer L -> logits."""
-        from ..head.head import Head
+        from ..head.load_head import load_head
 
-        return Head.load(self.path / "head")
+        return load_head(self.path / "head")
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, from the files kept in the cache; imports `tokenizers` only."""

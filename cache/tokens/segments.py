@@ -8,17 +8,65 @@ ids, has one document per sequence.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import UsageError
 
-if TYPE_CHECKING:
-    from ..store.activation_cache import ActivationCache
-
 BLOCK_POSITIONS = 1 << 18
 """Positions that are looked at at once."""
+
+
+class SequenceIndex(Protocol):
+    """Attributes of an `ActivationCache` that say where sequences and documents lie."""
+
+    @property
+    def tokens(self) -> Any:
+        """Token id of each position, read on slicing."""
+
+    @property
+    def token_index(self) -> Any:
+        """Index of each kept position in its context, where only some positions are kept."""
+
+    @property
+    def document_numbers(self) -> Any:
+        """Number of the document of each position, or None."""
+
+    @property
+    def sequence_start(self) -> Any:
+        """First position of each sequence, int64."""
+
+    @property
+    def sequence_length(self) -> Any:
+        """Positions of each sequence, int64."""
+
+    @property
+    def sequence_context(self) -> Any:
+        """Number of the context of each sequence, where only some positions are kept."""
+
+    @property
+    def contexts(self) -> Any:
+        """Token ids of what the model read, with the start and length of each context."""
+
+    @property
+    def context_document_numbers(self) -> Any:
+        """Number of the document of each token of the contexts, or None."""
+
+    def has(self, name: str) -> bool:
+        """Whether the cache has the array `name`."""
+        ...
+
+    def array(self, name: str) -> Any:
+        """The array `name`, read on slicing."""
+
+    def rows(self, sequences: np.ndarray) -> np.ndarray:
+        """Positions of whole sequences."""
+        ...
+
+    def blocks(self, sequences: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+        """`sequences` in blocks of about `rows` positions."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +91,7 @@ class PairScope:
             )
         return PairScope(bool(self.across_documents), int(self.drop_first))
 
-    def lefts(self, cache: "ActivationCache", sequences: np.ndarray) -> np.ndarray:
+    def lefts(self, cache: SequenceIndex, sequences: np.ndarray) -> np.ndarray:
         """How many positions follow each one that it may be paired with, `(n,)` int64.
 
         For the rows of whole `sequences`, in their order; -1 for a position that is no source.
@@ -54,13 +102,13 @@ class PairScope:
         return left
 
 
-def is_sparse(cache: "ActivationCache") -> bool:
+def is_sparse(cache: SequenceIndex) -> bool:
     """Whether only some positions of the contexts are rows of the cache."""
     return cache.has("context/ids")
 
 
 def segment_places(
-    cache: "ActivationCache", sequences: np.ndarray, across_documents: bool = False
+    cache: SequenceIndex, sequences: np.ndarray, across_documents: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Index of each position in its segment, and how many positions follow it there; int64.
 
@@ -80,19 +128,19 @@ def segment_places(
     return index, np.repeat(sizes, sizes) - 1 - index
 
 
-def context_places(cache: "ActivationCache", positions: np.ndarray) -> np.ndarray:
+def context_places(cache: SequenceIndex, positions: np.ndarray) -> np.ndarray:
     """Index of each of `positions` in the sequence that the model read, `(n,)` int64."""
     if is_sparse(cache):
         return cache.token_index.take(positions).astype(np.int64)
     return positions - cache.sequence_start[sequence_of(cache, positions)]
 
 
-def sequence_of(cache: "ActivationCache", positions: np.ndarray) -> np.ndarray:
+def sequence_of(cache: SequenceIndex, positions: np.ndarray) -> np.ndarray:
     """Number of the sequence of each of `positions`, `(n,)` int64."""
     return np.searchsorted(cache.sequence_start, positions, "right") - 1
 
 
-def document_of(cache: "ActivationCache", positions: np.ndarray) -> np.ndarray:
+def document_of(cache: SequenceIndex, positions: np.ndarray) -> np.ndarray:
     """Number of the source document of each of `positions`, `(n,)` int64."""
     if cache.document_numbers is not None:
         return cache.document_numbers.take(positions)
@@ -100,7 +148,7 @@ def document_of(cache: "ActivationCache", positions: np.ndarray) -> np.ndarray:
 
 
 def neighbour_tokens(
-    cache: "ActivationCache", positions: np.ndarray, step: int, across_documents: bool = False
+    cache: SequenceIndex, positions: np.ndarray, step: int, across_documents: bool = False
 ) -> np.ndarray:
     """Token `step` (1 or -1) further in the text than each of `positions`, `(n,)` int64.
 
@@ -136,7 +184,7 @@ def neighbour_tokens(
 
 
 def context_blocks(
-    cache: "ActivationCache",
+    cache: SequenceIndex,
     contexts: np.ndarray,
     across_documents: bool = False,
     block: int = BLOCK_POSITIONS,
@@ -172,12 +220,12 @@ def context_blocks(
         first = stop
 
 
-def contexts_of(cache: "ActivationCache", sequences: np.ndarray) -> np.ndarray:
+def contexts_of(cache: SequenceIndex, sequences: np.ndarray) -> np.ndarray:
     """Numbers of the contexts that hold `sequences`, ascending, each once."""
     return np.unique(cache.sequence_context[sequences]) if is_sparse(cache) else sequences
 
 
-def context_documents(cache: "ActivationCache") -> np.ndarray:
+def context_documents(cache: SequenceIndex) -> np.ndarray:
     """Number of the document in which each context begins (its first row, if sparse), int64."""
     documents = cache.array("sequences/row_id")[:]
     if not is_sparse(cache):
@@ -187,7 +235,7 @@ def context_documents(cache: "ActivationCache") -> np.ndarray:
     return found
 
 
-def has_borders(cache: "ActivationCache") -> bool:
+def has_borders(cache: SequenceIndex) -> bool:
     """Whether a sequence of `cache` holds two documents; reads `tokens/row_id` until one does."""
     if cache.document_numbers is None:
         return False
@@ -198,14 +246,14 @@ def has_borders(cache: "ActivationCache") -> bool:
 
 
 def pairs_in_sequences(
-    cache: "ActivationCache", sequences: np.ndarray, offset: int, drop_first: int = 0
+    cache: SequenceIndex, sequences: np.ndarray, offset: int, drop_first: int = 0
 ) -> int:
     """Pairs (t, t+`offset`) of `sequences`, those of two documents too: from lengths alone."""
     sources = cache.sequence_length[sequences] - dropped_rows(cache, sequences, drop_first)
     return int(np.maximum(sources - offset, 0).sum())
 
 
-def dropped_rows(cache: "ActivationCache", sequences: np.ndarray, drop_first: int) -> np.ndarray:
+def dropped_rows(cache: SequenceIndex, sequences: np.ndarray, drop_first: int) -> np.ndarray:
     """Rows at the start of each of `sequences` that `drop_first` leaves out, int64."""
     begin = np.zeros(len(sequences), np.int64)
     if drop_first and is_sparse(cache):
@@ -215,7 +263,7 @@ def dropped_rows(cache: "ActivationCache", sequences: np.ndarray, drop_first: in
 
 
 def crossing_shares(
-    cache: "ActivationCache",
+    cache: SequenceIndex,
     sequences: np.ndarray,
     offsets: Iterable[int],
     scope: PairScope,

@@ -10,6 +10,7 @@ try:
     from sklearn.exceptions import NotFittedError
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError:
+    from .params import NotFitted as NotFittedError
     from .params import Params as BaseEstimator
 
     class ClassifierMixin:
@@ -20,9 +21,6 @@ except ImportError:
 
     class RegressorMixin:
         """Nothing."""
-
-    class NotFittedError(ValueError, AttributeError):
-        """A probe was used before `fit`."""
 
     def check_is_fitted(estimator: Any, attributes: str) -> None:
         """Raise `NotFittedError` unless `estimator` has the fitted attribute `attributes`."""

@@ -6,6 +6,19 @@ from typing import Any, Self
 from ...cache.errors import UsageError
 
 
+class NotFitted(ValueError, AttributeError):
+    """A probe was used before `fit`; stands in for scikit-learn's `NotFittedError`."""
+
+
+def not_fitted_error() -> type[Exception]:
+    """scikit-learn's `NotFittedError`, or `NotFitted` where it is not installed."""
+    try:
+        from sklearn.exceptions import NotFittedError
+    except ImportError:
+        return NotFitted
+    return NotFittedError
+
+
 class Params:
     """`get_params` and `set_params` over the constructor's arguments, stored untouched.
 
@@ -33,6 +46,6 @@ class Params:
     def check_fitted(self) -> None:
         """Raise scikit-learn's `NotFittedError` before `fit`."""
         if not hasattr(self, "maps_"):
-            from .estimator import NotFittedError
-
-            raise NotFittedError(f"this {type(self).__name__} is not fitted; call fit(cache) first")
+            raise not_fitted_error()(
+                f"this {type(self).__name__} is not fitted; call fit(cache) first"
+            )

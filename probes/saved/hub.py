@@ -42,7 +42,7 @@ Fitted from cached residual streams, without the model, by residua {residua}.
 import residua
 
 probe = residua.load_from_hub("{repo_id}")
-residua.evaluate(cache, [probe]).table()  # a cache of the same model: others are refused
+residua.evaluate(cache, [probe]).to_dicts()  # a cache of the same model: others are refused
 ```
 
 ## Measured when it was fitted

@@ -16,6 +16,7 @@ from residua.analysis.evaluation.confidence_buckets import bucket_of
 from residua.analysis.evaluation.evaluate import evaluate
 from residua.analysis.evaluation.heatmap import UNDEFINED, heatmap
 from residua.analysis.evaluation.metrics import COLUMNS, KS, Reference, measure, rank_of
+from residua.analysis.report.html_report import write_report
 from residua.analysis.report.static_figures import confidence_figure, curves, heatmap_figure
 from residua.analysis.report.tables import headlines
 from residua.cache.errors import ResiduaWarning, UsageError
@@ -174,7 +175,7 @@ def test_pictures_and_reports_leave_undefined_numbers_out(cache, tmp_path):
     assert "the spoiled undefined (N = 0)" in headlines(found)[0]
     for figure in (curves(found, "kl"), curves(found, "precision_at_1"), confidence_figure(found)):
         figure.canvas.draw()
-    page = found.to_html(tmp_path / "report.html").read_text()
+    page = write_report(found, tmp_path / "report.html").read_text()
     body = page[page.index("<main>") :]
     assert "spoiled layer 1" in body
     assert not NOT_JSON.search(body)

@@ -10,7 +10,7 @@ import torch
 
 from residua.cache.checks.model_checks import Canary, examine
 from residua.cache.errors import ResiduaError
-from residua.cache.head.head import Head
+from residua.cache.head.load_head import load_head
 from residua.cache.model.blocks import run
 from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
@@ -92,7 +92,7 @@ def _offline(
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
-    loaded = Head.load(folder)
+    loaded = load_head(folder)
     assert loaded.geometry == canary.head.geometry
     found = (
         canary.head.logits(rows),

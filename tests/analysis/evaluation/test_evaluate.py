@@ -10,6 +10,7 @@ from residua.analysis.evaluation.heatmap import UNDEFINED, TokenNames, heatmap, 
 from residua.analysis.evaluation.metrics import KS, Row
 from residua.analysis.evaluation.result import Evaluation
 from residua.analysis.evaluation.windows import choose_sequences, windows
+from residua.analysis.report.tables import offset_tables
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.splits import SPLITS
@@ -205,7 +206,7 @@ def test_progress_ends_at_the_total(tiny_cache):
 
 def test_the_table_has_a_row_per_layer(tiny_cache):
     found = evaluate(tiny_cache, [Echo()], layers=(0, 1), offsets=(0, 2))
-    table = found.table()[1]
+    table = offset_tables(found)[1]
     assert table.columns == ("layer", "logit KL", "logit p@1", "echo KL", "echo p@1")
     assert [row[0] for row in table.rows] == [0, 1]
     assert table.rows[0][3] is None

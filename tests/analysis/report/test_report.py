@@ -71,7 +71,7 @@ def page_without_plotly(path: Path) -> str:
 
 
 def test_report_is_one_file_that_fetches_nothing(tmp_path, tiny_cache, evaluation):
-    path = evaluation.to_html(tmp_path / "new" / "report.html", command="residua evaluate x")
+    path = write_report(evaluation, tmp_path / "new" / "report.html", command="residua evaluate x")
     assert list(path.parent.iterdir()) == [path]
     page = page_without_plotly(path)
     assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//""", page)
@@ -104,7 +104,7 @@ def test_equal_numbers_give_equal_bytes(tmp_path, evaluation):
 
 
 def test_the_report_holds_every_number_and_word(tmp_path, tiny_cache, evaluation):
-    page = page_without_plotly(evaluation.to_html(tmp_path / "report.html"))
+    page = page_without_plotly(write_report(evaluation, tmp_path / "report.html"))
     whole, buckets = re.findall(r"<tbody>(.*?)</tbody>", page, re.S)
     tables = (
         (whole, evaluation.rows, COLUMNS),
@@ -192,7 +192,7 @@ def test_buttons_show_one_measure_at_a_time(evaluation):
 
 def test_an_evaluation_without_a_cache_is_still_a_report(tmp_path, evaluation):
     alone = replace(evaluation, cache=None)
-    page = page_without_plotly(alone.to_html(tmp_path / "report.html"))
+    page = page_without_plotly(write_report(alone, tmp_path / "report.html"))
     assert "token by token" not in page
     assert "All numbers" in page
 

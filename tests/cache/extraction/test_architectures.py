@@ -62,7 +62,7 @@ import sys, numpy as np
 from pathlib import Path
 from residua.cache.head.head import Head
 for folder in sorted(Path(sys.argv[1]).iterdir()):
-    head, rows = Head.load(folder), np.load(folder / "rows.npz")
+    head, rows = load_head(folder), np.load(folder / "rows.npz")
     logits = rows["logits"]
     error = np.abs(head.logits(rows["hidden"]) - logits).max()
     assert error <= float(sys.argv[2]) * np.abs(logits).max(), (folder.name, error)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from residua.cache.checks.model_checks import Canary, examine
-from residua.cache.head.head import Head
 from residua.cache.head.identify_head import SMALL, scaled
+from residua.cache.head.load_head import load_head
 
 from ...support.architectures import KINDS, VOCAB, build
 from ...support.conformance import TOLERANCE, stream
@@ -61,7 +61,7 @@ def test_the_head_is_the_formula_with_the_models_eps(kind: str, tmp_path: Path) 
     assert head.kind == "explicit"
     assert (head.norm, head.eps) == (EXPLICIT[kind][0], pytest.approx(EXPLICIT[kind][1], rel=1e-6))
     head.save(tmp_path, canary.tensors)
-    loaded = Head.load(tmp_path)
+    loaded = load_head(tmp_path)
     assert loaded.eps == head.eps
     check_small_rows(canary, loaded)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from residua.cache.errors import CorruptError, ModelError, UsageError
 from residua.cache.files.json_files import DIGEST_KEY, write_json
-from residua.cache.head.head import Head
+from residua.cache.head.load_head import load_head
 from residua.cache.head.operations import OPS, Numpy, Torch
 from residua.cache.head.program import Node, Program
 from residua.cache.head.program_head import ProgramHead
@@ -119,7 +119,7 @@ def head() -> ProgramHead:
 def test_a_program_head_is_the_same_after_the_disk(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(2, 7, WIDTH)).astype(np.float32)
     head().save(tmp_path)
-    loaded = Head.load(tmp_path)
+    loaded = load_head(tmp_path)
     assert isinstance(loaded, ProgramHead)
     assert loaded == head()
     assert loaded.geometry == head().geometry
@@ -136,7 +136,7 @@ def test_a_program_head_is_the_same_after_the_disk(tmp_path: Path) -> None:
 def test_bfloat16_tensors_are_kept_as_they_are(tmp_path: Path) -> None:
     tensors = {k: torch.from_numpy(a).bfloat16() for k, a in head().tensors.items()}
     head().save(tmp_path, tensors)
-    loaded = Head.load(tmp_path)
+    loaded = load_head(tmp_path)
     assert isinstance(loaded, ProgramHead)
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(loaded.tensors[name], tensor.float().numpy())
@@ -201,7 +201,7 @@ def test_a_forged_program_is_refused(change: Callable[[dict], None], tmp_path: P
     head().save(tmp_path)
     spoil(tmp_path, change)
     with pytest.raises(CorruptError):
-        Head.load(tmp_path)
+        load_head(tmp_path)
 
 
 def test_a_program_frees_what_it_no_longer_needs() -> None:

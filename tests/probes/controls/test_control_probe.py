@@ -11,6 +11,7 @@ from sklearn.linear_model import Ridge
 import residua
 from residua.analysis.console.options import CONTROLS
 from residua.analysis.evaluation.evaluate import evaluate
+from residua.analysis.report.html_report import write_report
 from residua.analysis.report.probe_style import color, label, stroke
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
@@ -235,7 +236,7 @@ def test_mistakes_are_said(tiny_cache):
 def test_names_for_people(tiny_cache, tmp_path):
     assert label("ridge/shuffled 2") == "ridge lens, shuffled states 2"
     probe = ControlProbe(RidgeProbe(offset=0, layers=[1])).fit(tiny_cache)
-    page = evaluate(tiny_cache, [probe]).to_html(tmp_path / "report.html").read_text()
+    page = write_report(evaluate(tiny_cache, [probe]), tmp_path / "report.html").read_text()
     assert "ridge lens, shuffled states" in page
     assert (stroke("ridge"), stroke("ridge/shuffled 2")) == (("-", "solid"), (":", "dot"))
     assert color("ridge/shuffled 2") == color("ridge")

@@ -17,6 +17,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch.nn import functional as F
 
 from residua import VocabProbe, evaluate, load_probe, save_probe
+from residua.analysis.report.html_report import write_report
 from residua.cache.errors import MismatchError, NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.base.readout import Batch
@@ -335,7 +336,7 @@ def test_it_is_measured_beside_the_others(echo: ActivationCache, tmp_path: Path)
     precision = {pair: defined(row.precision_at_1) for pair, row in rows.items()}
     assert precision[0, 2] > 0.85 > precision[1, 2]
     assert rows[0, 2].nll == pytest.approx(probe.metrics()[1]["validation"], rel=1e-4)
-    page = found.to_html(tmp_path / "report.html").read_text()
+    page = write_report(found, tmp_path / "report.html").read_text()
     assert "vocab" in page
 
 

@@ -1,0 +1,30 @@
+"""Reads a saved head of either kind: a formula (`Head`) or recorded operations (`ProgramHead`)."""
+
+import hashlib
+from pathlib import Path
+
+from ..errors import CorruptError
+from ..files.json_files import read_json
+from .head import NORMS, TENSORS, Head
+from .head_files import read_head_tensors
+from .program_head import ProgramHead
+
+
+def load_head(folder: Path) -> Head:
+    """The head in `folder`; raises `CorruptError` if a byte differs from what was written."""
+    spec = read_json(folder / "head.json")
+    raw = (folder / "head.safetensors").read_bytes()
+    if hashlib.sha256(raw).hexdigest() != spec.get("tensors"):
+        raise CorruptError(f"{folder / 'head.safetensors'} was changed after it was written")
+    tensors = read_head_tensors(raw, folder)
+    if spec.get("kind") == ProgramHead.kind:
+        return ProgramHead.from_parts(spec, tensors)
+    try:
+        if spec["kind"] != Head.kind or spec["norm"] not in NORMS:
+            raise CorruptError(f"{folder / 'head.json'}: unknown head {spec['kind']!r}")
+        arrays = {name: tensors[name] for name in TENSORS}
+        return Head(
+            spec["norm"], spec["eps"], **arrays, scale=spec["scale"], softcap=spec["softcap"]
+        )
+    except (KeyError, TypeError) as error:
+        raise CorruptError(f"{folder} is not a head of this format: {error}") from None
