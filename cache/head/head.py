@@ -63,7 +63,7 @@ class Head:
         return self.unembedding.shape[0]
 
     @cached_property
-    def geometry(self) -> str:
+    def digest(self) -> str:
         """Hex sha256 of everything that the head computes with: equal heads read equal streams."""
         hasher = hashlib.sha256(json.dumps(self._spec(), sort_keys=True, allow_nan=False).encode())
         for name in TENSORS:
@@ -71,7 +71,7 @@ class Head:
         return hasher.hexdigest()
 
     def __dask_tokenize__(self) -> str:
-        return self.geometry
+        return self.digest
 
     def normalize(self, hidden: np.ndarray) -> np.ndarray:
         """The final norm with its gain and bias, in float32; `(..., d_model)`."""

@@ -52,10 +52,10 @@ class ProgramHead(Head):
     tensors: dict[str, np.ndarray]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ProgramHead) and other.geometry == self.geometry
+        return isinstance(other, ProgramHead) and other.digest == self.digest
 
     def __hash__(self) -> int:
-        return hash(self.geometry)
+        return hash(self.digest)
 
     def __repr__(self) -> str:
         return f"ProgramHead({self.d_model} -> {self.vocab}, {len(self.program.nodes)} operations)"
@@ -65,7 +65,7 @@ class ProgramHead(Head):
         return sum(array.nbytes for array in self.tensors.values())
 
     @cached_property
-    def geometry(self) -> str:
+    def digest(self) -> str:
         """Hex sha256 of everything that the head computes with: equal heads read equal streams."""
         hasher = hashlib.sha256(json.dumps(self._spec(), sort_keys=True, allow_nan=False).encode())
         for name in sorted(self.tensors):

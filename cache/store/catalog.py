@@ -119,7 +119,7 @@ def describe(cache: ActivationCache) -> dict[str, Any]:
         "logits": manifest.capture.logits,
         "codec": manifest.codec,
         "alone": manifest.alone,
-        "head": {**cache.head.describe(), "geometry": cache.head.geometry},
+        "head": {**cache.head.describe(), "geometry": cache.head.digest},
         "provenance": read_json(cache.path / "provenance.json"),
         "origin": read_origin(cache.path),
     }  # fmt: skip

@@ -67,7 +67,7 @@ class Counted(Params):
                 f"not {self.offsets}"
             )
         PairScope(self.across_documents).check()
-        self.cache_id_, self.geometry_, self.split_ = cache.id, cache.head.geometry, "train"
+        self.cache_id_, self.geometry_, self.split_ = cache.id, cache.head.digest, "train"
         self.n_features_in_ = cache.d_model
 
     def check_fitted(self) -> None:

@@ -241,11 +241,11 @@ class FirstHalf:
     """To fits: no unembedding of its own, its logits are differentiated as they are."""
 
     def __init__(self, head: Any, d_model: int) -> None:
-        self._head, self.vocab, self.geometry = head, head.vocab, head.geometry
+        self._head, self.vocab, self.digest = head, head.vocab, head.digest
         self.d_model, self._width = 2 * d_model, d_model
 
     def __dask_tokenize__(self) -> str:
-        return f"{self.geometry}-{self._width}"
+        return f"{self.digest}-{self._width}"
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits in float32, `(..., vocab)`."""

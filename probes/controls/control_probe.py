@@ -56,7 +56,7 @@ class ControlProbe(Params):
             # Moments of a control are no use to another fit.
             options["keep"] = False
         self.probe_ = probe.fit(view, **options)
-        self.cache_id_, self.geometry_, self.split_ = X.id, X.head.geometry, "train"
+        self.cache_id_, self.geometry_, self.split_ = X.id, X.head.digest, "train"
         self.n_features_in_ = X.d_model
         return self
 

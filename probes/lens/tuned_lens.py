@@ -110,7 +110,7 @@ class TunedLens(Params):
             for pair, fitted in found.items()
         }
         warn_of_domination(shares)
-        self.cache_id_, self.geometry_, self.split_ = X.id, X.head.geometry, "train"
+        self.cache_id_, self.geometry_, self.split_ = X.id, X.head.digest, "train"
         self._warn_of_kl()
         return self
 

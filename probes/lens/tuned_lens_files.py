@@ -51,7 +51,7 @@ def read_tuned_lens(
     geometry = None
     if cache is not None:
         _check(config, cache, force)
-        geometry = cache.head.geometry
+        geometry = cache.head.digest
     return TunedLens.of(maps, geometry)
 
 

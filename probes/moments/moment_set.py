@@ -60,7 +60,7 @@ class MomentSet:
         layers = sorted({*request.layers, *request.targets})
         content = {layer: content_of(cache, layer) for layer in layers}
         return cls(
-            pairs, cache.id, cache.head.geometry, request.split, request.products, sequences,
+            pairs, cache.id, cache.head.digest, request.split, request.products, sequences,
             content, cache.depth, bool(request.across_documents), int(request.drop_first),
         )  # fmt: skip
 

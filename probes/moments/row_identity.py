@@ -19,7 +19,7 @@ def same_sequences(old: ActivationCache, new: ActivationCache, split: str, folds
     kept = new.split(split)
     return (
         old.d_model == new.d_model
-        and old.head.geometry == new.head.geometry
+        and old.head.digest == new.head.digest
         and np.array_equal(old.sequence_start, new.sequence_start[:count])
         and np.array_equal(old.sequence_length, new.sequence_length[:count])
         and np.array_equal(old.sequence_hash, new.sequence_hash[:count])

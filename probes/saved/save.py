@@ -107,7 +107,7 @@ def check_geometry(probe: Any, cache: "ActivationCache") -> None:
             f"the probe reads residual streams of width {probe.n_features_in_}, this cache has "
             f"width {cache.d_model}; use a cache of the same model or fit a new probe"
         )
-    found = cache.head.geometry
+    found = cache.head.digest
     # A probe of arrays knows no head; its width is all there is to compare.
     if probe.geometry_ is not None and probe.geometry_ != found:
         raise MismatchError(

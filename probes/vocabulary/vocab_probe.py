@@ -228,7 +228,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         self.head_ = job.head
         cache = job.cache if isinstance(job, CacheJob) else None
         self.cache_id_ = None if cache is None else cache.id
-        self.geometry_ = None if cache is None else cache.head.geometry
+        self.geometry_ = None if cache is None else cache.head.digest
         self.split_ = None if cache is None else "train"
         self.steps_ = self.passes_ = 0
         self._crossing: dict[int, float] | None = None
