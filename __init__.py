@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .cache.head.head import Head as Head
     from .cache.head.load_head import load_head as load_head
     from .cache.sharing.export import export as export
-    from .cache.sharing.hub import pull as pull
-    from .cache.sharing.hub import push as push
+    from .cache.sharing.hub import pull_cache as pull_cache
+    from .cache.sharing.hub import push_cache as push_cache
     from .cache.store.activation_cache import ActivationCache as ActivationCache
     from .cache.store.catalog import find_cache as find_cache
     from .cache.store.row_loader import RowLoader as RowLoader
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from .probes.lens.tuned_lens_files import read_tuned_lens as read_tuned_lens
     from .probes.lens.tuned_lens_files import write_tuned_lens as write_tuned_lens
     from .probes.ridge.ridge_probe import RidgeProbe as RidgeProbe
-    from .probes.saved.hub import load_from_hub as load_from_hub
-    from .probes.saved.hub import push_to_hub as push_to_hub
+    from .probes.saved.hub import pull_probe as pull_probe
+    from .probes.saved.hub import push_probe as push_probe
     from .probes.saved.save import load_probe as load_probe
     from .probes.saved.save import save_probe as save_probe
     from .probes.vocabulary.vocab_probe import VocabProbe as VocabProbe
@@ -63,12 +63,12 @@ _PUBLIC = {
     "export": ".cache.sharing.export",
     "extract": ".cache.extraction.extract",
     "find_cache": ".cache.store.catalog",
-    "load_from_hub": ".probes.saved.hub",
+    "pull_probe": ".probes.saved.hub",
     "load_head": ".cache.head.load_head",
     "load_probe": ".probes.saved.save",
-    "pull": ".cache.sharing.hub",
-    "push": ".cache.sharing.hub",
-    "push_to_hub": ".probes.saved.hub",
+    "pull_cache": ".cache.sharing.hub",
+    "push_cache": ".cache.sharing.hub",
+    "push_probe": ".probes.saved.hub",
     "read_tuned_lens": ".probes.lens.tuned_lens_files",
     "repair": ".cache.extraction.repair",
     "save_probe": ".probes.saved.save",

@@ -14,10 +14,10 @@ from residua.analysis.console.options import (
     NUMBERS,
     SLICES,
     Commands,
-    command,
     dropping,
     paired,
     probing,
+    residua_command,
     shared,
 )
 
@@ -80,7 +80,7 @@ def main() -> None:
 @click.option("--scheduler", metavar="ADDRESS", help="Let the workers of this dask scheduler "
               "share the work, like tcp://host:8786.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what it would take and write nothing.")
-@command
+@residua_command
 def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **options: Any) -> Any:
     """Run MODEL on the texts of DATA once and keep every layer's residual stream.
 
@@ -98,29 +98,29 @@ def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **opt
     """
     from residua.analysis.console.messages import estimated, extracted
     from residua.analysis.console.terminal import bandwidths, meter
-    from residua.cache.extraction.answer_request import plan, run
-    from residua.cache.extraction.distributed import run_at
-    from residua.cache.extraction.request import Request
-    from residua.cache.forward.stage_times import Stages
+    from residua.cache.extraction.answer_request import answer_request, estimate_request
+    from residua.cache.extraction.distributed import answer_at_address
+    from residua.cache.extraction.request import ExtractionRequest
+    from residua.cache.forward.stage_times import StageTimes
 
-    request = Request(root=root, **options)
-    stages = Stages()
+    request = ExtractionRequest(root=root, **options)
+    stages = StageTimes()
     with meter(quiet) as shown:
         shown.note("extract", lambda: bandwidths(stages.to_dict()))
         if dry_run:
-            wanted = plan(request, shown.stage)
+            wanted = estimate_request(request, shown.stage)
             return wanted.to_dict(), lambda: estimated(wanted.to_dict())
         if scheduler is None:
-            value = run(request, shown.stage, stages).to_dict()
+            value = answer_request(request, shown.stage, stages).to_dict()
         else:
-            value = run_at(scheduler, request, shown.stage, stages).to_dict()
+            value = answer_at_address(scheduler, request, shown.stage, stages).to_dict()
     return value, lambda: extracted(value)
 
 
 @main.command()
 @click.argument("one")
 @click.argument("other")
-@command
+@residua_command
 def diff(root: Path, quiet: bool, one: str, other: str) -> Any:
     """Name the fields in which the caches ONE and OTHER differ.
 
@@ -137,7 +137,7 @@ def diff(root: Path, quiet: bool, one: str, other: str) -> Any:
 
 
 @main.command("ls")
-@command
+@residua_command
 def list_(root: Path, quiet: bool) -> Any:
     """List the caches under the root.
 
@@ -154,7 +154,7 @@ def list_(root: Path, quiet: bool) -> Any:
 
 @main.command()
 @click.argument("cache")
-@command
+@residua_command
 def info(root: Path, quiet: bool, cache: str) -> Any:
     """Say what CACHE holds: model, tokens, layers, dtypes, measured errors, splits.
 
@@ -165,15 +165,15 @@ def info(root: Path, quiet: bool, cache: str) -> Any:
     residua info caches/3f2a... --json
     """
     from residua.analysis.console.messages import details
-    from residua.cache.store.catalog import describe, find_cache
+    from residua.cache.store.catalog import describe_cache, find_cache
 
-    value = describe(find_cache(cache, root))
+    value = describe_cache(find_cache(cache, root))
     return value, lambda: details(value)
 
 
 @main.command()
 @click.argument("cache")
-@command
+@residua_command
 def verify(root: Path, quiet: bool, cache: str) -> Any:
     """Re-read every byte of CACHE and say what is damaged. Exit code 4 if anything is.
 
@@ -183,11 +183,11 @@ def verify(root: Path, quiet: bool, cache: str) -> Any:
     from residua.analysis.console.messages import verified
     from residua.analysis.console.terminal import meter
     from residua.cache.store.catalog import find_path
-    from residua.cache.store.verify import verify as check
+    from residua.cache.store.verify import verify as verify_cache
 
     path = find_path(cache, root)
     with meter(quiet) as shown:
-        found = check(path, shown.of("verify"))
+        found = verify_cache(path, shown.of("verify"))
     value = {"path": str(path), **found.to_dict(), "exit_code": 0 if found.ok else 4}
     return value, lambda: verified(found)
 
@@ -197,7 +197,7 @@ def verify(root: Path, quiet: bool, cache: str) -> Any:
 @click.option("--model", help="Where the model is now.  [default: where it was]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, auto.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-@command
+@residua_command
 def repair(
     root: Path, quiet: bool, cache: str, model: str | None, device: str, trust_remote_code: bool
 ) -> Any:
@@ -229,7 +229,7 @@ def repair(
 @click.option("--split", default="all", show_default=True, help="train, validation, test or all.")
 @click.option("--dtype", help="float16, bfloat16 or float32.  [default: as stored]")
 @click.option("--logits/--no-logits", default=True, help="Write the logits that the cache keeps.")
-@command
+@residua_command
 def export(root: Path, quiet: bool, cache: str, folder: Path, **options: Any) -> Any:
     """Write CACHE into the new FOLDER as plain safetensors or .npy files, for other tools.
 
@@ -242,11 +242,13 @@ def export(root: Path, quiet: bool, cache: str, folder: Path, **options: Any) ->
     """
     from residua.analysis.console.messages import exported
     from residua.analysis.console.terminal import meter
-    from residua.cache.sharing.export import export as write
+    from residua.cache.sharing.export import export as export_cache
     from residua.cache.store.catalog import find_cache
 
     with meter(quiet) as shown:
-        index = write(find_cache(cache, root), folder, progress=shown.of("export"), **options)
+        index = export_cache(
+            find_cache(cache, root), folder, progress=shown.of("export"), **options
+        )
     return {"folder": str(folder), **index}, lambda: exported(folder, index)
 
 
@@ -256,7 +258,7 @@ def export(root: Path, quiet: bool, cache: str, folder: Path, **options: Any) ->
 @click.option("--private", is_flag=True, help="Make the repository private, if it is new.")
 @click.option("--revision", help="Branch to push to; made if needed.  [default: main]")
 @click.option("--verify/--no-verify", default=True, help="Re-read every byte before it is sent.")
-@command
+@residua_command
 def push(root: Path, quiet: bool, cache: str, repo: str, **options: Any) -> Any:
     """Upload CACHE to a dataset repository of the Hugging Face hub, with a card.
 
@@ -269,7 +271,7 @@ def push(root: Path, quiet: bool, cache: str, repo: str, **options: Any) -> Any:
     """
     from residua.analysis.console.messages import pushed
     from residua.analysis.console.terminal import meter
-    from residua.cache.sharing.hub import push as upload
+    from residua.cache.sharing.hub import push_cache as upload
     from residua.cache.store.catalog import find_cache
 
     with meter(quiet) as shown:
@@ -281,7 +283,7 @@ def push(root: Path, quiet: bool, cache: str, repo: str, **options: Any) -> Any:
 @click.argument("repo", metavar="USER/NAME")
 @click.option("--expect", help="Refuse any cache whose id does not begin so.")
 @click.option("--revision", help="Branch, tag or commit.  [default: main]")
-@command
+@residua_command
 def pull(root: Path, quiet: bool, repo: str, expect: str | None, revision: str | None) -> Any:
     """Download the cache of a dataset repository of the Hugging Face hub.
 
@@ -294,7 +296,7 @@ def pull(root: Path, quiet: bool, repo: str, expect: str | None, revision: str |
     """
     from residua.analysis.console.messages import pulled
     from residua.analysis.console.terminal import meter
-    from residua.cache.sharing.hub import pull as download
+    from residua.cache.sharing.hub import pull_cache as download
 
     with meter(quiet) as shown:
         value = download(
@@ -324,7 +326,7 @@ def fit() -> None:
 @click.option("--keep-moments/--no-keep-moments", "keep", default=None, help="Keep the moments "
               "with the cache, for later fits.  [default: where they take at most a quarter of "
               "the residual streams' bytes]")  # fmt: skip
-@command
+@residua_command
 def ridge(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
     across_documents: bool, drop_first: int, alpha: float | None, folds: int, products: str,
@@ -356,7 +358,7 @@ def ridge(
     moments = getattr(probe, "probe_", probe).moments_
     value = {"probe": str(path), "cache": source.id, "metrics": metrics, "moments": moments}
     return value, lambda: fitted(
-        probe.kind, source.id, path, metrics, moments, target is None or source.depth in target
+        probe.kind, source.id, path, metrics, moments, target is None or source.n_blocks in target
     )
 
 
@@ -367,7 +369,7 @@ def ridge(
               "further on; those at which a kind says nothing are left out.")  # fmt: skip
 @paired
 @shared
-@command
+@residua_command
 def baseline(
     root: Path, quiet: bool, cache: str, kinds: tuple[str, ...], offsets: tuple[int, ...],
     across_documents: bool, scheduler: str | None,
@@ -385,13 +387,13 @@ def baseline(
     from residua.analysis.console.messages import fitted
     from residua.cache.cluster import connected
     from residua.cache.store.catalog import find_cache
-    from residua.probes.baselines.token_counts import baselines
+    from residua.probes.baselines.token_counts import unfitted_baselines
     from residua.probes.saved.library import new_place
     from residua.probes.saved.save import save_probe
 
     source, found = find_cache(cache, root), []
     with connected(scheduler) as client:
-        for probe in baselines(kinds or BASELINES, offsets, across_documents):
+        for probe in unfitted_baselines(kinds or BASELINES, offsets, across_documents):
             path = new_place(root, probe, source.id)
             save_probe(probe.fit(source, client=client), path)
             found.append({"kind": probe.kind, "probe": str(path), "metrics": probe.metrics()})
@@ -410,7 +412,7 @@ def baseline(
 @click.option("--lr", type=NUMBER, help="Share of the natural gradient's full step.  [default: the "
               "best of a short sweep]")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of positions.")
-@command
+@residua_command
 def lens(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
     across_documents: bool, drop_first: int, steps: int, batch: int, lr: float | None, seed: int,
@@ -450,7 +452,7 @@ def lens(
 @click.option("--epochs", default=3, show_default=True, help="Most passes over the train split.")
 @click.option("--checkpoint-seconds", type=NUMBER, default=60.0, show_default=True, help="Time "
               "between two checkpoints; a killed fit goes on from the last one.")  # fmt: skip
-@command
+@residua_command
 def vocab(
     root: Path, quiet: bool, cache: str, offsets: tuple[int, ...], layers: tuple[int, ...] | None,
     across_documents: bool, drop_first: int, loss: str, form: str, rank: int | None,
@@ -493,7 +495,7 @@ def vocab(
 @click.option("--force", is_flag=True, help="Use probes of another model's geometry all the same.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained report.")
 @click.option("--png", type=click.Path(path_type=Path), help="Folder to write pictures to.")
-@command
+@residua_command
 def evaluate(
     root: Path, quiet: bool, cache: str, probes: Sequence[str], where: str | None, force: bool,
     html: Path | None, png: Path | None, **options: Any,
@@ -508,23 +510,23 @@ def evaluate(
     residua evaluate 3f2a ridge-3f2a
     residua evaluate 3f2a ridge-3f2a --html report.html --png pictures
     """
-    from residua.analysis.console.actions import check, write
+    from residua.analysis.console.actions import check_outputs, write_outputs
     from residua.analysis.console.messages import evaluated
     from residua.analysis.console.terminal import meter
     from residua.analysis.evaluation import position_masks as slices
     from residua.analysis.evaluation.evaluate import evaluate as measure
     from residua.cache.store.catalog import find_cache
-    from residua.probes.saved.library import find_probe, load_for
+    from residua.probes.saved.library import find_probe, load_probe_for
 
-    check(html, png)
+    check_outputs(html, png)
     source = find_cache(cache, root)
-    loaded = [load_for(source, find_probe(name, root), force) for name in probes]
+    loaded = [load_probe_for(source, find_probe(name, root), force) for name in probes]
     with meter(quiet) as shown:
         mask = None if where is None else slices.SLICES[where](source)
         found = measure(
             source, loaded, where=mask, force=force, progress=shown.of("evaluate"), **options
         )
-    written = write(found, html, png, " ".join(["residua", *sys.argv[1:]]))
+    written = write_outputs(found, html, png, " ".join(["residua", *sys.argv[1:]]))
     value = {"cache": source.id, "where": where, **found.about(),
              "rows": found.to_dicts(), "buckets": found.bucket_dicts()}  # fmt: skip
     return {**value, "files": written}, lambda: evaluated(found, written)
@@ -535,7 +537,7 @@ def evaluate(
               show_default=True, help="Folder for the report, the pictures and the cache."
               )  # fmt: skip
 @click.option("--max-tokens", type=int, help="Use less text.")
-@command
+@residua_command
 def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> Any:
     """The whole flow on a small model and text that come along: about two minutes.
 
@@ -547,11 +549,13 @@ def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> An
     residua quickstart --out /tmp/residua --json
     """
     from residua.analysis.console.messages import started
-    from residua.analysis.console.quickstart import run
+    from residua.analysis.console.quickstart import run_quickstart
     from residua.analysis.console.terminal import meter
 
     with meter(quiet) as shown:
-        value, found = run(out, root if "--root" in sys.argv else None, max_tokens, shown)
+        value, found = run_quickstart(
+            out, root if "--root" in sys.argv else None, max_tokens, shown
+        )
     return value, lambda: started(value, found)
 
 

@@ -21,8 +21,8 @@ import numpy as np
 import residua
 from residua.cache.format.array import CacheArray
 from residua.cache.format.array_writer import create_residual
-from residua.cache.format.compressed_shard import RECENT, shard_writer
-from residua.cache.format.dtypes import encode
+from residua.cache.format.compressed_shard import RECENT, shard_writer_for
+from residua.cache.format.dtypes import encode_rows
 from residua.cache.format.layout import Layout
 from residua.sample import MODEL_DIR, TEXT_PATH
 
@@ -51,7 +51,7 @@ def write(store: Path, rows: np.ndarray, dtype: str, layout: Layout, codec: str)
     for part in range(layout.parts(len(rows))):
         start, stop = layout.rows(part, len(rows))
         path = store / "residual/0" / array.shard_key(part)
-        writer = shard_writer(path, array, stop - start)
+        writer = shard_writer_for(path, array, stop - start)
         for row in range(start, stop, STEP):
             writer.write(row - start, rows[row : min(row + STEP, stop)])
         writer.commit()
@@ -72,7 +72,7 @@ def through_zarr(path: Path) -> Callable[[int, int], Any]:
 
 
 def measure(folder: Path, values: np.ndarray, dtype: str, rounds: int) -> None:
-    rows = encode(values, dtype)
+    rows = encode_rows(values, dtype)
     layout = Layout.choose(rows.shape[1], rows.itemsize)
     best: dict[str, float] = {}
 

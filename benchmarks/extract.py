@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from residua.cache.checks.model_checks import examine
+from residua.cache.checks.model_checks import check_model
 from residua.cache.format.layout import Layout
 from residua.cache.format.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
 from residua.cache.format.shard import ShardWriter
-from residua.cache.forward.batches import plan_part
-from residua.cache.forward.write_parts import fill
+from residua.cache.forward.batches import plan_batches
+from residua.cache.forward.write_parts import write_missing_parts
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.create_cache import create_cache
 from residua.cache.tokens.token_stream import TokenStream
@@ -63,7 +63,7 @@ def prepare(args: argparse.Namespace, root: Path, model: torch.nn.Module, tokens
     ids = np.random.default_rng(0).integers(0, args.vocab, tokens, dtype=np.int32)
     count = tokens // args.context
     stream = TokenStream(ids, np.full(count, args.context), np.arange(count))
-    canary = examine(model, stream, "float32", "auto")
+    canary = check_model(model, stream, "float32", "auto")
     digest, hashes = stream.digests()
     manifest = Manifest(
         ModelIdentity("0", "0", "GPT2"),
@@ -79,7 +79,9 @@ def bare(cache: ActivationCache, model: Any) -> None:
     """The whole model over the batches of the extraction; nothing is kept."""
     starts, lengths = cache.sequence_start, cache.sequence_length
     for part in range(cache.parts):
-        plan = plan_part(starts, lengths, cache.manifest.layout, part, cache.manifest.batch_tokens)
+        plan = plan_batches(
+            starts, lengths, cache.manifest.layout, part, cache.manifest.batch_tokens
+        )
         for batch in plan:
             rows = [
                 cache.tokens[int(starts[n]) : int(starts[n] + lengths[n])] for n in batch.sequences
@@ -142,7 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if args.only:
-            fill(*prepare(args, root, model, args.only))
+            write_missing_parts(*prepare(args, root, model, args.only))
             status = Path("/proc/self/status").read_text()
             print(int(status.split("VmHWM:")[1].split()[0]) / 1024)  # ru_maxrss is the parent's
             return
@@ -153,7 +155,7 @@ def main() -> None:
             cache, stack = prepare(args, root, model, args.tokens)
             for name, function, operands in (
                 ("forward", bare, (cache, model)),
-                ("extract", fill, (cache, stack)),
+                ("extract", write_missing_parts, (cache, stack)),
             ):
                 wall, cpu = timed(function, *operands)
                 kept = best.setdefault(name, [wall, cpu])

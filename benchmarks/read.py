@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from residua.cache.format.array import CacheArray
-from residua.cache.format.dtypes import decode, encode
+from residua.cache.format.dtypes import decode_rows, encode_rows
 from residua.cache.store.activation_cache import ActivationCache
 from residua.tests.synthetic import make_cache, random_head
 
@@ -49,7 +49,7 @@ def synthetic(root: Path, args: argparse.Namespace) -> ActivationCache:
     values = np.random.default_rng(0).standard_normal(
         (args.positions, args.d_model), dtype=np.float32
     )
-    raw = encode(values, args.dtype)
+    raw = encode_rows(values, args.dtype)
     raw.tofile(root / "raw.bin")
     return make_cache(
         root,
@@ -72,7 +72,7 @@ def memmap(path: Path, array: CacheArray, stored: bool) -> Source:
             return lambda key: np.array(rows[key]) if isinstance(key, slice) else rows[key]
         if layout.logical_dtype == "float32":
             return lambda key: np.array(rows[key])
-        return lambda key: decode(rows[key], layout.logical_dtype)
+        return lambda key: decode_rows(rows[key], layout.logical_dtype)
 
     return fresh
 

@@ -32,9 +32,9 @@ from sklearn.model_selection import PredefinedSplit
 from threadpoolctl import threadpool_limits
 
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.base.resources import cores
+from residua.probes.base.resources import available_cores
 from residua.probes.moments.collect_moments import collect_passes
-from residua.probes.moments.pass_plan import BLOCK_ROWS, Request
+from residua.probes.moments.pass_plan import BLOCK_ROWS, MomentRequest
 from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.tests.synthetic import make_cache, random_head
 
@@ -111,7 +111,7 @@ def measure(work: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def efficiency(cache: ActivationCache, args: argparse.Namespace) -> None:
     """CPU time of one pass over all layers and offsets, and of its products in memory."""
-    asked = Request.of(
+    asked = MomentRequest.of(
         cache, None, range(args.offsets), None, folds=args.folds, split="all",
         products=args.products,
     )  # fmt: skip
@@ -201,7 +201,7 @@ def memory(args: argparse.Namespace) -> None:
 
     Both have enough rows for full blocks in every fold of every task.
     """
-    args.positions = max(args.positions, 2 * cores() * args.folds * BLOCK_ROWS)
+    args.positions = max(args.positions, 2 * available_cores() * args.folds * BLOCK_ROWS)
     peaks = {}
     for times in (1, 4):
         with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from residua import extract
-from residua.cache.files.paths import as_path, store_of, upload
+from residua.cache.files.paths import as_path, store_of, upload_folder
 from residua.cache.store.activation_cache import ActivationCache
 from residua.sample import MODEL_DIR, TEXT_PATH
 from residua.tests.servers import serving
@@ -60,7 +60,7 @@ def reads(root: Path, args: argparse.Namespace) -> None:
             Path(folder), [values], [args.positions], random_head(args.d_model, 10),
             part_rows=16384, chunk_rows=2048,
         )  # fmt: skip
-        upload(made.path, root / made.id)
+        upload_folder(made.path, root / made.id)
     path = root / made.id
     step = ActivationCache(path).block_rows()
     starts = range(0, args.positions, step)

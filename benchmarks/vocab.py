@@ -28,9 +28,9 @@ from torch.nn import functional as F
 
 import residua
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.training.minibatches import Feed
-from residua.probes.training.softmax_loss import Teacher, tiles
-from residua.probes.vocabulary.parametrizations import apply
+from residua.probes.training.minibatches import MinibatchStream
+from residua.probes.training.softmax_loss import ModelDistribution, row_tiles
+from residua.probes.vocabulary.parametrizations import apply_parametrization
 from residua.probes.vocabulary.vocab_probe import VocabProbe
 from residua.sample import MODEL_DIR
 
@@ -76,8 +76,8 @@ def rows_of(
     cache: ActivationCache, layer: int, offset: int, split: str, most: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """States and the model's top tokens of a split, in RAM."""
-    teacher = Teacher(cache.head.torch())
-    feed = Feed(cache, [layer], [offset], split=split, max_positions=most, shuffle=False)
+    teacher = ModelDistribution(cache.head.torch())
+    feed = MinibatchStream(cache, [layer], [offset], split=split, max_positions=most, shuffle=False)
     x, y = torch.empty(feed.positions, cache.d_model), torch.empty(feed.positions, dtype=torch.long)
     filled = 0
     for draw in feed:
@@ -97,7 +97,7 @@ def held_out(cache: ActivationCache, layer: int, offset: int, logits: Any) -> fl
     x, y = rows_of(cache, layer, offset, "test", HELD_OUT)
     total = sum(
         float(F.cross_entropy(logits(x[tile]), y[tile], reduction="sum"))
-        for tile in tiles(len(x), cache.vocab)
+        for tile in row_tiles(len(x), cache.vocab)
     )
     return total / len(x)
 
@@ -177,7 +177,9 @@ def ours(
     probe = VocabProbe(offsets, layers, epochs=args.epochs, lr=args.lr).fit(cache)
     found = meter.read()
     parameters = probe.map(args.layer, args.offset)
-    ce = held_out(cache, args.layer, args.offset, lambda rows: apply(parameters, rows))
+    ce = held_out(
+        cache, args.layer, args.offset, lambda rows: apply_parametrization(parameters, rows)
+    )
     row = next(r for r in probe.metrics() if (r["layer"], r["offset"]) == (args.layer, args.offset))
     return {**found, "ce": ce, "probes": len(probe.pairs()), "lr": row["lr"], "steps": row["steps"]}
 

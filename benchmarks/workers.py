@@ -37,7 +37,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from residua.cache.model.transformers_guard import quiet
+    from residua.cache.model.transformers_guard import guard_transformers
     from residua.tests.models import VOCAB, build_tokenizer, texts
 
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
         vocab_size=VOCAB, n_embd=args.d_model, n_layer=args.layers, n_head=args.d_model // 64,
         n_positions=args.context, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    with quiet():
+    with guard_transformers():
         GPT2LMHeadModel(config).save_pretrained(folder / "model")
     build_tokenizer().save_pretrained(folder / "model")
     (folder / "texts.txt").write_text("<|endoftext|>".join(texts(args.positions // 20)))
@@ -55,19 +55,21 @@ def work(folder: Path, root: Path, args: argparse.Namespace, threads: int, ready
     """Extract with `threads` threads, as soon as all processes are ready."""
     import torch
 
-    from residua.cache.extraction.answer_request import run
-    from residua.cache.extraction.prepare import load
-    from residua.cache.extraction.request import Request
+    from residua.cache.extraction.answer_request import answer_request
+    from residua.cache.extraction.prepare import load_requested_model
+    from residua.cache.extraction.request import ExtractionRequest
     from residua.cache.model.source import ModelSource
 
     torch.set_num_threads(threads)
-    request = Request(
+    request = ExtractionRequest(
         str(folder / "model"), str(folder / "texts.txt"), root, context=args.context,
         max_tokens=args.positions, part_positions=args.positions // args.parts,
     )  # fmt: skip
-    load(request, ModelSource.locate(request.model))  # transformers imports the model's code
+    load_requested_model(
+        request, ModelSource.locate(request.model)
+    )  # transformers imports the model's code
     ready.wait()
-    run(request)
+    answer_request(request)
     ready.wait()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from .errors import InputTypeError
 
 
-def span(numbers: Sequence[int]) -> str:
+def format_ranges(numbers: Sequence[int]) -> str:
     """`0-4, 6` for 0, 1, 2, 3, 4, 6."""
     runs: list[list[int]] = []
     for number in numbers:
@@ -18,7 +18,7 @@ def span(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
 
 
-def read_span(text: str) -> tuple[int, ...]:
+def parse_ranges(text: str) -> tuple[int, ...]:
     """The numbers of `0-3`, `0,2,5` or `4`, sorted; raises `ValueError`."""
     numbers: set[int] = set()
     for piece in text.split(","):
@@ -27,7 +27,7 @@ def read_span(text: str) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
-def numbers(value: Any, name: str = "numbers") -> tuple[int, ...]:
+def as_tuple(value: Any, name: str = "numbers") -> tuple[int, ...]:
     """A tuple of ints of one whole number or several, Python's or numpy's.
 
     Raises `InputTypeError` for anything else: a fraction, a mask, a string. `name` is the
@@ -47,11 +47,11 @@ def numbers(value: Any, name: str = "numbers") -> tuple[int, ...]:
         ) from None
 
 
-def number(value: Any, name: str) -> int:
+def as_whole_number(value: Any, name: str) -> int:
     """One whole number, Python's or numpy's; raises `InputTypeError` for anything else."""
     if is_several(value):
         raise InputTypeError(f"{name} must be one whole number, not {value!r}")
-    return numbers(value, name)[0]
+    return as_tuple(value, name)[0]
 
 
 def is_several(value: Any) -> bool:

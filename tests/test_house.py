@@ -11,18 +11,23 @@ import residua
 ROOT = Path(residua.__file__ or "").parent
 ROOMS = ("cache", "probes", "analysis")
 DOORS = {
-    "zarr": {"cache/writer.py", "cache/array.py"},
-    "numcodecs": {"cache/codec.py"},
-    "transformers": {"cache/model.py", "cache/make.py"},
-    "datasets": {"cache/data.py"},
-    "click": {"cli.py", "analysis/command.py"},
+    "zarr": {"cache/format/array_writer.py", "cache/format/array.py"},
+    "numcodecs": {"cache/format/compression.py"},
+    "transformers": {
+        "cache/model/load_model.py",
+        "cache/model/tokenizer.py",
+        "cache/model/transformers_guard.py",
+        "cache/extraction/prepare.py",
+    },
+    "datasets": {"cache/documents/load_documents.py"},
+    "click": {"cli.py", "analysis/console/options.py"},
 }
 """Library -> files that may import it; the sample's training script stands outside."""
 HEAVY = ("torch", "transformers", "zarr", "dask", "sklearn", "datasets", "matplotlib", "plotly")
 
 
 def sources() -> list[Path]:
-    files = [path for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))]
+    files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
     return [*files, ROOT / "cli.py", ROOT / "__init__.py"]
 
 
@@ -40,7 +45,7 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
 def test_imports_run_one_way() -> None:
     order = {"cache": 0, "probes": 1, "analysis": 2}
     for path in sources():
-        room = path.parent.name
+        room = path.relative_to(ROOT).parts[0]
         for name, line in imports(path):
             parts = name.split(".")
             if room in order and parts[0] == "residua" and len(parts) > 1 and parts[1] in order:
@@ -104,5 +109,9 @@ def test_packages_of_the_wheel_are_the_folders_that_exist() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = set(project["tool"]["setuptools"]["packages"])
-    assert packages == {"residua", *(f"residua.{room}" for room in (*ROOMS, "sample"))}
+    folders = [path.parent for room in ROOMS for path in (ROOT / room).rglob("__init__.py")]
+    named = {".".join(["residua", *folder.relative_to(ROOT).parts]) for folder in folders}
+    assert packages == {"residua", "residua.sample", *named}
+    with_code = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    assert with_code == set(folders)  # a folder without __init__.py is no package
     assert {p.name for p in ROOT.glob("*.py")} == {"__init__.py", "cli.py"}

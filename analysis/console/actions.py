@@ -8,7 +8,7 @@ from ...cache.errors import UsageError
 from ...cache.files.disk_errors import check_target
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.catalog import find_cache
-from ...probes.controls.control_probe import controlled
+from ...probes.controls.control_probe import as_control
 from ...probes.saved.library import checkpoint_path, new_place
 from ...probes.saved.save import save_probe
 from ..evaluation.result import Evaluation
@@ -33,7 +33,7 @@ def fit_and_save(
     `stage` names what the progress counts, None for fits that say so themselves. A fit that
     `resumes` keeps a checkpoint under `root`. `options` are those of the probe's `fit`.
     """
-    source, probe = find_cache(cache, root), controlled(probe, control)
+    source, probe = find_cache(cache, root), as_control(probe, control)
     path = new_place(root, probe, source.id, out)
     if resumes:
         options["checkpoint"] = checkpoint_path(root, probe, source.id)
@@ -43,7 +43,7 @@ def fit_and_save(
     return source, probe, save_probe(probe, path)
 
 
-def check(html: Path | None, png: Path | None) -> None:
+def check_outputs(html: Path | None, png: Path | None) -> None:
     """Raise `UsageError` unless a report can be written to `html` and pictures below `png`."""
     if html is not None:
         if html.is_dir():
@@ -53,7 +53,7 @@ def check(html: Path | None, png: Path | None) -> None:
         check_target(png / "lenses.png")
 
 
-def write(
+def write_outputs(
     evaluation: Evaluation, html: Path | None, png: Path | None, command: str | None = None
 ) -> list[str]:
     """Write the report to `html` and the pictures to the folder `png`; returns the files."""

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...cache.number_ranges import span
-from .terminal import bandwidths, print_evaluation, short, size, table
+from ...cache.number_ranges import format_ranges
+from .terminal import bandwidths, format_bytes, print_evaluation, print_table, short
 
 if TYPE_CHECKING:
     from ...cache.extraction.repair import Repair
-    from ...cache.sharing.hub import Push
+    from ...cache.sharing.hub import PushedCache
     from ...cache.store.verify import Verification
     from ..evaluation.result import Evaluation
 
@@ -66,24 +66,27 @@ def _tell_reading(reading: dict[str, Any]) -> None:
 
 
 def _contents(value: dict[str, Any]) -> str:
-    layers = span(value["layers"])
-    return f"{value['positions']:,} positions, layers {layers}, {size(value['bytes'])}"
+    layers = format_ranges(value["layers"])
+    return f"{value['positions']:,} positions, layers {layers}, {format_bytes(value['bytes'])}"
 
 
 def estimated(value: dict[str, Any]) -> None:
     """What `residua extract --dry-run` found."""
-    rows = [(name, size(count)) for name, count in value["arrays"].items()]
-    table(
+    rows = [(name, format_bytes(count)) for name, count in value["arrays"].items()]
+    print_table(
         f"{value['positions']:,} positions, {value['files']:,} shard files",
         ("array", "bytes"),
         rows,
     )
     fits = "fits" if value["fits"] else "does NOT fit"
-    print(f"{size(value['bytes'])} in all, largest {value['largest']}")
+    print(f"{format_bytes(value['bytes'])} in all, largest {value['largest']}")
     if value["slack"]:
-        print(f"compression is measured on the first rows; {size(value['slack'])} more are allowed")
+        print(
+            "compression is measured on the first rows; "
+            f"{format_bytes(value['slack'])} more are allowed"
+        )
     if value["free"] is not None:  # an object store has no end
-        print(f"{fits} into {size(value['free'])} free")
+        print(f"{fits} into {format_bytes(value['free'])} free")
     _tell_cut(value["cut"])
     _tell_reading(value["reading"])
 
@@ -91,7 +94,7 @@ def estimated(value: dict[str, Any]) -> None:
 def differing(one: str, other: str, found: Sequence[dict[str, Any]]) -> None:
     """The fields in which two caches differ."""
     if found:
-        table("", ("field", one[:12], other[:12]), [list(row.values()) for row in found])
+        print_table("", ("field", one[:12], other[:12]), [list(row.values()) for row in found])
     else:
         print("the caches have the same identity")
 
@@ -102,12 +105,13 @@ def listed(root: Path, caches: Sequence[dict[str, Any]]) -> None:
         print(f"no caches under {root}; make one with residua extract MODEL DATA")
         return
     rows = [
-        (c["cache"][:12], short(c["model"]), short(c["data"]), c["positions"], span(c["layers"]),
-         c["d_model"], size(c["bytes"]), c["state"])
+        (c["cache"][:12], short(c["model"]), short(c["data"]), c["positions"],
+         format_ranges(c["layers"]),
+         c["d_model"], format_bytes(c["bytes"]), c["state"])
         for c in caches
     ]  # fmt: skip
     columns = ("cache", "model", "data", "positions", "layers", "d_model", "size", "state")
-    table(str(root), columns, rows)
+    print_table(str(root), columns, rows)
 
 
 def details(value: dict[str, Any]) -> None:
@@ -118,7 +122,7 @@ def details(value: dict[str, Any]) -> None:
         ("cache", value["cache"]),
         ("path", value["path"]),
         ("state", value["state"]),
-        ("size", f"{size(value['bytes'])}, {value['codec']}"),
+        ("size", f"{format_bytes(value['bytes'])}, {value['codec']}"),
         ("model", f"{value['model']}  ({model['architecture']}, weights {model['weights'][:12]})"),
         ("data", value["data"]),
         *((f"{name} is at", place) for name, place in value["origin"].items()),
@@ -142,7 +146,7 @@ def details(value: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {shown}")
     layers = value["layer_arrays"]
     body = [(int(k), v["dtype"], v["absmax"], v["nonfinite"]) for k, v in layers.items()]
-    table("", ("layer", "dtype", "absmax", "non-finite"), body)
+    print_table("", ("layer", "dtype", "absmax", "non-finite"), body)
     if "logits" in canary:  # older caches have not measured them
         logits_errors(capture["logits"], canary["logits"])
 
@@ -158,7 +162,7 @@ def logits_errors(mode: str, measured: dict[str, Any]) -> None:
         for name, error in measured["modes"].items()
     ]  # fmt: skip
     columns = ("logits", "dtype", "bytes", "KL mean", "KL max", "flips", "rel. error", "tail mass")
-    table(f"logits against the model's, KL in nats (* this cache: {mode})", columns, rows)
+    print_table(f"logits against the model's, KL in nats (* this cache: {mode})", columns, rows)
 
 
 def verified(found: "Verification") -> None:
@@ -169,7 +173,7 @@ def verified(found: "Verification") -> None:
     state = "ok" if found.ok else f"{len(found.damages)} damaged"
     count = len(found.missing_parts)
     missing = f", {count} parts not extracted yet" if count else ""
-    print(f"{state}: {found.shards} shards, {size(found.bytes)} read{missing}")
+    print(f"{state}: {found.shards} shards, {format_bytes(found.bytes)} read{missing}")
 
 
 def repaired(found: "Repair") -> None:
@@ -186,15 +190,15 @@ def repaired(found: "Repair") -> None:
 def exported(folder: Path, index: dict[str, Any]) -> None:
     """What `residua export` wrote."""
     total = sum(entry["bytes"] for entry in index["files"].values())
-    print(f"{index['positions']:,} positions, {len(index['layers'])} layers, {size(total)}")
+    print(f"{index['positions']:,} positions, {len(index['layers'])} layers, {format_bytes(total)}")
     print(f"  {folder} (README.md says how to open it)")
 
 
-def pushed(done: "Push") -> None:
+def pushed(done: "PushedCache") -> None:
     """What `residua push` sent."""
     from ...cache.sharing.dataset_card import NO_LICENCE
 
-    print(f"pushed: {done.files:,} files, {size(done.bytes)}")
+    print(f"pushed: {done.files:,} files, {format_bytes(done.bytes)}")
     print(f"  {done.url}")
     if done.card:
         print(f"{NO_LICENCE}: set `license:` in the card (README.md) there")
@@ -223,10 +227,11 @@ def fitted(
     """
     columns = [name for name, value in metrics[0].items() if not isinstance(value, dict | list)]
     rows = [[row.get(name) for name in columns] for row in metrics]
-    table(f"{kind}, cache {cache[:12]}", columns, rows)
+    print_table(f"{kind}, cache {cache[:12]}", columns, rows)
     if moments is not None:
         print(
-            f"moments: {size(moments['bytes'])}; {moments['kept']} found, {moments['extended']} "
+            f"moments: {format_bytes(moments['bytes'])}; {moments['kept']} found, "
+            f"{moments['extended']} "
             f"brought up to date, {moments['computed']} computed"
         )
         if moments["why"]:
@@ -273,7 +278,7 @@ def _confidences(found: "Evaluation") -> None:
             shown = {row.bucket: row.precision_at_1 for row in parts if row.layer == layer}
             rows.append((offset, probe, layer, *(shown.get(name) for name in names)))
     title = "precision@1 by the model's confidence at t+N, at the layer where it is best in all"
-    table(title, ("N", "probe", "layer", *names), rows)
+    print_table(title, ("N", "probe", "layer", *names), rows)
 
 
 def started(value: dict[str, Any], found: "Evaluation") -> None:

@@ -18,18 +18,18 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 JSON = "--json"
 
 
-class Numbers(click.ParamType):
+class NumberRanges(click.ParamType):
     """Numbers and ranges: `0-3`, `0,2,5`, `4`."""
 
     name = "NUMBERS"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        from ...cache.number_ranges import read_span
+        from ...cache.number_ranges import parse_ranges
 
         if isinstance(value, tuple):
             return value
         try:
-            numbers = read_span(str(value))
+            numbers = parse_ranges(str(value))
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers; write it like 0-3 or 0,2,5", param, ctx)
         if not numbers:
@@ -37,7 +37,7 @@ class Numbers(click.ParamType):
         return numbers
 
 
-NUMBERS = Numbers()
+NUMBERS = NumberRanges()
 
 
 class Number(click.ParamType):
@@ -158,7 +158,7 @@ class Commands(click.Group):
             _fail(UsageError(error.format_message()), as_json=True)
 
 
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
+def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --root and --json, and turns errors into messages and exit codes.
 
     The function gets `root`, `quiet` (no progress) and its own options; what it returns is the
@@ -171,7 +171,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def run(root: str | None, as_json: bool, **options: Any) -> None:
         from ...cache.files.disk_errors import any_disk_errors, store_errors
-        from ...cache.files.json_files import plain
+        from ...cache.files.json_files import plain_value
         from ...cache.store.catalog import cache_root
 
         try:
@@ -184,7 +184,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         except ResiduaError as error:
             _fail(error, as_json)
         if as_json:
-            click.echo(json.dumps(plain(value), default=str, allow_nan=False))
+            click.echo(json.dumps(plain_value(value), default=str, allow_nan=False))
         else:
             show()
         sys.exit(value.pop("exit_code", 0) if isinstance(value, dict) else 0)

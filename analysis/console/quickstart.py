@@ -4,22 +4,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...cache.extraction.answer_request import run as extract
-from ...cache.extraction.request import Request
+from ...cache.extraction.answer_request import answer_request as extract
+from ...cache.extraction.request import ExtractionRequest
 from ...probes.ridge.ridge_probe import RidgeProbe
 from ...probes.saved.library import probe_path
 from ...probes.saved.save import save_probe
 from ...sample import MODEL_DIR, TEXT_PATH
 from ..evaluation.evaluate import evaluate
 from ..evaluation.result import Evaluation
-from .actions import write
-from .terminal import Meter, size
+from .actions import write_outputs
+from .terminal import Meter, format_bytes
 
 OFFSETS = (0, 1, 2, 3)
 CONTEXT = 256
 
 
-def run(
+def run_quickstart(
     out: Path, root: Path | None, max_tokens: int | None, shown: Meter
 ) -> tuple[dict[str, Any], Evaluation]:
     """Run the flow with everything under `out`; returns the JSON object and the evaluation.
@@ -28,13 +28,15 @@ def run(
     """
     began = time.perf_counter()
     root = root or out / "caches"
-    request = Request(str(MODEL_DIR), str(TEXT_PATH), root, context=CONTEXT, max_tokens=max_tokens)
+    request = ExtractionRequest(
+        str(MODEL_DIR), str(TEXT_PATH), root, context=CONTEXT, max_tokens=max_tokens
+    )
     done = extract(request, shown.stage)
     cache = done.cache
     probe = RidgeProbe(offset=OFFSETS).fit(cache, progress=shown.of("moments"))
     path = save_probe(probe, probe_path(root, probe))
     found = evaluate(cache, [probe], progress=shown.of("evaluate"))
-    files = write(found, out / "report.html", out / "pictures", "residua quickstart")
+    files = write_outputs(found, out / "report.html", out / "pictures", "residua quickstart")
     seconds = time.perf_counter() - began
     value = {
         **done.to_dict(),
@@ -56,7 +58,7 @@ def _text(value: dict[str, Any], root: Path) -> str:
             f"done in {value['seconds']:.0f} s",
             f"  report    {value['report']}   (open it in a browser)",
             f"  pictures  {Path(value['pictures'][0]).parent}",
-            f"  cache     {value['path']}  ({size(value['bytes'])})",
+            f"  cache     {value['path']}  ({format_bytes(value['bytes'])})",
             f"  probe     {value['probe']}",
             "next:",
             f"  residua info {short} --root {root}",

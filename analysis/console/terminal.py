@@ -95,7 +95,7 @@ def meter(quiet: bool) -> Iterator[Meter]:
         yield shown
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table on stdout; numbers are right-aligned, None is a dash."""
     from rich import box
     from rich.console import Console
@@ -107,12 +107,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
         numeric = all(isinstance(row[number], int | float | None) for row in rows) and bool(rows)
         shown.add_column(escape(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(escape(text(cell)) for cell in row))
+        shown.add_row(*(escape(format_text(cell)) for cell in row))
     # A pipe or file has no width of its own to fold to.
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(shown)
 
 
-def text(cell: object) -> str:
+def format_text(cell: object) -> str:
     """A cell of a table."""
     if cell is None:
         return "-"
@@ -125,7 +125,7 @@ def text(cell: object) -> str:
     return str(cell)
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes for people: 1.5 MB."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
@@ -136,14 +136,14 @@ def size(count: int) -> str:
 
 
 def bandwidths(stages: dict[str, Any]) -> str:
-    """`Stages.to_dict` for people: forward 3.1k tok/s · copy 12 GB/s · ...; empty if none ran."""
+    """`StageTimes.to_dict` as text: forward 3.1k tok/s · copy 12 GB/s; empty if none ran."""
     if stages["bottleneck"] is None:
         return ""
-    rate = size(round(stages["forward"]["tokens_per_second"] or 0)).rstrip("B").rstrip()
+    rate = format_bytes(round(stages["forward"]["tokens_per_second"] or 0)).rstrip("B").rstrip()
     shown = [f"forward {rate.replace(' ', '')} tok/s"]
     for name in ("copy", "write"):
         if bandwidth := stages[name]["bandwidth"]:
-            shown.append(f"{name} {size(round(bandwidth))}/s")
+            shown.append(f"{name} {format_bytes(round(bandwidth))}/s")
     return f"{' · '.join(shown)} (bottleneck: {stages['bottleneck']})"
 
 
@@ -152,7 +152,7 @@ def print_evaluation(found: "Evaluation") -> None:
     from ..report.tables import offset_tables
 
     for part in offset_tables(found):
-        table(part.caption, part.columns, part.rows)
+        print_table(part.caption, part.columns, part.rows)
     for line in found.facts():
         print(line)
 

@@ -5,19 +5,19 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .metrics import MetricSums, Row
+from .metrics import EvaluationRow, MetricSums
 
 EDGES = (0.0, 0.3, 0.6, 0.9, 1.0)
 """Ends of the buckets (Future Lens): [0, 0.3), [0.3, 0.6), [0.6, 0.9) and [0.9, 1]."""
 BUCKETS = tuple(zip(EDGES[:-1], EDGES[1:], strict=True))
 """Lower and upper end of each bucket."""
 
-Key = tuple[str, int | None, int]
+ResultKey = tuple[str, int | None, int]
 """(name of the probe, layer, offset)."""
 
 
 @dataclass(frozen=True)
-class BucketRow(Row):
+class BucketRow(EvaluationRow):
     """The measures of a `Row` over the pairs whose target the model is so sure of.
 
     Confidence is the largest probability that the model gives at t+N, where it is predicted.
@@ -54,14 +54,14 @@ def bucket_of(confidence: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(confidence), len(BUCKETS), found)
 
 
-class Tally:
+class BucketTally:
     """Sums of every key per cell, a unit and a bucket; only cells that occur take room.
 
     A unit is what is resampled, a document. Each key takes at most `min(5 units, positions)` rows
     of `MetricSums`: targets without a confidence (see `bucket_of`) have a cell of their own.
     """
 
-    def __init__(self, keys: Sequence[Key], units: int, positions: int) -> None:
+    def __init__(self, keys: Sequence[ResultKey], units: int, positions: int) -> None:
         self.units = units
         numbers = len(BUCKETS) + 1
         size = min(units * numbers, positions)
@@ -87,12 +87,12 @@ class Tally:
         self._cell[unit, bucket] = numbers
         self._unit[numbers], self._bucket[numbers] = unit, bucket
 
-    def rows(self, weights: np.ndarray) -> tuple[list[Row], list[BucketRow]]:
+    def rows(self, weights: np.ndarray) -> tuple[list[EvaluationRow], list[BucketRow]]:
         """Rows of all keys, and of their buckets; a key or bucket without a pair has none.
 
         `weights` is that of `resampling`: a bucket's interval comes from the same resamples.
         """
-        rows: list[Row] = []
+        rows: list[EvaluationRow] = []
         parts: list[BucketRow] = []
         for key in self.sums:
             row = self._row(key, weights, self._unit)
@@ -101,7 +101,7 @@ class Tally:
                 parts += self._parts(key, weights, row.n)
         return rows, parts
 
-    def _parts(self, key: Key, weights: np.ndarray, n: int) -> list[BucketRow]:
+    def _parts(self, key: ResultKey, weights: np.ndarray, n: int) -> list[BucketRow]:
         found = []
         for number, (low, high) in enumerate(BUCKETS):
             inside = np.where(self._bucket == number, self._unit, -1)
@@ -110,5 +110,5 @@ class Tally:
                                        share=row.n / n))  # fmt: skip
         return found
 
-    def _row(self, key: Key, weights: np.ndarray, unit: np.ndarray) -> Row | None:
+    def _row(self, key: ResultKey, weights: np.ndarray, unit: np.ndarray) -> EvaluationRow | None:
         return self.sums[key].by(unit, self.units).row(*key, weights)

@@ -10,18 +10,25 @@ import numpy as np
 from ...cache.errors import MismatchError, NotFoundError, ResiduaWarning, UsageError
 from ...cache.format.manifest import SHORT_ID
 from ...cache.head.head import TorchHead
-from ...cache.number_ranges import number, numbers, span
+from ...cache.number_ranges import as_tuple, as_whole_number, format_ranges
 from ...cache.tokens.segments import PairScope
-from ...probes.base.readout import Batch, Readout
+from ...probes.base.readout import Readout, ReadoutBatch
 from ...probes.baselines.ngrams import Bigram, CrossFittedBigram
-from ...probes.baselines.token_counts import Counted
+from ...probes.baselines.token_counts import CountBaseline
 from ...probes.lens.logit_lens import LogitLens
 from ...probes.ridge.error_share import ErrorShare, domination_message, error_shares
-from ...probes.saved.save import check_for
-from .confidence_buckets import Key, Tally
-from .metrics import Reference, Row, resampling
+from ...probes.saved.save import check_belongs
+from .confidence_buckets import BucketTally, ResultKey
+from .metrics import EvaluationRow, Reference, resampling_counts
 from .result import Evaluation
-from .windows import Targets, Units, Window, check_where, choose_sequences, windows
+from .windows import (
+    EvaluationWindow,
+    ResamplingUnits,
+    Targets,
+    check_where,
+    choose_sequences,
+    evaluation_windows,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -76,10 +83,13 @@ def evaluate(
     """
     import torch
 
-    max_positions, seed = number(max_positions, "max_positions"), number(seed, "seed")
+    max_positions, seed = (
+        as_whole_number(max_positions, "max_positions"),
+        as_whole_number(seed, "seed"),
+    )
     given = list(probes) if isinstance(probes, Iterable) else [probes]
     for probe in given:
-        check_for(probe, cache, force)
+        check_belongs(probe, cache, force)
     check_where(cache, where)
     sequences = choose_sequences(cache, split, max_positions, seed)
     scope = PairScope(across_documents, drop_first).check()
@@ -87,17 +97,19 @@ def evaluate(
     plan = _plan(cache, given, offsets, layers, baselines)
     groups = plan.groups(cache)
     positions = int(cache.sequence_length[sequences].sum())
-    units = Units.of(cache, sequences, seed)
+    units = ResamplingUnits.of(cache, sequences, seed)
     targets = Targets.of(cache, sequences, scope, where)
     n = targets.count
-    tally = Tally(plan.wanted(), units.slots, n)
+    tally = BucketTally(plan.wanted(), units.slots, n)
     head = cache.head.torch()
     with torch.inference_mode():
-        for window in windows(cache, sequences, plan.offsets, batch_rows, where, scope, units):
+        for window in evaluation_windows(
+            cache, sequences, plan.offsets, batch_rows, where, scope, units
+        ):
             _add_window(cache, head, plan, groups, window, tally)
             if progress is not None:
                 progress(window.stop, n)
-    rows, buckets = tally.rows(resampling(units.slots, seed))
+    rows, buckets = tally.rows(resampling_counts(units.slots, seed))
     if not rows:
         raise _no_pair(cache, sequences, split, plan.offsets, targets)
     undefined = _undefined(rows)
@@ -118,7 +130,7 @@ def evaluate(
     )  # fmt: skip
 
 
-def _undefined(rows: Sequence[Row]) -> str:
+def _undefined(rows: Sequence[EvaluationRow]) -> str:
     """Says in which rows measures are undefined; empty if in none."""
     found = [row for row in rows if row.n_undefined]
     if not found:
@@ -157,14 +169,14 @@ def _error_shares(
     sequences: np.ndarray,
     scope: PairScope,
     where: np.ndarray | None,
-) -> dict[Key, ErrorShare]:
+) -> dict[ResultKey, ErrorShare]:
     """Who makes the squared errors of the maps to the last layer that are evaluated."""
-    found: dict[Key, ErrorShare] = {}
+    found: dict[ResultKey, ErrorShare] = {}
     for name, readout in plan.readouts.items():
         map_of = getattr(readout, "residual_map", None)
         keys = [key for key in plan.wanted() if key[0] == name] if map_of else []
         maps = {
-            (key[1], key[2], cache.depth): fitted
+            (key[1], key[2], cache.n_blocks): fitted
             for key in keys
             if map_of and key[1] is not None and (fitted := map_of(key[1], key[2])) is not None
         }
@@ -177,8 +189,8 @@ def _notes(
     cache: "ActivationCache",
     probes: Sequence[Readout],
     split: str,
-    units: Units,
-    shares: dict[Key, ErrorShare],
+    units: ResamplingUnits,
+    shares: dict[ResultKey, ErrorShare],
 ) -> tuple[str, ...]:
     """What to know when the numbers are read."""
     notes = [units.note] if units.note else []
@@ -222,7 +234,7 @@ def _no_pair(
 
 
 def _evaluation(
-    cache: "ActivationCache", plan: "_Plan", rows: list[Row], **taken: Any
+    cache: "ActivationCache", plan: "_Plan", rows: list[EvaluationRow], **taken: Any
 ) -> Evaluation:
     return Evaluation(
         rows=rows,
@@ -249,7 +261,7 @@ class _Plan:
     notes: tuple[str, ...] = ()
     """Which probes lack some of the layers and offsets asked for."""
 
-    def wanted(self) -> list[Key]:
+    def wanted(self) -> list[ResultKey]:
         """(name, layer, offset), sorted by offset, then probe, then layer."""
         found = []
         for order, (name, readout) in enumerate(self.readouts.items()):
@@ -278,7 +290,7 @@ class _Group:
     cache: "ActivationCache"
     """The cache, or the view of it that a control reads."""
     layer: int | None
-    keys: list[Key]
+    keys: list[ResultKey]
 
 
 def _plan(
@@ -289,8 +301,8 @@ def _plan(
     baselines: "_Baselines",
 ) -> _Plan:
     pairs = [pair for probe in probes for pair in probe.pairs()]
-    asked_offsets = None if offsets is None else numbers(offsets, "offsets")
-    asked_layers = None if layers is None else numbers(layers, "layers")
+    asked_offsets = None if offsets is None else as_tuple(offsets, "offsets")
+    asked_layers = None if layers is None else as_tuple(layers, "layers")
     offsets, layers = asked_offsets, asked_layers
     if offsets is None:
         offsets = tuple(sorted({offset for _, offset in pairs})) or DEFAULT_OFFSETS
@@ -299,8 +311,8 @@ def _plan(
     if not offsets or min(offsets) < 0:
         raise UsageError(f"offsets must be 0 or more, not {list(offsets)}")
     # Raises where the cache lacks a layer; the model's own logits come from the last one.
-    for layer in (*layers, cache.depth):
-        cache.layer(layer)
+    for layer in (*layers, cache.n_blocks):
+        cache.residual_array(layer)
     offsets, layers = tuple(sorted(set(offsets))), tuple(sorted(set(layers)))
     notes = _check_asked(probes, asked_layers, asked_offsets)
     readouts = _named([*baselines.of(cache, probes, layers, offsets), *probes])
@@ -341,15 +353,15 @@ def _check_asked(
             if (layers is None or layer is None or layer in layers)
             and (offsets is None or offset in offsets)
         ]
-        if not pairs and not isinstance(probe, Counted):
+        if not pairs and not isinstance(probe, CountBaseline):
             raise NotFoundError(
                 f"{name} was fitted for none of the pairs asked for (layers "
-                f"{'all' if layers is None else span(layers)}, offsets "
-                f"{'all' if offsets is None else span(offsets)}); it has {_has(probe)}"
+                f"{'all' if layers is None else format_ranges(layers)}, offsets "
+                f"{'all' if offsets is None else format_ranges(offsets)}); it has {_has(probe)}"
             )
     known = {name: {offset for _, offset in probe.pairs()} for name, probe in named.items()}
     # Baselines are floors for the others: where there are no others, the logit lens is measured.
-    fitted = any(not isinstance(probe, Counted) for probe in named.values())
+    fitted = any(not isinstance(probe, CountBaseline) for probe in named.values())
     for offset in (offsets or ()) if fitted else ():
         if not any(offset in found for found in known.values()):
             said = "; ".join(f"{name} has {_has(probe)}" for name, probe in named.items())
@@ -358,15 +370,17 @@ def _check_asked(
         read = {layer for layer, _ in probe.pairs() if layer is not None}
         for what, asked, found in (("layer", layers, read), ("offset", offsets, known[name])):
             if found and (lacking := sorted(set(asked or ()) - found)):
-                notes.append(f"{name} was not fitted for {what} {span(lacking)}: no row there")
+                notes.append(
+                    f"{name} was not fitted for {what} {format_ranges(lacking)}: no row there"
+                )
     return tuple(notes)
 
 
 def _has(probe: Readout) -> str:
     """The layers and offsets of `probe` for a message."""
     layers = sorted({layer for layer, _ in probe.pairs() if layer is not None})
-    offsets = f"offsets {span(sorted({offset for _, offset in probe.pairs()}))}"
-    return f"layers {span(layers)}, {offsets}" if layers else offsets
+    offsets = f"offsets {format_ranges(sorted({offset for _, offset in probe.pairs()}))}"
+    return f"layers {format_ranges(layers)}, {offsets}" if layers else offsets
 
 
 @dataclass(frozen=True)
@@ -389,7 +403,7 @@ class _Baselines:
         given = {probe.kind for probe in probes}
         ahead = tuple(offset for offset in offsets if offset > 0)
         out: list[Readout] = []
-        if Bigram.kind not in given and ahead and len(cache.split("train")):
+        if Bigram.kind not in given and ahead and len(cache.sequences("train")):
             kind = CrossFittedBigram if self.split in FITTED_SPLITS else Bigram
             try:
                 out.append(kind(ahead, self.across_documents).fit(cache))
@@ -414,13 +428,13 @@ def _add_window(
     head: TorchHead,
     plan: _Plan,
     groups: list[_Group],
-    window: Window,
-    tally: Tally,
+    window: EvaluationWindow,
+    tally: BucketTally,
 ) -> None:
     """Add one window to every sum: the model's logits once, then layer by layer."""
     import torch
 
-    model = head(_hidden(cache, cache.depth, window.positions[window.place]))
+    model = head(_hidden(cache, cache.n_blocks, window.positions[window.place]))
     reference = Reference.of(model, window.text)
     del model
     cells = tally.cells(window.slot, reference.confidence)
@@ -442,7 +456,7 @@ def _add_window(
                 states = None if hidden is None else hidden[sources]
                 position = torch.from_numpy(window.positions[window.place[targets]])
                 tokens = window.read[sources], window.previous[targets], position
-                batch = Batch(states, window.token[targets], head, *tokens)
+                batch = ReadoutBatch(states, window.token[targets], head, *tokens)
                 logits = readout.logits(batch, key[1], offset)
                 _check_logits(logits, key[0], len(targets), cache.vocab)
             tally.sums[key].add(cells[targets], reference, logits, targets)
@@ -459,4 +473,4 @@ def _check_logits(logits: "torch.Tensor", probe: str, n: int, vocab: int) -> Non
 def _hidden(cache: "ActivationCache", layer: int, positions: np.ndarray) -> "torch.Tensor":
     import torch
 
-    return torch.from_numpy(cache.layer(layer)[positions])
+    return torch.from_numpy(cache.residual_array(layer)[positions])

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import NotFoundError, UsageError
-from ...cache.number_ranges import number, span
+from ...cache.number_ranges import as_whole_number, format_ranges
 from ...cache.tokens.segments import segment_places
-from ...probes.base.readout import Batch, Readout
+from ...probes.base.readout import Readout, ReadoutBatch
 from ...probes.lens.logit_lens import LogitLens
-from ...probes.saved.save import check_for
+from ...probes.saved.save import check_belongs
 from .metrics import Reference, divergences, first_max, is_distribution
 from .token_text import byte_text, token_text
 
@@ -91,12 +91,12 @@ def telling_passage(cache: "ActivationCache", split: str, width: int) -> tuple[i
     """
     best = (-1.0, _passage(cache, split, width), 0)
     middle = cache.layers[len(cache.layers) // 2]
-    for sequence in cache.split(split)[:SEARCHED]:
-        rows = cache.rows(np.array([sequence]))[:SEARCHED_TOKENS]
+    for sequence in cache.sequences(split)[:SEARCHED]:
+        rows = cache.positions_of(np.array([sequence]))[:SEARCHED_TOKENS]
         if len(rows) < width:
             continue
-        logits = cache.head.logits(cache.layer(cache.depth).take(rows))
-        early = cache.head.logits(cache.layer(middle).take(rows)).argmax(-1)
+        logits = cache.head.logits(cache.residual_array(cache.n_blocks).take(rows))
+        early = cache.head.logits(cache.residual_array(middle).take(rows)).argmax(-1)
         top = logits.max(-1)
         # Logits that are no distribution (NaN, +inf) make nobody sure.
         finite = np.isfinite(top)
@@ -129,18 +129,22 @@ def heatmap(
     """
     import torch
 
-    offset, start = number(offset, "offset"), number(start, "start")
-    width = number(width, "width")
+    offset, start = as_whole_number(offset, "offset"), as_whole_number(start, "start")
+    width = as_whole_number(width, "width")
     readout = readout or LogitLens.of(cache, (offset,))
-    check_for(readout, cache, force)
+    check_belongs(readout, cache, force)
     layers = _layers_of(readout, offset)
     if not layers:
         has = sorted({n for la, n in readout.pairs() if la is not None})
-        says = f"it reads layers at offsets {span(has)}" if has else "it reads no layer at all"
+        says = (
+            f"it reads layers at offsets {format_ranges(has)}"
+            if has
+            else "it reads no layer at all"
+        )
         raise NotFoundError(f"the {readout.kind} readout reads no layer at offset {offset}: {says}")
     if sequence is None:
         sequence = _passage(cache, split, start + width + offset)
-    sequence = number(sequence, "sequence")
+    sequence = as_whole_number(sequence, "sequence")
     first, count = _place(cache, sequence, start, width, offset)
     with torch.inference_mode():
         cells = _Cells(cache, first, count, offset, readout)
@@ -201,14 +205,14 @@ class _Cells:
             torch.from_numpy(cache.tokens[place : place + count].astype(np.int64))
             for place in (first + offset, first)
         )
-        logits = self.head(self._hidden(cache, cache.depth, offset))
+        logits = self.head(self._hidden(cache, cache.n_blocks, offset))
         self.reference = Reference.of(logits, torch.full_like(self.last, -1))
         self.targets = self.reference.top.masked_fill(~self.reference.defined, -1)
 
     def read(self, layer: int) -> tuple[np.ndarray, ...]:
         """Top ids, their probabilities, entropy and KL of one layer; `(tokens, ...)`."""
         hidden = self._hidden(self.source, layer, 0)
-        batch = Batch(hidden, self.last, self.head, self.token)
+        batch = ReadoutBatch(hidden, self.last, self.head, self.token)
         logits = self.readout.logits(batch, layer, self.offset).float()
         first = first_max(logits)
         log_q, kl, _ = divergences(self.reference, logits, first)
@@ -225,7 +229,7 @@ class _Cells:
 
         start = self.first + shift
         # A copy: rows read through a memory map may be read-only.
-        return torch.from_numpy(np.array(cache.layer(layer)[start : start + self.count]))
+        return torch.from_numpy(np.array(cache.residual_array(layer)[start : start + self.count]))
 
 
 def _layers_of(readout: Readout, offset: int) -> tuple[int, ...]:
@@ -234,7 +238,7 @@ def _layers_of(readout: Readout, offset: int) -> tuple[int, ...]:
 
 def _passage(cache: "ActivationCache", split: str, tokens: int) -> int:
     """The first sequence of `split` with that many tokens, else its longest."""
-    numbers = cache.split(split)
+    numbers = cache.sequences(split)
     if not len(numbers):
         raise UsageError(f"the {split} split of this cache is empty")
     lengths = cache.sequence_length[numbers]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...cache.files.json_files import plain
+from ...cache.files.json_files import plain_value
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Row:
+class EvaluationRow:
     """Measures of one probe at one layer and offset, means over `n` positions; nats, shares.
 
     A measure is None where it is undefined at one of the positions at least; see `n_undefined`.
@@ -79,15 +79,15 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON has them: plain numbers, None also for what is infinite."""
-        return plain(asdict(self))
+        return plain_value(asdict(self))
 
 
-def ascending_kl(row: Row) -> float:
+def ascending_kl(row: EvaluationRow) -> float:
     """Key that sorts rows by KL, undefined ones last."""
     return math.inf if row.kl is None else row.kl
 
 
-def precision(row: Row) -> float:
+def precision(row: EvaluationRow) -> float:
     """Key that sorts rows by precision@1, undefined ones below every number."""
     return -1.0 if row.precision_at_1 is None else row.precision_at_1
 
@@ -196,7 +196,7 @@ def divergences(
     return log_q, kl.clamp_min_(0.0), reverse.clamp_min_(0.0)
 
 
-def measure(reference: Reference, logits: "torch.Tensor") -> "torch.Tensor":
+def measure_distribution(reference: Reference, logits: "torch.Tensor") -> "torch.Tensor":
     """The values of `COLUMNS` for every position, `(n, columns)` float64; float32 log-softmax."""
     import torch
 
@@ -257,7 +257,7 @@ class MetricSums:
         rows = max(1, TILE_BYTES // (4 * logits.shape[-1]))
         for start in range(0, len(slots), rows):
             here = slice(start, start + rows)
-            found = measure(reference.take(targets[here]), logits[here])
+            found = measure_distribution(reference.take(targets[here]), logits[here])
             np.add.at(self.sums, slots[here], found.cpu().numpy())
 
     def merge(self, other: "MetricSums") -> None:
@@ -270,7 +270,9 @@ class MetricSums:
         np.add.at(found.sums, unit[kept], self.sums[kept])
         return found
 
-    def row(self, probe: str, layer: int | None, offset: int, weights: np.ndarray) -> Row | None:
+    def row(
+        self, probe: str, layer: int | None, offset: int, weights: np.ndarray
+    ) -> EvaluationRow | None:
         """Means and 95 % intervals, with the resamples of `resampling`; None without a pair."""
         total = dict(zip(COLUMNS, self.sums.sum(0).tolist(), strict=True))
         n, n_text, n_undefined = (int(total.pop(name)) for name in ("n", "n_text", "n_undefined"))
@@ -283,7 +285,7 @@ class MetricSums:
         }
         kl_low, kl_high = self._interval("kl", weights)
         low, high = self._interval("precision_at_1", weights)
-        return Row(
+        return EvaluationRow(
             probe=probe,
             layer=layer,
             offset=offset,
@@ -311,7 +313,7 @@ class MetricSums:
         return float(low), float(high)
 
 
-def resampling(units: int, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
+def resampling_counts(units: int, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
     """How often each resample draws each unit (a document), `(resamples, units)` float64."""
     rng = np.random.default_rng(seed)
     share = np.full(units, 1 / units)

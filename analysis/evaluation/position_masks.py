@@ -32,7 +32,7 @@ UNKNOWN, START, INSIDE = 0, 1, 2
 """What a token's text says of where it ends: nothing, at a sentence's start, in a sentence."""
 
 
-def continued_words(cache: "ActivationCache") -> np.ndarray:
+def word_continuation_mask(cache: "ActivationCache") -> np.ndarray:
     """Positions whose next token goes on with a word, `(positions,)` bool.
 
     That is where two tokens of a document touch between two word characters (letters, digits,
@@ -43,7 +43,7 @@ def continued_words(cache: "ActivationCache") -> np.ndarray:
     return _mask(cache, lambda block: block.goes_on)
 
 
-def names(cache: "ActivationCache") -> np.ndarray:
+def name_mask(cache: "ActivationCache") -> np.ndarray:
     """Positions whose next token goes on with a capitalised word, `(positions,)` bool.
 
     A heuristic for named entities of several tokens, for scripts with capitals: words that begin
@@ -54,7 +54,7 @@ def names(cache: "ActivationCache") -> np.ndarray:
     return _mask(cache, lambda block: block.goes_on & block.named)
 
 
-SLICES = {"continued": continued_words, "names": names}
+SLICES = {"continued": word_continuation_mask, "names": name_mask}
 """Slices by name."""
 
 
@@ -104,11 +104,11 @@ def _check(cache: "ActivationCache") -> None:
 
 def _blocks(cache: "ActivationCache") -> Iterator[tuple[np.ndarray, _Block]]:
     """All positions, in blocks; what one must know of those before it is carried along."""
-    words = _Words(cache)
+    words = _WordKinds(cache)
     named, state, before = False, START, np.full((1, 3), -1)
     ended = False
     for sequences in cache.blocks(_text_order(cache), BLOCK_ROWS):
-        rows = cache.rows(sequences)
+        rows = cache.positions_of(sequences)
         first = np.isin(rows, cache.sequence_start[sequences])
         spans = cache.spans(rows)
         kind = words.kinds(cache.tokens[rows], spans, first)
@@ -139,7 +139,7 @@ def _latest(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     return values[np.maximum.accumulate(np.where(known, np.arange(len(values)), 0))]
 
 
-class _Words:
+class _WordKinds:
     """What the tokens of a cache say of words."""
 
     def __init__(self, cache: "ActivationCache") -> None:

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...probes.base.readout import Readout
 from ...probes.ridge.error_share import ErrorShare
-from .confidence_buckets import BucketRow, Key
+from .confidence_buckets import BucketRow, ResultKey
 from .heatmap import Heatmap, heatmaps
-from .metrics import Row
+from .metrics import EvaluationRow
 
 if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Evaluation:
     """What `evaluate` measured, with what is needed to say on which data."""
 
-    rows: list[Row]
+    rows: list[EvaluationRow]
     """Sorted by offset, probe, layer."""
     buckets: list[BucketRow]
     """The same by the model's confidence at t+N: each row's parts, in the same order."""
@@ -45,7 +45,7 @@ class Evaluation:
     """What intervals resample: `document`, or `sequence` where there is one document."""
     units: int = 0
     """How many of them were evaluated."""
-    shares: dict[Key, ErrorShare] = field(default_factory=dict)
+    shares: dict[ResultKey, ErrorShare] = field(default_factory=dict)
     """How few pairs make most of the squared error to residual_L, for ridge and lenses."""
     notes: tuple[str, ...] = ()
     """What a reader of the numbers must know, one sentence each: undefined measures, pairs that a
@@ -100,7 +100,7 @@ class Evaluation:
                 )
         return [*found, *(f"note: {note}" for note in self.notes)]
 
-    def select(self, probe: str, offset: int) -> list[Row]:
+    def select(self, probe: str, offset: int) -> list[EvaluationRow]:
         """Rows of one probe at one offset, by layer."""
         return [row for row in self.rows if row.probe == probe and row.offset == offset]
 

@@ -36,7 +36,7 @@ def choose_sequences(
     """Whole sequences of `split` in a seeded random draw, sorted for reading."""
     if max_positions < 1:
         raise UsageError(f"max_positions must be 1 or more, not {max_positions}")
-    numbers = cache.split(split)
+    numbers = cache.sequences(split)
     if not len(numbers):
         raise UsageError(
             f"the {split} split of this cache is empty; extract more sequences or use split='all'"
@@ -59,7 +59,7 @@ def check_where(cache: "ActivationCache", where: np.ndarray | None) -> None:
 
 
 @dataclass(frozen=True)
-class Units:
+class ResamplingUnits:
     """What the bootstrap resamples: documents, whose positions belong together."""
 
     name: str
@@ -72,13 +72,13 @@ class Units:
     """Units that are resampled."""
 
     @classmethod
-    def of(cls, cache: "ActivationCache", sequences: np.ndarray, seed: int) -> "Units":
+    def of(cls, cache: "ActivationCache", sequences: np.ndarray, seed: int) -> "ResamplingUnits":
         """The documents of all positions of `sequences`.
 
         More than `MOST_UNITS` are put together at random: resampling groups of documents estimates
         the same interval, in memory that does not grow.
         """
-        positions = cache.rows(sequences)
+        positions = cache.positions_of(sequences)
         document, slot = np.unique(document_of(cache, positions), return_inverse=True)
         name = "document"
         if len(document) < 2:
@@ -126,7 +126,7 @@ class Targets:
         where: np.ndarray | None = None,
     ) -> "Targets":
         """The positions of `sequences`; pairs in `scope`, targets in the mask `where`."""
-        positions = cache.rows(sequences)
+        positions = cache.positions_of(sequences)
         # The source t+N - N is one of the first positions if N is more than this.
         most = context_places(cache, positions) - scope.drop_first
         index, across = (
@@ -152,7 +152,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Window:
+class EvaluationWindow:
     """Target positions s = t+N in order, and all positions that are read for them."""
 
     start: int
@@ -186,15 +186,15 @@ class Window:
         return np.searchsorted(self.number, self.number[self.place[targets]] - offset)
 
 
-def windows(
+def evaluation_windows(
     cache: "ActivationCache",
     sequences: np.ndarray,
     offsets: Sequence[int],
     batch_rows: int | None = None,
     where: np.ndarray | None = None,
     scope: PairScope | None = None,
-    units: Units | None = None,
-) -> Iterator[Window]:
+    units: ResamplingUnits | None = None,
+) -> Iterator[EvaluationWindow]:
     """Cut the positions of `sequences` into windows, so that every target comes exactly once.
 
     Targets are all positions that `scope` allows, or those of the mask `where` `(positions,)`.
@@ -202,7 +202,7 @@ def windows(
     """
     import torch
 
-    scope, units = scope or PairScope(), units or Units.of(cache, sequences, 0)
+    scope, units = scope or PairScope(), units or ResamplingUnits.of(cache, sequences, 0)
     all_targets = Targets.of(cache, sequences, scope, where)
 
     limit = batch_rows or min(MAX_ROWS, max(1, VOCAB_BYTES // (4 * cache.vocab)))
@@ -220,7 +220,7 @@ def windows(
         )
         read = np.unique(np.concatenate([here, *(here - offset for offset in offsets)]))
         read = read[read >= 0]
-        yield Window(
+        yield EvaluationWindow(
             start,
             start + len(here),
             positions[read],

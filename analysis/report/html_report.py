@@ -5,11 +5,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...cache.files.json_files import make_folder, plain, write_atomically
+from ...cache.files.json_files import make_folder, plain_value, write_atomically
 from ...cache.format.manifest import SHORT_ID
 from ..evaluation.confidence_buckets import BucketRow
 from ..evaluation.heatmap import Heatmap
-from ..evaluation.metrics import Row, shown
+from ..evaluation.metrics import EvaluationRow, shown
 from ..evaluation.result import Evaluation
 from .html_page import (
     BUCKET_NOTE,
@@ -152,7 +152,7 @@ def _facts(evaluation: Evaluation, cache: "ActivationCache | None", command: str
         "cache": evaluation.cache_id[:SHORT_ID],
     }
     if cache is not None:
-        facts["cache holds"] = f"{cache.positions:,} positions, layers 0-{cache.depth}"
+        facts["cache holds"] = f"{cache.positions:,} positions, layers 0-{cache.n_blocks}"
         facts["d_model, vocab"] = f"{cache.d_model:,}, {cache.vocab:,}"
     chosen = evaluation.n < evaluation.positions
     of = f" (chosen among them) of the {evaluation.positions:,}" if chosen else ""
@@ -194,7 +194,7 @@ def _section(title: str, note: str, figures: "Iterable[Figure]", name: str) -> s
     return f"<h2>{escape(title)}</h2><p>{note}</p>" + "".join(divs)
 
 
-def _table(rows: Sequence[Row] | Sequence[BucketRow], columns: dict[str, str]) -> str:
+def _table(rows: Sequence[EvaluationRow] | Sequence[BucketRow], columns: dict[str, str]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in columns.values())
     body = "".join(
         "<tr>" + "".join(_cell_of(row, name) for name in columns) + "</tr>" for row in rows
@@ -205,7 +205,7 @@ def _table(rows: Sequence[Row] | Sequence[BucketRow], columns: dict[str, str]) -
     )
 
 
-def _cell_of(row: Row, name: str) -> str:
+def _cell_of(row: EvaluationRow, name: str) -> str:
     if name.endswith("_interval"):
         measure = name.removesuffix("_interval")
         low, high = getattr(row, f"{measure}_low"), getattr(row, f"{measure}_high")
@@ -216,6 +216,6 @@ def _cell_of(row: Row, name: str) -> str:
         return f"<td class='name' data-v='{escape(label(value))}'>{escape(label(value))}</td>"
     if value is None or isinstance(value, float):
         # What is infinite or undefined is sorted to the end.
-        number = "" if plain(value) is None else value
+        number = "" if plain_value(value) is None else value
         return f"<td data-v='{number}'>{'' if value is None else shown(value, 3)}</td>"
     return f"<td data-v='{value}'>{value:,}</td>"

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from html import escape as escape_html
 from typing import TYPE_CHECKING, Any
 
-from ...cache.files.json_files import plain
+from ...cache.files.json_files import plain_value
 from ..evaluation.heatmap import Heatmap
-from ..evaluation.metrics import Row
+from ..evaluation.metrics import EvaluationRow
 from ..evaluation.result import Evaluation
 from .probe_style import (
     KL_FLOOR,
@@ -128,11 +128,11 @@ def _traces(evaluation: Evaluation, measure: str, offset: int, floor: float) -> 
     return sorted(traces, key=lambda trace: trace.fill is None)
 
 
-def _level(row: Row, measure: str, layers: Sequence[int]) -> "Scatter":
+def _level(row: EvaluationRow, measure: str, layers: Sequence[int]) -> "Scatter":
     """A dashed line for a probe that reads no layer."""
     from plotly.graph_objects import Scatter
 
-    value = plain(getattr(row, measure))
+    value = plain_value(getattr(row, measure))
     return Scatter(
         x=list(layers),
         y=[value] * len(layers),
@@ -149,7 +149,7 @@ def _level(row: Row, measure: str, layers: Sequence[int]) -> "Scatter":
     )
 
 
-def _line(rows: list[Row], measure: str, floor: float) -> "list[Scatter]":
+def _line(rows: list[EvaluationRow], measure: str, floor: float) -> "list[Scatter]":
     from plotly.graph_objects import Scatter
 
     probe = rows[0].probe
@@ -157,7 +157,7 @@ def _line(rows: list[Row], measure: str, floor: float) -> "list[Scatter]":
     common = {"name": escape(label(probe)), "legendgroup": probe}
     line = Scatter(
         x=layers,
-        y=plain([drawn(row, measure, floor) for row in rows]),
+        y=plain_value([drawn(row, measure, floor) for row in rows]),
         mode="lines+markers",
         line={"color": color(probe), "dash": stroke(probe)[1], "width": 2},
         marker={"symbol": marker(probe)[1], "size": 7},
@@ -183,7 +183,7 @@ def _line(rows: list[Row], measure: str, floor: float) -> "list[Scatter]":
     return [band, line]
 
 
-def _hover(row: Row, measure: str) -> str:
+def _hover(row: EvaluationRow, measure: str) -> str:
     number = getattr(row, measure)
     if number is None:
         value = f"undefined at {row.n_undefined:,} pairs"
@@ -204,7 +204,7 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
     tokens, layers = range(len(heatmap.tokens)), range(len(heatmap.layers))
     figure = Figure(
         Cells(
-            z=plain(heatmap.probability[:, :, 0]),
+            z=plain_value(heatmap.probability[:, :, 0]),
             text=[[escape(short(heatmap.top[la][t][0], 7)) for t in tokens] for la in layers],
             texttemplate="%{text}",
             textfont={"size": 9.5},

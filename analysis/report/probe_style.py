@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from ..evaluation.heatmap import Heatmap
-from ..evaluation.metrics import KS, Row
+from ..evaluation.metrics import KS, EvaluationRow
 from ..evaluation.result import Evaluation
 
 MORE_STROKES = (
@@ -125,13 +125,13 @@ def short(token: str, letters: int = CELL_LETTERS) -> str:
     return token if len(token) <= letters else token[: letters - 1] + "…"
 
 
-def needs_log(rows: Sequence[Row]) -> bool:
+def needs_log(rows: Sequence[EvaluationRow]) -> bool:
     """True if the KL of `rows` spans more than 1.5 decades above the floor."""
     values = [max(row.kl, KL_FLOOR) for row in rows if row.kl is not None and row.kl < math.inf]
     return bool(values) and max(values) / min(values) > 10**1.5
 
 
-def band_of(row: Row, measure: str) -> tuple[float, float] | None:
+def band_of(row: EvaluationRow, measure: str) -> tuple[float, float] | None:
     """The 95 % interval of a measure, where it has one."""
     low, high = getattr(row, f"{measure}_low", None), getattr(row, f"{measure}_high", None)
     return None if low is None or high is None else (low, high)
@@ -167,7 +167,7 @@ def series(probe: str) -> int:
     return int(number) if number.isdecimal() else 1
 
 
-def drawn(row: Row, measure: str, floor: float = 0.0) -> float:
+def drawn(row: EvaluationRow, measure: str, floor: float = 0.0) -> float:
     """Value of a measure in a picture; NaN, which leaves a gap, if undefined or infinite."""
     value: float | None = getattr(row, measure)
     return math.nan if value is None or not math.isfinite(value) else max(value, floor)

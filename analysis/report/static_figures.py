@@ -7,7 +7,7 @@ import numpy as np
 
 from ..evaluation.confidence_buckets import BUCKETS, BucketRow, bucket_name
 from ..evaluation.heatmap import Heatmap
-from ..evaluation.metrics import Row
+from ..evaluation.metrics import EvaluationRow
 from ..evaluation.result import Evaluation
 from .probe_style import (
     KL_FLOOR,
@@ -88,7 +88,7 @@ def _panel(axes: "Axes", evaluation: Evaluation, measure: str, offset: int) -> N
         axes.set_ylim(bottom=0)
 
 
-def _line(axes: "Axes", rows: list[Row], measure: str, floor: float) -> None:
+def _line(axes: "Axes", rows: list[EvaluationRow], measure: str, floor: float) -> None:
     probe = rows[0].probe
     layers = [row.layer or 0 for row in rows]
     style: dict[str, Any] = {

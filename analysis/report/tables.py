@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..evaluation.metrics import KS, Row, ascending_kl, precision, shown
+from ..evaluation.metrics import KS, EvaluationRow, ascending_kl, precision, shown
 from ..evaluation.result import Evaluation
 from .probe_style import ahead, label
 
@@ -52,7 +52,7 @@ def offset_table(evaluation: Evaluation, offset: int) -> OffsetTable:
     return OffsetTable(offset, columns, lines, caption)
 
 
-def _reads(row: Row, probe: str) -> bool:
+def _reads(row: EvaluationRow, probe: str) -> bool:
     return row.probe == probe and row.layer is not None
 
 
@@ -85,7 +85,7 @@ def _headline(evaluation: Evaluation, offset: int) -> list[str]:
     return [says + ", ".join(parts) + "; each layer was chosen on the same data."]
 
 
-def _tokens(row: Row) -> str:
+def _tokens(row: EvaluationRow) -> str:
     """What a baseline without a layer reads."""
     kind, offset = row.probe.partition(" ")[0], row.offset
     known = {
@@ -97,11 +97,11 @@ def _tokens(row: Row) -> str:
     return known.get(kind, f"token t+{offset}")
 
 
-def _kl(row: Row) -> str:
+def _kl(row: EvaluationRow) -> str:
     return shown(row.kl, 2) + _bounds(row.kl_low, row.kl_high, 2)
 
 
-def _share(row: Row) -> str:
+def _share(row: EvaluationRow) -> str:
     bounds = _bounds(row.precision_at_1_low, row.precision_at_1_high, 3)
     return f"{shown(row.precision_at_1, 3)}{bounds}"
 

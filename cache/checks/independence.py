@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ModelError
 from ..forward.batches import BATCH_TOKENS
-from ..model.blocks import Stack
+from ..model.blocks import DecoderBlocks
 from ..model.memory import is_out_of_memory
 from ..tokens.token_stream import TokenStream
 
@@ -83,7 +83,7 @@ class Independence:
 
 
 def measure_independence(
-    stack: Stack, stream: TokenStream, fresh: torch.Tensor, batch_tokens: int | None = None
+    stack: DecoderBlocks, stream: TokenStream, fresh: torch.Tensor, batch_tokens: int | None = None
 ) -> Independence:
     """Run sequences of `stream` alone and together; to be called in inference mode.
 
@@ -233,7 +233,7 @@ def _worst(pairs: Iterator[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtyp
 
 
 def _check_repeats(
-    stack: Stack, longest: torch.Tensor, short: torch.Tensor, dtype: torch.dtype
+    stack: DecoderBlocks, longest: torch.Tensor, short: torch.Tensor, dtype: torch.dtype
 ) -> None:
     """Refuse a model that gives other residuals for the same tokens, again or after others.
 
@@ -255,7 +255,7 @@ def refuse_difference(model: torch.nn.Module, ids: torch.Tensor, change: float) 
         )
 
 
-def _run_or_refuse(stack: Stack, ids: torch.Tensor) -> list[torch.Tensor]:
+def _run_or_refuse(stack: DecoderBlocks, ids: torch.Tensor) -> list[torch.Tensor]:
     """Residuals of `ids`; refuses a model that cannot read as many tokens."""
     try:
         return stack.residuals(ids)
@@ -269,7 +269,7 @@ def _run_or_refuse(stack: Stack, ids: torch.Tensor) -> list[torch.Tensor]:
         ) from None
 
 
-def _batch_error(stack: Stack, ids: torch.Tensor, dtype: torch.dtype) -> float:
+def _batch_error(stack: DecoderBlocks, ids: torch.Tensor, dtype: torch.dtype) -> float:
     """Relative change of the rows of `ids` by each other; 1 if they do not fit together."""
     try:
         together = stack.residuals(ids)
@@ -284,7 +284,9 @@ def _batch_error(stack: Stack, ids: torch.Tensor, dtype: torch.dtype) -> float:
     )  # fmt: skip
 
 
-def _padding_error(stack: Stack, sequences: list[torch.Tensor], dtype: torch.dtype) -> float:
+def _padding_error(
+    stack: DecoderBlocks, sequences: list[torch.Tensor], dtype: torch.dtype
+) -> float:
     """Relative change of `sequences` when they run together, the shorter ones padded."""
     lengths = torch.tensor([len(ids) for ids in sequences])
     ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
@@ -316,7 +318,9 @@ def _half(ids: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from ids[1:]
 
 
-def _is_causal(stack: Stack, ids: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+def _is_causal(
+    stack: DecoderBlocks, ids: torch.Tensor, other: torch.Tensor, dtype: torch.dtype
+) -> bool:
     """Whether tokens of `other` from some position on leave all layers before it as they are."""
     length, limit = ids.shape[1], REPEAT_TOLERANCE.get(dtype, 1e-5)
     before = stack.residuals(ids)
@@ -330,7 +334,9 @@ def _is_causal(stack: Stack, ids: torch.Tensor, other: torch.Tensor, dtype: torc
     return True
 
 
-def _is_embedding(stack: Stack, ids: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+def _is_embedding(
+    stack: DecoderBlocks, ids: torch.Tensor, other: torch.Tensor, dtype: torch.dtype
+) -> bool:
     """Whether other tokens before some position leave layer 0 from there on as it is."""
     middle, limit = ids.shape[1] // 2, REPEAT_TOLERANCE.get(dtype, 1e-5)
     before = stack.residuals(ids)[0]
@@ -366,7 +372,7 @@ class _Choices(TorchDispatchMode):
         self.found.add((name, size, taken if counted else 1))
 
 
-def _choice_among_positions(stack: Stack, longest: torch.Tensor) -> str | None:
+def _choice_among_positions(stack: DecoderBlocks, longest: torch.Tensor) -> str | None:
     """The first choice of some of all positions, as `<operation> <taken> of <scores>`.
 
     Scores of positions are those whose number changes with the length; experts' does not.

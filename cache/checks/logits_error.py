@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..format.dtypes import decode, encode
-from ..format.logits_arrays import DEFAULT_TOP, FULL, RECOMPUTE, arrays_of, top, top_size
+from ..format.dtypes import decode_rows, encode_rows
+from ..format.logits_arrays import DEFAULT_TOP, FULL, RECOMPUTE, logits_arrays, top_logits, top_size
 from ..head.head import Head
 
 ROWS = 96
@@ -57,13 +57,13 @@ def _finite(value: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in value.items()}
 
 
-def compared(mode: str, vocab: int) -> tuple[str, ...]:
+def error_against(mode: str, vocab: int) -> tuple[str, ...]:
     """The modes that are measured beside the chosen one, and that one."""
     size = top_size(mode) or DEFAULT_TOP
     return (RECOMPUTE, *([f"topk:{size}"] if size < vocab else []), FULL)
 
 
-def measure(
+def measure_logits_errors(
     head: Head, hidden: np.ndarray, model: np.ndarray, layer_dtype: str,
     choose: Callable[[np.ndarray], str], mode: str = RECOMPUTE,
 ) -> LogitsErrors:  # fmt: skip
@@ -75,7 +75,7 @@ def measure(
     step = max(1, TILE_BYTES // (8 * head.vocab))
     tiles = [slice(start, start + step) for start in range(0, len(hidden), step)]
     dtype = choose(model)
-    names = compared(mode, head.vocab)
+    names = error_against(mode, head.vocab)
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for tile in tiles:
         own = head.logits(hidden[tile])
@@ -93,7 +93,7 @@ def measure(
     modes = {}
     for name, pieces in found.items():
         kl, flips, difference, tail = np.concatenate(pieces, -1)
-        size = sum(array.row_bytes for array in arrays_of(name, head.vocab, dtype))
+        size = sum(array.row_bytes for array in logits_arrays(name, head.vocab, dtype))
         modes[name] = ModeError(
             layer_dtype if name == RECOMPUTE else dtype, size, _positive(kl.mean()),
             _positive(kl.max()), int(flips.sum()), float(difference.max()) / scale,
@@ -105,7 +105,7 @@ def measure(
 def _stored(values: np.ndarray, dtype: str) -> np.ndarray:
     """Values as they come back; a dtype that was asked for may be too narrow for them."""
     with np.errstate(over="ignore"):
-        return decode(encode(values, dtype), dtype)
+        return decode_rows(encode_rows(values, dtype), dtype)
 
 
 def _positive(number: np.floating) -> float:
@@ -143,7 +143,7 @@ def _top_errors(
     want: np.ndarray, model: np.ndarray, own: np.ndarray, size: int, dtype: str
 ) -> np.ndarray:
     """The same for the `size` largest as stored, the tail spread over all other tokens."""
-    ids, values, logsumexp, tail = top(own, size)
+    ids, values, logsumexp, tail = top_logits(own, size)
     values = _stored(values, dtype)
     rest = np.log(np.maximum(tail, 1e-300, dtype=np.float64)) - np.log(own.shape[-1] - size)
     given = np.repeat(rest[:, None], own.shape[-1], -1)

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 
 from ..errors import HeadMismatchError, MismatchError, ModelError
-from ..files.disk_columns import blocks
+from ..files.disk_columns import row_blocks
 from ..format.dtypes import LARGEST, ValueRange, choose_dtype
-from ..format.logits_arrays import RECOMPUTE, check_size
+from ..format.logits_arrays import RECOMPUTE, check_kept_tokens
 from ..format.manifest import SHORT_ID
 from ..head.head import Head
-from ..head.identify_head import SMALL, probe_head, scaled, verify_head
+from ..head.identify_head import SMALL, identify_head, verify_head, with_scaled_tail
 from ..head.program_head import ProgramHead
 from ..head.record_head import record_head
-from ..model.blocks import Stack, logits_of, run
-from ..model.find_blocks import find_stack
+from ..model.blocks import DecoderBlocks, logits_of, run_model
+from ..model.find_blocks import find_blocks
 from ..model.memory import memory_errors
 from ..store.activation_cache import ActivationCache
 from ..tokens.token_stream import TokenStream
@@ -28,7 +28,7 @@ from .independence import (
     refuse_difference,
     row_change,
 )
-from .logits_error import LogitsErrors, measure
+from .logits_error import LogitsErrors, measure_logits_errors
 
 ROWS = 4
 LENGTH = 48
@@ -37,10 +37,10 @@ FIRST = 8
 
 
 @dataclass(frozen=True)
-class Canary:
+class ModelReport:
     """What a few sequences showed of the model."""
 
-    stack: Stack
+    stack: DecoderBlocks
     head: Head
     tensors: dict[str, torch.Tensor]
     """The head's tensors in the model's own dtype."""
@@ -88,14 +88,14 @@ class Canary:
         return {**shown, **more}
 
 
-def examine(
+def check_model(
     model: torch.nn.Module,
     stream: TokenStream,
     compute_dtype: str,
     policy: str,
     logits: str = RECOMPUTE,
     batch_tokens: int | None = None,
-) -> Canary:
+) -> ModelReport:
     """Find stack and head of `model` and measure them on sequences of `stream`.
 
     `logits` is the mode that is measured beside its alternatives, `batch_tokens` the request's
@@ -106,14 +106,14 @@ def examine(
     with torch.inference_mode(), _memory(model, int(stream.lengths.max())):
         ids, other, fresh = _batches(stream, model, _vocabulary(model), device)
         first = _logits_or_none(model, fresh[:1, :FIRST])
-        stack = find_stack(model, ids, other)
+        stack = find_blocks(model, ids, other)
         head, tensors, error = find_head(stack, ids, other, fresh)
-        check_size(logits, head.vocab)
+        check_kept_tokens(logits, head.vocab)
         independence = measure_independence(stack, stream, fresh, batch_tokens)
         _check_memory(model, fresh[:1, :FIRST], first)
-        ranges = calibrate(stack, stream, device)
+        ranges = measure_value_ranges(stack, stream, device)
         dtypes = {n: choose_dtype(r, compute_dtype, policy) for n, r in enumerate(ranges)}
-        return Canary(
+        return ModelReport(
             stack,
             head,
             tensors,
@@ -127,7 +127,7 @@ def examine(
 def _logits_or_none(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor | None:
     """Logits of a short sequence by a model that has read nothing else; None if it cannot run."""
     try:
-        logits = getattr(run(model, ids), "logits", None)
+        logits = getattr(run_model(model, ids), "logits", None)
     except Exception:  # said, with the reason, where the stack is looked for
         return None
     return logits.clone() if isinstance(logits, torch.Tensor) else None
@@ -136,7 +136,7 @@ def _logits_or_none(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor |
 def _check_memory(model: torch.nn.Module, ids: torch.Tensor, first: torch.Tensor | None) -> None:
     """Refuse a model that gives other logits for `ids` now that it has read longer sequences."""
     if first is not None:
-        again = logits_of(run(model, ids))
+        again = logits_of(run_model(model, ids))
         refuse_difference(model, ids, row_change(first, again, lowest_dtype(model)))
 
 
@@ -150,15 +150,15 @@ def _memory(model: torch.nn.Module, length: int) -> AbstractContextManager[None]
 
 
 def find_head(
-    stack: Stack, ids: torch.Tensor, other: torch.Tensor, fresh: torch.Tensor
+    stack: DecoderBlocks, ids: torch.Tensor, other: torch.Tensor, fresh: torch.Tensor
 ) -> tuple[Head, dict[str, torch.Tensor], float]:
     """The explicit head, else the recorded one, its tensors and its error on `fresh`.
 
     Raises `ModelError` or `HeadMismatchError` if neither gives the model's logits.
     """
     try:
-        head, tensors = probe_head(stack, other)
-        return head, tensors, _prove(head, stack, fresh, other)
+        head, tensors = identify_head(stack, other)
+        return head, tensors, _head_error(head, stack, fresh, other)
     except (ModelError, HeadMismatchError) as error:
         explicit = error
     try:
@@ -167,20 +167,24 @@ def find_head(
         raise ModelError(f"{explicit}; {error}") from None
     # Copies: the model may be changed or freed while the head lives.
     arrays = {name: tensor.float().cpu().clone().numpy() for name, tensor in tensors.items()}
-    head = ProgramHead(program, arrays, stack.d_model, logits_of(run(stack.model, fresh)).shape[-1])
-    return head, tensors, _prove(head, stack, fresh, other)
+    head = ProgramHead(
+        program, arrays, stack.d_model, logits_of(run_model(stack.model, fresh)).shape[-1]
+    )
+    return head, tensors, _head_error(head, stack, fresh, other)
 
 
-def _prove(head: Head, stack: Stack, fresh: torch.Tensor, other: torch.Tensor) -> float:
+def _head_error(
+    head: Head, stack: DecoderBlocks, fresh: torch.Tensor, other: torch.Tensor
+) -> float:
     """Error of the head on other tokens, another shape, and residuals so small that eps matters."""
     hidden, dtype = stack.residuals(fresh)[-1], lowest_dtype(stack.model)
-    error = verify_head(head, hidden, logits_of(run(stack.model, fresh)), dtype)
-    small = scaled(hidden, SMALL)
+    error = verify_head(head, hidden, logits_of(run_model(stack.model, fresh)), dtype)
+    small = with_scaled_tail(hidden, SMALL)
     tokens = other[: fresh.shape[0], : fresh.shape[1]].contiguous()
     return max(error, verify_head(head, small, stack.tail(small, tokens), dtype))
 
 
-def reexamine(model: torch.nn.Module, cache: ActivationCache) -> Stack:
+def recheck_model(model: torch.nn.Module, cache: ActivationCache) -> DecoderBlocks:
     """The stack of `model`, once it has shown that it can go on with `cache`.
 
     The head kept in `cache` must reproduce the model's logits, and the cache's sequences must be
@@ -191,8 +195,8 @@ def reexamine(model: torch.nn.Module, cache: ActivationCache) -> Stack:
     device = next(model.parameters()).device
     with torch.inference_mode(), _memory(model, int(lengths.max())):
         ids, other, fresh = _batches(stream, model, _vocabulary(model), device)
-        stack = find_stack(model, ids, other)
-        _prove(cache.head, stack, fresh, other)
+        stack = find_blocks(model, ids, other)
+        _head_error(cache.head, stack, fresh, other)
         found = measure_independence(stack, stream, fresh, cache.manifest.batch_tokens)
     if reason := found.contradiction(cache.manifest.pad, cache.manifest.alone):
         raise MismatchError(
@@ -202,7 +206,7 @@ def reexamine(model: torch.nn.Module, cache: ActivationCache) -> Stack:
     return stack
 
 
-def independence_of(stack: Stack, stream: TokenStream, batch_tokens: int) -> Independence:
+def independence_of(stack: DecoderBlocks, stream: TokenStream, batch_tokens: int) -> Independence:
     """What `measure_independence` finds for the sequences of `stream`."""
     model = stack.model
     device = next(model.parameters()).device
@@ -218,7 +222,11 @@ def _batches(
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocab, (3, ROWS, LENGTH))
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    if isinstance(pad, int) and vocab > 1 and not any((b == pad).any() for b in blocks(stream.ids)):
+    if (
+        isinstance(pad, int)
+        and vocab > 1
+        and not any((b == pad).any() for b in row_blocks(stream.ids))
+    ):
         # Some models mask this token by its id; text that lacks it never meets that.
         ids[ids == pad] = (pad + 1) % vocab
     real = stream.ids[: ROWS * LENGTH].astype(np.int64)
@@ -239,7 +247,9 @@ def _vocabulary(model: torch.nn.Module) -> int:
     return int(embedding.weight.shape[0])
 
 
-def calibrate(stack: Stack, stream: TokenStream, device: torch.device) -> list[ValueRange]:
+def measure_value_ranges(
+    stack: DecoderBlocks, stream: TokenStream, device: torch.device
+) -> list[ValueRange]:
     """Range of each layer's values on the first sequences, first tokens included."""
     ranges = [ValueRange()] * (stack.depth + 1)
     for number in range(min(ROWS, len(stream.lengths))):
@@ -261,15 +271,15 @@ def value_range(rows: torch.Tensor) -> ValueRange:
 
 
 def _logits_errors(
-    head: Head, stack: Stack, ids: torch.Tensor, dtype: str, policy: str, mode: str
+    head: Head, stack: DecoderBlocks, ids: torch.Tensor, dtype: str, policy: str, mode: str
 ) -> LogitsErrors:
     """Every logits mode against the model, on real tokens; layer L is stored in `dtype`."""
     ids = ids[:2]
     hidden = stack.residuals(ids)[-1].float().flatten(0, 1).cpu().numpy()
-    model = logits_of(run(stack.model, ids)).float().flatten(0, 1).cpu().numpy()
+    model = logits_of(run_model(stack.model, ids)).float().flatten(0, 1).cpu().numpy()
 
     def choose(rows: np.ndarray) -> str:
         # The head computes in float32 whatever the model ran in.
         return choose_dtype(value_range(torch.from_numpy(rows)), "float32", policy)
 
-    return measure(head, hidden, model, dtype, choose, mode)
+    return measure_logits_errors(head, hidden, model, dtype, choose, mode)

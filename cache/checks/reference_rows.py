@@ -14,7 +14,7 @@ from ..files.json_files import read_json
 from ..tokens.token_stream import TokenStream
 
 if TYPE_CHECKING:
-    from ..model.blocks import Stack
+    from ..model.blocks import DecoderBlocks
 
 TOKENS = 16
 FILE = "canary.safetensors"
@@ -22,7 +22,7 @@ LIMIT = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
 """Largest relative difference that is still rounding, per dtype the model ran in."""
 
 
-def record(stack: "Stack", stream: TokenStream, folder: Path) -> None:
+def save_reference_rows(stack: "DecoderBlocks", stream: TokenStream, folder: Path) -> None:
     """Keep the first tokens of `stream` with all their layers, `(tokens, d_model)` float32."""
     from safetensors.numpy import save_file
 
@@ -33,7 +33,7 @@ def record(stack: "Stack", stream: TokenStream, folder: Path) -> None:
     save_file(tensors, folder / FILE)
 
 
-def replay(stack: "Stack", folder: Path) -> float | None:
+def compute_reference_rows(stack: "DecoderBlocks", folder: Path) -> float | None:
     """Largest relative difference of the canary rows now and then; None if none were kept."""
     from safetensors.numpy import load
 
@@ -48,9 +48,9 @@ def replay(stack: "Stack", folder: Path) -> float | None:
     return worst
 
 
-def check(stack: "Stack", path: Path, compute_dtype: str) -> float | None:
+def check_reference_rows(stack: "DecoderBlocks", path: Path, compute_dtype: str) -> float | None:
     """Replay the canary of the cache at `path`; raises `MismatchError` beyond rounding."""
-    difference = replay(stack, path / "head")
+    difference = compute_reference_rows(stack, path / "head")
     limit = LIMIT.get(compute_dtype, 1e-3)
     if difference is not None and not difference <= limit:
         versions = read_json(path / "provenance.json").get("versions", {})
@@ -63,7 +63,7 @@ def check(stack: "Stack", path: Path, compute_dtype: str) -> float | None:
     return difference
 
 
-def _layers(stack: "Stack", ids: np.ndarray) -> list[np.ndarray]:
+def _layers(stack: "DecoderBlocks", ids: np.ndarray) -> list[np.ndarray]:
     import torch
 
     device = next(stack.model.parameters()).device

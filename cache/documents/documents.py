@@ -126,7 +126,7 @@ class Documents:
         return Labels()
 
 
-class Table(Documents):
+class DatasetDocuments(Documents):
     """A data set of `datasets` with one text column; its other columns of plain values are labels.
 
     `rows` is mapped from its files: only what is read is in memory.

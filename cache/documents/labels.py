@@ -126,15 +126,16 @@ def label_arrays(records: Callable[[], Iterator[Mapping[str, Any]]], kinds: Kind
     dtypes = {column: choose_label_dtype(found) for column, found in kinds.items()}
     kept = {column: dtype for column, dtype in dtypes.items() if dtype is not None}
     names = label_names(kept)
-    builders: dict[str, _Words | _Numbers] = {
-        column: _Words() if dtype == "words" else _Numbers(dtype) for column, dtype in kept.items()
+    builders: dict[str, _CodedLabels | _NumberLabels] = {
+        column: _CodedLabels() if dtype == "words" else _NumberLabels(dtype)
+        for column, dtype in kept.items()
     }
     for record in records():
         for column, builder in builders.items():
             builder.append(record.get(column))
     for column, builder in builders.items():
         name = names[column]
-        if isinstance(builder, _Numbers):
+        if isinstance(builder, _NumberLabels):
             labels.values[name] = builder.array()
         elif builder.is_too_large:
             labels.notes.append(
@@ -172,7 +173,7 @@ def _notes(column: str, name: str, kinds: Counter[str], dtype: str) -> Iterator[
         )
 
 
-class _Numbers:
+class _NumberLabels:
     """Values of a numeric label; a missing one is NaN."""
 
     def __init__(self, dtype: str) -> None:
@@ -195,7 +196,7 @@ class _Numbers:
         )
 
 
-class _Words:
+class _CodedLabels:
     """Values of a label of words, by code in the order in which they were met."""
 
     def __init__(self) -> None:

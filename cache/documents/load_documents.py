@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .documents import Documents, Table, is_plain
+from .documents import DatasetDocuments, Documents, is_plain
 from .row_files import FORMATS
 from .row_source import RowFile, ending_of
 from .row_table import RowTable
-from .text_column import ColumnSample, check_is_there, choose_text_column
+from .text_column import ColumnSample, check_column_exists, choose_text_column
 from .text_file import SEPARATOR, TextFile
 
 FILES = {".txt": "text", **FORMATS}
@@ -68,7 +68,7 @@ def load_documents(
     return _table(_load_hub(data, split), text_column, data)
 
 
-def _load_folder(path: Path, split: str | None, text_column: str | None) -> Table:
+def _load_folder(path: Path, split: str | None, text_column: str | None) -> DatasetDocuments:
     """The documents of a folder saved by `datasets`: of one split where it has several."""
     import datasets
 
@@ -127,12 +127,12 @@ def _beginning(error: BaseException) -> str:
     return textwrap.shorten(said, 300, placeholder=" ...") or type(error).__name__
 
 
-def _table(rows: Any, text_column: str | None, data: str) -> Table:
+def _table(rows: Any, text_column: str | None, data: str) -> DatasetDocuments:
     """The documents of a data set."""
     columns = {name: _sample(rows, name, feature) for name, feature in rows.features.items()}
     name, found = choose_text_column(columns, text_column, data)
-    check_is_there(columns, name, data)
-    table = Table(rows, name, data)
+    check_column_exists(columns, name, data)
+    table = DatasetDocuments(rows, name, data)
     table.reading.found = found
     return table
 

@@ -26,13 +26,13 @@ from .labels import (
 )
 from .row_files import read_rows, read_sample
 from .row_source import RowFile
-from .text_column import ColumnSample, check_is_there, choose_text_column, kind_of
+from .text_column import ColumnSample, check_column_exists, choose_text_column, kind_of
 
 IN_MEMORY = 16 << 20
 """Bytes that need no file."""
 
 
-class Spool:
+class DocumentSpool:
     """Pieces of bytes by number, in a temporary file without a name in `folder`.
 
     The file ends with the object or the process, even a killed one. A full disk raises
@@ -84,9 +84,9 @@ class RowTable(Documents):
         columns = read_sample(file)
         name, found = choose_text_column(columns, text_column, self._data)
         if file.format in ("csv", "tsv", "parquet"):  # their first rows name all columns
-            check_is_there(columns, name, self._data)
-        self._texts_file, self._missing = Spool(file.scratch), bytearray()
-        self._records = Spool(file.scratch) if labels else None
+            check_column_exists(columns, name, self._data)
+        self._texts_file, self._missing = DocumentSpool(file.scratch), bytearray()
+        self._records = DocumentSpool(file.scratch) if labels else None
         self._kinds: dict[str, Counter[str]] = {}
         self._is_there = found is not None
         kind_of_label = kind_of_cell if file.format in ("csv", "tsv") else kind_of_value
@@ -104,7 +104,7 @@ class RowTable(Documents):
         if not len(self):
             raise DataError(f"{self._data} has no rows; give a file with texts")
         if not self._is_there:
-            check_is_there(columns, name, self._data)
+            check_column_exists(columns, name, self._data)
         if labels:
             for column, sample in columns.items():  # those that the file did not give
                 if column not in self._kinds and column != name and "twice" not in sample.kinds:

@@ -149,7 +149,7 @@ def _check_asked(columns: Mapping[str, ColumnSample], name: str, data: str) -> N
         )
 
 
-def check_is_there(columns: Mapping[str, ColumnSample], name: str, data: str) -> None:
+def check_column_exists(columns: Mapping[str, ColumnSample], name: str, data: str) -> None:
     """Raise `DataError` if there is no column `name`."""
     if name not in columns:
         raise DataError(

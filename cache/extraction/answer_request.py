@@ -8,31 +8,37 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks.reference_rows import check
+from ..checks.reference_rows import check_reference_rows
 from ..documents.documents import Reading
 from ..files.disk_errors import check_writable, disk_errors
 from ..files.json_files import read_json
 from ..format.dtypes import choose_dtype
 from ..format.manifest import ALONE, BATCH, CaptureIdentity
-from ..forward.stage_times import Stages
-from ..forward.write_parts import fill
+from ..forward.stage_times import StageTimes
+from ..forward.write_parts import write_missing_parts
 from ..model.source import ModelSource
 from ..store.activation_cache import ActivationCache
 from ..store.catalog import cache_root
 from ..store.create_cache import sweep_unfinished
-from ..store.extend_cache import add_layers, add_tokens, joined, unnamed_layers
+from ..store.extend_cache import add_layers, add_tokens, join_stream, unnamed_layers
 from ..tokens.token_stream import TokenStream
 from .plan import Estimate, estimate_of, kept_layers, layout_like
-from .prepare import examine_model, load, make_cache, shorten_stream, with_loaded_dtype
-from .request import Request
-from .resolve import Progress, Resolution, Wanted, read_stream, resolve, want
+from .prepare import (
+    examine_model,
+    load_requested_model,
+    make_cache,
+    shorten_stream,
+    with_loaded_dtype,
+)
+from .request import ExtractionRequest
+from .resolve import CacheMatch, Progress, WantedCache, match_cache, read_stream, wanted_cache
 
 if TYPE_CHECKING:
     import torch
 
     from ..checks.independence import Independence
-    from ..checks.model_checks import Canary
-    from ..model.blocks import Stack
+    from ..checks.model_checks import ModelReport
+    from ..model.blocks import DecoderBlocks
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Extraction:
     """How many `sequences` of the request lost how many `tokens` to the context."""
     reading: Reading = field(default_factory=Reading)
     """How the texts of the request were read, and which documents were left out."""
-    stages: Stages = field(default_factory=Stages)
+    stages: StageTimes = field(default_factory=StageTimes)
     """How busy forward, copy and write were; with a scheduler, of all workers together."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +74,7 @@ class Extraction:
             "positions": self.cache.positions,
             "layers": list(self.cache.layers),
             "complete": self.cache.finished,
-            "parts": [len(self.cache.committed), self.cache.parts],
+            "parts": [len(self.cache.committed), self.cache.n_parts],
             "bytes": self.cache.bytes,
             "head_error": self.head_error,
             "written": self.written,
@@ -81,34 +87,34 @@ class Extraction:
         }
 
 
-def run(
-    request: Request, progress: Progress | None = None, stages: Stages | None = None
+def answer_request(
+    request: ExtractionRequest, progress: Progress | None = None, stages: StageTimes | None = None
 ) -> Extraction:
     """Answer `request` from an existing cache, or finish or extend one, or make it.
 
     `stages`, which others may look at meanwhile, books how busy forward, copy and write are.
     """
     began = time.perf_counter()
-    stages = Stages() if stages is None else stages
+    stages = StageTimes() if stages is None else stages
     root = cache_root(request.root)
     source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
     stream = read_stream(request, source, progress)
     model: torch.nn.Module | None = None
-    canary: Canary | None = None
+    canary: ModelReport | None = None
     if request.max_bytes is not None:
-        model = load(request, source)
+        model = load_requested_model(request, source)
         source = with_loaded_dtype(source, model)
         canary, stream = shorten_stream(request, source, model, stream, root)
-    wanted = want(request, source, stream)
-    found = resolve(wanted, root)
+    wanted = wanted_cache(request, source, stream)
+    found = match_cache(wanted, root)
     if found.path is None or found.answer in ("miss", "partial"):
         check_writable(root)
         sweep_unfinished(root)
-        model = model or load(request, source)
+        model = model or load_requested_model(request, source)
         if (loaded := with_loaded_dtype(source, model)) is not source:
             # The files said another dtype than the model has: the model's goes into the identity.
-            source, wanted = loaded, want(request, loaded, stream)
-            found = resolve(wanted, root)
+            source, wanted = loaded, wanted_cache(request, loaded, stream)
+            found = match_cache(wanted, root)
     path, status = found.path, "hit"
     written = 0
     if path is None or found.answer in ("miss", "partial"):
@@ -124,13 +130,13 @@ def run(
                     request, model, found, wanted, stream, progress, stages
                 )
         with disk_errors(path):
-            written = fill(
+            written = write_missing_parts(
                 ActivationCache(path), stack, progress, request.share, request.on_error, stages
             )
             lacks = unnamed_layers(ActivationCache(path), kept_layers(request.layers, stack.depth))
         if lacks:
             # Another process, which wants fewer layers, made this cache a moment before.
-            done = run(request, progress, stages)
+            done = answer_request(request, progress, stages)
             return replace(done, written=done.written + written)
     with disk_errors(path):
         cache = ActivationCache(path)
@@ -143,12 +149,12 @@ def run(
     )
 
 
-def plan(request: Request, progress: Progress | None = None) -> Estimate:
+def estimate_request(request: ExtractionRequest, progress: Progress | None = None) -> Estimate:
     """What `request` would take on the disk; loads the model, writes nothing."""
     root = cache_root(request.root)
     source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
     stream = read_stream(request, source, progress)
-    model = load(request, source)
+    model = load_requested_model(request, source)
     source = with_loaded_dtype(source, model)
     if request.max_bytes is not None:
         canary, stream = shorten_stream(request, source, model, stream, root)
@@ -159,38 +165,38 @@ def plan(request: Request, progress: Progress | None = None) -> Estimate:
     )
 
 
-def find(request: Request, progress: Progress | None = None) -> Resolution:
+def find_match(request: ExtractionRequest, progress: Progress | None = None) -> CacheMatch:
     """Which cache answers `request`, if any; loads no weights."""
     source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
     stream = read_stream(request, source, progress)
-    return resolve(want(request, source, stream), cache_root(request.root))
+    return match_cache(wanted_cache(request, source, stream), cache_root(request.root))
 
 
 def _extend(
-    request: Request,
+    request: ExtractionRequest,
     model: "torch.nn.Module",
-    found: Resolution,
-    wanted: Wanted,
+    found: CacheMatch,
+    wanted: WantedCache,
     stream: TokenStream,
     progress: Progress | None,
-    stages: Stages,
-) -> tuple[str, Path, "Stack"]:
+    stages: StageTimes,
+) -> tuple[str, Path, "DecoderBlocks"]:
     """Give the cache that was found its missing layers and tokens, still to be filled."""
-    from ..checks.model_checks import independence_of, reexamine
+    from ..checks.model_checks import independence_of, recheck_model
 
     assert found.path is not None
     cache = ActivationCache(found.path)
-    stack = reexamine(model, cache)
-    check(stack, cache.path, cache.manifest.capture.compute_dtype)
-    kept = kept_layers(request.layers, cache.depth)
+    stack = recheck_model(model, cache)
+    check_reference_rows(stack, cache.path, cache.manifest.capture.compute_dtype)
+    kept = kept_layers(request.layers, cache.n_blocks)
     new = unnamed_layers(cache, kept)
     if new:
         add_layers(cache, _dtypes(stack, stream, cache.manifest.capture, new))
     if not found.missing_sequences:
         return "extended" if new else "resumed", cache.path, stack
-    fill(cache, stack, progress, on_error=request.on_error, stages=stages)
+    write_missing_parts(cache, stack, progress, on_error=request.on_error, stages=stages)
     cache = ActivationCache(cache.path)
-    longer = joined(cache, stream, found.missing_sequences)
+    longer = join_stream(cache, stream, found.missing_sequences)
     digest, _ = longer.digests()
     tokens = replace(
         wanted.tokens, digest=digest, positions=longer.positions, sequences=longer.sequences
@@ -212,13 +218,13 @@ def _sharing(cache: ActivationCache, found: "Independence") -> dict[str, Any]:
 
 
 def _dtypes(
-    stack: "Stack", stream: TokenStream, capture: CaptureIdentity, layers: tuple[int, ...]
+    stack: "DecoderBlocks", stream: TokenStream, capture: CaptureIdentity, layers: tuple[int, ...]
 ) -> dict[int, str]:
     """Stored dtypes of further layers, by a calibration pass."""
     import torch
 
-    from ..checks.model_checks import calibrate
+    from ..checks.model_checks import measure_value_ranges
 
     with torch.inference_mode():
-        ranges = calibrate(stack, stream, next(stack.model.parameters()).device)
+        ranges = measure_value_ranges(stack, stream, next(stack.model.parameters()).device)
     return {n: choose_dtype(ranges[n], capture.compute_dtype, capture.dtype) for n in layers}

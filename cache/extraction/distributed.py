@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from ..cluster import connected, threads_of
 from ..errors import UsageError
 from ..files.paths import is_remote
-from ..forward.stage_times import Stages
+from ..forward.stage_times import StageTimes
 from ..forward.write_parts import done_positions, missing_parts
 from ..store.activation_cache import ActivationCache
 from ..store.catalog import cache_root
-from .answer_request import Extraction, Progress, run
-from .request import Request
+from .answer_request import Extraction, Progress, answer_request
+from .request import ExtractionRequest
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -34,23 +34,23 @@ NO_PART = "1000000000/1000000000"
 """A share of the parts so small that none is in it: the cache is made, and left empty."""
 
 
-def run_at(
+def answer_at_address(
     scheduler: str,
-    request: Request,
+    request: ExtractionRequest,
     progress: Progress | None = None,
-    stages: Stages | None = None,
+    stages: StageTimes | None = None,
 ) -> Extraction:
     """`run_on` the workers of the scheduler at an address like `tcp://host:8786`."""
     with connected(scheduler) as client:
         assert client is not None
-        return run_on(client, request, progress, stages)
+        return answer_on_cluster(client, request, progress, stages)
 
 
-def run_on(
+def answer_on_cluster(
     client: "Client",
-    request: Request,
+    request: ExtractionRequest,
     progress: Progress | None = None,
-    stages: Stages | None = None,
+    stages: StageTimes | None = None,
 ) -> Extraction:
     """Answer `request` by all workers of `client`, which see the same files as the driver.
 
@@ -60,7 +60,7 @@ def run_on(
         raise UsageError("part and a scheduler exclude each other: its workers share all parts")
     began = time.perf_counter()
     request = _absolute(request)
-    stages = Stages() if stages is None else stages
+    stages = StageTimes() if stages is None else stages
     made = _make(client, request)
     written = int(made["written"])
     if made["status"] != "hit":
@@ -68,12 +68,12 @@ def run_on(
         for done in _share(client, request, cache, progress):
             stages.merge(done["stages"])
             written += done["written"]
-    last = run(request, None, stages)
+    last = answer_request(request, None, stages)
     seconds = time.perf_counter() - began
     return replace(last, status=made["status"], written=written + last.written, seconds=seconds)
 
 
-def _absolute(request: Request) -> Request:
+def _absolute(request: ExtractionRequest) -> ExtractionRequest:
     """The request with paths that mean the same in every worker's folder."""
     names = {}
     for field in ("model", "data"):
@@ -84,7 +84,7 @@ def _absolute(request: Request) -> Request:
     return replace(request, root=root if is_remote(root) else root.resolve(), **names)
 
 
-def _make(client: "Client", request: Request) -> dict[str, Any]:
+def _make(client: "Client", request: ExtractionRequest) -> dict[str, Any]:
     """Find the cache or make it, empty, on one worker; here if no worker lives long enough."""
     threads_of(client)
     request = replace(request, part=NO_PART)
@@ -105,16 +105,16 @@ def _make(client: "Client", request: Request) -> dict[str, Any]:
         future.cancel()
 
 
-def _work(request: Request) -> dict[str, Any]:
+def _work(request: ExtractionRequest) -> dict[str, Any]:
     """What one worker does; the result travels without the cache."""
-    return run(request).to_dict()
+    return answer_request(request).to_dict()
 
 
 def _share(
-    client: "Client", request: Request, cache: ActivationCache, progress: Progress | None
+    client: "Client", request: ExtractionRequest, cache: ActivationCache, progress: Progress | None
 ) -> list[dict[str, Any]]:
     """Let every worker write parts until none is missing; what those that finished did."""
-    crew = Crew(client, request)
+    crew = WorkerTasks(client, request)
 
     def tell() -> None:
         if progress is not None:
@@ -129,14 +129,14 @@ def _share(
         crew.dismiss()
 
 
-class Crew:
+class WorkerTasks:
     """One task on every worker of `client`, also on those that come later.
 
     Tasks are bound to their workers: dask would hand the task of one that died to another, which
     has its own. Workers that die again and again are given up.
     """
 
-    def __init__(self, client: "Client", request: Request) -> None:
+    def __init__(self, client: "Client", request: ExtractionRequest) -> None:
         self.client = client
         self.request = request
         self.done: list[dict[str, Any]] = []

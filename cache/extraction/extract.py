@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..files.paths import as_path
 from ..store.activation_cache import ActivationCache
-from .answer_request import run
-from .request import Request
+from .answer_request import answer_request
+from .request import ExtractionRequest
 from .resolve import Progress
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ def extract(
     """
     if options.get("root") is not None:
         options["root"] = as_path(options["root"])
-    request = Request(str(model), str(data), **options)
+    request = ExtractionRequest(str(model), str(data), **options)
     if client is not None:
-        from .distributed import run_on
+        from .distributed import answer_on_cluster
 
-        return run_on(client, request, progress).cache
-    return run(request, progress).cache
+        return answer_on_cluster(client, request, progress).cache
+    return answer_request(request, progress).cache

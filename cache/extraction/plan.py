@@ -13,15 +13,15 @@ from ..errors import NoSpaceError, UsageError
 from ..files.paths import is_remote
 from ..format.dtypes import STORED_DTYPES
 from ..format.layout import CHECKSUM_BYTES, TABLE_CHUNK_ROWS, TABLE_CHUNKS_PER_SHARD, Layout
-from ..format.logits_arrays import LogitsArray, arrays_of
+from ..format.logits_arrays import LogitsArray, logits_arrays
 from ..forward.batches import choose_batch_tokens
 from ..store.activation_cache import ActivationCache
 from ..tokens.index_arrays import CONTEXT_DTYPES, SPAN_DTYPES, TABLE_DTYPES
 from ..tokens.token_stream import TokenStream
-from .request import Request
+from .request import ExtractionRequest
 
 if TYPE_CHECKING:
-    from ..checks.model_checks import Canary
+    from ..checks.model_checks import ModelReport
 
 
 SPARE_BYTES = 64 << 20
@@ -83,7 +83,7 @@ class Estimate:
             )
 
 
-def estimate(
+def estimate_bytes(
     root: Path, layout: Layout, d_model: int, dtypes: dict[int, str], positions: int,
     sequences: int, head_bytes: int, context_tokens: int = 0, logits: Sequence[LogitsArray] = (),
     ratios: Mapping[str, float] | None = None,
@@ -137,7 +137,7 @@ def _array(rows: int, chunk_rows: int, shard_rows: int, row_bytes: int) -> int:
     return chunks * (chunk_rows * row_bytes + CHECKSUM_BYTES) + shards * index
 
 
-def shorten(
+def shorten_to_fit(
     stream: TokenStream, limit: int, root: Path, layout: Layout, d_model: int,
     dtypes: dict[int, str], head_bytes: int, logits: Sequence[LogitsArray] = (),
     ratios: Mapping[str, float] | None = None,
@@ -148,7 +148,7 @@ def shorten(
     def size(sequences: int) -> int:
         positions = int(ends[sequences - 1])
         tokens = 0 if stream.runs is None else int(stream.lengths[:sequences].sum())
-        return estimate(
+        return estimate_bytes(
             root, layout, d_model, dtypes, positions, sequences, head_bytes, tokens, logits, ratios
         ).most
 
@@ -177,12 +177,12 @@ def kept_layers(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
     return tuple(sorted({*layers, depth}))
 
 
-def _layout(request: Request, canary: "Canary") -> Layout:
+def _layout(request: ExtractionRequest, canary: "ModelReport") -> Layout:
     widest = max((array.row_bytes for array in _logits(request, canary)), default=0)
     return Layout.choose(canary.head.d_model, _itemsize(canary), request.part_positions, widest)
 
 
-def layout_like(request: Request, cache: ActivationCache) -> Layout:
+def layout_like(request: ExtractionRequest, cache: ActivationCache) -> Layout:
     """The layout that `request` gives arrays like those of a complete `cache`."""
     names = {name for record in cache.committed.values() for name in record.arrays}
     arrays = {name: cache.array(name).layout for name in names}
@@ -191,12 +191,12 @@ def layout_like(request: Request, cache: ActivationCache) -> Layout:
     return Layout.choose(cache.d_model, max(items), request.part_positions, widest)
 
 
-def _logits(request: Request, canary: "Canary") -> tuple[LogitsArray, ...]:
+def _logits(request: ExtractionRequest, canary: "ModelReport") -> tuple[LogitsArray, ...]:
     """The arrays of logits that the request keeps."""
-    return arrays_of(request.logits, canary.head.vocab, canary.logits.dtype)
+    return logits_arrays(request.logits, canary.head.vocab, canary.logits.dtype)
 
 
-def _batch_tokens(request: Request, canary: "Canary", stream: TokenStream) -> int:
+def _batch_tokens(request: ExtractionRequest, canary: "ModelReport", stream: TokenStream) -> int:
     """Tokens of a batch; fewer where a batch's logits would fill the memory."""
     if request.batch_tokens is not None:
         return request.batch_tokens
@@ -206,16 +206,18 @@ def _batch_tokens(request: Request, canary: "Canary", stream: TokenStream) -> in
     return found if limit is None else min(found, limit)
 
 
-def _itemsize(canary: "Canary") -> int:
+def _itemsize(canary: "ModelReport") -> int:
     return max(np.dtype(STORED_DTYPES[dtype]).itemsize for dtype in canary.dtypes.values())
 
 
-def _head_bytes(canary: "Canary") -> int:
+def _head_bytes(canary: "ModelReport") -> int:
     return sum(tensor.nbytes for tensor in canary.tensors.values())
 
 
-def estimate_of(request: Request, canary: "Canary", stream: TokenStream, root: Path) -> Estimate:
-    return estimate(
+def estimate_of(
+    request: ExtractionRequest, canary: "ModelReport", stream: TokenStream, root: Path
+) -> Estimate:
+    return estimate_bytes(
         root, _layout(request, canary), canary.head.d_model, canary.dtypes, stream.positions,
         stream.sequences, _head_bytes(canary), 0 if stream.runs is None else len(stream.ids),
         _logits(request, canary), canary.ratios,

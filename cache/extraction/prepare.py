@@ -8,25 +8,33 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks.reference_rows import record
+from ..checks.reference_rows import save_reference_rows
 from ..format.manifest import ALONE, BATCH, CODEC, Manifest
 from ..model.memory import memory_errors
 from ..model.source import ModelSource
 from ..store.create_cache import create_cache
 from ..store.local_origin import public_name, write_origin
 from ..tokens.token_stream import TokenStream
-from .plan import _batch_tokens, _head_bytes, _layout, _logits, estimate_of, kept_layers, shorten
-from .request import Request
-from .resolve import Wanted
+from .plan import (
+    _batch_tokens,
+    _head_bytes,
+    _layout,
+    _logits,
+    estimate_of,
+    kept_layers,
+    shorten_to_fit,
+)
+from .request import ExtractionRequest
+from .resolve import WantedCache
 
 if TYPE_CHECKING:
     import torch
 
-    from ..checks.model_checks import Canary
-    from ..model.blocks import Stack
+    from ..checks.model_checks import ModelReport
+    from ..model.blocks import DecoderBlocks
 
 
-def load(request: Request, source: ModelSource) -> "torch.nn.Module":
+def load_requested_model(request: ExtractionRequest, source: ModelSource) -> "torch.nn.Module":
     """The model of the request, on its device."""
     from ..model.load_model import choose_device, load_model
 
@@ -47,47 +55,53 @@ def with_loaded_dtype(source: ModelSource, model: "torch.nn.Module") -> ModelSou
 
 
 def examine_model(
-    request: Request, source: ModelSource, model: "torch.nn.Module", stream: TokenStream
-) -> "Canary":
+    request: ExtractionRequest, source: ModelSource, model: "torch.nn.Module", stream: TokenStream
+) -> "ModelReport":
     """What a few sequences show of the model, with the dtypes of the layers that are kept."""
-    from ..checks.model_checks import examine
+    from ..checks.model_checks import check_model
 
-    canary = examine(
+    canary = check_model(
         model, stream, source.compute_dtype, request.dtype, request.logits, request.batch_tokens
     )
     kept = kept_layers(request.layers, canary.stack.depth)
     canary = replace(canary, dtypes={layer: canary.dtypes[layer] for layer in kept})
     if request.codec == "raw":
         return canary
-    from ..checks.compression_ratio import measure
+    from ..checks.compression_ratio import measure_compression_ratio
 
     arrays = _logits(request, canary)
-    ratios = measure(canary, stream, _layout(request, canary), request.logits, arrays)
+    ratios = measure_compression_ratio(
+        canary, stream, _layout(request, canary), request.logits, arrays
+    )
     return replace(canary, ratios=ratios)
 
 
 def shorten_stream(
-    request: Request, source: ModelSource, model: "torch.nn.Module", stream: TokenStream, root: Path
-) -> tuple["Canary", TokenStream]:
+    request: ExtractionRequest,
+    source: ModelSource,
+    model: "torch.nn.Module",
+    stream: TokenStream,
+    root: Path,
+) -> tuple["ModelReport", TokenStream]:
     """The model's canary, and the stream cut to `max_bytes`."""
     assert request.max_bytes is not None
     canary = examine_model(request, source, model, stream)
     layout, size = _layout(request, canary), _head_bytes(canary)
-    return canary, shorten(
+    return canary, shorten_to_fit(
         stream, request.max_bytes, root, layout, canary.head.d_model, canary.dtypes, size,
         _logits(request, canary), canary.ratios,
     )  # fmt: skip
 
 
 def make_cache(
-    request: Request,
+    request: ExtractionRequest,
     source: ModelSource,
     model: "torch.nn.Module",
-    canary: "Canary | None",
-    wanted: Wanted,
+    canary: "ModelReport | None",
+    wanted: WantedCache,
     stream: TokenStream,
     root: Path,
-) -> tuple[Path, "Stack"]:
+) -> tuple[Path, "DecoderBlocks"]:
     """Examine the model, check the space and make the empty cache."""
     canary = canary or examine_model(request, source, model, stream)
     estimate_of(request, canary, stream, root).check(root)
@@ -114,8 +128,8 @@ def make_cache(
     )
 
     def write_head(folder: Path) -> None:
-        save_head(folder, source, canary, request.format)
-        record(canary.stack, stream, folder)
+        save_head_and_tokenizer(folder, source, canary, request.format)
+        save_reference_rows(canary.stack, stream, folder)
         write_origin(folder.parent, request.model, request.data)
 
     provenance = {
@@ -133,7 +147,9 @@ def make_cache(
     return path, canary.stack
 
 
-def save_head(folder: Path, source: ModelSource, canary: "Canary", version: int) -> None:
+def save_head_and_tokenizer(
+    folder: Path, source: ModelSource, canary: "ModelReport", version: int
+) -> None:
     """The head, the tokenizer and copies of the configuration, in the format `version`."""
     canary.head.save(folder, canary.tensors)
     source.tokenizer_in(version).save(str(folder / "tokenizer.json"))

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checks.reference_rows import check
+from ..checks.reference_rows import check_reference_rows
 from ..errors import CorruptError, MismatchError, ModelError
 from ..files.json_files import file_digest, write_atomically
-from ..files.leases import lease
+from ..files.leases import lease_part
 from ..format.array_writer import create_part_array
 from ..format.dtypes import STORED_DTYPES
 from ..format.journal import Journal
-from ..format.layout import key_of, name_of
+from ..format.layout import array_key, array_name
 from ..format.manifest import Manifest
 from ..forward.part_runner import PartRunner
 from ..model.source import ModelSource
 from ..store.activation_cache import ActivationCache
-from ..store.lineage import ancestor
+from ..store.lineage import open_ancestor
 from ..store.local_origin import read_origin
 from ..store.verify import Damage, verify
-from .resolve import compare, describe
+from .resolve import describe, differing_fields
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ def _load(
         )
     identity = source.identity_in(manifest.format)
     if identity != manifest.model:
-        differences = compare(asdict(identity), asdict(manifest.model))
+        differences = differing_fields(asdict(identity), asdict(manifest.model))
         raise MismatchError(
             f"{source.name} is not the model of this cache ({describe(differences)}); say where "
             "the model is with --model"
@@ -157,10 +157,10 @@ def _rebuild_head(
     damages: list[Damage],
 ) -> list[str]:
     """Files of `head/` made from the model again, where they come out as they were."""
-    from ..checks.model_checks import examine
-    from ..checks.reference_rows import record
+    from ..checks.model_checks import check_model
+    from ..checks.reference_rows import save_reference_rows
     from ..tokens.token_stream import TokenStream
-    from .prepare import save_head
+    from .prepare import save_head_and_tokenizer
 
     names = [damage.file for damage in damages if damage.file.startswith("head/")]
     if not names:
@@ -168,12 +168,12 @@ def _rebuild_head(
     cache = ActivationCache(path)
     lengths = cache.contexts.length
     stream = TokenStream(cache.contexts.ids, lengths, np.arange(len(lengths)))
-    canary = examine(model, stream, manifest.capture.compute_dtype, manifest.capture.dtype)
+    canary = check_model(model, stream, manifest.capture.compute_dtype, manifest.capture.dtype)
     _, files = cache.journal.base()
     mended = []
     with tempfile.TemporaryDirectory(prefix="residua-") as folder:
-        save_head(Path(folder), source, canary, manifest.format)
-        record(canary.stack, stream, Path(folder))
+        save_head_and_tokenizer(Path(folder), source, canary, manifest.format)
+        save_reference_rows(canary.stack, stream, Path(folder))
         for name in names:
             fresh = Path(folder) / Path(name).name
             if fresh.is_file() and file_digest(fresh) == files.get(name):
@@ -186,7 +186,7 @@ def _rewrite_shards(
     path: Path, model: "torch.nn.Module", damages: list[Damage], progress: Progress | None
 ) -> tuple[list[str], list[str]]:
     """Run the damaged parts again; files that came out as they were, and files that did not."""
-    from ..checks.model_checks import reexamine
+    from ..checks.model_checks import recheck_model
 
     wanted: dict[int, set[str]] = {}
     cache = ActivationCache(path)
@@ -197,21 +197,21 @@ def _rewrite_shards(
         wanted.setdefault(part, set()).add(damage.array)
     if not wanted:
         return [], []
-    stack = reexamine(model, cache)
-    check(stack, path, cache.manifest.capture.compute_dtype)
-    runner = PartRunner(cache, stack, ancestor(cache))
+    stack = recheck_model(model, cache)
+    check_reference_rows(stack, path, cache.manifest.capture.compute_dtype)
+    runner = PartRunner(cache, stack, open_ancestor(cache))
     mended, changed = [], []
     before = cache.journal.parts()
     for number, (part, names) in enumerate(sorted(wanted.items())):
         # In the order in which a part is written: the first reason of a quarantine holds.
-        keys = tuple(key_of(name) for name in cache.target_names if name in names)
-        with lease(path / "leases", part) as mine:
+        keys = tuple(array_key(name) for name in cache.target_names if name in names)
+        with lease_part(path / "leases", part) as mine:
             if not mine:
                 raise CorruptError(f"part {part} is being written by another process; wait for it")
             for _ in runner.write_part(part, keys, before[part], mine):
                 pass
         after = cache.journal.parts()[part]
-        for name in map(name_of, keys):
+        for name in map(array_name, keys):
             file = f"arrays.zarr/{name}/{cache.array(name).layout.shard_key(part)}"
             same = after.arrays[name] == before[part].arrays[name]
             (mended if same else changed).append(file)

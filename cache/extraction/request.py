@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
-from ..format.compression import check as check_codec
+from ..format.compression import check_codec as check_codec
 from ..format.dtypes import STORED_DTYPES
-from ..format.logits_arrays import check as check_logits
+from ..format.logits_arrays import check_logits_mode as check_logits
 from ..format.manifest import FORMAT, FORMATS
-from ..number_ranges import number, numbers
-from ..tokens.positions import check as check_policy
+from ..number_ranges import as_tuple, as_whole_number
+from ..tokens.positions import check_positions as check_policy
 
 WHOLE_NUMBERS = (
     "context",
@@ -24,7 +24,7 @@ WHOLE_NUMBERS = (
 
 
 @dataclass(frozen=True)
-class Request:
+class ExtractionRequest:
     """What to extract; field names are the options of `residua extract`."""
 
     model: str
@@ -82,11 +82,11 @@ class Request:
         # Numbers of numpy as Python's: they are written as JSON.
         for name in WHOLE_NUMBERS:
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, number(value, name))
+                object.__setattr__(self, name, as_whole_number(value, name))
         for name in ("pack", "trust_remote_code"):
             object.__setattr__(self, name, bool(getattr(self, name)))
         if self.layers is not None:
-            object.__setattr__(self, "layers", numbers(self.layers, "layers"))
+            object.__setattr__(self, "layers", as_tuple(self.layers, "layers"))
         if self.dtype not in ("auto", *STORED_DTYPES):
             known = ", ".join(("auto", *STORED_DTYPES))
             raise UsageError(f"dtype {self.dtype!r} is unknown; choose one of {known}")

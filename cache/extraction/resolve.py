@@ -10,8 +10,8 @@ import numpy as np
 
 from ..documents.load_documents import load_documents
 from ..errors import ModelError, ResiduaError, UsageError
-from ..files.disk_columns import blocks, scratch_folder
-from ..format.logits_arrays import covers
+from ..files.disk_columns import row_blocks, scratch_folder
+from ..format.logits_arrays import logits_mode_covers
 from ..format.manifest import (
     FORMAT,
     SEQUENCE,
@@ -24,16 +24,16 @@ from ..model.source import ModelSource
 from ..model.tokenizer import tokenizer_digest
 from ..store.activation_cache import ActivationCache
 from ..store.catalog import cache_root, list_paths
-from ..tokens.positions import keep
+from ..tokens.positions import keep_positions
 from ..tokens.token_stream import TokenStream
 from ..tokens.tokenization import tokenize
-from .request import Request
+from .request import ExtractionRequest
 
 ANSWERS = ("hit", "covers", "partial", "miss")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedCache:
     """What a request asks for, known without loading the model's weights."""
 
     model: ModelIdentity
@@ -52,7 +52,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Resolution:
+class CacheMatch:
     """The best answer that the caches under a root give."""
 
     answer: str
@@ -78,7 +78,7 @@ class Resolution:
         return value
 
 
-def resolve(wanted: Wanted, root: Path) -> Resolution:
+def match_cache(wanted: WantedCache, root: Path) -> CacheMatch:
     """The best answer to `wanted` among the caches under `root`; damaged caches are passed over."""
     found = []
     for path in list_paths(root):
@@ -86,35 +86,35 @@ def resolve(wanted: Wanted, root: Path) -> Resolution:
             found.append(_answer(wanted, ActivationCache(path)))
         except ResiduaError:
             continue
-    return min(found, key=_preference, default=Resolution("miss"))
+    return min(found, key=_preference, default=CacheMatch("miss"))
 
 
-def _preference(resolution: Resolution) -> tuple[int, int, int]:
+def _preference(resolution: CacheMatch) -> tuple[int, int, int]:
     missing = len(resolution.missing_layers), len(resolution.missing_sequences)
     closeness = len(resolution.differences) if resolution.answer == "miss" else sum(missing)
     return ANSWERS.index(resolution.answer), closeness, missing[0]
 
 
-def _answer(wanted: Wanted, cache: ActivationCache) -> Resolution:
+def _answer(wanted: WantedCache, cache: ActivationCache) -> CacheMatch:
     identity = wanted.identity
-    differences = compare(identity, cache.manifest.identity)
-    more_logits = [name == _LOGITS and covers(b, a) for name, a, b in differences]
+    differences = differing_fields(identity, cache.manifest.identity)
+    more_logits = [name == _LOGITS and logits_mode_covers(b, a) for name, a, b in differences]
     if any(
         name not in _STREAM and not also
         for (name, _, _), also in zip(differences, more_logits, strict=True)
     ):
-        return Resolution("miss", cache.path, differences=differences)
+        return CacheMatch("miss", cache.path, differences=differences)
     lacking, extra = _sequences(wanted.hashes, cache.sequence_hash)
     # Where only some positions are kept, a cache of more tokens is a new one.
     if lacking and (extra or wanted.capture.positions != "all"):
-        return Resolution("miss", cache.path, differences=differences)
-    asked = range(cache.depth + 1) if wanted.layers is None else wanted.layers
+        return CacheMatch("miss", cache.path, differences=differences)
+    asked = range(cache.n_blocks + 1) if wanted.layers is None else wanted.layers
     layers = tuple(layer for layer in asked if layer not in cache.layers)
     unfinished = not cache.finished
     if lacking or layers:
-        return Resolution("partial", cache.path, layers, lacking, unfinished)
-    more = extra or any(more_logits) or len(set(asked) | {cache.depth}) < len(cache.layers)
-    return Resolution("covers" if more else "hit", cache.path, unfinished=unfinished)
+        return CacheMatch("partial", cache.path, layers, lacking, unfinished)
+    more = extra or any(more_logits) or len(set(asked) | {cache.n_blocks}) < len(cache.layers)
+    return CacheMatch("covers" if more else "hit", cache.path, unfinished=unfinished)
 
 
 _STREAM = frozenset(f"tokens.{name}" for name in ("digest", "positions", "sequences", "seed"))
@@ -136,7 +136,7 @@ def _sequences(asked: np.ndarray, held: np.ndarray) -> tuple[tuple[int, ...], bo
     return tuple(lacking), +left != Counter()
 
 
-def compare(
+def differing_fields(
     one: dict[str, Any], other: dict[str, Any], prefix: str = ""
 ) -> tuple[tuple[str, Any, Any], ...]:
     """Fields in which two identities differ: (name, in one, in other)."""
@@ -144,7 +144,7 @@ def compare(
     for name in sorted(set(one) | set(other)):
         a, b = one.get(name), other.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            differences += compare(a, b, f"{prefix}{name}.")
+            differences += differing_fields(a, b, f"{prefix}{name}.")
         elif a != b:
             differences.append((f"{prefix}{name}", a, b))
     return tuple(differences)
@@ -153,7 +153,7 @@ def compare(
 def named_differences(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
     """`compare` as JSON objects with the keys `field`, `one` and `other`."""
     names = ("field", "one", "other")
-    return [dict(zip(names, found, strict=True)) for found in compare(one, other)]
+    return [dict(zip(names, found, strict=True)) for found in differing_fields(one, other)]
 
 
 def describe(differences: Sequence[tuple[str, Any, Any]]) -> str:
@@ -171,7 +171,7 @@ Progress = Callable[[str, int, int], None]
 DEFAULT_CONTEXT = 1024
 
 
-def choose_context(request: Request, source: ModelSource) -> int:
+def choose_context(request: ExtractionRequest, source: ModelSource) -> int:
     """Context length of the request, checked against the model's."""
     limit = source.context
     if request.context is None:
@@ -183,7 +183,9 @@ def choose_context(request: Request, source: ModelSource) -> int:
     return request.context
 
 
-def read_stream(request: Request, source: ModelSource, progress: Progress | None) -> TokenStream:
+def read_stream(
+    request: ExtractionRequest, source: ModelSource, progress: Progress | None
+) -> TokenStream:
     """The token stream of the request; its columns lie on the disk."""
     scratch = scratch_folder(cache_root(request.root))
     documents = load_documents(
@@ -208,16 +210,18 @@ def read_stream(request: Request, source: ModelSource, progress: Progress | None
         version=request.format,
     )
     vocab = source.constant("vocab_size")
-    largest = max(int(block.max()) for block in blocks(stream.ids))
+    largest = max(int(block.max()) for block in row_blocks(stream.ids))
     if isinstance(vocab, int) and largest >= vocab:
         raise ModelError(
             f"the tokenizer gives token {largest}, but the model's vocabulary has "
             f"{vocab}; the tokenizer files do not belong to this model"
         )
-    return keep(request.positions, stream, documents, request.seed)
+    return keep_positions(request.positions, stream, documents, request.seed)
 
 
-def want(request: Request, source: ModelSource, stream: TokenStream) -> Wanted:
+def wanted_cache(
+    request: ExtractionRequest, source: ModelSource, stream: TokenStream
+) -> WantedCache:
     """The identity that the request asks for."""
     digest, hashes = stream.digests()
     tokens = TokenIdentity(
@@ -240,4 +244,4 @@ def want(request: Request, source: ModelSource, stream: TokenStream) -> Wanted:
     if stream.runs is not None:
         hashes = hashes[stream.runs.sequence]
     model = source.identity_in(request.format)
-    return Wanted(model, tokens, capture, hashes, request.layers, request.format)
+    return WantedCache(model, tokens, capture, hashes, request.layers, request.format)

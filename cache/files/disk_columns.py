@@ -17,8 +17,8 @@ BLOCK = 1 << 18
 """Numbers that one read or write moves, and that a column keeps in memory."""
 
 
-class Numbers(Protocol):
-    """What is read by slices: an array, a `Column`, a `Computed` one or one of a cache."""
+class NumberColumn(Protocol):
+    """What is read by slices: an array, a `Column`, a `ComputedColumn` one or one of a cache."""
 
     @property
     def dtype(self) -> Any: ...
@@ -28,7 +28,7 @@ class Numbers(Protocol):
     def __getitem__(self, key: Any, /) -> Any: ...
 
 
-class Column:
+class DiskColumn:
     """Numbers of one dtype, `(n,)`, appended in order; beyond `BLOCK` they lie in a file.
 
     The file is in `folder`, by default the system's for temporary files. It has no name and ends
@@ -96,7 +96,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Computed:
+class ComputedColumn:
     """Numbers, `(n,)`, that are worked out when a slice of them is read."""
 
     length: int
@@ -112,14 +112,16 @@ class Computed:
         return self.read(start, max(start, stop)).astype(self.dtype, copy=False)[::step]
 
 
-def blocks(values: Numbers, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+def row_blocks(
+    values: NumberColumn, start: int = 0, stop: int | None = None
+) -> Iterator[np.ndarray]:
     """`values[start:stop]` in blocks of at most `BLOCK`."""
     stop = len(values) if stop is None else stop
     for first in range(start, stop, BLOCK):
         yield values[first : min(first + BLOCK, stop)]
 
 
-def take(values: Numbers, places: np.ndarray) -> np.ndarray:
+def take_rows(values: NumberColumn, places: np.ndarray) -> np.ndarray:
     """The numbers at `places`, which ascend; reads blocks of at most `BLOCK`."""
     out = np.empty(len(places), values.dtype)
     done = 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import CorruptError, NoSpaceError, NotFoundError, ResiduaError, UsageError
 from .json_files import make_folder
-from .paths import check_creates, code_of, is_remote
+from .paths import check_creates, is_remote, store_error_code
 
 FULL = {
     errno.ENOSPC: "the disk of {} is full",
@@ -147,7 +147,7 @@ def _of_store(error: Exception, folder: Path) -> ResiduaError | None:
         return None  # a file of this machine
     what = str(error)
     if what in ("", "None"):
-        what = code_of(error) or type(error).__name__
+        what = store_error_code(error) or type(error).__name__
     if isinstance(error, PermissionError):
         advice = "check the credentials, and what they may do there"
     elif isinstance(error, FileNotFoundError):

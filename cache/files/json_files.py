@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorruptError, NotFoundError
-from .paths import create, is_remote, put
+from .paths import create_object, is_remote, write_object
 
 DIGEST_KEY = "sha256"
 
 
-def canonical(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys and no white space, UTF-8: equal values give equal bytes."""
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
@@ -24,19 +24,19 @@ def canonical(value: Any) -> bytes:
     return text.encode()
 
 
-def plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """`value` as JSON has it (RFC 8259): numpy's numbers and arrays, tuples and paths converted.
 
     NaN and the infinities, for which JSON has no word, become None.
     """
     if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
+        return plain_value(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {plain_key(key): plain(item) for key, item in value.items()}
+        return {plain_key(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple | range | set | frozenset):
-        return [plain(item) for item in value]
+        return [plain_value(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -45,9 +45,9 @@ def plain_key(key: Any) -> Any:
     return key.item() if isinstance(key, np.generic) else key
 
 
-def digest(value: Any) -> str:
+def json_digest(value: Any) -> str:
     """Hex sha256 of the canonical JSON of `value`."""
-    return hashlib.sha256(canonical(value)).hexdigest()
+    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def write_json(path: Path, value: dict[str, Any], new: bool = False) -> None:
@@ -56,9 +56,9 @@ def write_json(path: Path, value: dict[str, Any], new: bool = False) -> None:
     An object of a store is written at once; if it is to be `new`, one that is there already
     raises `FileExistsError`.
     """
-    data = canonical({**value, DIGEST_KEY: digest(value)}) + b"\n"
+    data = canonical_json({**value, DIGEST_KEY: json_digest(value)}) + b"\n"
     if new and is_remote(path):
-        create(path, data)
+        create_object(path, data)
     else:
         write_atomically(path, data)
 
@@ -76,7 +76,7 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(raw)
         value.pop(DIGEST_KEY)
-        whole = canonical({**value, DIGEST_KEY: digest(value)}) + b"\n"
+        whole = canonical_json({**value, DIGEST_KEY: json_digest(value)}) + b"\n"
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CorruptError(f"{path} is not a file of this cache format: {error}") from None
     if raw != whole:
@@ -87,7 +87,7 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
 def write_atomically(path: Path, data: bytes) -> None:
     """Readers see the old file or the whole new one, also after a power cut."""
     if is_remote(path):
-        put(path, data)
+        write_object(path, data)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import UsageError
-from .object_leases import object_holder, object_lease
+from .object_leases import object_lease, object_lease_holder
 from .paths import is_remote
 
 WAIT_SECONDS = 0.2
@@ -36,7 +36,7 @@ class FileLease:
 
 
 @contextmanager
-def lease(folder: Path, part: int) -> Iterator[Lease | None]:
+def lease_part(folder: Path, part: int) -> Iterator[Lease | None]:
     """Hold the lease of `part` within the context; yields None if another process has it.
 
     Raises `UsageError` where the file system has no locks.
@@ -61,7 +61,7 @@ def lease(folder: Path, part: int) -> Iterator[Lease | None]:
 
 
 @contextmanager
-def exclusive(folder: Path, name: str) -> Iterator[None]:
+def hold_lock(folder: Path, name: str) -> Iterator[None]:
     """Hold the lock `name` within the context; waits for a process that has it."""
     if is_remote(folder):
         while True:
@@ -92,10 +92,10 @@ def try_lock(descriptor: int) -> bool | None:
     return True
 
 
-def holder(folder: Path, part: int) -> str:
+def lease_holder(folder: Path, part: int) -> str:
     """Who wrote last into the lease file of `part`, such as `process 12 on host`."""
     if is_remote(folder):
-        return object_holder(folder, f"{part:08d}")
+        return object_lease_holder(folder, f"{part:08d}")
     try:
         pid, host = _path(folder, part).read_text().split()
     except (OSError, ValueError):

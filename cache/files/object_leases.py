@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LeaseLostError
-from .paths import children, create, put
+from .paths import create_object, list_folder, write_object
 
 EXPIRY = 30.0
 """Seconds without a sign of life after which a lease may be taken over."""
@@ -71,7 +71,7 @@ class ObjectLease:
             with suppress(Exception):  # a store that does not answer is found out by `check`
                 self.check()
                 self._beats += 1
-                put(self.path, self.signature())
+                write_object(self.path, self.signature())
                 self._seen = before
 
     def release(self) -> None:
@@ -114,7 +114,7 @@ def _acquire(folder: Path, name: str) -> ObjectLease | None:
         return None
     lease = ObjectLease(folder, name, top + 1)
     try:
-        create(lease.path, lease.signature())
+        create_object(lease.path, lease.signature())
     except FileExistsError:
         return None
     # What was seen as dead may have been released and taken anew before ours was made.
@@ -126,7 +126,7 @@ def _acquire(folder: Path, name: str) -> ObjectLease | None:
     return lease
 
 
-def object_holder(folder: Path, name: str) -> str:
+def object_lease_holder(folder: Path, name: str) -> str:
     """Who holds the lease `name`, such as `process 12 on host`."""
     found = _generations(folder, name)
     who = _read(found[max(found)]) if found else None
@@ -167,7 +167,7 @@ def _myself() -> dict[str, Any]:
 def _generations(folder: Path, name: str) -> dict[int, Path]:
     """The objects of the lease `name` by their n."""
     found = {}
-    for path in children(folder):
+    for path in list_folder(folder):
         if match := re.fullmatch(re.escape(name) + r"\.(\d+)\.json", path.name):
             found[int(match[1])] = path
     return found

@@ -64,13 +64,13 @@ def store_of(path: Path) -> tuple[Any, str]:
     return found.fs, found.path
 
 
-def put(path: Path, data: bytes) -> None:
+def write_object(path: Path, data: bytes) -> None:
     """Write a remote object, whole or not at all; what was there is replaced."""
     store, key = store_of(path)
     store.pipe_file(key, data)
 
 
-def create(path: Path, data: bytes) -> None:
+def create_object(path: Path, data: bytes) -> None:
     """Write a remote object that must not be there; raises `FileExistsError` if it is.
 
     Of several writers at the same time one succeeds (for S3: `If-None-Match: *`). For objects of
@@ -80,19 +80,19 @@ def create(path: Path, data: bytes) -> None:
     try:
         store.pipe_file(key, data, mode="create")
     except OSError as error:
-        if code_of(error) in LOST:
+        if store_error_code(error) in LOST:
             raise FileExistsError(f"{path} exists") from error
         raise
 
 
-def code_of(error: BaseException) -> str:
+def store_error_code(error: BaseException) -> str:
     """What an S3 server called the error, such as `NoSuchBucket`; empty if it did not say."""
     response = getattr(error.__cause__, "response", None)
     found = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
     return str(found or "")
 
 
-def upload(source: Path, target: Path, last: Sequence[str] = ()) -> None:
+def upload_folder(source: Path, target: Path, last: Sequence[str] = ()) -> None:
     """Write all files under the folder `source` below `target`; those named `last` at the end."""
     files = [path for path in source.rglob("*") if path.is_file()]
     names = [path.relative_to(source).as_posix() for path in files]
@@ -104,16 +104,16 @@ def upload(source: Path, target: Path, last: Sequence[str] = ()) -> None:
     with ThreadPoolExecutor(TRANSFERS) as pool:
         list(pool.map(send, [name for name in names if name not in last]))
     for name in last:
-        create(target / name, (source / name).read_bytes())
+        create_object(target / name, (source / name).read_bytes())
 
 
-def copy(source: Path, target: Path) -> None:
+def copy_object(source: Path, target: Path) -> None:
     """Copy a remote object inside its store; the bytes do not pass through this machine."""
     store, key = store_of(source)
     store.cp_file(key, store_of(target)[1])
 
 
-def children(folder: Path) -> list[Path]:
+def list_folder(folder: Path) -> list[Path]:
     """Everything in a folder, which may be missing, as it is at this moment."""
     try:
         if not is_remote(folder):
@@ -172,11 +172,11 @@ def check_creates(root: Path) -> None:
 def _refusal(path: Path) -> str | None:
     """None if `path` could be created, an empty word if it exists, else what the store lacks."""
     try:
-        create(path, b"")
+        create_object(path, b"")
     except FileExistsError:
         return ""
     except (OSError, NotImplementedError) as error:
-        said = f"{code_of(error)} {error}"
+        said = f"{store_error_code(error)} {error}"
         if not re.search("not.?(implemented|supported)", said, re.IGNORECASE):
             raise
         return said

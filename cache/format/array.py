@@ -13,12 +13,12 @@ import numpy as np
 
 from ..errors import CorruptError, IncompleteError
 from ..files.paths import as_path, is_remote, store_of
-from .compressed_shard import PackedShardReader
-from .dtypes import decode, decode_into
+from .compressed_shard import CompressedShardReader
+from .dtypes import decode_rows, decode_rows_into
 from .journal import Journal
 from .layout import ArrayLayout
 from .remote_shard import RemoteShard
-from .row_gather import Window
+from .row_gather import MappedRows
 from .shard import ShardReader
 
 OPEN_SHARDS = 64
@@ -53,7 +53,7 @@ class CacheArray:
         self._remote = is_remote(self.path)
         self._shards: dict[int, Any] = {}
         self._checked: dict[int, np.ndarray] = {}
-        self._window: Window | None = None
+        self._window: MappedRows | None = None
         self._lock = threading.Lock()
         self._zarr: Any = None
 
@@ -86,7 +86,7 @@ class CacheArray:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop`; floats come as float32."""
         if not self.layout.ours:
-            return decode(self.read_stored(start, stop), self.layout.logical_dtype)
+            return decode_rows(self.read_stored(start, stop), self.layout.logical_dtype)
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         self._read(start, stop, out)
         return out
@@ -110,7 +110,7 @@ class CacheArray:
             shard, inside = divmod(start, layout.shard_rows)
             end = min(inside + stop - start, layout.shard_rows)
             for piece in self.shard(shard).pieces(inside, end):
-                decode_into(piece, layout.logical_dtype, out[done : done + len(piece)])
+                decode_rows_into(piece, layout.logical_dtype, out[done : done + len(piece)])
                 done += len(piece)
             start += end - inside
 
@@ -118,7 +118,7 @@ class CacheArray:
         """Any rows, in any order; floats come as float32."""
         stored = self.take_stored(rows)
         out = np.empty(stored.shape, self.dtype)
-        decode_into(stored, self.layout.logical_dtype, out)
+        decode_rows_into(stored, self.layout.logical_dtype, out)
         return out
 
     def take_stored(self, rows: np.ndarray) -> np.ndarray:
@@ -179,13 +179,13 @@ class CacheArray:
             out[half] = self._gather(rows[half])
         return out
 
-    def _cover(self, shards: list[int]) -> Window:
+    def _cover(self, shards: list[int]) -> MappedRows:
         """A window with all `shards`."""
         window = self._window
         if window is None or window.missing(shards):
             needed = {shard: self.shard(shard) for shard in shards}
             with self._lock:
-                window = self._window = Window({**self._shards, **needed}, self.layout)
+                window = self._window = MappedRows({**self._shards, **needed}, self.layout)
         return window
 
     def shard(self, shard: int) -> Any:
@@ -217,7 +217,7 @@ class CacheArray:
         path = self.path / self.layout.shard_key(shard)
         if self._remote:
             return RemoteShard(path, self.layout)
-        kind = PackedShardReader if self.layout.compact else ShardReader
+        kind = CompressedShardReader if self.layout.compact else ShardReader
         reader = kind(path, self.layout, self._checked.get(shard))
         self._checked[shard] = reader.checked
         return reader

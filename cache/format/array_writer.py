@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ..files.disk_columns import Numbers
-from ..files.paths import is_remote, put
+from ..files.disk_columns import NumberColumn
+from ..files.paths import is_remote, write_object
 from .compression import LEVEL
 from .dtypes import STORED_DTYPES
-from .layout import TABLE_CHUNK_ROWS, TABLE_CHUNKS_PER_SHARD, ArrayLayout, Layout, key_of
-from .logits_arrays import LogitsArray, arrays_of
+from .layout import TABLE_CHUNK_ROWS, TABLE_CHUNKS_PER_SHARD, ArrayLayout, Layout, array_key
+from .logits_arrays import LogitsArray, logits_arrays
 from .manifest import Manifest
 from .shard import ShardWriter
 
@@ -36,7 +36,7 @@ def create_residual(
             made = create_residual(
                 Path(folder), layer, positions, d_model, logical_dtype, layout, codec
             )
-            put(store / name, (Path(folder) / name).read_bytes())
+            write_object(store / name, (Path(folder) / name).read_bytes())
         return made
     return _create(
         store,
@@ -71,15 +71,15 @@ def create_logits(
 def create_part_array(store: Path, manifest: Manifest, name: str, dtype: str) -> None:
     """Create the empty array `name` of the parts in a logical dtype; nothing for another name."""
     positions, layout, codec = manifest.tokens.positions, manifest.layout, manifest.codec
-    if isinstance(key := key_of(name), int):
+    if isinstance(key := array_key(name), int):
         create_residual(store, key, positions, manifest.d_model, dtype, layout, codec)
-    for array in arrays_of(manifest.capture.logits, manifest.vocab, dtype):
+    for array in logits_arrays(manifest.capture.logits, manifest.vocab, dtype):
         if array.name == name:
             create_logits(store, array, positions, layout, codec)
 
 
 def write_table(
-    store: Path, name: str, values: Numbers, attributes: dict[str, Any] | None = None
+    store: Path, name: str, values: NumberColumn, attributes: dict[str, Any] | None = None
 ) -> dict[str, dict]:
     """Create and fill the one-dimensional array `name`; returns the record of its shards."""
     axis = AXES[name.split("/")[0]]

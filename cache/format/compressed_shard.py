@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 
 from ..errors import CorruptError
-from .compression import pack, unpack
+from .compression import compress_chunk, decompress
 from .layout import CHECKSUM_BYTES, ArrayLayout
 from .shard import ShardReader, ShardWriter
 
@@ -21,7 +21,7 @@ RECENT_BYTES = 64 << 20
 """Decoded chunks that are kept in memory, of all arrays of the process together."""
 
 
-class PackedShardWriter(ShardWriter):
+class CompressedShardWriter(ShardWriter):
     """Writes one shard of compressed chunks, in order of their numbers.
 
     Memory: one raw chunk per chunk that is begun, as for raw shards, and the compressed chunks
@@ -35,7 +35,7 @@ class PackedShardWriter(ShardWriter):
         self._end = 0
 
     def _flush(self, chunk: int) -> None:
-        self._waiting[chunk] = pack(self._buffers.pop(chunk))
+        self._waiting[chunk] = compress_chunk(self._buffers.pop(chunk))
         while (payload := self._waiting.pop(self._next, None)) is not None:
             checksum = google_crc32c.value(payload).to_bytes(CHECKSUM_BYTES, "little")
             self._file.write(payload)
@@ -47,7 +47,7 @@ class PackedShardWriter(ShardWriter):
             self._next += 1
 
 
-class PackedShardReader(ShardReader):
+class CompressedShardReader(ShardReader):
     """Decodes the chunks of a shard; a chunk's crc32c is checked on first touch."""
 
     def __init__(self, path: Path, layout: ArrayLayout, checked: np.ndarray | None = None) -> None:
@@ -60,7 +60,7 @@ class PackedShardReader(ShardReader):
         if found is None:
             payload = self.payload(chunk, not self.checked[chunk])
             self.checked[chunk] = True
-            found = unpacked(payload, self.layout, self.path)
+            found = decompress_chunk(payload, self.layout, self.path)
             RECENT.put((self._mark, chunk), found)
         return found
 
@@ -69,11 +69,11 @@ class PackedShardReader(ShardReader):
         return ((number, self.chunk(number)) for number in wanted)
 
 
-def unpacked(payload: np.ndarray, layout: ArrayLayout, path: Path) -> np.ndarray:
+def decompress_chunk(payload: np.ndarray, layout: ArrayLayout, path: Path) -> np.ndarray:
     """The rows of a chunk of the shard at `path`, not to be written to."""
     rows = np.empty((layout.chunk_rows, *layout.shape[1:]), layout.stored_dtype)
     try:
-        unpack(payload, rows)
+        decompress(payload, rows)
     except CorruptError as error:
         raise CorruptError(f"{path}: {error}") from None
     rows.flags.writeable = False
@@ -108,7 +108,7 @@ class Recent:
 RECENT = Recent(RECENT_BYTES)
 
 
-def shard_writer(path: Path, layout: ArrayLayout, rows: int, make: bool = True) -> ShardWriter:
+def shard_writer_for(path: Path, layout: ArrayLayout, rows: int, make: bool = True) -> ShardWriter:
     """A writer of a shard, compressed or not."""
-    kind = PackedShardWriter if layout.compact else ShardWriter
+    kind = CompressedShardWriter if layout.compact else ShardWriter
     return kind(path, layout, rows, make)

@@ -18,7 +18,7 @@ BLOCK = 1 << 16
 """Values that are put together at a time: they stay in the processor's cache."""
 
 
-def check(codec: str) -> None:
+def check_codec(codec: str) -> None:
     """Raise `UsageError` unless `codec` is one of `CODECS`."""
     if codec not in CODECS:
         raise UsageError(f"codec {codec!r} is unknown; choose one of {', '.join(CODECS)}")
@@ -33,12 +33,12 @@ def is_compact(codecs: list[dict[str, Any]], itemsize: int) -> bool:
     return little and shuffle.get("elementsize", 4) == itemsize
 
 
-def pack(rows: np.ndarray) -> bytes:
+def compress_chunk(rows: np.ndarray) -> bytes:
     """The C-contiguous `rows` of a chunk, compressed; without a checksum."""
-    return _zstd().encode(shuffle(rows))
+    return _zstd().encode(shuffle_bytes(rows))
 
 
-def shuffle(rows: np.ndarray) -> np.ndarray:
+def shuffle_bytes(rows: np.ndarray) -> np.ndarray:
     """All first bytes of the values, then all second ones, and so on."""
     values = np.ascontiguousarray(rows).reshape(-1)
     planes = np.empty((values.itemsize, values.size), np.uint8)
@@ -46,7 +46,7 @@ def shuffle(rows: np.ndarray) -> np.ndarray:
     return planes.reshape(-1)
 
 
-def unpack(payload: np.ndarray, out: np.ndarray) -> None:
+def decompress(payload: np.ndarray, out: np.ndarray) -> None:
     """Fill the C-contiguous `out` with the rows that `pack` gave as `payload`.
 
     Raises `CorruptError` if these are other bytes.

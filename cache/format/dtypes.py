@@ -23,7 +23,7 @@ LARGEST = {"float16": 65504.0, "bfloat16": 3.3961773e38}
 """Largest value that a dtype does not round to infinity (float16 would round 65519 down)."""
 
 
-def decode(stored: np.ndarray, logical_dtype: str) -> np.ndarray:
+def decode_rows(stored: np.ndarray, logical_dtype: str) -> np.ndarray:
     """Rows as float32 (exact for float16 and bfloat16); integers are left as they are."""
     if logical_dtype == "bfloat16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
@@ -32,7 +32,7 @@ def decode(stored: np.ndarray, logical_dtype: str) -> np.ndarray:
     return stored
 
 
-def encode(values: np.ndarray, logical_dtype: str) -> np.ndarray:
+def encode_rows(values: np.ndarray, logical_dtype: str) -> np.ndarray:
     """float32 rows in the stored dtype, rounded to nearest, ties to even."""
     if logical_dtype == "bfloat16":
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
@@ -41,7 +41,7 @@ def encode(values: np.ndarray, logical_dtype: str) -> np.ndarray:
     return values.astype(np.dtype(logical_dtype), copy=False)
 
 
-def decode_into(stored: np.ndarray, logical_dtype: str, out: np.ndarray) -> None:
+def decode_rows_into(stored: np.ndarray, logical_dtype: str, out: np.ndarray) -> None:
     """Write `stored` rows, C-contiguous, into `out` of the same shape; exact."""
     if logical_dtype not in ("bfloat16", "float16") or out.dtype != np.float32:
         out[...] = stored

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CorruptError, LeaseLostError, NotFoundError
 from ..files.json_files import parse_json, read_json, write_json
-from ..files.paths import children, read_all
+from ..files.paths import list_folder, read_all
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Journal:
         new = [path for path in paths if path.name not in self._records]
         for path, raw in zip(new, read_all(new), strict=True):
             self._records[path.name] = parse_record(raw, path)
-        return merge(self._records[path.name] for path in paths)
+        return merge_records(self._records[path.name] for path in paths)
 
     def arrays_of(self, part: int) -> set[str]:
         """Arrays that the records of `part` name; reads no other record."""
@@ -116,13 +116,13 @@ class Journal:
     def _list(self, pattern: str) -> list[tuple[int, Path]]:
         """Number n and path of the records whose names are `pattern`, sorted by name and n."""
         found = []
-        for path in children(self.folder):
+        for path in list_folder(self.folder):
             if match := re.fullmatch(pattern, path.name):
                 found.append((match[1], int(match[2] or 0), path))
         return [(number, path) for _, number, path in sorted(found, key=lambda f: f[:2])]
 
 
-def merge(records: Iterable[PartRecord]) -> dict[int, PartRecord]:
+def merge_records(records: Iterable[PartRecord]) -> dict[int, PartRecord]:
     """One record per part; where two name an array, the later one holds."""
     found: dict[int, PartRecord] = {}
     for record in records:

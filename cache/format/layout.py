@@ -20,17 +20,17 @@ TABLE_CHUNKS_PER_SHARD = 16
 CHECKSUM_BYTES = 4
 WIDE_SHARD_BYTES = 512 << 20
 """Most bytes of a shard whose rows are much wider than the residual stream: all logits."""
-Key = int | str
+ArrayKey = int | str
 """An array of the parts: the number of a layer, or a name such as `logits/ids`."""
 
 
-def name_of(key: Key) -> str:
+def array_name(key: ArrayKey) -> str:
     """Name of an array inside `arrays.zarr`."""
     return key if isinstance(key, str) else f"residual/{key}"
 
 
-def key_of(name: str) -> Key:
-    """The key that `name_of` names."""
+def array_key(name: str) -> ArrayKey:
+    """The key that `array_name` names."""
     folder, _, rest = name.partition("/")
     return int(rest) if folder == "residual" else name
 

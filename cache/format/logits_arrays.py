@@ -63,13 +63,13 @@ def top_size(mode: str) -> int:
     return int(match[1]) if match else 0
 
 
-def check(mode: str) -> None:
+def check_logits_mode(mode: str) -> None:
     """Raise `UsageError` unless `mode` is one of `MODES`."""
     if mode not in (RECOMPUTE, FULL) and not top_size(mode):
         raise UsageError(f"logits {mode!r} is unknown; choose one of {', '.join(MODES)}")
 
 
-def check_size(mode: str, vocab: int) -> None:
+def check_kept_tokens(mode: str, vocab: int) -> None:
     """Raise `UsageError` if the mode keeps as many logits as there are."""
     if top_size(mode) >= vocab:
         raise UsageError(
@@ -77,14 +77,14 @@ def check_size(mode: str, vocab: int) -> None:
         )
 
 
-def covers(held: str, asked: str) -> bool:
+def logits_mode_covers(held: str, asked: str) -> bool:
     """Whether a cache of the mode `held` has all that one of the mode `asked` would."""
     if asked in (RECOMPUTE, held):
         return True
     return 0 < top_size(asked) <= top_size(held)
 
 
-def arrays_of(mode: str, vocab: int, dtype: str) -> tuple[LogitsArray, ...]:
+def logits_arrays(mode: str, vocab: int, dtype: str) -> tuple[LogitsArray, ...]:
     """The arrays of a mode, logits in `dtype`."""
     if mode == FULL:
         return (LogitsArray(FULL_ARRAY, vocab, dtype, ("positions", "vocab")),)
@@ -98,7 +98,7 @@ def arrays_of(mode: str, vocab: int, dtype: str) -> tuple[LogitsArray, ...]:
     )
 
 
-def top(logits: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+def top_logits(logits: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
     """Ids, values, logsumexp and tail of rows `(n, vocab)`; sums are accumulated in float64."""
     logits = np.asarray(logits, np.float32)
     found = np.argpartition(logits, -size, axis=-1)[:, -size:]
@@ -117,7 +117,7 @@ def top(logits: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
 
 def pack_top(logits: np.ndarray, size: int) -> np.ndarray:
     """`top` of a block side by side, `(n, 2 * size + 2)` float64, which holds all of it exactly."""
-    ids, values, logsumexp, tail = top(logits, size)
+    ids, values, logsumexp, tail = top_logits(logits, size)
     return np.concatenate([ids, values, logsumexp[:, None], tail[:, None]], -1, dtype=np.float64)
 
 

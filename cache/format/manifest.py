@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError
-from ..files.json_files import digest, read_json, write_json
+from ..files.json_files import json_digest, read_json, write_json
 from .layout import Layout
 
 FORMAT = 2
@@ -142,7 +142,7 @@ class Manifest:
     @property
     def id(self) -> str:
         """Hex sha256 of the identity."""
-        return digest(self.identity)
+        return json_digest(self.identity)
 
     def write(self, path: Path) -> None:
         value = asdict(self)

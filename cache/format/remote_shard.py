@@ -12,8 +12,8 @@ import google_crc32c
 import numpy as np
 
 from ..errors import CorruptError
-from ..files.paths import code_of, store_of
-from .compressed_shard import unpacked
+from ..files.paths import store_error_code, store_of
+from .compressed_shard import decompress_chunk
 from .layout import CHECKSUM_BYTES, ArrayLayout
 from .shard import combine, index_bytes, parse_index
 
@@ -36,7 +36,7 @@ class RemoteShard:
         except FileNotFoundError:
             raise CorruptError(f"{path} is missing; `residua verify` says what is lost") from None
         except OSError as error:
-            if code_of(error) != "InvalidRange":
+            if store_error_code(error) != "InvalidRange":
                 raise
             raise CorruptError(f"{path} is empty") from None
         self._offsets = parse_index(tail, layout, path)
@@ -84,7 +84,7 @@ class RemoteShard:
         if layout.raw:
             count = layout.chunk_rows * layout.row_items
             return np.frombuffer(raw, layout.stored_dtype, count).reshape(shape)
-        return unpacked(np.frombuffer(raw, np.uint8)[:-CHECKSUM_BYTES], layout, self.path)
+        return decompress_chunk(np.frombuffer(raw, np.uint8)[:-CHECKSUM_BYTES], layout, self.path)
 
     def check(self, rows: int) -> tuple[list[int], int]:
         """Re-read a shard of `rows`: numbers of its damaged chunks, and what `commit` returned."""

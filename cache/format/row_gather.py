@@ -16,7 +16,7 @@ from .layout import ArrayLayout
 from .shard import ShardReader
 
 
-class Window:
+class MappedRows:
     """Open shards of one array by their number; holding a window keeps their maps alive."""
 
     def __init__(self, readers: dict[int, ShardReader], layout: ArrayLayout) -> None:

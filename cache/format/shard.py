@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import CorruptError
 from ..files.json_files import sync_folder
-from ..files.paths import is_remote, put
+from ..files.paths import is_remote, write_object
 from .layout import CHECKSUM_BYTES, ArrayLayout
 
 MISSING = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
@@ -112,7 +112,7 @@ class ShardWriter:
         self._file.flush()
         if is_remote(self.path):
             self._file.seek(0)
-            put(self.path, self._file.read())
+            write_object(self.path, self._file.read())
             self._file.close()
             return
         os.fsync(self._file.fileno())

@@ -18,7 +18,7 @@ from ..model.memory import T, is_out_of_memory
 if TYPE_CHECKING:
     import torch
 
-    from ..model.blocks import Stack
+    from ..model.blocks import DecoderBlocks
     from ..tokens.token_stream import TokenStream
 
 
@@ -27,13 +27,13 @@ WINDOW_CHUNKS = 4
 
 
 @dataclass(frozen=True)
-class Batch:
+class SequenceBatch:
     """Numbers of sequences, none longer than the first one by `plan_part`'s order."""
 
     sequences: tuple[int, ...]
 
 
-def plan_part(
+def plan_batches(
     starts: np.ndarray,
     lengths: np.ndarray,
     layout: Layout,
@@ -42,7 +42,7 @@ def plan_part(
     pad: bool = True,
     sizes: np.ndarray | None = None,
     window_rows: int | None = None,
-) -> list[Batch]:
+) -> list[SequenceBatch]:
     """Batches for `part`, in the order in which they should run.
 
     `starts` and `lengths` are rows of the cache, `sizes` tokens that the model reads (default:
@@ -56,10 +56,10 @@ def plan_part(
     begin, end = layout.rows(part, positions)
     first = max(0, int(np.searchsorted(starts, begin, side="right")) - 1)
     last = int(np.searchsorted(starts, end, side="left"))
-    batches: list[Batch] = []
+    batches: list[SequenceBatch] = []
     if starts[first] < begin:
         if starts[first] + lengths[first] > begin:
-            batches.append(Batch((first,)))
+            batches.append(SequenceBatch((first,)))
         first += 1
     alone = last > first and starts[last - 1] + lengths[last - 1] > end
     sizes = lengths if sizes is None else sizes
@@ -70,13 +70,13 @@ def plan_part(
         order, sizes, window[order - first] if len(order) else window, batch_tokens, pad
     )
     if alone:
-        batches.append(Batch((last - 1,)))
+        batches.append(SequenceBatch((last - 1,)))
     return batches
 
 
 def _group(
     order: np.ndarray, lengths: np.ndarray, window: np.ndarray, batch_tokens: int, pad: bool
-) -> list[Batch]:
+) -> list[SequenceBatch]:
     """Cut `order` (longest first within a window) into batches."""
     groups: list[list[int]] = []
     for place, number in enumerate(order):
@@ -91,7 +91,7 @@ def _group(
             group.append(int(number))
         else:
             groups.append([int(number)])
-    return [Batch(tuple(group)) for group in groups]
+    return [SequenceBatch(tuple(group)) for group in groups]
 
 
 BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
@@ -100,7 +100,7 @@ HOST_BYTES = 2 << 30
 """Most bytes of residuals of one batch; a few batches are in pinned memory at a time."""
 
 
-class Halving:
+class BatchHalving:
     """Runs batches, those too large for the memory in halves; remembers what was too large."""
 
     def __init__(self, lengths: np.ndarray, release: Callable[[], None] = lambda: None) -> None:
@@ -110,7 +110,9 @@ class Halving:
         self.limit: int | None = None
         """Most tokens of a batch, padding included; None while all have fitted."""
 
-    def run(self, batch: Batch, forward: Callable[[Batch], T]) -> Iterator[tuple[Batch, T]]:
+    def run(
+        self, batch: SequenceBatch, forward: Callable[[SequenceBatch], T]
+    ) -> Iterator[tuple[SequenceBatch, T]]:
         """`forward` of `batch`, or of its pieces in order; raises `ModelError` if one sequence
         alone does not fit."""
         waiting = [batch]
@@ -122,12 +124,14 @@ class Halving:
             else:
                 yield piece, done[0]
 
-    def _is_too_large(self, batch: Batch) -> bool:
+    def _is_too_large(self, batch: SequenceBatch) -> bool:
         return (
             self.limit is not None and len(batch.sequences) > 1 and self._tokens(batch) > self.limit
         )
 
-    def _attempt(self, batch: Batch, forward: Callable[[Batch], T]) -> tuple[T] | None:
+    def _attempt(
+        self, batch: SequenceBatch, forward: Callable[[SequenceBatch], T]
+    ) -> tuple[T] | None:
         """The result; None, and a smaller limit, if memory ran out."""
         try:
             return (forward(batch),)
@@ -144,16 +148,18 @@ class Halving:
         self.limit = self._tokens(_halves(batch)[0])
         return None
 
-    def _tokens(self, batch: Batch) -> int:
+    def _tokens(self, batch: SequenceBatch) -> int:
         return len(batch.sequences) * max(int(self._lengths[n]) for n in batch.sequences)
 
 
-def _halves(batch: Batch) -> list[Batch]:
+def _halves(batch: SequenceBatch) -> list[SequenceBatch]:
     middle = (len(batch.sequences) + 1) // 2
-    return [Batch(batch.sequences[:middle]), Batch(batch.sequences[middle:])]
+    return [SequenceBatch(batch.sequences[:middle]), SequenceBatch(batch.sequences[middle:])]
 
 
-def find_batch_tokens(stack: "Stack", stream: "TokenStream", cap: int, copies: int = 2) -> int:
+def find_batch_tokens(
+    stack: "DecoderBlocks", stream: "TokenStream", cap: int, copies: int = 2
+) -> int:
     """Tokens of the largest batch, by doubling up to `cap`, whose residuals fit `copies` times.
 
     Sequences are as long as the longest of `stream`. At least one sequence, fit or not.
@@ -174,7 +180,7 @@ def find_batch_tokens(stack: "Stack", stream: "TokenStream", cap: int, copies: i
     return tokens
 
 
-def _fits(stack: "Stack", ids: "torch.Tensor", copies: int) -> bool:
+def _fits(stack: "DecoderBlocks", ids: "torch.Tensor", copies: int) -> bool:
     """Whether `copies` times the residuals of `ids` fit into memory at once."""
     try:
         held = [stack.residuals(ids) for _ in range(copies)]
@@ -185,7 +191,7 @@ def _fits(stack: "Stack", ids: "torch.Tensor", copies: int) -> bool:
     return len(held) == copies
 
 
-def choose_batch_tokens(stack: "Stack", stream: "TokenStream", itemsize: int) -> int:
+def choose_batch_tokens(stack: "DecoderBlocks", stream: "TokenStream", itemsize: int) -> int:
     """Tokens of a batch for a request that names none: 4096 on a CPU, what fits on a GPU."""
     if next(stack.model.parameters()).device.type == "cpu":
         return BATCH_TOKENS["cpu"]

@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..format.layout import Key
-from .stage_times import Stages
+from ..format.layout import ArrayKey
+from .stage_times import StageTimes
 
 if TYPE_CHECKING:
     import torch
 
-    from .kept_logits import Taken
+    from .kept_logits import StoredRows
 
-    Arrays = Mapping[Key, torch.Tensor | Taken]
+    Arrays = Mapping[ArrayKey, torch.Tensor | StoredRows]
 
 DEPTH = 2
 """Batches whose residuals may lie on the device besides the one that is computed."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class HostRows:
     """Rows of one layer as they are stored, and their peaks; `wait` before either is read."""
 
     stored: np.ndarray
@@ -43,29 +43,29 @@ class Rows:
         if self.arrival is not None:
             self.arrival()
 
-    def part(self, place: int, length: int) -> "Rows":
+    def part(self, place: int, length: int) -> "HostRows":
         """The first `length` rows of sequence `place`."""
-        return Rows(self.stored[place, :length], self.peaks[place], self.arrival)
+        return HostRows(self.stored[place, :length], self.peaks[place], self.arrival)
 
-    def run(self, first: int, stop: int) -> "Rows":
+    def run(self, first: int, stop: int) -> "HostRows":
         """Rows `first:stop` where the rows of all sequences follow each other."""
-        return Rows(self.stored[first:stop], self.peaks[first:stop], self.arrival)
+        return HostRows(self.stored[first:stop], self.peaks[first:stop], self.arrival)
 
 
-class Waits(Protocol):
+class Pending(Protocol):
     """Something on its way that can be waited for."""
 
     def wait(self) -> None: ...
 
 
-class Ring:
+class PendingCopies:
     """At most `depth` things on their way: adding one more waits for the oldest."""
 
     def __init__(self, depth: int = DEPTH) -> None:
         self._depth = depth
-        self._way: deque[Waits] = deque()
+        self._way: deque[Pending] = deque()
 
-    def add(self, thing: Waits) -> None:
+    def add(self, thing: Pending) -> None:
         """Take `thing` in, once there is room."""
         while len(self._way) >= self._depth:
             self._way.popleft().wait()
@@ -80,17 +80,17 @@ class Ring:
 class HostCopies:
     """Where the model runs on the CPU (or another device without streams): cast and copy."""
 
-    def __init__(self, stages: Stages) -> None:
+    def __init__(self, stages: StageTimes) -> None:
         self._stages = stages
 
     def take(
-        self, run: "Callable[[], Arrays]", dtypes: dict[Key, str], tokens: int
-    ) -> dict[Key, Rows]:
+        self, run: "Callable[[], Arrays]", dtypes: dict[ArrayKey, str], tokens: int
+    ) -> dict[ArrayKey, HostRows]:
         """The arrays of `dtypes` among those that `run` gives for `tokens` tokens."""
         began = time.perf_counter()
         hidden = run()
         computed = time.perf_counter()
-        rows = {layer: to_host(hidden[layer], dtype) for layer, dtype in dtypes.items()}
+        rows = {layer: copy_to_host(hidden[layer], dtype) for layer, dtype in dtypes.items()}
         count = sum(r.stored.nbytes for r in rows.values())
         self._stages.add("forward", computed - began, count, tokens)
         self._stages.add("copy", time.perf_counter() - computed, count)
@@ -100,13 +100,13 @@ class HostCopies:
         """Nothing is ever on its way."""
 
 
-def to_host(hidden: "torch.Tensor | Taken", dtype: str) -> Rows:
+def copy_to_host(hidden: "torch.Tensor | StoredRows", dtype: str) -> HostRows:
     """Cast on the device, where it is fifteen times as fast as numpy's, then one copy."""
     cast, peaks = _cast(hidden, dtype)
-    return Rows(_numpy(cast.cpu()), _numpy(peaks.cpu()))
+    return HostRows(_numpy(cast.cpu()), _numpy(peaks.cpu()))
 
 
-def _cast(hidden: "torch.Tensor | Taken", dtype: str) -> "Taken":
+def _cast(hidden: "torch.Tensor | StoredRows", dtype: str) -> "StoredRows":
     """`hidden` in its stored dtype, and its float32 peaks; logits come with both."""
     import torch
 
@@ -126,17 +126,17 @@ def _numpy(tensor: "torch.Tensor") -> np.ndarray:
 class CudaCopies:
     """On a GPU: the copy of one batch runs while the next one is computed."""
 
-    def __init__(self, stages: Stages, device: "torch.device") -> None:
+    def __init__(self, stages: StageTimes, device: "torch.device") -> None:
         import torch
 
         self._stages = stages
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._ring = Ring()
+        self._ring = PendingCopies()
 
     def take(
-        self, run: "Callable[[], Arrays]", dtypes: dict[Key, str], tokens: int
-    ) -> dict[Key, Rows]:
+        self, run: "Callable[[], Arrays]", dtypes: dict[ArrayKey, str], tokens: int
+    ) -> dict[ArrayKey, HostRows]:
         """As `HostCopies.take`, but the rows are still to arrive."""
         import torch
 
@@ -152,12 +152,12 @@ class CudaCopies:
                 kept = {la: self._copy(hidden[la], dtype) for la, dtype in dtypes.items()}
                 marks[3].record(self._stream)
         count = sum(cast.nbytes for cast, _ in kept.values())
-        arrival = Arrival(marks, self._stages, count, tokens)
-        rows = {la: Rows(_numpy(c), _numpy(p), arrival.wait) for la, (c, p) in kept.items()}
+        arrival = PendingCopy(marks, self._stages, count, tokens)
+        rows = {la: HostRows(_numpy(c), _numpy(p), arrival.wait) for la, (c, p) in kept.items()}
         self._ring.add(arrival)
         return rows
 
-    def _copy(self, hidden: "torch.Tensor | Taken", dtype: str) -> "Taken":
+    def _copy(self, hidden: "torch.Tensor | StoredRows", dtype: str) -> "StoredRows":
         """Start the copies of one array; the host memory is theirs until the rows are dropped.
 
         torch keeps pinned memory for reuse, and hands it out again only after the copy's event.
@@ -177,7 +177,7 @@ class CudaCopies:
             torch.cuda.empty_cache()
 
 
-def to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+def copy_to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
     """`tensor` on `device`; on a GPU without waiting for the batch before, as a plain copy does."""
     if device.type != "cuda":
         return tensor.to(device)
@@ -191,10 +191,10 @@ def _pinned(tensor: "torch.Tensor") -> "torch.Tensor":
     return host.copy_(tensor, non_blocking=True)
 
 
-class Arrival:
+class PendingCopy:
     """The rows of one batch on their way; the first to wait for them also books their time."""
 
-    def __init__(self, marks: list[Any], stages: Stages, count: int, tokens: int) -> None:
+    def __init__(self, marks: list[Any], stages: StageTimes, count: int, tokens: int) -> None:
         self._marks, self._stages = marks, stages
         self._count, self._tokens = count, tokens
         self._lock = threading.Lock()
@@ -213,6 +213,6 @@ class Arrival:
         self._stages.add("copy", copy / 1e3, self._count)
 
 
-def copies(device: "torch.device", stages: Stages) -> HostCopies | CudaCopies:
+def device_copies_for(device: "torch.device", stages: StageTimes) -> HostCopies | CudaCopies:
     """The way from `device` to the host."""
     return CudaCopies(stages, device) if device.type == "cuda" else HostCopies(stages)

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 TILE_BYTES = 32 << 20
 """Most bytes of float32 logits at a time; four times as many are in use at most."""
-Taken = tuple[torch.Tensor, torch.Tensor]
+StoredRows = tuple[torch.Tensor, torch.Tensor]
 """Rows in their stored dtype, and the float32 peak |value| of each row before the cast."""
 
 
-class HeadPass:
+class KeptLogits:
     """Layer L, `(rows, d_model)`, to the arrays of a logits mode, `(rows, numbers of a row)`.
 
     The head runs in float32 on the residual stream as the model computed it, before any cast.
@@ -30,7 +30,7 @@ class HeadPass:
         self.tile_rows = max(1, TILE_BYTES // (4 * head.vocab))
 
     @classmethod
-    def of(cls, cache: "ActivationCache", device: torch.device) -> "HeadPass | None":
+    def of(cls, cache: "ActivationCache", device: torch.device) -> "KeptLogits | None":
         """The pass for the arrays of `cache`; None if it keeps no logits."""
         mode = cache.manifest.capture.logits
         if mode != FULL and not top_size(mode):
@@ -38,10 +38,10 @@ class HeadPass:
         name = FULL_ARRAY if mode == FULL else TOP_ARRAYS[1]
         return cls(cache.head, mode, cache.array(name).layout.logical_dtype, device)
 
-    def __call__(self, hidden: torch.Tensor) -> dict[str, Taken]:
+    def __call__(self, hidden: torch.Tensor) -> dict[str, StoredRows]:
         """The arrays' rows by name."""
         tiles = [self._tile(self._head(rows.float())) for rows in hidden.split(self.tile_rows)]
-        arrays: dict[str, Taken] = {}
+        arrays: dict[str, StoredRows] = {}
         for name in tiles[0]:
             stored, peaks = zip(*(tile[name] for tile in tiles), strict=True)
             arrays[name] = torch.cat(stored), torch.cat(peaks)
@@ -51,7 +51,7 @@ class HeadPass:
             arrays[TOP_ARRAYS[0]] = ids.view(torch.uint16), peaks
         return arrays
 
-    def _tile(self, logits: torch.Tensor) -> dict[str, Taken]:
+    def _tile(self, logits: torch.Tensor) -> dict[str, StoredRows]:
         if not self._top:
             return {FULL_ARRAY: self._cast(logits)}
         values, ids = logits.topk(self._top)
@@ -67,6 +67,6 @@ class HeadPass:
         )
         return dict(zip(TOP_ARRAYS, taken, strict=True))
 
-    def _cast(self, values: torch.Tensor) -> Taken:
+    def _cast(self, values: torch.Tensor) -> StoredRows:
         peaks = torch.maximum(values.amax(-1), -values.amin(-1))
         return values.to(self._dtype), peaks

@@ -14,17 +14,17 @@ import numpy as np
 from ..errors import LeaseLostError, ModelError
 from ..files.leases import Lease
 from ..format.journal import PartRecord
-from ..format.layout import Key, name_of
+from ..format.layout import ArrayKey, array_name
 from ..format.logits_arrays import FULL
 from ..store.activation_cache import ActivationCache
 from ..store.part_writer import PartWriter
-from .batches import WINDOW_CHUNKS, Batch, Halving, plan_part
-from .device_copies import Rows, copies, to_device
-from .stage_times import Stages
+from .batches import WINDOW_CHUNKS, BatchHalving, SequenceBatch, plan_batches
+from .device_copies import HostRows, copy_to_device, device_copies_for
+from .stage_times import StageTimes
 
 if TYPE_CHECKING:
-    from ..model.blocks import Stack
-    from .kept_logits import HeadPass
+    from ..model.blocks import DecoderBlocks
+    from .kept_logits import KeptLogits
 
 
 Batches = Generator[int | None, None, None]
@@ -41,10 +41,10 @@ class PartRunner:
     def __init__(
         self,
         cache: ActivationCache,
-        stack: "Stack",
+        stack: "DecoderBlocks",
         ancestor: ActivationCache | None = None,
         on_error: str = "quarantine",
-        stages: Stages | None = None,
+        stages: StageTimes | None = None,
     ) -> None:
         self.cache = cache
         self.stack = stack
@@ -55,22 +55,24 @@ class PartRunner:
         self.lengths = self.contexts.length
         self.sparse = cache.has("context/ids")
         self.device = next(stack.model.parameters()).device
-        self.stages = Stages() if stages is None else stages
-        self._copies = copies(self.device, self.stages)
-        self._halving = Halving(self.lengths, self._copies.drain)
-        self._alone: dict[tuple[Batch, tuple[Key, ...]], dict[int, dict[Key, Rows]]] = {}
+        self.stages = StageTimes() if stages is None else stages
+        self._copies = device_copies_for(self.device, self.stages)
+        self._halving = BatchHalving(self.lengths, self._copies.drain)
+        self._alone: dict[
+            tuple[SequenceBatch, tuple[ArrayKey, ...]], dict[int, dict[ArrayKey, HostRows]]
+        ] = {}
 
     @cached_property
-    def _head_pass(self) -> "HeadPass | None":
+    def _head_pass(self) -> "KeptLogits | None":
         """Takes the logits that the cache keeps."""
-        from .kept_logits import HeadPass
+        from .kept_logits import KeptLogits
 
-        return HeadPass.of(self.cache, self.device)
+        return KeptLogits.of(self.cache, self.device)
 
     def write_part(
         self,
         part: int,
-        keys: tuple[Key, ...],
+        keys: tuple[ArrayKey, ...],
         expected: PartRecord | None = None,
         held: Lease | None = None,
     ) -> Batches:
@@ -88,7 +90,9 @@ class PartRunner:
             with self.stages.timed("write"):
                 writer.commit(expected)
 
-    def _run(self, batch: Batch, writer: PartWriter, background: "_Background") -> Iterator[int]:
+    def _run(
+        self, batch: SequenceBatch, writer: PartWriter, background: "_Background"
+    ) -> Iterator[int]:
         """Hand the rows of `batch`, in pieces where it is too large, to the background."""
         if kept := self._alone.get((batch, tuple(writer.dtypes))):
             pieces = iter([(batch, kept)])
@@ -99,23 +103,25 @@ class PartRunner:
                 background.put(self._write, writer, sequences)
             yield sum(last - first for _, first, last in self._inside(writer, piece))
 
-    def _inside(self, writer: PartWriter, batch: Batch) -> Iterator[tuple[int, int, int]]:
+    def _inside(self, writer: PartWriter, batch: SequenceBatch) -> Iterator[tuple[int, int, int]]:
         """Each sequence of `batch` with its first position and end inside the part."""
         for number in batch.sequences:
             start = int(self.starts[number])
             stop = start + int(self.rows[number])
             yield number, max(start, writer.start), min(stop, writer.stop)
 
-    def _plan(self, part: int) -> list[Batch]:
+    def _plan(self, part: int) -> list[SequenceBatch]:
         """Batches of the part, but for the sequences that are copied."""
         manifest = self.cache.manifest
         batch_tokens = 0 if manifest.alone else manifest.batch_tokens
         held = 0 if self.ancestor is None else len(self.ancestor.sequence_length)
-        batches = plan_part(
+        batches = plan_batches(
             self.starts[held:], self.rows[held:], manifest.layout, part,
             batch_tokens, manifest.pad, self.lengths[held:], self._window_rows(),
         )  # fmt: skip
-        return [Batch(tuple(held + number for number in batch.sequences)) for batch in batches]
+        return [
+            SequenceBatch(tuple(held + number for number in batch.sequences)) for batch in batches
+        ]
 
     def _window_rows(self) -> int | None:
         """Sorting within a batch's rows where they are wide: begun chunks are held in memory."""
@@ -131,7 +137,7 @@ class PartRunner:
         stop = min(writer.stop, self.ancestor.positions)
         size = self.cache.manifest.layout.chunk_rows
         for key in writer.dtypes:
-            source = self.ancestor.array(name_of(key))
+            source = self.ancestor.array(array_name(key))
             step = min(size, source.layout.chunk_rows)
             for start in range(writer.start, stop, step):
                 writer.write(key, start, source.read(start, min(start + step, stop)))
@@ -141,13 +147,13 @@ class PartRunner:
                 writer.quarantine.setdefault(number, reason)
         return max(0, stop - writer.start)
 
-    def _write(self, writer: PartWriter, sequences: dict[int, dict[Key, "Rows"]]) -> None:
+    def _write(self, writer: PartWriter, sequences: dict[int, dict[ArrayKey, "HostRows"]]) -> None:
         """Hand the rows of a batch that lie in the part to `writer`, once they are here."""
         for arrays in sequences.values():
             for rows in arrays.values():
                 rows.wait()
         written, began = 0, time.perf_counter()
-        batch = Batch(tuple(sequences))
+        batch = SequenceBatch(tuple(sequences))
         for number, first, last in self._inside(writer, batch):
             start = int(self.starts[number])
             for key, rows in sequences[number].items():
@@ -183,10 +189,12 @@ class PartRunner:
         for sequence in numbers:
             writer.quarantine.setdefault(sequence, reason)
 
-    def _forward(self, batch: Batch, dtypes: dict[Key, str]) -> dict[int, dict[Key, "Rows"]]:
+    def _forward(
+        self, batch: SequenceBatch, dtypes: dict[ArrayKey, str]
+    ) -> dict[int, dict[ArrayKey, "HostRows"]]:
         """Sequence -> array -> rows of the batch; a lone sequence is kept for the next part."""
         arrays = self._residuals(batch, dtypes)
-        found: dict[int, dict[Key, Rows]] = {}
+        found: dict[int, dict[ArrayKey, HostRows]] = {}
         before = 0
         for place, number in enumerate(batch.sequences):
             length, after = int(self.lengths[number]), before + int(self.rows[number])
@@ -199,7 +207,9 @@ class PartRunner:
             self._alone = {(batch, tuple(dtypes)): found}
         return found
 
-    def _residuals(self, batch: Batch, dtypes: dict[Key, str]) -> dict[Key, "Rows"]:
+    def _residuals(
+        self, batch: SequenceBatch, dtypes: dict[ArrayKey, str]
+    ) -> dict[ArrayKey, "HostRows"]:
         """Arrays of a batch on the host in their stored dtypes.
 
         Layers are `(sequences, length, d_model)`, logits have one row per kept position.
@@ -219,19 +229,19 @@ class PartRunner:
         takes = None if all(isinstance(key, int) for key in dtypes) else self._head_pass
         kept = None if takes is None else torch.from_numpy(self._flat_rows(batch, max(lengths)))
 
-        def run() -> dict[Key, Any]:
-            there = None if mask is None else to_device(mask, self.device)
-            hidden = self.stack.residuals(to_device(tokens, self.device), there)
-            arrays: dict[Key, Any] = dict(enumerate(hidden))
+        def run() -> dict[ArrayKey, Any]:
+            there = None if mask is None else copy_to_device(mask, self.device)
+            hidden = self.stack.residuals(copy_to_device(tokens, self.device), there)
+            arrays: dict[ArrayKey, Any] = dict(enumerate(hidden))
             if takes is not None and kept is not None:
-                rows = hidden[-1].flatten(0, 1)[to_device(kept, self.device)]
+                rows = hidden[-1].flatten(0, 1)[copy_to_device(kept, self.device)]
                 arrays |= takes(rows)
             return arrays
 
         with torch.inference_mode():
             return self._copies.take(run, dtypes, sum(lengths))
 
-    def _flat_rows(self, batch: Batch, length: int) -> np.ndarray:
+    def _flat_rows(self, batch: SequenceBatch, length: int) -> np.ndarray:
         """Kept positions of a batch padded to `length`, as rows of its flat tensor."""
         found = []
         for place, number in enumerate(batch.sequences):

@@ -11,7 +11,7 @@ STAGES: tuple[str, ...] = ("forward", "copy", "write")
 they can, so their seconds may add up to more than the wall time."""
 
 
-class Stages:
+class StageTimes:
     """Seconds and bytes of each stage, filled from several threads; a few µs per batch."""
 
     def __init__(self) -> None:

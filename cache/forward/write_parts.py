@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from ..errors import Interrupted
 from ..files.disk_errors import disk_errors
-from ..files.leases import holder, lease
+from ..files.leases import lease_holder, lease_part
 from ..files.paths import is_remote
-from ..format.layout import key_of
+from ..format.layout import array_key
 from ..store.activation_cache import ActivationCache
-from ..store.lineage import ancestor
+from ..store.lineage import open_ancestor
 from .part_runner import Batches, PartRunner, commits
-from .stage_times import Stages
+from .stage_times import StageTimes
 
 if TYPE_CHECKING:
-    from ..model.blocks import Stack
+    from ..model.blocks import DecoderBlocks
 
 Progress = Callable[[str, int, int], None]
 WAIT_SECONDS = 0.2
@@ -28,13 +28,13 @@ NOTICE_SECONDS = 10.0
 """Time without any part to write after which progress says who is waited for."""
 
 
-def fill(
+def write_missing_parts(
     cache: ActivationCache,
-    stack: "Stack",
+    stack: "DecoderBlocks",
     progress: Progress | None = None,
     share: tuple[int, int] = (1, 1),
     on_error: str = "quarantine",
-    stages: Stages | None = None,
+    stages: StageTimes | None = None,
 ) -> int:
     """Write every (part, array) that is not committed; returns the positions written here.
 
@@ -47,7 +47,7 @@ def fill(
     tell = progress or (lambda *_: None)
     written = 0
     with disk_errors(cache.path), stop_signals() as stop, commits() as committing:
-        runner = PartRunner(cache, stack, ancestor(cache), on_error, stages)
+        runner = PartRunner(cache, stack, open_ancestor(cache), on_error, stages)
         idle_since = time.monotonic()
         while missing := missing_parts(cache, share):
             done, before = done_positions(cache), written
@@ -75,7 +75,7 @@ def fill(
                 idle_since = time.monotonic()
                 continue
             if time.monotonic() - idle_since > NOTICE_SECONDS:
-                tell(f"waiting for {holder(cache.path / 'leases', missing[0])}", done,
+                tell(f"waiting for {lease_holder(cache.path / 'leases', missing[0])}", done,
                      cache.positions)  # fmt: skip
             stop.after_batch.wait(WAIT_SECONDS)
             stop.check()
@@ -104,18 +104,18 @@ def missing_parts(cache: ActivationCache, share: tuple[int, int] = (1, 1)) -> li
     number, shares = share
     return [
         part
-        for part in range(number - 1, cache.parts, shares)
+        for part in range(number - 1, cache.n_parts, shares)
         if part not in found or names - set(found[part].arrays)
     ]
 
 
 def _write(cache: ActivationCache, runner: PartRunner, part: int) -> Batches:
     """Write one part, unless another process holds it or has finished it meanwhile."""
-    with lease(cache.path / "leases", part) as mine:
+    with lease_part(cache.path / "leases", part) as mine:
         if not mine:
             return
         held = cache.journal.arrays_of(part)
-        keys = tuple(key_of(name) for name in cache.target_names if name not in held)
+        keys = tuple(array_key(name) for name in cache.target_names if name not in held)
         if keys:
             _sweep(cache, part)
             yield from runner.write_part(part, keys, held=mine)
@@ -135,7 +135,7 @@ def _sweep(cache: ActivationCache, part: int) -> None:
 
 
 @dataclass(frozen=True)
-class Stop:
+class StopSignals:
     """What signals ask for."""
 
     after_part: threading.Event
@@ -150,9 +150,9 @@ class Stop:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Stop]:
+def stop_signals() -> Iterator[StopSignals]:
     """Turn the first SIGTERM and SIGINT into events; the second one acts as usual."""
-    stop = Stop(threading.Event(), threading.Event())
+    stop = StopSignals(threading.Event(), threading.Event())
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

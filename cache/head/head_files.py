@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import CorruptError
 from ..files.json_files import write_json
-from ..format.dtypes import decode
+from ..format.dtypes import decode_rows
 
 if TYPE_CHECKING:
     import torch
@@ -56,5 +56,5 @@ def read_head_tensors(raw: bytes, where: Path) -> dict[str, np.ndarray]:
             raise CorruptError(f"{where}: tensor {name} has dtype {entry['dtype']}")
         stored = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
         logical = "bfloat16" if entry["dtype"] == "BF16" else stored.dtype.name
-        out[name] = decode(stored, logical)
+        out[name] = decode_rows(stored, logical)
     return out

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import HeadMismatchError, ModelError
-from ..model.blocks import Stack
+from ..model.blocks import DecoderBlocks
 from .head import Head
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -38,7 +38,7 @@ class Observation:
     logits: np.ndarray
 
 
-def probe_head(stack: Stack, ids: torch.Tensor) -> tuple[Head, dict[str, torch.Tensor]]:
+def identify_head(stack: DecoderBlocks, ids: torch.Tensor) -> tuple[Head, dict[str, torch.Tensor]]:
     """The head of the stack's model, and its tensors in the model's own dtype for the disk.
 
     Raises `ModelError` where the tail is not norm, linear, scale, softcap.
@@ -71,13 +71,13 @@ def _noisy(hidden: torch.Tensor) -> torch.Tensor:
     return hidden + noise * hidden.float().std().to(hidden)
 
 
-def scaled(hidden: torch.Tensor, size: float) -> torch.Tensor:
+def with_scaled_tail(hidden: torch.Tensor, size: float) -> torch.Tensor:
     """`hidden` with a standard deviation of `size`."""
     return hidden * (size / hidden.float().std()).to(hidden)
 
 
 def _probe_norm(
-    stack: Stack,
+    stack: DecoderBlocks,
     unembed: nn.Linear,
     ids: torch.Tensor,
     noisy: torch.Tensor,
@@ -86,7 +86,7 @@ def _probe_norm(
 ) -> tuple[str, float, np.ndarray, np.ndarray]:
     """Kind, eps, gain and bias of what happens before the unembedding."""
     # So large that eps is nothing beside the variance, then so small that it matters.
-    large = observe(stack, unembed, ids, scaled(noisy, LARGE))
+    large = observe(stack, unembed, ids, with_scaled_tail(noisy, LARGE))
     kind, weight, bias, error = _norm(large, tolerance)
     if error > tolerance:
         raise ModelError(
@@ -102,7 +102,7 @@ def _probe_norm(
     bias = _snap(bias, [np.zeros_like(bias), *vectors], tolerance)
     eps = 0.0
     if kind != "none":
-        tiny = observe(stack, unembed, ids, scaled(noisy, SMALL))
+        tiny = observe(stack, unembed, ids, with_scaled_tail(noisy, SMALL))
         eps = _eps(kind, weight, bias, tiny, [*constants, *COMMON_EPS])
     return kind, eps, weight.astype(np.float32), bias.astype(np.float32)
 
@@ -142,7 +142,7 @@ def _unembedding(model: Any) -> nn.Linear:
 
 
 def observe(
-    stack: Stack, unembed: nn.Linear, ids: torch.Tensor, hidden: torch.Tensor
+    stack: DecoderBlocks, unembed: nn.Linear, ids: torch.Tensor, hidden: torch.Tensor
 ) -> Observation:
     """Run the tail on `hidden` and note what enters and leaves the unembedding."""
     seen: list[tuple[Any, Any]] = []

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 
-class Numpy:
+class NumpyOperations:
     """What numpy calls differently, or lacks."""
 
     def __getattr__(self, name: str) -> Any:
@@ -34,7 +34,7 @@ class Numpy:
         return np.pad(x, widths, constant_values=value)
 
 
-class Torch:
+class TorchOperations:
     """What torch calls differently, or lacks."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CorruptError
-from .operations import OPS, Numpy, Torch
+from .operations import OPS, NumpyOperations, TorchOperations
 
 NODE_LIMIT = 10_000
 SIZE_LIMIT = 1 << 40
@@ -33,7 +33,11 @@ class Program:
     nodes: tuple[Node, ...]
 
     def run(
-        self, x: Any, tensors: Mapping[str, Any], xp: Numpy | Torch, limit: int | None = None
+        self,
+        x: Any,
+        tensors: Mapping[str, Any],
+        xp: NumpyOperations | TorchOperations,
+        limit: int | None = None,
     ) -> Any:
         """The result for `x` `(batch, length, d_model)`; no value may have over `limit` numbers."""
         sizes = (int(x.shape[0]), int(x.shape[1]))

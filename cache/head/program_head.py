@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import CorruptError, UsageError
 from .head import Head, TorchHead
 from .head_files import save_head
-from .operations import Numpy, Torch
+from .operations import NumpyOperations, TorchOperations
 from .program import Program
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ProgramHead(Head):
         """Logits in float32, `(..., vocab)`."""
         hidden = np.asarray(hidden, np.float32)
         rows = hidden.reshape(1, -1, self.d_model)
-        out = self.program.run(rows, self.tensors, Numpy())
+        out = self.program.run(rows, self.tensors, NumpyOperations())
         return np.asarray(out, np.float32).reshape(*hidden.shape[:-1], self.vocab)
 
     def torch(self, device: str = "cpu") -> "TorchHead":
@@ -108,7 +108,9 @@ class ProgramHead(Head):
         limit = 64 * (2 * max(d_model, vocab) + max((a.size for a in tensors.values()), default=0))
         try:
             with np.errstate(all="ignore"):
-                out = program.run(np.ones((1, 2, d_model), np.float32), tensors, Numpy(), limit)
+                out = program.run(
+                    np.ones((1, 2, d_model), np.float32), tensors, NumpyOperations(), limit
+                )
         except Exception as error:  # whatever a damaged program does, it is damage
             raise CorruptError(f"the head program does not run: {error}") from None
         if np.shape(out) != (1, 2, vocab):
@@ -136,5 +138,5 @@ class TorchProgramHead(TorchHead):
     def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """Logits, `(..., vocab)`."""
         rows = hidden.float().reshape(1, -1, hidden.shape[-1])
-        out = self._program.run(rows, self._tensors, Torch())
+        out = self._program.run(rows, self._tensors, TorchOperations())
         return out.reshape(*hidden.shape[:-1], -1)

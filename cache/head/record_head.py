@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ModelError
-from ..model.blocks import Stack
+from ..model.blocks import DecoderBlocks
 from .operations import OPS
 from .program import Node, Program, references
 
@@ -35,7 +35,7 @@ DROPPED = {"half_to_float", "dtype", "memory_format", "rounding_mode", "implicit
 
 
 @dataclass
-class Tape:
+class Recording:
     """What one run of the tail did."""
 
     nodes: list[Node] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, x: torch.Tensor) -> None:
         super().__init__()
-        self.tape = Tape()
+        self.tape = Recording()
         self._places: dict[int, int] = {id(x): 0}
         self._constants: dict[int, int] = {}
         # Identities are only unique while the tensors live.
@@ -185,7 +185,7 @@ def _tensors(bound: Any) -> Iterator[torch.Tensor]:
 
 
 def record_head(
-    stack: Stack, ids: torch.Tensor, other: torch.Tensor
+    stack: DecoderBlocks, ids: torch.Tensor, other: torch.Tensor
 ) -> tuple[Program, dict[str, torch.Tensor]]:
     """The tail of `stack` as a program and its tensors; `ids`, `other`: two batches of one shape.
 
@@ -199,12 +199,12 @@ def record_head(
             torch.roll(t, (number, number), (0, 1))[:batch, :length].clone() for t in (ids, other)
         )
         tapes.append(
-            record(lambda h, tokens=tokens: stack.tail(h, tokens), stack.residuals(own)[-1])
+            record_program(lambda h, tokens=tokens: stack.tail(h, tokens), stack.residuals(own)[-1])
         )
     return generalize(tapes, SHAPES)
 
 
-def record(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Tape:
+def record_program(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Recording:
     """What `function` does to `x`, as far as its result needs it."""
     # Not under inference mode: there composite operators stay whole.
     with torch.inference_mode(False), torch.no_grad():
@@ -214,7 +214,7 @@ def record(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) ->
         return prune(recorder.tape, recorder.place(out))
 
 
-def prune(tape: Tape, output: int) -> Tape:
+def prune(tape: Recording, output: int) -> Recording:
     """Only the nodes that the output needs, renumbered."""
     needed, todo = set(), [output]
     while todo:
@@ -227,7 +227,7 @@ def prune(tape: Tape, output: int) -> Tape:
     nodes = [
         Node(tape.nodes[n - 1].op, _renumber(tape.nodes[n - 1].args, order)) for n in sorted(needed)
     ]
-    return Tape(nodes, tape.tensors)
+    return Recording(nodes, tape.tensors)
 
 
 def _renumber(value: Any, order: Mapping[int, int]) -> Any:
@@ -239,7 +239,7 @@ def _renumber(value: Any, order: Mapping[int, int]) -> Any:
 
 
 def generalize(
-    tapes: list[Tape], shapes: Sequence[tuple[int, int]]
+    tapes: list[Recording], shapes: Sequence[tuple[int, int]]
 ) -> tuple[Program, dict[str, torch.Tensor]]:
     """One program from recordings at `shapes` (batch, length), and its tensors.
 
@@ -261,7 +261,7 @@ def generalize(
 class _Merger:
     """Joins what the same argument was in every recording."""
 
-    def __init__(self, tapes: list[Tape], shapes: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, tapes: list[Recording], shapes: Sequence[tuple[int, int]]) -> None:
         self.tapes = tapes
         self.shapes = shapes
         self.tensors: dict[str, torch.Tensor] = {}

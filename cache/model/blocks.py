@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from .residual_axes import Axes, replace_tensors, tensors_of
+from .residual_axes import ResidualAxes, replace_tensors, tensors_of
 
 
 class _Stop(Exception):
     """Leaves the forward pass after the last block: norm and unembedding are not needed."""
 
 
-class Stack:
+class DecoderBlocks:
     """The decoder blocks of a model and where the residual stream lies in their outputs."""
 
     def __init__(
@@ -30,7 +30,7 @@ class Stack:
         model: nn.Module,
         name: str,
         blocks: list[nn.Module],
-        axes: Axes,
+        axes: ResidualAxes,
         picks: tuple[int, ...],
     ) -> None:
         self.model = model
@@ -65,7 +65,7 @@ class Stack:
         handles = [self.blocks[0].register_forward_pre_hook(take_input, with_kwargs=True)]
         handles += [block.register_forward_hook(take_output) for block in self._modules()]
         try:
-            run(self.model, ids, mask)
+            run_model(self.model, ids, mask)
         except _Stop:
             pass
         finally:
@@ -78,7 +78,7 @@ class Stack:
     def tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits of the model with layer L replaced by `hidden`, `(batch, length, d_model)`."""
         with self.replaced(self.depth, hidden):
-            return logits_of(run(self.model, ids))
+            return logits_of(run_model(self.model, ids))
 
     @contextmanager
     def replaced(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
@@ -123,7 +123,7 @@ class Stack:
         )
 
 
-def run(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
+def run_model(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
     """One forward pass without a key-value cache, which leaves the model as it was."""
     kwargs = {} if mask is None else {"attention_mask": mask}
     with _unchanged(model):

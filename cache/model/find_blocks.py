@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from .blocks import Stack, logits_of, run
+from .blocks import DecoderBlocks, logits_of, run_model
 from .memory import is_out_of_memory
-from .residual_axes import Axes, tensors_of
+from .residual_axes import ResidualAxes, tensors_of
 
 Call = tuple[nn.Module, list[tuple[int, ...]]]
 """A block that ran and the shapes of the floating-point tensors it gave."""
@@ -23,26 +23,26 @@ class Candidate:
     size: int
     """Parameters in the blocks."""
     blocks: list[nn.Module]
-    axes: Axes
+    axes: ResidualAxes
     count: int
     """Tensors of these roles in every output."""
 
-    def stacks(self, model: nn.Module) -> Iterator[Stack]:
+    def stacks(self, model: nn.Module) -> Iterator[DecoderBlocks]:
         """Each tensor as the stream, then all of them together."""
         for pick in range(min(self.count, 4)):
-            yield Stack(model, self.name, self.blocks, self.axes, (pick,))
+            yield DecoderBlocks(model, self.name, self.blocks, self.axes, (pick,))
         if 1 < self.count <= 4:
-            yield Stack(model, self.name, self.blocks, self.axes, tuple(range(self.count)))
+            yield DecoderBlocks(model, self.name, self.blocks, self.axes, tuple(range(self.count)))
 
 
-def find_stack(model: nn.Module, ids: torch.Tensor, other: torch.Tensor) -> Stack:
+def find_blocks(model: nn.Module, ids: torch.Tensor, other: torch.Tensor) -> DecoderBlocks:
     """The decoder blocks of `model`, verified; `ids` and `other`: two batches of one shape.
 
     Raises `ModelError` if no list of blocks carries the residual stream to the logits.
     """
     name = type(model).__name__
     try:
-        output, found = run(model, ids), candidates(model, ids)
+        output, found = run_model(model, ids), find_candidates(model, ids)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
@@ -61,7 +61,7 @@ def find_stack(model: nn.Module, ids: torch.Tensor, other: torch.Tensor) -> Stac
     reasons: list[str] = []
     for candidate in found:
         for stack in candidate.stacks(model):
-            reason = _doubt(stack, ids, other, want)
+            reason = _reason_against(stack, ids, other, want)
             if reason is None:
                 return stack
             reasons.append(reason)
@@ -71,7 +71,9 @@ def find_stack(model: nn.Module, ids: torch.Tensor, other: torch.Tensor) -> Stac
     raise ModelError(f"{name} has no decoder blocks that carry one residual stream ({detail})")
 
 
-def _doubt(stack: Stack, ids: torch.Tensor, other: torch.Tensor, want: torch.Tensor) -> str | None:
+def _reason_against(
+    stack: DecoderBlocks, ids: torch.Tensor, other: torch.Tensor, want: torch.Tensor
+) -> str | None:
     """Why the stack is not the model's, or None if its last layer alone gives the logits."""
     try:
         got = stack.tail(stack.residuals(ids)[-1], other)
@@ -84,7 +86,7 @@ def _doubt(stack: Stack, ids: torch.Tensor, other: torch.Tensor, want: torch.Ten
     return f"{stack.name}: logits are not a function of the last block's output alone"
 
 
-def candidates(model: nn.Module, ids: torch.Tensor) -> list[Candidate]:
+def find_candidates(model: nn.Module, ids: torch.Tensor) -> list[Candidate]:
     """Module lists whose calls all give a tensor of the same roles; most parameters first."""
     lists = {
         name: list(module)
@@ -110,13 +112,13 @@ def candidates(model: nn.Module, ids: torch.Tensor) -> list[Candidate]:
 
 def _roles(
     shapes: list[tuple[list, list]], ids: torch.Tensor, fewer: torch.Tensor
-) -> Iterator[tuple[Axes, int]]:
+) -> Iterator[tuple[ResidualAxes, int]]:
     """Axis roles that every call has, and how many tensors of each call have them."""
     found = [
         [
             axes
             for a, b in zip(one, two, strict=False)
-            if (axes := Axes.between(a, b, tuple(ids.shape), tuple(fewer.shape)))  # pyright: ignore[reportArgumentType]
+            if (axes := ResidualAxes.between(a, b, tuple(ids.shape), tuple(fewer.shape)))  # pyright: ignore[reportArgumentType]
         ]
         for one, two in shapes
     ]
@@ -135,7 +137,7 @@ def _watch(model: nn.Module, blocks: list[nn.Module], ids: torch.Tensor) -> list
 
     handles = [block.register_forward_hook(note) for block in dict.fromkeys(blocks)]
     try:
-        run(model, ids)
+        run_model(model, ids)
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ from .checkpoint_comparison import compare_with_checkpoint
 from .memory import is_out_of_memory
 from .safetensors_header import read_header
 from .source import ModelSource
-from .transformers_guard import quiet
+from .transformers_guard import guard_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def load_model(
     auto: Any = AutoModelForCausalLM
     kwargs: dict[str, Any] = {} if attention == "default" else {"attn_implementation": attention}
     try:
-        with quiet():
+        with guard_transformers():
             module, info = auto.from_pretrained(
                 source.folder,
                 dtype="auto",

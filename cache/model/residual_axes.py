@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Axes:
+class ResidualAxes:
     """Roles of the axes of a block's output; all but batch and position are flattened to width."""
 
     batch: int
@@ -32,7 +32,7 @@ class Axes:
     @property
     def plain(self) -> bool:
         """Whether the tensor is `(batch, length, width)` as it stands."""
-        return self == Axes(0, 1, self.rest) and len(self.rest) == 1
+        return self == ResidualAxes(0, 1, self.rest) and len(self.rest) == 1
 
     @classmethod
     def between(
@@ -41,7 +41,7 @@ class Axes:
         two: tuple[int, ...],
         ids: tuple[int, int],
         other: tuple[int, int],
-    ) -> "Axes | None":
+    ) -> "ResidualAxes | None":
         """Roles by what changed from `one` to `two` as the input went from `ids` to `other`.
 
         None if there is not exactly one batch axis, one position axis and a width.

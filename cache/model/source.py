@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from ..files.json_files import digest, file_digest
+from ..files.json_files import file_digest, json_digest
 from ..format.manifest import ModelIdentity
 from .safetensors_header import RUNNING_DTYPES, read_header
 from .weight_digests import known_digests, known_tensor_digests
@@ -164,7 +164,9 @@ class ModelSource:
             if twice := sorted(tensors.keys() & digests.keys()):
                 raise ModelError(f"{file} holds tensor {twice[0]!r}, which another file holds too")
             tensors |= digests
-        return ModelIdentity(digest(tensors), self._config_digest, self._architecture, self._code)
+        return ModelIdentity(
+            json_digest(tensors), self._config_digest, self._architecture, self._code
+        )
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -206,7 +208,7 @@ class ModelSource:
 
     @property
     def _config_digest(self) -> str:
-        return digest({k: v for k, v in self.config.items() if k not in _VOLATILE})
+        return json_digest({k: v for k, v in self.config.items() if k not in _VOLATILE})
 
     @property
     def _architecture(self) -> str:
@@ -225,7 +227,7 @@ class ModelSource:
                 "may change; copy that repository's *.py into the folder, and name them in auto_map"
             )
         files = sorted(self.folder.rglob("*.py"))
-        return digest({p.relative_to(self.folder).as_posix(): file_digest(p) for p in files})
+        return json_digest({p.relative_to(self.folder).as_posix(): file_digest(p) for p in files})
 
     @cached_property
     def identity_of_files(self) -> ModelIdentity:
@@ -236,7 +238,7 @@ class ModelSource:
         for path in weights:
             read_header(path)
         return ModelIdentity(
-            digest(known_digests(weights)), self._config_digest, self._architecture
+            json_digest(known_digests(weights)), self._config_digest, self._architecture
         )
 
     def identity_in(self, version: int) -> ModelIdentity:

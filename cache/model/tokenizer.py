@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, ResiduaError
-from ..files.json_files import digest, read_json, write_json
-from .transformers_guard import quiet
+from ..files.json_files import json_digest, read_json, write_json
+from .transformers_guard import guard_transformers
 from .weight_digests import known_digests, memo_path
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def read_tokenizer_file(path: Path) -> "Tokenizer":
 
 def tokenizer_digest(tokenizer: "Tokenizer") -> str:
     """sha256 of the tokenizer itself, as its canonical JSON."""
-    return digest(json.loads(tokenizer.to_str()))
+    return json_digest(json.loads(tokenizer.to_str()))
 
 
 def _whole(tokenizer: "Tokenizer") -> "Tokenizer":
@@ -69,7 +69,7 @@ def _memo(folder: Path, trust_remote_code: bool) -> Path:
         "code": trust_remote_code,
         "versions": [version("transformers"), version("tokenizers")],
     }
-    return memo_path().parent / "tokenizers" / f"{digest(about)}.json"
+    return memo_path().parent / "tokenizers" / f"{json_digest(about)}.json"
 
 
 def _remembered(memo: Path) -> "Tokenizer | None":
@@ -111,7 +111,7 @@ def convert_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokeniz
     from transformers import AutoTokenizer
 
     try:
-        with quiet():
+        with guard_transformers():
             # Never asked for on the terminal: whoever wants that code to run names it beforehand.
             loaded: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
@@ -119,7 +119,7 @@ def convert_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokeniz
         tokenizer = loaded.backend_tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        with quiet():
+        with guard_transformers():
             wrong = [t for t in PROBES if loaded(t)["input_ids"] != tokenizer.encode(t).ids]
     except Exception as error:  # of any class: tokenizers raises bare ones
         alone = folder / "tokenizer.json"

@@ -15,7 +15,7 @@ TRANSFORMERS = threading.RLock()
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def guard_transformers() -> Iterator[None]:
     """Let one thread at a time use transformers, without progress bars and advice on the screen.
 
     While transformers builds a model, it replaces methods of its classes (such as `tie_weights`)

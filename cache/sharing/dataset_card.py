@@ -4,7 +4,7 @@ from typing import Any
 
 from ..files.json_files import read_json
 from ..format.manifest import SHORT_ID
-from ..number_ranges import span
+from ..number_ranges import format_ranges
 from ..store.activation_cache import ActivationCache
 from ..store.local_origin import public_name
 from ..tokens.splits import SPLITS
@@ -85,11 +85,11 @@ BFLOAT16 = """
 rows = (rows.astype("uint32") << 16).view("float32")"""
 
 
-def card(cache: ActivationCache, repo_id: str) -> str:
+def dataset_card(cache: ActivationCache, repo_id: str) -> str:
     """README.md for `repo_id`, with YAML front matter; the licence is left to the user."""
     manifest = cache.manifest
-    dtypes = {layer: cache.layer(layer).layout.logical_dtype for layer in cache.layers}
-    splits = {name: len(cache.split(name)) for name in SPLITS}
+    dtypes = {layer: cache.residual_array(layer).layout.logical_dtype for layer in cache.layers}
+    splits = {name: len(cache.sequences(name)) for name in SPLITS}
     provenance = read_json(cache.path / "provenance.json")
     canary = provenance.get("canary", {})
     return CARD.format(
@@ -106,8 +106,8 @@ def card(cache: ActivationCache, repo_id: str) -> str:
         sequences=manifest.tokens.sequences,
         context=manifest.tokens.context,
         splits=", ".join(f"{name} {count:,}" for name, count in splits.items()),
-        layers=span(cache.layers),
-        depth=cache.depth,
+        layers=format_ranges(cache.layers),
+        depth=cache.n_blocks,
         d_model=cache.d_model,
         vocab=cache.vocab,
         dtypes=_dtypes(dtypes),
@@ -119,7 +119,7 @@ def card(cache: ActivationCache, repo_id: str) -> str:
         head_error=_measured(canary.get("head_error")),
         stored_kl=_measured(canary.get("stored_kl")),
         size_category=size_category(cache.positions),
-        bfloat16=BFLOAT16 if dtypes.get(cache.depth) == "bfloat16" else "",
+        bfloat16=BFLOAT16 if dtypes.get(cache.n_blocks) == "bfloat16" else "",
     )
 
 
@@ -129,7 +129,7 @@ def _dtypes(dtypes: dict[int, str]) -> str:
     if len(kinds) == 1:
         return kinds[0]
     layers = {kind: [layer for layer in dtypes if dtypes[layer] == kind] for kind in kinds}
-    return ", ".join(f"{kind} in layers {span(found)}" for kind, found in layers.items())
+    return ", ".join(f"{kind} in layers {format_ranges(found)}" for kind, found in layers.items())
 
 
 def _measured(value: Any) -> str:

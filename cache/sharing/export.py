@@ -10,11 +10,11 @@ import numpy as np
 
 from ..errors import UsageError
 from ..files.json_files import file_digest, make_folder, sync_folder, sync_tree, write_json
-from ..format.dtypes import LARGEST, STORED_DTYPES, encode
-from ..number_ranges import numbers, span
+from ..format.dtypes import LARGEST, STORED_DTYPES, encode_rows
+from ..number_ranges import as_tuple, format_ranges
 from ..store.activation_cache import BLOCK_BYTES, ActivationCache
-from ..store.row_runs import Runs
-from .flat_files import FORMATS, Column, check_space, write_file, writing
+from ..store.row_runs import RowRuns
+from .flat_files import FORMATS, TensorColumn, check_space, staged_folder, write_flat_file
 
 TABLE_ROWS = 1 << 20
 """Rows of a block of the one-dimensional arrays."""
@@ -41,14 +41,14 @@ def export(
     folder has files or `dtype` cannot hold a value, `NoSpaceError` before anything is written.
     """
     folder = Path(folder).expanduser()
-    layers = cache.layers if layers is None else numbers(layers, "layers")
+    layers = cache.layers if layers is None else as_tuple(layers, "layers")
     _check(cache, folder, format, layers, dtype)
-    sequences = cache.split(split)
+    sequences = cache.sequences(split)
     if not len(sequences):
         raise UsageError(f"the {split} split of this cache has no sequences; choose another")
     files = _files(cache, sequences, layers, dtype, format, logits)
     need = sum(column.bytes for columns in files.values() for column in columns)
-    with writing(folder):
+    with staged_folder(folder):
         need += sum(path.stat().st_size for path in _head_files(cache))
         make_folder(folder.parent)
         check_space(folder.parent, need, "take fewer --layers, one --split, or another disk")
@@ -81,7 +81,7 @@ def _check(
         raise UsageError(f"{folder} is there already and not an empty folder; name a new one")
     cache.check_complete()
     for layer in layers:
-        cache.layer(layer)
+        cache.residual_array(layer)
         absmax = max(r.arrays[f"residual/{layer}"].absmax for r in cache.committed.values())
         if dtype is not None and absmax > LARGEST.get(dtype, np.inf):
             raise UsageError(
@@ -101,10 +101,10 @@ def _files(
     dtype: str | None,
     format: str,
     logits: bool,
-) -> dict[str, list[Column]]:
+) -> dict[str, list[TensorColumn]]:
     """Columns of every file by its name without ending: tables, logits, then residuals."""
     tables = _tables(cache, sequences)
-    runs = Runs.of(cache, sequences)
+    runs = RowRuns.of(cache, sequences)
     if logits and cache.logits_names:
         tables["logits"] = [_logits(cache, name, runs) for name in cache.logits_names]
     files = {
@@ -119,9 +119,9 @@ def _files(
 
 
 def _residual(
-    cache: ActivationCache, layer: int, runs: Runs, dtype: str | None, rows: int
-) -> Column:
-    array = cache.layer(layer)
+    cache: ActivationCache, layer: int, runs: RowRuns, dtype: str | None, rows: int
+) -> TensorColumn:
+    array = cache.residual_array(layer)
     stored = array.layout.logical_dtype
 
     def blocks() -> Iterator[np.ndarray]:
@@ -129,12 +129,12 @@ def _residual(
             if dtype in (None, stored):
                 yield array.read_stored(start, stop)
             else:
-                yield encode(array.read(start, stop), dtype)
+                yield encode_rows(array.read(start, stop), dtype)
 
-    return Column("residual", dtype or stored, (len(runs), cache.d_model), blocks)
+    return TensorColumn("residual", dtype or stored, (len(runs), cache.d_model), blocks)
 
 
-def _logits(cache: ActivationCache, name: str, runs: Runs) -> Column:
+def _logits(cache: ActivationCache, name: str, runs: RowRuns) -> TensorColumn:
     array = cache.array(name)
     rows = max(1, BLOCK_BYTES // array.layout.row_bytes)
 
@@ -143,13 +143,13 @@ def _logits(cache: ActivationCache, name: str, runs: Runs) -> Column:
             yield array.read_stored(start, stop)
 
     column = name.partition("/")[2]
-    return Column(column, array.layout.logical_dtype, (len(runs), *array.shape[1:]), blocks)
+    return TensorColumn(column, array.layout.logical_dtype, (len(runs), *array.shape[1:]), blocks)
 
 
-def _tables(cache: ActivationCache, sequences: np.ndarray) -> dict[str, list[Column]]:
+def _tables(cache: ActivationCache, sequences: np.ndarray) -> dict[str, list[TensorColumn]]:
     """Columns of `tokens` and `sequences`, renumbered to the chosen sequences."""
-    runs = Runs.of(cache, sequences)
-    tables: dict[str, list[Column]] = {"tokens": [], "sequences": []}
+    runs = RowRuns.of(cache, sequences)
+    tables: dict[str, list[TensorColumn]] = {"tokens": [], "sequences": []}
     for name in sorted(cache.journal.base()[0]):
         axis, _, column = name.partition("/")
         if axis in tables:
@@ -158,7 +158,9 @@ def _tables(cache: ActivationCache, sequences: np.ndarray) -> dict[str, list[Col
     return tables
 
 
-def _token_column(cache: ActivationCache, name: str, sequences: np.ndarray, runs: Runs) -> Column:
+def _token_column(
+    cache: ActivationCache, name: str, sequences: np.ndarray, runs: RowRuns
+) -> TensorColumn:
     array = cache.array(f"tokens/{name}")
 
     def blocks() -> Iterator[np.ndarray]:
@@ -167,12 +169,12 @@ def _token_column(cache: ActivationCache, name: str, sequences: np.ndarray, runs
             numbers = np.searchsorted(sequences, rows) if name == "sequence" else rows
             yield numbers.astype(rows.dtype)
 
-    return Column(name, np.dtype(array.layout.stored_dtype).name, (len(runs),), blocks)
+    return TensorColumn(name, np.dtype(array.layout.stored_dtype).name, (len(runs),), blocks)
 
 
 def _sequence_column(
-    cache: ActivationCache, name: str, sequences: np.ndarray, runs: Runs
-) -> Column:
+    cache: ActivationCache, name: str, sequences: np.ndarray, runs: RowRuns
+) -> TensorColumn:
     array = cache.array(f"sequences/{name}")
 
     def blocks() -> Iterator[np.ndarray]:
@@ -182,11 +184,11 @@ def _sequence_column(
             values = (np.cumsum(lengths) - lengths).astype(values.dtype)
         yield values
 
-    return Column(name, np.dtype(array.layout.stored_dtype).name, (len(sequences),), blocks)
+    return TensorColumn(name, np.dtype(array.layout.stored_dtype).name, (len(sequences),), blocks)
 
 
 def _write_files(
-    folder: Path, files: Mapping[str, list[Column]], format: str, progress: Progress | None
+    folder: Path, files: Mapping[str, list[TensorColumn]], format: str, progress: Progress | None
 ) -> dict[str, dict[str, Any]]:
     """Write every file; its entry of index.json by its name."""
     residual = [c for columns in files.values() for c in columns if c.name == "residual"]
@@ -203,7 +205,7 @@ def _write_files(
                 progress(done, total)
 
         path = folder / f"{stem}.{FORMATS[format]}"
-        entries[path.name] = write_file(path, columns, format, wrote)
+        entries[path.name] = write_flat_file(path, columns, format, wrote)
     return entries
 
 
@@ -222,7 +224,7 @@ def _index(
         "positions": next(iter(residual.values()))["tensors"]["residual"]["shape"][0],
         "d_model": cache.d_model,
         "vocab": cache.vocab,
-        "depth": cache.depth,
+        "depth": cache.n_blocks,
         "layers": {str(int(name.split(".")[1])): name for name in residual},
         "files": files,
         "head": {path.name: file_digest(path) for path in sorted(_head_files(cache), key=str)},
@@ -262,5 +264,5 @@ def _readme(index: dict[str, Any]) -> str:
     example = _EXAMPLES[index["format"]].format(file=files[-1])
     if index["format"] == "numpy" and "bfloat16" in kinds:
         example = example.replace(files[-1], files[kinds.index("bfloat16")]) + _BFLOAT16
-    shown = index | {"layers": span([int(layer) for layer in index["layers"]])}
+    shown = index | {"layers": format_ranges([int(layer) for layer in index["layers"]])}
     return _README.format(**shown, ending=FORMATS[index["format"]], example=example)

@@ -28,7 +28,7 @@ _SAFETENSORS = {
 
 
 @dataclass(frozen=True)
-class Column:
+class TensorColumn:
     """One tensor of a file: what it is and where its rows come from."""
 
     name: str
@@ -59,7 +59,7 @@ def check_space(folder: Path, need: int, advice: str) -> None:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def staged_folder(folder: Path) -> Iterator[None]:
     """Turns errors of the disk that holds `folder` into ours: full, or not writable."""
     try:
         yield
@@ -71,8 +71,8 @@ def writing(folder: Path) -> Iterator[None]:
         raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
 
 
-def write_file(
-    path: Path, columns: list[Column], format: str, wrote: Callable[[int], None]
+def write_flat_file(
+    path: Path, columns: list[TensorColumn], format: str, wrote: Callable[[int], None]
 ) -> dict[str, Any]:
     """Write one file, durably; returns its bytes, sha256 and tensors.
 
@@ -109,7 +109,7 @@ class _Hashed:
         return self._hash.hexdigest()
 
 
-def _header(columns: list[Column]) -> bytes:
+def _header(columns: list[TensorColumn]) -> bytes:
     """Length and JSON of a safetensors file whose tensors follow in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -126,7 +126,7 @@ def _header(columns: list[Column]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _npy_header(column: Column) -> bytes:
+def _npy_header(column: TensorColumn) -> bytes:
     buffer = BytesIO()
     fields = {"descr": column.stored.str, "fortran_order": False, "shape": column.shape}
     np.lib.format.write_array_header_1_0(buffer, fields)

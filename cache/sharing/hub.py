@@ -21,8 +21,8 @@ from ..format.manifest import SHORT_ID, Manifest
 from ..store.activation_cache import ActivationCache
 from ..store.create_cache import FOLDERS, publish
 from ..store.verify import verify as verify_cache
-from .dataset_card import card
-from .flat_files import check_space, writing
+from .dataset_card import dataset_card
+from .flat_files import check_space, staged_folder
 from .hub_errors import check_limits, hub_errors
 
 CARD = "README.md"
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Push:
+class PushedCache:
     """What `push` did."""
 
     repo_id: str
@@ -47,7 +47,7 @@ class Push:
 
 
 @dataclass(frozen=True)
-class Pull:
+class PulledCache:
     """What `pull` did."""
 
     cache: ActivationCache
@@ -69,7 +69,7 @@ class Pull:
         }
 
 
-def push(
+def push_cache(
     cache: ActivationCache,
     repo_id: str,
     *,
@@ -78,7 +78,7 @@ def push(
     token: str | None = None,
     verify: bool = True,
     progress: Progress | None = None,
-) -> Push:
+) -> PushedCache:
     """Upload a complete, verified cache to the dataset repository `repo_id`, made if needed.
 
     An interrupted push goes on where it stopped. A card that is there already stays, so that
@@ -92,7 +92,7 @@ def push(
             "the folder of the cache to one, and push it from there"
         )
     cache.check_complete()
-    names = contents(cache.path)
+    names = pushed_files(cache.path)
     size = check_limits(cache.path, names)
     if verify:
         _verify(cache.path, progress)
@@ -110,9 +110,9 @@ def push(
         )
         new = not hub.file_exists(filename=CARD, **where)
         if new:
-            data = card(cache, repo_id).encode()
+            data = dataset_card(cache, repo_id).encode()
             hub.upload_file(path_or_fileobj=data, path_in_repo=CARD, **where)
-    return Push(repo_id, url, cache.id, len(names), size, new)
+    return PushedCache(repo_id, url, cache.id, len(names), size, new)
 
 
 def _create(
@@ -130,7 +130,7 @@ def _create(
     return str(url)
 
 
-def contents(path: Path) -> set[str]:
+def pushed_files(path: Path) -> set[str]:
     """Files that make up a cache: what its journal names, and the journal."""
     journal = Journal(path / "journal")
     tables, files = journal.base()
@@ -183,7 +183,7 @@ def _check_remote(cache: ActivationCache, where: dict[str, Any]) -> None:
         )
 
 
-def pull(
+def pull_cache(
     repo_id: str,
     root: Path,
     *,
@@ -191,7 +191,7 @@ def pull(
     revision: str | None = None,
     token: str | None = None,
     progress: Progress | None = None,
-) -> Pull:
+) -> PulledCache:
     """Download the cache of a dataset repository into `root`, verified before it appears there.
 
     An interrupted pull goes on where it stopped. With `expect`, the beginning of an id, another
@@ -200,7 +200,7 @@ def pull(
     """
     commit, sizes = _listing(repo_id, revision, token)
     name = hashlib.sha256(f"{repo_id}@{commit}".encode()).hexdigest()[:32]
-    with writing(root), ExitStack() as stack:
+    with staged_folder(root), ExitStack() as stack:
         place = root
         if is_remote(root):
             place = Path(stack.enter_context(TemporaryDirectory(prefix="residua-")))
@@ -214,11 +214,11 @@ def pull(
             )
         target = root / cache_id
         if (target / "manifest.json").is_file():
-            return Pull(_existing(target), "hit", commit)
+            return PulledCache(_existing(target), "hit", commit)
         check_space(place, sum(sizes.values()), "free some, or pull to another --root")
         fetch(list(CONTENTS))
         _admit(staging, target, progress)
-    return Pull(ActivationCache(target), "pulled", commit)
+    return PulledCache(ActivationCache(target), "pulled", commit)
 
 
 def _listing(
@@ -293,7 +293,7 @@ def _admit(staging: Path, target: Path, progress: Progress | None) -> None:
     """Verify what was downloaded, drop what is not of the cache, and give it its name."""
     _verify(staging, progress)
     ActivationCache(staging).check_complete()
-    for name in list(_others(staging, contents(staging))):
+    for name in list(_others(staging, pushed_files(staging))):
         (staging / name).unlink()
     shutil.rmtree(staging / ".cache", ignore_errors=True)
     for folder in FOLDERS:

@@ -18,13 +18,13 @@ from ..format.logits_arrays import (
     FULL_ARRAY,
     TOP_ARRAYS,
     TopK,
-    arrays_of,
+    logits_arrays,
     pack_top,
     top_size,
     unpack_top,
 )
 from ..format.manifest import SHORT_ID, Manifest
-from ..number_ranges import span
+from ..number_ranges import format_ranges
 from ..tokens.splits import SPLITS
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class ActivationCache:
     def __repr__(self) -> str:
         return (
             f"<ActivationCache {self.id[:SHORT_ID]} of {self.manifest.model_name!r}: "
-            f"{self.positions} positions x {self.d_model}, layers {span(self.layers)}>"
+            f"{self.positions} positions x {self.d_model}, layers {format_ranges(self.layers)}>"
         )
 
     @property
@@ -100,12 +100,12 @@ class ActivationCache:
         return self.manifest.vocab
 
     @property
-    def depth(self) -> int:
+    def n_blocks(self) -> int:
         """Number L of blocks, which is also the number of the last layer."""
         return self.manifest.depth
 
     @property
-    def parts(self) -> int:
+    def n_parts(self) -> int:
         return self.manifest.layout.parts(self.positions)
 
     @cached_property
@@ -123,7 +123,7 @@ class ActivationCache:
     def complete_names(self) -> set[str]:
         """Arrays that every part has."""
         found = self.committed
-        if len(found) < self.parts:
+        if len(found) < self.n_parts:
             return set()
         return set.intersection(*(set(record.arrays) for record in found.values()))
 
@@ -142,7 +142,7 @@ class ActivationCache:
     @property
     def logits_names(self) -> tuple[str, ...]:
         """Arrays of the logits that the cache keeps beside the layers."""
-        arrays = arrays_of(self.manifest.capture.logits, self.vocab, "float16")
+        arrays = logits_arrays(self.manifest.capture.logits, self.vocab, "float16")
         return tuple(array.name for array in arrays)
 
     @property
@@ -209,13 +209,13 @@ class ActivationCache:
         names = ("tokens/row_id", "tokens/char_start", "tokens/char_stop")
         return np.stack([self.array(name).take(positions) for name in names], -1)
 
-    def layer(self, layer: int) -> CacheArray:
+    def residual_array(self, layer: int) -> CacheArray:
         """Layer `layer` as an array that reads on slicing, `(positions, d_model)` float32."""
         return self._arrays[self._check(layer)]
 
     def residual(self, layer: int, dtype: Any = np.float32) -> "dask.array.Array":
         """Layer `layer` as a lazy dask array, `(positions, d_model)`."""
-        return self._lazy(self.layer(layer), self.block_rows()).astype(dtype, copy=False)
+        return self._lazy(self.residual_array(layer), self.block_rows()).astype(dtype, copy=False)
 
     def logits(self, layer: int | None = None) -> "dask.array.Array":
         """Logits `(positions, vocab)` of the head on `layer` (default: L, the model), lazy.
@@ -226,10 +226,10 @@ class ActivationCache:
         rows = max(1, BLOCK_BYTES // (4 * self.vocab))
         if layer is None and FULL_ARRAY in self.complete_names:
             return self._lazy(self.array(FULL_ARRAY), rows)
-        source = self.layer(self.depth if layer is None else layer)
+        source = self.residual_array(self.n_blocks if layer is None else layer)
         head = self.head
         return self._lazy(source, rows).map_blocks(
-            head.logits, dtype=np.float32, chunks=(rows_of(self.positions, rows), (self.vocab,))
+            head.logits, dtype=np.float32, chunks=(dask_chunks(self.positions, rows), (self.vocab,))
         )
 
     def topk(self, size: int | None = None) -> TopK:
@@ -291,7 +291,7 @@ class ActivationCache:
         if size:
             yield sequences[start:]
 
-    def rows(self, sequences: np.ndarray) -> np.ndarray:
+    def positions_of(self, sequences: np.ndarray) -> np.ndarray:
         """Positions of whole `sequences`, one sequence after the other."""
         starts, lengths = self.sequence_start[sequences], self.sequence_length[sequences]
         ends = np.cumsum(lengths)
@@ -303,7 +303,7 @@ class ActivationCache:
         records = self.committed.values()
         return {number: why for record in records for number, why in record.quarantine.items()}
 
-    def split(self, name: str) -> np.ndarray:
+    def sequences(self, name: str) -> np.ndarray:
         """Numbers of the sequences of a split: `train`, `validation`, `test` or `all`.
 
         Quarantined sequences are in none of them.
@@ -358,11 +358,11 @@ class ActivationCache:
         Sequences that begin in one document are in one fold. Where documents are so few that a
         fold would have none of the split, folds are of single sequences instead.
         """
-        from ..tokens.splits import folds_of
+        from ..tokens.splits import assign_folds
 
-        found = folds_of(self.sequence_document, folds)
+        found = assign_folds(self.sequence_document, folds)
         if len(np.unique(found[self._split(split)])) < folds:
-            return folds_of(self.sequence_hash, folds)
+            return assign_folds(self.sequence_hash, folds)
         return found
 
     @cached_property
@@ -432,7 +432,7 @@ class ActivationCache:
         """Raise `IncompleteError` if rows are missing."""
         if not self.complete:
             raise IncompleteError(
-                f"cache {self.id[:SHORT_ID]} has {len(self.committed)} of {self.parts} parts; "
+                f"cache {self.id[:SHORT_ID]} has {len(self.committed)} of {self.n_parts} parts; "
                 "run the same `residua extract` again to finish it"
             )
 
@@ -444,11 +444,13 @@ class ActivationCache:
     def _check(self, layer: int) -> int:
         self.check_complete()
         if layer not in self.layers:
-            raise NotFoundError(f"layer {layer} is not in this cache; it holds {span(self.layers)}")
+            raise NotFoundError(
+                f"layer {layer} is not in this cache; it holds {format_ranges(self.layers)}"
+            )
         return layer
 
 
-def rows_of(positions: int, rows: int) -> tuple[int, ...]:
+def dask_chunks(positions: int, rows: int) -> tuple[int, ...]:
     """Chunk sizes of `positions` rows in blocks of `rows`."""
     full, rest = divmod(positions, rows)
     return (rows,) * full + ((rest,) if rest else ())

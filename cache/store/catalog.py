@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NotFoundError, ResiduaError, UsageError
-from ..files.paths import as_path, children
+from ..files.paths import as_path, list_folder
 from .activation_cache import SHORT_ID, ActivationCache
 
 
@@ -22,7 +22,7 @@ def cache_root(root: str | Path | None = None) -> Path:
 
 def list_paths(root: Path) -> list[Path]:
     """Folders of all caches under `root`, oldest first; nothing is read."""
-    found = [p / "manifest.json" for p in children(root) if not p.name.startswith(".")]
+    found = [p / "manifest.json" for p in list_folder(root) if not p.name.startswith(".")]
     written: list[tuple[float, Path]] = []
     for manifest in found:
         with suppress(FileNotFoundError):  # a cache that is being removed
@@ -65,7 +65,7 @@ def list_caches(root: Path) -> list[dict[str, Any]]:
 def _summary(path: Path) -> dict[str, Any]:
     try:
         cache = ActivationCache(path)
-        state = "complete" if cache.complete else f"{len(cache.committed)} of {cache.parts} parts"
+        state = "complete" if cache.complete else f"{len(cache.committed)} of {cache.n_parts} parts"
         return {
             "cache": cache.id,
             "model": cache.manifest.model_name,
@@ -91,13 +91,13 @@ def _summary(path: Path) -> dict[str, Any]:
         }
 
 
-def describe(cache: ActivationCache) -> dict[str, Any]:
+def describe_cache(cache: ActivationCache) -> dict[str, Any]:
     """Everything that is known of `cache` without reading its arrays."""
     from ..files.json_files import read_json
     from .local_origin import read_origin
 
     manifest = cache.manifest
-    splits = {name: len(cache.split(name)) for name in ("train", "validation", "test")}
+    splits = {name: len(cache.sequences(name)) for name in ("train", "validation", "test")}
     layers = {}
     for layer in cache.target_layers:
         name = f"residual/{layer}"

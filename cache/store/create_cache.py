@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from ..files.json_files import file_digest, make_folder, sync_folder, sync_tree, write_json
-from ..files.leases import exclusive, try_lock
-from ..files.paths import is_remote, upload
+from ..files.leases import hold_lock, try_lock
+from ..files.paths import is_remote, upload_folder
 from ..format.array_writer import create_logits, create_residual, write_table
 from ..format.journal import Journal
-from ..format.logits_arrays import arrays_of
+from ..format.logits_arrays import logits_arrays
 from ..format.manifest import Manifest
-from ..tokens.index_arrays import tables
+from ..tokens.index_arrays import index_arrays
 from ..tokens.token_stream import TokenStream
 from .local_origin import FILE as ORIGIN
 
@@ -54,14 +54,14 @@ def create_cache(
         store = staging / "arrays.zarr"
         record = {
             name: write_table(store, name, values, _attributes(stream, name))
-            for name, values in tables(stream, hashes).items()
+            for name, values in index_arrays(stream, hashes).items()
         }
         for layer, dtype in dtypes.items():
             create_residual(
                 store, layer, stream.positions, manifest.d_model, dtype, manifest.layout,
                 manifest.codec,
             )  # fmt: skip
-        for array in arrays_of(manifest.capture.logits, manifest.vocab, logits_dtype):
+        for array in logits_arrays(manifest.capture.logits, manifest.vocab, logits_dtype):
             create_logits(store, array, stream.positions, manifest.layout, manifest.codec)
         files = {p.relative_to(staging).as_posix(): file_digest(p) for p in _plain_files(staging)}
         Journal(staging / "journal").commit_base(record, files)
@@ -72,9 +72,9 @@ def create_cache(
 def publish(staging: Path, target: Path) -> None:
     """Make the whole cache in the folder `staging` appear at `target`, unless there is one."""
     if is_remote(target):
-        with exclusive(target / "leases", "create"):
+        with hold_lock(target / "leases", "create"):
             if not (target / "manifest.json").is_file():
-                upload(staging, target, last=["manifest.json"])
+                upload_folder(staging, target, last=["manifest.json"])
         return
     sync_tree(staging)
     try:

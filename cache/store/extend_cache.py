@@ -16,8 +16,8 @@ import numpy as np
 
 from ..documents.labels import LABELS
 from ..files.json_files import file_digest, make_folder, read_json, sync_folder, write_atomically
-from ..files.leases import exclusive, lease
-from ..files.paths import copy, is_remote
+from ..files.leases import hold_lock, lease_part
+from ..files.paths import copy_object, is_remote
 from ..format.array_writer import create_residual
 from ..format.journal import Journal
 from ..format.layout import Layout
@@ -30,12 +30,12 @@ from .local_origin import read_origin, write_origin
 
 
 def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
-    """Create the empty arrays of further layers; `fill` then writes them part by part.
+    """Create the empty arrays of further layers, for `write_missing_parts` to fill.
 
     One process at a time; layers that the journal names already are not touched.
     """
     store = cache.path / "arrays.zarr"
-    with exclusive(cache.path / "leases", "layers"):
+    with hold_lock(cache.path / "leases", "layers"):
         if not is_remote(store):
             # What makers of layers that were killed left: metadata of zarr's, and our record.
             patterns = ("*.partial", "residual/*.partial", "residual/*/*.partial")
@@ -70,7 +70,9 @@ def _metadata(layer: int) -> str:
     return f"arrays.zarr/residual/{layer}/zarr.json"
 
 
-def joined(cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]) -> TokenStream:
+def join_stream(
+    cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]
+) -> TokenStream:
     """The stream of `cache` followed by the sequences `lacking` of `stream`."""
     labels = [LABELS + name for name in cache.label_names]
     further = [n for n in stream.of_sequences if n not in labels and cache.has(n)]
@@ -95,7 +97,8 @@ def add_tokens(
     """A cache of `stream`, which begins with all sequences of `cache`; full parts are linked.
 
     `cache` must be complete in its layers, and parts are linked only if they have the `layout` of
-    its own. The rest is left to `fill`. `extra` replaces keys of the manifest's `extra`.
+    its own. The rest is left to `write_missing_parts`. `extra` replaces keys of the manifest's
+    `extra`.
     """
     old = cache.manifest
     manifest = Manifest(
@@ -103,7 +106,7 @@ def add_tokens(
         old.batch_tokens, old.model_name, old.data_name,
         {**old.extra, **(extra or {}), EXTENDS: cache.id}, old.format,
     )  # fmt: skip
-    dtypes = {layer: cache.layer(layer).layout.logical_dtype for layer in cache.layers}
+    dtypes = {layer: cache.residual_array(layer).layout.logical_dtype for layer in cache.layers}
     kept = [n for n in ("logits/full", "logits/values") if n in cache.logits_names]
     logits_dtype = cache.array(kept[0]).layout.logical_dtype if kept else "float16"
     provenance = {**read_json(cache.path / "provenance.json"), EXTENDS: cache.id}
@@ -141,23 +144,25 @@ def share_parts(old: ActivationCache, new: ActivationCache) -> None:
     for part, record in sorted(old.committed.items()):
         if record.stop - record.start < old.manifest.layout.part_rows:
             continue
-        with lease(new.path / "leases", part) as mine:
+        with lease_part(new.path / "leases", part) as mine:
             if not mine or (journal.folder / f"{part:08d}.json").exists():
                 continue
             for name in record.arrays:
                 key = old.array(name).layout.shard_key(part)
-                link(old.path / "arrays.zarr" / name / key, new.path / "arrays.zarr" / name / key)
+                link_file(
+                    old.path / "arrays.zarr" / name / key, new.path / "arrays.zarr" / name / key
+                )
             journal.commit(record)
 
 
-def link(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
     """A hard link to `source`, durable; a copy where there are no links.
 
     What was under the name `target` stays until the new file is whole. In an object store the
     store itself copies.
     """
     if is_remote(target):
-        copy(source, target)
+        copy_object(source, target)
         return
     for folder in reversed(target.parents[:2]):  # of the chunk key; see `PartWriter`
         folder.mkdir(exist_ok=True)

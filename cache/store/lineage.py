@@ -8,7 +8,7 @@ EXTENDS = "extends"
 """Key of the manifest's `extra`: id of the cache whose rows come first."""
 
 
-def ancestor(cache: ActivationCache) -> ActivationCache | None:
+def open_ancestor(cache: ActivationCache) -> ActivationCache | None:
     """The cache that `cache` extends, if it is still there and has all its arrays."""
     name = cache.manifest.extra.get(EXTENDS)
     path = cache.path.parent / str(name)
@@ -18,7 +18,7 @@ def ancestor(cache: ActivationCache) -> ActivationCache | None:
     return found if found.complete_names.issuperset(cache.target_names) else None
 
 
-def lineage(cache: ActivationCache) -> Iterator[ActivationCache]:
+def cache_lineage(cache: ActivationCache) -> Iterator[ActivationCache]:
     """The caches that `cache` extends, the latest first, as far as they are still there."""
     while (name := cache.manifest.extra.get(EXTENDS)) is not None:
         path = cache.path.parent / name

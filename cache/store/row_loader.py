@@ -14,9 +14,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import MismatchError, UsageError
 from ..format.array import CacheArray
-from ..number_ranges import is_several, numbers
+from ..number_ranges import as_tuple, is_several
 from .activation_cache import ActivationCache
-from .row_runs import Runs
+from .row_runs import RowRuns
 
 GATHER_ROWS = 256
 """Rows that are gathered and decoded at a time: they stay in the processor's cache."""
@@ -55,8 +55,8 @@ class RowLoader(IterableDataset[Batch]):
         slab_rows = cache.slab_rows if slab_rows is None else slab_rows
         _check(batch_rows, buffer_rows, slab_rows, rank, world_size, seed)
         self.cache = cache
-        self.layers, self.stacked = numbers(layer, "layer"), is_several(layer)
-        batch_rows, buffer_rows, slab_rows, seed, rank, world_size = numbers(
+        self.layers, self.stacked = as_tuple(layer, "layer"), is_several(layer)
+        batch_rows, buffer_rows, slab_rows, seed, rank, world_size = as_tuple(
             (batch_rows, buffer_rows, slab_rows, seed, rank, world_size),
             "batch_rows, buffer_rows, slab_rows, seed, rank, world_size",
         )
@@ -64,8 +64,8 @@ class RowLoader(IterableDataset[Batch]):
         self.split, self.shuffle, self.seed = split, shuffle, seed
         self.dtype, self.drop_last, self.with_tokens = dtype, drop_last, with_tokens
         self.rank, self.world_size = rank, world_size
-        self._runs = Runs.of(cache, cache.split(split))
-        self._sources = [cache.layer(layer) for layer in self.layers]
+        self._runs = RowRuns.of(cache, cache.sequences(split))
+        self._sources = [cache.residual_array(layer) for layer in self.layers]
         if not self._sources or not len(self._runs):
             raise UsageError(f"no rows: layers {self.layers}, {len(self._runs)} in split {split!r}")
         # Shared, so that the workers of a DataLoader that keeps them see a new epoch.

@@ -9,7 +9,7 @@ from .activation_cache import ActivationCache
 
 
 @dataclass(frozen=True)
-class Runs:
+class RowRuns:
     """Positions of chosen sequences, in order, as runs; row i is the i-th of them."""
 
     starts: np.ndarray
@@ -18,7 +18,7 @@ class Runs:
     """Rows before each run, and at the end all rows, `(runs + 1,)`."""
 
     @classmethod
-    def of(cls, cache: ActivationCache, sequences: np.ndarray) -> "Runs":
+    def of(cls, cache: ActivationCache, sequences: np.ndarray) -> "RowRuns":
         """Whole `sequences`, ascending; neighbours are joined."""
         starts = cache.sequence_start[sequences]
         lengths = cache.sequence_length[sequences]

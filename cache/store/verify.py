@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import CorruptError, ResiduaError
 from ..files.json_files import file_digest
 from ..format.array import CacheArray
-from ..format.journal import Journal, PartRecord, ShardRecord, merge, read_record
+from ..format.journal import Journal, PartRecord, ShardRecord, merge_records, read_record
 from ..format.manifest import Manifest
 
 Progress = Callable[[int, int], None]
@@ -78,7 +78,7 @@ def verify(path: Path, progress: Progress | None = None) -> Verification:
         ]
     except (ResiduaError, KeyError, TypeError) as error:
         damages.append(Damage("journal/base.json", str(error)))
-    parts = merge(_records(journal, damages))
+    parts = merge_records(_records(journal, damages))
     for number, record in parts.items():
         shards += [_Shard(name, number, shard) for name, shard in record.arrays.items()]
     read = 0

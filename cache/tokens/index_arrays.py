@@ -6,8 +6,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ..files.disk_columns import Computed, Numbers, take
-from .token_stream import DOCUMENT_OF_TOKENS, Runs, TokenStream
+from ..files.disk_columns import ComputedColumn, NumberColumn, take_rows
+from .token_stream import DOCUMENT_OF_TOKENS, KeptRuns, TokenStream
 
 TABLE_DTYPES = {
     "tokens/ids": "<i4",
@@ -35,13 +35,13 @@ CONTEXT_DTYPES = {
 _DTYPES = TABLE_DTYPES | SPAN_DTYPES | CONTEXT_DTYPES
 
 
-def tables(stream: TokenStream, hashes: np.ndarray) -> dict[str, Numbers]:
+def index_arrays(stream: TokenStream, hashes: np.ndarray) -> dict[str, NumberColumn]:
     """The arrays of `stream` by name, in their stored dtypes; `hashes` are its `digests`."""
-    runs = stream.runs or Runs(
+    runs = stream.runs or KeptRuns(
         np.arange(len(stream.lengths)), np.zeros(len(stream.lengths), np.int64), stream.lengths
     )
     places = _Places(runs, stream.starts)
-    values: dict[str, Numbers] = {
+    values: dict[str, NumberColumn] = {
         "tokens/ids": _of_kept(stream, stream.ids, places),
         "tokens/sequence": places.column(places.run),
         "tokens/index": places.column(places.index),
@@ -71,7 +71,7 @@ def tables(stream: TokenStream, hashes: np.ndarray) -> dict[str, Numbers]:
 class _Places:
     """Where each position of the cache is, worked out for a range of positions at a time."""
 
-    runs: Runs
+    runs: KeptRuns
     starts: np.ndarray
     """First token of each sequence."""
 
@@ -84,8 +84,8 @@ class _Places:
     def positions(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def column(self, read: Callable[[int, int], np.ndarray]) -> Computed:
-        return Computed(self.positions, np.dtype(np.int64), read)
+    def column(self, read: Callable[[int, int], np.ndarray]) -> ComputedColumn:
+        return ComputedColumn(self.positions, np.dtype(np.int64), read)
 
     def run(self, start: int, stop: int) -> np.ndarray:
         """Number of the run of each position."""
@@ -102,19 +102,21 @@ class _Places:
         return self.index(start, stop) + self.starts[self.runs.sequence[self.run(start, stop)]]
 
 
-def _of_kept(stream: TokenStream, values: Numbers, places: _Places) -> Computed:
+def _of_kept(stream: TokenStream, values: NumberColumn, places: _Places) -> ComputedColumn:
     """`values`, one per token of `stream`, at the positions that are kept."""
     if stream.runs is None:
-        return Computed(len(values), values.dtype, lambda start, stop: values[start:stop])
-    return Computed(
-        places.positions, values.dtype, lambda start, stop: take(values, places.token(start, stop))
+        return ComputedColumn(len(values), values.dtype, lambda start, stop: values[start:stop])
+    return ComputedColumn(
+        places.positions,
+        values.dtype,
+        lambda start, stop: take_rows(values, places.token(start, stop)),
     )
 
 
-def _as_stored(name: str, values: Numbers) -> Numbers:
+def _as_stored(name: str, values: NumberColumn) -> NumberColumn:
     dtype = np.dtype(_DTYPES.get(name, values.dtype.str))
     if dtype == values.dtype:
         return values
     if isinstance(values, np.ndarray):
         return values.astype(dtype)
-    return Computed(len(values), dtype, lambda start, stop: values[start:stop])
+    return ComputedColumn(len(values), dtype, lambda start, stop: values[start:stop])

@@ -10,12 +10,12 @@ import numpy as np
 from ..documents.documents import Documents
 from ..documents.labels import ANSWER, ANSWER_START, EXPLICIT
 from ..errors import DataError, UsageError
-from .token_stream import Runs, TokenStream
+from .token_stream import KeptRuns, TokenStream
 
 POLICIES = ("all", "last", "sample:K", "answer", "explicit")
 
 
-def check(policy: str, pack: bool) -> None:
+def check_positions(policy: str, pack: bool) -> None:
     """Raise `UsageError` unless `policy` is one of `POLICIES` and goes with `pack`."""
     if policy not in ("all", "last", "answer", "explicit") and not sample_size(policy):
         known = ", ".join(POLICIES)
@@ -30,7 +30,9 @@ def sample_size(policy: str) -> int:
     return int(match[1]) if match else 0
 
 
-def keep(policy: str, stream: TokenStream, documents: Documents, seed: int) -> TokenStream:
+def keep_positions(
+    policy: str, stream: TokenStream, documents: Documents, seed: int
+) -> TokenStream:
     """`stream` with the positions of `policy` kept; sequences without any are left out."""
     if policy == "all":
         return stream
@@ -132,7 +134,7 @@ def _character(value: object) -> int | None:
     raise DataError(f"column {ANSWER_START!r} must hold whole numbers, found {value!r}")
 
 
-def runs_of(chosen: Iterable[np.ndarray]) -> Runs:
+def runs_of(chosen: Iterable[np.ndarray]) -> KeptRuns:
     """Consecutive indices of each sequence as runs."""
     sequence, first, length = array("q"), array("q"), array("q")
     for number, indices in enumerate(chosen):
@@ -143,4 +145,4 @@ def runs_of(chosen: Iterable[np.ndarray]) -> Runs:
             sequence.append(number)
             first.append(int(run[0]))
             length.append(len(run))
-    return Runs(*(np.array(values, np.int64) for values in (sequence, first, length)))
+    return KeptRuns(*(np.array(values, np.int64) for values in (sequence, first, length)))

@@ -60,7 +60,7 @@ class SequenceIndex(Protocol):
     def array(self, name: str) -> Any:
         """The array `name`, read on slicing."""
 
-    def rows(self, sequences: np.ndarray) -> np.ndarray:
+    def positions_of(self, sequences: np.ndarray) -> np.ndarray:
         """Positions of whole sequences."""
         ...
 
@@ -98,7 +98,7 @@ class PairScope:
         """
         _, left = segment_places(cache, sequences, self.across_documents)
         if self.drop_first:
-            left[context_places(cache, cache.rows(sequences)) < self.drop_first] = -1
+            left[context_places(cache, cache.positions_of(sequences)) < self.drop_first] = -1
         return left
 
 
@@ -120,7 +120,7 @@ def segment_places(
     begins = np.zeros(total, bool)
     begins[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
     if not across_documents and cache.document_numbers is not None:
-        document = cache.document_numbers.take(cache.rows(sequences))
+        document = cache.document_numbers.take(cache.positions_of(sequences))
         begins[1:] |= document[1:] != document[:-1]
     starts = np.flatnonzero(begins)
     sizes = np.diff(np.append(starts, total))

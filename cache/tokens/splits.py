@@ -60,7 +60,7 @@ def text_hash(text: str) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-def folds_of(hashes: np.ndarray, folds: int) -> np.ndarray:
+def assign_folds(hashes: np.ndarray, folds: int) -> np.ndarray:
     """Fold of each document for cross-validation, from bits that do not decide its split."""
     return ((hashes & np.uint64(0xFFFF_FFFF)) % np.uint64(folds)).astype(np.int64)
 

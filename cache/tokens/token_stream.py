@@ -10,7 +10,7 @@ import numpy as np
 
 from ..documents.documents import Reading
 from ..documents.labels import LABELS, join_labels
-from ..files.disk_columns import BLOCK, Column, Numbers, blocks
+from ..files.disk_columns import BLOCK, DiskColumn, NumberColumn, row_blocks
 from ..format.manifest import DOCUMENT, FORMAT, SEQUENCE
 from .splits import assign_splits, split_in_order
 
@@ -19,7 +19,7 @@ DOCUMENT_OF_TOKENS = "tokens/row_id"
 
 
 @dataclass(frozen=True)
-class Runs:
+class KeptRuns:
     """Runs of consecutive positions that are kept, in the order of their sequences."""
 
     sequence: np.ndarray
@@ -38,19 +38,19 @@ class TokenStream:
     sequence is in memory.
     """
 
-    ids: Numbers
+    ids: NumberColumn
     """Token ids of all sequences, one after the other, `(tokens,)` int32."""
     lengths: np.ndarray
     """Tokens of each sequence, `(sequences,)` int64."""
     row_ids: np.ndarray
     """Number of the source document in which each sequence starts, `(sequences,)` int64."""
-    of_tokens: dict[str, Numbers] = field(default_factory=dict)
+    of_tokens: dict[str, NumberColumn] = field(default_factory=dict)
     """Further arrays of one number per token: array name -> `(tokens,)`."""
     of_sequences: dict[str, np.ndarray] = field(default_factory=dict)
     """Further arrays of one number per sequence, the labels: array name -> `(sequences,)`."""
     categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """What the codes of a label stand for: array name -> words."""
-    runs: Runs | None = None
+    runs: KeptRuns | None = None
     """Kept positions; None if all are."""
     cut: np.ndarray | None = None
     """Tokens that each sequence lost at its end to the context, `(sequences,)`; None if packed."""
@@ -93,7 +93,7 @@ class TokenStream:
         cut = np.zeros(0, np.int64) if self.cut is None else self.cut
         return {"sequences": int((cut > 0).sum()), "tokens": int(cut.sum())}
 
-    def with_runs(self, runs: Runs) -> "TokenStream":
+    def with_runs(self, runs: KeptRuns) -> "TokenStream":
         """The same stream with only `runs` kept."""
         return replace(self, runs=runs)
 
@@ -113,10 +113,10 @@ class TokenStream:
         lasts = numbers[np.concatenate([breaks, [len(numbers)]]) - 1] if len(numbers) else numbers
         ranges = np.stack([self.starts[firsts], self.starts[lasts] + self.lengths[lasts]], -1)
         names = {"ids": self.ids, **self.of_tokens}
-        columns = {name: Column(values.dtype, self.scratch) for name, values in names.items()}
+        columns = {name: DiskColumn(values.dtype, self.scratch) for name, values in names.items()}
         for name, column in columns.items():
             for start, stop in ranges.tolist():
-                for block in blocks(names[name], start, stop):
+                for block in row_blocks(names[name], start, stop):
                     column.append(block)
         return replace(
             self,
@@ -138,7 +138,7 @@ class TokenStream:
             return replace(stream, splits=split_in_order(count))
         return stream
 
-    def _runs_of(self, numbers: np.ndarray) -> Runs | None:
+    def _runs_of(self, numbers: np.ndarray) -> KeptRuns | None:
         if self.runs is None:
             return None
         first = np.searchsorted(self.runs.sequence, numbers)
@@ -146,7 +146,7 @@ class TokenStream:
         sequence = np.repeat(np.arange(len(numbers)), counts)
         ends = np.cumsum(counts)
         chosen = np.arange(len(sequence)) + np.repeat(first - ends + counts, counts)
-        return Runs(sequence, self.runs.first[chosen], self.runs.length[chosen])
+        return KeptRuns(sequence, self.runs.first[chosen], self.runs.length[chosen])
 
     def _groups(self) -> Iterator[tuple[int, int, np.ndarray]]:
         """Whole sequences, `BLOCK` tokens at a time if they are not longer: range, their ids."""
@@ -289,11 +289,11 @@ def _joined(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
     return np.concatenate(there) if len(there) == len(arrays) else None
 
 
-def _chain(columns: Sequence[Numbers], scratch: Path | None) -> Column:
+def _chain(columns: Sequence[NumberColumn], scratch: Path | None) -> DiskColumn:
     """The numbers of one column after those of the other."""
-    found = Column(columns[0].dtype, scratch)
+    found = DiskColumn(columns[0].dtype, scratch)
     for column in columns:
-        for block in blocks(column):
+        for block in row_blocks(column):
             found.append(block)
     return found
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..documents.documents import Documents, reason_against
 from ..documents.labels import LABELS
 from ..errors import DataError
-from ..files.disk_columns import Column
+from ..files.disk_columns import DiskColumn
 from ..format.manifest import FORMAT, SEQUENCE
 from .splits import SPLITS, TEST_SHARE, assign_splits, split_in_order, text_hash
 from .token_stream import TokenStream
@@ -27,7 +27,7 @@ split is empty once in 10^18."""
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenizedDocument:
     """Tokens of one document, all or some in a row, and the characters that each came from."""
 
     row: int
@@ -39,20 +39,20 @@ class Tokens:
     hash: int
     """`text_hash` of the document."""
 
-    def part(self, start: int, stop: int | None) -> "Tokens":
+    def part(self, start: int, stop: int | None) -> "TokenizedDocument":
         """The tokens from `start` to `stop`."""
         return replace(self, ids=self.ids[start:stop], chars=self.chars[start:stop])
 
 
-class StreamWriter:
+class TokenStreamBuilder:
     """Writes a token stream sequence by sequence.
 
     What has one number per token goes to files without a name in the folder `scratch`.
     """
 
     def __init__(self, scratch: Path | None) -> None:
-        self._ids, self._start, self._stop = (Column("<i4", scratch) for _ in range(3))
-        self._row = Column("<i8", scratch)
+        self._ids, self._start, self._stop = (DiskColumn("<i4", scratch) for _ in range(3))
+        self._row = DiskColumn("<i8", scratch)
         self._lengths, self._rows, self._cut = array("q"), array("q"), array("q")
         self._documents, self._splits = array("Q"), array("B")
         self._scratch = scratch
@@ -62,7 +62,7 @@ class StreamWriter:
     def sequences(self) -> int:
         return len(self._lengths)
 
-    def append(self, pieces: Sequence[Tokens], split: int = 0, cut: int = 0) -> None:
+    def append(self, pieces: Sequence[TokenizedDocument], split: int = 0, cut: int = 0) -> None:
         """Put one sequence at the end: tokens of one or several documents, in their order."""
         length = 0
         for piece in pieces:
@@ -122,7 +122,7 @@ def tokenize(
     )
     prefix = [] if marked or separator is None or not pack else [separator]
     encoder = Encoder(documents, tokenizer, prefix, progress)
-    written = StreamWriter(scratch)
+    written = TokenStreamBuilder(scratch)
     if not pack:
         stream = _one_by_one(encoder.tokens(order), written, context, max_tokens)
     elif version == 1:
@@ -174,7 +174,7 @@ class Encoder:
 
     def tokens(
         self, numbers: np.ndarray, wanted: Callable[[int, int], bool] = lambda number, hash: True
-    ) -> Iterator[Tokens]:
+    ) -> Iterator[TokenizedDocument]:
         """Tokens of each document of `numbers`, in that order, as far as it is `wanted`.
 
         `wanted(number, hash)` is asked right before a document is tokenized with its neighbours.
@@ -203,11 +203,11 @@ class Encoder:
                 yield number, text
 
 
-def _tokens(number: int, hash: int, encoding: "Encoding", prefix: list[int]) -> Tokens:
+def _tokens(number: int, hash: int, encoding: "Encoding", prefix: list[int]) -> TokenizedDocument:
     ids = np.array(prefix + encoding.ids, np.int32)
     chars = np.zeros((len(ids), 2), np.int32)
     chars[len(prefix) :] = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-    return Tokens(number, ids, chars, hash)
+    return TokenizedDocument(number, ids, chars, hash)
 
 
 class Packer:
@@ -215,11 +215,11 @@ class Packer:
 
     def __init__(self, context: int) -> None:
         self.context = context
-        self._pieces: deque[Tokens] = deque()
+        self._pieces: deque[TokenizedDocument] = deque()
         self.waiting = 0
         """Tokens that are in no sequence yet."""
 
-    def add(self, tokens: Tokens) -> None:
+    def add(self, tokens: TokenizedDocument) -> None:
         self._pieces.append(tokens)
         self.waiting += len(tokens.ids)
 
@@ -228,7 +228,7 @@ class Packer:
         """Whether a whole sequence waits."""
         return self.waiting >= self.context
 
-    def take(self) -> list[Tokens]:
+    def take(self) -> list[TokenizedDocument]:
         """The next sequence: `context` tokens, or all that are left."""
         taken, room = [], self.context
         while room and self._pieces:
@@ -287,7 +287,7 @@ class SplitPacker:
         self,
         encoder: Encoder,
         split_of: Callable[[int], int],
-        written: StreamWriter,
+        written: TokenStreamBuilder,
         context: int,
         max_tokens: int | None,
     ) -> None:
@@ -355,7 +355,11 @@ class SplitPacker:
 
 
 def _pack_by_split(
-    encoder: Encoder, order: np.ndarray, written: StreamWriter, context: int, max_tokens: int | None
+    encoder: Encoder,
+    order: np.ndarray,
+    written: TokenStreamBuilder,
+    context: int,
+    max_tokens: int | None,
 ) -> TokenStream:
     """Sequences of `context` tokens of documents of one split; the last of each may be shorter."""
     splits: dict[int, int] = {}
@@ -376,7 +380,10 @@ def _pack_by_split(
 
 
 def _pack_together(
-    encoded: Iterator[Tokens], written: StreamWriter, context: int, max_tokens: int | None
+    encoded: Iterator[TokenizedDocument],
+    written: TokenStreamBuilder,
+    context: int,
+    max_tokens: int | None,
 ) -> TokenStream:
     """Sequences of `context` tokens across all documents, the last of the data may be shorter."""
     packer = Packer(context)
@@ -396,7 +403,10 @@ def _pack_together(
 
 
 def _one_by_one(
-    encoded: Iterator[Tokens], written: StreamWriter, context: int, max_tokens: int | None
+    encoded: Iterator[TokenizedDocument],
+    written: TokenStreamBuilder,
+    context: int,
+    max_tokens: int | None,
 ) -> TokenStream:
     """One sequence per document, cut at `context`."""
     for tokens in encoded:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import InputTypeError, ResiduaWarning, UsageError
-from ...cache.number_ranges import span
+from ...cache.number_ranges import format_ranges
 
 if TYPE_CHECKING:
     pass
@@ -128,7 +128,7 @@ def check_labels(classes: np.ndarray) -> np.ndarray:
 
 def warn_unvalidated(pairs: list[tuple[int, int]], instead: str) -> None:
     """Warn that the (layer, offset) `pairs` have no pair of tokens in the validation split."""
-    layers, offsets = (span(sorted({pair[part] for pair in pairs})) for part in (0, 1))
+    layers, offsets = (format_ranges(sorted({pair[part] for pair in pairs})) for part in (0, 1))
     warnings.warn(
         f"the validation split has no pair to validate layers {layers} at offset {offsets} with: "
         f"they are fitted unvalidated; {instead}. Use longer or more sequences",
@@ -149,7 +149,7 @@ def check_dask(X: Any, y: Any) -> tuple[Any, Any]:
     return X.rechunk({1: -1}), y.rechunk((X.chunks[0],))
 
 
-def distinct(y: Any) -> np.ndarray:
+def check_distinct(y: Any) -> np.ndarray:
     """The sorted labels, of dask arrays block by block."""
     if isinstance(y, np.ndarray):
         return np.unique(y)

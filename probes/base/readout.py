@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     import torch
 
 
-Pair = tuple[int, int]
+LayerOffset = tuple[int, int]
 """(layer, offset)."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class ReadoutBatch:
     """Positions t of whole sequences for which (t, t+N) is a pair: in one sequence and document."""
 
     hidden: "torch.Tensor | None"
@@ -43,6 +43,6 @@ class Readout(Protocol):
         """The (layer, offset) pairs it can read; layer None if it reads no residual stream."""
         ...
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Logits (or log-probabilities), `(n, vocab)` float32."""
         ...

@@ -11,7 +11,7 @@ from ...cache.cluster import threads_of
 Progress = Callable[[int, int], None]
 
 
-class Counter:
+class ProgressCounter:
     """Counts positions of several threads and tells a callback."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
@@ -38,7 +38,7 @@ def one_blas_thread() -> AbstractContextManager[Any]:
     return threadpool_limits(1, user_api="blas")
 
 
-def cores(client: Any = None) -> int:
+def available_cores(client: Any = None) -> int:
     """Threads of the cluster of `client`, or cores that this process may use."""
     from dask.system import CPU_COUNT
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import UsageError
-from ..base.readout import Batch
+from ..base.readout import ReadoutBatch
 from .ngrams import Bigram
 from .token_counts import row_sums, tokens_of
 
@@ -37,7 +37,7 @@ class MarginalBigram(Bigram):
         The workers of `client` (of `dask.distributed`), if given, share the sequences.
         """
         super().fit(cache, client=client)
-        self.depth_ = cache.depth
+        self.depth_ = cache.n_blocks
         return self
 
     def pairs(self) -> list[tuple[int | None, int]]:
@@ -45,7 +45,7 @@ class MarginalBigram(Bigram):
         self.check_fitted()
         return [(self.depth_, offset) for offset in self._offsets()]
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Log-probabilities of the token after t+N, `(n, vocab)` float32."""
         import torch
 
@@ -105,7 +105,7 @@ class BigramChain(MarginalBigram):
         """Layer None with every offset."""
         return [(None, offset) for offset in self._offsets()]
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Log-probabilities of the token N+1 after `batch.token`, `(n, vocab)` float32."""
         import torch
 

@@ -7,21 +7,21 @@ import numpy as np
 
 from ...cache.errors import UsageError
 from ...cache.tokens.segments import context_blocks, contexts_of, document_of
-from ..base.readout import Batch
+from ..base.readout import ReadoutBatch
 from .token_counts import (
     BLOCK_TOKENS,
-    Counted,
+    CountBaseline,
     column_sums,
     count_followers,
     count_pairs,
-    empty,
+    count_table,
+    empty_counts,
     over_train,
-    pack,
-    table,
+    pack_counts,
     tokens_of,
-    total,
+    total_count,
     unigram,
-    unpack,
+    unpack_counts,
     witten_bell,
 )
 
@@ -36,7 +36,7 @@ FOLDS = 5
 """Folds of documents of a `CrossFittedBigram`."""
 
 
-class Bigram(Counted):
+class Bigram(CountBaseline):
     """P(next token | token at t+N), interpolated with the unigram after Witten and Bell.
 
         P(b | a) = (c(a, b) + T(a) P(b)) / (c(a) + T(a))
@@ -75,9 +75,9 @@ class Bigram(Counted):
     def log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
         """log P(. | token) of `tokens`, `(n, vocab)` float32; only these rows are made dense."""
         self.check_fitted()
-        return after(tokens, self.counts_, self.unigram_)
+        return bigram_log_probabilities(tokens, self.counts_, self.unigram_)
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Log-probabilities of the token after `batch.last_token`, `(n, vocab)` float32."""
         import torch
 
@@ -88,10 +88,10 @@ class Bigram(Counted):
         return {"n": int(self.counts_.sum()), "distinct": self.counts_.nnz}
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        return pack("pairs", self.counts_)
+        return pack_counts("pairs", self.counts_)
 
     def _read(self, tensors: dict[str, np.ndarray]) -> None:
-        self.counts_ = unpack("pairs", tensors, len(self.unigram_))
+        self.counts_ = unpack_counts("pairs", tensors, len(self.unigram_))
 
 
 class CrossFittedBigram(Bigram):
@@ -105,26 +105,26 @@ class CrossFittedBigram(Bigram):
     def fit(self, cache: "ActivationCache", *, client: Any = None) -> "CrossFittedBigram":
         """Count the tokens of the train split, fold by fold, in one pass."""
         self._start(cache)
-        of_fold = [empty(cache.vocab, cache.vocab) for _ in range(FOLDS)]
-        contexts = contexts_of(cache, cache.split("train"))
+        of_fold = [empty_counts(cache.vocab, cache.vocab) for _ in range(FOLDS)]
+        contexts = contexts_of(cache, cache.sequences("train"))
         for ids, left, document in context_blocks(cache, contexts):
             first = np.flatnonzero(left >= 1)
             keys, fold = ids[first] * cache.vocab + ids[first + 1], document[first] % FOLDS
             for number in np.unique(fold).tolist():
-                found = table(keys[fold == number], (cache.vocab, cache.vocab))
+                found = count_table(keys[fold == number], (cache.vocab, cache.vocab))
                 of_fold[number] = of_fold[number] + found
-        self.counts_ = total(of_fold, empty(cache.vocab, cache.vocab))
+        self.counts_ = total_count(of_fold, empty_counts(cache.vocab, cache.vocab))
         self.unigram_ = unigram(column_sums(self.counts_))
         # Tables of the other folds, and not the total less one: what was never seen has no entry.
-        none = empty(cache.vocab, cache.vocab)
+        none = empty_counts(cache.vocab, cache.vocab)
         self._others = [
-            total((own for other, own in enumerate(of_fold) if other != number), none)
+            total_count((own for other, own in enumerate(of_fold) if other != number), none)
             for number in range(FOLDS)
         ]
         self._cache = cache
         return self
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Log-probabilities of the token after `batch.last_token`, `(n, vocab)` float32."""
         import torch
 
@@ -137,11 +137,11 @@ class CrossFittedBigram(Bigram):
             seen = column_sums(others)
             # Without another document, nothing is known of the text: every token is as likely.
             prior = unigram(seen) if seen.any() else np.full(len(seen), 1 / len(seen))
-            out[here] = after(tokens[here], others, prior)
+            out[here] = bigram_log_probabilities(tokens[here], others, prior)
         return torch.from_numpy(out).to(batch.last_token.device)
 
 
-class LaggedBigram(Counted):
+class LaggedBigram(CountBaseline):
     """P(x[t+N+1] | x[t]): what the token at t alone says of the one that follows t+N.
 
     Counted at distance N+1 for each offset, and interpolated with the same unigram as `Bigram`.
@@ -172,33 +172,35 @@ class LaggedBigram(Counted):
         }
         return self
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Log-probabilities of the token N+1 after `batch.token`, `(n, vocab)` float32."""
         import torch
 
         self.check_fitted()
         self._check_offset(offset)
-        out = after(tokens_of(batch.token), self.counts_[offset], self.unigram_)
+        out = bigram_log_probabilities(tokens_of(batch.token), self.counts_[offset], self.unigram_)
         return torch.from_numpy(out).to(batch.last_token.device)
 
     def _size(self, offset: int) -> dict[str, int]:
         return {"n": int(self.counts_[offset].sum()), "distinct": self.counts_[offset].nnz}
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        return {k: v for n, c in self.counts_.items() for k, v in pack(str(n), c).items()}
+        return {k: v for n, c in self.counts_.items() for k, v in pack_counts(str(n), c).items()}
 
     def _read(self, tensors: dict[str, np.ndarray]) -> None:
         vocab = len(self.unigram_)
-        self.counts_ = {n: unpack(str(n), tensors, vocab) for n in self._offsets()}
+        self.counts_ = {n: unpack_counts(str(n), tensors, vocab) for n in self._offsets()}
 
 
-def after(tokens: np.ndarray, counts: "csr_matrix", unigram: np.ndarray) -> np.ndarray:
+def bigram_log_probabilities(
+    tokens: np.ndarray, counts: "csr_matrix", unigram: np.ndarray
+) -> np.ndarray:
     """log P(. | token) of `tokens`, `(n, vocab)` float32."""
     prior = np.tile(np.log(unigram).astype(np.float32), (len(tokens), 1))
     return witten_bell(counts[tokens], prior)
 
 
-class Unigram(Counted):
+class Unigram(CountBaseline):
     """P(b) = (c(b) + T / vocab) / (n + T): the marginal of the train split, for every offset.
 
     `c` counts the tokens that follow another one in their document, which are those that a model
@@ -223,7 +225,7 @@ class Unigram(Counted):
         self.unigram_ = unigram(self.counts_)
         return self
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """The same log-probabilities for every row, `(n, vocab)` float32."""
         import torch
 
@@ -245,7 +247,7 @@ CONTEXTS = 1 << 20
 """Default of the pairs of tokens that are contexts."""
 
 
-class Trigram(Counted):
+class Trigram(CountBaseline):
     """P(next token | tokens at t+N-1 and t+N), interpolated with `Bigram` after Witten and Bell.
 
         P(c | a, b) = (c(a, b, c) + T(a, b) P(c | b)) / (c(a, b) + T(a, b))
@@ -290,18 +292,18 @@ class Trigram(Counted):
         self.unigram_ = unigram(column_sums(self.pairs_))
         self.contexts_ = most_frequent(self.pairs_, self.contexts)
         counts = over_train(_triples_of, cache, client, self.contexts_, self.across_documents)
-        self.counts_ = total(counts, empty(len(self.contexts_), cache.vocab))
+        self.counts_ = total_count(counts, empty_counts(len(self.contexts_), cache.vocab))
         return self
 
     def log_probabilities(self, previous: np.ndarray, last: np.ndarray) -> np.ndarray:
         """log P(. | previous, last) of tokens `(n,)`, `(n, vocab)` float32; previous may be -1."""
         self.check_fitted()
-        out = after(last, self.pairs_, self.unigram_)
-        row, known = find(self.contexts_, len(self.unigram_), previous, last)
+        out = bigram_log_probabilities(last, self.pairs_, self.unigram_)
+        row, known = find_pairs(self.contexts_, len(self.unigram_), previous, last)
         out[known] = witten_bell(self.counts_[row[known]], out[known])
         return out
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Log-probabilities of the token after `batch.last_token`, `(n, vocab)` float32."""
         import torch
 
@@ -313,13 +315,17 @@ class Trigram(Counted):
 
     def _tensors(self) -> dict[str, np.ndarray]:
         contexts = {"contexts": self.contexts_}
-        return {**contexts, **pack("triples", self.counts_), **pack("pairs", self.pairs_)}
+        return {
+            **contexts,
+            **pack_counts("triples", self.counts_),
+            **pack_counts("pairs", self.pairs_),
+        }
 
     def _read(self, tensors: dict[str, np.ndarray]) -> None:
         vocab = len(self.unigram_)
         self.contexts_ = tensors["contexts"]
-        self.counts_ = unpack("triples", tensors, vocab)
-        self.pairs_ = unpack("pairs", tensors, vocab)
+        self.counts_ = unpack_counts("triples", tensors, vocab)
+        self.pairs_ = unpack_counts("pairs", tensors, vocab)
 
 
 def most_frequent(pairs: "csr_matrix", number: int) -> np.ndarray:
@@ -330,7 +336,9 @@ def most_frequent(pairs: "csr_matrix", number: int) -> np.ndarray:
     return np.sort(keys[rank[:number]])
 
 
-def find(contexts: np.ndarray, vocab: int, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, ...]:
+def find_pairs(
+    contexts: np.ndarray, vocab: int, a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """Number of the context (a, b) of each pair, `(n,)`, and whether it is one."""
     keys = a * vocab + b
     row = np.searchsorted(contexts, keys)
@@ -349,8 +357,8 @@ def _triples_of(
     def blocks() -> "Iterator[csr_matrix]":
         for ids, left, _ in context_blocks(cache, numbers, across_documents, BLOCK_TOKENS):
             first = np.flatnonzero(left >= 2)
-            row, known = find(contexts, cache.vocab, ids[first], ids[first + 1])
+            row, known = find_pairs(contexts, cache.vocab, ids[first], ids[first + 1])
             keys = row[known] * cache.vocab + ids[first + 2][known]
-            yield table(keys, (len(contexts), cache.vocab))
+            yield count_table(keys, (len(contexts), cache.vocab))
 
-    return total(blocks(), empty(len(contexts), cache.vocab))
+    return total_count(blocks(), empty_counts(len(contexts), cache.vocab))

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...cache.cluster import results, threads_of
 from ...cache.errors import NotFoundError, UsageError
-from ...cache.number_ranges import numbers
+from ...cache.number_ranges import as_tuple
 from ...cache.tokens.segments import PairScope, context_blocks, contexts_of
 from ..base.params import Params
 
@@ -25,7 +25,7 @@ BLOCK_TOKENS = 1 << 20
 """Tokens counted at a time."""
 
 
-class Counted(Params):
+class CountBaseline(Params):
     """A baseline of token counts: what `Bigram` and the others have in common.
 
     They read no residual stream, so their layer is None. Fitted in one pass or two over the tokens
@@ -48,7 +48,7 @@ class Counted(Params):
 
     def _offsets(self) -> tuple[int, ...]:
         """`offsets` as plain ints, whether one or several were given."""
-        return numbers(self.offsets, "offsets")
+        return as_tuple(self.offsets, "offsets")
 
     def _check_offset(self, offset: int) -> None:
         """Raise `NotFoundError` for an offset that was not asked for in the fit."""
@@ -129,7 +129,7 @@ def count_pairs(
     pair, twice while they are added up.
     """
     counts = over_train(_pairs_of, cache, client, lag, across_documents)
-    return total(counts, empty(cache.vocab, cache.vocab))
+    return total_count(counts, empty_counts(cache.vocab, cache.vocab))
 
 
 def _pairs_of(
@@ -141,9 +141,9 @@ def _pairs_of(
         for ids, left, _ in context_blocks(cache, contexts, across_documents, BLOCK_TOKENS):
             first = np.flatnonzero(left >= lag)
             keys = ids[first] * cache.vocab + ids[first + lag]
-            yield table(keys, (cache.vocab, cache.vocab))
+            yield count_table(keys, (cache.vocab, cache.vocab))
 
-    return total(blocks(), empty(cache.vocab, cache.vocab))
+    return total_count(blocks(), empty_counts(cache.vocab, cache.vocab))
 
 
 def count_followers(
@@ -171,21 +171,21 @@ def over_train(
 
     Counts are whole numbers: their sum does not depend on who counted what.
     """
-    contexts = contexts_of(cache, cache.split("train"))
+    contexts = contexts_of(cache, cache.sequences("train"))
     if client is None:
         return iter((count(cache, contexts, *args),))
     shares = np.array_split(contexts, sum(threads_of(client).values()))
     return results(client, count, [(cache, share, *args) for share in shares])
 
 
-def empty(rows: int, columns: int) -> "csr_matrix":
+def empty_counts(rows: int, columns: int) -> "csr_matrix":
     """A table without a count."""
     from scipy.sparse import csr_matrix
 
     return csr_matrix((rows, columns), dtype=np.int64)
 
 
-def table(keys: np.ndarray, shape: tuple[int, int]) -> "csr_matrix":
+def count_table(keys: np.ndarray, shape: tuple[int, int]) -> "csr_matrix":
     """How often each `row * columns + column` occurs in `keys`, int64."""
     from scipy.sparse import csr_matrix
 
@@ -193,7 +193,7 @@ def table(keys: np.ndarray, shape: tuple[int, int]) -> "csr_matrix":
     return csr_matrix((number.astype(np.int64), np.divmod(distinct, shape[1])), shape=shape)
 
 
-def total(tables: "Iterable[csr_matrix]", none: "csr_matrix") -> "csr_matrix":
+def total_count(tables: "Iterable[csr_matrix]", none: "csr_matrix") -> "csr_matrix":
     """The sum of all `tables`, and of `none`.
 
     Those of like size are added first: the work is n log n in the entries, not n squared.
@@ -243,13 +243,13 @@ def column_sums(rows: "csr_matrix") -> np.ndarray:
     return np.asarray(rows.sum(0)).ravel()
 
 
-def pack(name: str, counts: "csr_matrix") -> dict[str, np.ndarray]:
+def pack_counts(name: str, counts: "csr_matrix") -> dict[str, np.ndarray]:
     """A sparse table as three tensors."""
     parts = {"row": counts.indptr.astype(np.int64), "column": counts.indices.astype(np.int32)}
     return {f"{name}.{part}": v for part, v in {**parts, "count": counts.data}.items()}
 
 
-def unpack(name: str, tensors: dict[str, np.ndarray], columns: int) -> "csr_matrix":
+def unpack_counts(name: str, tensors: dict[str, np.ndarray], columns: int) -> "csr_matrix":
     """The sparse table that `pack` wrote."""
     from scipy.sparse import csr_matrix
 
@@ -264,15 +264,15 @@ def tokens_of(values: Any) -> np.ndarray:
     return values.cpu().numpy()
 
 
-def baselines(
+def unfitted_baselines(
     kinds: Iterable[str], offsets: Iterable[int], across_documents: bool = False
 ) -> "list[Any]":
     """Unfitted baselines of `kinds`, each at those of `offsets` at which it says something."""
-    from ..saved.kinds import class_of
+    from ..saved.kinds import probe_class
 
     found = []
     for kind in kinds:
-        baseline = class_of(kind)
+        baseline = probe_class(kind)
         chosen = tuple(offset for offset in offsets if offset >= baseline.least_offset)
         if chosen:
             found.append(baseline(offsets=chosen, across_documents=across_documents))

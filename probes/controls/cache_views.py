@@ -13,7 +13,7 @@ import numpy as np
 from ...cache.errors import UsageError
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import is_sparse
-from .position_shuffle import Shuffle
+from .position_shuffle import PositionShuffle
 
 if TYPE_CHECKING:
     import torch
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 SHARED = ("head", "layers", "sequence_hash", "sequence_length", "sequence_split", "sequence_start")
 
 
-class View(ActivationCache):
+class CacheView(ActivationCache):
     """A cache whose last layer has another number to those who predict it; nothing else differs."""
 
     name = "same"
 
     def __init__(self, base: ActivationCache, seed: int = 0) -> None:
-        base.layer(base.depth)
+        base.residual_array(base.n_blocks)
         vars(self).update(path=base.path, manifest=base.manifest, journal=base.journal)
         vars(self).update({name: getattr(base, name) for name in SHARED})
         self.base = base
@@ -46,12 +46,12 @@ class View(ActivationCache):
     @property
     def depth(self) -> int:
         """Number of the layer to predict, one more than the cache's last one."""
-        return self.base.depth + 1
+        return self.base.n_blocks + 1
 
     @cached_property
     def committed(self) -> "dict[int, PartRecord]":
         """Committed parts; the layer to predict is the last one."""
-        own, last = f"residual/{self.depth}", f"residual/{self.base.depth}"
+        own, last = f"residual/{self.depth}", f"residual/{self.base.n_blocks}"
         return {
             part: replace(record, arrays={**record.arrays, own: record.arrays[last]})
             for part, record in self.base.committed.items()
@@ -60,7 +60,7 @@ class View(ActivationCache):
     def array(self, name: str) -> "CacheArray":
         """A stored array by its name, as it is in the cache."""
         last = name == f"residual/{self.depth}"
-        return self.base.array(f"residual/{self.base.depth}" if last else name)
+        return self.base.array(f"residual/{self.base.n_blocks}" if last else name)
 
     def layer(self, layer: int) -> Any:
         """What a probe of `layer` reads; for `depth`, what it is to predict."""
@@ -68,42 +68,42 @@ class View(ActivationCache):
 
     @cached_property
     def _target(self) -> Any:
-        return self.base.layer(self.base.depth)
+        return self.base.residual_array(self.base.n_blocks)
 
     def _source(self, layer: int) -> Any:
-        return self.base.layer(layer)
+        return self.base.residual_array(layer)
 
 
-class ShuffledStates(View):
+class ShuffledStates(CacheView):
     """Probes read the state of another position, and are to predict what follows this one."""
 
     name = "shuffled"
 
     @cached_property
-    def _order(self) -> Shuffle:
-        return Shuffle(self.base, self.seed)
+    def _order(self) -> PositionShuffle:
+        return PositionShuffle(self.base, self.seed)
 
     def _source(self, layer: int) -> Any:
-        return Moved(self.base.layer(layer), self._order)
+        return ShuffledRows(self.base.residual_array(layer), self._order)
 
 
-class PermutedLabels(View):
+class PermutedLabels(CacheView):
     """Probes read the state of this position, and are to predict what follows another one."""
 
     name = "permuted"
 
     @cached_property
-    def _order(self) -> Shuffle:
-        return Shuffle(self.base, self.seed)
+    def _order(self) -> PositionShuffle:
+        return PositionShuffle(self.base, self.seed)
 
     @cached_property
     def _target(self) -> Any:
-        return Moved(self.base.layer(self.base.depth), self._order)
+        return ShuffledRows(self.base.residual_array(self.base.n_blocks), self._order)
 
     @cached_property
     def tokens(self) -> Any:
         """Token ids as labels: those of other positions, `(positions,)` int32."""
-        return Moved(self.base.tokens, self._order)
+        return ShuffledRows(self.base.tokens, self._order)
 
     def following_tokens(self, positions: np.ndarray, across_documents: bool = False) -> np.ndarray:
         """Tokens that follow in the text as labels: those of other positions, `(n,)` int64."""
@@ -112,7 +112,7 @@ class PermutedLabels(View):
         return self.base.following_tokens(self._order(positions), across_documents)
 
 
-class NextToken(View):
+class NextToken(CacheView):
     """Probes read [residual_l[t]; residual_0[t+1]], the state and the next token's embedding.
 
     The layer to predict has d_model zeros behind it, so that all rows are equally wide.
@@ -122,8 +122,8 @@ class NextToken(View):
 
     def __init__(self, base: ActivationCache, seed: int = 0) -> None:
         super().__init__(base, seed)
-        base.layer(0)
-        vars(self)["head"] = FirstHalf(base.head, base.d_model)
+        base.residual_array(0)
+        vars(self)["head"] = HeadOfFirstHalf(base.head, base.d_model)
 
     @property
     def d_model(self) -> int:
@@ -132,10 +132,12 @@ class NextToken(View):
 
     @cached_property
     def _target(self) -> Any:
-        return Joined(self.base.layer(self.base.depth), None, self._following)
+        return ConcatenatedRows(self.base.residual_array(self.base.n_blocks), None, self._following)
 
     def _source(self, layer: int) -> Any:
-        return Joined(self.base.layer(layer), self.base.layer(0), self._following)
+        return ConcatenatedRows(
+            self.base.residual_array(layer), self.base.residual_array(0), self._following
+        )
 
     def _following(self, rows: np.ndarray) -> np.ndarray:
         """The next position of each of `rows`; itself at the end of a sequence."""
@@ -148,7 +150,7 @@ CONTROLS = {view.name: view for view in (ShuffledStates, PermutedLabels, NextTok
 """Views by name."""
 
 
-class Rows:
+class ViewRows:
     """What fits read of a `CacheArray`, for rows that come from elsewhere."""
 
     def __init__(self, source: Any) -> None:
@@ -190,10 +192,10 @@ class Rows:
         raise NotImplementedError
 
 
-class Moved(Rows):
+class ShuffledRows(ViewRows):
     """Rows of other positions."""
 
-    def __init__(self, source: Any, order: Shuffle) -> None:
+    def __init__(self, source: Any, order: PositionShuffle) -> None:
         super().__init__(source)
         self._source, self._order = source, order
 
@@ -204,7 +206,7 @@ class Moved(Rows):
         return self._source.take_stored(self._order(_numbers(rows)))
 
 
-class Joined(Rows):
+class ConcatenatedRows(ViewRows):
     """Rows of an array beside others (zeros for None) of following positions; float32."""
 
     def __init__(self, source: Any, other: Any, following: Any) -> None:
@@ -234,7 +236,7 @@ def _numbers(rows: np.ndarray) -> np.ndarray:
     return np.flatnonzero(rows) if rows.dtype == bool else rows
 
 
-class FirstHalf:
+class HeadOfFirstHalf:
     """A head that reads the first `d_model` columns of rows `(..., 2 d_model)`."""
 
     kind = "program"
@@ -251,24 +253,24 @@ class FirstHalf:
         """Logits in float32, `(..., vocab)`."""
         return self._head.logits(hidden[..., : self._width])
 
-    def torch(self, device: str = "cpu") -> "TorchFirstHalf":
+    def torch(self, device: str = "cpu") -> "TorchHeadOfFirstHalf":
         """The same head for torch tensors, differentiable."""
-        return TorchFirstHalf(self._head.torch(device), self._width)
+        return TorchHeadOfFirstHalf(self._head.torch(device), self._width)
 
 
-class TorchFirstHalf:
-    """`FirstHalf` on torch tensors."""
+class TorchHeadOfFirstHalf:
+    """`HeadOfFirstHalf` on torch tensors."""
 
     def __init__(self, head: Any, d_model: int) -> None:
         self._torch, self._width = head, d_model
-        self.head = FirstHalf(head.head, d_model)
+        self.head = HeadOfFirstHalf(head.head, d_model)
 
     def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """Logits, `(..., vocab)`."""
         return self._torch(hidden[..., : self._width])
 
 
-def view_of(cache: ActivationCache, control: str, seed: int) -> View:
+def view_of(cache: ActivationCache, control: str, seed: int) -> CacheView:
     """The view of `cache` with the name `control`."""
     if control not in CONTROLS:
         raise UsageError(f"control must be one of {', '.join(CONTROLS)}, not {control!r}")

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import UsageError
-from ...cache.number_ranges import number, numbers
+from ...cache.number_ranges import as_tuple, as_whole_number
 from ...cache.store.activation_cache import ActivationCache
 from ..base.params import Params
-from ..base.readout import Batch
-from .cache_views import CONTROLS, NextToken, PermutedLabels, TorchFirstHalf, View, view_of
+from ..base.readout import ReadoutBatch
+from .cache_views import (
+    CONTROLS,
+    CacheView,
+    NextToken,
+    PermutedLabels,
+    TorchHeadOfFirstHalf,
+    view_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +37,7 @@ class ControlProbe(Params):
       the state is about the next token.
 
     Nothing is written: the cache is read through a thin view, out of core; `seed` decides which
-    positions meet (see `Shuffle`). In tables it is called `ridge/shuffled`.
+    positions meet (see `PositionShuffle`). In tables it is called `ridge/shuffled`.
     """
 
     def __init__(self, probe: Any, control: str = "shuffled", seed: int = 0) -> None:
@@ -50,7 +57,7 @@ class ControlProbe(Params):
         if options.get("keep"):
             raise UsageError("moments of a control are not kept with the cache; leave keep out")
         self._check()
-        view = view_of(X, self.control, number(self.seed, "seed"))
+        view = view_of(X, self.control, as_whole_number(self.seed, "seed"))
         probe = type(self.probe)(**self.probe.get_params(deep=False))
         if "keep" in signature(probe.fit).parameters:
             # Moments of a control are no use to another fit.
@@ -66,7 +73,7 @@ class ControlProbe(Params):
         params = self.probe.get_params()
         if params.get("target") is not None:
             raise UsageError("a control predicts the last layer; leave target out")
-        offsets = numbers(params["offset"], "offset")
+        offsets = as_tuple(params["offset"], "offset")
         if self.control == NextToken.name and min(offsets, default=0) < 1:
             raise UsageError(
                 "the next token is what is to be predicted at offset 0: the control next-token is "
@@ -80,9 +87,9 @@ class ControlProbe(Params):
 
             raise NotFittedError("this ControlProbe is not fitted; call fit(cache) first")
 
-    def view(self, cache: ActivationCache) -> View:
+    def view(self, cache: ActivationCache) -> CacheView:
         """`cache` as this probe is to read it when it is evaluated."""
-        kind = View if self.control == PermutedLabels.name else CONTROLS[self.control]
+        kind = CacheView if self.control == PermutedLabels.name else CONTROLS[self.control]
         return kind(cache, self.seed)
 
     def pairs(self) -> list[tuple[int | None, int]]:
@@ -90,11 +97,11 @@ class ControlProbe(Params):
         self.check_fitted()
         return self.probe_.pairs()
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Logits `(n, vocab)` for rows of the view of a cache; float32."""
         self.check_fitted()
         if self.control == NextToken.name:
-            head: Any = TorchFirstHalf(batch.head, self.n_features_in_)
+            head: Any = TorchHeadOfFirstHalf(batch.head, self.n_features_in_)
             batch = replace(batch, head=head)
         return self.probe_.logits(batch, layer, offset)
 
@@ -123,9 +130,9 @@ class ControlProbe(Params):
         cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
     ) -> "ControlProbe":
         """The control that `state` described."""
-        from ..saved.kinds import class_of
+        from ..saved.kinds import probe_class
 
-        inner = class_of(params["probe"]["kind"])
+        inner = probe_class(params["probe"]["kind"])
         given = params["probe"]["params"]
         probe = cls(inner(**given), params["control"], params["seed"])
         probe.probe_ = inner.restore(given, config["fitted"], tensors)
@@ -134,6 +141,6 @@ class ControlProbe(Params):
         return probe
 
 
-def controlled(probe: Any, control: str | None) -> Any:
+def as_control(probe: Any, control: str | None) -> Any:
     """`probe`, or its `ControlProbe` where a control is named."""
     return probe if control is None else ControlProbe(probe, control)

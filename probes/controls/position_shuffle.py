@@ -18,7 +18,7 @@ ROUNDS = 200
 """Attempts to find slabs of other sequences."""
 
 
-class Shuffle:
+class PositionShuffle:
     """Sends each position to one of another sequence of the same split; decided by `seed`.
 
     The positions of a split, one sequence after the other, are cut into slabs of at most
@@ -39,7 +39,7 @@ class Shuffle:
         self._split = np.full(len(self._start), -1, np.int8)
         self._exchanges: dict[int, _Exchange] = {}
         for number, name in enumerate(SPLITS):
-            self._split[cache.split(name)] = number
+            self._split[cache.sequences(name)] = number
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """The positions that `rows` `(n,)` are sent to; those in no split stay."""
@@ -62,7 +62,7 @@ class _Exchange:
     """The exchange inside one split; positions are numbered through its sequences."""
 
     def __init__(self, cache: "ActivationCache", name: str, rng: np.random.Generator) -> None:
-        self.sequences = sequences = cache.split(name)
+        self.sequences = sequences = cache.sequences(name)
         self.start = cache.sequence_start[sequences]
         lengths = cache.sequence_length[sequences]
         self.ends = np.cumsum(lengths)

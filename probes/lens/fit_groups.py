@@ -12,17 +12,17 @@ from torch import Tensor
 
 from ...cache.cluster import results, threads_of
 from ...cache.errors import UsageError
-from ...cache.files.json_files import digest
+from ...cache.files.json_files import json_digest
 from ...cache.store.activation_cache import ActivationCache
-from ..base.readout import Pair
-from ..base.resources import cores, default_memory
+from ..base.readout import LayerOffset
+from ..base.resources import available_cores, default_memory
 from ..moments.moments import merge_all
-from ..moments.obtain_moments import supply
-from ..moments.pass_plan import Request
+from ..moments.obtain_moments import obtain_moments
+from ..moments.pass_plan import MomentRequest
 from ..ridge.solver import AffineMap, fit_ridge
 from ..training.checkpoint import Checkpoint
-from .natural_gradient import Inputs, LensFit
-from .translator_fit import Course, Report, Settings, Track, identity
+from .natural_gradient import InputWhitening, NaturalGradientMap
+from .translator_fit import LensFitRun, LensFitSettings, Report, TranslatorState, identity_map
 
 FOLDS = 5
 """Folds over which ridge's penalty is chosen."""
@@ -31,29 +31,29 @@ MATRICES = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Fitted:
+class FittedTranslators:
     """A translator and what is said of it."""
 
     map: AffineMap
     row: dict[str, Any]
 
 
-def fit_groups(
+def fit_translator_groups(
     cache: ActivationCache,
     layers: Sequence[int],
     offsets: Sequence[int],
-    settings: Settings,
+    settings: LensFitSettings,
     client: Any = None,
     memory: int | None = None,
     folder: Path | None = None,
     report: Report | None = None,
-) -> dict[Pair, Fitted]:
+) -> dict[LayerOffset, FittedTranslators]:
     """Fit every layer and offset, group by group, or on the workers of `client`."""
-    check(cache, layers, offsets, settings)
+    check_lens_request(cache, layers, offsets, settings)
     groups = divide_pairs(cache, layers, offsets, client, memory or default_memory())
     total = _Total(len(groups), settings.steps, report)
     call = partial(fit_group, settings=settings, folder=folder)
-    found: dict[Pair, Fitted] = {}
+    found: dict[LayerOffset, FittedTranslators] = {}
     if client is None:
         for number, (some, ahead) in enumerate(groups):
             found |= call(cache, some, ahead, report=partial(total, number))
@@ -67,19 +67,19 @@ def fit_groups(
             checkpoint(folder, cache, pairs_of(cache, group), settings).remove()
         with suppress(OSError):
             folder.rmdir()
-    model = cache.depth, 0
-    if cache.depth in layers and 0 in offsets:
+    model = cache.n_blocks, 0
+    if cache.n_blocks in layers and 0 in offsets:
         row = {"start": "model", "kl_logit": 0.0, "kl_ridge": 0.0, "kl": 0.0, "steps": 0}
-        found[model] = Fitted(identity(cache.d_model), row)
+        found[model] = FittedTranslators(identity_map(cache.d_model), row)
     return {pair: found[pair] for pair in sorted(found)}
 
 
-def check(
-    cache: ActivationCache, layers: Sequence[int], offsets: Sequence[int], settings: Settings
+def check_lens_request(
+    cache: ActivationCache, layers: Sequence[int], offsets: Sequence[int], settings: LensFitSettings
 ) -> None:
     """Raise a `UsageError` for a request that cannot be right."""
-    for layer in (*layers, cache.depth):
-        cache.layer(layer)
+    for layer in (*layers, cache.n_blocks):
+        cache.residual_array(layer)
     if not layers or not offsets or min(offsets) < 0:
         raise UsageError("name at least one layer and one offset; offsets are 0 or more")
     if settings.steps < 0 or settings.batch < 1 or settings.seed < 0:
@@ -98,7 +98,7 @@ def divide_pairs(
 ) -> list[Group]:
     """Groups that fit `memory`, as many as workers at least: fewer layers, then fewer offsets."""
     layers, offsets = tuple(sorted(set(layers))), tuple(sorted(set(offsets)))
-    threads = {"": cores()} if client is None else threads_of(client)
+    threads = {"": available_cores()} if client is None else threads_of(client)
     # Every thread adds up moments of its own; after them a translator needs less than they did.
     pair = 8 * cache.d_model**2 * max(2 * FOLDS * (max(threads.values(), default=1) + 1), MATRICES)
     room = max(1, memory // pair)
@@ -127,10 +127,10 @@ def fit_group(
     cache: ActivationCache,
     layers: tuple[int, ...],
     offsets: tuple[int, ...],
-    settings: Settings,
+    settings: LensFitSettings,
     folder: Path | None = None,
     report: Report | None = None,
-) -> dict[Pair, Fitted]:
+) -> dict[LayerOffset, FittedTranslators]:
     """Fit the translators of some layers and offsets; they share every batch."""
     pairs = pairs_of(cache, (layers, offsets))
     if not pairs:
@@ -139,15 +139,17 @@ def fit_group(
     say = report or (lambda stage, done, total: None)
     found = None if saved is None else saved.load()
     if found is None:
-        ridge, tracks = start(cache, (layers, offsets), pairs, settings, partial(say, "moments"))
-        course = Course(cache, tracks, settings)
+        ridge, tracks = start_run(
+            cache, (layers, offsets), pairs, settings, partial(say, "moments")
+        )
+        course = LensFitRun(cache, tracks, settings)
         course.begin(ridge)
         del ridge
         if settings.steps:
             course.sweep()
     else:
-        tracks = restored(*found, settings.damping)
-        course = Course(cache, tracks, settings)
+        tracks = restore_run(*found, settings.damping)
+        course = LensFitRun(cache, tracks, settings)
         course.step = found[0]["step"]
 
     def at_check() -> None:
@@ -162,54 +164,56 @@ def fit_group(
     out = {}
     for pair, track in tracks.items():
         track.back()
-        out[pair] = Fitted(track.fit.map(), track.row())
+        out[pair] = FittedTranslators(track.fit.map(), track.row())
     return out
 
 
-def start(
+def start_run(
     cache: ActivationCache,
     group: Group,
-    pairs: Sequence[Pair],
-    settings: Settings,
+    pairs: Sequence[LayerOffset],
+    settings: LensFitSettings,
     report: Any,
-) -> tuple[dict[Pair, AffineMap], dict[Pair, Track]]:
+) -> tuple[dict[LayerOffset, AffineMap], dict[LayerOffset, TranslatorState]]:
     """Ridge maps, and translators that have their inputs' coordinates, from one pass."""
-    asked = Request.of(cache, *group, None, folds=FOLDS, **vars(settings.scope))
+    asked = MomentRequest.of(cache, *group, None, folds=FOLDS, **vars(settings.scope))
     # Moments that a ridge probe left with the cache serve here too, and the other way round.
-    found = supply(cache, asked, memory=1 << 62, progress=report)
+    found = obtain_moments(cache, asked, memory=1 << 62, progress=report)
     by_pair = {pair[:2]: parts for moments in found for pair, parts in moments.pairs.items()}
     ridge, tracks = {}, {}
     for pair in pairs:
         folds = by_pair[pair]
         found = fit_ridge(folds, None, None, f"layer {pair[0]}, offset {pair[1]}")
-        inputs = Inputs.of(merge_all(folds), found.alpha)
+        inputs = InputWhitening.of(merge_all(folds), found.alpha)
         ridge[pair] = found.map.astype(np.float32)
-        tracks[pair] = Track(LensFit(inputs, settings.damping), found.alpha, found.n)
+        tracks[pair] = TranslatorState(
+            NaturalGradientMap(inputs, settings.damping), found.alpha, found.n
+        )
     return ridge, tracks
 
 
 def checkpoint(
-    folder: Path, cache: ActivationCache, pairs: Sequence[Pair], settings: Settings
+    folder: Path, cache: ActivationCache, pairs: Sequence[LayerOffset], settings: LensFitSettings
 ) -> Checkpoint:
     """Where a group is kept: a folder of its own."""
     names = [f"{layer}.{offset}" for layer, offset in pairs]
     identity = {"cache": cache.id, "pairs": names, **asdict(settings)}
-    return Checkpoint(folder / digest(identity)[:16], identity)
+    return Checkpoint(folder / json_digest(identity)[:16], identity)
 
 
-def pairs_of(cache: ActivationCache, group: Group) -> list[Pair]:
+def pairs_of(cache: ActivationCache, group: Group) -> list[LayerOffset]:
     """The pairs of a group that are fitted: all but the model itself."""
     layers, offsets = group
-    return [(la, n) for la in layers for n in offsets if (la, n) != (cache.depth, 0)]
+    return [(la, n) for la in layers for n in offsets if (la, n) != (cache.n_blocks, 0)]
 
 
-def restored(
+def restore_run(
     state: dict[str, Any], tensors: dict[str, Tensor], damping: float
-) -> dict[Pair, Track]:
+) -> dict[LayerOffset, TranslatorState]:
     """The tracks of a checkpoint."""
     tracks = {}
     for row in state["tracks"]:
         mark = f"{row['layer']}.{row['offset']}."
         own = {k[len(mark) :]: t for k, t in tensors.items() if k.startswith(mark)}
-        tracks[row["layer"], row["offset"]] = Track.of(row, own, damping)
+        tracks[row["layer"], row["offset"]] = TranslatorState.of(row, own, damping)
     return tracks

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ...cache.number_ranges import numbers
-from ..base.readout import Batch
+from ...cache.number_ranges import as_tuple
+from ..base.readout import ReadoutBatch
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +18,8 @@ class LogitLens:
     kind = "logit"
 
     def __init__(self, layers: int | Iterable[int], offsets: int | Iterable[int]) -> None:
-        self.layers = numbers(layers, "layers")
-        self.offsets = numbers(offsets, "offsets")
+        self.layers = as_tuple(layers, "layers")
+        self.offsets = as_tuple(offsets, "offsets")
 
     @classmethod
     def of(cls, cache: "ActivationCache", offsets: int | Iterable[int]) -> "LogitLens":
@@ -29,6 +29,6 @@ class LogitLens:
     def pairs(self) -> list[tuple[int | None, int]]:
         return [(layer, offset) for layer in self.layers for offset in self.offsets]
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         assert batch.hidden is not None
         return batch.head(batch.hidden)

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cache.files.json_files import plain
+from ...cache.files.json_files import plain_value
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import PairScope
-from ..base.readout import Pair
+from ..base.readout import LayerOffset
 from ..ridge.solver import AffineMap
-from ..training.minibatches import BUFFER_BYTES, BUFFER_ROWS, Feed
-from ..training.softmax_loss import Target, Teacher
-from .natural_gradient import Inputs, LensFit
+from ..training.minibatches import BUFFER_BYTES, BUFFER_ROWS, MinibatchStream
+from ..training.softmax_loss import ModelDistribution, Target
+from .natural_gradient import InputWhitening, NaturalGradientMap
 
 Report = Callable[[str, int, int], None]
 """Called with (stage, done, total): `moments` counts positions, `lens` steps."""
@@ -46,7 +46,7 @@ REFRESH = 4
 
 
 @dataclass(frozen=True)
-class Settings:
+class LensFitSettings:
     """How translators are fitted; see `TunedLens`."""
 
     lr: float | None
@@ -69,10 +69,10 @@ class Settings:
 
 
 @dataclass(eq=False)
-class Track:
+class TranslatorState:
     """One translator on its way."""
 
-    fit: LensFit
+    fit: NaturalGradientMap
     alpha: float
     """Ridge's penalty."""
     n: int
@@ -98,33 +98,35 @@ class Track:
         """All of it that is no tensor: what `TunedLens.metrics` says; None for an infinite KL."""
         return {
             "start": self.start,
-            "kl_logit": plain(self.kl_logit),
-            "kl_ridge": plain(self.kl_ridge),
-            "kl": plain(self.kl),
+            "kl_logit": plain_value(self.kl_logit),
+            "kl_ridge": plain_value(self.kl_ridge),
+            "kl": plain_value(self.kl),
             "steps": self.step,
             "lr": self.rate,
             "backs": self.backs,
             "alpha": self.alpha,
             "n": self.n,
             "n_validation": self.n_validation,
-            "sweep": [[rate, plain(kl)] for rate, kl in self.sweep.items()],
+            "sweep": [[rate, plain_value(kl)] for rate, kl in self.sweep.items()],
         }
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All of it that is a tensor."""
-        for name in Inputs.TENSORS:
+        for name in InputWhitening.TENSORS:
             yield f"inputs.{name}", getattr(self.fit.inputs, name)
         yield from ((f"fit.{name}", tensor) for name, tensor in self.fit.state().items())
         yield from ((f"best.{name}", tensor) for name, tensor in self.best.items())
 
     @classmethod
-    def of(cls, row: dict[str, Any], tensors: dict[str, Tensor], damping: float) -> "Track":
+    def of(
+        cls, row: dict[str, Any], tensors: dict[str, Tensor], damping: float
+    ) -> "TranslatorState":
         """The track that `row` and `tensors` described."""
 
         def part(mark: str) -> dict[str, Tensor]:
             return {k[len(mark) :]: t for k, t in tensors.items() if k.startswith(mark)}
 
-        fit = LensFit(Inputs(**part("inputs.")), damping)
+        fit = NaturalGradientMap(InputWhitening(**part("inputs.")), damping)
         fit.restore(part("fit."))
 
         def read(kl: float | None) -> float:
@@ -155,34 +157,39 @@ class Track:
         self.fit.restore(self.best)
 
 
-class Course:
+class LensFitRun:
     """The fit of the translators of some layers and offsets, which share every batch."""
 
     def __init__(
-        self, cache: ActivationCache, tracks: dict[Pair, Track], settings: Settings
+        self,
+        cache: ActivationCache,
+        tracks: dict[LayerOffset, TranslatorState],
+        settings: LensFitSettings,
     ) -> None:
         self.tracks, self.settings = tracks, settings
         self.head = cache.head.torch()
-        self.teacher = Teacher(self.head)
+        self.teacher = ModelDistribution(self.head)
         layers = sorted({layer for layer, _ in tracks})
         offsets = sorted({offset for _, offset in tracks})
         batch, seed = settings.batch, settings.seed
         # As many rows whichever layers are fitted together: so do their batches not differ.
-        row = sum(cache.layer(layer).layout.row_bytes for layer in cache.layers)
+        row = sum(cache.residual_array(layer).layout.row_bytes for layer in cache.layers)
         rows = max(batch, min(BUFFER_ROWS, BUFFER_BYTES // row))
-        self.train = Feed(
+        self.train = MinibatchStream(
             cache, layers, offsets, "train", batch, seed, drop_last=True,
             buffer_rows=rows, buffer_bytes=1 << 62, **vars(settings.scope),
         )  # fmt: skip
         self.held = None
-        if len(cache.split("validation")):
-            self.held = Feed(
+        if len(cache.sequences("validation")):
+            self.held = MinibatchStream(
                 cache, layers, offsets, "validation", batch, seed,
                 max_positions=VALIDATION_POSITIONS, shuffle=False, **vars(settings.scope),
             )  # fmt: skip
         self.step = 0
 
-    def rows(self, feed: Feed, step: int = 0) -> Iterator[list[tuple[Pair, Tensor, Target]]]:
+    def rows(
+        self, feed: MinibatchStream, step: int = 0
+    ) -> Iterator[list[tuple[LayerOffset, Tensor, Target]]]:
         """Batches from number `step` on, for ever: rows with their target for every pair."""
         while True:
             for draw in feed.epoch(*divmod(step, feed.steps)):
@@ -197,7 +204,7 @@ class Course:
                 yield found
                 step += 1
 
-    def check(self) -> dict[Pair, float]:
+    def check(self) -> dict[LayerOffset, float]:
         """KL of every translator on the validation split; sums in float64.
 
         Infinite where it is not finite, and where there is no pair.
@@ -213,10 +220,10 @@ class Course:
         found = {pair: total / n if n else math.inf for pair, (total, n) in sums.items()}
         return {pair: float(kl) if math.isfinite(kl) else math.inf for pair, kl in found.items()}
 
-    def begin(self, ridge: Mapping[Pair, AffineMap]) -> None:
+    def begin(self, ridge: Mapping[LayerOffset, AffineMap]) -> None:
         """Choose between ridge and the logit lens, and measure the curvature there."""
         for pair, track in self.tracks.items():
-            track.fit.set(identity(len(ridge[pair].bias)))
+            track.fit.set(identity_map(len(ridge[pair].bias)))
         logit = self.check()
         starts = {pair: track.fit.state() for pair, track in self.tracks.items()}
         for pair, track in self.tracks.items():
@@ -287,8 +294,8 @@ class Course:
     def _take(
         self,
         step: int,
-        found: list[tuple[Pair, Tensor, Target]],
-        rate: Callable[[Track], float],
+        found: list[tuple[LayerOffset, Tensor, Target]],
+        rate: Callable[[TranslatorState], float],
     ) -> None:
         for pair, x, target in found:
             track = self.tracks[pair]
@@ -301,12 +308,12 @@ class Course:
         for pair, kl in self.check().items():
             self.tracks[pair].judge(kl, self.step)
 
-    def _generator(self, pair: Pair, step: int) -> torch.Generator:
+    def _generator(self, pair: LayerOffset, step: int) -> torch.Generator:
         """Draws tokens; the same for a pair and a step whatever is fitted beside it."""
         seed = np.random.SeedSequence([self.settings.seed, *pair, step]).generate_state(1)[0]
         return torch.Generator().manual_seed(int(seed))
 
 
-def identity(width: int) -> AffineMap:
+def identity_map(width: int) -> AffineMap:
     """The logit lens's map."""
     return AffineMap(np.eye(width, dtype=np.float32), np.zeros(width, np.float32))

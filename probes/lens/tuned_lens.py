@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import NotFoundError, ResiduaWarning, UsageError
-from ...cache.number_ranges import number, numbers
+from ...cache.number_ranges import as_tuple, as_whole_number
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import PairScope, crossing_shares
 from ..base.arguments import as_array, warn_unvalidated
 from ..base.params import Params
-from ..base.readout import Batch, Pair
+from ..base.readout import LayerOffset, ReadoutBatch
 from ..ridge.solver import AffineMap
 from ..saved.save import check_finite
 
@@ -80,32 +80,34 @@ class TunedLens(Params):
         done, total), stages `moments` (positions) and `lens` (steps).
         """
         from ..ridge.error_share import error_shares, warn_of_domination
-        from .fit_groups import fit_groups
-        from .translator_fit import Settings
+        from .fit_groups import fit_translator_groups
+        from .translator_fit import LensFitSettings
 
         if not isinstance(X, ActivationCache):
             raise UsageError("a tuned lens is fitted on a cache: it needs the head beside the rows")
         scope = PairScope(self.across_documents, self.drop_first).check()
         lr = None if self.lr is None else float(self.lr)
         steps, batch, seed = (
-            number(getattr(self, name), name) for name in ("steps", "batch", "seed")
+            as_whole_number(getattr(self, name), name) for name in ("steps", "batch", "seed")
         )
-        settings = Settings(
+        settings = LensFitSettings(
             lr, steps, batch, float(self.damping), seed, scope.across_documents, scope.drop_first
         )
-        layers = X.layers if self.layers is None else numbers(self.layers, "layers")
-        offsets = numbers(self.offset, "offset")
+        layers = X.layers if self.layers is None else as_tuple(self.layers, "layers")
+        offsets = as_tuple(self.offset, "offset")
         folder = None if checkpoint is None else Path(checkpoint)
-        found = fit_groups(X, layers, offsets, settings, client, memory, folder, progress)
+        found = fit_translator_groups(
+            X, layers, offsets, settings, client, memory, folder, progress
+        )
         self._keep({pair: fitted.map for pair, fitted in found.items()}, X.d_model)
-        shares = {(la, n, X.depth): fitted.map for (la, n), fitted in found.items()}
-        shares = error_shares(X, shares, X.split("train"), scope)
-        crossing = crossing_shares(X, X.split("train"), offsets, scope)
+        shares = {(la, n, X.n_blocks): fitted.map for (la, n), fitted in found.items()}
+        shares = error_shares(X, shares, X.sequences("train"), scope)
+        crossing = crossing_shares(X, X.sequences("train"), offsets, scope)
         self._rows = {
             pair: {
                 **fitted.row,
                 "crossing": crossing[pair[1]],
-                **(shares[*pair, X.depth].columns()),
+                **(shares[*pair, X.n_blocks].columns()),
             }
             for pair, fitted in found.items()
         }
@@ -128,17 +130,17 @@ class TunedLens(Params):
                 stacklevel=3,
             )
 
-    def _keep(self, maps: Mapping[Pair, AffineMap], d_model: int) -> None:
+    def _keep(self, maps: Mapping[LayerOffset, AffineMap], d_model: int) -> None:
         self.maps_ = {pair: maps[pair] for pair in sorted(maps)}
         self.n_features_in_ = d_model
-        self._rows: dict[Pair, dict[str, Any]] = {}
-        self._tensors: dict[tuple[Pair, str], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rows: dict[LayerOffset, dict[str, Any]] = {}
+        self._tensors: dict[tuple[LayerOffset, str], tuple[torch.Tensor, torch.Tensor]] = {}
         self.cache_id_: str | None = None
         self.geometry_: str | None = None
         self.split_: str | None = None
 
     @classmethod
-    def of(cls, maps: Mapping[Pair, AffineMap], geometry: str | None = None) -> "TunedLens":
+    def of(cls, maps: Mapping[LayerOffset, AffineMap], geometry: str | None = None) -> "TunedLens":
         """A lens of maps `x @ weight + bias` that were fitted elsewhere, by (layer, offset).
 
         Raises `UsageError` for a map that holds NaN or an infinity.
@@ -161,7 +163,7 @@ class TunedLens(Params):
         """The map `x @ weight + bias` of a layer; the offset may be left out where it is one."""
         return self.maps_[self._pair(layer, offset)]
 
-    def _pair(self, layer: int | None, offset: int | None) -> Pair:
+    def _pair(self, layer: int | None, offset: int | None) -> LayerOffset:
         self.check_fitted()
         found = [p for p in self.maps_ if p[0] == layer and offset in (None, p[1])]
         if len(found) == 1:
@@ -190,13 +192,13 @@ class TunedLens(Params):
         weight, bias = self._torch(pair, str(h.device))
         return h.to(weight.dtype) @ weight + bias
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Logits `(n, vocab)` that the head gives for the translated rows; float32."""
         if batch.hidden is None or layer is None:
             raise UsageError("a lens reads a layer; this batch has none")
         return batch.head(self.transform_hidden(batch.hidden, layer, offset))
 
-    def _torch(self, pair: Pair, device: str) -> "tuple[torch.Tensor, torch.Tensor]":
+    def _torch(self, pair: LayerOffset, device: str) -> "tuple[torch.Tensor, torch.Tensor]":
         import torch
 
         if (pair, device) not in self._tensors:

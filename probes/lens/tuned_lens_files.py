@@ -65,13 +65,13 @@ def write_tuned_lens(
     import torch
 
     lens.check_fitted()
-    missing = [la for la in range(cache.depth) if (la, 0) not in lens.maps_]
+    missing = [la for la in range(cache.n_blocks) if (la, 0) not in lens.maps_]
     if missing:
         raise UsageError(
             f"the tuned-lens package wants every layer at offset 0; this lens lacks {missing}"
         )
     state = {}
-    for layer in range(cache.depth):
+    for layer in range(cache.n_blocks):
         found = lens.maps_[layer, 0].astype(np.float64)
         weight = (found.weight - np.eye(len(found.bias))).T
         arrays = {f"{layer}.weight": weight, f"{layer}.bias": found.bias}
@@ -81,7 +81,7 @@ def write_tuned_lens(
     config = {
         "base_model_name_or_path": cache.manifest.model_name,
         "d_model": cache.d_model,
-        "num_hidden_layers": cache.depth,
+        "num_hidden_layers": cache.n_blocks,
         "bias": True,
         "base_model_revision": revision,
         "unembed_hash": unembed_hash(cache.head.unembedding),
@@ -144,10 +144,10 @@ def _read_params(path: Path) -> dict[str, np.ndarray]:
 def _check(config: dict[str, Any], cache: "ActivationCache", force: bool) -> None:
     """Raise `MismatchError` unless the lens was made for the model of `cache`."""
     found = config["d_model"], config["num_hidden_layers"]
-    if found != (cache.d_model, cache.depth):
+    if found != (cache.d_model, cache.n_blocks):
         raise MismatchError(
             f"the lens is for width {found[0]} and {found[1]} layers, this cache has width "
-            f"{cache.d_model} and {cache.depth}; take a cache of {config_name(config)}"
+            f"{cache.d_model} and {cache.n_blocks}; take a cache of {config_name(config)}"
         )
     expected = config.get("unembed_hash")
     if expected and not force and expected != unembed_hash(cache.head.unembedding):

@@ -9,12 +9,12 @@ import numpy as np
 from ...cache.cluster import results
 from ...cache.errors import UsageError
 from ...cache.store.activation_cache import ActivationCache
-from ..base.resources import Counter, Progress, cores, one_blas_thread
+from ..base.resources import Progress, ProgressCounter, available_cores, one_blas_thread
 from .moment_set import MomentSet
 from .moments import Moments, merge_all
-from .pass_plan import Pass, Request, plan_passes
-from .row_identity import counted
-from .shifted_sums import Sums
+from .pass_plan import CachePass, MomentRequest, plan_passes
+from .row_identity import sequences_digest
+from .shifted_sums import ShiftedSums
 
 OFFSETS = (0, 1, 2, 3)
 TAIL_ROWS = 512
@@ -25,7 +25,7 @@ Shift = dict[int, np.ndarray]
 """What the rows of each layer are shifted by, `(d_model,)` float64."""
 
 
-def collect(
+def collect_moments(
     cache: ActivationCache,
     layers: Sequence[int] | None = None,
     offsets: Sequence[int] = OFFSETS,
@@ -46,7 +46,7 @@ def collect(
     result holds all matrices at once; where they are too many, fit from `collect_passes`, as
     `RidgeProbe` does. Raises `NotFoundError` for a layer the cache does not hold.
     """
-    asked = Request.of(
+    asked = MomentRequest.of(
         cache, layers, offsets, targets, folds=folds, split=split, products=products,
         across_documents=across_documents, drop_first=drop_first,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def collect(
 
 def collect_passes(
     cache: ActivationCache,
-    request: Request,
+    request: MomentRequest,
     *,
     client: Any = None,
     progress: Progress | None = None,
@@ -69,19 +69,22 @@ def collect_passes(
     `progress(done_positions, total_positions)` counts the positions of all passes.
     """
     plans = plan_passes(cache, request, client=client, **options)
-    count = Counter(sum(plan.positions(cache) for plan in plans), progress)
+    count = ProgressCounter(sum(plan.positions(cache) for plan in plans), progress)
     for plan in plans:
         yield run_pass(cache, plan, client, count)
 
 
 def run_pass(
-    cache: ActivationCache, plan: Pass, client: Any = None, count: "Counter | None" = None
+    cache: ActivationCache,
+    plan: CachePass,
+    client: Any = None,
+    count: "ProgressCounter | None" = None,
 ) -> MomentSet:
     """The moments of one pass."""
     numbers = plan.sequences(cache)
     shift = shifts(cache, numbers, {*plan.request.layers, *plan.request.targets})
-    sums = run_tasks(cache, plan, shift, client, count or Counter(0, None))
-    return MomentSet.of(cache, plan.request, sums.moments(shift), counted(numbers))
+    sums = run_tasks(cache, plan, shift, client, count or ProgressCounter(0, None))
+    return MomentSet.of(cache, plan.request, sums.moments(shift), sequences_digest(numbers))
 
 
 def shifts(cache: ActivationCache, numbers: np.ndarray, layers: set[int]) -> Shift:
@@ -97,14 +100,14 @@ def shifts(cache: ActivationCache, numbers: np.ndarray, layers: set[int]) -> Shi
     chosen = np.sort(draw.integers(0, ends[-1], min(SHIFT_ROWS, int(ends[-1]))))
     sequence = np.searchsorted(ends, chosen, side="right")
     rows = cache.sequence_start[numbers][sequence] + chosen - (ends - lengths)[sequence]
-    medians = {layer: np.median(cache.layer(layer)[rows], axis=0) for layer in layers}
+    medians = {layer: np.median(cache.residual_array(layer)[rows], axis=0) for layer in layers}
     # Subtracting a float32 from float32 rows near it is exact.
     return {layer: found.astype(np.float32).astype(np.float64) for layer, found in medians.items()}
 
 
 def run_tasks(
-    cache: ActivationCache, plan: Pass, shift: Shift, client: Any, count: "Counter"
-) -> Sums:
+    cache: ActivationCache, plan: CachePass, shift: Shift, client: Any, count: "ProgressCounter"
+) -> ShiftedSums:
     """The sums of all tasks, added in the order of their sequences."""
     from dask.base import compute
     from dask.delayed import delayed
@@ -120,8 +123,8 @@ def run_tasks(
 
 
 def run_on(
-    client: Any, cache: ActivationCache, plan: Pass, shift: Shift, count: "Counter"
-) -> Iterator[Sums]:
+    client: Any, cache: ActivationCache, plan: CachePass, shift: Shift, count: "ProgressCounter"
+) -> Iterator[ShiftedSums]:
     """The sums of each task from the cluster of `client`, whose workers open the cache."""
     calls = [(cache, plan, shift, task) for task in range(plan.tasks)]
     # In order: sums then do not depend on which worker was first.
@@ -130,7 +133,7 @@ def run_on(
         count.add(int(cache.sequence_length[plan.run(cache, task)].sum()))
 
 
-def add_up(sums: Iterator[Sums]) -> Sums:
+def add_up(sums: Iterator[ShiftedSums]) -> ShiftedSums:
     """All `sums`, added to the first."""
     total = next(sums)
     for other in sums:
@@ -138,7 +141,7 @@ def add_up(sums: Iterator[Sums]) -> Sums:
     return total
 
 
-def sum_run_alone(cache: ActivationCache, plan: Pass, shift: Shift, task: int) -> Sums:
+def sum_run_alone(cache: ActivationCache, plan: CachePass, shift: Shift, task: int) -> ShiftedSums:
     """`sum_run` in a worker process, which it leaves with one BLAS thread per task."""
     from threadpoolctl import threadpool_limits
 
@@ -148,21 +151,21 @@ def sum_run_alone(cache: ActivationCache, plan: Pass, shift: Shift, task: int) -
 
 def sum_run(
     cache: ActivationCache,
-    plan: Pass,
+    plan: CachePass,
     shift: Shift,
     task: int,
     report: Callable[[int], None] = lambda positions: None,
-) -> Sums:
+) -> ShiftedSums:
     """Add up one contiguous run of sequences; reads every layer once per block."""
     asked = plan.request
-    sums = Sums(asked.layers, asked.offsets, asked.targets, asked.folds, cache.d_model)
+    sums = ShiftedSums(asked.layers, asked.offsets, asked.targets, asked.folds, cache.d_model)
     for fold, kind, rows in blocks_of(cache, plan, plan.run(cache, task), report):
         add_block(cache, asked, shift, fold, kind, rows, sums)
     return sums
 
 
 def blocks_of(
-    cache: ActivationCache, plan: Pass, numbers: np.ndarray, report: Callable[[int], None]
+    cache: ActivationCache, plan: CachePass, numbers: np.ndarray, report: Callable[[int], None]
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """Fold, kind and positions of every block of source rows of the sequences `numbers`."""
     asked = plan.request
@@ -170,7 +173,7 @@ def blocks_of(
     held: dict[int, list[np.ndarray]] = {}
     folds = cache.sequence_folds(asked.folds, asked.split)
     for window in cache.blocks(numbers, plan.rows * asked.folds):
-        rows, lengths = cache.rows(window), cache.sequence_length[window]
+        rows, lengths = cache.positions_of(window), cache.sequence_length[window]
         left = asked.scope.lefts(cache, window)
         kind = np.searchsorted(asked.offsets, left, side="right") - 1
         fold = np.repeat(folds[window], lengths)
@@ -190,12 +193,12 @@ def blocks_of(
 
 def add_block(
     cache: ActivationCache,
-    asked: Request,
+    asked: MomentRequest,
     shift: Shift,
     fold: int,
     kind: int,
     rows: np.ndarray,
-    sums: Sums,
+    sums: ShiftedSums,
 ) -> None:
     """Add the pairs of the source `rows`, all of one fold and kind."""
     offsets = asked.offsets[: kind + 1]
@@ -217,14 +220,14 @@ def shifted(
     cache: ActivationCache, layer: int, rows: np.ndarray, shift: Shift, products: str
 ) -> np.ndarray:
     """Rows of a layer, shifted, in the dtype of the products."""
-    read = cache.layer(layer)[rows]
+    read = cache.residual_array(layer)[rows]
     if products == "float32":
         read -= shift[layer].astype(np.float32)
         return read
     return read - shift[layer]
 
 
-def collect_rows(
+def moments_of_rows(
     x: Any, y: Any, folds: int, products: str, client: Any = None
 ) -> tuple[Moments, ...]:
     """Moments of contiguous folds (as `KFold` cuts them) of numpy or dask arrays of rows."""
@@ -248,7 +251,7 @@ def collect_rows(
     with one_blas_thread():
         if client is not None and not isinstance(x, np.ndarray):
             return tuple(client.gather(client.compute(totals)))
-        return tuple(compute(*totals, scheduler="threads", num_workers=cores()))
+        return tuple(compute(*totals, scheduler="threads", num_workers=available_cores()))
 
 
 def check_rows(x: Any, y: Any, folds: int) -> Any:

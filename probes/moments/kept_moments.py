@@ -15,23 +15,23 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...cache.errors import CorruptError, NoSpaceError, NotFoundError, UsageError
-from ...cache.files.json_files import digest, make_folder, read_json, sync_folder
+from ...cache.files.json_files import json_digest, make_folder, read_json, sync_folder
 from ...cache.files.leases import try_lock
-from ...cache.files.paths import children, is_remote, store_of, total_bytes, upload
+from ...cache.files.paths import is_remote, list_folder, store_of, total_bytes, upload_folder
 from ...cache.store.activation_cache import ActivationCache
-from ...cache.store.lineage import lineage
+from ...cache.store.lineage import cache_lineage
 from ...cache.tokens.segments import has_borders
 from .moment_set import TABLE, MomentSet, scope_of
-from .pass_plan import Request
-from .row_identity import content_of, counted, same_documents, same_rows, same_sequences
-from .shifted_sums import Pair
+from .pass_plan import MomentRequest
+from .row_identity import layer_digest, same_documents, same_rows, same_sequences, sequences_digest
+from .shifted_sums import LayerOffsetTarget
 
 EXTENDS = "extends"
 """Key of the manifest's `extra`: id of the cache whose rows come first."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class MomentEntry:
     """One folder of kept moments."""
 
     path: Path
@@ -39,16 +39,16 @@ class Entry:
     """Its `moments.json`."""
 
     @property
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> list[LayerOffsetTarget]:
         """The (layer, offset, target) that it has."""
         return [(row["layer"], row["offset"], row["target"]) for row in self.about["pairs"]]
 
     def discard(self) -> None:
         """Remove a folder that is damaged or of other rows, where that is possible."""
-        remove(self.path)
+        remove_moments(self.path)
 
 
-Source = dict[Pair, Entry]
+Source = dict[LayerOffsetTarget, MomentEntry]
 """Where the moments of each pair lie."""
 
 
@@ -66,21 +66,21 @@ def folder_of(cache: ActivationCache) -> Path:
     return cache.path / "moments"
 
 
-def entries(cache: ActivationCache) -> Iterator[Entry]:
+def moment_entries(cache: ActivationCache) -> Iterator[MomentEntry]:
     """All folders of kept moments that can be read, whatever they are of."""
-    for path in children(folder_of(cache)):
+    for path in list_folder(folder_of(cache)):
         if path.name.startswith("."):
             continue
         with suppress(OSError, CorruptError):  # damaged, or removed meanwhile
-            yield Entry(path, read_json(path / TABLE))
+            yield MomentEntry(path, read_json(path / TABLE))
 
 
-def find(cache: ActivationCache, request: Request) -> Source:
+def find_kept(cache: ActivationCache, request: MomentRequest) -> Source:
     """Where the moments lie that are those of `request` and of the rows that `cache` has now."""
     found: Source = {}
-    numbers = counted(cache.split(request.split))
+    numbers = sequences_digest(cache.sequences(request.split))
     asked, content = set(request.pairs), dict[int, str]()
-    for entry in entries(cache):
+    for entry in moment_entries(cache):
         about = entry.about
         same = (
             about["cache"] == cache.id
@@ -92,13 +92,13 @@ def find(cache: ActivationCache, request: Request) -> Source:
         )
         for pair in asked.intersection(entry.pairs) if same else ():
             for layer in (pair[0], pair[2]):
-                content.setdefault(layer, content_of(cache, layer))
+                content.setdefault(layer, layer_digest(cache, layer))
             if all(about["content"][str(la)] == content[la] for la in (pair[0], pair[2])):
                 found[pair] = entry
     return found
 
 
-def same_pairs(cache: ActivationCache, about: dict[str, Any], request: Request) -> bool:
+def same_pairs(cache: ActivationCache, about: dict[str, Any], request: MomentRequest) -> bool:
     """Whether moments count the pairs of `request`: where no sequence has two documents, all do."""
     across, drop_first = scope_of(about)
     if drop_first != request.drop_first:
@@ -106,10 +106,12 @@ def same_pairs(cache: ActivationCache, about: dict[str, Any], request: Request) 
     return across == request.across_documents or not has_borders(cache)
 
 
-def inherited(cache: ActivationCache, request: Request, lacking: set[Pair]) -> Iterator[Inherited]:
+def inherited_moments(
+    cache: ActivationCache, request: MomentRequest, lacking: set[LayerOffsetTarget]
+) -> Iterator[Inherited]:
     """Moments of `lacking` pairs kept with the caches that this one extends, the latest first."""
     lacking = set(lacking)
-    for old in lineage(cache):
+    for old in cache_lineage(cache):
         layers = {layer for pair in lacking for layer in (pair[0], pair[2])}
         if not layers <= set(old.layers):
             continue
@@ -117,7 +119,7 @@ def inherited(cache: ActivationCache, request: Request, lacking: set[Pair]) -> I
             continue
         if not same_documents(old, cache, request.across_documents):
             continue
-        source = {p: entry for p, entry in find(old, request).items() if p in lacking}
+        source = {p: entry for p, entry in find_kept(old, request).items() if p in lacking}
         used = {layer for pair in source for layer in (pair[0], pair[2])}
         same = {layer for layer in used if same_rows(old, cache, layer)}
         source = {p: entry for p, entry in source.items() if {p[0], p[2]} <= same}
@@ -126,9 +128,9 @@ def inherited(cache: ActivationCache, request: Request, lacking: set[Pair]) -> I
         lacking -= set(source)
 
 
-def load(source: Source, pairs: Iterable[Pair]) -> MomentSet:
+def load_kept(source: Source, pairs: Iterable[LayerOffsetTarget]) -> MomentSet:
     """The moments of `pairs`; raises `CorruptError`, and removes the folder, if it is damaged."""
-    of_entry: dict[Path, list[Pair]] = {}
+    of_entry: dict[Path, list[LayerOffsetTarget]] = {}
     for pair in pairs:
         of_entry.setdefault(source[pair].path, []).append(pair)
     found: list[MomentSet] = []
@@ -143,7 +145,7 @@ def load(source: Source, pairs: Iterable[Pair]) -> MomentSet:
     return found[0].with_pairs(merged)
 
 
-def save(cache: ActivationCache, moments: MomentSet) -> int:
+def save_moments(cache: ActivationCache, moments: MomentSet) -> int:
     """Keep `moments` with the cache; returns their bytes. Raises `OSError` where it cannot.
 
     Writers may race: the folder that is there first stays. What lies there of rows that the
@@ -152,14 +154,14 @@ def save(cache: ActivationCache, moments: MomentSet) -> int:
     folder = folder_of(cache)
     about = [sorted(moments.pairs), moments.sequences, sorted(moments.content.items())]
     about += [moments.across_documents, moments.drop_first]
-    name = f"{moments.split}-{moments.folds}-{moments.products}-{digest(about)[:16]}"
+    name = f"{moments.split}-{moments.folds}-{moments.products}-{json_digest(about)[:16]}"
     if is_remote(folder):
         with TemporaryDirectory(prefix="residua-") as made, suppress(FileExistsError):
             moments.save(made)
-            upload(Path(made), folder / name, last=[TABLE])
+            upload_folder(Path(made), folder / name, last=[TABLE])
         return moments.bytes
     make_folder(folder)
-    sweep(cache)
+    sweep_moments(cache)
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
     temporary.mkdir()
     descriptor = os.open(temporary, os.O_RDONLY)
@@ -179,7 +181,7 @@ def save(cache: ActivationCache, moments: MomentSet) -> int:
     return moments.bytes
 
 
-def sweep(cache: ActivationCache) -> None:
+def sweep_moments(cache: ActivationCache) -> None:
     """Remove what writers that died left, what is damaged, and moments of rows that are gone."""
     for left in folder_of(cache).glob(".*.tmp"):
         with suppress(OSError):
@@ -189,15 +191,15 @@ def sweep(cache: ActivationCache) -> None:
             os.close(descriptor)
     for path in folder_of(cache).glob("[!.]*"):
         try:
-            entry = Entry(path, read_json(path / TABLE))
+            entry = MomentEntry(path, read_json(path / TABLE))
         except (CorruptError, NotFoundError):
             shutil.rmtree(path, ignore_errors=True)
             continue
         about = entry.about
         content = {int(layer): value for layer, value in about["content"].items()}
         now = {layer for layer in content if layer in cache.layers}
-        now = {layer for layer in now if content[layer] == content_of(cache, layer)}
-        numbers = counted(cache.split(about["split"]))
+        now = {layer for layer in now if content[layer] == layer_digest(cache, layer)}
+        numbers = sequences_digest(cache.sequences(about["split"]))
         other = about["cache"] != cache.id or about["sequences"] != numbers
         if other or not any({pair[0], pair[2]} <= now for pair in entry.pairs):
             entry.discard()
@@ -215,19 +217,19 @@ def fetched(path: Path) -> Iterator[Path]:
         yield path
         return
     with TemporaryDirectory(prefix="residua-") as folder:
-        for file in children(path):
+        for file in list_folder(path):
             store, key = store_of(file)
             store.get_file(key, str(Path(folder) / file.name))
         yield Path(folder)
 
 
-def remove(path: Path) -> None:
+def remove_moments(path: Path) -> None:
     """Remove a folder, where that is possible."""
     if not is_remote(path):
         shutil.rmtree(path, ignore_errors=True)
         return
     with suppress(OSError):
-        for file in children(path):
+        for file in list_folder(path):
             file.unlink(missing_ok=True)
 
 
@@ -237,7 +239,7 @@ SPARE_BYTES = 64 << 20
 """Free space that is left on the disk."""
 
 
-def why_not(cache: ActivationCache, size: int, keep: bool | None) -> str:
+def reason_not_to_keep(cache: ActivationCache, size: int, keep: bool | None) -> str:
     """Why moments of `size` bytes are not kept with the cache; empty if they are.
 
     Raises `UsageError` or `NoSpaceError` where `keep` asks for what cannot be.

@@ -15,11 +15,11 @@ from ...cache.errors import CorruptError, MismatchError, NotFoundError
 from ...cache.files.json_files import read_json, write_json
 from ...cache.store.activation_cache import ActivationCache
 from .moments import Moments, merge_all
-from .row_identity import content_of
-from .shifted_sums import Pair
+from .row_identity import layer_digest
+from .shifted_sums import LayerOffsetTarget
 
 if TYPE_CHECKING:
-    from .pass_plan import Request
+    from .pass_plan import MomentRequest
 
 
 TABLE, TENSORS = "moments.json", "moments.safetensors"
@@ -29,7 +29,7 @@ TABLE, TENSORS = "moments.json", "moments.safetensors"
 class MomentSet:
     """Moments per (layer, offset, target) and fold: they give every ridge fit without a pass."""
 
-    pairs: Mapping[Pair, tuple[Moments, ...]]
+    pairs: Mapping[LayerOffsetTarget, tuple[Moments, ...]]
     """Moments of each fold, by (layer, offset, target layer)."""
     cache_id: str | None = None
     geometry: str | None = None
@@ -38,9 +38,9 @@ class MomentSet:
     products: str | None = None
     """dtype of the products of blocks."""
     sequences: Mapping[str, Any] | None = None
-    """`count` and `digest` of the sequences that were counted; see `counted`."""
+    """`count` and `digest` of the sequences that were counted; see `sequences_digest`."""
     content: Mapping[int, str] = field(default_factory=dict)
-    """Digest of the rows of each layer; see `content_of`."""
+    """Digest of the rows of each layer; see `layer_digest`."""
     depth: int | None = None
     """Number L of the last layer, which the head reads."""
     across_documents: bool = False
@@ -52,16 +52,16 @@ class MomentSet:
     def of(
         cls,
         cache: ActivationCache,
-        request: "Request",
-        pairs: Mapping[Pair, tuple[Moments, ...]],
+        request: "MomentRequest",
+        pairs: Mapping[LayerOffsetTarget, tuple[Moments, ...]],
         sequences: Mapping[str, Any],
     ) -> "MomentSet":
         """What a pass over `cache` found for `request`."""
         layers = sorted({*request.layers, *request.targets})
-        content = {layer: content_of(cache, layer) for layer in layers}
+        content = {layer: layer_digest(cache, layer) for layer in layers}
         return cls(
             pairs, cache.id, cache.head.digest, request.split, request.products, sequences,
-            content, cache.depth, bool(request.across_documents), int(request.drop_first),
+            content, cache.n_blocks, bool(request.across_documents), int(request.drop_first),
         )  # fmt: skip
 
     @property
@@ -112,7 +112,7 @@ class MomentSet:
             sequences=None, content={},
         )  # fmt: skip
 
-    def with_pairs(self, pairs: Mapping[Pair, tuple[Moments, ...]]) -> "MomentSet":
+    def with_pairs(self, pairs: Mapping[LayerOffsetTarget, tuple[Moments, ...]]) -> "MomentSet":
         """Other moments of the same rows."""
         return replace(self, pairs=pairs)
 
@@ -145,7 +145,9 @@ class MomentSet:
         write_json(folder / TABLE, {**about, "pairs": table, "tensors": digests})
 
     @classmethod
-    def load(cls, path: str | Path, pairs: Iterable[Pair] | None = None) -> "MomentSet":
+    def load(
+        cls, path: str | Path, pairs: Iterable[LayerOffsetTarget] | None = None
+    ) -> "MomentSet":
         """Read a folder of `save`, or some `pairs` of it; a changed byte raises `CorruptError`."""
         folder = Path(path)
         about = read_json(folder / TABLE)
@@ -166,8 +168,9 @@ def scope_of(about: Mapping[str, Any]) -> tuple[bool, int]:
 
 
 def merged(
-    pairs: Mapping[Pair, tuple[Moments, ...]], others: Callable[[Pair], tuple[Moments, ...]]
-) -> dict[Pair, tuple[Moments, ...]]:
+    pairs: Mapping[LayerOffsetTarget, tuple[Moments, ...]],
+    others: Callable[[LayerOffsetTarget], tuple[Moments, ...]],
+) -> dict[LayerOffsetTarget, tuple[Moments, ...]]:
     """The moments of `pairs` merged, fold by fold, with those that `others` gives for each."""
     xx: dict[tuple[int, int, int], np.ndarray] = {}
     found = {}
@@ -181,7 +184,9 @@ def merged(
     return found
 
 
-def _parts(pair: Pair, row: dict[str, Any], read: Callable[[str], np.ndarray]) -> Iterator[Moments]:
+def _parts(
+    pair: LayerOffsetTarget, row: dict[str, Any], read: Callable[[str], np.ndarray]
+) -> Iterator[Moments]:
     layer, offset, target = pair
     for fold, (n, yy) in enumerate(zip(row["n"], row["yy"], strict=True)):
         x, y = f"{layer}.{offset}.{fold}", f"{layer}.{offset}.{target}.{fold}"

@@ -7,18 +7,25 @@ from typing import Any
 from ...cache.errors import CorruptError, MismatchError
 from ...cache.format.manifest import SHORT_ID
 from ...cache.store.activation_cache import ActivationCache
-from ...cache.store.lineage import lineage
-from ..base.resources import Counter, Progress, default_memory
+from ...cache.store.lineage import cache_lineage
+from ..base.resources import Progress, ProgressCounter, default_memory
 from .collect_moments import collect_passes, run_pass
-from .kept_moments import Inherited, find, inherited, load, save, why_not
+from .kept_moments import (
+    Inherited,
+    find_kept,
+    inherited_moments,
+    load_kept,
+    reason_not_to_keep,
+    save_moments,
+)
 from .moment_set import MomentSet, merged
-from .pass_plan import SOLVE_MATRICES, Pass, Request, plan_passes
-from .row_identity import content_of, counted, same_documents, same_rows, same_sequences
-from .shifted_sums import Pair
+from .pass_plan import SOLVE_MATRICES, CachePass, MomentRequest, plan_passes
+from .row_identity import layer_digest, same_documents, same_rows, same_sequences, sequences_digest
+from .shifted_sums import LayerOffsetTarget
 
 
 @dataclass
-class Account:
+class MomentSources:
     """Where the moments of a fit came from."""
 
     kept: int = 0
@@ -37,15 +44,15 @@ class Account:
     """Why moments that were computed are not kept; empty if they are."""
 
 
-def supply(
+def obtain_moments(
     cache: ActivationCache,
-    request: Request,
+    request: MomentRequest,
     *,
     keep: bool | None = None,
     memory: int | None = None,
     client: Any = None,
     progress: Progress | None = None,
-    account: Account | None = None,
+    account: MomentSources | None = None,
 ) -> Iterator[MomentSet]:
     """The moments of `request` in groups, within `memory` bytes.
 
@@ -55,10 +62,10 @@ def supply(
     fails meanwhile does not end the fit. Raises `UsageError` or `NoSpaceError` at once where
     `keep` cannot be.
     """
-    account = Account() if account is None else account
+    account = MomentSources() if account is None else account
     memory = memory or default_memory()
     account.bytes = request.bytes(cache.d_model)
-    source = find(cache, request)
+    source = find_kept(cache, request)
     for found in kept(request, source, memory, cache.d_model):
         account.kept += len(found.pairs)
         yield found
@@ -67,18 +74,18 @@ def supply(
     if not lacking:
         return
     size = sum(group.bytes(cache.d_model) for group in request.of_pairs(lacking))
-    account.why = why_not(cache, size, keep)
+    account.why = reason_not_to_keep(cache, size, keep)
     work = passes(cache, request, lacking, memory, client)
-    count = Counter(sum(plan.positions(cache) for plan, _ in work), progress)
+    count = ProgressCounter(sum(plan.positions(cache) for plan, _ in work), progress)
     while work:
         plan, old = work.pop(0)
         found = run_pass(cache, plan, client, count)
         account.positions += plan.positions(cache)
         if old is not None:
             try:
-                found = brought_up(cache, found, old)
+                found = add_inherited(cache, found, old)
             except CorruptError:
-                again = full(cache, request, set(found.pairs), memory, client)
+                again = plan_full_passes(cache, request, set(found.pairs), memory, client)
                 count.total += sum(other.positions(cache) for other in again)
                 work += [(other, None) for other in again]
                 continue
@@ -91,12 +98,12 @@ def supply(
 
 
 def kept(
-    request: Request, source: dict[Pair, Any], memory: int, d_model: int
+    request: MomentRequest, source: dict[LayerOffsetTarget, Any], memory: int, d_model: int
 ) -> Iterator[MomentSet]:
     """The moments that `source` names, in groups; takes damaged ones out of `source`."""
     for group in groups(request, source, memory, d_model):
         try:
-            found = load(source, group)
+            found = load_kept(source, group)
         except CorruptError:  # what can be computed again is no loss; the folder is gone
             for pair in group:
                 del source[pair]
@@ -106,16 +113,22 @@ def kept(
 
 
 def passes(
-    cache: ActivationCache, request: Request, lacking: set[Pair], memory: int, client: Any
-) -> list[tuple[Pass, Inherited | None]]:
+    cache: ActivationCache,
+    request: MomentRequest,
+    lacking: set[LayerOffsetTarget],
+    memory: int,
+    client: Any,
+) -> list[tuple[CachePass, Inherited | None]]:
     """Passes for the `lacking` pairs: over new sequences where old moments go on, else over all."""
-    work: list[tuple[Pass, Inherited | None]] = []
-    for old in inherited(cache, request, lacking):
+    work: list[tuple[CachePass, Inherited | None]] = []
+    for old in inherited_moments(cache, request, lacking):
         lacking = lacking - set(old.source)
         for group in request.of_pairs(old.source):
             plans = plan_passes(cache, group, first=old.first, memory=memory, client=client)
             work += [(plan, old) for plan in plans]
-    return work + [(plan, None) for plan in full(cache, request, lacking, memory, client)]
+    return work + [
+        (plan, None) for plan in plan_full_passes(cache, request, lacking, memory, client)
+    ]
 
 
 def extend(moments: MomentSet, cache: ActivationCache, **options: Any) -> MomentSet:
@@ -124,12 +137,12 @@ def extend(moments: MomentSet, cache: ActivationCache, **options: Any) -> Moment
     `options` are those of `collect_passes`. Raises `MismatchError` unless `cache` begins with the
     rows that were counted.
     """
-    old = next((one for one in lineage(cache) if one.id == moments.cache_id), None)
+    old = next((one for one in cache_lineage(cache) if one.id == moments.cache_id), None)
     layers, split = set(moments.content), str(moments.split)
     if (
         old is None
-        or moments.sequences != counted(old.split(split))
-        or moments.content != {layer: content_of(old, layer) for layer in layers}
+        or moments.sequences != sequences_digest(old.sequences(split))
+        or moments.content != {layer: layer_digest(old, layer) for layer in layers}
         or not same_sequences(old, cache, split, moments.folds)
         or not same_documents(old, cache, moments.across_documents)
         or not all(same_rows(old, cache, layer) for layer in layers)
@@ -138,7 +151,7 @@ def extend(moments: MomentSet, cache: ActivationCache, **options: Any) -> Moment
             f"cache {cache.id[:SHORT_ID]} does not begin with the rows of these moments, of cache "
             f"{str(moments.cache_id)[:SHORT_ID]}; collect them anew"
         )
-    request = Request(
+    request = MomentRequest(
         (), (), (), moments.folds, split, str(moments.products), moments.across_documents,
         moments.drop_first,
     )  # fmt: skip
@@ -146,13 +159,19 @@ def extend(moments: MomentSet, cache: ActivationCache, **options: Any) -> Moment
     for group in request.of_pairs(moments.pairs):
         for found in collect_passes(cache, group, **options):
             pairs |= merged(found.pairs, moments.pairs.__getitem__)
-    content = {layer: content_of(cache, layer) for layer in layers}
-    return replace(found, pairs=pairs, sequences=counted(cache.split(split)), content=content)
+    content = {layer: layer_digest(cache, layer) for layer in layers}
+    return replace(
+        found, pairs=pairs, sequences=sequences_digest(cache.sequences(split)), content=content
+    )
 
 
-def full(
-    cache: ActivationCache, request: Request, pairs: set[Pair], memory: int, client: Any
-) -> list[Pass]:
+def plan_full_passes(
+    cache: ActivationCache,
+    request: MomentRequest,
+    pairs: set[LayerOffsetTarget],
+    memory: int,
+    client: Any,
+) -> list[CachePass]:
     """Passes over all sequences for `pairs`."""
     asked = request.of_pairs(pairs)
     return [
@@ -160,16 +179,16 @@ def full(
     ]
 
 
-def brought_up(cache: ActivationCache, new: MomentSet, old: Inherited) -> MomentSet:
+def add_inherited(cache: ActivationCache, new: MomentSet, old: Inherited) -> MomentSet:
     """The moments of new sequences together with those of the old ones."""
-    numbers = counted(cache.split(str(new.split)))
-    pairs = merged(new.pairs, lambda pair: load(old.source, [pair]).pairs[pair])
+    numbers = sequences_digest(cache.sequences(str(new.split)))
+    pairs = merged(new.pairs, lambda pair: load_kept(old.source, [pair]).pairs[pair])
     return replace(new, pairs=pairs, sequences=numbers)
 
 
 def groups(
-    request: Request, source: dict[Pair, Any], memory: int, d_model: int
-) -> Iterator[list[Pair]]:
+    request: MomentRequest, source: dict[LayerOffsetTarget, Any], memory: int, d_model: int
+) -> Iterator[list[LayerOffsetTarget]]:
     """The pairs of `source`, as many at a time as `memory` can hold while they are solved."""
     matrix = 8 * d_model**2
     room = max(1, (memory - matrix * SOLVE_MATRICES) // (2 * matrix * request.folds))
@@ -178,10 +197,10 @@ def groups(
         yield pairs[start : start + room]
 
 
-def _keep(cache: ActivationCache, moments: MomentSet, account: Account) -> None:
+def _keep(cache: ActivationCache, moments: MomentSet, account: MomentSources) -> None:
     if account.why:
         return
     try:
-        account.saved += save(cache, moments)
+        account.saved += save_moments(cache, moments)
     except OSError as error:
         account.why = f"moments could not be written: {error.strerror or error}"

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from ...cache.errors import UsageError
-from ...cache.number_ranges import numbers
+from ...cache.number_ranges import as_tuple
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import PairScope
-from ..base.resources import cores, default_memory
+from ..base.resources import available_cores, default_memory
 from .moments import PRODUCTS
-from .shifted_sums import Pair
+from .shifted_sums import LayerOffsetTarget
 
 BLOCK_ROWS = 4096
 """Rows of one block of products; 2048 to 16384 are about equally fast."""
@@ -23,7 +23,7 @@ SOLVE_MATRICES = 14
 
 
 @dataclass(frozen=True)
-class Request:
+class MomentRequest:
     """Which moments are wanted."""
 
     layers: tuple[int, ...]
@@ -48,21 +48,21 @@ class Request:
         offsets: Iterable[int],
         targets: Sequence[int] | None,
         **options: Any,
-    ) -> "Request":
+    ) -> "MomentRequest":
         """A request of `cache`, by default of all layers, with the last one as the target."""
         return cls(
-            cache.layers if layers is None else tuple(dict.fromkeys(numbers(layers, "layers"))),
-            tuple(sorted(set(numbers(offsets, "offsets")))),
-            (cache.depth,)
+            cache.layers if layers is None else tuple(dict.fromkeys(as_tuple(layers, "layers"))),
+            tuple(sorted(set(as_tuple(offsets, "offsets")))),
+            (cache.n_blocks,)
             if targets is None
-            else tuple(dict.fromkeys(numbers(targets, "targets"))),
+            else tuple(dict.fromkeys(as_tuple(targets, "targets"))),
             **options,
         ).check(cache)
 
-    def check(self, cache: ActivationCache) -> "Request":
+    def check(self, cache: ActivationCache) -> "MomentRequest":
         """Raise a `UsageError` for a request that cannot be right."""
         for layer in (*self.layers, *self.targets):
-            cache.layer(layer)
+            cache.residual_array(layer)
         if not self.layers or not self.offsets or not self.targets or min(self.offsets) < 0:
             raise UsageError(
                 "name at least one layer, one offset and one target; offsets are 0 or more"
@@ -73,7 +73,7 @@ class Request:
             raise UsageError(
                 f"products must be one of {', '.join(PRODUCTS)}, not {self.products!r}"
             )
-        cache.split(self.split)
+        cache.sequences(self.split)
         self.scope.check()
         return self
 
@@ -83,11 +83,11 @@ class Request:
         return PairScope(self.across_documents, self.drop_first)
 
     @property
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> list[LayerOffsetTarget]:
         """All (layer, offset, target)."""
         return [(la, n, m) for la in self.layers for n in self.offsets for m in self.targets]
 
-    def of_pairs(self, pairs: Iterable[Pair]) -> "list[Request]":
+    def of_pairs(self, pairs: Iterable[LayerOffsetTarget]) -> "list[MomentRequest]":
         """Requests that want `pairs`, each exactly once."""
         offsets: dict[tuple[int, int], tuple[int, ...]] = {}
         for layer, offset, target in sorted(pairs):
@@ -113,10 +113,10 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Pass:
+class CachePass:
     """One pass over the split, for as many layers and offsets as the memory allows."""
 
-    request: Request
+    request: MomentRequest
     first: int
     """Sequences before this one are left out."""
     rows: int
@@ -145,7 +145,7 @@ class Pass:
 
     def sequences(self, cache: ActivationCache) -> np.ndarray:
         """Numbers of the sequences of this pass."""
-        numbers = cache.split(self.request.split)
+        numbers = cache.sequences(self.request.split)
         return numbers[np.searchsorted(numbers, self.first) :]
 
     def positions(self, cache: ActivationCache) -> int:
@@ -162,7 +162,7 @@ class Pass:
         return numbers[start : stop if task + 1 < self.tasks else None]
 
 
-def divide(plan: Pass, memory: int, d_model: int) -> list[Pass]:
+def divide_passes(plan: CachePass, memory: int, d_model: int) -> list[CachePass]:
     """Passes within `memory` bytes: fewer layers, then targets, offsets and tasks each.
 
     Blocks are made smaller first, down to `SMALL_ROWS`, where they would take a quarter of it.
@@ -172,7 +172,7 @@ def divide(plan: Pass, memory: int, d_model: int) -> list[Pass]:
     sizes = {name: len(getattr(plan.request, name)) for name in ("layers", "targets", "offsets")}
     tasks = plan.tasks
 
-    def part(starts: dict[str, int]) -> Pass:
+    def part(starts: dict[str, int]) -> CachePass:
         chosen = {n: getattr(plan.request, n)[at : at + sizes[n]] for n, at in starts.items()}
         return replace(plan, request=replace(plan.request, **chosen), tasks=tasks)
 
@@ -195,21 +195,25 @@ def divide(plan: Pass, memory: int, d_model: int) -> list[Pass]:
 
 def plan_passes(
     cache: ActivationCache,
-    request: Request,
+    request: MomentRequest,
     *,
     first: int = 0,
     memory: int | None = None,
     rows: int | None = None,
     tasks: int | None = None,
     client: Any = None,
-) -> list[Pass]:
+) -> list[CachePass]:
     """Passes that stay within `memory` bytes each; sequences before number `first` are left out.
 
     A budget that is too small for one (layer, offset, target) with all its folds is exceeded.
     `tasks` runs of sequences are summed up at the same time, by default one per core (of the
     cluster of `client`), a block of `rows` at a time.
     """
-    whole = Pass(
-        request, first, rows or cache.block_rows(BLOCK_ROWS), tasks or cores(client), cores()
+    whole = CachePass(
+        request,
+        first,
+        rows or cache.block_rows(BLOCK_ROWS),
+        tasks or available_cores(client),
+        available_cores(),
     )
-    return divide(whole, memory or default_memory(), cache.d_model)
+    return divide_passes(whole, memory or default_memory(), cache.d_model)

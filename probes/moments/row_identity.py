@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...cache.files.json_files import digest
+from ...cache.files.json_files import json_digest
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import BLOCK_POSITIONS, segment_places
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def same_sequences(old: ActivationCache, new: ActivationCache, split: str, folds: int) -> bool:
     """Whether `new` begins with the sequences of `old`, in the same splits and folds."""
     count = len(old.sequence_length)
-    kept = new.split(split)
+    kept = new.sequences(split)
     return (
         old.d_model == new.d_model
         and old.head.digest == new.head.digest
@@ -24,7 +24,7 @@ def same_sequences(old: ActivationCache, new: ActivationCache, split: str, folds
         and np.array_equal(old.sequence_length, new.sequence_length[:count])
         and np.array_equal(old.sequence_hash, new.sequence_hash[:count])
         # Splits of tiny sets may move, and a repair may quarantine a sequence.
-        and np.array_equal(old.split(split), kept[kept < count])
+        and np.array_equal(old.sequences(split), kept[kept < count])
         # Few documents are in folds by sequence, more of them by document.
         and np.array_equal(
             old.sequence_folds(folds, split), new.sequence_folds(folds, split)[:count]
@@ -53,7 +53,7 @@ def same_rows(old: ActivationCache, new: ActivationCache, layer: int) -> bool:
     small cache has smaller parts than the one it has grown into: then all of them are.
     """
     name, layout = f"residual/{layer}", old.manifest.layout
-    mine, theirs = old.layer(layer), new.layer(layer)
+    mine, theirs = old.residual_array(layer), new.residual_array(layer)
     if mine.layout.logical_dtype != theirs.layout.logical_dtype:
         return False
     is_shared = layout == new.manifest.layout
@@ -71,16 +71,16 @@ def same_rows(old: ActivationCache, new: ActivationCache, layer: int) -> bool:
     return True
 
 
-def counted(numbers: np.ndarray) -> dict[str, Any]:
+def sequences_digest(numbers: np.ndarray) -> dict[str, Any]:
     """`count` and `digest` (hex sha256 of the int64) of the numbers of sequences."""
     data = np.ascontiguousarray(numbers, "<i8")
     return {"count": len(data), "digest": hashlib.sha256(data.data).hexdigest()}
 
 
-def content_of(cache: ActivationCache, layer: int) -> str:
+def layer_digest(cache: ActivationCache, layer: int) -> str:
     """Digest of what the journal says of the shards of a layer: equal for equal rows."""
     dtype, shards = cache.array(f"residual/{layer}").layout.logical_dtype, []
     for part, record in sorted(cache.committed.items()):
         shard = record.arrays[f"residual/{layer}"]
         shards.append([part, record.start, record.stop, shard.bytes, shard.crc32c])
-    return digest([dtype, *shards])
+    return json_digest([dtype, *shards])

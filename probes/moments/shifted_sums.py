@@ -16,12 +16,12 @@ import numpy as np
 
 from .moments import Moments, sum_of_squares
 
-Pair = tuple[int, int, int]
+LayerOffsetTarget = tuple[int, int, int]
 """(layer, offset, target layer)."""
 FIELDS = ("n", "x", "xx", "y", "yy", "xy")
 
 
-class Sums:
+class ShiftedSums:
     """Sums over pairs of several layers, offsets, targets and folds; all but `n` are float64."""
 
     def __init__(
@@ -60,24 +60,26 @@ class Sums:
             for target, y in enumerate(targets):
                 self.xy[fold, offset, target, layer] += np.matmul(x.T, y, out=product)
 
-    def add(self, other: "Sums") -> None:
+    def add(self, other: "ShiftedSums") -> None:
         """Add the sums of other rows, shifted by the same constants."""
         for name in FIELDS:
             mine = getattr(self, name)
             mine += getattr(other, name)
 
-    def moments(self, shift: dict[int, np.ndarray]) -> dict[Pair, tuple[Moments, ...]]:
+    def moments(self, shift: dict[int, np.ndarray]) -> dict[LayerOffsetTarget, tuple[Moments, ...]]:
         """Moments per fold; `shift` is what rows were shifted by. Uses up these sums."""
         for kind in range(len(self.offsets) - 2, -1, -1):
             for sums in (self.n, self.x, self.xx):
                 sums[:, kind] += sums[:, kind + 1]
-        pairs: dict[Pair, list[Moments]] = {}
+        pairs: dict[LayerOffsetTarget, list[Moments]] = {}
         for fold in range(len(self.n)):
             for pair, found in self._of_fold(fold, shift):
                 pairs.setdefault(pair, []).append(found)
         return {pair: tuple(parts) for pair, parts in pairs.items()}
 
-    def _of_fold(self, fold: int, shift: dict[int, np.ndarray]) -> Iterator[tuple[Pair, Moments]]:
+    def _of_fold(
+        self, fold: int, shift: dict[int, np.ndarray]
+    ) -> Iterator[tuple[LayerOffsetTarget, Moments]]:
         for i, layer in enumerate(self.layers):
             for j, offset in enumerate(self.offsets):
                 n = int(self.n[fold, j])

@@ -83,7 +83,7 @@ def error_shares(
     if not len(sequences) or not maps:
         return {}
     chosen = draw_sequences(cache, sequences, max_positions, 0)
-    rows, left = cache.rows(chosen), scope.lefts(cache, chosen)
+    rows, left = cache.positions_of(chosen), scope.lefts(cache, chosen)
     rows, left = rows[:max_positions], left[:max_positions]
     found: dict[Pair, ErrorShare] = {}
     for offset in sorted({offset for _, offset, _ in maps}):
@@ -97,10 +97,10 @@ def error_shares(
             spread = np.zeros(len(sources))
             errors = {pair: np.zeros(len(sources)) for pair in pairs}
             for part in _blocks(len(sources), cache.block_rows(BLOCK_ROWS)):
-                y = cache.layer(target).take(sources[part] + offset)
+                y = cache.residual_array(target).take(sources[part] + offset)
                 spread[part] = _squares(y - mean)
                 for pair in pairs:
-                    x = cache.layer(pair[0]).take(sources[part])
+                    x = cache.residual_array(pair[0]).take(sources[part])
                     errors[pair][part] = _squares(maps[pair].astype(np.float32)(x) - y)
             for pair, error in errors.items():
                 found[pair] = _share(spread, error, first)
@@ -111,7 +111,7 @@ def _mean(cache: ActivationCache, layer: int, rows: np.ndarray) -> np.ndarray:
     """Mean of `rows` of a layer, `(d_model,)` float32; sums in float64."""
     total = np.zeros(cache.d_model)
     for part in _blocks(len(rows), cache.block_rows(BLOCK_ROWS)):
-        total += cache.layer(layer).take(rows[part]).sum(axis=0, dtype=np.float64)
+        total += cache.residual_array(layer).take(rows[part]).sum(axis=0, dtype=np.float64)
     return (total / max(1, len(rows))).astype(np.float32)
 
 

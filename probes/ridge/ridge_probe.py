@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import NotFoundError, UsageError
-from ...cache.files.json_files import plain
-from ...cache.number_ranges import is_several, number, numbers
+from ...cache.files.json_files import plain_value
+from ...cache.number_ranges import as_tuple, as_whole_number, is_several
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import crossing_shares
 from ..base.arguments import as_array, is_dask, validated
 from ..base.estimator import BaseEstimator, MultiOutputMixin, RegressorMixin, check_is_fitted
-from ..base.readout import Batch
-from ..base.resources import Progress, cores, one_blas_thread
-from ..moments.collect_moments import check_rows, collect, collect_rows
+from ..base.readout import ReadoutBatch
+from ..base.resources import Progress, available_cores, one_blas_thread
+from ..moments.collect_moments import check_rows, collect_moments, moments_of_rows
 from ..moments.moment_set import MomentSet
 from ..moments.moments import PRODUCTS
-from ..moments.obtain_moments import Account, supply
-from ..moments.pass_plan import Request
-from ..moments.shifted_sums import Pair
+from ..moments.obtain_moments import MomentSources, obtain_moments
+from ..moments.pass_plan import MomentRequest
+from ..moments.shifted_sums import LayerOffsetTarget
 from ..saved.save import feature_names, set_feature_names
 from .error_share import SHARES, error_shares, warn_of_domination
 from .solver import AffineMap, RidgeFit, fit_targets, held_out_sse
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 
-Key = tuple[int, ...]
+MapKey = tuple[int, ...]
 """(layer, offset), and the target layer where several were asked for."""
 
 
@@ -97,16 +97,16 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """
         self._check()
         if isinstance(X, ActivationCache):
-            layers = None if self.layers is None else numbers(self.layers, "layers")
-            targets = None if self.target is None else numbers(self.target, "target")
-            request = Request.of(
-                X, layers, numbers(self.offset, "offset"), targets,
-                folds=number(self.folds, "folds"), products=self.products,
+            layers = None if self.layers is None else as_tuple(self.layers, "layers")
+            targets = None if self.target is None else as_tuple(self.target, "target")
+            request = MomentRequest.of(
+                X, layers, as_tuple(self.offset, "offset"), targets,
+                folds=as_whole_number(self.folds, "folds"), products=self.products,
                 across_documents=self.across_documents, drop_first=self.drop_first,
             )  # fmt: skip
             keep = None if keep is None else bool(keep)
-            account = Account()
-            groups = supply(
+            account = MomentSources()
+            groups = obtain_moments(
                 X, request, keep=keep, memory=memory, client=client, progress=progress,
                 account=account,
             )  # fmt: skip
@@ -118,9 +118,9 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             return self._fit_all([self._chosen(X)], np.float32)
         return self._fit_rows(X, y, client)
 
-    def _describe(self, cache: ActivationCache, request: Request) -> None:
+    def _describe(self, cache: ActivationCache, request: MomentRequest) -> None:
         """Note which pairs join two documents, and how few rows make most of the error."""
-        sequences = cache.split(request.split)
+        sequences = cache.sequences(request.split)
         inside = None
         if not request.across_documents:
             inside = {key[1]: self.n_[key] for key in self.maps_}
@@ -138,10 +138,10 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         X, y = self._rows(X, y)
         flat = y.ndim == 1
         pair = tuple(
-            numbers(given)[0] if given is not None else 0
+            as_tuple(given)[0] if given is not None else 0
             for given in (self.layers, self.offset, self.target)
         )
-        folds = collect_rows(X, y, number(self.folds, "folds"), self.products, client)
+        folds = moments_of_rows(X, y, as_whole_number(self.folds, "folds"), self.products, client)
         self._fit_all([MomentSet({pair: folds})], None)  # pyright: ignore[reportArgumentType]
         self._is_flat = flat
         self._set_coefficients()
@@ -179,7 +179,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         there = {pair[2] for pair in moments.pairs}
         if self.target is None and len(there) > 1:
             raise UsageError(f"these moments have the targets {sorted(there)}: give target=")
-        asked = there if self.target is None else set(numbers(self.target, "target"))
+        asked = there if self.target is None else set(as_tuple(self.target, "target"))
         if not asked <= there:
             raise NotFoundError(f"these moments have the targets {sorted(there)}, not {asked}")
         return moments.with_pairs({p: m for p, m in moments.pairs.items() if p[2] in asked})
@@ -199,7 +199,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     def _fit_all(self, passes: Iterable[MomentSet], dtype: Any) -> "RidgeProbe":
         self._clear()
-        found: dict[Key, RidgeFit] = {}
+        found: dict[MapKey, RidgeFit] = {}
         for moments in passes:
             self.cache_id_, self.geometry_ = moments.cache_id, moments.geometry
             self.split_, self.depth_ = moments.split, moments.depth
@@ -216,23 +216,23 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return self
 
     def _clear(self) -> None:
-        self.maps_: dict[Key, AffineMap] = {}
-        self.alpha_: dict[Key, float] = {}
-        self.alphas_: dict[Key, np.ndarray] = {}
-        self.cv_mse_path_: dict[Key, np.ndarray] = {}
-        self.r2_: dict[Key, float] = {}
-        self.mse_: dict[Key, float] = {}
-        self.n_: dict[Key, int] = {}
-        self.target_: dict[Key, int] = {}
-        self.shares_: dict[Key, dict[str, float | None]] = {}
+        self.maps_: dict[MapKey, AffineMap] = {}
+        self.alpha_: dict[MapKey, float] = {}
+        self.alphas_: dict[MapKey, np.ndarray] = {}
+        self.cv_mse_path_: dict[MapKey, np.ndarray] = {}
+        self.r2_: dict[MapKey, float] = {}
+        self.mse_: dict[MapKey, float] = {}
+        self.n_: dict[MapKey, int] = {}
+        self.target_: dict[MapKey, int] = {}
+        self.shares_: dict[MapKey, dict[str, float | None]] = {}
         self._is_flat = False
-        self._tensors: dict[tuple[Key, str], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tensors: dict[tuple[MapKey, str], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def _solve(self, moments: MomentSet) -> dict[Pair, RidgeFit]:
+    def _solve(self, moments: MomentSet) -> dict[LayerOffsetTarget, RidgeFit]:
         from dask.base import compute
         from dask.delayed import delayed
 
-        sources: dict[tuple[int, int], list[Pair]] = {}
+        sources: dict[tuple[int, int], list[LayerOffsetTarget]] = {}
         for pair in moments.pairs:
             sources.setdefault(pair[:2], []).append(pair)
         work: list[Any] = []
@@ -241,11 +241,11 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             call = partial(fit_targets, folds, self.alpha, self.alphas, what)
             work.append(delayed(call, pure=False)())
         with one_blas_thread():
-            found = compute(*work, scheduler="threads", num_workers=cores())
+            found = compute(*work, scheduler="threads", num_workers=available_cores())
         fits = zip(sources.values(), found, strict=True)
         return {p: fit for pairs, some in fits for p, fit in zip(pairs, some, strict=True)}
 
-    def _keep(self, pair: Key, found: RidgeFit) -> None:
+    def _keep(self, pair: MapKey, found: RidgeFit) -> None:
         key = pair if is_several(self.target) else pair[:2]
         self.maps_[key], self.target_[key] = found.map, pair[2]
         self.alpha_[key] = found.alpha
@@ -265,7 +265,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         key = self._pair(layer, offset, target)
         return self.maps_[key]
 
-    def _pair(self, layer: int | None, offset: int | None, target: int | None = None) -> Key:
+    def _pair(self, layer: int | None, offset: int | None, target: int | None = None) -> MapKey:
         check_is_fitted(self, "maps_")
         found = [
             key
@@ -318,7 +318,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         key = self._pair(layer, offset, target)
         if isinstance(X, ActivationCache):
             asked = [[key[0]], [key[1]], [self.target_[key]]]
-            moments = collect(
+            moments = collect_moments(
                 X, *asked, folds=1, split=split, client=client,
                 across_documents=self.across_documents, drop_first=self.drop_first,
             ).total(*key[:2])  # fmt: skip
@@ -340,7 +340,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             raise UsageError("the rows or targets hold values that are not finite")
         return 1 - sse / spread if spread else float(sse == 0)
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> "torch.Tensor":
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Logits `(n, vocab)` that the head gives for the predicted residual; float32."""
         import torch
 
@@ -388,7 +388,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
             }
             for key in self.maps_
         ]
-        return plain(rows)
+        return plain_value(rows)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = dict(super().__getstate__())  # pyright: ignore

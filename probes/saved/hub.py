@@ -51,7 +51,7 @@ residua.evaluate(cache, [probe]).to_dicts()  # a cache of the same model: others
 """
 
 
-def push_to_hub(
+def push_probe(
     probe: Any,
     repo_id: str,
     *,
@@ -90,13 +90,13 @@ def push_to_hub(
                 **where,
             )
             if not hub.file_exists(filename=CARD_FILE, **where):
-                text = card(config, repo_id, cache).encode()
+                text = probe_card(config, repo_id, cache).encode()
                 hub.upload_file(path_or_fileobj=text, path_in_repo=CARD_FILE, **where)
     return str(url)
 
 
-def load_from_hub(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Any:
-    """Download and load a probe of `push_to_hub`; every byte is checked, nothing is executed."""
+def pull_probe(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Any:
+    """Download and load a probe of `push_probe`; every byte is checked, nothing is executed."""
     with hub_errors(repo_id, "model"):
         import huggingface_hub as hub
 
@@ -121,7 +121,7 @@ def _check_remote(config: dict[str, Any], where: dict[str, Any]) -> None:
             )
 
 
-def card(config: dict[str, Any], repo_id: str, cache: "ActivationCache | None" = None) -> str:
+def probe_card(config: dict[str, Any], repo_id: str, cache: "ActivationCache | None" = None) -> str:
     """README.md for `repo_id`, with YAML front matter; the licence is left to the user."""
     name = of = ""
     if cache is not None:

@@ -27,7 +27,7 @@ def is_known(kind: Any) -> bool:
     return isinstance(kind, str) and kind.partition("/")[0] in KINDS
 
 
-def class_of(kind: str) -> Any:
+def probe_class(kind: str) -> Any:
     """The class of a known kind of probe."""
     module, name = ("..controls.control_probe", "ControlProbe") if "/" in kind else KINDS[kind]
     return getattr(import_module(module, __package__), name)

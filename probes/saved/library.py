@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...cache.errors import MismatchError, NotFoundError, UsageError
 from ...cache.files.disk_errors import check_target
-from ...cache.files.json_files import digest
+from ...cache.files.json_files import json_digest
 from ...cache.files.paths import as_path
-from .save import check_for, load_probe, plain
+from .save import check_belongs, load_probe, plain_params
 
 if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
@@ -21,7 +21,7 @@ def probe_path(root: Path, probe: Any, cache_id: str | None = None) -> Path:
 
     A probe that is not fitted yet has no cache of its own: name its `cache_id`.
     """
-    parameters = digest(plain(probe.get_params()))[:8]
+    parameters = json_digest(plain_params(probe.get_params()))[:8]
     # A control is no answer to who asks for the probe by the beginning of its name.
     kind = "-".join(reversed(probe.kind.split("/")))
     return root / FOLDER / f"{kind}-{(cache_id or probe.cache_id_)[:12]}-{parameters}"
@@ -61,11 +61,11 @@ def find_probe(name: str, root: Path) -> Path:
     return found[0]
 
 
-def load_for(cache: "ActivationCache", path: Path, force: bool = False) -> Any:
+def load_probe_for(cache: "ActivationCache", path: Path, force: bool = False) -> Any:
     """The probe at `path`, checked against the geometry of `cache` unless `force`."""
     probe = load_probe(path)
     try:
-        check_for(probe, cache, force)
+        check_belongs(probe, cache, force)
     except MismatchError as error:
         raise MismatchError(f"{path}: {error}") from None
     # Tells probes of one kind apart in a report.

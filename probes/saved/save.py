@@ -11,9 +11,9 @@ import numpy as np
 from ... import __version__
 from ...cache.errors import CorruptError, MismatchError, UsageError
 from ...cache.files.json_files import make_folder, read_json, write_atomically, write_json
-from ...cache.files.json_files import plain as plain_json
+from ...cache.files.json_files import plain_value as plain_json
 from ...cache.files.paths import as_path
-from .kinds import KINDS, class_of, is_known
+from .kinds import KINDS, is_known, probe_class
 
 if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
@@ -23,7 +23,7 @@ FILES = ("config.json", "probe.safetensors")
 """What a saved probe consists of."""
 
 
-class Saved(Protocol):
+class SavedProbe(Protocol):
     """What a probe offers to be kept on disk; `restore(params, config, tensors)` reads it back."""
 
     @property
@@ -40,8 +40,8 @@ class Saved(Protocol):
         ...
 
 
-def save_probe(probe: Saved, folder: str | Path) -> Path:
-    """Write a fitted `probe` (see `Saved`) to `folder`; tensors first, then `config.json`.
+def save_probe(probe: SavedProbe, folder: str | Path) -> Path:
+    """Write a fitted `probe` (see `SavedProbe`) to `folder`; tensors first, then `config.json`.
 
     Raises `UsageError` for a probe that holds NaN or an infinity.
     """
@@ -57,12 +57,12 @@ def save_probe(probe: Saved, folder: str | Path) -> Path:
     write_atomically(path / "probe.safetensors", data)
     about = {
         "kind": probe.kind,
-        "params": plain(probe.get_params()),
+        "params": plain_params(probe.get_params()),
         "param_types": types_of(probe.get_params()),
         "residua": __version__,
         "tensors": hashlib.sha256(data).hexdigest(),
     }
-    write_json(path / "config.json", {**plain(config), **about})
+    write_json(path / "config.json", {**plain_params(config), **about})
     return path
 
 
@@ -82,7 +82,7 @@ def load_probe(folder: str | Path) -> Any:
             f"{folder} holds a probe of kind {config.get('kind')!r}, written by residua "
             f"{config.get('residua')}; this version knows {', '.join(KINDS)}"
         )
-    kind = class_of(config["kind"])
+    kind = probe_class(config["kind"])
     params = typed(config["params"], config.get("param_types", {}))
     # Copies: arrays of their own, aligned as numpy and torch align those of a fit.
     tensors = {name: value.copy() for name, value in load(data).items()}
@@ -93,7 +93,7 @@ def load_probe(folder: str | Path) -> Any:
 def _known_scope(kind: Any, params: dict[str, Any]) -> dict[str, Any]:
     """`params` with `across_documents`: probes that do not say were fitted to all pairs."""
     if isinstance(inner := params.get("probe"), dict):
-        known = _known_scope(class_of(inner["kind"]), inner["params"])
+        known = _known_scope(probe_class(inner["kind"]), inner["params"])
         return {**params, "probe": {**inner, "params": known}}
     if "across_documents" in signature(kind).parameters:
         return {"across_documents": True, **params}
@@ -116,7 +116,7 @@ def check_geometry(probe: Any, cache: "ActivationCache") -> None:
         )
 
 
-def check_for(probe: Any, cache: "ActivationCache", force: bool = False) -> None:
+def check_belongs(probe: Any, cache: "ActivationCache", force: bool = False) -> None:
     """Raise unless `probe` can be read on `cache`: of the same model, and with finite tensors.
 
     `force` leaves out the head's digest, not the width. Readouts that know of no cache (a logit
@@ -209,10 +209,10 @@ def typed(params: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def plain(value: Any) -> Any:
+def plain_params(value: Any) -> Any:
     """`value` as JSON has it, and a probe as its kind and parameters."""
     if hasattr(value, "get_params"):
-        return {"kind": value.kind, "params": plain(value.get_params())}
+        return {"kind": value.kind, "params": plain_params(value.get_params())}
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: plain_params(item) for key, item in value.items()}
     return plain_json(value)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from ...cache.errors import UsageError
-from ...cache.format.dtypes import decode_into
+from ...cache.format.dtypes import decode_rows_into
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import PairScope, dropped_rows, is_sparse, sequence_of
-from .shuffled_order import BUFFER_ROWS, SLAB_ROWS, Order, Slabs, draw_sequences
+from .shuffled_order import BUFFER_ROWS, SLAB_ROWS, ShuffledBatches, Slabs, draw_sequences
 
 BUFFER_BYTES = 256 << 20
 """Most memory of the buffer; the rows of fewer positions are shuffled where they are wider."""
@@ -22,7 +22,7 @@ GATHER_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Ahead:
+class OffsetTargets:
     """What lies N positions after each row of a draw; rows without it are not `valid`."""
 
     valid: torch.Tensor
@@ -38,7 +38,7 @@ class Ahead:
 
 
 @dataclass(frozen=True)
-class Draw:
+class Minibatch:
     """One batch of positions t, the same for every layer and offset."""
 
     epoch: int
@@ -47,14 +47,14 @@ class Draw:
     """Positions in the cache, `(n,)` int64."""
     hidden: dict[int, torch.Tensor]
     """Layer -> residual_l[t], `(n, d_model)` float32."""
-    ahead: dict[int, Ahead]
+    ahead: dict[int, OffsetTargets]
     """Offset N -> what lies there."""
 
     def __len__(self) -> int:
         return len(self.positions)
 
 
-class Feed:
+class MinibatchStream:
     """Batches of `batch` positions of a split, out of core, in an order that `seed` decides.
 
     Every position t of the chosen sequences, but the `drop_first` first ones of each, comes once
@@ -93,7 +93,7 @@ class Feed:
         _check(self.layers, self.offsets, batch, seed, buffer_rows, slab_rows)
         self.cache, self.residual, self.prefetch = cache, residual, prefetch
         self.scope = PairScope(across_documents, drop_first).check()
-        chosen = cache.split(split) if sequences is None else np.sort(sequences)
+        chosen = cache.sequences(split) if sequences is None else np.sort(sequences)
         if max_positions is not None:
             chosen = draw_sequences(cache, chosen, max_positions, seed)
         self.sequences = chosen
@@ -110,15 +110,15 @@ class Feed:
                 "take another split"
             )
         ends = starts + lengths
-        self._sources = {layer: cache.layer(layer) for layer in self.layers}
-        self._last = cache.layer(cache.depth) if residual else None
+        self._sources = {layer: cache.residual_array(layer) for layer in self.layers}
+        self._last = cache.residual_array(cache.n_blocks) if residual else None
         first = np.ones(len(starts), bool)
         first[1:] = starts[1:] != ends[:-1]
         run = np.cumsum(first) - 1
         rows = min(buffer_rows, max(batch, buffer_bytes // self._row_bytes(slab_rows)))
         runs = np.bincount(run, lengths).astype(np.int64)
         slabs = Slabs.cut(starts[first], runs, min(slab_rows, rows))
-        self.order = Order(slabs, batch, seed, shuffle, rows, drop_last)
+        self.order = ShuffledBatches(slabs, batch, seed, shuffle, rows, drop_last)
 
     @property
     def positions(self) -> int:
@@ -130,12 +130,12 @@ class Feed:
         """Batches of an epoch."""
         return self.order.steps
 
-    def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[Draw]:
+    def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[Minibatch]:
         """The batches of `epoch` from number `step` on."""
         draws = self._draws(epoch, step)
         return in_background(draws, self.prefetch) if self.prefetch else draws
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[Minibatch]:
         return self.epoch()
 
     def _row_bytes(self, slab_rows: int) -> int:
@@ -144,7 +144,7 @@ class Feed:
         ahead = self._last.layout.row_bytes if self._last is not None else 0
         return stored + ahead * (slab_rows + max(self.offsets) + 1) // slab_rows
 
-    def _draws(self, epoch: int, step: int) -> Iterator[Draw]:
+    def _draws(self, epoch: int, step: int) -> Iterator[Minibatch]:
         buffer, parts = _Buffer(self), []
         for group in self.order.groups(epoch, step):
             buffer.fill(group.slabs)
@@ -154,7 +154,7 @@ class Feed:
                     yield self._draw(epoch, step, parts)
                     step, parts = step + 1, []
 
-    def _draw(self, epoch: int, step: int, parts: "list[_Rows]") -> Draw:
+    def _draw(self, epoch: int, step: int, parts: "list[_Rows]") -> Minibatch:
         positions = np.concatenate([part.positions for part in parts])
         hidden = {layer: _join([p.hidden[layer] for p in parts]) for layer in self.layers}
         left = np.concatenate([part.left for part in parts])
@@ -169,8 +169,8 @@ class Feed:
             if residual is not None:
                 residual = residual.masked_fill_(~valid[:, None], 0)
             token, text = token.masked_fill(~valid, -1), text.masked_fill(~valid, -1)
-            ahead[offset] = Ahead(valid, residual, token, text)
-        return Draw(epoch, step, torch.from_numpy(positions), hidden, ahead)
+            ahead[offset] = OffsetTargets(valid, residual, token, text)
+        return Minibatch(epoch, step, torch.from_numpy(positions), hidden, ahead)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class _Rows:
 class _Buffer:
     """Slabs as they are stored; of layer L and the tokens also what follows each slab."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: MinibatchStream) -> None:
         self.feed = feed
         self.room = feed.order.room
         self.positions = np.empty(self.room, np.int64)
@@ -294,7 +294,9 @@ def _gather(stored: np.ndarray, rows: np.ndarray, logical_dtype: str) -> torch.T
     out = np.empty((len(rows), stored.shape[1]), np.float32)
     for start in range(0, len(rows), GATHER_ROWS):
         part = out[start : start + GATHER_ROWS]
-        decode_into(np.take(stored, rows[start : start + GATHER_ROWS], axis=0), logical_dtype, part)
+        decode_rows_into(
+            np.take(stored, rows[start : start + GATHER_ROWS], axis=0), logical_dtype, part
+        )
     return torch.from_numpy(out)
 
 

@@ -54,7 +54,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Order:
+class ShuffledBatches:
     """Batches of `batch` rows over all rows of `slabs`, shuffled anew in every epoch."""
 
     slabs: Slabs

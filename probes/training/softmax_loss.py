@@ -51,18 +51,18 @@ class Target:
         if self.token is not None:
             column = self.token[:, None]
             picked = logits.gather(1, column)[:, 0]
-            out = softmax_(logits) - picked
+            out = softmax_in_place(logits) - picked
             logits.scatter_add_(1, column, logits.new_full(column.shape, -1.0))
             return out
         assert self.p is not None
         assert self.negentropy is not None
         expected = expectation(self.p, logits)
-        out = softmax_(logits) - expected + self.negentropy
+        out = softmax_in_place(logits) - expected + self.negentropy
         logits.sub_(self.p)
         return out
 
 
-def softmax_(logits: Tensor) -> Tensor:
+def softmax_in_place(logits: Tensor) -> Tensor:
     """Turn `logits` into probabilities in place; the logsumexp of each row, `(n,)`."""
     most = logits.amax(1)
     torch.softmax(logits, 1, out=logits)
@@ -87,14 +87,14 @@ def fast_products() -> str:
 NATIVE = ("avx512_bf16", "amx_tile")
 
 
-def tiles(rows: int, vocab: int, tile_rows: int | None = None) -> Iterator[slice]:
+def row_tiles(rows: int, vocab: int, tile_rows: int | None = None) -> Iterator[slice]:
     """Cut `rows` rows of `vocab` logits into equal tiles of at most `tile_rows` rows."""
     number = -(-rows // (tile_rows or max(TILE_ROWS, TILE_BYTES // (4 * vocab))))
     edges = [rows * i // number for i in range(number + 1)]
     yield from (slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True))
 
 
-class Teacher:
+class ModelDistribution:
     """The model's own distribution at given positions, from its last residual stream."""
 
     def __init__(self, head: TorchHead, tile_rows: int | None = None) -> None:
@@ -106,7 +106,7 @@ class Teacher:
     def tokens(self, residual: Tensor) -> Target:
         """The model's top token for rows `(n, d_model)`, the lowest id on ties."""
         out = torch.empty(len(residual), dtype=torch.int64)
-        for tile in tiles(len(residual), self.vocab, self.tile_rows):
+        for tile in row_tiles(len(residual), self.vocab, self.tile_rows):
             logits = self.head(residual[tile])
             # numpy's argmax takes the first maximum, and a NaN for one.
             out[tile] = torch.from_numpy(logits.numpy().argmax(1))
@@ -118,7 +118,7 @@ class Teacher:
         """The model's probabilities for rows `(n, d_model)`: `(n, vocab)`, one for all layers."""
         p = residual.new_empty(len(residual), self.vocab)
         negentropy = residual.new_empty(len(residual))
-        for tile in tiles(len(residual), self.vocab, self.tile_rows):
+        for tile in row_tiles(len(residual), self.vocab, self.tile_rows):
             rows = self.head(residual[tile])
             # From the largest logit on, log p = z - log(sum exp z) needs no logarithm per token.
             most = rows.amax(1, keepdim=True)
@@ -168,7 +168,7 @@ def affine_losses(
     """Losses `(n,)` of logits = x weight^T + bias, for `x` `(n, d)` and `weight` `(vocab, d)`."""
     losses = x.new_empty(len(x))
     buffer = x.new_empty(0)
-    for tile in tiles(len(x), len(weight), tile_rows):
+    for tile in row_tiles(len(x), len(weight), tile_rows):
         rows = x[tile]
         if len(buffer) < len(rows):
             buffer = x.new_empty(len(rows) + 1, len(weight))
@@ -209,7 +209,7 @@ def head_losses(
     """
     step = _program_tile if head.head.kind == "program" else _explicit_tile
     losses = hidden.new_empty(len(hidden))
-    for tile in tiles(len(hidden), head.head.vocab, tile_rows):
+    for tile in row_tiles(len(hidden), head.head.vocab, tile_rows):
         rows = hidden[tile].detach().requires_grad_(grads.x is not None)
         losses[tile], gradient = step(rows, head, target[tile])
         if grads.x is not None and gradient is not None:
@@ -250,4 +250,4 @@ def _program_tile(rows: Tensor, head: TorchHead, target: Target) -> tuple[Tensor
     return losses, torch.autograd.grad(logits, rows, gradient)[0]
 
 
-Parameters = dict[str, Tensor]
+ParameterTensors = dict[str, Tensor]

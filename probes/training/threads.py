@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import get_num_threads, set_num_threads
 
-from .softmax_loss import Parameters
+from .softmax_loss import ParameterTensors
 
 _starting = threading.Lock()
 
@@ -43,7 +43,7 @@ def _in_a_new_thread(work: Callable[..., Any], *args: Any) -> Any:
 
 
 @dataclass
-class Crew:
+class ThreadCrew:
     """Threads that share the regressions, and room for gradients for each of them."""
 
     workers: int
@@ -52,13 +52,13 @@ class Crew:
     _local: threading.local = field(default_factory=threading.local)
 
     @classmethod
-    def of(cls, regressions: int) -> "Crew":
+    def of(cls, regressions: int) -> "ThreadCrew":
         """A thread for each regression, as far as there are cores."""
         there = torch.get_num_threads()
         workers = max(1, min(regressions, there))
         return cls(workers, max(1, there // workers))
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "ThreadCrew":
         self._pool = thread_pool(self.workers, self.threads)
         return self
 
@@ -69,7 +69,7 @@ class Crew:
         """`work` done for all items; the first error is raised."""
         return list(self._pool.map(work, items))
 
-    def room(self, like: Parameters) -> Parameters:
+    def room(self, like: ParameterTensors) -> ParameterTensors:
         """Tensors shaped as `like`, the same ones for every regression that this thread fits."""
         key = tuple((name, tuple(value.shape)) for name, value in like.items())
         kept = self._local.__dict__.setdefault("room", {})

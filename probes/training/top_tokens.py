@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from ...cache.store.activation_cache import ActivationCache
-from ...cache.store.row_runs import Runs
-from .softmax_loss import TILE_BYTES, TILE_ROWS, Teacher
+from ...cache.store.row_runs import RowRuns
+from .softmax_loss import TILE_BYTES, TILE_ROWS, ModelDistribution
 from .threads import thread_pool
 
 
-def top_tokens(
+def find_top_tokens(
     cache: ActivationCache,
     sequences: np.ndarray,
     progress: Callable[[int], None] = lambda rows: None,
@@ -25,7 +25,7 @@ def top_tokens(
     with tempfile.TemporaryFile(prefix="residua-tops-") as file:
         # A new file is sparse zeros: only what is written takes space.
         found = np.memmap(file, np.int32, "w+", shape=(cache.positions,))
-    source, teacher = cache.layer(cache.depth), Teacher(cache.head.torch())
+    source, teacher = cache.residual_array(cache.n_blocks), ModelDistribution(cache.head.torch())
     rows = max(TILE_ROWS, TILE_BYTES // (4 * cache.vocab))
 
     def work(piece: tuple[int, int]) -> int:
@@ -36,7 +36,7 @@ def top_tokens(
         return stop - start
 
     with thread_pool(torch.get_num_threads()) as pool:
-        for done in pool.map(work, Runs.of(cache, sequences).pieces(rows)):
+        for done in pool.map(work, RowRuns.of(cache, sequences).pieces(rows)):
             progress(done)
     return found
 

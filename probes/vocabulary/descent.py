@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache.files.json_files import plain
-from ..base.readout import Pair
+from ...cache.files.json_files import plain_value
+from ..base.readout import LayerOffset
 from ..training.checkpoint import Checkpoint
-from ..training.softmax_loss import Parameters, Target
-from ..training.threads import Crew
-from .examples import Examples, Step
-from .parametrizations import Axes, Form
+from ..training.softmax_loss import ParameterTensors, Target
+from ..training.threads import ThreadCrew
+from .examples import ExampleBatch, Examples
+from .parametrizations import Parametrization, PrincipalAxes
 
 EVALUATIONS = 8
 """Measurements of the held-out loss during a fit."""
@@ -50,7 +50,7 @@ CHECKPOINT_SECONDS = 60.0
 class Outcome:
     """What came of one regression."""
 
-    parameters: Parameters
+    parameters: ParameterTensors
     """The best ones, as a map of raw states."""
     last: dict[str, float | None]
     """Their line of `history`."""
@@ -61,13 +61,15 @@ class Outcome:
 class Trainer:
     """One regression with its optimiser and what was measured of it."""
 
-    def __init__(self, form: Form, axes: Axes, parameters: Parameters) -> None:
+    def __init__(
+        self, form: Parametrization, axes: PrincipalAxes, parameters: ParameterTensors
+    ) -> None:
         self.form, self.axes = form, axes
         self.parameters = {name: parameters[name].contiguous().clone() for name in form.names}
         self.optimiser = torch.optim.AdamW(
             list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, fused=True
         )
-        self.best: Parameters | None = None
+        self.best: ParameterTensors | None = None
         self.best_loss = float("inf")
         self.worse = 0
         """Measurements since the best one."""
@@ -81,7 +83,7 @@ class Trainer:
     def stopped(self) -> bool:
         return self.worse >= PATIENCE
 
-    def step(self, x: Tensor, target: Target, lr: float, grads: Parameters) -> None:
+    def step(self, x: Tensor, target: Target, lr: float, grads: ParameterTensors) -> None:
         """One step on rows `x`; `grads` is room for the gradients."""
         for name, value in self.parameters.items():
             value.grad = grads[name].zero_()
@@ -96,8 +98,8 @@ class Trainer:
         """Note the held-out loss, keep the parameters if it is the best so far."""
         training = self.loss_sum / max(1, self.loss_rows)
         self.loss_sum, self.loss_rows = 0.0, 0
-        row = {"step": step, "train": plain(training)}
-        more = {} if held_out is None else {"validation": plain(held_out)}
+        row = {"step": step, "train": plain_value(training)}
+        more = {} if held_out is None else {"validation": plain_value(held_out)}
         self.history.append({**row, **more})
         if held_out is None:
             return
@@ -119,7 +121,7 @@ class Trainer:
         """Everything that changes, as JSON and tensors."""
         numbers = {k: getattr(self, k) for k in ("worse", "history", "loss_rows")}
         # JSON has no word for a sum that is not finite.
-        numbers["loss_sum"] = plain(self.loss_sum)
+        numbers["loss_sum"] = plain_value(self.loss_sum)
         numbers["best_loss"] = None if self.best is None else self.best_loss
         tensors = {f"now.{name}": value for name, value in self.parameters.items()}
         tensors |= {f"best.{name}": value for name, value in (self.best or {}).items()}
@@ -148,7 +150,9 @@ Trainers = dict[Any, Trainer]
 """By (layer, offset), or anything that begins with these two."""
 
 
-def _turn(crew: Crew, trainers: Trainers, keys: list[Any], step: Step) -> dict[int, Tensor]:
+def _turn(
+    crew: ThreadCrew, trainers: Trainers, keys: list[Any], step: ExampleBatch
+) -> dict[int, Tensor]:
     """States of each layer in their principal axes."""
     axes = {key[0]: trainers[key].axes for key in keys}
     found = crew.each(lambda layer: axes[layer](step.hidden[layer]), axes)
@@ -156,7 +160,10 @@ def _turn(crew: Crew, trainers: Trainers, keys: list[Any], step: Step) -> dict[i
 
 
 def _each_pair(
-    crew: Crew, trainers: Trainers, step: Step, work: Callable[[Any, Tensor, Target], None]
+    crew: ThreadCrew,
+    trainers: Trainers,
+    step: ExampleBatch,
+    work: Callable[[Any, Tensor, Target], None],
 ) -> None:
     """`work(key, states, target)` for every regression that still runs and has a row.
 
@@ -177,7 +184,9 @@ def _each_pair(
         crew.each(one, [(key, rows, target) for key in active if key[1] == offset])
 
 
-def advance(crew: Crew, trainers: Trainers, step: Step, rates: Callable[[Any], float]) -> None:
+def advance(
+    crew: ThreadCrew, trainers: Trainers, step: ExampleBatch, rates: Callable[[Any], float]
+) -> None:
     """One step of every regression, at the learning rate `rates(key)`."""
 
     def fit(key: Any, x: Tensor, target: Target) -> None:
@@ -187,7 +196,7 @@ def advance(crew: Crew, trainers: Trainers, step: Step, rates: Callable[[Any], f
     _each_pair(crew, trainers, step, fit)
 
 
-def held_out_losses(crew: Crew, trainers: Trainers, validation: Examples) -> dict[Any, float]:
+def held_out_losses(crew: ThreadCrew, trainers: Trainers, validation: Examples) -> dict[Any, float]:
     """Mean loss of every regression that still runs on all of `validation`; sums in float64."""
     sums, counts = dict.fromkeys(trainers, 0.0), dict.fromkeys(trainers, 0)
 
@@ -210,9 +219,9 @@ class Descent:
     validation: Examples | None
     start: Callable[..., Trainer]
     """A new regression for a (layer, offset), the same every time."""
-    pairs: list[Pair]
+    pairs: list[LayerOffset]
     epochs: int
-    rates: dict[Pair, float] = field(default_factory=dict)
+    rates: dict[LayerOffset, float] = field(default_factory=dict)
     """Learning rate of each pair."""
     checkpoint: Checkpoint | None = None
     checkpoint_seconds: float = CHECKPOINT_SECONDS
@@ -234,7 +243,7 @@ class Descent:
         """Rows that all steps read."""
         return self.steps * self.examples.rows // self.examples.steps
 
-    def run(self) -> dict[Pair, Outcome]:
+    def run(self) -> dict[LayerOffset, Outcome]:
         """Fit all pairs; goes on from the checkpoint if there is one."""
         with self.checkpoint.held() if self.checkpoint else nullcontext():
             trainers = {pair: self.start(pair) for pair in self.pairs}
@@ -242,12 +251,12 @@ class Descent:
             done = 0 if found is None else self._restore(trainers, *found)
             if found is None:
                 self._save(trainers, 0)
-            with Crew.of(len(self.pairs)) as crew:
+            with ThreadCrew.of(len(self.pairs)) as crew:
                 self._descend(crew, trainers, done)
                 found = crew.each(Trainer.outcome, trainers.values())
         return dict(zip(trainers, found, strict=True))
 
-    def _descend(self, crew: Crew, trainers: Trainers, done: int) -> None:
+    def _descend(self, crew: ThreadCrew, trainers: Trainers, done: int) -> None:
         every, saved = max(1, self.steps // EVALUATIONS), time.monotonic()
         left = self.positions - self._report(done * self.positions // self.steps)
         for number, step in self.stream(done):
@@ -269,7 +278,7 @@ class Descent:
         self.progress(rows)
         return rows
 
-    def stream(self, done: int, steps: int | None = None) -> Iterator[tuple[int, Step]]:
+    def stream(self, done: int, steps: int | None = None) -> Iterator[tuple[int, ExampleBatch]]:
         """Numbered batches from number `done` on, epoch after epoch."""
         steps = self.steps if steps is None else steps
         while done < steps:
@@ -280,7 +289,7 @@ class Descent:
                 if done == steps:
                     return
 
-    def _measure(self, crew: Crew, trainers: Trainers, taken: int) -> None:
+    def _measure(self, crew: ThreadCrew, trainers: Trainers, taken: int) -> None:
         active = {k: t for k, t in trainers.items() if not t.stopped}
         losses = held_out_losses(crew, active, self.validation) if self.validation else {}
         for key, trainer in active.items():
@@ -306,7 +315,7 @@ class Descent:
         return state["step"]
 
 
-def representatives(pairs: list[Pair]) -> list[Pair]:
+def representatives(pairs: list[LayerOffset]) -> list[LayerOffset]:
     """First, middle and last layer at offset 0, where it is asked for, and at a later one."""
     out = []
     for group in ([p for p in pairs if p[1] == 0], [p for p in pairs if p[1] > 0]):
@@ -319,7 +328,7 @@ def representatives(pairs: list[Pair]) -> list[Pair]:
     return out
 
 
-def distance(pair: Pair, other: Pair) -> tuple[bool, int, int]:
+def distance(pair: LayerOffset, other: LayerOffset) -> tuple[bool, int, int]:
     """How far apart two pairs are: the next token is unlike those further on, then by layer."""
     return (
         (pair[1] == 0) != (other[1] == 0),

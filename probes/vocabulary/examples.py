@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...cache.errors import UsageError
 from ...cache.store.activation_cache import ActivationCache
-from ..training.minibatches import Draw, Feed
-from ..training.shuffled_order import BUFFER_ROWS, Order, Slabs
-from ..training.softmax_loss import Target, Teacher
+from ..training.minibatches import Minibatch, MinibatchStream
+from ..training.shuffled_order import BUFFER_ROWS, ShuffledBatches, Slabs
+from ..training.softmax_loss import ModelDistribution, Target
 from ..training.top_tokens import tokens_at
 
 Tops = Callable[[], np.ndarray]
@@ -22,7 +22,7 @@ LOSSES = ("model", "text", "kl")
 
 
 @dataclass(frozen=True)
-class Step:
+class ExampleBatch:
     """One batch for all layers and offsets."""
 
     hidden: dict[int, Tensor]
@@ -34,7 +34,9 @@ class Step:
 class CacheExamples:
     """States of a cache at t, targets at t+N, which all layers share."""
 
-    def __init__(self, feed: Feed, loss: str, teacher: Teacher | None, tops: Tops | None) -> None:
+    def __init__(
+        self, feed: MinibatchStream, loss: str, teacher: ModelDistribution | None, tops: Tops | None
+    ) -> None:
         self.feed, self.loss, self.teacher = feed, loss, teacher
         self.tops = tops
         """Gives the array of `top_tokens`, for the loss `model`."""
@@ -47,12 +49,12 @@ class CacheExamples:
     def steps(self) -> int:
         return self.feed.steps
 
-    def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[Step]:
+    def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[ExampleBatch]:
         """The batches of `epoch` from number `step` on."""
         for draw in self.feed.epoch(epoch, step):
-            yield Step(draw.hidden, lambda offset, draw=draw: self._target(draw, offset))
+            yield ExampleBatch(draw.hidden, lambda offset, draw=draw: self._target(draw, offset))
 
-    def _target(self, draw: Draw, offset: int) -> tuple[Tensor | None, Target]:
+    def _target(self, draw: Minibatch, offset: int) -> tuple[Tensor | None, Target]:
         ahead = draw.ahead[offset]
         usable = ahead.text >= 0 if self.loss == "text" else ahead.valid
         rows = None if bool(usable.all()) else usable.nonzero()[:, 0]
@@ -76,7 +78,7 @@ class ArrayExamples:
         shuffle: bool = True,
     ) -> None:  # fmt: skip
         self.X, self.y, self.classes = X, y, classes
-        self.order = Order(slabs, batch, seed, shuffle, BUFFER_ROWS)
+        self.order = ShuffledBatches(slabs, batch, seed, shuffle, BUFFER_ROWS)
 
     @property
     def rows(self) -> int:
@@ -86,7 +88,7 @@ class ArrayExamples:
     def steps(self) -> int:
         return self.order.steps
 
-    def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[Step]:
+    def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[ExampleBatch]:
         """The batches of `epoch` from number `step` on."""
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         for group in self.order.groups(epoch, step):
@@ -97,7 +99,9 @@ class ArrayExamples:
                     rows, codes = (
                         torch.from_numpy(np.concatenate(v)) for v in zip(*parts, strict=True)
                     )
-                    yield Step({0: rows}, lambda offset, codes=codes: (None, Target(token=codes)))
+                    yield ExampleBatch(
+                        {0: rows}, lambda offset, codes=codes: (None, Target(token=codes))
+                    )
                     parts = []
 
     def _read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -138,9 +142,9 @@ def cache_examples(
     tops: Tops,
     **options: Any,
 ) -> CacheExamples:
-    """Examples of a cache; `options` are those of `Feed`."""
-    feed = Feed(cache, layers, offsets, residual=loss == "kl", **options)
-    teacher = Teacher(cache.head.torch()) if loss == "kl" else None
+    """Examples of a cache; `options` are those of `MinibatchStream`."""
+    feed = MinibatchStream(cache, layers, offsets, residual=loss == "kl", **options)
+    teacher = ModelDistribution(cache.head.torch()) if loss == "kl" else None
     return CacheExamples(feed, loss, teacher, tops if loss == "model" else None)
 
 

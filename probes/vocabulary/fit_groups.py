@@ -17,12 +17,12 @@ from torch import Tensor
 from ...cache.cluster import threads_of
 from ...cache.errors import UsageError
 from ...cache.store.activation_cache import ActivationCache
-from ..base.readout import Pair
-from ..base.resources import Counter, Progress
+from ..base.readout import LayerOffset
+from ..base.resources import Progress, ProgressCounter
 from ..training.checkpoint import Checkpoint
 from ..training.threads import thread_pool
 from .descent import Outcome, representatives
-from .fit_job import CacheJob, Job
+from .fit_job import CacheVocabFit, VocabFit
 from .learning_rate_sweep import Sweep, Tried, rates_of, rows_of
 
 Known = tuple[dict[str, Any], dict[str, Tensor]]
@@ -30,18 +30,18 @@ Known = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class VocabFitPlan:
     """What is settled before the groups are fitted."""
 
-    groups: list[list[Pair]]
-    rates: dict[Pair, float]
+    groups: list[list[LayerOffset]]
+    rates: dict[LayerOffset, float]
     """Learning rate of each pair."""
     rows: list[dict[str, float | None]]
     """Layer, offset, learning rate and held-out loss of each fit of the sweep."""
     positions: int
     """Rows of an epoch."""
 
-    def calls(self, kept: "Kept | None") -> list[tuple[Any, ...]]:
+    def calls(self, kept: "CheckpointFolder | None") -> list[tuple[Any, ...]]:
         """What `fit_group` is called with, once for each group."""
         return [
             (number, pairs, {pair: self.rates[pair] for pair in pairs}, kept)
@@ -50,7 +50,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CheckpointFolder:
     """Where a fit is kept while it lasts."""
 
     folder: Path
@@ -63,17 +63,19 @@ class Kept:
         """Of the plan."""
         return Checkpoint(self.folder / "plan", self.identity, "plan.json")
 
-    def group(self, number: int, pairs: list[Pair], rates: dict[Pair, float]) -> Checkpoint:
+    def group(
+        self, number: int, pairs: list[LayerOffset], rates: dict[LayerOffset, float]
+    ) -> Checkpoint:
         """Of one group."""
         about = {"pairs": listed(pairs), "rates": [rates[pair] for pair in pairs]}
         return Checkpoint(self.folder / str(number), {**self.identity, **about})
 
-    def save(self, plan: Plan) -> None:
+    def save(self, plan: VocabFitPlan) -> None:
         """Keep what need not be found again."""
         state = {"groups": [listed(pairs) for pairs in plan.groups], "sweep": plan.rows}
         self.plan().save({"step": 0, **state, "rates": list(plan.rates.values())}, {})
 
-    def remove(self, plan: Plan) -> None:
+    def remove(self, plan: VocabFitPlan) -> None:
         """Drop all of it; the plan last, for it says which groups there are."""
         for number, pairs in enumerate(plan.groups):
             self.group(number, pairs, plan.rates).remove()
@@ -82,28 +84,28 @@ class Kept:
             self.folder.rmdir()
 
 
-def fit_groups(
-    job: Job,
+def fit_vocab_groups(
+    job: VocabFit,
     lr: float,
     sweep: bool,
     memory: int,
     client: Any = None,
-    kept: Kept | None = None,
+    kept: CheckpointFolder | None = None,
     progress: Progress | None = None,
-) -> tuple[Plan, dict[Pair, Outcome]]:
+) -> tuple[VocabFitPlan, dict[LayerOffset, Outcome]]:
     """Fit all pairs of `job` at the learning rate `lr`, or where a sweep begins with it."""
-    team = Here(job, memory) if client is None else Workers(job, memory, client)
+    team = LocalRunner(job, memory) if client is None else ClusterRunner(job, memory, client)
     with kept.plan().held() if kept else nullcontext():
         known = kept.plan().load() if kept else None
         groups = known_groups(known, team) or divide(job.pairs, team.room, team.threads)
         steps = job.descent(job.pairs).positions
-        count = Counter(job.positions + len(groups) * steps, progress)
+        count = ProgressCounter(job.positions + len(groups) * steps, progress)
         job.progress = count.add
         plan = planned(job, team, groups, lr, sweep, known)
         if kept is not None and known is None:
             kept.save(plan)
-        found: dict[int, dict[Pair, Outcome]] = {}
-        for number, outcomes in team.each(fit_group, plan.calls(kept)):
+        found: dict[int, dict[LayerOffset, Outcome]] = {}
+        for number, outcomes in team.each(fit_vocab_group, plan.calls(kept)):
             found[number] = outcomes
             if client is not None:
                 count.add(steps)
@@ -112,7 +114,7 @@ def fit_groups(
     return plan, {pair: found[n][pair] for n, pairs in enumerate(groups) for pair in pairs}
 
 
-def known_groups(known: Known | None, team: "Here") -> list[list[Pair]] | None:
+def known_groups(known: Known | None, team: "LocalRunner") -> list[list[LayerOffset]] | None:
     """The groups that a fit was cut into before it was killed, if each still fits the memory."""
     if known is None:
         return None
@@ -121,8 +123,13 @@ def known_groups(known: Known | None, team: "Here") -> list[list[Pair]] | None:
 
 
 def planned(
-    job: Job, team: "Here", groups: list[list[Pair]], lr: float, sweep: bool, known: Known | None
-) -> Plan:
+    job: VocabFit,
+    team: "LocalRunner",
+    groups: list[list[LayerOffset]],
+    lr: float,
+    sweep: bool,
+    known: Known | None,
+) -> VocabFitPlan:
     """The plan that was kept, or a new one from a sweep over all pairs."""
     whole = job.descent(job.pairs)
     rates, rows = dict.fromkeys(job.pairs, lr), []
@@ -131,10 +138,10 @@ def planned(
     elif sweep and whole.validation is not None:
         tried = try_rates(job, team, lr)
         rates, rows = rates_of(job.pairs, tried, whole, lr), rows_of(tried)
-    return Plan(groups, rates, rows, whole.examples.rows)
+    return VocabFitPlan(groups, rates, rows, whole.examples.rows)
 
 
-def try_rates(job: Job, team: "Here", lr: float) -> Tried:
+def try_rates(job: VocabFit, team: "LocalRunner", lr: float) -> Tried:
     """Held-out losses of short fits of the representatives of all pairs."""
     some = representatives(job.pairs)
     calls = [(pairs, lr, team.room) for pairs in divide(some, team.room, team.threads)]
@@ -144,7 +151,7 @@ def try_rates(job: Job, team: "Here", lr: float) -> Tried:
     return {pair: found[pair] for pair in some}
 
 
-def divide(pairs: Sequence[Pair], most: int, least: int) -> list[list[Pair]]:
+def divide(pairs: Sequence[LayerOffset], most: int, least: int) -> list[list[LayerOffset]]:
     """Groups of at most `most` pairs, `least` groups if there are so many pairs.
 
     Pairs of a layer stay neighbours.
@@ -154,19 +161,23 @@ def divide(pairs: Sequence[Pair], most: int, least: int) -> list[list[Pair]]:
     return [list(pairs[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
-def listed(pairs: list[Pair]) -> list[list[int]]:
+def listed(pairs: list[LayerOffset]) -> list[list[int]]:
     """Pairs as JSON has them."""
     return [list(pair) for pair in pairs]
 
 
-def sweep_group(job: Job, pairs: list[Pair], lr: float, room: int) -> Tried:
+def sweep_group(job: VocabFit, pairs: list[LayerOffset], lr: float, room: int) -> Tried:
     """The sweep of a few pairs."""
     return Sweep(job.descent(pairs), lr, room).run()
 
 
-def fit_group(
-    job: Job, number: int, pairs: list[Pair], rates: dict[Pair, float], kept: Kept | None
-) -> dict[Pair, Outcome]:
+def fit_vocab_group(
+    job: VocabFit,
+    number: int,
+    pairs: list[LayerOffset],
+    rates: dict[LayerOffset, float],
+    kept: CheckpointFolder | None,
+) -> dict[LayerOffset, Outcome]:
     """The fit of one group."""
     descent = job.descent(pairs, rates)
     descent.progress = job.progress
@@ -176,12 +187,12 @@ def fit_group(
     return descent.run()
 
 
-class Here:
+class LocalRunner:
     """This process, which does one thing after the other with all its threads."""
 
     threads = 1
 
-    def __init__(self, job: Job, memory: int) -> None:
+    def __init__(self, job: VocabFit, memory: int) -> None:
         self.job, self.room = job, job.room(memory)
 
     def each(
@@ -192,11 +203,11 @@ class Here:
             yield number, work(self.job, *call)
 
 
-class Workers(Here):
+class ClusterRunner(LocalRunner):
     """The threads of a cluster; each takes one group, with one thread of torch's."""
 
-    def __init__(self, job: Job, memory: int, client: Any) -> None:
-        if not isinstance(job, CacheJob):
+    def __init__(self, job: VocabFit, memory: int, client: Any) -> None:
+        if not isinstance(job, CacheVocabFit):
             raise UsageError(
                 "client= is for a fit from a cache, which workers open on their own; rows are "
                 "fitted in this process: leave client= out"
@@ -237,7 +248,7 @@ class Workers(Here):
 def on_worker(
     work: Callable[..., Any],
     cache: ActivationCache,
-    pairs: list[Pair],
+    pairs: list[LayerOffset],
     options: dict[str, Any],
     tops: np.ndarray | None,
     *call: Any,
@@ -245,7 +256,7 @@ def on_worker(
     """`work` on `cache`, in a thread of its own with one thread of torch's."""
 
     def fit() -> Any:
-        job = CacheJob.of(cache, pairs, options)
+        job = CacheVocabFit.of(cache, pairs, options)
         job.given = tops
         return work(job, *call)
 

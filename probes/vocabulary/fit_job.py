@@ -11,15 +11,15 @@ from ...cache.errors import UsageError
 from ...cache.head.head import TorchHead
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import PairScope
-from ..base.readout import Pair
-from ..training.minibatches import Feed
+from ..base.readout import LayerOffset
+from ..training.minibatches import MinibatchStream
 from ..training.shuffled_order import draw_sequences
 from ..training.softmax_loss import fast_products
-from ..training.top_tokens import top_tokens
+from ..training.top_tokens import find_top_tokens
 from .descent import Descent, Trainer
 from .examples import Examples, array_examples, cache_examples
-from .initial_statistics import survey
-from .parametrizations import Form, Full, LowRank, ThroughHead
+from .initial_statistics import initial_statistics
+from .parametrizations import FullMatrix, LowRank, Parametrization, ThroughHead
 
 VALIDATION_POSITIONS = 8192
 """Most positions of the validation split on which a fit is measured."""
@@ -30,10 +30,10 @@ COPIES = 5
 
 
 @dataclass
-class Job:
+class VocabFit:
     """A fit of several (layer, offset) pairs with the parameters of one probe."""
 
-    pairs: list[Pair]
+    pairs: list[LayerOffset]
     classes: np.ndarray
     d_in: int
     options: dict[str, Any]
@@ -59,7 +59,7 @@ class Job:
         return 1.0
 
     @cached_property
-    def form(self) -> Form:
+    def form(self) -> Parametrization:
         """The form of every regression."""
         vocab, rank, products = len(self.classes), self.options["rank"], self.products
         if self.options["form"] == "head":
@@ -67,7 +67,7 @@ class Job:
                 raise UsageError("form='head' needs a cache: labelled rows have no head")
             return ThroughHead(self.head, self.d_in, self.size())
         if rank is None:
-            return Full(vocab, self.d_in, products)
+            return FullMatrix(vocab, self.d_in, products)
         return LowRank(vocab, self.d_in, min(rank, self.d_in), products)
 
     @property
@@ -80,33 +80,35 @@ class Job:
         """Pairs whose weights fit `memory` bytes together, one at least."""
         return max(1, memory // (4 * COPIES * self.form.weights))
 
-    def descent(self, pairs: list[Pair], rates: dict[Pair, float] | None = None) -> Descent:
+    def descent(
+        self, pairs: list[LayerOffset], rates: dict[LayerOffset, float] | None = None
+    ) -> Descent:
         """The fit of some of the pairs, at the learning rates `rates`."""
         layers, offsets = parts_of(pairs)
         examples, validation = self.examples(layers, offsets)
-        start = Starter(self, examples, layers, offsets)
+        start = DescentStarter(self, examples, layers, offsets)
         return Descent(examples, validation, start, pairs, self.options["epochs"], rates or {})
 
 
-def parts_of(pairs: list[Pair]) -> tuple[list[int], list[int]]:
+def parts_of(pairs: list[LayerOffset]) -> tuple[list[int], list[int]]:
     """Layers and offsets of `pairs`, each once."""
     return list(dict.fromkeys(la for la, _ in pairs)), list(dict.fromkeys(n for _, n in pairs))
 
 
 @dataclass
-class Starter:
+class DescentStarter:
     """Makes new regressions; looks at the examples once, when the first is wanted."""
 
-    job: Job
+    job: VocabFit
     examples: Examples
     layers: list[int]
     offsets: list[int]
 
     @cached_property
     def _seen(self) -> Any:
-        return survey(self.examples, self.layers, self.offsets, len(self.job.classes))
+        return initial_statistics(self.examples, self.layers, self.offsets, len(self.job.classes))
 
-    def __call__(self, pair: Pair, fitted: Any = None) -> Trainer:
+    def __call__(self, pair: LayerOffset, fitted: Any = None) -> Trainer:
         """The regression of `pair`, from nothing or from `fitted` parameters."""
         axes, priors = self._seen
         form, mine = self.job.form, axes[pair[0]]
@@ -116,7 +118,7 @@ class Starter:
 
 
 @dataclass
-class CacheJob(Job):
+class CacheVocabFit(VocabFit):
     """The train split of a cache."""
 
     cache: ActivationCache | None = None
@@ -124,7 +126,9 @@ class CacheJob(Job):
     """What `tops` gives, where that is known already."""
 
     @classmethod
-    def of(cls, cache: ActivationCache, pairs: list[Pair], options: dict[str, Any]) -> "CacheJob":
+    def of(
+        cls, cache: ActivationCache, pairs: list[LayerOffset], options: dict[str, Any]
+    ) -> "CacheVocabFit":
         scope = scope_of(options)
         check_pairs(cache, [offset for _, offset in pairs], scope, options["loss"] == "text")
         head = cache.head.torch() if options["form"] == "head" else None
@@ -149,7 +153,7 @@ class CacheJob(Job):
         """Rows of the buffer if all pairs are fitted together; any few draw the same batches so."""
         assert self.cache is not None
         residual = self.options["loss"] == "kl"
-        feed = Feed(
+        feed = MinibatchStream(
             self.cache, *parts_of(self.pairs), batch=self.options["batch"], residual=residual,
             **vars(scope_of(self.options)),
         )  # fmt: skip
@@ -159,7 +163,7 @@ class CacheJob(Job):
     def held_out(self) -> np.ndarray:
         """Sequences of the validation split on which fits are measured."""
         assert self.cache is not None
-        found = self.cache.split("validation")
+        found = self.cache.sequences("validation")
         if not len(found):
             return found
         return draw_sequences(self.cache, found, VALIDATION_POSITIONS, self.options["seed"])
@@ -170,7 +174,7 @@ class CacheJob(Job):
         assert self.cache is not None
         if self.options["loss"] != "model":
             return self.held_out[:0]
-        return np.sort(np.concatenate([self.cache.split("train"), self.held_out]))
+        return np.sort(np.concatenate([self.cache.sequences("train"), self.held_out]))
 
     @property
     def positions(self) -> int:
@@ -184,14 +188,16 @@ class CacheJob(Job):
     @cached_property
     def _tops(self) -> np.ndarray:
         assert self.cache is not None
-        return top_tokens(self.cache, self.labelled, self.progress)
+        return find_top_tokens(self.cache, self.labelled, self.progress)
 
     def size(self) -> float:
         assert self.cache is not None
-        sequences = self.cache.split("train")[:64]
-        rows = self.cache.rows(sequences)
+        sequences = self.cache.sequences("train")[:64]
+        rows = self.cache.positions_of(sequences)
         rows = rows[scope_of(self.options).lefts(self.cache, sequences) >= 0][:4096]
-        return float(np.sqrt(np.square(self.cache.layer(self.cache.depth)[rows]).mean()))
+        return float(
+            np.sqrt(np.square(self.cache.residual_array(self.cache.n_blocks)[rows]).mean())
+        )
 
 
 def scope_of(options: dict[str, Any]) -> PairScope:
@@ -205,10 +211,10 @@ def check_pairs(cache: ActivationCache, offsets: list[int], scope: PairScope, te
     With `text`, a token of the text must follow it.
     """
     longest, wanted = -1, max(offsets, default=0)
-    for some in cache.blocks(cache.split("train")):
+    for some in cache.blocks(cache.sequences("train")):
         left = scope.lefts(cache, some)
         if text:
-            rows = cache.rows(some)
+            rows = cache.positions_of(some)
             for offset in sorted({offset for offset in offsets if offset > longest}):
                 here = rows[left >= offset] + offset
                 if len(here) and (cache.following_tokens(here, scope.across_documents) >= 0).any():
@@ -228,7 +234,7 @@ def check_pairs(cache: ActivationCache, offsets: list[int], scope: PairScope, te
 
 
 @dataclass
-class ArrayJob(Job):
+class ArrayVocabFit(VocabFit):
     """Rows `(n, d)` with labels `(n,)`, numpy or dask."""
 
     X: Any = None

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ..training.softmax_loss import Target
-from ..training.threads import Crew
+from ..training.threads import ThreadCrew
 from .examples import Examples
-from .parametrizations import Axes
+from .parametrizations import PrincipalAxes
 
 SAMPLE_ROWS = 16384
 """States that are looked at."""
@@ -29,15 +29,15 @@ class Covariance:
         self.total += centred.sum(0, dtype=torch.float64)
         self.products += centred.T @ centred
 
-    def axes(self) -> Axes:
+    def axes(self) -> PrincipalAxes:
         mean = self.total / self.rows
         covariance = self.products / self.rows - torch.outer(mean, mean)
-        return Axes.of(mean + self.shift, covariance)
+        return PrincipalAxes.of(mean + self.shift, covariance)
 
 
-def survey(
+def initial_statistics(
     examples: Examples, layers: list[int], offsets: list[int], vocab: int
-) -> tuple[dict[int, Axes], dict[int, Tensor]]:
+) -> tuple[dict[int, PrincipalAxes], dict[int, Tensor]]:
     """Axes by layer and logarithms of the targets' frequencies `(vocab,)` by offset.
 
     A layer is one thread's: the last bits of eigenvectors depend on how many threads look for them.
@@ -49,7 +49,7 @@ def survey(
     def add(rows: Tensor, layer: int) -> None:
         found.setdefault(layer, Covariance(rows)).add(rows)
 
-    with Crew(max(1, min(len(layers), torch.get_num_threads()))) as crew:
+    with ThreadCrew(max(1, min(len(layers), torch.get_num_threads()))) as crew:
         for step in examples.epoch():
             crew.each(lambda layer, step=step: add(step.hidden[layer], layer), layers)
             for offset in offsets:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..base.readout import Pair
-from ..training.threads import Crew
+from ..base.readout import LayerOffset
+from ..training.threads import ThreadCrew
 from .descent import Descent, advance, distance, held_out_losses, schedule
 from .examples import Examples
 
@@ -12,7 +12,7 @@ SWEEP_MORE = 3
 BAD = 1e9
 """Stands for a loss that is not finite, and loses to every other."""
 
-Tried = dict[Pair, dict[float, float]]
+Tried = dict[LayerOffset, dict[float, float]]
 """Held-out loss by learning rate, of each pair that was tried."""
 
 
@@ -50,7 +50,7 @@ class Sweep:
         """Held-out losses of short fits, all made at once, by layer, offset and learning rate."""
         descent, steps = self.descent, self.descent.sweep_steps
         trainers = {fit: descent.start(fit[:2]) for fit in fits}
-        with Crew.of(len(fits)) as crew:
+        with ThreadCrew.of(len(fits)) as crew:
             for number, step in descent.stream(0, steps):
                 share = schedule(number, steps)
                 advance(crew, trainers, step, lambda fit, share=share: share * fit[2])
@@ -69,7 +69,9 @@ def further(tried: dict[float, float]) -> list[float]:
     return [best / 3] if best == rates[0] else []
 
 
-def rates_of(pairs: list[Pair], tried: Tried, descent: Descent, lr: float) -> dict[Pair, float]:
+def rates_of(
+    pairs: list[LayerOffset], tried: Tried, descent: Descent, lr: float
+) -> dict[LayerOffset, float]:
     """The learning rate of each pair: the best of the nearest one that was tried.
 
     Pairs that could not be measured, for want of held-out rows, tell no rate.

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from ...cache.head.head import TorchHead
-from ..training.softmax_loss import Gradients, Parameters, Target, affine_losses, head_losses
+from ..training.softmax_loss import Gradients, ParameterTensors, Target, affine_losses, head_losses
 
 FLOOR = 1e-7
 """Smallest variance of an axis that is told from zero, relative to the largest."""
 POWER = 0.25
 """Of `Axes`; 0 to 0.5 are about as good, 1 is worse than no axes at all."""
-FORMS = ("full", "head")
+PARAMETRIZATIONS = ("full", "head")
 
 
 @dataclass(frozen=True)
-class Axes:
+class PrincipalAxes:
     """Principal axes of the states, each scaled by variance^(-power/2), then all to mean square 1.
 
     `power` 0 only turns the states, 1 whitens them.
@@ -35,7 +35,7 @@ class Axes:
     """`(d, d)` float32."""
 
     @classmethod
-    def of(cls, mean: Tensor, covariance: Tensor, power: float = POWER) -> "Axes":
+    def of(cls, mean: Tensor, covariance: Tensor, power: float = POWER) -> "PrincipalAxes":
         """From float64 moments of the states, `(d,)` and `(d, d)`."""
         variance, turn = torch.linalg.eigh(covariance)
         variance, turn = variance.flip(0), turn.flip(1)
@@ -51,7 +51,7 @@ class Axes:
         return torch.mm(rows - self.mean, self.axes)
 
 
-class Full:
+class FullMatrix:
     """logits = x' weight^T + bias, with `weight` `(vocab, d)`."""
 
     names = ("weight", "bias")
@@ -62,12 +62,16 @@ class Full:
         self.vocab, self.d_in, self.products = vocab, d_in, products
         self.weights = vocab * (d_in + 1)
 
-    def start(self, axes: Axes, prior: Tensor) -> Parameters:
+    def start(self, axes: PrincipalAxes, prior: Tensor) -> ParameterTensors:
         """No weight, and the logarithms `prior` `(vocab,)` of the targets' frequencies as bias."""
         return {"weight": torch.zeros(self.vocab, self.d_in), "bias": prior.clone()}
 
     def losses(
-        self, parameters: Parameters, x: Tensor, target: Target, grads: Parameters | None
+        self,
+        parameters: ParameterTensors,
+        x: Tensor,
+        target: Target,
+        grads: ParameterTensors | None,
     ) -> Tensor:
         """Losses `(n,)`; the gradients of their mean are added to `grads`."""
         wanted = Gradients()
@@ -77,12 +81,12 @@ class Full:
             )
         return affine_losses(x, parameters["weight"], parameters["bias"], target, wanted)
 
-    def folded(self, parameters: Parameters, axes: Axes) -> Parameters:
+    def folded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
         """The same map of raw states."""
         weight = parameters["weight"] @ axes.axes.T
         return {"weight": weight, "bias": parameters["bias"] - weight @ axes.mean}
 
-    def unfolded(self, parameters: Parameters, axes: Axes) -> Parameters:
+    def unfolded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
         """What `folded` turns into `parameters`."""
         bias = parameters["bias"] + parameters["weight"] @ axes.mean
         return {"weight": parameters["weight"] @ axes.inverse.T, "bias": bias}
@@ -98,13 +102,17 @@ class LowRank:
         self.vocab, self.d_in, self.rank, self.products = vocab, d_in, rank, products
         self.weights = vocab * (rank + 1) + rank * d_in
 
-    def start(self, axes: Axes, prior: Tensor) -> Parameters:
+    def start(self, axes: PrincipalAxes, prior: Tensor) -> ParameterTensors:
         """`down` takes the largest principal axes."""
         down = torch.eye(self.rank, self.d_in)
         return {"down": down, "weight": torch.zeros(self.vocab, self.rank), "bias": prior.clone()}
 
     def losses(
-        self, parameters: Parameters, x: Tensor, target: Target, grads: Parameters | None
+        self,
+        parameters: ParameterTensors,
+        x: Tensor,
+        target: Target,
+        grads: ParameterTensors | None,
     ) -> Tensor:
         inner = x @ parameters["down"].T
         wanted = Gradients()
@@ -116,12 +124,12 @@ class LowRank:
             grads["down"].addmm_(wanted.x.T, x)
         return losses
 
-    def folded(self, parameters: Parameters, axes: Axes) -> Parameters:
+    def folded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
         down = parameters["down"] @ axes.axes.T
         bias = parameters["bias"] - parameters["weight"] @ (down @ axes.mean)
         return {"down": down, "weight": parameters["weight"].clone(), "bias": bias}
 
-    def unfolded(self, parameters: Parameters, axes: Axes) -> Parameters:
+    def unfolded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
         inner = parameters["weight"] @ (parameters["down"] @ axes.mean)
         down = parameters["down"] @ axes.inverse.T
         return {**parameters, "down": down, "bias": parameters["bias"] + inner}
@@ -139,12 +147,16 @@ class ThroughHead:
         self.size = size
         """Root mean square of layer L, so that one step suits every model."""
 
-    def start(self, axes: Axes, prior: Tensor) -> Parameters:
+    def start(self, axes: PrincipalAxes, prior: Tensor) -> ParameterTensors:
         identity = {"weight": torch.eye(self.d_in), "bias": torch.zeros(self.d_in)}
         return self.unfolded(identity, axes)
 
     def losses(
-        self, parameters: Parameters, x: Tensor, target: Target, grads: Parameters | None
+        self,
+        parameters: ParameterTensors,
+        x: Tensor,
+        target: Target,
+        grads: ParameterTensors | None,
     ) -> Tensor:
         hidden = torch.addmm(parameters["bias"], x, parameters["weight"].T).mul_(self.size)
         wanted = Gradients()
@@ -156,19 +168,19 @@ class ThroughHead:
             grads["bias"].add_(wanted.x.sum(0))
         return losses
 
-    def folded(self, parameters: Parameters, axes: Axes) -> Parameters:
+    def folded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
         weight = self.size * parameters["weight"] @ axes.axes.T
         return {"weight": weight, "bias": self.size * parameters["bias"] - weight @ axes.mean}
 
-    def unfolded(self, parameters: Parameters, axes: Axes) -> Parameters:
+    def unfolded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
         bias = (parameters["bias"] + parameters["weight"] @ axes.mean) / self.size
         return {"weight": parameters["weight"] @ axes.inverse.T / self.size, "bias": bias}
 
 
-Form = Full | LowRank | ThroughHead
+Parametrization = FullMatrix | LowRank | ThroughHead
 
 
-def apply(parameters: Parameters, rows: Tensor) -> Tensor:
+def apply_parametrization(parameters: ParameterTensors, rows: Tensor) -> Tensor:
     """Folded parameters on raw states: logits, or for `ThroughHead` what the head is to read.
 
     States of any dtype are cast to that of the parameters, on the device of the states.

@@ -9,42 +9,42 @@ import numpy as np
 import torch
 
 from ...cache.errors import NotFoundError, UsageError
-from ...cache.files.json_files import plain as plain_json
-from ...cache.number_ranges import numbers
+from ...cache.files.json_files import plain_value as plain_json
+from ...cache.number_ranges import as_tuple
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import crossing_shares
 from ..base.arguments import (
     LABELS,
     as_array,
     check_dask,
+    check_distinct,
     check_labels,
-    distinct,
     is_dask,
     validated,
     warn_unvalidated,
 )
 from ..base.estimator import BaseEstimator, ClassifierMixin, check_is_fitted
-from ..base.readout import Batch, Pair
+from ..base.readout import LayerOffset, ReadoutBatch
 from ..base.resources import Progress, default_memory
-from ..saved.save import feature_names, plain, set_feature_names
-from ..training.softmax_loss import PRODUCTS, Parameters, tiles
-from ..training.threads import Crew
-from ..training.top_tokens import top_tokens
+from ..saved.save import feature_names, plain_params, set_feature_names
+from ..training.softmax_loss import PRODUCTS, ParameterTensors, row_tiles
+from ..training.threads import ThreadCrew
+from ..training.top_tokens import find_top_tokens
 from .descent import CHECKPOINT_SECONDS, Outcome, Trainer, advance
 from .examples import LOSSES, cache_examples
-from .fit_groups import Kept, fit_groups
-from .fit_job import ArrayJob, CacheJob, Job, parts_of, scope_of
-from .parametrizations import FORMS, apply
+from .fit_groups import CheckpointFolder, fit_vocab_groups
+from .fit_job import ArrayVocabFit, CacheVocabFit, VocabFit, parts_of, scope_of
+from .parametrizations import PARAMETRIZATIONS, apply_parametrization
 
 PARTIAL_STEPS = 300
 """Steps of `partial_fit` after which its learning rate is the first one over sqrt 2."""
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedVocabPair:
     """What is known of one fitted (layer, offset)."""
 
-    parameters: Parameters
+    parameters: ParameterTensors
     """A map of raw states."""
     row: dict[str, Any]
     """Its line of `metrics`."""
@@ -124,11 +124,15 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         rate = job.form.rate if self.lr is None else float(self.lr)
         kept = None
         if checkpoint is not None:
-            identity = {**job.identity, "kind": self.kind, "params": plain(self.get_params())}
-            kept = Kept(Path(checkpoint).absolute(), identity, checkpoint_seconds)
+            identity = {
+                **job.identity,
+                "kind": self.kind,
+                "params": plain_params(self.get_params()),
+            }
+            kept = CheckpointFolder(Path(checkpoint).absolute(), identity, checkpoint_seconds)
         memory = memory or default_memory()
         self._clear(job)
-        plan, found = fit_groups(job, rate, self.lr is None, memory, client, kept, progress)
+        plan, found = fit_vocab_groups(job, rate, self.lr is None, memory, client, kept, progress)
         self.sweep_ = plan.rows
         for pair, outcome in found.items():
             self._keep(pair, outcome, plan.rates[pair], plan.positions)
@@ -154,7 +158,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         if not self._trainers:
             known = {pair: fitted.parameters for pair, fitted in self.fitted_.items()}
             self._trainers = {p: descent.start(p, known.get(p)) for p in descent.pairs}
-        with Crew.of(len(self._trainers)) as crew:
+        with ThreadCrew.of(len(self._trainers)) as crew:
             for step in descent.examples.epoch(self.passes_):
                 now = rate / (1 + self.steps_ / PARTIAL_STEPS) ** 0.5
                 advance(crew, self._trainers, step, lambda key, now=now: now)
@@ -173,17 +177,19 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
             raise UsageError(f"classes were {self.classes_.tolist()}, are {found.tolist()}")
         return found
 
-    def _job(self, X: Any, y: Any, classes: np.ndarray | None = None, partial: bool = False) -> Job:
+    def _job(
+        self, X: Any, y: Any, classes: np.ndarray | None = None, partial: bool = False
+    ) -> VocabFit:
         """What is to be fitted; raises `UsageError` for parameters that cannot be right."""
         self._check()
         # Numbers of numpy as Python's: they come back in checkpoints and metrics.
         options = plain_json(self.get_params())
-        offsets = numbers(self.offset, "offset")
+        offsets = as_tuple(self.offset, "offset")
         if isinstance(X, ActivationCache):
-            layers = X.layers if self.layers is None else numbers(self.layers, "layers")
+            layers = X.layers if self.layers is None else as_tuple(self.layers, "layers")
             for layer in layers:
-                X.layer(layer)
-            return CacheJob.of(X, [(la, n) for la in layers for n in offsets], options)
+                X.residual_array(layer)
+            return CacheVocabFit.of(X, [(la, n) for la in layers for n in offsets], options)
         if self.loss == "kl":
             raise UsageError("loss='kl' needs a cache: labelled rows have no model's distribution")
         X, y = as_array(X, "X"), as_array(y, "y", kinds=LABELS)
@@ -198,13 +204,13 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
             # Labels that cannot be kept are named before scikit-learn calls them unknown.
             check_labels(np.unique(y) if y.dtype.kind != "O" else y)
             check_classification_targets(y)
-        classes = check_labels(distinct(y) if classes is None else classes)
-        pair = (numbers(self.layers)[0] if self.layers is not None else 0, offsets[0])
+        classes = check_labels(check_distinct(y) if classes is None else classes)
+        pair = (as_tuple(self.layers)[0] if self.layers is not None else 0, offsets[0])
         identity = {"rows": len(y), "classes": len(classes), "width": X.shape[1]}
-        return ArrayJob([pair], classes, X.shape[1], options, identity, X=X, y=y)
+        return ArrayVocabFit([pair], classes, X.shape[1], options, identity, X=X, y=y)
 
     def _check(self) -> None:
-        known = {"loss": LOSSES, "form": FORMS, "products": PRODUCTS}
+        known = {"loss": LOSSES, "form": PARAMETRIZATIONS, "products": PRODUCTS}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 found = getattr(self, name)
@@ -217,27 +223,27 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
                 raise UsageError(f"{name} must be more than 0 and finite, not {value}")
         if not 0 <= self.validation < 1:
             raise UsageError(f"validation must be a share from 0 to 1, not {self.validation}")
-        offsets = numbers(self.offset, "offset")
+        offsets = as_tuple(self.offset, "offset")
         if not offsets or min(offsets) < 0:
             raise UsageError(f"offsets are 0 or more, not {self.offset}")
 
-    def _clear(self, job: Job) -> None:
-        self.fitted_: dict[Pair, Fitted] = {}
+    def _clear(self, job: VocabFit) -> None:
+        self.fitted_: dict[LayerOffset, FittedVocabPair] = {}
         self.sweep_: list[dict[str, float | None]] = []
         self.classes_, self.n_features_in_ = job.classes, job.d_in
         self.head_ = job.head
-        cache = job.cache if isinstance(job, CacheJob) else None
+        cache = job.cache if isinstance(job, CacheVocabFit) else None
         self.cache_id_ = None if cache is None else cache.id
         self.geometry_ = None if cache is None else cache.head.digest
         self.split_ = None if cache is None else "train"
         self.steps_ = self.passes_ = 0
         self._crossing: dict[int, float] | None = None
         if cache is not None:
-            offsets, train = parts_of(job.pairs)[1], cache.split("train")
+            offsets, train = parts_of(job.pairs)[1], cache.sequences("train")
             self._crossing = crossing_shares(cache, train, offsets, scope_of(job.options))
         self._trainers: dict[Any, Trainer] = {}
 
-    def _keep(self, pair: Pair, outcome: Outcome, lr: float, rows: int) -> None:
+    def _keep(self, pair: LayerOffset, outcome: Outcome, lr: float, rows: int) -> None:
         last = outcome.last
         finite = all(bool(tensor.isfinite().all()) for tensor in outcome.parameters.values())
         if not finite or last.get("validation", 0.0) is None:
@@ -245,7 +251,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
                 f"layer {pair[0]}, offset {pair[1]}: the fit diverged at learning rate {lr:.3g}, "
                 "its loss is not finite; give a smaller lr"
             )
-        self.fitted_[pair] = Fitted(
+        self.fitted_[pair] = FittedVocabPair(
             outcome.parameters,
             {
                 "layer": pair[0],
@@ -275,12 +281,12 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         check_is_fitted(self, "fitted_")
         return [dict(fitted.row) for fitted in self.fitted_.values()]
 
-    def map(self, layer: int | None = None, offset: int | None = None) -> Parameters:
+    def map(self, layer: int | None = None, offset: int | None = None) -> ParameterTensors:
         """`weight`, `bias` (and `down`, `(rank, d)`) of a (layer, offset), float32 tensors."""
         pair = self._pair(layer, offset)
         return self.fitted_[pair].parameters
 
-    def _pair(self, layer: int | None, offset: int | None) -> Pair:
+    def _pair(self, layer: int | None, offset: int | None) -> LayerOffset:
         check_is_fitted(self, "fitted_")
         found = [p for p in self.fitted_ if layer in (None, p[0]) and offset in (None, p[1])]
         if len(found) == 1:
@@ -315,9 +321,9 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
 
         def block(rows: np.ndarray) -> np.ndarray:
             out = []
-            for tile in tiles(len(rows), classes):
+            for tile in row_tiles(len(rows), classes):
                 states = torch.from_numpy(np.ascontiguousarray(rows[tile], np.float32))
-                found = apply(parameters, states)
+                found = apply_parametrization(parameters, states)
                 logits = found if self.head_ is None else self.head_(found)
                 # A NaN would be taken for the largest logit.
                 if not bool(logits.amax(-1).isfinite().all()):
@@ -369,7 +375,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         if self.form == "head" and self.head_ is None:
             self.head_ = X.head.torch()
         loss = "text" if self.loss == "text" else "model"
-        found = top_tokens(X, X.split(split)) if loss == "model" else np.zeros(0, np.int32)
+        found = find_top_tokens(X, X.sequences(split)) if loss == "model" else np.zeros(0, np.int32)
         examples = cache_examples(
             X, pair[:1], pair[1:], loss, lambda: found,
             split=split, batch=self.batch, shuffle=False,
@@ -388,11 +394,11 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
             raise UsageError(f"split {split!r} has no pair at offset {pair[1]}")
         return right / total
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> torch.Tensor:
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> torch.Tensor:
         """Logits `(n, vocab)` for the token after t+N; float32."""
         if batch.hidden is None:
             raise UsageError("the vocabulary probe reads a layer; this batch has none")
-        found = apply(self.map(layer, offset), batch.hidden)
+        found = apply_parametrization(self.map(layer, offset), batch.hidden)
         return batch.head(found) if self.form == "head" else found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -425,7 +431,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         known = config["classes"]
         dtype = config.get("classes_dtype")  # the first version did not write it
         classes = np.arange(config["vocab"]) if known is None else np.array(known, dtype)
-        probe._clear(Job([], classes, config["d_model"], params))
+        probe._clear(VocabFit([], classes, config["d_model"], params))
         probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
         probe.split_, probe.sweep_ = config["split"], config["sweep"]
         probe.steps_, probe.passes_ = config.get("steps", 0), config.get("passes", 0)
@@ -441,5 +447,5 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
             rest = {key: value for key, value in row.items() if key != "history"}
             if "crossing" in row:
                 probe._crossing = {**(probe._crossing or {}), pair[1]: row["crossing"]}
-            probe.fitted_[pair] = Fitted(found, rest, row["history"])
+            probe.fitted_[pair] = FittedVocabPair(found, rest, row["history"])
         return probe

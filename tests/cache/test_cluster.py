@@ -12,7 +12,7 @@ from distributed import Client
 import residua
 from residua.cache.cluster import results
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.baselines.token_counts import baselines
+from residua.probes.baselines.token_counts import unfitted_baselines
 from residua.probes.controls.cache_views import CONTROLS
 from residua.probes.controls.control_probe import ControlProbe
 
@@ -66,7 +66,9 @@ def test_baselines(
     from residua.probes.baselines import token_counts as counts
 
     monkeypatch.setattr(counts, "threads_of", lambda client: {"": workers})
-    for alone, shared in zip(baselines(KINDS, (0, 1, 2)), baselines(KINDS, (0, 1, 2)), strict=True):
+    for alone, shared in zip(
+        unfitted_baselines(KINDS, (0, 1, 2)), unfitted_baselines(KINDS, (0, 1, 2)), strict=True
+    ):
         same(alone.fit(some), shared.fit(some, client=threads), 0)
 
 
@@ -84,7 +86,9 @@ def test_processes_find_a_cache_that_was_opened_by_a_relative_path(
         assert not near.path.is_absolute()
         shared = ControlProbe(probe, "next-token").fit(near, client=client, **options)
         same(alone, shared, 0 if kind == "vocab" else 1e-5)
-        for one, other in zip(baselines(KINDS, (1,)), baselines(KINDS, (1,)), strict=True):
+        for one, other in zip(
+            unfitted_baselines(KINDS, (1,)), unfitted_baselines(KINDS, (1,)), strict=True
+        ):
             same(one.fit(some), other.fit(near, client=client), 0)
 
 

@@ -23,12 +23,12 @@ from residua.cache.errors import (
     ResiduaWarning,
     UsageError,
 )
-from residua.cache.extraction.request import Request
-from residua.cache.number_ranges import is_several, number, numbers
+from residua.cache.extraction.request import ExtractionRequest
+from residua.cache.number_ranges import as_tuple, as_whole_number, is_several
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.row_loader import RowLoader
 from residua.cli import main
-from residua.probes.base.readout import Batch
+from residua.probes.base.readout import ReadoutBatch
 from residua.probes.lens.logit_lens import LogitLens
 from residua.probes.lens.tuned_lens import FutureLens, TunedLens
 from residua.probes.ridge.ridge_probe import RidgeProbe
@@ -138,8 +138,8 @@ def test_states_of_torch_in_other_dtypes_are_cast_to_the_parameters(cache, dtype
         residua.ControlProbe(RidgeProbe(layers=[1], alpha=1.0), "permuted").fit(cache),
     ]
     for probe in probes:
-        found = probe.logits(Batch(states, tokens, head), 1, 0)
-        want = probe.logits(Batch(exact, tokens, head), 1, 0)
+        found = probe.logits(ReadoutBatch(states, tokens, head), 1, 0)
+        want = probe.logits(ReadoutBatch(exact, tokens, head), 1, 0)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, want, rtol=0, atol=0)
     want = exact.double().numpy() @ lens.map(1).weight.astype("f8") + lens.map(1).bias
@@ -279,7 +279,7 @@ def test_labels_come_back_in_their_dtype(tmp_path, dtype):
 
 def test_whole_numbers_are_taken_as_what_they_are():
     for given in (3, np.int64(3), np.uint8(3), np.array(3), [3], np.array([3]), {3}, range(3, 4)):
-        found = numbers(given)
+        found = as_tuple(given)
         assert found == (3,)
         assert type(found[0]) is int
     assert [is_several(v) for v in (3, np.array(3), np.int8(3), [3], np.array([3]))] == [
@@ -287,9 +287,9 @@ def test_whole_numbers_are_taken_as_what_they_are():
     ]  # fmt: skip
     for given in (True, np.True_, np.array([True, False]), 1.5, np.float64(2), "3", None, [[1]]):
         with pytest.raises(InputTypeError, match="layers must be a whole number or several"):
-            numbers(given, "layers")
+            as_tuple(given, "layers")
     with pytest.raises(InputTypeError, match="seed must be one whole number"):
-        number([1], "seed")
+        as_whole_number([1], "seed")
 
 
 NUMPY: dict[str, Callable[[], Any]] = {
@@ -355,13 +355,14 @@ def test_evaluation_takes_one_of_each(cache):
 
 
 def test_extraction_and_loading_take_numbers_of_numpy(cache, tmp_path):
-    request = Request("m", "d", context=np.int64(8), layers=np.array([0, 2]), seed=np.uint8(3),
+    request = ExtractionRequest("m", "d", context=np.int64(8), layers=np.array([0, 2]),
+                                seed=np.uint8(3),
                       pack=np.False_, max_tokens=np.int32(5))  # pyright: ignore  # fmt: skip
-    plain = Request("m", "d", context=8, layers=(0, 2), seed=3, pack=False, max_tokens=5)
+    plain = ExtractionRequest("m", "d", context=8, layers=(0, 2), seed=3, pack=False, max_tokens=5)
     assert request == plain
     json.dumps(vars(request), default=None)
     with pytest.raises(InputTypeError, match="context must be a whole number"):
-        Request("m", "d", context=8.5)  # pyright: ignore[reportArgumentType]
+        ExtractionRequest("m", "d", context=8.5)  # pyright: ignore[reportArgumentType]
     loader = RowLoader(cache, np.int64(1), batch_rows=np.int64(64))  # pyright: ignore
     assert next(iter(loader)).shape == (64, WIDTH)  # pyright: ignore
     json.dumps(loader.state_dict())
@@ -402,7 +403,7 @@ def test_a_probe_of_another_width_or_vocabulary_is_refused_even_if_forced(cache)
     class Narrow(LogitLens):
         kind = "narrow"
 
-        def logits(self, batch: Batch, layer: int | None, offset: int) -> torch.Tensor:
+        def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> torch.Tensor:
             return super().logits(batch, layer, offset)[:, :-1]
 
     with pytest.raises(MismatchError, match=r"narrow gives logits of shape \(\d+, 19\)"):
@@ -441,7 +442,9 @@ def test_what_no_probe_was_fitted_for_is_named_with_what_there_is(cache):
         heatmap(cache, bigram, offset=1)
     lagged = residua.LaggedBigram(1).fit(cache)
     with pytest.raises(NotFoundError, match="no counts for offset 2; it has the offsets 1"):
-        lagged.logits(Batch(None, torch.zeros(1, dtype=torch.int64), cache.head.torch()), None, 2)
+        lagged.logits(
+            ReadoutBatch(None, torch.zeros(1, dtype=torch.int64), cache.head.torch()), None, 2
+        )
 
 
 @pytest.mark.parametrize("control", ["shuffled", "permuted", "next-token"])

@@ -171,5 +171,5 @@ def test_a_cache_eight_times_the_memory_is_evaluated(big: ActivationCache) -> No
     assert max(row["n"] for row in found) > 90_000
     for mine, theirs in zip(found, want, strict=True):
         assert mine["kl"] == pytest.approx(theirs["kl"], rel=1e-4, abs=1e-6)
-    last = [row for row in found if (row["layer"], row["offset"]) == (big.depth, 0)]
+    last = [row for row in found if (row["layer"], row["offset"]) == (big.n_blocks, 0)]
     assert last[0]["kl"] < 1e-6

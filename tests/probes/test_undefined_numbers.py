@@ -15,22 +15,28 @@ import residua
 from residua.analysis.evaluation.confidence_buckets import bucket_of
 from residua.analysis.evaluation.evaluate import evaluate
 from residua.analysis.evaluation.heatmap import UNDEFINED, heatmap
-from residua.analysis.evaluation.metrics import COLUMNS, KS, Reference, measure, rank_of
+from residua.analysis.evaluation.metrics import (
+    COLUMNS,
+    KS,
+    Reference,
+    measure_distribution,
+    rank_of,
+)
 from residua.analysis.report.html_report import write_report
 from residua.analysis.report.static_figures import confidence_figure, curves, heatmap_figure
 from residua.analysis.report.tables import headlines
 from residua.cache.errors import ResiduaWarning, UsageError
-from residua.cache.files.json_files import plain
+from residua.cache.files.json_files import plain_value
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cli import main
-from residua.probes.base.readout import Batch
+from residua.probes.base.readout import ReadoutBatch
 from residua.probes.lens.logit_lens import LogitLens
 from residua.probes.lens.tuned_lens import TunedLens
 from residua.probes.moments.moments import Moments
 from residua.probes.ridge.solver import AffineMap, fit_ridge
 from residua.probes.vocabulary.descent import Trainer
 from residua.probes.vocabulary.learning_rate_sweep import BAD, rows_of
-from residua.probes.vocabulary.parametrizations import Axes, Full
+from residua.probes.vocabulary.parametrizations import FullMatrix, PrincipalAxes
 
 from ..support.synthetic import make_cache, random_head
 
@@ -71,7 +77,7 @@ class Spoiled(LogitLens):
         super().__init__((0, 1), (0,))
         self.value, self.rows, self.tokens = value, rows, tokens
 
-    def logits(self, batch: Batch, layer: int | None, offset: int) -> torch.Tensor:
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> torch.Tensor:
         logits = super().logits(batch, layer, offset).clone()
         if layer == 1:
             logits[self.rows, self.tokens] = self.value
@@ -108,9 +114,9 @@ def test_a_position_that_is_no_distribution_has_no_measure(spoilt):
     of_text = [i for i, name in enumerate(COLUMNS) if name.endswith("_text")]
     of_text = [i for i in of_text if COLUMNS[i] != "n_text"]
     of_model = range(COLUMNS.index("kl"), COLUMNS.index("n_text"))
-    whole = measure(Reference.of(fine, text), fine)
-    probe = measure(Reference.of(fine, text), bad)
-    model = measure(Reference.of(bad, text), fine)
+    whole = measure_distribution(Reference.of(fine, text), fine)
+    probe = measure_distribution(Reference.of(fine, text), bad)
+    model = measure_distribution(Reference.of(bad, text), fine)
     for found in (probe, model):
         assert found[:, COLUMNS.index("n")].tolist() == [1, 1, 1]
         assert found[:, COLUMNS.index("n_undefined")].tolist() == [0, 1, 0]
@@ -126,7 +132,7 @@ def test_tokens_that_are_excluded_leave_finite_measures():
     model, probe = rng.normal(size=(2, 40, VOCAB)).astype(np.float32)
     model[:, ALLOWED:] = probe[:, ALLOWED:] = -np.inf
     text = rng.integers(0, ALLOWED, 40)
-    found = measure(
+    found = measure_distribution(
         Reference.of(torch.from_numpy(model), torch.from_numpy(text)), torch.from_numpy(probe)
     ).numpy()
     log_p, log_q = (log_softmax(logits[:, :ALLOWED]) for logits in (model, probe))
@@ -238,7 +244,7 @@ def test_plain_is_json_whatever_it_is_given():
     }  # fmt: skip
     found = {"a": None, 3: [1, None], "b": [[1.5, None]], "c": [True, None, "NaN"], "d": [0, 1],
              "e": "x"}  # fmt: skip
-    assert plain(value) == found
+    assert plain_value(value) == found
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -317,8 +323,8 @@ def test_penalties_without_a_finite_error_are_not_chosen(monkeypatch):
 
 
 def test_losses_that_are_not_finite_never_are_the_best_and_can_be_kept():
-    axes = Axes.of(torch.zeros(2).double(), torch.eye(2).double())
-    trainer = Trainer(Full(3, 2), axes, {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)})
+    axes = PrincipalAxes.of(torch.zeros(2).double(), torch.eye(2).double())
+    trainer = Trainer(FullMatrix(3, 2), axes, {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)})
     trainer.measured(1, 1.5)
     trainer.loss_sum, trainer.loss_rows = INF, 1
     trainer.parameters["bias"].fill_(NAN)
@@ -329,7 +335,7 @@ def test_losses_that_are_not_finite_never_are_the_best_and_can_be_kept():
     trainer.loss_sum = NAN
     numbers, tensors = trainer.state()
     numbers = json.loads(json.dumps(numbers, allow_nan=False))
-    other = Trainer(Full(3, 2), axes, {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)})
+    other = Trainer(FullMatrix(3, 2), axes, {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)})
     other.restore(numbers, tensors)
     assert (other.best_loss, other.worse, other.history) == (1.5, 1, trainer.history)
     assert np.isnan(other.loss_sum)

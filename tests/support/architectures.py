@@ -12,7 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from residua.cache.model.transformers_guard import quiet
+from residua.cache.model.transformers_guard import guard_transformers
 
 KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB = 160
@@ -170,7 +170,7 @@ def build(kind: str, seed: int = 0, noise: float = 0.1, **fields: Any) -> torch.
     """A causal model of type `kind` in eval mode, every parameter off its initial value."""
     torch.manual_seed(seed)
     config, mapping = tiny_config(kind, **fields), cast(Any, AutoModelForCausalLM._model_mapping)
-    with quiet():
+    with guard_transformers():
         try:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except AttributeError:  # the class reads the config of a part: of the decoder, of the text

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from residua.cache.checks.model_checks import Canary, examine
+from residua.cache.checks.model_checks import ModelReport, check_model
 from residua.cache.errors import ResiduaError
 from residua.cache.head.load_head import load_head
-from residua.cache.model.blocks import run
+from residua.cache.model.blocks import run_model
 from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
 from .architectures import VOCAB, build
@@ -60,12 +60,12 @@ def judge(kind: str, folder: Path, **fields: Any) -> Verdict:
         return Verdict(kind, "", "not built", _line(error))
     name = type(model).__name__
     try:
-        canary = examine(model, stream(), "float32", "auto")
+        canary = check_model(model, stream(), "float32", "auto")
     except ResiduaError as error:
         return Verdict(kind, name, "refused", _line(error))
     ids = torch.from_numpy(np.random.default_rng(11).integers(3, VOCAB - 1, (2, 29)))
     with torch.inference_mode():
-        want = run(model, ids).logits.clone()
+        want = run_model(model, ids).logits.clone()
         layers = [layer.clone() for layer in canary.stack.residuals(ids)]
         states = _states(model, ids, layers)
         padding = _padding(canary, ids, layers) if canary.pad else 0.0
@@ -81,7 +81,11 @@ def judge(kind: str, folder: Path, **fields: Any) -> Verdict:
 
 
 def _offline(
-    model: torch.nn.Module, canary: Canary, hidden: torch.Tensor, want: torch.Tensor, folder: Path
+    model: torch.nn.Module,
+    canary: ModelReport,
+    hidden: torch.Tensor,
+    want: torch.Tensor,
+    folder: Path,
 ) -> float:
     """Error of the head after the model was filled with NaN: numpy, torch, and from the disk."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +97,7 @@ def _offline(
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
     loaded = load_head(folder)
-    assert loaded.geometry == canary.head.geometry
+    assert loaded.digest == canary.head.digest
     found = (
         canary.head.logits(rows),
         loaded.logits(rows),
@@ -102,7 +106,7 @@ def _offline(
     return max(float(np.abs(one - logits).max() / np.abs(logits).max()) for one in found)
 
 
-def _padding(canary: Canary, ids: torch.Tensor, layers: list[torch.Tensor]) -> float:
+def _padding(canary: ModelReport, ids: torch.Tensor, layers: list[torch.Tensor]) -> float:
     """Change of a short row by padding; scaled so that the padding tolerance is `TOLERANCE`."""
     mask, padded = torch.ones_like(ids), ids.clone()
     mask[1, 17:], padded[1, 17:] = 0, 0

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from residua.cache.model.transformers_guard import quiet
+from residua.cache.model.transformers_guard import guard_transformers
 
 VOCAB = 300
 _LLAMA: dict[str, Any] = {
@@ -54,7 +54,7 @@ def build_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) ->
     torch.manual_seed(seed)
     marks = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": VOCAB}
     config = CONFIG_MAPPING[kind](**{**CONFIGS[kind], **marks})
-    with quiet():
+    with guard_transformers():
         model: Any = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def build_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) ->
 def save_model(folder: Path, kind: str = "gpt_neox", bos: bool = False, seed: int = 0) -> Path:
     """A model folder as transformers saves it, with a byte-level tokenizer of `VOCAB` tokens."""
     model: Any = build_model(kind, seed=seed)
-    with quiet():
+    with guard_transformers():
         model.save_pretrained(folder)
     build_tokenizer(bos).save_pretrained(folder)
     return folder

@@ -12,7 +12,7 @@ from residua.cache.head.head import Head
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.create_cache import create_cache
 from residua.cache.store.part_writer import PartWriter
-from residua.cache.tokens.token_stream import Runs, from_sequences
+from residua.cache.tokens.token_stream import KeptRuns, from_sequences
 
 
 def random_head(d_model: int, vocab: int, seed: int = 0) -> Head:
@@ -39,7 +39,7 @@ def make_cache(
     chunk_rows: int = 64,
     seed: int = 0,
     documents: np.ndarray | None = None,
-    runs: Runs | None = None,
+    runs: KeptRuns | None = None,
 ) -> ActivationCache:
     """A complete cache of `layers`, each `(sum(lengths), d_model)`, with random token ids.
 

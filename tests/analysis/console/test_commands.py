@@ -9,8 +9,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from residua.analysis.console.options import Numbers
-from residua.cache.extraction.request import Request
+from residua.analysis.console.options import NumberRanges
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cli import main
 
@@ -55,7 +55,7 @@ def test_every_command_has_root_json_an_example_and_help_for_every_option() -> N
 def test_options_of_extract_are_the_fields_of_its_request() -> None:
     names = {p.name for p in dict(commands())["extract"].params} - {"as_json", "dry_run"}
     names -= {"scheduler"}  # who does the work, not what is asked for
-    assert names == {field.name for field in dataclasses.fields(Request)}
+    assert names == {field.name for field in dataclasses.fields(ExtractionRequest)}
 
 
 def test_the_whole_flow_as_json(model_folder: Path, texts_file: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_help_and_version_do_not_mind_json() -> None:
 
 
 def test_numbers_are_read_as_ranges_and_lists() -> None:
-    assert Numbers().convert("0-3", None, None) == (0, 1, 2, 3)
-    assert Numbers().convert("5,0,2-3", None, None) == (0, 2, 3, 5)
+    assert NumberRanges().convert("0-3", None, None) == (0, 1, 2, 3)
+    assert NumberRanges().convert("5,0,2-3", None, None) == (0, 2, 3, 5)
     with pytest.raises(click.BadParameter):
-        Numbers().convert("3-1", None, None)
+        NumberRanges().convert("3-1", None, None)

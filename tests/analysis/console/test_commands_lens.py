@@ -38,20 +38,20 @@ def test_other_offsets_make_a_future_lens_that_goes_on_where_it_was_stopped(
                "3", "--offsets", "0-1", "--steps", "30", "--batch", "128", "--lr", "0.1",
                "--out", tmp_path / "lens"]  # fmt: skip
     whole = run(*command)["metrics"]
-    judge = lensfit.Course._judge
+    judge = lensfit.LensFitRun._judge
 
-    def stop(course: lensfit.Course) -> None:
+    def stop(course: lensfit.LensFitRun) -> None:
         if course.step == 30:
             raise KeyboardInterrupt
         judge(course)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lensfit.Course, "_judge", stop)
+        patch.setattr(lensfit.LensFitRun, "_judge", stop)
         run(*command, code=130)
     kept = tiny_cache.path.parent / "checkpoints"
     assert len(list(kept.rglob("fit.json"))) == 1
     begun: list[int] = []
-    monkeypatch.setattr(lensfit.Course, "sweep", lambda course: begun.append(1))
+    monkeypatch.setattr(lensfit.LensFitRun, "sweep", lambda course: begun.append(1))
     assert run(*command)["metrics"] == whole
     assert not begun
     assert not list(kept.iterdir())

@@ -12,11 +12,16 @@ from residua.analysis.evaluation.confidence_buckets import (
     BUCKETS,
     EDGES,
     BucketRow,
-    Tally,
+    BucketTally,
     bucket_of,
 )
 from residua.analysis.evaluation.evaluate import evaluate
-from residua.analysis.evaluation.metrics import COLUMNS, Reference, measure, resampling
+from residua.analysis.evaluation.metrics import (
+    COLUMNS,
+    Reference,
+    measure_distribution,
+    resampling_counts,
+)
 from residua.analysis.evaluation.result import Evaluation
 from residua.analysis.evaluation.windows import choose_sequences
 from residua.cache.errors import UsageError
@@ -57,13 +62,13 @@ def plain(
 
     Of the logit lens, or of the bigram without a layer; one pair at a time, in memory.
     """
-    log_p = log_softmax(cache.head.logits(cache.layer(cache.depth)[:]))
+    log_p = log_softmax(cache.head.logits(cache.residual_array(cache.n_blocks)[:]))
     if layer is None:
         log_q = np.array(Bigram().fit(cache).log_probabilities(np.arange(VOCAB)), float)
     else:
-        log_q = log_softmax(cache.head.logits(cache.layer(layer)[:]))
+        log_q = log_softmax(cache.head.logits(cache.residual_array(layer)[:]))
     ids, found, names = cache.tokens[:], [], [*MEANS, "slot", "confidence"]
-    for slot, number in enumerate(cache.split("train")):
+    for slot, number in enumerate(cache.sequences("train")):
         start, length = int(cache.sequence_start[number]), int(cache.sequence_length[number])
         for s in range(start + offset, start + length):
             if not where[s]:
@@ -111,7 +116,7 @@ def test_streamed_buckets_equal_the_whole_in_float64(cache, mask, rows, masked):
 
 
 def check_buckets(cache, rows: list[BucketRow], slots, confidence, table) -> None:
-    weights = resampling(len(cache.split("train")), 0)
+    weights = resampling_counts(len(cache.split("train")), 0)
     ends = [(row.confidence_from, row.confidence_to) for row in rows]
     counts = [((confidence >= low) & (confidence < high)).sum() for low, high in BUCKETS]
     assert ends == [bucket for bucket, count in zip(BUCKETS, counts, strict=True) if count]
@@ -163,7 +168,7 @@ def test_a_bucket_holds_its_lower_end_and_the_last_one_both():
 
 
 def test_cells_take_no_more_room_than_positions():
-    tally = Tally([("logit", 0, 0)], units=5, positions=5)
+    tally = BucketTally([("logit", 0, 0)], units=5, positions=5)
     assert tally.sums["logit", 0, 0].sums.shape == (5, len(COLUMNS))
     slots, confidence = np.array([4, 2, 0, 1, 3]), np.array([0.1, 0.95, 0.4, 0.1, 0.7])
     assert sorted(tally.cells(slots, confidence)) == list(range(5))
@@ -228,7 +233,9 @@ def test_measures_do_not_depend_on_the_tiles(cache, monkeypatch, tile):
 
 def reverse(model: list[float], probe: list[float]) -> float:
     reference = Reference.of(torch.tensor([model]), torch.tensor([0]))
-    return float(measure(reference, torch.tensor([probe]))[0, COLUMNS.index("kl_reverse")])
+    return float(
+        measure_distribution(reference, torch.tensor([probe]))[0, COLUMNS.index("kl_reverse")]
+    )
 
 
 def test_reverse_kl_where_probabilities_are_zero():

@@ -7,14 +7,14 @@ import pytest
 
 from residua.analysis.evaluation.evaluate import evaluate
 from residua.analysis.evaluation.heatmap import UNDEFINED, TokenNames, heatmap, visible
-from residua.analysis.evaluation.metrics import KS, Row
+from residua.analysis.evaluation.metrics import KS, EvaluationRow
 from residua.analysis.evaluation.result import Evaluation
-from residua.analysis.evaluation.windows import choose_sequences, windows
+from residua.analysis.evaluation.windows import choose_sequences, evaluation_windows
 from residua.analysis.report.tables import offset_tables
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.splits import SPLITS
-from residua.probes.base.readout import Batch
+from residua.probes.base.readout import ReadoutBatch
 from residua.probes.baselines.ngrams import Bigram
 
 from ...support.synthetic import make_cache, random_head
@@ -45,7 +45,7 @@ class Echo:
     def pairs(self) -> list[tuple[int | None, int]]:
         return [(1, 0), (1, 2)]
 
-    def logits(self, batch: Batch, layer: int | None, offset: int):
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int):
         assert batch.hidden is not None
         assert len(batch.hidden) == len(batch.last_token)
         self.seen.append((len(batch.hidden), layer or 0, offset))
@@ -59,11 +59,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def whole(cache: ActivationCache, split: str, layer: int | None, offset: int) -> dict[str, float]:
     """The measures of the logit lens (bigram without a layer), in memory, one pair at a time."""
-    model = cache.head.logits(cache.layer(cache.depth)[:])
-    probe = None if layer is None else cache.head.logits(cache.layer(layer)[:])
+    model = cache.head.logits(cache.residual_array(cache.n_blocks)[:])
+    probe = None if layer is None else cache.head.logits(cache.residual_array(layer)[:])
     pairs = Bigram().fit(cache).log_probabilities(np.arange(cache.vocab))
     found: dict[str, list[float]] = {}
-    for number in cache.split(split):
+    for number in cache.sequences(split):
         start, length = int(cache.sequence_start[number]), int(cache.sequence_length[number])
         ids = cache.tokens[start : start + length]
         for t in range(length - offset):
@@ -92,7 +92,7 @@ def one_pair(model: np.ndarray, probe: np.ndarray, text: int | None) -> dict[str
     return out
 
 
-def row_of(evaluation: Evaluation, probe: str, layer: int | None, offset: int) -> Row:
+def row_of(evaluation: Evaluation, probe: str, layer: int | None, offset: int) -> EvaluationRow:
     return next(row for row in evaluation.select(probe, offset) if row.layer == layer)
 
 
@@ -144,7 +144,7 @@ def test_a_window_reads_no_more_rows_than_its_limit_wherever_targets_lie(tiny_ca
     where, offsets = np.zeros(tiny_cache.positions, bool), (0, 1, 3)
     where[::11] = True
     sequences, targets = tiny_cache.split("train"), 0
-    for window in windows(tiny_cache, sequences, offsets, 12, where):
+    for window in evaluation_windows(tiny_cache, sequences, offsets, 12, where):
         assert len(window.positions) <= 12
         targets += len(window.place)
     assert targets == where[tiny_cache.rows(sequences)].sum() > 12
@@ -156,7 +156,7 @@ def test_no_pair_crosses_a_sequence(tiny_cache):
     which = tiny_cache.array("tokens/sequence")[:]
     for offset in (0, 1, 3):
         pairs = []
-        for window in windows(tiny_cache, sequences, (offset,), 7):
+        for window in evaluation_windows(tiny_cache, sequences, (offset,), 7):
             targets = window.targets(offset)
             sources, places = window.sources(targets, offset), window.place[targets]
             pairs += zip(window.positions[sources], window.positions[places], strict=True)
@@ -215,7 +215,7 @@ def test_the_table_has_a_row_per_layer(tiny_cache):
 
 def test_an_empty_split_is_a_usage_error(tmp_path):
     tiny = cache_of(tmp_path, [5, 5])
-    empty = next(name for name in SPLITS if not len(tiny.split(name)))
+    empty = next(name for name in SPLITS if not len(tiny.sequences(name)))
     with pytest.raises(UsageError, match=f"the {empty} split of this cache is empty"):
         evaluate(tiny, split=empty)
 

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from residua.analysis.evaluation import windows as windows_module
 from residua.analysis.evaluation.evaluate import evaluate
-from residua.analysis.evaluation.metrics import resampling
-from residua.analysis.evaluation.windows import Units
+from residua.analysis.evaluation.metrics import resampling_counts
+from residua.analysis.evaluation.windows import ResamplingUnits
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.segments import PairScope
 from residua.cli import main
@@ -52,7 +52,8 @@ def kl_by_hand(cache: ActivationCache, rows: np.ndarray, layer: int) -> np.ndarr
     p, q = (
         logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         for logits in (
-            cache.head.logits(cache.layer(la).take(rows)).astype(float) for la in (DEPTH, layer)
+            cache.head.logits(cache.residual_array(la).take(rows)).astype(float)
+            for la in (DEPTH, layer)
         )
     )
     return (np.exp(p) * (p - q)).sum(-1)
@@ -80,7 +81,7 @@ def test_intervals_resample_documents_wherever_their_positions_lie(cache: Activa
     # What sequences would give is narrower: positions of one document are alike.
     sequence = np.arange(cache.positions) // CONTEXT
     sums, counts = np.bincount(sequence, kl), np.bincount(sequence)
-    weights = resampling(len(counts), 3)
+    weights = resampling_counts(len(counts), 3)
     narrow = np.percentile((weights @ sums) / (weights @ counts), (2.5, 97.5))
     assert high - low > 1.2 * (narrow[1] - narrow[0])
 
@@ -106,7 +107,7 @@ def test_more_documents_than_units_are_put_together(
 ) -> None:
     whole = evaluate(cache, split="all", offsets=[0], layers=[0]).select("logit", 0)[0]
     monkeypatch.setattr(windows_module, "MOST_UNITS", 20)
-    units = Units.of(cache, cache.split("all"), 0)
+    units = ResamplingUnits.of(cache, cache.sequences("all"), 0)
     assert (units.count, units.slots) == (40, 20)
     assert np.bincount(units.slot).astype(bool).sum() == 20
     documents = cache.array("tokens/row_id")[:]
@@ -127,7 +128,7 @@ def test_the_bigram_was_not_counted_on_what_it_is_tested_on(
     train = cache.sequence_split[sequence] == 0
     inside = np.append((documents[1:] == documents[:-1]) & (sequence[1:] == sequence[:-1]), False)
     losses = []
-    taken = np.isin(sequence, cache.split(split))
+    taken = np.isin(sequence, cache.sequences(split))
     for fold in range(FOLDS):
         first = np.flatnonzero(train & inside & (documents % FOLDS != fold))
         counts = np.zeros((VOCAB, VOCAB))
@@ -176,16 +177,16 @@ def test_first_positions_that_dominate_are_warned_of_and_can_be_left_out(tmp_pat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         probe = RidgeProbe(layers=[0], drop_first=1).fit(cache, keep=False)
-    rows = cache.rows(cache.split("train"))
+    rows = cache.positions_of(cache.sequences("train"))
     rest = rows[rows % 30 != 0]
-    x, y = (np.asarray(cache.layer(la)[:], float)[rest] for la in (0, 1))
+    x, y = (np.asarray(cache.residual_array(la)[:], float)[rest] for la in (0, 1))
     want = Ridge(alpha=probe.alpha_[0, 0]).fit(x, y)
     np.testing.assert_allclose(probe.map().weight.T, want.coef_, rtol=1e-4, atol=1e-5)
     assert probe.n_[0, 0] == len(rest)
     assert probe.r2_[0, 0] < all_rows.r2_[0, 0]
     assert probe.metrics()[0]["first_error"] == 0
     evaluated = evaluate(cache, [probe], offsets=[0], split="all", drop_first=1)
-    assert evaluated.n == cache.positions - len(cache.split("all"))
+    assert evaluated.n == cache.positions - len(cache.sequences("all"))
     assert not any("few rows" in note for note in evaluated.notes)
     evaluated = evaluate(cache, [all_rows], offsets=[0], split="all")
     assert any("few rows" in note for note in evaluated.notes)
@@ -198,7 +199,7 @@ def test_shares_of_the_error_are_those_of_the_rows_one_by_one(cache: ActivationC
         (la, n, DEPTH): AffineMap(rng.normal(size=(WIDTH, WIDTH)), rng.normal(size=WIDTH))
         for la in (0, 1) for n in (0, 3)
     }  # fmt: skip
-    sequences, document = cache.split("all"), cache.array("tokens/row_id")[:]
+    sequences, document = cache.sequences("all"), cache.array("tokens/row_id")[:]
     for scope in (PairScope(), PairScope(True, 2)):
         shares = error_shares(cache, found, sequences, scope, max_positions=10**6)
         for (layer, offset, _), used in found.items():
@@ -206,7 +207,7 @@ def test_shares_of_the_error_are_those_of_the_rows_one_by_one(cache: ActivationC
             keep = t // CONTEXT == (t + offset) // CONTEXT
             keep &= (document[t] == document[t + offset]) | scope.across_documents
             t = t[keep & (t % CONTEXT >= scope.drop_first)]
-            x, y = (np.asarray(cache.layer(la)[:], float) for la in (layer, DEPTH))
+            x, y = (np.asarray(cache.residual_array(la)[:], float) for la in (layer, DEPTH))
             x, y = x[t], y[t + offset]
             error = ((used(x) - y) ** 2).sum(1)
             spread = ((y - y.mean(0)) ** 2).sum(1)
@@ -223,7 +224,7 @@ def test_a_lens_leaves_first_positions_out_too(tmp_path: Path) -> None:
     cache = massive(tmp_path, 1000)
     lens = TunedLens(layers=[0], steps=5, batch=64, drop_first=1).fit(cache)
     row = lens.metrics()[0]
-    assert row["n"] == sum(cache.sequence_length[cache.split("train")] - 1)
+    assert row["n"] == sum(cache.sequence_length[cache.sequences("train")] - 1)
     assert row["first_error"] == 0
     back = load_probe(save_probe(lens, tmp_path / "lens"))
     assert back.get_params() == lens.get_params()
@@ -260,8 +261,8 @@ def test_the_command_line_has_both_options_and_says_what_they_do(
     apart = run("fit", "ridge", id_, "--offsets", "1", "--out", str(tmp_path / "a"))
     options = ["--offsets", "1", "--across-documents", "--drop-first", "1"]
     joined = run("fit", "ridge", id_, *options, "--out", str(tmp_path / "b"))
-    train = int(cache.sequence_length[cache.split("train")].sum())
-    sequences = len(cache.split("train"))
+    train = int(cache.sequence_length[cache.sequences("train")].sum())
+    sequences = len(cache.sequences("train"))
     assert joined["metrics"][0]["n"] == train - 2 * sequences
     share = apart["metrics"][0]["crossing"]
     assert share > 0

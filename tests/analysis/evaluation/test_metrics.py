@@ -9,8 +9,8 @@ from residua.analysis.evaluation.metrics import (
     KS,
     MetricSums,
     Reference,
-    measure,
-    resampling,
+    measure_distribution,
+    resampling_counts,
 )
 
 from ...support.defined import defined
@@ -66,7 +66,7 @@ def test_every_measure_equals_plain_float64(example):
     model, probe, text, _ = example
     want = plain(model, probe, text)
     model, probe, text = tensors(model, probe, text)
-    found = measure(Reference.of(model, text), probe).numpy()
+    found = measure_distribution(Reference.of(model, text), probe).numpy()
     for column, name in enumerate(COLUMNS):
         np.testing.assert_allclose(found[:, column], want[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
@@ -92,7 +92,7 @@ def test_row_is_the_mean_over_positions_and_over_text(example):
     sums = MetricSums(SEQUENCES)
     batch = tensors(model, probe, text)
     sums.add(slots, Reference.of(batch[0], batch[2]), batch[1])
-    row = sums.row("ridge", 3, 1, resampling(SEQUENCES, 0))
+    row = sums.row("ridge", 3, 1, resampling_counts(SEQUENCES, 0))
     assert row is not None
     assert (row.probe, row.layer, row.offset, row.n) == ("ridge", 3, 1, ROWS)
     assert row.n_text == (text >= 0).sum()
@@ -108,7 +108,7 @@ def test_interval_holds_the_mean_and_narrows_with_sequences():
         sums = MetricSums(count)
         sums.sums[:, 0] = 20
         sums.sums[:, COLUMNS.index("kl")] = 20 * rng.gamma(2.0, 1.0, count)
-        row = sums.row("ridge", 0, 0, resampling(count, 0))
+        row = sums.row("ridge", 0, 0, resampling_counts(count, 0))
         assert row is not None
         assert row.kl_low is not None
         assert row.kl_high is not None
@@ -120,29 +120,29 @@ def test_interval_holds_the_mean_and_narrows_with_sequences():
 
 
 def test_interval_is_seeded():
-    assert np.array_equal(resampling(9, 4), resampling(9, 4))
-    assert not np.array_equal(resampling(9, 4), resampling(9, 5))
+    assert np.array_equal(resampling_counts(9, 4), resampling_counts(9, 4))
+    assert not np.array_equal(resampling_counts(9, 4), resampling_counts(9, 5))
 
 
 def test_one_sequence_has_no_interval(example):
     model, probe, text = tensors(*example[:3])
     sums = MetricSums(3)
     sums.add(np.full(ROWS, 1), Reference.of(model, text), probe)
-    row = sums.row("ridge", 0, 0, resampling(3, 0))
+    row = sums.row("ridge", 0, 0, resampling_counts(3, 0))
     assert row is not None
     assert row.kl_low is None
     assert row.precision_at_1_high is None
 
 
 def test_no_pair_gives_no_row():
-    assert MetricSums(2).row("ridge", 0, 3, resampling(2, 0)) is None
+    assert MetricSums(2).row("ridge", 0, 3, resampling_counts(2, 0)) is None
 
 
 def test_text_that_never_goes_on_is_none(example):
     model, probe, _ = tensors(*example[:3])
     sums = MetricSums(SEQUENCES)
     sums.add(example[3], Reference.of(model, torch.full((ROWS,), -1)), probe)
-    row = sums.row("ridge", 0, 0, resampling(SEQUENCES, 0))
+    row = sums.row("ridge", 0, 0, resampling_counts(SEQUENCES, 0))
     assert row is not None
     assert row.n_text == 0
     assert row.nll_text is None
@@ -152,15 +152,15 @@ def test_text_that_never_goes_on_is_none(example):
 def test_a_token_that_both_exclude_adds_nothing():
     model = torch.tensor([[0.0, 1.0, -torch.inf]])
     reference = Reference.of(model, torch.tensor([0]))
-    assert measure(reference, model)[0, COLUMNS.index("kl")] == 0
+    assert measure_distribution(reference, model)[0, COLUMNS.index("kl")] == 0
     outside = torch.tensor([[0.0, -torch.inf, 1.0]])
-    assert measure(reference, outside)[0, COLUMNS.index("kl")] == torch.inf
+    assert measure_distribution(reference, outside)[0, COLUMNS.index("kl")] == torch.inf
 
 
 def test_equal_logits_are_ranked_by_id_in_a_small_vocabulary():
     flat = torch.zeros(1, 4)
     model = torch.tensor([[0.0, 0.0, 1.0, 0.0]])
-    found = measure(Reference.of(model, torch.tensor([0])), flat)[0]
+    found = measure_distribution(Reference.of(model, torch.tensor([0])), flat)[0]
     values = dict(zip(COLUMNS, found.tolist(), strict=True))
     assert values["precision_at_1"] == 0
     assert values["precision_at_5"] == 1
@@ -169,7 +169,7 @@ def test_equal_logits_are_ranked_by_id_in_a_small_vocabulary():
 
 def test_large_logits_do_not_overflow():
     model = torch.tensor([[1e4, 0.0, -1e4]])
-    found = measure(Reference.of(model, torch.tensor([0])), model.flip(-1))
+    found = measure_distribution(Reference.of(model, torch.tensor([0])), model.flip(-1))
     assert torch.isfinite(found).all()
 
 
@@ -178,7 +178,7 @@ def test_an_interval_is_of_the_mean_over_the_positions_that_were_drawn() -> None
     sums = MetricSums(3)
     n, kl = np.array([1.0, 10.0, 100.0]), np.array([4.0, 20.0, 90.0])
     sums.sums[:, COLUMNS.index("n")], sums.sums[:, COLUMNS.index("kl")] = n, kl
-    weights = resampling(3, seed=0)
+    weights = resampling_counts(3, seed=0)
     row = sums.row("lens", 0, 0, weights)
     assert row is not None
     want = np.percentile([(w * kl).sum() / (w * n).sum() for w in weights], (2.5, 97.5))
@@ -192,7 +192,7 @@ def test_a_token_that_both_sides_exclude_adds_nothing_to_either_divergence(low: 
     model, probe = rng.normal(size=(2, 5, 6)).astype("f4")
     model[:, 2], probe[:, 2] = -np.inf, low
     reference = Reference.of(torch.from_numpy(model), torch.zeros(5, dtype=torch.int64))
-    found = measure(reference, torch.from_numpy(probe)).numpy()
+    found = measure_distribution(reference, torch.from_numpy(probe)).numpy()
     rest = [0, 1, 3, 4, 5]
     log_p, log_q = (log_softmax(v[:, rest].astype(np.float64)) for v in (model, probe))
     for name, a, b in ("kl", log_p, log_q), ("kl_reverse", log_q, log_p):

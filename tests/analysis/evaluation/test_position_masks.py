@@ -9,7 +9,7 @@ import pytest
 
 import residua
 from residua.analysis.evaluation import position_masks as slices
-from residua.analysis.evaluation.position_masks import continued_words, names
+from residua.analysis.evaluation.position_masks import name_mask, word_continuation_mask
 from residua.analysis.evaluation.token_text import plain_texts
 from residua.cache.errors import UsageError
 from residua.cache.store.activation_cache import ActivationCache
@@ -70,7 +70,7 @@ def test_continued_words_are_those_of_the_text(cache):
         inside = first < end or (0 < first == end and in_word(text[first - 1]))
         want[p] = inside and in_word(text[first]) and not spaced
     assert 0.3 < want.mean() < 0.95
-    found = continued_words(cache)
+    found = word_continuation_mask(cache)
     assert found.dtype == bool
     np.testing.assert_array_equal(found, want)
 
@@ -88,14 +88,14 @@ def inside_names(cache: ActivationCache) -> np.ndarray:
 
 
 def test_names_are_those_found_by_hand(cache):
-    want, found = inside_names(cache), names(cache)
+    want, found = inside_names(cache), name_mask(cache)
     assert want.sum() > 20
     np.testing.assert_array_equal(found, want)
-    assert not (found & ~continued_words(cache)).any()
+    assert not (found & ~word_continuation_mask(cache)).any()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
-@pytest.mark.parametrize("of", [continued_words, names])
+@pytest.mark.parametrize("of", [word_continuation_mask, name_mask])
 def test_slices_do_not_depend_on_the_blocks(cache, monkeypatch, rows, of):
     whole = of(cache)
     monkeypatch.setattr(slices, "BLOCK_ROWS", rows)
@@ -103,7 +103,7 @@ def test_slices_do_not_depend_on_the_blocks(cache, monkeypatch, rows, of):
 
 
 def test_a_slice_is_what_evaluation_takes(cache):
-    mask = continued_words(cache)
+    mask = word_continuation_mask(cache)
     found = residua.evaluate(cache, split="all", offsets=(0, 2), where=mask)
     assert found.n == mask.sum()
     index = np.arange(cache.positions) - np.repeat(cache.sequence_start, cache.sequence_length)
@@ -115,10 +115,10 @@ def test_what_a_cache_lacks_is_named(tmp_path, model_folder, texts_file):
     rng = np.random.default_rng(0)
     bare = make_cache(tmp_path, [rng.normal(0, 1, (9, 8))] * 2, [4, 5], random_head(8, 31))
     with pytest.raises(UsageError, match="the characters that tokens came from and a tokenizer"):
-        names(bare)
+        name_mask(bare)
     some = residua.extract(str(model_folder), str(texts_file), root=tmp_path, positions="last")
     with pytest.raises(UsageError, match="keeps all positions"):
-        continued_words(some)
+        word_continuation_mask(some)
 
 
 def test_token_texts_of_other_tokenizers_are_plain():

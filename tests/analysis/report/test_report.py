@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from residua.analysis.evaluation.evaluate import evaluate
 from residua.analysis.evaluation.heatmap import Heatmap
-from residua.analysis.evaluation.metrics import Row
+from residua.analysis.evaluation.metrics import EvaluationRow
 from residua.analysis.evaluation.result import Evaluation
 from residua.analysis.report import interactive_figures as interactive
 from residua.analysis.report import static_figures as plots
@@ -21,7 +21,7 @@ from residua.analysis.report.tables import headlines
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.baselines.ngrams import Unigram
 from residua.probes.ridge.ridge_probe import RidgeProbe
-from residua.probes.saved.library import load_for
+from residua.probes.saved.library import load_probe_for
 from residua.probes.saved.save import save_probe
 
 from ...support.synthetic import make_cache, random_head
@@ -172,7 +172,7 @@ def test_kl_is_logarithmic_only_where_it_spans_more(evaluation):
 
 def test_hover_tells_value_interval_and_n(evaluation):
     figure = interactive.curves(evaluation, ("kl",))
-    row: Row = evaluation.select("logit", 1)[2]
+    row: EvaluationRow = evaluation.select("logit", 1)[2]
     texts = [str(text) for trace in figure.data for text in trace.hovertext or ()]  # pyright: ignore
     told = next(t for t in texts if "layer 2" in t and "N = 1" in t)
     assert f"{row.kl:.4g} nats" in told
@@ -199,7 +199,9 @@ def test_an_evaluation_without_a_cache_is_still_a_report(tmp_path, evaluation):
 
 def test_probes_of_one_kind_are_told_apart(tiny_cache, tmp_path):
     ridges = [RidgeProbe(alpha=alpha, folds=1).fit(tiny_cache, keep=False) for alpha in (1.0, 1e5)]
-    saved = [load_for(tiny_cache, save_probe(r, tmp_path / f"{n}")) for n, r in enumerate(ridges)]
+    saved = [
+        load_probe_for(tiny_cache, save_probe(r, tmp_path / f"{n}")) for n, r in enumerate(ridges)
+    ]
     unigrams = [Unigram(0).fit(tiny_cache) for _ in range(2)]
     found = evaluate(tiny_cache, [*ridges, *saved, *unigrams], split="all", offsets=0)
     for name, told in {

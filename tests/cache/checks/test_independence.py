@@ -12,7 +12,7 @@ import torch
 
 import residua
 from residua.cache.checks.independence import CHECKED_LENGTHS, choose_lengths, row_change
-from residua.cache.checks.model_checks import Canary, examine, reexamine
+from residua.cache.checks.model_checks import ModelReport, check_model, recheck_model
 from residua.cache.errors import MismatchError, ModelError, ResiduaError
 from residua.cache.format.layout import Layout
 from residua.cache.format.manifest import (
@@ -23,8 +23,8 @@ from residua.cache.format.manifest import (
     ModelIdentity,
     TokenIdentity,
 )
-from residua.cache.forward.write_parts import fill
-from residua.cache.model.blocks import Stack, run
+from residua.cache.forward.write_parts import write_missing_parts
+from residua.cache.model.blocks import DecoderBlocks, run_model
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.create_cache import create_cache
 from residua.cache.tokens.token_stream import TokenStream, from_sequences
@@ -53,12 +53,12 @@ def cache_of(
     root: Path,
     batch_tokens: int = 1024,
     pad: bool | None = None,
-) -> tuple[ActivationCache, Canary]:
+) -> tuple[ActivationCache, ModelReport]:
     """A complete cache of `stream`, by the checks and the runner of an extraction.
 
     `pad` puts lengths together, or apart, whatever the checks say.
     """
-    canary = examine(model, stream, "float32", "float32", batch_tokens=batch_tokens)
+    canary = check_model(model, stream, "float32", "float32", batch_tokens=batch_tokens)
     digest, hashes = stream.digests()
     extra: dict[str, Any] = {"pad": canary.pad if pad is None else pad, "causal": canary.causal}
     if canary.alone:
@@ -78,11 +78,11 @@ def cache_of(
     )
     path = create_cache(root, manifest, stream, hashes, canary.dtypes, canary.head.save, {})
     cache = ActivationCache(path)
-    fill(cache, canary.stack)
+    write_missing_parts(cache, canary.stack)
     return ActivationCache(path), canary
 
 
-def worst_row(cache: ActivationCache, stack: Stack, untouched: torch.nn.Module) -> float:
+def worst_row(cache: ActivationCache, stack: DecoderBlocks, untouched: torch.nn.Module) -> float:
     """Largest relative change of any row from a fresh copy of the model on its sequence alone."""
     worst = 0.0
     layers = [np.asarray(cache.residual(layer)[:]) for layer in cache.layers]
@@ -96,17 +96,19 @@ def worst_row(cache: ActivationCache, stack: Stack, untouched: torch.nn.Module) 
     return worst
 
 
-def rows_alone(stack: Stack, untouched: torch.nn.Module, ids: torch.Tensor) -> list[np.ndarray]:
+def rows_alone(
+    stack: DecoderBlocks, untouched: torch.nn.Module, ids: torch.Tensor
+) -> list[np.ndarray]:
     """All layers of one sequence by a copy of `untouched`, which has read nothing before."""
     model = copy.deepcopy(untouched)
     names = {module: name for name, module in stack.model.named_modules()}
     blocks = [model.get_submodule(names[block]) for block in stack.blocks]
     with torch.inference_mode():
-        layers = Stack(model, stack.name, blocks, stack.axes, stack.picks).residuals(ids)
+        layers = DecoderBlocks(model, stack.name, blocks, stack.axes, stack.picks).residuals(ids)
     return [layer[0].float().numpy() for layer in layers]
 
 
-def check(model: torch.nn.Module, stream: TokenStream, root: Path) -> Canary:
+def check(model: torch.nn.Module, stream: TokenStream, root: Path) -> ModelReport:
     """Extract and compare every sequence; returns what was measured of the model."""
     untouched = copy.deepcopy(model)
     cache, canary = cache_of(model, stream, root)
@@ -155,7 +157,7 @@ def test_sequences_run_alone_where_a_few_of_all_positions_are_chosen(
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_choice_that_takes_all_positions_is_none(tmp_path: Path) -> None:
-    canary = examine(build("axk2"), mixed_stream((5, 12, 16)), "float32", "float32")
+    canary = check_model(build("axk2"), mixed_stream((5, 12, 16)), "float32", "float32")
     assert canary.independence.choice is None
 
 
@@ -228,8 +230,8 @@ LATE = (3, 50, 70, 90)
 
 
 def test_what_begins_beyond_the_length_of_the_short_checks_is_seen() -> None:
-    def measured(model: torch.nn.Module) -> Canary:
-        return examine(model, mixed_stream(LATE, copies=2), "float32", "float32")
+    def measured(model: torch.nn.Module) -> ModelReport:
+        return check_model(model, mixed_stream(LATE, copies=2), "float32", "float32")
 
     sound = measured(Toy())
     assert (sound.pad, sound.alone, sound.causal, sound.embedding) == (True, False, True, True)
@@ -247,19 +249,19 @@ def test_rows_are_those_of_the_sequence_alone(model: type[Toy], tmp_path: Path) 
 
 def test_a_model_that_cannot_be_put_back_is_refused() -> None:
     with pytest.raises(ModelError, match="is not deterministic"):
-        examine(RemembersInPlace(), mixed_stream(LATE), "float32", "float32")
+        check_model(RemembersInPlace(), mixed_stream(LATE), "float32", "float32")
 
 
 def test_a_forward_pass_leaves_the_model_as_it_was() -> None:
     model = Remembers()
-    run(model, torch.ones(1, 9, dtype=torch.long))
+    run_model(model, torch.ones(1, 9, dtype=torch.long))
     assert "longest" not in vars(model)
 
 
 def test_lengths_that_no_two_sequences_share_a_batch_in_are_not_run_together() -> None:
     stream = mixed_stream((3, 70, 90), copies=2)
-    assert not examine(WidthMatters(), stream, "float32", "float32", batch_tokens=140).pad
-    assert examine(WidthMatters(), stream, "float32", "float32", batch_tokens=139).pad
+    assert not check_model(WidthMatters(), stream, "float32", "float32", batch_tokens=140).pad
+    assert check_model(WidthMatters(), stream, "float32", "float32", batch_tokens=139).pad
 
 
 def test_one_changed_row_is_not_hidden_by_rows_of_huge_values() -> None:
@@ -285,15 +287,15 @@ def test_lengths_around_every_constant_are_chosen() -> None:
 def test_a_cache_whose_rows_depended_on_their_batch_is_not_continued(tmp_path: Path) -> None:
     model = WidthMatters()
     cache, _ = cache_of(model, mixed_stream(LATE, copies=2), tmp_path / "right")
-    reexamine(model, cache)
+    recheck_model(model, cache)
     wrong, _ = cache_of(model, mixed_stream(LATE, copies=2), tmp_path / "wrong", pad=True)
     with pytest.raises(MismatchError, match="padding changes a row.*into another root"):
-        reexamine(model, wrong)
+        recheck_model(model, wrong)
     alone, _ = cache_of(BatchMatters(), mixed_stream(LATE), tmp_path / "alone")
-    reexamine(BatchMatters(), alone)
+    recheck_model(BatchMatters(), alone)
     vars(alone.manifest)["extra"].pop(BATCH)
     with pytest.raises(MismatchError, match="other rows of the batch"):
-        reexamine(BatchMatters(), alone)
+        recheck_model(BatchMatters(), alone)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -317,14 +319,14 @@ def test_longer_sequences_that_are_added_are_checked_again(tmp_path: Path) -> No
     assert longer.manifest.extra["extends"] == short.id
     assert longer.sequence_length.max() > 16
     assert not longer.manifest.pad
-    canary = examine(model, mixed_stream((4,)), "float32", "float32")
+    canary = check_model(model, mixed_stream((4,)), "float32", "float32")
     assert worst_row(longer, canary.stack, build(
         kind, noise=0.3, vocab_size=models.VOCAB, **fields)) <= TOLERANCE  # fmt: skip
 
 
 def test_a_context_that_the_model_cannot_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot run on a sequence of 600 tokens.*--context"):
-        examine(build("gpt2"), mixed_stream((4, 600)), "float32", "float32")
+        check_model(build("gpt2"), mixed_stream((4, 600)), "float32", "float32")
 
 
 @pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert"])

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 import residua
 from residua.cache.errors import DataError, UsageError
-from residua.cache.extraction.answer_request import run
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cli import main
 
 from ...support.models import texts
@@ -29,8 +29,10 @@ def write(path: Path, rows: Sequence[dict]) -> Path:
 @pytest.mark.parametrize("pack", [True, False])
 def test_documents_without_text_are_counted(model_folder: Path, tmp_path: Path, pack: bool) -> None:
     data = write(tmp_path / "a.jsonl", ROWS)
-    request = Request(str(model_folder), str(data), tmp_path / "root", layers=(0,), pack=pack)
-    done = run(request)
+    request = ExtractionRequest(
+        str(model_folder), str(data), tmp_path / "root", layers=(0,), pack=pack
+    )
+    done = answer_request(request)
     want = {
         "missing": {"documents": 2, "rows": [0, 18]},
         "empty": {"documents": 6, "rows": [1, 4, 5, 6, 7]},
@@ -43,7 +45,7 @@ def test_documents_without_text_are_counted(model_folder: Path, tmp_path: Path, 
     assert set(rows.tolist()) == set(range(10, 18))
     provenance = json.loads((done.cache.path / "provenance.json").read_text())
     assert provenance["reading"] == reading
-    assert run(request).to_dict()["reading"] == reading  # a hit says it, too
+    assert answer_request(request).to_dict()["reading"] == reading  # a hit says it, too
 
 
 def test_the_command_line_says_what_was_left_out_and_guessed(
@@ -95,10 +97,10 @@ def test_answers_that_are_zero_or_false_are_answers(model_folder: Path, tmp_path
     rows = [{"text": f"the cat ran {answer}", "answer": answer} for answer in answers]
     rows[3]["text"] = "the cat ran home"
     data = write(tmp_path / "a.jsonl", rows)
-    request = Request(
+    request = ExtractionRequest(
         str(model_folder), str(data), tmp_path, pack=False, layers=(0,), positions="answer"
     )
-    done = run(request)
+    done = answer_request(request)
     assert sorted(set(done.cache.array("sequences/row_id")[:].tolist())) == [0, 1, 2]
     dropped = done.to_dict()["reading"]["dropped"]
     assert dropped == {"no position for answer": {"documents": 3, "rows": [3, 4, 5]}}
@@ -140,7 +142,7 @@ def test_a_separator_can_be_named(model_folder: Path, tmp_path: Path, separator:
 @pytest.mark.parametrize("separator", ["", ";;", '"', "\n"])
 def test_a_separator_is_one_character(separator: str) -> None:
     with pytest.raises(UsageError, match="must be one character, or tab"):
-        Request("model", "a.csv", separator=separator)
+        ExtractionRequest("model", "a.csv", separator=separator)
 
 
 def test_a_file_rewritten_with_its_time_gives_its_new_texts(

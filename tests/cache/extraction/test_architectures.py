@@ -13,9 +13,9 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import residua
-from residua.cache.checks.model_checks import examine
+from residua.cache.checks.model_checks import check_model
 from residua.cache.errors import ModelError
-from residua.cache.model.blocks import run
+from residua.cache.model.blocks import run_model
 from residua.cache.tokens.token_stream import from_sequences
 
 from ...support import models
@@ -160,7 +160,7 @@ def test_unusual_models_go_through_the_whole_extraction(
     start, length = int(cache.sequence_start[2]), int(cache.sequence_length[2])
     ids = torch.from_numpy(cache.tokens[start : start + length].astype(np.int64))[None]
     with torch.inference_mode():
-        want = run(model, ids).logits[0].numpy()
+        want = run_model(model, ids).logits[0].numpy()
     got = cache.logits()[start : start + length].compute()
     assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()  # batches differ: rounding
     assert cache.manifest.extra["causal"] == (kind != "xlnet")
@@ -169,8 +169,8 @@ def test_unusual_models_go_through_the_whole_extraction(
 @pytest.mark.filterwarnings("ignore")
 def test_a_tail_that_masks_pad_tokens_is_refused_only_for_texts_that_hold_them() -> None:
     model: Any = build("xlm")
-    assert examine(model, stream(), "float32", "auto").head.kind == "explicit"
+    assert check_model(model, stream(), "float32", "auto").head.kind == "explicit"
     ids = np.array(stream().ids[:])
     ids[::7] = model.config.pad_token_id
     with pytest.raises(ModelError, match="not a function of the last block's output alone"):
-        examine(model, from_sequences(np.split(ids, 6)), "float32", "auto")
+        check_model(model, from_sequences(np.split(ids, 6)), "float32", "auto")

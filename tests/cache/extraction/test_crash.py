@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from residua.cache.extraction.answer_request import run
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.format.journal import Journal
 from residua.cache.store.catalog import list_paths
 from residua.cache.store.extend_cache import share_parts
@@ -161,31 +161,31 @@ def test_many_kills_lose_nothing(
 def test_layers_that_a_killed_process_created_get_into_the_journal(
     model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def request(*layers: int) -> Request:
-        return Request(str(model_folder), str(data), tmp_path, context=40, layers=layers)
+    def request(*layers: int) -> ExtractionRequest:
+        return ExtractionRequest(str(model_folder), str(data), tmp_path, context=40, layers=layers)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    run(request(1))
+    answer_request(request(1))
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "commit_base", die)
         with pytest.raises(KeyboardInterrupt):
-            run(request(0, 2))
+            answer_request(request(0, 2))
     (path,) = list_paths(tmp_path)
     (path / "journal" / ".base.1.json.99.tmp").write_bytes(b"{")  # of one that died in it
-    run(request(0, 2))
+    answer_request(request(0, 2))
     complete(tmp_path)
 
 
 def test_sharing_parts_again_never_takes_a_committed_shard_away(
     model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def request(tokens: int | None) -> Request:
+    def request(tokens: int | None) -> ExtractionRequest:
         size = {"context": 40, "part_positions": 128, "max_tokens": tokens}
-        return Request(str(model_folder), str(data), tmp_path, **size)  # pyright: ignore
+        return ExtractionRequest(str(model_folder), str(data), tmp_path, **size)  # pyright: ignore
 
-    few, more = run(request(1000)).cache, run(request(None)).cache
+    few, more = answer_request(request(1000)).cache, answer_request(request(None)).cache
     assert len(few.committed) > 3
 
     def die(*_: object) -> None:

@@ -13,9 +13,9 @@ import pytest
 import residua.cache.extraction.answer_request as extraction
 from residua import extract
 from residua.cache.errors import NoSpaceError, NotFoundError, UsageError
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.files.disk_errors import any_disk_errors, disk_errors
-from residua.cache.forward.write_parts import fill
+from residua.cache.forward.write_parts import write_missing_parts
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.catalog import list_paths
 
@@ -241,20 +241,20 @@ def test_a_cache_that_vanishes_at_any_moment_is_said_to_have_vanished(
 def test_a_cache_that_vanishes_after_its_last_part_is_said_to_have_vanished(
     scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = Request(str(scene.model), str(scene.data), root=tmp_path / "root", **SIZES)
-    done = extraction.run(request)
+    request = ExtractionRequest(str(scene.model), str(scene.data), root=tmp_path / "root", **SIZES)
+    done = extraction.answer_request(request)
     done.cache.path.rename(tmp_path / "away")
     with pytest.raises(NotFoundError, match="vanished"):
         done.to_dict()
 
     def fill_and_rename(cache: ActivationCache, *rest: Any) -> int:
-        written = fill(cache, *rest)
+        written = write_missing_parts(cache, *rest)
         cache.path.rename(tmp_path / "again away")
         return written
 
     monkeypatch.setattr(extraction, "fill", fill_and_rename)
     with pytest.raises(NotFoundError, match="vanished"):
-        extraction.run(request)
+        extraction.answer_request(request)
 
 
 def test_a_root_that_is_deleted_ends_the_run_with_a_message(

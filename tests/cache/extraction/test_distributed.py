@@ -15,9 +15,9 @@ import residua
 from residua.cache import cluster as clusters
 from residua.cache.errors import DataError, UsageError
 from residua.cache.extraction import distributed
-from residua.cache.extraction.answer_request import run
-from residua.cache.extraction.distributed import run_on
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.distributed import answer_on_cluster
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cli import main
 
 from ...support.local import local_client
@@ -54,7 +54,7 @@ def whole(
 ) -> dict[str, bytes]:  # fmt: skip
     """Files of a cache that one process made."""
     root = tmp_path_factory.mktemp("whole")
-    run(Request(str(model_folder), str(texts_file), root, **SIZE))
+    answer_request(ExtractionRequest(str(model_folder), str(texts_file), root, **SIZE))
     return files(root)
 
 
@@ -77,15 +77,15 @@ def test_workers_share_a_request_and_the_bytes_are_those_of_one_process(
     client: Client, model_folder: Path, texts_file: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     seen: list[tuple[str, int, int]] = []
-    request = Request(str(model_folder), str(texts_file), tmp_path, **SIZE)
-    done = run_on(client, request, lambda *said: seen.append(said))
+    request = ExtractionRequest(str(model_folder), str(texts_file), tmp_path, **SIZE)
+    done = answer_on_cluster(client, request, lambda *said: seen.append(said))
     assert done.status == "extracted"
     assert done.written == done.cache.positions
     assert files(tmp_path) == whole
     assert seen == sorted(seen)
     assert seen[-1] == ("extract", done.cache.positions, done.cache.positions)
     assert done.stages.tokens >= done.cache.positions
-    again = run_on(client, request)
+    again = answer_on_cluster(client, request)
     assert (again.status, again.written) == ("hit", 0)
     cache = residua.extract(
         str(model_folder), str(texts_file), root=tmp_path, client=client, **SIZE
@@ -113,9 +113,11 @@ def test_a_mistake_is_the_error_it_is_without_a_cluster(
     client: Client, model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        run_on(client, Request(str(model_folder), "missing.jsonl", tmp_path))
+        answer_on_cluster(client, ExtractionRequest(str(model_folder), "missing.jsonl", tmp_path))
     with pytest.raises(UsageError, match="its workers share all parts"):
-        run_on(client, Request(str(model_folder), str(texts_file), tmp_path, part="1/2"))
+        answer_on_cluster(
+            client, ExtractionRequest(str(model_folder), str(texts_file), tmp_path, part="1/2")
+        )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def test_a_scheduler_without_workers_is_a_usage_error(
         local_client(workers=0) as client,
         pytest.raises(UsageError, match="has no workers"),
     ):
-        run_on(client, Request("model", "data", tmp_path))
+        answer_on_cluster(client, ExtractionRequest("model", "data", tmp_path))
 
 
 @pytest.mark.slow
@@ -156,8 +158,8 @@ def test_workers_that_die_are_replaced_by_others_or_by_the_driver(
     cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0")
     with cluster, Client(cluster, set_as_default=False) as client:
         progress = kill_at(3, client, count)
-        request = Request(str(model_folder), str(texts_file), tmp_path, **SIZE)
-        done = run_on(client, request, progress)
+        request = ExtractionRequest(str(model_folder), str(texts_file), tmp_path, **SIZE)
+        done = answer_on_cluster(client, request, progress)
     assert done.cache.finished
     assert files(tmp_path) == whole
     assert residua.verify(done.cache.path).ok

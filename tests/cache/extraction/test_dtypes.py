@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 import residua
 from residua.cache.checks.model_checks import value_range
 from residua.cache.errors import ModelError
-from residua.cache.extraction.answer_request import run
+from residua.cache.extraction.answer_request import answer_request
 from residua.cache.extraction.prepare import with_loaded_dtype
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.format.dtypes import FP16_ROUNDING, choose_dtype
 from residua.cache.model.load_model import load_model
 from residua.cache.model.source import ModelSource
-from residua.cache.model.transformers_guard import quiet
+from residua.cache.model.transformers_guard import guard_transformers
 from residua.cache.store.activation_cache import ActivationCache
 
 from ...support.models import build_model, build_tokenizer, save_model, texts
@@ -29,7 +29,7 @@ from ...support.models import build_model, build_tokenizer, save_model, texts
 def save(folder: Path, weights: torch.dtype, **fields: Any) -> Path:
     """A tiny model of `weights` whose config.json has `fields`, and a dtype only from them."""
     model: Any = build_model("gpt_neox", weights)
-    with quiet():
+    with guard_transformers():
         model.save_pretrained(folder, max_shard_size=fields.pop("shard", "1GB"))
     build_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -52,7 +52,7 @@ CHECKPOINTS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_the_dtype_is_known_without_loading_the_weights(name: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "model", CHECKPOINTS[name][0], **CHECKPOINTS[name][1])
-    with quiet():
+    with guard_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert f"torch.{ModelSource.locate(str(folder)).compute_dtype}" == str(loaded.dtype)
 
@@ -79,12 +79,14 @@ def test_a_bfloat16_model_without_a_dtype_is_kept_in_bfloat16(
     texts_file: Path, tmp_path: Path
 ) -> None:
     folder = save(tmp_path / "model", torch.bfloat16)
-    request = Request(str(folder), str(texts_file), root=tmp_path / "root", max_tokens=400)
-    done = run(request)
+    request = ExtractionRequest(
+        str(folder), str(texts_file), root=tmp_path / "root", max_tokens=400
+    )
+    done = answer_request(request)
     assert done.cache.manifest.capture.compute_dtype == "bfloat16"
-    kept = {done.cache.layer(n).layout.logical_dtype for n in done.cache.layers}
+    kept = {done.cache.residual_array(n).layout.logical_dtype for n in done.cache.layers}
     assert kept == {"bfloat16"}
-    assert run(request).status == "hit"
+    assert answer_request(request).status == "hit"
 
 
 @pytest.mark.parametrize(
@@ -115,10 +117,10 @@ def test_layers_of_tiny_values_lose_nothing(texts_file: Path, tmp_path: Path) ->
     tensors[name] = tensors[name] * 1e-5
     save_file(tensors, path, metadata={"format": "pt"})
     cache = residua.extract(folder, texts_file, root=tmp_path / "root", max_tokens=400)
-    kept = {layer: cache.layer(layer).layout.logical_dtype for layer in cache.layers}
+    kept = {layer: cache.residual_array(layer).layout.logical_dtype for layer in cache.layers}
     assert kept == {0: "float32", 1: "float16", 2: "float16", 3: "float16"}
     want = tensors[name].numpy()[np.asarray(cache.tokens[:])]
-    np.testing.assert_array_equal(cache.layer(0)[:], want)
+    np.testing.assert_array_equal(cache.residual_array(0)[:], want)
 
 
 @pytest.fixture
@@ -145,8 +147,10 @@ def test_a_value_too_large_for_its_dtype_costs_its_sequence_alone(
     late: tuple[Path, Path, int], tmp_path: Path
 ) -> None:
     folder, data, token = late
-    asked = Request(str(folder), str(data), root=tmp_path / "root", pack=False, part_positions=256)
-    done = run(asked)
+    asked = ExtractionRequest(
+        str(folder), str(data), root=tmp_path / "root", pack=False, part_positions=256
+    )
+    done = answer_request(asked)
     cache, wrong = done.cache, sequences_with(done.cache, token)
     assert len(wrong) == 2
     assert set(cache.quarantined) == wrong
@@ -154,15 +158,15 @@ def test_a_value_too_large_for_its_dtype_costs_its_sequence_alone(
     reason = cache.quarantined[min(wrong)]
     assert "layer 0 reaches 1e+05, which float16 cannot hold" in reason
     assert "--dtype bfloat16 or float32" in reason
-    assert not wrong & set(cache.split("all").tolist())
-    rows, has_token = cache.layer(0)[:], cache.tokens[:] == token
+    assert not wrong & set(cache.sequences("all").tolist())
+    rows, has_token = cache.residual_array(0)[:], cache.tokens[:] == token
     assert np.isnan(rows[has_token]).all()
     assert np.isfinite(rows[~has_token]).all()
     assert max(r.arrays["residual/0"].absmax for r in cache.committed.values()) == 1e5
     assert residua.verify(cache.path).ok
     whole = residua.extract(folder, data, root=tmp_path / "root", pack=False, dtype="float32")
     assert not whole.quarantined
-    assert np.abs(whole.layer(0)[:][has_token]).max() == 1e5
+    assert np.abs(whole.residual_array(0)[:][has_token]).max() == 1e5
 
 
 def test_what_was_written_before_a_late_overflow_stays(
@@ -174,8 +178,8 @@ def test_what_was_written_before_a_late_overflow_stays(
         residua.extract(folder, data, on_error="raise", **options)
     (path,) = (tmp_path / "root").glob("[0-9a-f]*")
     before = len(ActivationCache(path).committed)
-    assert 0 < before < ActivationCache(path).parts
-    done = run(Request(str(folder), str(data), **options))
+    assert 0 < before < ActivationCache(path).n_parts
+    done = answer_request(ExtractionRequest(str(folder), str(data), **options))
     assert done.status == "resumed"
     assert done.written < done.cache.positions
     assert len(done.cache.quarantined) == 2

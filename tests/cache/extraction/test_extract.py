@@ -19,18 +19,18 @@ from residua.cache.errors import (
     NoSpaceError,
     UsageError,
 )
-from residua.cache.extraction.answer_request import run
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.forward import part_runner as runner
-from residua.cache.model.blocks import Stack
-from residua.cache.model.transformers_guard import quiet
+from residua.cache.model.blocks import DecoderBlocks
+from residua.cache.model.transformers_guard import guard_transformers
 from residua.cache.store.activation_cache import ActivationCache
 
 from ...support.models import save_model, texts
 
 
 def load(folder: Path) -> torch.nn.Module:
-    with quiet():
+    with guard_transformers():
         return AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -38,7 +38,7 @@ def by_transformers(
     model: Any, cache: ActivationCache, number: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Layers 0..L and logits of one sequence alone, by transformers and a hook on its norm."""
-    rows = cache.rows(np.array([number]))
+    rows = cache.positions_of(np.array([number]))
     ids = torch.from_numpy(cache.tokens.take(rows).astype(np.int64))[None]
     last: list[torch.Tensor] = []
     norm = model.gpt_neox.final_layer_norm
@@ -76,15 +76,15 @@ def test_every_row_is_what_the_model_gives_for_its_sequence_alone(
         part_positions=256,
         batch_tokens=300,
     )
-    assert cache.parts > 2
+    assert cache.n_parts > 2
     assert cache.layers == (0, 1, 2, 3)
     model, seen = load(model_folder), 0
     for number in range(len(cache.sequence_length)):
-        rows = cache.rows(np.array([number]))
+        rows = cache.positions_of(np.array([number]))
         layers, logits = by_transformers(model, cache, number)
         assert len(layers) == len(cache.layers)
         for layer, want in enumerate(layers):
-            got = cache.layer(layer).take(rows)
+            got = cache.residual_array(layer).take(rows)
             # Float32 sums of another batch differ in their last bits.
             error = np.abs(got - want) - ROUNDING[dtype] * np.abs(want)
             assert error.max() <= 1e-5 * np.abs(want).max(), (number, layer)
@@ -107,13 +107,13 @@ def test_padding_is_hidden_from_a_model_that_sees_later_tokens(
     model.save_pretrained(tmp_path / "model")
     models.build_tokenizer().save_pretrained(tmp_path / "model")
     padded: list[int] = []
-    residuals = Stack.residuals
+    residuals = DecoderBlocks.residuals
 
-    def counting(self: Stack, ids: Any, mask: Any = None) -> Any:
+    def counting(self: DecoderBlocks, ids: Any, mask: Any = None) -> Any:
         padded.append(0 if mask is None else int((mask == 0).sum()))
         return residuals(self, ids, mask)
 
-    monkeypatch.setattr(Stack, "residuals", counting)
+    monkeypatch.setattr(DecoderBlocks, "residuals", counting)
     cache = residua.extract(
         str(tmp_path / "model"), str(texts_file), root=tmp_path / "root", context=64, pack=False,
         dtype="float32", batch_tokens=600, part_positions=1024, max_tokens=2500,
@@ -126,7 +126,7 @@ def test_padding_is_hidden_from_a_model_that_sees_later_tokens(
     assert sum(number > 0 for number in padded) > 5
     changed = 0.0
     for number, length in enumerate(lengths.tolist()):
-        rows = cache.rows(np.array([number]))
+        rows = cache.positions_of(np.array([number]))
         ids = torch.from_numpy(cache.tokens.take(rows).astype(np.int64))[None]
         with torch.inference_mode():
             layers = model(input_ids=ids, output_hidden_states=True).hidden_states
@@ -134,7 +134,7 @@ def test_padding_is_hidden_from_a_model_that_sees_later_tokens(
             seen = model(input_ids=longer, output_hidden_states=True).hidden_states
         assert len(layers) == len(cache.layers)
         for layer, want in enumerate(layers):
-            got = torch.from_numpy(cache.layer(layer).take(rows))
+            got = torch.from_numpy(cache.residual_array(layer).take(rows))
             assert float((got - want[0]).abs().max()) <= 1e-5 * float(want.abs().max())
         changed = max(changed, float((seen[-1][0, :length] - layers[-1][0]).abs().max()))
     assert changed > 1e-2  # padding that is seen would change the rows
@@ -143,10 +143,10 @@ def test_padding_is_hidden_from_a_model_that_sees_later_tokens(
 def test_the_same_request_is_a_hit_and_writes_nothing(
     model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
-    request = Request(str(model_folder), str(texts_file), tmp_path, context=64)
-    first = run(request)
+    request = ExtractionRequest(str(model_folder), str(texts_file), tmp_path, context=64)
+    first = answer_request(request)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    second = run(request)
+    second = answer_request(request)
     assert (first.status, second.status) == ("extracted", "hit")
     assert second.written == 0
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
@@ -189,23 +189,23 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     pack: bool,
 ) -> None:
-    def request(name: str) -> Request:
-        return Request(
+    def request(name: str) -> ExtractionRequest:
+        return ExtractionRequest(
             str(model_folder), str(texts_file), tmp_path / name, context=40, pack=pack,
             part_positions=512, batch_tokens=200,
         )  # fmt: skip
 
-    whole = run(request("whole")).cache
+    whole = answer_request(request("whole")).cache
     for batches in (2, 7, 12):
         with monkeypatch.context() as patch:
             stop_after(patch, batches)
             with pytest.raises(KeyboardInterrupt):
-                run(request("broken"))
+                answer_request(request("broken"))
     part = ActivationCache(tmp_path / "broken" / whole.id)
     assert not part.complete
     with pytest.raises(IncompleteError, match="run the same `residua extract` again"):
-        part.layer(0)
-    done = run(request("broken"))
+        part.residual_array(0)
+    done = answer_request(request("broken"))
     assert done.status == "resumed"
     assert 0 < done.written < whole.positions
     for file in sorted((whole.path / "arrays.zarr").rglob("*")):
@@ -218,16 +218,16 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 def test_resuming_with_other_weights_is_refused(
     model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from residua.cache.checks.model_checks import reexamine
+    from residua.cache.checks.model_checks import recheck_model
 
     cache = residua.extract(str(model_folder), str(texts_file), root=tmp_path, max_tokens=500)
     other = load(save_model(tmp_path / "other", seed=7)).eval()
     with pytest.raises(HeadMismatchError):
-        reexamine(other, cache)
+        recheck_model(other, cache)
 
 
 def test_splits_and_tokens_survive(tiny_cache: ActivationCache, texts_file: Path) -> None:
-    splits = [set(tiny_cache.split(name)) for name in ("train", "validation", "test")]
+    splits = [set(tiny_cache.sequences(name)) for name in ("train", "validation", "test")]
     assert all(splits)
     assert sum(map(len, splits)) == len(tiny_cache.sequence_length)
     text = tiny_cache.tokenizer().decode(list(tiny_cache.tokens[:200]), skip_special_tokens=True)
@@ -323,16 +323,18 @@ def test_rows_longer_than_the_context_are_counted(
     part = tmp_path / "part.jsonl"
     part.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[:50]))
     options = {"root": tmp_path, "context": 32, "pack": False}
-    first = run(Request(str(model_folder), str(part), **options))
+    first = answer_request(ExtractionRequest(str(model_folder), str(part), **options))
     found = {"sequences": sum(n > 0 for n in extra[:50]), "tokens": sum(extra[:50])}
     assert first.cut == read_json(first.cache.path / "provenance.json")["cut"] == found
-    done = run(Request(str(model_folder), str(texts_file), **options))
+    done = answer_request(ExtractionRequest(str(model_folder), str(texts_file), **options))
     assert done.status == "extended"
-    again = run(Request(str(model_folder), str(texts_file), **options))
+    again = answer_request(ExtractionRequest(str(model_folder), str(texts_file), **options))
     for one in (done, again):
         assert one.to_dict()["cut"] == want
     assert read_json(done.cache.path / "provenance.json")["cut"] == want
-    packed = run(Request(str(model_folder), str(texts_file), root=tmp_path, context=32))
+    packed = answer_request(
+        ExtractionRequest(str(model_folder), str(texts_file), root=tmp_path, context=32)
+    )
     assert packed.cut == {"sequences": 0, "tokens": 0}
 
 

@@ -13,13 +13,13 @@ from safetensors.numpy import load_file
 
 import residua
 from residua.cache.errors import CorruptError, MismatchError
-from residua.cache.extraction.answer_request import find, run
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.answer_request import answer_request, find_match
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.files.json_files import read_json, write_json
 from residua.cache.format.manifest import Manifest
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.catalog import list_paths
-from residua.probes.base.readout import Batch
+from residua.probes.base.readout import ReadoutBatch
 
 from ...support.models import save_model
 
@@ -45,9 +45,11 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def request_for(name: str, root: Path, data: str = "texts.jsonl", **options: Any) -> Request:
+def request_for(
+    name: str, root: Path, data: str = "texts.jsonl", **options: Any
+) -> ExtractionRequest:
     chosen = {"batch_tokens": 256, "format": 1, **OPTIONS[name], **options}
-    return Request(str(HERE / "model"), str(HERE / data), root, **chosen)
+    return ExtractionRequest(str(HERE / "model"), str(HERE / data), root, **chosen)
 
 
 def cache_of(name: str, root: Path) -> ActivationCache:
@@ -74,20 +76,20 @@ def test_what_a_cache_of_format_1_held_is_read(name: str, root: Path) -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_request_of_format_1_finds_its_cache(name: str, root: Path) -> None:
-    assert find(request_for(name, root)).answer == "hit"
-    done = run(request_for(name, root))
+    assert find_match(request_for(name, root)).answer == "hit"
+    done = answer_request(request_for(name, root))
     assert (done.status, done.cache.id) == ("hit", EXPECTED[name]["id"])
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_cache_of_format_1_gets_the_layers_that_it_lacks(name: str, root: Path) -> None:
-    done = run(request_for(name, root, layers=None))
+    done = answer_request(request_for(name, root, layers=None))
     assert (done.status, done.cache.id) == (
         "hit" if name == "packed" else "extended",
         EXPECTED[name]["id"],
     )
     assert done.cache.layers == (0, 1, 2, 3)
-    fresh = run(request_for(name, root.parent / "fresh", layers=None)).cache
+    fresh = answer_request(request_for(name, root.parent / "fresh", layers=None)).cache
     assert fresh.id == done.cache.id
     for layer in fresh.layers:
         want = fresh.residual(layer).compute()
@@ -98,14 +100,14 @@ def test_a_cache_of_format_1_gets_the_layers_that_it_lacks(name: str, root: Path
 def test_a_cache_of_format_1_is_extended_by_tokens_as_it_was(root: Path) -> None:
     """The same documents one by one, and twenty more."""
     old = cache_of("rows", root)
-    done = run(request_for("rows", root, data="more.jsonl"))
+    done = answer_request(request_for("rows", root, data="more.jsonl"))
     assert done.status == "extended"
     assert done.cache.manifest.format == 1
     assert done.cache.manifest.extra["extends"] == old.id
     assert len(done.cache.sequence_length) == 60
     count = old.positions
     np.testing.assert_array_equal(done.cache.tokens[:count], old.tokens[:])
-    np.testing.assert_array_equal(done.cache.layer(1)[:count], old.layer(1)[:])
+    np.testing.assert_array_equal(done.cache.residual_array(1)[:count], old.residual_array(1)[:])
     assert not done.cache.has("sequences/document")
     assert residua.verify(done.cache.path).ok
 
@@ -132,13 +134,13 @@ def test_repair_with_another_model_is_refused(root: Path, tmp_path: Path) -> Non
 
 
 def test_without_a_word_a_new_cache_has_the_new_format(root: Path) -> None:
-    done = run(request_for("rows", root, format=2))
+    done = answer_request(request_for("rows", root, format=2))
     assert done.status == "extracted"
     assert (done.cache.manifest.format, done.cache.has("sequences/document")) == (2, True)
     assert len(list_paths(root)) == 4
     old, new = cache_of("rows", root), done.cache
     np.testing.assert_array_equal(old.tokens[:], new.tokens[:])
-    np.testing.assert_allclose(old.layer(1)[:], new.layer(1)[:], atol=2e-3)
+    np.testing.assert_allclose(old.residual_array(1)[:], new.residual_array(1)[:], atol=2e-3)
 
 
 def test_an_unknown_format_is_refused(root: Path, tmp_path: Path) -> None:
@@ -156,9 +158,9 @@ def test_a_probe_that_was_saved_beside_format_1_says_the_same(name: str, root: P
     probe = residua.load_probe(HERE / "probes" / kind)
     cache, shift = cache_of("packed", root), int(offset)
     ids = torch.from_numpy(cache.tokens[:12].astype(np.int64))
-    layer = cache.depth if kind == "marginal" else 1
-    batch = Batch(
-        hidden=torch.from_numpy(cache.layer(layer)[:8]),
+    layer = cache.n_blocks if kind == "marginal" else 1
+    batch = ReadoutBatch(
+        hidden=torch.from_numpy(cache.residual_array(layer)[:8]),
         token=ids[1:9],
         last_token=ids[1 + shift : 9 + shift],
         previous_token=ids[shift : 8 + shift],

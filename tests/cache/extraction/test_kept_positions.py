@@ -79,7 +79,10 @@ def test_the_named_rows_are_kept_and_equal_the_dense_ones(
     np.testing.assert_array_equal(cache.tokens[:], dense.tokens.take(rows))
     for layer in cache.layers:
         np.testing.assert_allclose(
-            cache.layer(layer)[:], dense.layer(layer).take(rows), rtol=0, atol=2e-5
+            cache.residual_array(layer)[:],
+            dense.residual_array(layer).take(rows),
+            rtol=0,
+            atol=2e-5,
         )
     assert residua.verify(cache.path).ok
 
@@ -110,7 +113,7 @@ def test_probes_pair_only_neighbouring_rows(model_folder: Path, data: Path, tmp_
     cache = sparse(model_folder, data, tmp_path, "explicit")
     probe = residua.RidgeProbe(offset=(0, 1), alpha=1.0).fit(cache)
     pairs = 0
-    train = set(cache.split("train").tolist())
+    train = set(cache.sequences("train").tolist())
     places = kept(cache)
     sequence = cache.array("tokens/sequence")[:]
     for row, (document, index) in enumerate(places[:-1]):

@@ -16,16 +16,22 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from residua.cache.checks import logits_error as logitserror
-from residua.cache.checks.logits_error import measure
+from residua.cache.checks.logits_error import measure_logits_errors
 from residua.cache.errors import ModelError, UsageError
-from residua.cache.extraction.answer_request import find, plan, run
+from residua.cache.extraction.answer_request import answer_request, estimate_request, find_match
 from residua.cache.extraction.repair import repair
-from residua.cache.extraction.request import Request
-from residua.cache.format.dtypes import decode, encode
+from residua.cache.extraction.request import ExtractionRequest
+from residua.cache.format.dtypes import decode_rows, encode_rows
 from residua.cache.format.layout import Layout
-from residua.cache.format.logits_arrays import DEFAULT_TOP, TopK, arrays_of, covers, top
+from residua.cache.format.logits_arrays import (
+    DEFAULT_TOP,
+    TopK,
+    logits_arrays,
+    logits_mode_covers,
+    top_logits,
+)
 from residua.cache.forward import kept_logits as headpass
-from residua.cache.model.transformers_guard import quiet
+from residua.cache.model.transformers_guard import guard_transformers
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.verify import verify
 from residua.cli import main
@@ -38,8 +44,8 @@ K = 5
 OPTIONS: dict[str, Any] = {"context": 40, "part_positions": 512, "batch_tokens": 200}
 
 
-def ask(model: Path, data: Path, root: Path, **options: Any) -> Request:
-    return Request(str(model), str(data), root, **{**OPTIONS, **options})
+def ask(model: Path, data: Path, root: Path, **options: Any) -> ExtractionRequest:
+    return ExtractionRequest(str(model), str(data), root, **{**OPTIONS, **options})
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +53,12 @@ def kept(model_folder: Path, texts_file: Path, tmp_path_factory: pytest.TempPath
     """A cache of the K largest logits and one of all, by mode."""
     root = tmp_path_factory.mktemp("kept")
     modes = (f"topk:{K}", "full")
-    return {m: run(ask(model_folder, texts_file, root, logits=m)).cache for m in modes}
+    return {m: answer_request(ask(model_folder, texts_file, root, logits=m)).cache for m in modes}
 
 
 def model_logits(folder: Path, cache: ActivationCache) -> np.ndarray:
     """Logits of every row by transformers alone, `(positions, vocab)` float32."""
-    with quiet():
+    with guard_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder)
     contexts, out = cache.contexts, []
     index = cache.array("tokens/index")[:]
@@ -103,8 +109,10 @@ def test_what_is_kept_is_the_top_of_the_models_own_logits(
     options: dict[str, Any],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(headpass, "TILE_BYTES", 4 * 300 * 7)  # tiles of seven rows
-    cache = run(ask(model_folder, texts_file, tmp_path, logits=f"topk:{K}", **options)).cache
-    assert cache.parts > 2
+    cache = answer_request(
+        ask(model_folder, texts_file, tmp_path, logits=f"topk:{K}", **options)
+    ).cache
+    assert cache.n_parts > 2
     assert cache.finished
     want = model_logits(model_folder, cache)
     half = options.get("dtype") == "bfloat16"
@@ -119,7 +127,7 @@ def test_full_logits_are_the_models_own(
     model_folder: Path, texts_file: Path, tmp_path: Path, dtype: str
 ) -> None:
     asked = ask(model_folder, texts_file, tmp_path, logits="full", dtype=dtype, pack=False)
-    cache = run(asked).cache
+    cache = answer_request(asked).cache
     want = model_logits(model_folder, cache)
     error = {"auto": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2e-6}[dtype]
     got = cache.logits().compute()
@@ -136,9 +144,9 @@ def test_logits_of_a_layer_are_computed_though_all_are_stored(
     kept: dict[str, ActivationCache],
 ) -> None:
     cache = kept["full"]
-    layer = cache.layer(cache.depth)[:100]
+    layer = cache.residual_array(cache.n_blocks)[:100]
     np.testing.assert_allclose(
-        cache.logits(cache.depth)[:100].compute(), cache.head.logits(layer), rtol=0, atol=1e-4
+        cache.logits(cache.n_blocks)[:100].compute(), cache.head.logits(layer), rtol=0, atol=1e-4
     )
     names = {key[0] for key in cache.logits().__dask_graph__() if isinstance(key, tuple)}
     assert any(name.startswith("logits-full") for name in names)
@@ -148,12 +156,12 @@ def test_logits_of_a_layer_are_computed_though_all_are_stored(
 def test_a_bfloat16_model_keeps_finer_logits_than_its_own(
     model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
-    with quiet():
+    with guard_transformers():
         model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
         model.save_pretrained(tmp_path / "half")
     build_tokenizer().save_pretrained(tmp_path / "half")
-    cache = run(ask(tmp_path / "half", texts_file, tmp_path, logits="topk:4")).cache
-    assert cache.layer(3).layout.logical_dtype == "bfloat16"
+    cache = answer_request(ask(tmp_path / "half", texts_file, tmp_path, logits="topk:4")).cache
+    assert cache.residual_array(3).layout.logical_dtype == "bfloat16"
     assert cache.array("logits/values").layout.logical_dtype == "float16"
     # Layer L is exact in bfloat16, so the head gives again what was kept, to float16.
     want = cache.logits().compute()
@@ -183,11 +191,11 @@ def test_every_cache_has_a_top(
 def test_a_small_tail_does_not_drown_in_rounding() -> None:
     logits = np.zeros((2, 1000), np.float32)
     logits[0, 7], logits[1, 3] = 60.0, 30.0
-    takes = headpass.HeadPass(random_head(4, 1000), "topk:1", "float16", torch.device("cpu"))
+    takes = headpass.KeptLogits(random_head(4, 1000), "topk:1", "float16", torch.device("cpu"))
     taken = takes._tile(torch.from_numpy(logits))["logits/tail"][0][:, 0].numpy()
     want = 999 * np.exp(-np.array([60.0, 30.0]))
     np.testing.assert_allclose(taken, want, rtol=1e-4)
-    np.testing.assert_allclose(top(logits, 1)[3], want, rtol=1e-6)
+    np.testing.assert_allclose(top_logits(logits, 1)[3], want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("vocab", [60_000, 70_000])
@@ -197,9 +205,9 @@ def test_ids_beyond_the_range_of_their_sign_bit_are_kept(
     monkeypatch.setattr(headpass, "TILE_BYTES", 4 * vocab * 2)
     head = random_head(4, vocab)
     hidden = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
-    takes = headpass.HeadPass(head, "topk:3", "float16", torch.device("cpu"))
+    takes = headpass.KeptLogits(head, "topk:3", "float16", torch.device("cpu"))
     ids = takes(torch.from_numpy(hidden))["logits/ids"][0].numpy()
-    assert ids.dtype == arrays_of("topk:3", vocab, "float16")[0].dtype
+    assert ids.dtype == logits_arrays("topk:3", vocab, "float16")[0].dtype
     want = np.argsort(-head.logits(hidden), -1, kind="stable")[:, :3]
     assert want.max() > 1 << 15
     np.testing.assert_array_equal(ids, want)
@@ -207,12 +215,15 @@ def test_ids_beyond_the_range_of_their_sign_bit_are_kept(
 
 def test_chunks_divide_parts_and_hold_a_few_megabytes() -> None:
     layout = Layout.choose(768, 2, widest=2 * 50_257)
-    (full,) = arrays_of("full", 50_257, "float16")
+    (full,) = logits_arrays("full", 50_257, "float16")
     assert layout.chunk_rows == 2048
     assert 1.5 * 2**20 <= layout.chunk_of(full.row_bytes) * full.row_bytes <= 3 * 2**20
     assert layout.part_rows * full.row_bytes <= 512 << 20
     odd = Layout.choose(32, 2, part_positions=3000)
-    for array in (*arrays_of("topk:64", 300, "float16"), *arrays_of("full", 300, "float16")):
+    for array in (
+        *logits_arrays("topk:64", 300, "float16"),
+        *logits_arrays("full", 300, "float16"),
+    ):
         assert odd.part_rows % odd.chunk_of(array.row_bytes) == 0
 
 
@@ -259,15 +270,17 @@ def test_more_layers_and_more_tokens_keep_the_logits(
     model_folder: Path, texts_file: Path, tmp_path: Path, mode: str, codec: str
 ) -> None:
     options = {"logits": mode, "codec": codec, "pack": False, "part_positions": 256}
-    first = run(ask(model_folder, texts_file, tmp_path, layers=(1,), max_tokens=1500, **options))
+    first = answer_request(
+        ask(model_folder, texts_file, tmp_path, layers=(1,), max_tokens=1500, **options)
+    )
     shards = {p: p.read_bytes() for p in first.cache.path.rglob("c/*") if p.is_file()}
-    second = run(ask(model_folder, texts_file, tmp_path, max_tokens=1500, **options))
+    second = answer_request(ask(model_folder, texts_file, tmp_path, max_tokens=1500, **options))
     assert (second.status, second.cache.id) == ("extended", first.cache.id)
     assert second.cache.layers == (0, 1, 2, 3)
     assert {p: p.read_bytes() for p in shards} == shards
-    third = run(ask(model_folder, texts_file, tmp_path, **options))
+    third = answer_request(ask(model_folder, texts_file, tmp_path, **options))
     assert (third.status, third.cache.manifest.extra["extends"]) == ("extended", first.cache.id)
-    whole = run(ask(model_folder, texts_file, tmp_path / "whole", **options)).cache
+    whole = answer_request(ask(model_folder, texts_file, tmp_path / "whole", **options)).cache
     assert third.cache.positions == whole.positions
     assert verify(third.cache.path).ok
     name = third.cache.logits_names[0]
@@ -281,7 +294,7 @@ def test_more_layers_and_more_tokens_keep_the_logits(
         np.testing.assert_array_equal(got.read_stored(0, rows), same)
         if not name.endswith("ids"):
             order = np.argsort(third.cache.sequence_hash), np.argsort(whole.sequence_hash)
-            mine, theirs = (a.take(c.rows(o)) for a, c, o in
+            mine, theirs = (a.take(c.positions_of(o)) for a, c, o in
                             zip((got, want), (third.cache, whole), order, strict=True))  # fmt: skip
             np.testing.assert_allclose(mine, theirs, rtol=2e-3, atol=2e-3)
 
@@ -289,24 +302,24 @@ def test_more_layers_and_more_tokens_keep_the_logits(
 def test_a_cache_with_logits_answers_requests_for_less(
     model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
-    made = run(ask(model_folder, texts_file, tmp_path, logits="topk:9")).cache
+    made = answer_request(ask(model_folder, texts_file, tmp_path, logits="topk:9")).cache
     for mode in ("recompute", "topk:4"):
         asked = ask(model_folder, texts_file, tmp_path, logits=mode)
-        assert find(asked).answer == "covers"
-        assert (run(asked).status, run(asked).cache.id) == ("hit", made.id)
+        assert find_match(asked).answer == "covers"
+        assert (answer_request(asked).status, answer_request(asked).cache.id) == ("hit", made.id)
     for mode in ("topk:10", "full"):
-        found = find(ask(model_folder, texts_file, tmp_path, logits=mode))
+        found = find_match(ask(model_folder, texts_file, tmp_path, logits=mode))
         assert found.answer == "miss"
         assert found.differences == (("capture.logits", mode, "topk:9"),)
-    assert covers("full", "recompute")
-    assert not covers("full", "topk:3")  # rounded ones are no answer for float32 ranks
-    assert not covers("recompute", "topk:3")
+    assert logits_mode_covers("full", "recompute")
+    assert not logits_mode_covers("full", "topk:3")  # rounded ones are no answer for float32 ranks
+    assert not logits_mode_covers("recompute", "topk:3")
 
 
 def test_recompute_stays_the_default_and_its_id_unchanged(
     model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
-    cache = run(ask(model_folder, texts_file, tmp_path)).cache
+    cache = answer_request(ask(model_folder, texts_file, tmp_path)).cache
     assert cache.manifest.identity["capture"]["logits"] == "recompute"
     assert set(cache.manifest.extra) == {"pad", "causal", "embedding"}
     assert cache.logits_names == ()
@@ -318,7 +331,7 @@ def test_modes_that_cannot_be_are_refused_before_anything_is_written(
     model_folder: Path, texts_file: Path, tmp_path: Path, mode: str
 ) -> None:
     with pytest.raises(UsageError, match=r"logits .*(unknown|smaller K)"):
-        run(ask(model_folder, texts_file, tmp_path / "root", logits=mode))
+        answer_request(ask(model_folder, texts_file, tmp_path / "root", logits=mode))
     assert not list(tmp_path.glob("root/*/manifest.json"))
 
 
@@ -326,11 +339,13 @@ def test_logits_that_are_not_finite_set_their_sequence_aside(
     model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     """A head that overflows where the residual stream does not."""
-    clean = run(ask(model_folder, texts_file, tmp_path, pack=False, dtype="float32")).cache
+    clean = answer_request(
+        ask(model_folder, texts_file, tmp_path, pack=False, dtype="float32")
+    ).cache
     bad = Path(shutil.copytree(model_folder, tmp_path / "bad"))
     tensors = load_file(bad / "model.safetensors")
     # A direction along which one row is far out of line overflows there and nowhere else.
-    z = clean.head.normalize(clean.layer(3)[:])
+    z = clean.head.normalize(clean.residual_array(3)[:])
     row = int(np.argmax(np.abs(z).max(-1)))
     direction = z[row] / np.linalg.norm(z[row])
     along = z @ direction
@@ -340,12 +355,12 @@ def test_logits_that_are_not_finite_set_their_sequence_aside(
     save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
     del tensors
     with np.errstate(over="ignore"):
-        expected = ~np.isfinite(clean.head.normalize(clean.layer(3)[:]).astype(np.float32)
+        expected = ~np.isfinite(clean.head.normalize(clean.residual_array(3)[:]).astype(np.float32)
                                 @ (direction * np.float32(scale)))  # fmt: skip
     assert expected.any()
     sequences = clean.array("tokens/sequence")[:]
     asked = ask(bad, texts_file, tmp_path, pack=False, dtype="float32", logits="full")
-    cache = run(asked).cache
+    cache = answer_request(asked).cache
     assert set(cache.quarantined) == set(sequences[expected].tolist())
     assert all("in logits/full" in reason for reason in cache.quarantined.values())
 
@@ -357,13 +372,13 @@ def test_logits_beyond_float16_are_kept_in_bfloat16_and_never_narrowed(
     tensors = load_file(large / "model.safetensors")
     tensors["embed_out.weight"] *= np.float32(3e4)
     save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
-    cache = run(ask(large, texts_file, tmp_path, logits="topk:3")).cache
+    cache = answer_request(ask(large, texts_file, tmp_path, logits="topk:3")).cache
     assert cache.array("logits/values").layout.logical_dtype == "bfloat16"
-    assert cache.layer(3).layout.logical_dtype == "float16"
+    assert cache.residual_array(3).layout.logical_dtype == "float16"
     narrow = ask(large, texts_file, tmp_path / "x", logits="topk:3", dtype="float16")
     with pytest.raises(ModelError, match="logits/values reaches .* which float16 cannot hold"):
-        run(replace(narrow, on_error="raise"))
-    found = run(narrow).cache
+        answer_request(replace(narrow, on_error="raise"))
+    found = answer_request(narrow).cache
     assert not np.isinf(found.array("logits/values")[:]).any()
     too_large = np.abs(cache.array("logits/values")[:]).max(-1) > 66000
     sequences = found.array("tokens/sequence")[:]
@@ -376,8 +391,8 @@ def test_a_dry_run_knows_the_logits(
     model_folder: Path, texts_file: Path, tmp_path: Path, options: dict, more: dict
 ) -> None:
     asked = ask(model_folder, texts_file, tmp_path, **{**options, **more})
-    wanted = plan(asked)
-    cache = run(asked).cache
+    wanted = estimate_request(asked)
+    cache = answer_request(asked).cache
     for name in cache.target_names:
         folder = cache.path / "arrays.zarr" / name / "c"
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -396,7 +411,7 @@ def test_batches_of_wide_rows_are_small(
 
     monkeypatch.setattr(make, "LOGITS_BATCH_BYTES", 600 * 130)
     asked = ask(model_folder, texts_file, tmp_path, logits="full", batch_tokens=None, pack=False)
-    cache = run(asked).cache
+    cache = answer_request(asked).cache
     assert cache.manifest.batch_tokens == 130
     want = model_logits(model_folder, cache)
     np.testing.assert_allclose(cache.logits().compute(), want, rtol=2.0**-11, atol=2e-5)
@@ -408,7 +423,7 @@ def test_an_export_has_the_logits(kept: dict[str, ActivationCache], tmp_path: Pa
     cache = kept[f"topk:{K}"]
     export(cache, tmp_path / "st", split="test")
     got = load_file(tmp_path / "st" / "logits.safetensors")
-    rows = cache.rows(cache.split("test"))
+    rows = cache.positions_of(cache.sequences("test"))
     for name in cache.logits_names:
         want = cache.array(name).take_stored(rows)
         np.testing.assert_array_equal(got[name.partition("/")[2]], want)
@@ -439,7 +454,7 @@ def test_the_measured_errors_are_the_errors(monkeypatch: pytest.MonkeyPatch) -> 
     model = head.logits(hidden) + rng.normal(0, 1e-3, (40, 200)).astype(np.float32)
     p = np.exp(model - np.logaddexp.reduce(model.astype(np.float64), -1, keepdims=True))
     kept = {
-        "recompute": head.logits(decode(encode(hidden, "bfloat16"), "bfloat16")),
+        "recompute": head.logits(decode_rows(encode_rows(hidden, "bfloat16"), "bfloat16")),
         "full": head.logits(hidden).astype(np.float16).astype(np.float32),
     }
     own = head.logits(hidden)
@@ -451,10 +466,12 @@ def test_the_measured_errors_are_the_errors(monkeypatch: pytest.MonkeyPatch) -> 
     total = np.logaddexp.reduce(own.astype(np.float64), -1, keepdims=True)
     np.put_along_axis(spread, order, values.astype(np.float16) - total, -1)
     kept["topk:7"] = spread
-    found = measure(head, hidden, model, "bfloat16", lambda _: "float16", "topk:7")
+    found = measure_logits_errors(head, hidden, model, "bfloat16", lambda _: "float16", "topk:7")
     for tile in (1, 1 << 30):
         monkeypatch.setattr(logitserror, "TILE_BYTES", tile)
-        again = measure(head, hidden, model, "bfloat16", lambda _: "float16", "topk:7")
+        again = measure_logits_errors(
+            head, hidden, model, "bfloat16", lambda _: "float16", "topk:7"
+        )
         for mode, error in again.modes.items():
             assert error.kl_mean == pytest.approx(found.modes[mode].kl_mean, rel=1e-3)
     for mode, given in kept.items():
@@ -478,7 +495,7 @@ def test_a_tie_in_the_model_is_no_flip() -> None:
     best = model.argmax(-1)
     others = (best - 1) % 50
     np.put_along_axis(model, others[:, None], model.max(-1, keepdims=True), -1)
-    found = measure(head, hidden, model, "float32", lambda _: "float32")
+    found = measure_logits_errors(head, hidden, model, "float32", lambda _: "float32")
     assert found.modes["full"].flips == 0
 
 
@@ -489,7 +506,7 @@ def test_softcaps_and_recorded_tails_are_in_the_logits(
     # An opt whose embedding is narrower than its stream has a tail that no formula gives.
     monkeypatch.setitem(models.CONFIGS, "opt", {**models.CONFIGS["opt"], "word_embed_proj_dim": 16})
     folder = save_model(tmp_path / "model", kind)
-    cache = run(ask(folder, texts_file, tmp_path, logits="topk:3", context=32)).cache
+    cache = answer_request(ask(folder, texts_file, tmp_path, logits="topk:3", context=32)).cache
     assert cache.head.kind == head
     want = model_logits(folder, cache)
     check_top(want, computed(cache.topk()), 3, float(np.abs(want).max()) * 2.0**-11 + 1e-4)
@@ -499,7 +516,8 @@ def test_rows_do_not_depend_on_how_they_were_batched(model_folder: Path, tmp_pat
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(40)))
     caches = [
-        run(ask(model_folder, data, tmp_path / str(tokens), logits="topk:4", dtype="float32",
+        answer_request(ask(model_folder, data, tmp_path / str(tokens), logits="topk:4",
+            dtype="float32",
                 pack=False, batch_tokens=tokens, part_positions=part)).cache
         for tokens, part in ((50, 64), (3000, 100_000))
     ]  # fmt: skip

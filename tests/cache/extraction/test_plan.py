@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 import residua
 from residua.cache.errors import UsageError
-from residua.cache.extraction.answer_request import plan, run
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.answer_request import answer_request, estimate_request
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cli import main
 
 
@@ -20,10 +20,10 @@ from residua.cli import main
 def test_a_dry_run_predicts_the_bytes_within_two_percent_and_writes_nothing(
     model_folder: Path, texts_file: Path, tmp_path: Path, options: dict
 ) -> None:
-    request = Request(str(model_folder), str(texts_file), tmp_path, context=64, **options)
-    wanted = plan(replace(request, root=tmp_path / "not" / "yet"))
+    request = ExtractionRequest(str(model_folder), str(texts_file), tmp_path, context=64, **options)
+    wanted = estimate_request(replace(request, root=tmp_path / "not" / "yet"))
     assert not list(tmp_path.iterdir())
-    cache = run(request).cache
+    cache = answer_request(request).cache
     arrays = sum(f.stat().st_size for f in (cache.path / "arrays.zarr").rglob("c/*"))
     arrays = sum(f.stat().st_size for f in cache.path.rglob("c/*/0") if f.is_file()) + sum(
         f.stat().st_size

@@ -144,13 +144,15 @@ def test_every_kept_run_of_a_context_that_is_not_finite_is_quarantined(
         bad, texts_with_a_rare_token, root=tmp_path, pack=False, positions="sample:12"
     )
     context, sequence = cache.array("sequences/context")[:], cache.array("tokens/sequence")[:]
-    finite = np.all([np.isfinite(cache.layer(la)[:]).all(-1) for la in cache.layers], axis=0)
+    finite = np.all(
+        [np.isfinite(cache.residual_array(la)[:]).all(-1) for la in cache.layers], axis=0
+    )
     contexts = set(context[sequence[~finite]].tolist())
     runs = [number for number in range(len(context)) if context[number] in contexts]
     assert contexts
     assert len(runs) > len(contexts)
     assert set(cache.quarantined) == set(runs)
-    assert not set(runs) & set(cache.split("all").tolist())
+    assert not set(runs) & set(cache.sequences("all").tolist())
 
 
 def test_sequences_that_are_not_finite_are_quarantined_with_the_reason(
@@ -164,7 +166,7 @@ def test_sequences_that_are_not_finite_are_quarantined_with_the_reason(
     with_token = set(np.unique(sequence[cache.tokens[:] == token]).tolist())
     assert set(cache.quarantined) == with_token
     assert "non-finite values at layer 0" in cache.quarantined[min(with_token)]
-    assert not with_token & set(cache.split("all").tolist())
+    assert not with_token & set(cache.sequences("all").tolist())
     assert sum(r.arrays["residual/1"].nonfinite for r in cache.committed.values()) > 0
     probe = residua.RidgeProbe().fit(cache)
     assert np.isfinite(probe.maps_[(1, 0)].weight).all()
@@ -177,19 +179,19 @@ def test_sequences_that_are_not_finite_are_quarantined_with_the_reason(
 def test_a_machine_that_computes_other_numbers_is_found_on_resume(
     model_folder: Path, tiny_cache: ActivationCache
 ) -> None:
-    from residua.cache.checks.model_checks import reexamine
-    from residua.cache.checks.reference_rows import check, replay
+    from residua.cache.checks.model_checks import recheck_model
+    from residua.cache.checks.reference_rows import check_reference_rows, compute_reference_rows
     from residua.cache.model.load_model import load_model
     from residua.cache.model.source import ModelSource
 
     model: Any = load_model(ModelSource.locate(str(model_folder)))
-    stack = reexamine(model, tiny_cache)
-    assert check(stack, tiny_cache.path, "float32") == pytest.approx(0, abs=1e-6)
+    stack = recheck_model(model, tiny_cache)
+    assert check_reference_rows(stack, tiny_cache.path, "float32") == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)
-    drift = replay(stack, tiny_cache.path / "head")
+    drift = compute_reference_rows(stack, tiny_cache.path / "head")
     assert drift is not None
     assert drift > 1e-3
     with pytest.raises(MismatchError, match="computes other numbers"):
-        check(stack, tiny_cache.path, "float32")
+        check_reference_rows(stack, tiny_cache.path, "float32")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from residua.cache.errors import Interrupted
-from residua.cache.extraction.answer_request import run
-from residua.cache.extraction.request import Request
-from residua.cache.files.leases import exclusive
+from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.request import ExtractionRequest
+from residua.cache.files.leases import hold_lock
 from residua.cache.forward import write_parts as fill
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.catalog import list_paths
@@ -72,7 +72,7 @@ def test_three_processes_make_one_cache_and_write_no_part_twice(
     assert all(s["complete"] and s["layers"] == [0, 1, 2, 3] for s in said)
     assert sum(s["written"] for s in said) == said[0]["positions"]
     cache = only(tmp_path)
-    assert len(cache.journal.paths()) == cache.parts
+    assert len(cache.journal.paths()) == cache.n_parts
     assert files(tmp_path) == alone
     assert verify(cache.path).ok
 
@@ -135,7 +135,7 @@ def test_a_stopped_process_keeps_its_part_and_a_dead_one_is_replaced(
         assert done <= total
         if stage.startswith("waiting") and stage not in stages:
             cache = only(tmp_path)
-            missing = set(range(cache.parts)) - set(cache.committed)
+            missing = set(range(cache.n_parts)) - set(cache.committed)
             # It may hold two: one whose commit was under way.
             assert part in missing
             assert missing <= {part - 1, part, part + 1}
@@ -145,7 +145,9 @@ def test_a_stopped_process_keeps_its_part_and_a_dead_one_is_replaced(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        done = run(Request(str(model_folder), str(data), tmp_path, **SIZE), progress)
+        done = answer_request(
+            ExtractionRequest(str(model_folder), str(data), tmp_path, **SIZE), progress
+        )
     finally:
         torch.set_num_threads(threads)
     assert f"waiting for process {holder.pid} on {os.uname().nodename}" in stages
@@ -160,7 +162,7 @@ def test_sigterm_reaches_a_process_that_waits(
     holder = driver.start(*command(model_folder, data, tmp_path))
     holding(holder, tmp_path)
     waiting = driver.start(*command(model_folder, data, tmp_path))
-    until(lambda: len(only(tmp_path).committed) == only(tmp_path).parts - 1)
+    until(lambda: len(only(tmp_path).committed) == only(tmp_path).n_parts - 1)
     waiting.signal(signal.SIGTERM)
     assert waiting.wait() == Interrupted.exit_code
     assert "the same command goes on from here" in waiting.json()["message"]
@@ -204,12 +206,12 @@ def test_what_only_one_may_do_waits_for_the_other(tmp_path: Path) -> None:
     inside, order = threading.Event(), []
 
     def second() -> None:
-        with exclusive(tmp_path, "layers"):
+        with hold_lock(tmp_path, "layers"):
             order.append("second")
             inside.set()
 
     thread = threading.Thread(target=second)
-    with exclusive(tmp_path, "layers"):
+    with hold_lock(tmp_path, "layers"):
         thread.start()
         assert not inside.wait(0.3)
         order.append("first")

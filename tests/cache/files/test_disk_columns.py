@@ -9,9 +9,15 @@ from residua.cache.documents import text_file as textfile
 from residua.cache.documents.text_file import SEPARATOR, TextFile
 from residua.cache.errors import NoSpaceError
 from residua.cache.files import disk_columns as columns
-from residua.cache.files.disk_columns import Column, Computed, blocks, scratch_folder, take
-from residua.cache.tokens.index_arrays import tables
-from residua.cache.tokens.token_stream import Runs, TokenStream, concatenate
+from residua.cache.files.disk_columns import (
+    ComputedColumn,
+    DiskColumn,
+    row_blocks,
+    scratch_folder,
+    take_rows,
+)
+from residua.cache.tokens.index_arrays import index_arrays
+from residua.cache.tokens.token_stream import KeptRuns, TokenStream, concatenate
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +28,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(textfile, "BLOCK_BYTES", 5)
 
 
-def column_of(values: np.ndarray, folder: Path, seed: int = 0) -> Column:
+def column_of(values: np.ndarray, folder: Path, seed: int = 0) -> DiskColumn:
     """A column that got `values` in pieces of any size."""
-    column = Column(values.dtype, folder)
+    column = DiskColumn(values.dtype, folder)
     cuts = np.sort(np.random.default_rng(seed).integers(0, len(values), 6))
     for piece in np.split(values, cuts):
         column.append(piece)
@@ -34,14 +40,14 @@ def column_of(values: np.ndarray, folder: Path, seed: int = 0) -> Column:
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 45])
 def test_a_column_reads_as_the_array_that_it_was_made_of(tmp_path: Path, count: int) -> None:
     values = np.random.default_rng(1).integers(0, 1000, max(count, 1)).astype("<i8")[:count]
-    column = column_of(values, tmp_path) if count else Column("<i8", tmp_path)
+    column = column_of(values, tmp_path) if count else DiskColumn("<i8", tmp_path)
     assert len(column) == count
     for start in range(count + 1):
         for stop in range(start, count + 2):
             np.testing.assert_array_equal(column[start:stop], values[start:stop])
     np.testing.assert_array_equal(column[::3], values[::3])
     np.testing.assert_array_equal(column[-5:], values[-5:])
-    assert [len(block) for block in blocks(column)] == [8] * (count // 8) + [count % 8] * (
+    assert [len(block) for block in row_blocks(column)] == [8] * (count // 8) + [count % 8] * (
         count % 8 > 0
     )
 
@@ -66,7 +72,9 @@ def test_numbers_are_taken_block_by_block(tmp_path: Path) -> None:
         return column[start:stop]
 
     places = np.array([0, 3, 3, 9, 50, 51, 99])
-    np.testing.assert_array_equal(take(Computed(100, values.dtype, look), places), values[places])
+    np.testing.assert_array_equal(
+        take_rows(ComputedColumn(100, values.dtype, look), places), values[places]
+    )
     assert max(read) <= 8
 
 
@@ -82,7 +90,7 @@ def test_a_full_disk_is_said_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyP
     full = Path("/dev/full")
     monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: full.open("wb", 0))  # noqa: SIM115
     with pytest.raises(NoSpaceError, match=f"the disk of {tmp_path} is full"):
-        Column("<i8", tmp_path).append(np.arange(20))
+        DiskColumn("<i8", tmp_path).append(np.arange(20))
 
 
 def test_temporary_files_lie_beside_the_caches_where_they_may(tmp_path: Path) -> None:
@@ -99,7 +107,7 @@ def streams(folder: Path) -> tuple[TokenStream, TokenStream]:
     ids = rng.integers(0, 99, lengths.sum()).astype("<i4")
     rows = np.repeat(np.arange(12), lengths)
     first = rng.integers(0, lengths)
-    runs = Runs(np.arange(12), first, lengths - first)
+    runs = KeptRuns(np.arange(12), first, lengths - first)
     further = {"sequences/labels/n": np.arange(12)}
     memory, disk = (
         TokenStream(i, lengths, np.arange(12), {"tokens/row_id": r}, further, {}, runs)
@@ -111,7 +119,7 @@ def streams(folder: Path) -> tuple[TokenStream, TokenStream]:
 def whole(stream: TokenStream) -> dict[str, list]:
     """Everything that a cache keeps of a stream."""
     digest, hashes = stream.digests()
-    return {name: values[:].tolist() for name, values in tables(stream, hashes).items()} | {
+    return {name: values[:].tolist() for name, values in index_arrays(stream, hashes).items()} | {
         "digest": [digest]
     }
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import residua
-from residua.cache.extraction.answer_request import run
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.sharing.export import export
 from residua.probes.lens.tuned_lens import TunedLens
 from residua.probes.lens.tuned_lens_files import write_tuned_lens
@@ -37,8 +37,8 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     assert not found.faults
 
 
-def ask(model: Path, data: Path, root: Path, **options: Any) -> Request:
-    return Request(str(model), str(data), root, **{**OPTIONS, **options})
+def ask(model: Path, data: Path, root: Path, **options: Any) -> ExtractionRequest:
+    return ExtractionRequest(str(model), str(data), root, **{**OPTIONS, **options})
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def ask(model: Path, data: Path, root: Path, **options: Any) -> Request:
 def test_an_extraction_is_whole_after_a_power_cut(
     disk: Disk, model_folder: Path, texts_file: Path, options: dict[str, Any]
 ) -> None:
-    cache = run(ask(model_folder, texts_file, disk.base / "caches", **options)).cache
+    cache = answer_request(ask(model_folder, texts_file, disk.base / "caches", **options)).cache
     assert not disk.lost()
     appeared = [name for event, name in disk.events if event == "rename"]
     shards = [name for name in appeared if "/residual/" in name and "/c/" in name]
-    assert len(shards) == cache.parts * len(cache.layers)
+    assert len(shards) == cache.n_parts * len(cache.layers)
     records = [name for name in appeared if "/journal/0" in name]
-    assert len(records) == cache.parts
+    assert len(records) == cache.n_parts
 
 
 @pytest.mark.parametrize("more", ["layers", "tokens"])
@@ -63,9 +63,9 @@ def test_a_cache_that_grows_is_whole_after_a_power_cut(
     disk: Disk, model_folder: Path, texts_file: Path, more: str
 ) -> None:
     less: dict[str, Any] = {"layers": (1,)} if more == "layers" else {"max_tokens": 1300}
-    run(ask(model_folder, texts_file, disk.base, **less))
+    answer_request(ask(model_folder, texts_file, disk.base, **less))
     assert not disk.lost()
-    assert run(ask(model_folder, texts_file, disk.base)).status == "extended"
+    assert answer_request(ask(model_folder, texts_file, disk.base)).status == "extended"
     assert not disk.lost()
 
 
@@ -79,9 +79,9 @@ def test_where_there_are_no_links_copied_shards_are_synced(
             raise OSError("no links here")
         link(source, target)
 
-    few = run(ask(model_folder, texts_file, disk.base, max_tokens=1300)).cache
+    few = answer_request(ask(model_folder, texts_file, disk.base, max_tokens=1300)).cache
     monkeypatch.setattr(os, "link", no_links)
-    more = run(ask(model_folder, texts_file, disk.base)).cache
+    more = answer_request(ask(model_folder, texts_file, disk.base)).cache
     assert more.manifest.extra["extends"] == few.id
     assert not disk.lost()
 
@@ -89,7 +89,7 @@ def test_where_there_are_no_links_copied_shards_are_synced(
 def test_a_repaired_cache_is_whole_after_a_power_cut(
     disk: Disk, model_folder: Path, texts_file: Path
 ) -> None:
-    cache = run(ask(model_folder, texts_file, disk.base)).cache
+    cache = answer_request(ask(model_folder, texts_file, disk.base)).cache
     shard = cache.path / "arrays.zarr/residual/1/c/1/0"
     for file in (shard, cache.path / "arrays.zarr/residual/2/zarr.json"):
         data = bytearray(file.read_bytes())
@@ -103,7 +103,7 @@ def test_a_repaired_cache_is_whole_after_a_power_cut(
 def test_kept_moments_and_saved_probes_are_whole_after_a_power_cut(
     disk: Disk, model_folder: Path, texts_file: Path
 ) -> None:
-    cache = run(ask(model_folder, texts_file, disk.base / "caches")).cache
+    cache = answer_request(ask(model_folder, texts_file, disk.base / "caches")).cache
     probe = RidgeProbe(layers=[0], folds=2).fit(cache, keep=True)
     assert list((cache.path / "moments").iterdir())
     assert not disk.lost()
@@ -115,7 +115,7 @@ def test_kept_moments_and_saved_probes_are_whole_after_a_power_cut(
 def test_an_export_is_whole_after_a_power_cut(
     disk: Disk, model_folder: Path, texts_file: Path
 ) -> None:
-    cache = run(ask(model_folder, texts_file, disk.base / "caches")).cache
+    cache = answer_request(ask(model_folder, texts_file, disk.base / "caches")).cache
     for name, format in (("tensors", "safetensors"), ("arrays", "numpy")):
         export(cache, disk.base / "exports" / name, layers=[1], format=format)
         assert not disk.lost()
@@ -124,9 +124,9 @@ def test_an_export_is_whole_after_a_power_cut(
 def test_a_lens_for_other_tools_is_whole_after_a_power_cut(
     disk: Disk, model_folder: Path, texts_file: Path
 ) -> None:
-    cache = run(ask(model_folder, texts_file, disk.base / "caches")).cache
+    cache = answer_request(ask(model_folder, texts_file, disk.base / "caches")).cache
     eye = np.eye(cache.d_model, dtype=np.float32)
-    maps = {(layer, 0): AffineMap(eye, eye[0]) for layer in range(cache.depth)}
+    maps = {(layer, 0): AffineMap(eye, eye[0]) for layer in range(cache.n_blocks)}
     write_tuned_lens(TunedLens.of(maps), disk.base / "lens", cache)
     assert not disk.lost()
 

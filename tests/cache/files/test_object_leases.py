@@ -10,9 +10,9 @@ import pytest
 
 from residua.cache.errors import LeaseLostError
 from residua.cache.files import object_leases as objectlease
-from residua.cache.files.leases import exclusive, holder, lease
+from residua.cache.files.leases import hold_lock, lease_holder, lease_part
 from residua.cache.files.object_leases import ObjectLease
-from residua.cache.files.paths import as_path, children, put
+from residua.cache.files.paths import as_path, list_folder, write_object
 
 
 @pytest.fixture
@@ -28,28 +28,28 @@ def stranger(folder: Path, part: int, generation: int = 1, **more: object) -> Pa
     """The lease of a holder on another machine, who gives no sign of life."""
     path = folder / f"{part:08d}.{generation}.json"
     who = {"token": uuid.uuid4().hex, "beats": 3, "pid": 1, "host": "afar", "machine": "other"}
-    put(path, json.dumps({**who, **more}).encode())
+    write_object(path, json.dumps({**who, **more}).encode())
     return path
 
 
 def acquired(folder: Path, part: int) -> bool:
-    with lease(folder, part) as held:
+    with lease_part(folder, part) as held:
         return held is not None
 
 
 def test_a_lease_is_held_by_one_and_free_again_afterwards(folder: Path) -> None:
-    with lease(folder, 3) as held:
+    with lease_part(folder, 3) as held:
         assert held
         held.check()
         assert not acquired(folder, 3)
         assert acquired(folder, 4)
-        assert holder(folder, 3).startswith("process ")
+        assert lease_holder(folder, 3).startswith("process ")
     assert acquired(folder, 3)
-    assert children(folder) == []
+    assert list_folder(folder) == []
 
 
 def test_a_holder_with_signs_of_life_keeps_its_lease(folder: Path) -> None:
-    with lease(folder, 0) as held:
+    with lease_part(folder, 0) as held:
         assert held
         end = time.monotonic() + 1.2
         while time.monotonic() < end:
@@ -65,7 +65,7 @@ def test_a_silent_holder_is_replaced_only_after_its_time(folder: Path) -> None:
         assert time.monotonic() - began < 10
         time.sleep(0.02)
     assert time.monotonic() - began >= 0.5
-    assert children(folder) == []
+    assert list_folder(folder) == []
 
 
 def test_a_sign_of_life_begins_the_time_anew(folder: Path) -> None:
@@ -88,17 +88,17 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(folder: Path) -> Non
 
 def test_who_was_replaced_finds_out_and_disturbs_nobody(folder: Path) -> None:
     old = ObjectLease(folder, "00000000", 1)
-    put(old.path, old.signature())
+    write_object(old.path, old.signature())
     time.sleep(0.3)  # it is no longer sure
     stranger(folder, 0, generation=2)
     with pytest.raises(LeaseLostError, match="took 00000000"):
         old.check()
     old.release()
-    assert [path.name for path in children(folder)] == ["00000000.2.json"]
+    assert [path.name for path in list_folder(folder)] == ["00000000.2.json"]
 
 
 def test_who_lost_its_object_finds_out(folder: Path) -> None:
-    with lease(folder, 0) as held:
+    with lease_part(folder, 0) as held:
         assert isinstance(held, ObjectLease)
         held._ended.set()
         held.path.unlink()
@@ -113,11 +113,11 @@ def test_what_was_seen_dead_but_is_held_anew_is_left_alone(
     stranger(folder, 0)
     monkeypatch.setattr(objectlease, "_is_dead", lambda path, said: stranger(folder, 0) is not None)
     assert not acquired(folder, 0)
-    assert [path.name for path in children(folder)] == ["00000000.1.json"]
+    assert [path.name for path in list_folder(folder)] == ["00000000.1.json"]
 
 
 def test_a_lease_that_is_no_json_expires(folder: Path) -> None:
-    put(folder / "00000000.1.json", b"\xff")
+    write_object(folder / "00000000.1.json", b"\xff")
     assert not acquired(folder, 0)
     time.sleep(0.6)
     assert acquired(folder, 0)
@@ -127,10 +127,10 @@ def test_exclusive_waits_for_the_holder(folder: Path) -> None:
     order = []
 
     def second() -> None:
-        with exclusive(folder, "layers"):
+        with hold_lock(folder, "layers"):
             order.append("second")
 
-    with exclusive(folder, "layers"):
+    with hold_lock(folder, "layers"):
         thread = threading.Thread(target=second)
         thread.start()
         time.sleep(0.3)

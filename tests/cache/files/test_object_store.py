@@ -17,9 +17,16 @@ import pytest
 
 import residua
 from residua.cache.errors import UsageError
-from residua.cache.extraction.answer_request import find, run
-from residua.cache.extraction.request import Request
-from residua.cache.files.paths import as_path, check_creates, children, create, put, store_of
+from residua.cache.extraction.answer_request import answer_request, find_match
+from residua.cache.extraction.request import ExtractionRequest
+from residua.cache.files.paths import (
+    as_path,
+    check_creates,
+    create_object,
+    list_folder,
+    store_of,
+    write_object,
+)
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.catalog import list_paths
 
@@ -78,7 +85,7 @@ def contents(cache: ActivationCache) -> dict[str, bytes]:
     """Bytes of everything that is the same on every machine and at every time."""
     chosen = ["manifest.json", *(f"arrays.zarr/{name}" for name in _names(cache))]
     chosen += [f"head/{name}" for name in ("head.json", "head.safetensors", "canary.safetensors")]
-    chosen += [f"journal/{part:08d}.json" for part in range(cache.parts)]
+    chosen += [f"journal/{part:08d}.json" for part in range(cache.n_parts)]
     return {name: (cache.path / name).read_bytes() for name in chosen}
 
 
@@ -86,7 +93,7 @@ def _names(cache: ActivationCache) -> list[str]:
     """Shards and metadata of all arrays."""
     arrays, files = cache.journal.base()
     shards = {name: [int(number) for number in found] for name, found in arrays.items()}
-    shards |= {name: list(range(cache.parts)) for name in cache.target_names}
+    shards |= {name: list(range(cache.n_parts)) for name in cache.target_names}
     names = [name.removeprefix("arrays.zarr/") for name in files if name.startswith("arrays.zarr")]
     return names + [
         f"{name}/{cache.array(name).layout.shard_key(number)}"
@@ -118,7 +125,7 @@ def test_a_cache_in_an_object_store_has_the_bytes_of_one_on_a_disk(
     far = residua.extract(model_folder, data, root=root, **SIZE)
     assert far.id == local.id
     assert contents(far) == contents(local)
-    assert local.parts > 3
+    assert local.n_parts > 3
     assert residua.verify(far.path).ok
     assert not list((far.path / "leases").glob("*"))
     assert residua.find_cache(far.id[:6], as_path(root)).positions == local.positions
@@ -144,7 +151,7 @@ def test_compact_caches_with_logits_are_the_same_afar(
     shard = far.path / "arrays.zarr" / "logits/ids" / far.array("logits/ids").layout.shard_key(2)
     damaged = bytearray(shard.read_bytes())
     damaged[9] ^= 1
-    put(shard, bytes(damaged))
+    write_object(shard, bytes(damaged))
     (found,) = residua.verify(far.path).damages
     assert (found.array, found.start) == ("logits/ids", 2 * far.manifest.layout.part_rows)
 
@@ -162,10 +169,16 @@ def test_every_way_of_reading_gives_what_the_disk_gives(
 ) -> None:
     rows = np.random.default_rng(0).integers(0, local.positions, 300)
     for layer in local.layers:
-        np.testing.assert_array_equal(far.layer(layer)[:], local.layer(layer)[:])
-        np.testing.assert_array_equal(far.layer(layer).take(rows), local.layer(layer).take(rows))
-        np.testing.assert_array_equal(far.layer(layer)[100:400], local.layer(layer)[100:400])
-    np.testing.assert_array_equal(far.layer(1)[rows, 3:5], local.layer(1)[rows, 3:5])
+        np.testing.assert_array_equal(far.residual_array(layer)[:], local.residual_array(layer)[:])
+        np.testing.assert_array_equal(
+            far.residual_array(layer).take(rows), local.residual_array(layer).take(rows)
+        )
+        np.testing.assert_array_equal(
+            far.residual_array(layer)[100:400], local.residual_array(layer)[100:400]
+        )
+    np.testing.assert_array_equal(
+        far.residual_array(1)[rows, 3:5], local.residual_array(1)[rows, 3:5]
+    )
     np.testing.assert_array_equal(far.residual(2).compute(), local.residual(2).compute())
     there, here = far.logits()[:50].compute(), local.logits()[:50].compute()
     np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-5)
@@ -196,15 +209,15 @@ def test_asking_again_is_a_hit_and_more_layers_and_tokens_extend(
     root: str, model_folder: Path, data: Path, local: ActivationCache, tmp_path: Path
 ) -> None:
     def ask(**more: Any) -> Any:
-        return Request(str(model_folder), str(data), root=as_path(root), **SIZE, **more)
+        return ExtractionRequest(str(model_folder), str(data), root=as_path(root), **SIZE, **more)
 
-    first = run(ask(layers=(1,), max_tokens=600))
+    first = answer_request(ask(layers=(1,), max_tokens=600))
     assert first.status == "extracted"
-    assert find(ask(layers=(1,), max_tokens=600)).answer == "hit"
-    layers = run(ask(max_tokens=600))
+    assert find_match(ask(layers=(1,), max_tokens=600)).answer == "hit"
+    layers = answer_request(ask(max_tokens=600))
     assert (layers.status, layers.cache.id) == ("extended", first.cache.id)
     assert layers.cache.layers == (0, 1, 2, 3)
-    longer = run(ask())
+    longer = answer_request(ask())
     assert longer.status == "extended"
     assert longer.cache.manifest.extra["extends"] == first.cache.id
     assert longer.written < longer.cache.positions
@@ -226,7 +239,7 @@ def test_a_flipped_byte_is_found_and_repaired(
     (damage,) = residua.verify(cache.path).damages
     assert (damage.file, damage.array, damage.start) == (name, "residual/2", 128)
     with pytest.raises(residua.ResiduaError, match="do not match their checksum"):
-        ActivationCache(cache.path).layer(2)[:]
+        ActivationCache(cache.path).residual_array(2)[:]
     assert residua.repair(cache.path).mended == (name,)
     assert contents(cache) == contents(local)
 
@@ -327,7 +340,7 @@ def test_three_workers_share_a_root_and_write_no_part_twice(
     said = [child.json() for child in children]
     assert sum(s["written"] for s in said) == local.positions
     cache = only(root)
-    assert len(cache.journal.paths()) == cache.parts
+    assert len(cache.journal.paths()) == cache.n_parts
     assert contents(cache) == contents(local)
 
 
@@ -403,7 +416,7 @@ def test_a_worker_killed_in_the_middle_of_an_upload_leaves_nothing_and_another_g
     arrived = list(cache.path.glob("arrays.zarr/residual/*/c/*/0"))
     for path in arrived:  # whole, or not there
         assert path.read_bytes() == (local.path / path.relative_to(cache.path)).read_bytes()
-    assert len(arrived) < len(local.layers) * local.parts
+    assert len(arrived) < len(local.layers) * local.n_parts
     assert driver.run(*command(model_folder, data, root))["status"] == "resumed"
     assert contents(only(root)) == contents(local)
 
@@ -478,7 +491,7 @@ def test_of_many_who_create_one_object_one_succeeds(root: str) -> None:
     def attempt(number: int) -> None:
         ready.wait()
         try:
-            create(place, b"%d" % number)
+            create_object(place, b"%d" % number)
             won.append(number)
         except FileExistsError:
             pass
@@ -498,7 +511,7 @@ def test_a_worker_that_was_stopped_gives_up_its_part(
     """It takes as long as a lease lives: the stopped process cannot be told from a slow one."""
     first = driver.start(*command(model_folder, data, root))
     place = as_path(root)
-    until(lambda: any(children(found / "leases") for found in list_paths(place)))
+    until(lambda: any(list_folder(found / "leases") for found in list_paths(place)))
     first.signal(signal.SIGSTOP)
     if first.ended():
         pytest.skip("it was too fast to be stopped")

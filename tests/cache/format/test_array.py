@@ -12,7 +12,7 @@ from zarr.codecs import ZstdCodec
 from residua.cache.errors import CorruptError
 from residua.cache.format import array as array_module
 from residua.cache.format.array import CacheArray
-from residua.cache.format.dtypes import encode
+from residua.cache.format.dtypes import encode_rows
 from residua.cache.store.activation_cache import ActivationCache
 
 from ...support.synthetic import make_cache, random_head
@@ -62,7 +62,7 @@ def pair(request, tmp_path_factory) -> tuple[CacheArray, np.ndarray]:
             np.float16
         ).astype(np.float32)
     cache = small_cache(path, values, request.param)
-    return cache.layer(0), rounded(values, request.param)
+    return cache.residual_array(0), rounded(values, request.param)
 
 
 def small_cache(root: Path, values: np.ndarray, dtype: str) -> ActivationCache:
@@ -71,7 +71,7 @@ def small_cache(root: Path, values: np.ndarray, dtype: str) -> ActivationCache:
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "bfloat16":
-        return (encode(values, dtype).astype(np.uint32) << 16).view(np.float32)
+        return (encode_rows(values, dtype).astype(np.uint32) << 16).view(np.float32)
     return values.astype(dtype).astype(np.float32)
 
 
@@ -158,7 +158,7 @@ def test_zarr_python_reads_what_a_cache_holds(tmp_path):
     assert isinstance(stored, zarr.Array)
     assert stored.attrs["logical_dtype"] == "bfloat16"
     assert stored.metadata.to_dict()["dimension_names"] == ("positions", "d_model")
-    np.testing.assert_array_equal(np.asarray(stored[:]), encode(values, "bfloat16"))
+    np.testing.assert_array_equal(np.asarray(stored[:]), encode_rows(values, "bfloat16"))
 
 
 def test_few_maps_are_kept_open(pair, monkeypatch):

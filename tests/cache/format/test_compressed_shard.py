@@ -14,15 +14,15 @@ from numcodecs.shuffle import Shuffle
 from zarr.errors import ZarrUserWarning
 
 from residua.cache.errors import CorruptError, UsageError
-from residua.cache.extraction.answer_request import find, plan, run
+from residua.cache.extraction.answer_request import answer_request, estimate_request, find_match
 from residua.cache.extraction.repair import repair
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.format import compressed_shard as packed
 from residua.cache.format.array import CacheArray
 from residua.cache.format.array_writer import create_residual
-from residua.cache.format.compressed_shard import RECENT, Recent, shard_writer
-from residua.cache.format.compression import pack, shuffle, unpack
-from residua.cache.format.dtypes import encode
+from residua.cache.format.compressed_shard import RECENT, Recent, shard_writer_for
+from residua.cache.format.compression import compress_chunk, decompress, shuffle_bytes
+from residua.cache.format.dtypes import encode_rows
 from residua.cache.format.layout import ArrayLayout, Layout
 from residua.cache.sharing.export import export
 from residua.cache.store.activation_cache import ActivationCache
@@ -36,14 +36,14 @@ LAYOUT = Layout(32, 128)
 OPTIONS: dict[str, Any] = {"context": 40, "part_positions": 512, "batch_tokens": 200}
 
 
-def ask(model: Path, data: Path, root: Path, **options: Any) -> Request:
-    return Request(str(model), str(data), root, **{**OPTIONS, **options})
+def ask(model: Path, data: Path, root: Path, **options: Any) -> ExtractionRequest:
+    return ExtractionRequest(str(model), str(data), root, **{**OPTIONS, **options})
 
 
 def stored_rows(dtype: str, rows: int = ROWS, width: int = WIDTH) -> np.ndarray:
     values = np.random.default_rng(5).normal(size=(rows, width)).astype(np.float32)
     values[7, 3], values[9, 1] = np.inf, np.nan
-    return encode(values, dtype)
+    return encode_rows(values, dtype)
 
 
 def write(store: Path, dtype: str, rows: np.ndarray, codec: str, order: list[int]) -> ArrayLayout:
@@ -53,7 +53,7 @@ def write(store: Path, dtype: str, rows: np.ndarray, codec: str, order: list[int
         start, stop = LAYOUT.rows(part, len(rows))
         path = store / "residual/0" / layout.shard_key(part)
         path.parent.mkdir(parents=True)
-        writer = shard_writer(path, layout, stop - start, make=False)
+        writer = shard_writer_for(path, layout, stop - start, make=False)
         steps = range(0, stop - start, 7)
         for step in sorted(steps, key=lambda row: order[row // 7 % len(order)]):
             writer.write(step, rows[start + step : min(start + step + 7, stop)])
@@ -77,9 +77,9 @@ def test_the_shuffle_is_that_of_numcodecs_and_comes_undone(dtype: str) -> None:
     for size in (1, 100, 70_000):
         rows = np.random.default_rng(size).integers(0, 250, (size, 3)).astype(dtype)
         other = Shuffle(elementsize=rows.itemsize).encode(rows.reshape(-1))
-        np.testing.assert_array_equal(shuffle(rows), other)
+        np.testing.assert_array_equal(shuffle_bytes(rows), other)
         out = np.empty_like(rows)
-        unpack(np.frombuffer(pack(rows), np.uint8), out)
+        decompress(np.frombuffer(compress_chunk(rows), np.uint8), out)
         np.testing.assert_array_equal(out, rows)
 
 
@@ -153,9 +153,9 @@ def test_any_flipped_byte_of_a_shard_is_found(tmp_path: Path) -> None:
 def test_a_chunk_of_other_bytes_with_the_right_checksum_is_corrupt() -> None:
     rows = np.arange(64, dtype=np.uint16)
     out = np.empty(64, np.uint16)
-    for payload in (b"", b"no zstd", pack(rows[:60]), pack(rows)[:-3]):
+    for payload in (b"", b"no zstd", compress_chunk(rows[:60]), compress_chunk(rows)[:-3]):
         with pytest.raises(CorruptError, match="a chunk (does not decompress|holds)"):
-            unpack(np.frombuffer(payload, np.uint8), out)
+            decompress(np.frombuffer(payload, np.uint8), out)
 
 
 def test_decoded_chunks_take_bounded_memory(
@@ -172,7 +172,7 @@ def test_decoded_chunks_take_bounded_memory(
             np.testing.assert_array_equal(array[:], rows)
             assert small.bytes == sum(a.nbytes for a in small._held.values()) <= 3 * chunk
     calls: list[int] = []
-    monkeypatch.setattr(packed, "unpack", lambda p, out: (calls.append(1), unpack(p, out)))
+    monkeypatch.setattr(packed, "unpack", lambda p, out: (calls.append(1), decompress(p, out)))
     fresh = CacheArray(tmp_path / "residual/0")
     for row in range(0, 96, 4):  # three chunks, in small steps
         fresh.read(row, row + 4)
@@ -185,8 +185,8 @@ def test_decoded_chunks_take_bounded_memory(
 def test_a_writer_holds_what_waits_compressed(tmp_path: Path) -> None:
     layout = create_residual(tmp_path, 0, 128, WIDTH, "float16", LAYOUT, "compact")
     rows = np.ones((128, WIDTH), np.float16)
-    writer = shard_writer(tmp_path / "residual/0/c/0/0", layout, 128)
-    assert isinstance(writer, packed.PackedShardWriter)
+    writer = shard_writer_for(tmp_path / "residual/0/c/0/0", layout, 128)
+    assert isinstance(writer, packed.CompressedShardWriter)
     writer.write(32, rows[32:])
     assert (sorted(writer._waiting), list(writer._buffers)) == ([1, 2, 3], [])
     assert sum(map(len, writer._waiting.values())) < rows[32:].nbytes
@@ -201,7 +201,7 @@ def both(model_folder: Path, texts_file: Path, tmp_path_factory: pytest.TempPath
     found = {}
     for codec in ("raw", "compact"):
         root = tmp_path_factory.mktemp(codec)
-        found[codec] = run(ask(model_folder, texts_file, root, codec=codec)).cache
+        found[codec] = answer_request(ask(model_folder, texts_file, root, codec=codec)).cache
     return found
 
 
@@ -212,8 +212,10 @@ def test_a_compact_cache_has_the_same_id_and_rows(both: dict[str, ActivationCach
     assert "codec" not in raw.manifest.extra
     assert 0.95 * raw.bytes > compact.bytes
     for layer in raw.layers:
-        assert compact.layer(layer).layout.compact
-        np.testing.assert_array_equal(raw.layer(layer)[:], compact.layer(layer)[:])
+        assert compact.residual_array(layer).layout.compact
+        np.testing.assert_array_equal(
+            raw.residual_array(layer)[:], compact.residual_array(layer)[:]
+        )
     assert compact.array("tokens/ids").layout.raw
     np.testing.assert_array_equal(
         raw.residual(1)[40:90].compute(), compact.residual(1)[40:90].compute()
@@ -227,8 +229,8 @@ def test_a_request_for_another_codec_finds_the_cache(
     for held, asked in (("raw", "compact"), ("compact", "raw")):
         cache = both[held]
         request = ask(model_folder, texts_file, cache.path.parent, codec=asked)
-        assert find(request).answer == "hit"
-        done = run(request)
+        assert find_match(request).answer == "hit"
+        done = answer_request(request)
         assert (done.status, done.cache.path) == ("hit", cache.path)
         assert done.cache.manifest.codec == held
     with pytest.raises(UsageError, match="codec 'zip' is unknown; choose one of raw, compact"):
@@ -278,8 +280,8 @@ def test_the_loader_and_the_export_give_what_a_raw_cache_gives(
 def test_layers_added_to_a_compact_cache_are_compact(
     model_folder: Path, texts_file: Path, tmp_path: Path, both: dict[str, ActivationCache]
 ) -> None:
-    run(ask(model_folder, texts_file, tmp_path, codec="compact", layers=(2,)))
-    done = run(ask(model_folder, texts_file, tmp_path))  # a request that names no codec
+    answer_request(ask(model_folder, texts_file, tmp_path, codec="compact", layers=(2,)))
+    done = answer_request(ask(model_folder, texts_file, tmp_path))  # a request that names no codec
     assert done.status == "extended"
     for layer in done.cache.layers:
         folder = Path("arrays.zarr/residual") / str(layer)
@@ -294,8 +296,8 @@ def test_a_dry_run_measures_what_compression_saves(
     model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
     asked = ask(model_folder, texts_file, tmp_path, codec="compact", logits="topk:20")
-    wanted = plan(asked)
-    cache = run(asked).cache
+    wanted = estimate_request(asked)
+    cache = answer_request(asked).cache
     sizes = {
         name: sum(f.stat().st_size for f in (cache.path / "arrays.zarr" / name / "c").rglob("*")
                   if f.is_file())
@@ -307,7 +309,9 @@ def test_a_dry_run_measures_what_compression_saves(
         assert wanted.arrays[name] == pytest.approx(size, rel=0.15), name
     assert 0 < wanted.slack < 0.2 * wanted.bytes
     limit = cache.bytes * 6 // 10
-    short = run(ask(model_folder, texts_file, tmp_path / "b", codec="compact", max_bytes=limit))
+    short = answer_request(
+        ask(model_folder, texts_file, tmp_path / "b", codec="compact", max_bytes=limit)
+    )
     assert short.cache.bytes <= limit
     assert short.cache.positions > cache.positions // 4
 
@@ -319,8 +323,8 @@ def test_a_dry_run_is_right_about_the_sample(tmp_path: Path, dtype: str) -> None
 
     asked = ask(MODEL_DIR, TEXT_PATH, tmp_path, codec="compact", dtype=dtype, context=256,
                 max_tokens=40_000, part_positions=None, batch_tokens=None)  # fmt: skip
-    wanted = plan(asked)
-    cache = run(asked).cache
+    wanted = estimate_request(asked)
+    cache = answer_request(asked).cache
     size = sum(p.stat().st_size for p in cache.path.glob("arrays.zarr/residual/*/c/*/0"))
     names = [name for name in wanted.arrays if name.startswith("residual/")]
     assert sum(wanted.arrays[name] for name in names) == pytest.approx(size, rel=0.05)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from residua.cache.format.dtypes import BLOCK, decode, decode_into
+from residua.cache.format.dtypes import BLOCK, decode_rows, decode_rows_into
 
 EVERY = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 
@@ -16,7 +16,7 @@ def stored(dtype: str) -> np.ndarray:
 
 def decoded(values: np.ndarray, dtype: str) -> np.ndarray:
     out = np.full(values.shape, 7, np.float32)
-    decode_into(values, dtype, out)
+    decode_rows_into(values, dtype, out)
     return out
 
 
@@ -24,7 +24,7 @@ def decoded(values: np.ndarray, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(-1, 8), (-1,), (4, -1)])
 def test_every_bit_pattern_is_decoded_exactly(dtype, shape):
     values = stored(dtype).reshape(shape)
-    got, want = decoded(values, dtype), decode(values, dtype)
+    got, want = decoded(values, dtype), decode_rows(values, dtype)
     np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
 
 
@@ -51,5 +51,5 @@ def test_subnormals_survive_a_thread_that_flushes_them_to_zero():
 def test_other_dtypes_are_copied():
     values = np.arange(6, dtype=np.int32).reshape(2, 3)
     out = np.empty((2, 3), np.int32)
-    decode_into(values, "int32", out)
+    decode_rows_into(values, "int32", out)
     np.testing.assert_array_equal(out, values)

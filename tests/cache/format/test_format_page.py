@@ -13,13 +13,13 @@ import torch
 
 from residua.cache.errors import CorruptError, NotFoundError
 from residua.cache.files.json_files import (
-    canonical,
-    digest,
+    canonical_json,
+    json_digest,
     read_json,
     write_atomically,
     write_json,
 )
-from residua.cache.format.dtypes import decode, encode
+from residua.cache.format.dtypes import decode_rows, encode_rows
 from residua.cache.store.activation_cache import ActivationCache
 
 from ...support.synthetic import make_cache, random_head
@@ -51,21 +51,21 @@ def by_torch(values: np.ndarray) -> np.ndarray:
 ], ids=["special", "random bits", "every tie", "normal"])  # fmt: skip
 def test_bfloat16_is_rounded_as_torch_rounds_it(values):
     kept = values[~np.isnan(values)]
-    np.testing.assert_array_equal(encode(kept, "bfloat16"), by_torch(kept))
+    np.testing.assert_array_equal(encode_rows(kept, "bfloat16"), by_torch(kept))
 
 
 def test_nan_becomes_the_quiet_nan_of_bfloat16():
-    np.testing.assert_array_equal(encode(float32(NAN_BITS), "bfloat16"), np.uint16(0x7FC0))
+    np.testing.assert_array_equal(encode_rows(float32(NAN_BITS), "bfloat16"), np.uint16(0x7FC0))
     mixed = float32([NAN_BITS[2], SPECIAL_BITS[7], 0x3F800000])
-    np.testing.assert_array_equal(encode(mixed, "bfloat16"), [0x7FC0, 0x7F80, 0x3F80])
+    np.testing.assert_array_equal(encode_rows(mixed, "bfloat16"), [0x7FC0, 0x7F80, 0x3F80])
 
 
 def test_every_bfloat16_survives_decoding_and_encoding():
     bits = np.arange(1 << 16).astype(np.uint16)
-    values = decode(bits, "bfloat16")
+    values = decode_rows(bits, "bfloat16")
     assert values.dtype == np.float32
     numbers = ~np.isnan(values)
-    np.testing.assert_array_equal(encode(values[numbers], "bfloat16"), bits[numbers])
+    np.testing.assert_array_equal(encode_rows(values[numbers], "bfloat16"), bits[numbers])
     want = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(values, want)
 
@@ -73,33 +73,37 @@ def test_every_bfloat16_survives_decoding_and_encoding():
 def test_every_float16_survives_decoding_and_encoding():
     values = np.arange(1 << 16).astype(np.uint16).view(np.float16)
     values = values[~np.isnan(values)]
-    again = encode(decode(values, "float16"), "float16")
+    again = encode_rows(decode_rows(values, "float16"), "float16")
     np.testing.assert_array_equal(again.view(np.uint16), values.view(np.uint16))
 
 
 def test_integers_are_not_decoded():
     ids = np.arange(5, dtype=np.int32)
-    assert decode(ids, "int32") is ids
+    assert decode_rows(ids, "int32") is ids
 
 
 def test_canonical_json_does_not_depend_on_the_order_of_keys():
-    assert canonical({"b": [1, 2.5, None], "a": {"d": "é", "c": True}}) == (
+    assert canonical_json({"b": [1, 2.5, None], "a": {"d": "é", "c": True}}) == (
         b'{"a":{"c":true,"d":"\xc3\xa9"},"b":[1,2.5,null]}'
     )
-    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+    assert (
+        json_digest({"a": 1, "b": 2})
+        == json_digest({"b": 2, "a": 1})
+        != json_digest({"a": 1, "b": 3})
+    )
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_numbers_that_json_does_not_have_are_refused(number):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        canonical({"a": number})
+        canonical_json({"a": number})
 
 
 def test_json_files_carry_their_digest(tmp_path):
     value = {"name": "x", "numbers": [1, 2.25]}
     write_json(tmp_path / "a.json", value)
     raw = (tmp_path / "a.json").read_bytes()
-    assert raw == canonical({**value, "sha256": digest(value)}) + b"\n"
+    assert raw == canonical_json({**value, "sha256": json_digest(value)}) + b"\n"
     assert read_json(tmp_path / "a.json") == value
 
 
@@ -170,7 +174,7 @@ def test_the_example_on_the_format_page_reads_what_activation_cache_reads(tmp_pa
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     got = np.load(out)
-    np.testing.assert_array_equal(got["hidden"], cache.layer(cache.depth)[:])
+    np.testing.assert_array_equal(got["hidden"], cache.residual_array(cache.n_blocks)[:])
     np.testing.assert_array_equal(got["ids"], cache.tokens[:])
     np.testing.assert_array_equal(got["start"], cache.sequence_start)
     np.testing.assert_array_equal(got["end"], cache.sequence_start + cache.sequence_length)

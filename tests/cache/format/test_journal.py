@@ -57,7 +57,7 @@ def test_a_part_without_its_record_is_not_data(tiny_cache, part):
     assert (cache.path / "arrays.zarr/residual/0/c" / str(part) / "0").is_file()
     assert not cache.complete
     assert cache.layers == ()
-    for read in (cache.check_complete, lambda: cache.layer(0), lambda: cache.residual(0)):
+    for read in (cache.check_complete, lambda: cache.residual_array(0), lambda: cache.residual(0)):
         with pytest.raises(IncompleteError, match="2 of 3 parts; run the same `residua extract`"):
             read()
     with pytest.raises(IncompleteError):
@@ -136,7 +136,7 @@ def test_what_a_killed_writer_leaves_is_not_data(tiny_cache):
         writer.commit()
     again = ActivationCache(cache.path)
     assert again.complete
-    np.testing.assert_array_equal(again.layer(1)[:], 1)
+    np.testing.assert_array_equal(again.residual_array(1)[:], 1)
 
 
 def test_a_second_record_of_a_part_adds_arrays(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from residua.cache.errors import CorruptError
-from residua.cache.files.json_files import digest, read_json, write_json
+from residua.cache.files.json_files import json_digest, read_json, write_json
 from residua.cache.format.layout import Layout
 from residua.cache.format.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
 
@@ -74,7 +74,7 @@ def test_every_field_is_either_identity_or_not():
 def test_the_id_is_the_digest_of_the_identity_in_the_file(tmp_path):
     MANIFEST.write(tmp_path / "manifest.json")
     value = read_json(tmp_path / "manifest.json")
-    assert value["id"] == MANIFEST.id == digest(value["identity"])
+    assert value["id"] == MANIFEST.id == json_digest(value["identity"])
     assert value["identity"]["format"] == 2
     assert set(value) == {"id", "identity", *REST}
 
@@ -107,7 +107,7 @@ def rewritten(path: Path, **changes: Any) -> Path:
 
 def test_an_unknown_format_says_what_to_do(tmp_path):
     identity = {**MANIFEST.identity, "format": 3}
-    path = rewritten(tmp_path / "manifest.json", identity=identity, id=digest(identity))
+    path = rewritten(tmp_path / "manifest.json", identity=identity, id=json_digest(identity))
     with pytest.raises(CorruptError, match="has format 3, this version reads 1, 2; install"):
         Manifest.read(path)
 

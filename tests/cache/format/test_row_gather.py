@@ -23,7 +23,7 @@ def written(root: Path, width: int, dtype: str = "float16") -> tuple[CacheArray,
     values = np.random.default_rng(width).normal(size=(ROWS, width)).astype(np.float16)
     head = random_head(width, 5)
     cache = make_cache(root, [values], [ROWS], head, dtype=dtype, part_rows=64, chunk_rows=16)
-    return CacheArray(cache.layer(0).path), values.astype(np.float32)
+    return CacheArray(cache.residual_array(0).path), values.astype(np.float32)
 
 
 @pytest.mark.parametrize("width", [1, 3, 8])

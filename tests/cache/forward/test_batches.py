@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from residua.cache.format.layout import Layout
-from residua.cache.forward.batches import WINDOW_CHUNKS, Batch, plan_part
+from residua.cache.forward.batches import WINDOW_CHUNKS, SequenceBatch, plan_batches
 
 SEEDS = range(24)
 
@@ -27,8 +27,8 @@ class Case:
         self.positions = int(self.lengths.sum())
         self.parts = range(self.layout.parts(self.positions))
 
-    def plan(self, part: int, pad: bool = True) -> list[Batch]:
-        return plan_part(self.starts, self.lengths, self.layout, part, self.batch_tokens, pad)
+    def plan(self, part: int, pad: bool = True) -> list[SequenceBatch]:
+        return plan_batches(self.starts, self.lengths, self.layout, part, self.batch_tokens, pad)
 
     def rows(self, part: int) -> tuple[int, int]:
         return self.layout.rows(part, self.positions)
@@ -69,11 +69,11 @@ def test_a_sequence_over_an_edge_is_alone_from_both_sides(case):
         over = [n for n in range(len(case.starts)) if case.starts[n] < edge < case.end(n)]
         for plan in (case.plan(part), case.plan(part + 1)):
             for number in over:
-                assert [b for b in plan if number in b.sequences] == [Batch((number,))]
+                assert [b for b in plan if number in b.sequences] == [SequenceBatch((number,))]
 
 
 def test_the_batches_of_a_sequence_do_not_depend_on_the_part_that_asks(case):
-    found: dict[int, set[Batch]] = {}
+    found: dict[int, set[SequenceBatch]] = {}
     for part in case.parts:
         for batch in case.plan(part):
             for number in batch.sequences:
@@ -123,5 +123,5 @@ def test_the_first_of_a_batch_is_the_longest(case):
 
 def test_packed_sequences_fill_their_batches():
     lengths = np.full(64, 32, np.int64)
-    batches = plan_part(np.arange(64) * 32, lengths, Layout(128, 2048), 0, 256)
+    batches = plan_batches(np.arange(64) * 32, lengths, Layout(128, 2048), 0, 256)
     assert Counter(len(batch.sequences) for batch in batches) == {8: 8}

@@ -14,19 +14,19 @@ from click.testing import CliRunner
 import residua
 from residua.analysis.console.terminal import Meter, bandwidths
 from residua.cache.errors import ModelError
-from residua.cache.extraction.answer_request import run
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.forward import part_runner as runner
 from residua.cache.forward.batches import (
     BATCH_TOKENS,
-    Batch,
-    Halving,
+    BatchHalving,
+    SequenceBatch,
     choose_batch_tokens,
     find_batch_tokens,
 )
-from residua.cache.forward.device_copies import DEPTH, Arrival, Ring, Rows
-from residua.cache.forward.stage_times import STAGES, Stages
-from residua.cache.model.blocks import Stack
+from residua.cache.forward.device_copies import DEPTH, HostRows, PendingCopies, PendingCopy
+from residua.cache.forward.stage_times import STAGES, StageTimes
+from residua.cache.model.blocks import DecoderBlocks
 from residua.cache.model.memory import is_out_of_memory
 from residua.cache.tokens.token_stream import TokenStream
 from residua.cli import main
@@ -35,8 +35,10 @@ from residua.cli import main
 def test_every_row_passes_every_stage_once(
     model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
-    request = Request(str(model_folder), str(texts_file), tmp_path, context=64, part_positions=512)
-    made = run(request)
+    request = ExtractionRequest(
+        str(model_folder), str(texts_file), tmp_path, context=64, part_positions=512
+    )
+    made = answer_request(request)
     cache, stages = made.cache, made.stages
     layers = [cache.array(f"residual/{layer}") for layer in cache.layers]
     rows = cache.positions * sum(array.layout.row_bytes for array in layers)
@@ -52,7 +54,7 @@ def test_every_row_passes_every_stage_once(
     value = made.to_dict()["stages"]
     assert value["bottleneck"] == max(STAGES, key=stages.seconds.__getitem__)
     assert value["write"]["bandwidth"] == pytest.approx(rows / stages.seconds["write"])
-    hit = run(request).to_dict()["stages"]
+    hit = answer_request(request).to_dict()["stages"]
     assert hit["bottleneck"] is None
     assert hit["forward"] == {
         "seconds": 0, "bytes": 0, "bandwidth": None, "tokens": 0, "tokens_per_second": None,
@@ -60,7 +62,7 @@ def test_every_row_passes_every_stage_once(
 
 
 def test_the_longest_stage_is_the_bottleneck_and_is_named() -> None:
-    stages = Stages()
+    stages = StageTimes()
     assert bandwidths(stages.to_dict()) == ""
     stages.add("forward", 2.0, 4_000, tokens=6_200)
     stages.add("copy", 0.5, 6_000_000_000)
@@ -73,7 +75,7 @@ def test_the_longest_stage_is_the_bottleneck_and_is_named() -> None:
 
 
 def test_stages_lose_nothing_to_threads() -> None:
-    stages = Stages()
+    stages = StageTimes()
 
     def book() -> None:
         for _ in range(2000):
@@ -102,7 +104,7 @@ def test_a_terminal_shows_the_speeds_under_the_progress(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
-    stages = Stages()
+    stages = StageTimes()
     with Meter() as shown:
         shown.note("extract", lambda: bandwidths(stages.to_dict()))
         shown.stage("tokenize", 5, 5)
@@ -124,7 +126,7 @@ class Way:
 
 
 def test_the_ring_waits_for_the_oldest_before_it_takes_one_more() -> None:
-    ring, ways = Ring(2), [Way() for _ in range(5)]
+    ring, ways = PendingCopies(2), [Way() for _ in range(5)]
     for count, way in enumerate(ways, 1):
         ring.add(way)
         assert [w.waits for w in ways] == [1] * max(0, count - 2) + [0] * (5 - max(0, count - 2))
@@ -151,9 +153,9 @@ class Mark:
 
 
 def test_rows_arrive_once_and_their_times_are_booked_once() -> None:
-    marks, stages = [Mark(t) for t in (0.0, 300.0, 400.0, 450.0)], Stages()
-    arrival = Arrival(marks, stages, 1000, 7)
-    rows = Rows(np.zeros((2, 3, 4), np.uint16), np.zeros((2, 3), np.float32), arrival.wait)
+    marks, stages = [Mark(t) for t in (0.0, 300.0, 400.0, 450.0)], StageTimes()
+    arrival = PendingCopy(marks, stages, 1000, 7)
+    rows = HostRows(np.zeros((2, 3, 4), np.uint16), np.zeros((2, 3), np.float32), arrival.wait)
     part = rows.part(1, 2)
     assert part.stored.shape == (2, 4)
     threads = [threading.Thread(target=part.wait) for _ in range(4)]
@@ -185,10 +187,10 @@ def test_errors_that_say_that_memory_ran_out(error: Exception, is_memory: bool) 
     assert is_out_of_memory(error) is is_memory
 
 
-def limited(limit: int, error: type[Exception] = RuntimeError) -> Callable[[Batch], str]:
+def limited(limit: int, error: type[Exception] = RuntimeError) -> Callable[[SequenceBatch], str]:
     """A forward pass that runs out of memory beyond `limit` sequences of ten tokens."""
 
-    def forward(batch: Batch) -> str:
+    def forward(batch: SequenceBatch) -> str:
         if 10 * len(batch.sequences) > limit:
             raise error("CUDA out of memory")
         return ",".join(map(str, batch.sequences))
@@ -199,38 +201,40 @@ def limited(limit: int, error: type[Exception] = RuntimeError) -> Callable[[Batc
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 33])
 @pytest.mark.parametrize("limit", [10, 25, 70, 1000])
 def test_halved_batches_keep_every_sequence_in_order(count: int, limit: int) -> None:
-    halving, freed = Halving(np.full(count, 10)), []
+    halving, freed = BatchHalving(np.full(count, 10)), []
     halving._release = lambda: freed.append(1)
-    found = list(halving.run(Batch(tuple(range(count))), limited(limit)))
+    found = list(halving.run(SequenceBatch(tuple(range(count))), limited(limit)))
     assert ",".join(text for _, text in found) == ",".join(map(str, range(count)))
     assert all(10 * len(piece.sequences) <= limit for piece, _ in found)
     assert bool(freed) == (10 * count > limit)
     # What was learnt holds for the next batch, which is cut before it is tried.
     tried = len(freed)
-    again = list(halving.run(Batch(tuple(range(count))), limited(limit)))
+    again = list(halving.run(SequenceBatch(tuple(range(count))), limited(limit)))
     assert [piece for piece, _ in again] == [piece for piece, _ in found]
     assert len(freed) == tried
 
 
 def test_a_sequence_that_does_not_fit_alone_is_an_error_that_says_what_to_do() -> None:
-    halving = Halving(np.array([10, 10]))
+    halving = BatchHalving(np.array([10, 10]))
     with pytest.raises(ModelError, match="10 tokens does not fit .* shorter --context"):
-        list(halving.run(Batch((0, 1)), limited(5, MemoryError)))
+        list(halving.run(SequenceBatch((0, 1)), limited(5, MemoryError)))
     with pytest.raises(RuntimeError, match="other"):
-        list(halving.run(Batch((0,)), lambda _: (_ for _ in ()).throw(RuntimeError("other"))))
+        list(
+            halving.run(SequenceBatch((0,)), lambda _: (_ for _ in ()).throw(RuntimeError("other")))
+        )
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
     """Make forward passes of more than `limit` tokens run out of memory; the sizes that ran."""
-    whole, sizes = Stack.residuals, list[int]()
+    whole, sizes = DecoderBlocks.residuals, list[int]()
 
-    def residuals(self: Stack, ids: torch.Tensor, mask: Any = None) -> Any:
+    def residuals(self: DecoderBlocks, ids: torch.Tensor, mask: Any = None) -> Any:
         if ids.numel() > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         sizes.append(ids.numel())
         return whole(self, ids, mask)
 
-    monkeypatch.setattr(Stack, "residuals", residuals)
+    monkeypatch.setattr(DecoderBlocks, "residuals", residuals)
     return sizes
 
 
@@ -253,7 +257,7 @@ def test_an_extraction_that_runs_out_of_memory_loses_no_row(
     assert small.id == whole.id
     assert residua.verify(small.path).ok
     for layer in whole.layers:
-        one, other = whole.layer(layer)[:], small.layer(layer)[:]
+        one, other = whole.residual_array(layer)[:], small.residual_array(layer)[:]
         np.testing.assert_allclose(other, one, rtol=0, atol=2e-5)
 
 
@@ -275,14 +279,14 @@ def test_a_check_of_the_model_that_does_not_fit_says_what_to_do(
     model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     longest: int, message: str,
 ) -> None:  # fmt: skip
-    whole = Stack.residuals
+    whole = DecoderBlocks.residuals
 
-    def residuals(self: Stack, ids: torch.Tensor, mask: Any = None) -> Any:
+    def residuals(self: DecoderBlocks, ids: torch.Tensor, mask: Any = None) -> Any:
         if ids.shape[1] > longest:
             torch.empty(1 << 60, dtype=torch.uint8)  # more than any machine has
         return whole(self, ids, mask)
 
-    monkeypatch.setattr(Stack, "residuals", residuals)
+    monkeypatch.setattr(DecoderBlocks, "residuals", residuals)
     with pytest.raises(ModelError, match=f"{message}.* shorter --context.*another --device"):
         residua.extract(str(model_folder), str(texts_file), root=tmp_path, context=128)
     assert not list(tmp_path.glob("*/manifest.json"))
@@ -328,7 +332,7 @@ def test_the_batch_size_is_doubled_until_memory_or_the_cap_ends(
 
 
 def test_booking_a_batch_takes_microseconds() -> None:
-    stages = Stages()
+    stages = StageTimes()
     began = time.perf_counter()
     for _ in range(1000):
         with stages.timed("write", 1), stages.waiting():

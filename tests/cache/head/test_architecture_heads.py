@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from residua.cache.checks.model_checks import Canary, examine
-from residua.cache.head.identify_head import SMALL, scaled
+from residua.cache.checks.model_checks import ModelReport, check_model
+from residua.cache.head.identify_head import SMALL, with_scaled_tail
 from residua.cache.head.load_head import load_head
 
 from ...support.architectures import KINDS, VOCAB, build
@@ -37,16 +37,16 @@ EXPLICIT = {
 """Kind -> norm and eps of its explicit head."""
 
 
-def examined(model: torch.nn.Module) -> Canary:
-    return examine(model, stream(), "float32", "auto")
+def examined(model: torch.nn.Module) -> ModelReport:
+    return check_model(model, stream(), "float32", "auto")
 
 
-def check_small_rows(canary: Canary, head: Any) -> None:
+def check_small_rows(canary: ModelReport, head: Any) -> None:
     """Residual streams so small that eps is most of what the norm divides by."""
     ids = torch.from_numpy(np.random.default_rng(5).integers(3, VOCAB - 1, (2, 29)))
     for size in (SMALL, 10 * SMALL):
         with torch.inference_mode():
-            hidden = scaled(canary.stack.residuals(ids)[-1], size)
+            hidden = with_scaled_tail(canary.stack.residuals(ids)[-1], size)
             want = canary.stack.tail(hidden, ids).numpy()
         rows = hidden.numpy()
         for got in (head.logits(rows), head.torch()(torch.from_numpy(rows)).numpy()):

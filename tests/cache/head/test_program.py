@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from residua.cache.errors import CorruptError, ModelError, UsageError
 from residua.cache.files.json_files import DIGEST_KEY, write_json
 from residua.cache.head.load_head import load_head
-from residua.cache.head.operations import OPS, Numpy, Torch
+from residua.cache.head.operations import OPS, NumpyOperations, TorchOperations
 from residua.cache.head.program import Node, Program
 from residua.cache.head.program_head import ProgramHead
-from residua.cache.head.record_head import NAMES, SHAPES, generalize, record
+from residua.cache.head.record_head import NAMES, SHAPES, generalize, record_program
 
 WIDTH = 8
 GENERATOR = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def program_of(
     function: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[Program, dict[str, torch.Tensor]]:
     inputs = [torch.randn(*shape, WIDTH, generator=GENERATOR) for shape in SHAPES]
-    return generalize([record(function, x) for x in inputs], SHAPES)
+    return generalize([record_program(function, x) for x in inputs], SHAPES)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -70,8 +70,8 @@ def test_numpy_and_torch_run_what_was_recorded_at_any_shape(name: str) -> None:
     for shape in ((5, 9), (1, 1), (1, 40)):
         x = torch.randn(*shape, WIDTH, generator=GENERATOR)
         want = FUNCTIONS[name](x)
-        by_torch = program.run(x, tensors, Torch())
-        by_numpy = program.run(x.numpy(), arrays, Numpy())
+        by_torch = program.run(x, tensors, TorchOperations())
+        by_numpy = program.run(x.numpy(), arrays, NumpyOperations())
         assert by_numpy.dtype == np.float32
         torch.testing.assert_close(by_torch, want, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(torch.from_numpy(np.array(by_numpy)), want, rtol=1e-5, atol=1e-5)
@@ -122,7 +122,7 @@ def test_a_program_head_is_the_same_after_the_disk(tmp_path: Path) -> None:
     loaded = load_head(tmp_path)
     assert isinstance(loaded, ProgramHead)
     assert loaded == head()
-    assert loaded.geometry == head().geometry
+    assert loaded.digest == head().digest
     assert (loaded.d_model, loaded.vocab, loaded.nbytes) == (WIDTH, 5, head().nbytes)
     np.testing.assert_allclose(loaded.logits(rows), head().logits(rows), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(loaded.logits(rows[1, 3]), head().logits(rows)[1, 3], rtol=1e-5)

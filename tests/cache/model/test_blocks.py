@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from residua.cache.checks.model_checks import examine
+from residua.cache.checks.model_checks import check_model
 from residua.cache.errors import HeadMismatchError, ModelError
 from residua.cache.head.identify_head import verify_head
-from residua.cache.model.blocks import run
-from residua.cache.model.find_blocks import find_stack
+from residua.cache.model.blocks import run_model
+from residua.cache.model.find_blocks import find_blocks
 from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
 from ...support import toys
@@ -31,10 +31,10 @@ def batch(seed: int, rows: int = 3, length: int = 20) -> torch.Tensor:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_head_of_layer_l_gives_the_logits_of_the_model(kind: str) -> None:
     model = build_model(kind)
-    canary = examine(model, stream(), "float32", "auto")
+    canary = check_model(model, stream(), "float32", "auto")
     ids = batch(9, rows=2, length=31)
     with torch.inference_mode():
-        want = run(model, ids).logits
+        want = run_model(model, ids).logits
         hidden = canary.stack.residuals(ids)
     got = canary.head.logits(hidden[-1].numpy())
     assert np.abs(got - want.numpy()).max() <= 1e-5 * float(want.abs().max())
@@ -45,7 +45,7 @@ def test_head_of_layer_l_gives_the_logits_of_the_model(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gpt2", "gemma2", "bloom", "opt"])
 def test_layers_are_the_hidden_states_that_transformers_reports(kind: str) -> None:
     model = build_model(kind)
-    canary = examine(model, stream(), "float32", "auto")
+    canary = check_model(model, stream(), "float32", "auto")
     ids = batch(4)
     with torch.inference_mode():
         residuals = canary.stack.residuals(ids)
@@ -60,7 +60,7 @@ def test_layers_are_the_hidden_states_that_transformers_reports(kind: str) -> No
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gptj", "gemma2", "mamba"])
 def test_bfloat16_models_give_their_logits_to_rounding(kind: str) -> None:
     model = build_model(kind, torch.bfloat16)
-    canary = examine(model, stream(), "bfloat16", "auto")
+    canary = check_model(model, stream(), "bfloat16", "auto")
     assert canary.head_error < 1e-2
     assert set(canary.dtypes.values()) == {"bfloat16"}
     assert canary.stored_kl < 1e-4
@@ -68,10 +68,10 @@ def test_bfloat16_models_give_their_logits_to_rounding(kind: str) -> None:
 
 def test_the_head_is_a_copy_that_outlives_the_model() -> None:
     model = build_model("gpt2")  # tied embeddings
-    canary = examine(model, stream(), "float32", "auto")
+    canary = check_model(model, stream(), "float32", "auto")
     ids = batch(5)
     with torch.inference_mode():
-        want, hidden = run(model, ids).logits.clone(), canary.stack.residuals(ids)[-1].clone()
+        want, hidden = run_model(model, ids).logits.clone(), canary.stack.residuals(ids)[-1].clone()
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     torch.testing.assert_close(torch.from_numpy(canary.head.logits(hidden.numpy())), want)
@@ -79,21 +79,21 @@ def test_the_head_is_a_copy_that_outlives_the_model() -> None:
 
 def test_a_wrong_head_is_refused() -> None:
     model = build_model("llama")
-    canary = examine(model, stream(), "float32", "auto")
+    canary = check_model(model, stream(), "float32", "auto")
     ids = batch(6)
     with torch.inference_mode():
-        hidden, logits = canary.stack.residuals(ids)[-1], run(model, ids).logits
+        hidden, logits = canary.stack.residuals(ids)[-1], run_model(model, ids).logits
     with pytest.raises(HeadMismatchError, match="does not reproduce its logits"):
         verify_head(canary.head, hidden * 1.01 + 0.01, logits, torch.float32)
 
 
 def test_post_norm_states_are_not_taken_for_layer_l() -> None:
     model = build_model("llama")
-    canary = examine(model, stream(), "float32", "auto")
+    canary = check_model(model, stream(), "float32", "auto")
     ids = batch(7)
     with torch.inference_mode():
         normed = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-        logits = run(model, ids).logits
+        logits = run_model(model, ids).logits
     with pytest.raises(HeadMismatchError):
         verify_head(canary.head, normed, logits, torch.float32)
 
@@ -105,13 +105,13 @@ def test_a_bidirectional_model_is_seen_not_to_be_causal() -> None:
             module.__dict__["is_causal"] = False
     config: Any = model.config
     config.is_causal = False
-    canary = examine(model, stream(), "float32", "auto")
+    canary = check_model(model, stream(), "float32", "auto")
     assert not canary.causal
-    assert examine(build_model("llama"), stream(), "float32", "auto").causal
+    assert check_model(build_model("llama"), stream(), "float32", "auto").causal
 
 
 def test_a_toy_model_that_nothing_spoils_extracts() -> None:
-    canary = examine(Toy(), stream(), "float32", "auto")
+    canary = check_model(Toy(), stream(), "float32", "auto")
     assert canary.head.kind == "explicit"
     assert canary.causal
     assert canary.embedding
@@ -140,13 +140,13 @@ def test_streams_of_every_form_are_found_and_decode_row_by_row(
     model: type[Toy], depth: int, width: int
 ) -> None:
     toy = model()
-    canary = examine(toy, stream(), "float32", "auto")
+    canary = check_model(toy, stream(), "float32", "auto")
     assert (canary.stack.depth, canary.head.d_model) == (depth, width)
     assert canary.causal
     assert canary.embedding
     assert canary.pad
     ids = batch(8, rows=2, length=9)
-    layers, want = canary.stack.residuals(ids), run(toy, ids).logits
+    layers, want = canary.stack.residuals(ids), run_model(toy, ids).logits
     assert [tuple(layer.shape) for layer in layers] == [(2, 9, width)] * (depth + 1)
     got = canary.head.logits(layers[-1].reshape(-1, width).numpy())
     torch.testing.assert_close(torch.from_numpy(got), want.reshape(-1, VOCAB), rtol=1e-4, atol=1e-5)
@@ -170,12 +170,12 @@ def test_what_a_cache_would_get_wrong_is_refused_with_the_reason(
     model: type[Toy], reason: str
 ) -> None:
     with pytest.raises((ModelError, HeadMismatchError), match=reason):
-        examine(model(), stream(), "float32", "auto")
+        check_model(model(), stream(), "float32", "auto")
 
 
 def test_a_model_whose_rows_mix_in_a_batch_runs_every_sequence_alone() -> None:
-    assert examine(toys.Crowd(), stream(), "float32", "auto").alone
-    assert not examine(Toy(), stream(), "float32", "auto").alone
+    assert check_model(toys.Crowd(), stream(), "float32", "auto").alone
+    assert not check_model(Toy(), stream(), "float32", "auto").alone
 
 
 def test_a_model_without_blocks_is_refused() -> None:
@@ -188,8 +188,8 @@ def test_a_model_without_blocks_is_refused() -> None:
             return None
 
     with pytest.raises(ModelError, match="no logits"):
-        find_stack(Bare(), batch(1), batch(2))
+        find_blocks(Bare(), batch(1), batch(2))
     flat = Toy()
     flat.blocks = torch.nn.ModuleList()
     with pytest.raises(ModelError, match="no decoder blocks"):
-        find_stack(flat, batch(1), batch(2))
+        find_blocks(flat, batch(1), batch(2))

@@ -18,7 +18,7 @@ from residua.cache.errors import ModelError
 from residua.cache.files.json_files import read_json
 from residua.cache.model.load_model import load_model
 from residua.cache.model.source import ModelSource
-from residua.cache.model.transformers_guard import quiet
+from residua.cache.model.transformers_guard import guard_transformers
 
 from ...support.architectures import KINDS, build
 from ...support.models import build_model, save_model
@@ -28,7 +28,7 @@ Tensors = dict[str, torch.Tensor]
 
 def save(folder: Path, model: Any) -> Path:
     """`model` in one file of weights in `folder`."""
-    with quiet():
+    with guard_transformers():
         model.save_pretrained(folder)
     return folder
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_is_not_the_models_is_refused(name: str, tmp_path: Pat
 
 def test_an_encoder_without_its_head_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", build("bert"))
-    with quiet():
+    with guard_transformers():
         encoder = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     save(folder, encoder)
     with pytest.raises(ModelError, match=r"lacks \d+ .*: cls\.predictions.*without its"):

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import residua
 from residua.cache.errors import ModelError
-from residua.cache.extraction.answer_request import find, run
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.answer_request import answer_request, find_match
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.model import tokenizer as tokenizers_of
 from residua.cache.model.source import ModelSource
 
@@ -173,14 +173,14 @@ def test_code_that_runs_is_part_of_the_identity(texts_file: Path, tmp_path: Path
     two = residua.extract(model, texts_file, **options)
     assert one.id != two.id
     assert one.manifest.model.weights == two.manifest.model.weights
-    assert np.abs(one.layer(2)[:] - two.layer(2)[:]).max() > 0.1
+    assert np.abs(one.residual_array(2)[:] - two.residual_array(2)[:]).max() > 0.1
     # A repair runs that code again, and only if it is allowed to.
     (two.path / "arrays.zarr/residual/2/c/0/0").unlink()
     with pytest.raises(ModelError, match="--trust-remote-code"):
         residua.repair(two.path)
-    want = two.layer(3)[:]
+    want = two.residual_array(3)[:]
     assert residua.repair(two.path, trust_remote_code=True).ok
-    np.testing.assert_array_equal(residua.ActivationCache(two.path).layer(3)[:], want)
+    np.testing.assert_array_equal(residua.ActivationCache(two.path).residual_array(3)[:], want)
 
 
 def test_code_that_does_not_run_is_not(model: Path) -> None:
@@ -231,11 +231,13 @@ def test_tokens_are_those_of_the_models_own_tokenizer(
 def test_other_settings_of_the_tokenizer_are_another_cache(
     model: Path, texts_file: Path, tmp_path: Path
 ) -> None:
-    request = Request(str(model), str(texts_file), tmp_path, context=64, pack=False, max_tokens=300)
-    first = run(request).cache
+    request = ExtractionRequest(
+        str(model), str(texts_file), tmp_path, context=64, pack=False, max_tokens=300
+    )
+    first = answer_request(request).cache
     change_json(model / "tokenizer_config.json", **SETTINGS["prefix"])
-    assert find(request).answer == "miss"
-    assert run(request).cache.id != first.id
+    assert find_match(request).answer == "miss"
+    assert answer_request(request).cache.id != first.id
 
 
 def test_a_tokenizer_is_converted_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,16 +283,16 @@ def test_other_positions_of_the_same_texts_are_another_cache(
     """The sequences are the same, what is kept of them is not."""
     data = tmp_path / "data.jsonl"
 
-    def ask(kept: list[list[int]]) -> Request:
+    def ask(kept: list[list[int]]) -> ExtractionRequest:
         rows = zip(texts(2), kept, strict=True)
         lines = [json.dumps({"text": text, "positions": p}) + "\n" for text, p in rows]
         data.write_text("".join(lines))
         options: dict[str, Any] = {"context": 64, "pack": False, "positions": "explicit"}
-        return Request(str(model_folder), str(data), tmp_path / "root", **options)
+        return ExtractionRequest(str(model_folder), str(data), tmp_path / "root", **options)
 
-    first = run(ask([[2], [2]])).cache
-    assert find(ask([[2], [2]])).answer == "hit"
-    done = run(ask(positions))
+    first = answer_request(ask([[2], [2]])).cache
+    assert find_match(ask([[2], [2]])).answer == "hit"
+    done = answer_request(ask(positions))
     assert (done.status, done.cache.id != first.id) == ("extracted", True)
     want = [index for kept in positions for index in kept]
     assert sorted(done.cache.array("tokens/index")[:].tolist()) == sorted(want)

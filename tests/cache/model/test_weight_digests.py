@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from residua.cache.extraction.answer_request import run
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.files.json_files import file_digest, read_json
 from residua.cache.model import weight_digests as digests
 from residua.cache.model.source import ModelSource
@@ -190,10 +190,12 @@ def test_asking_again_reads_no_weights_and_the_identity_stays(
         return tensor_digests(path)
 
     monkeypatch.setattr(digests, "tensor_digests", counting)
-    request = Request(str(model_folder), str(texts_file), tmp_path / "root", max_tokens=400)
-    made = run(request)
+    request = ExtractionRequest(
+        str(model_folder), str(texts_file), tmp_path / "root", max_tokens=400
+    )
+    made = answer_request(request)
     assert seen == ["model.safetensors"]
-    again = run(request)
+    again = answer_request(request)
     assert (again.status, again.cache.id) == ("hit", made.cache.id)
     assert seen == ["model.safetensors"]
     assert not list((tmp_path / "root").rglob("digests.json"))

@@ -14,7 +14,7 @@ import torch
 
 from residua.cache.errors import IncompleteError, NoSpaceError, NotFoundError, UsageError
 from residua.cache.files.json_files import file_digest, read_json
-from residua.cache.format.dtypes import decode
+from residua.cache.format.dtypes import decode_rows
 from residua.cache.sharing import export as module
 from residua.cache.sharing.export import export
 from residua.cache.store.activation_cache import ActivationCache
@@ -47,7 +47,7 @@ def opened(folder: Path, name: str) -> dict[str, np.ndarray]:
     found = {}
     for path in folder.glob(f"{name}*.npy"):
         ((column, spec),) = index["files"][path.name]["tensors"].items()
-        found[column] = decode(np.load(path, mmap_mode="r"), spec["dtype"])
+        found[column] = decode_rows(np.load(path, mmap_mode="r"), spec["dtype"])
     return found
 
 
@@ -89,7 +89,7 @@ def test_rows_may_be_written_in_another_dtype(tmp_path, stored, wanted):
     cache = synthetic(tmp_path, stored)
     export(cache, tmp_path / "out", dtype=wanted, layers=[2])
     got = safetensors.torch.load_file(tmp_path / "out" / "residual.02.safetensors")["residual"]
-    want = torch.from_numpy(cache.layer(2)[:]).to(getattr(torch, wanted))
+    want = torch.from_numpy(cache.residual_array(2)[:]).to(getattr(torch, wanted))
     assert torch.equal(got, want)
 
 
@@ -191,7 +191,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
         values = np.zeros((rows, 256), np.float32)
         root = tmp_path / str(rows)
         cache = make_cache(root, [values], [64] * (rows // 64), random_head(256, 11))
-        cache.split("all")
+        cache.sequences("all")
         del values
         tracemalloc.start()
         try:

@@ -29,8 +29,8 @@ from residua.cache.errors import (
     UsageError,
 )
 from residua.cache.sharing import hub_errors as limits
-from residua.cache.sharing.dataset_card import NO_LICENCE, card, size_category
-from residua.cache.sharing.hub import pull, push
+from residua.cache.sharing.dataset_card import NO_LICENCE, dataset_card, size_category
+from residua.cache.sharing.hub import pull_cache, push_cache
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.verify import verify
 
@@ -150,9 +150,9 @@ def test_the_client_has_what_is_called(name):
 
 
 def test_a_pulled_cache_has_the_bytes_that_were_pushed(hub, cache, tmp_path):
-    done = push(cache, REPO)
+    done = push_cache(cache, REPO)
     assert (done.files, done.card) == (len(files(cache.path)), True)
-    got = pull(REPO, tmp_path / "there")
+    got = pull_cache(REPO, tmp_path / "there")
     assert (got.status, got.cache.id) == ("pulled", cache.id)
     assert got.cache.path == tmp_path / "there" / cache.id
     assert files(got.cache.path) == files(cache.path)
@@ -162,9 +162,11 @@ def test_a_pulled_cache_has_the_bytes_that_were_pushed(hub, cache, tmp_path):
 
 
 def test_an_extracted_cache_travels_too(hub, tiny_cache, tmp_path):
-    push(tiny_cache, REPO)
-    got = pull(REPO, tmp_path / "there").cache
-    np.testing.assert_array_equal(got.layer(got.depth)[:50], tiny_cache.layer(got.depth)[:50])
+    push_cache(tiny_cache, REPO)
+    got = pull_cache(REPO, tmp_path / "there").cache
+    np.testing.assert_array_equal(
+        got.residual_array(got.n_blocks)[:50], tiny_cache.layer(got.n_blocks)[:50]
+    )
     assert got.tokenizer().get_vocab_size() == tiny_cache.tokenizer().get_vocab_size()
 
 
@@ -173,7 +175,7 @@ def test_leases_temporary_files_and_dead_shards_stay_at_home(hub, cache):
     (cache.path / "head" / ".head.json.7.tmp").write_bytes(b"{")
     (cache.path / "arrays.zarr" / "residual" / "0" / "c" / "9").mkdir()
     (cache.path / "arrays.zarr" / "residual" / "0" / "c" / "9" / "0").write_bytes(b"dead")
-    push(cache, REPO)
+    push_cache(cache, REPO)
     pushed = files(hub.root / REPO / "main")
     assert not [n for n in pushed if "lock" in n or "tmp" in n or n.endswith("c/9/0")]
     assert "journal/base.json" in pushed
@@ -191,7 +193,7 @@ def test_nothing_that_is_shared_names_a_folder_of_this_machine(
         value |= {"_name_or_path": str(model), "notes": {"name_or_path": str(model)}}
         (model / name).write_text(json.dumps(value))
     made = residua.extract(model, data, root=tmp_path / "root", context=64, max_tokens=2000)
-    push(made, REPO)
+    push_cache(made, REPO)
     residua.export(made, tmp_path / "export")
     shared = [*hub.folder(REPO, None).rglob("*"), *(tmp_path / "export").rglob("*")]
     assert len(shared) > 30
@@ -202,41 +204,41 @@ def test_nothing_that_is_shared_names_a_folder_of_this_machine(
 
 
 def test_a_cache_that_is_there_is_not_downloaded_again(hub, cache, tmp_path):
-    push(cache, REPO)
-    pull(REPO, tmp_path / "there")
+    push_cache(cache, REPO)
+    pull_cache(REPO, tmp_path / "there")
     hub.calls.clear()
-    assert pull(REPO, tmp_path / "there").status == "hit"
+    assert pull_cache(REPO, tmp_path / "there").status == "hit"
     assert hub.calls == ["snapshot_download"]
 
 
 def test_a_revision_keeps_another_cache(hub, cache, tmp_path):
     other = synthetic(tmp_path / "here", seed=1)
-    push(cache, REPO)
-    push(other, REPO, revision="second")
-    assert pull(REPO, tmp_path / "there", revision="second").cache.id == other.id
-    assert pull(REPO, tmp_path / "there").cache.id == cache.id
+    push_cache(cache, REPO)
+    push_cache(other, REPO, revision="second")
+    assert pull_cache(REPO, tmp_path / "there", revision="second").cache.id == other.id
+    assert pull_cache(REPO, tmp_path / "there").cache.id == cache.id
 
 
 def test_another_cache_does_not_overwrite_what_a_repository_holds(hub, cache, tmp_path):
-    push(cache, REPO)
+    push_cache(cache, REPO)
     before = files(hub.root / REPO)
     with pytest.raises(MismatchError, match=f"holds cache {cache.id[:12]}"):
-        push(synthetic(tmp_path / "here", seed=1), REPO)
+        push_cache(synthetic(tmp_path / "here", seed=1), REPO)
     assert files(hub.root / REPO) == before
 
 
 def test_a_card_edited_by_hand_survives_the_next_push(hub, cache):
-    push(cache, REPO)
+    push_cache(cache, REPO)
     (hub.root / REPO / "main" / "README.md").write_text("license: mit")
-    assert not push(cache, REPO).card
+    assert not push_cache(cache, REPO).card
     assert (hub.root / REPO / "main" / "README.md").read_text() == "license: mit"
 
 
 def test_another_cache_than_the_expected_one_is_refused(hub, cache, tmp_path):
-    push(cache, REPO)
-    assert pull(REPO, tmp_path / "a", expect=cache.id[:8]).status == "pulled"
+    push_cache(cache, REPO)
+    assert pull_cache(REPO, tmp_path / "a", expect=cache.id[:8]).status == "pulled"
     with pytest.raises(MismatchError, match=f"holds cache {cache.id[:12]}, not 123"):
-        pull(REPO, tmp_path / "b", expect="123")
+        pull_cache(REPO, tmp_path / "b", expect="123")
     assert list((tmp_path / "b").iterdir()) == []
 
 
@@ -248,32 +250,32 @@ def damage(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["arrays.zarr/residual/1/c/1/0", "head/head.safetensors"])
 def test_a_byte_that_changed_on_the_way_is_found_and_nothing_appears(hub, cache, tmp_path, name):
-    push(cache, REPO)
+    push_cache(cache, REPO)
     damage(hub.root / REPO / "main", name)
     with pytest.raises(CorruptError, match=name):
-        pull(REPO, tmp_path / "there")
+        pull_cache(REPO, tmp_path / "there")
     assert list((tmp_path / "there").iterdir()) == []
 
 
 def test_a_damaged_cache_is_not_pushed(hub, cache):
     damage(cache.path, "arrays.zarr/residual/0/c/0/0")
     with pytest.raises(CorruptError, match="residua verify"):
-        push(cache, REPO)
+        push_cache(cache, REPO)
     assert hub.calls == []
 
 
 def test_an_unfinished_cache_is_not_pushed(hub, cache):
     (cache.path / "journal" / "00000001.json").unlink()
     with pytest.raises(IncompleteError):
-        push(ActivationCache(cache.path), REPO)
+        push_cache(ActivationCache(cache.path), REPO)
     assert hub.calls == []
 
 
 def test_a_repository_with_a_part_missing_is_refused(hub, cache, tmp_path):
-    push(cache, REPO)
+    push_cache(cache, REPO)
     (hub.root / REPO / "main" / "journal" / "00000002.json").unlink()
     with pytest.raises(IncompleteError, match="1 parts of this cache are missing"):
-        pull(REPO, tmp_path / "there")
+        pull_cache(REPO, tmp_path / "there")
     assert list((tmp_path / "there").iterdir()) == []
 
 
@@ -290,58 +292,58 @@ def test_limits_of_the_hub_are_checked_before_anything_is_sent(
 ):
     monkeypatch.setattr(limits, limit, value)
     with pytest.raises(UsageError, match=message):
-        push(cache, REPO)
+        push_cache(cache, REPO)
     assert hub.calls == []
 
 
 def test_a_repository_that_is_not_there_or_not_a_cache_is_named(hub, tmp_path):
     with pytest.raises(NotFoundError, match="no dataset repository 'someone/activations'"):
-        pull(REPO, tmp_path)
+        pull_cache(REPO, tmp_path)
     (hub.root / REPO / "main").mkdir(parents=True)
     with pytest.raises(NotFoundError, match=r"is not a cache: it has no manifest\.json"):
-        pull(REPO, tmp_path)
+        pull_cache(REPO, tmp_path)
     with pytest.raises(NotFoundError, match="no such revision"):
-        pull(REPO, tmp_path, revision="v9")
+        pull_cache(REPO, tmp_path, revision="v9")
 
 
 @pytest.mark.parametrize("name", ["head/../../evil", "head//../../../evil", "head/..\\evil"])
 def test_names_that_lead_out_of_the_cache_are_refused(hub, cache, tmp_path, monkeypatch, name):
-    push(cache, REPO)
+    push_cache(cache, REPO)
     evil = SimpleNamespace(rfilename=name, size=1)
     info = hub.dataset_info(REPO, revision=None, files_metadata=True, token=None)
     info.siblings.append(evil)
     monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_, **__: info)
     with pytest.raises(CorruptError, match="leads out of the cache"):
-        pull(REPO, tmp_path / "there")
+        pull_cache(REPO, tmp_path / "there")
     assert not (tmp_path / "there").exists()
 
 
 def test_files_that_no_record_names_are_dropped(hub, cache, tmp_path):
-    push(cache, REPO)
+    push_cache(cache, REPO)
     main = hub.root / REPO / "main"
     (main / "head" / "run_me.py").write_text("print()")
     (main / "notes.txt").write_text("mine")
-    assert files(pull(REPO, tmp_path / "there").cache.path) == files(cache.path)
+    assert files(pull_cache(REPO, tmp_path / "there").cache.path) == files(cache.path)
 
 
 def test_a_full_disk_is_refused_before_the_download(hub, cache, tmp_path, monkeypatch):
-    push(cache, REPO)
+    push_cache(cache, REPO)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(NoSpaceError, match="has 0.00 GB free"):
-        pull(REPO, tmp_path / "there")
+        pull_cache(REPO, tmp_path / "there")
     assert hub.calls.count("snapshot_download") == 1
 
 
 def test_an_unfinished_cache_under_the_root_is_left_alone(hub, cache, tmp_path):
-    push(cache, REPO)
+    push_cache(cache, REPO)
     there = synthetic(tmp_path / "there")
     (there.path / "journal" / "00000001.json").unlink()
     with pytest.raises(IncompleteError, match="unfinished; finish it"):
-        pull(REPO, tmp_path / "there")
+        pull_cache(REPO, tmp_path / "there")
 
 
 def test_an_interrupted_pull_goes_on_in_the_same_folder(hub, cache, tmp_path, monkeypatch):
-    push(cache, REPO)
+    push_cache(cache, REPO)
     whole = hub.snapshot_download
 
     def cut(*args: Any, **kwargs: Any) -> None:
@@ -351,12 +353,12 @@ def test_an_interrupted_pull_goes_on_in_the_same_folder(hub, cache, tmp_path, mo
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cut)
     with pytest.raises(KeyboardInterrupt):
-        pull(REPO, tmp_path / "there")
+        pull_cache(REPO, tmp_path / "there")
     (left,) = (tmp_path / "there").iterdir()
     assert left.name.startswith(".pull-")
     assert (left / "head" / "head.json").is_file()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", whole)
-    pull(REPO, tmp_path / "there")
+    pull_cache(REPO, tmp_path / "there")
     assert [p.name for p in (tmp_path / "there").iterdir()] == [cache.id]
 
 
@@ -387,19 +389,19 @@ def test_errors_of_the_client_become_messages(
 ):
     for name in ("create_repo", "dataset_info"):
         monkeypatch.setattr(huggingface_hub, name, raising(error))
-    for call in (lambda: push(cache, REPO), lambda: pull(REPO, tmp_path / "there")):
+    for call in (lambda: push_cache(cache, REPO), lambda: pull_cache(REPO, tmp_path / "there")):
         with pytest.raises(ours, match=message):
             call()
 
 
 def test_without_a_network_both_say_so(cache, tmp_path):
-    for call in (lambda: push(cache, REPO), lambda: pull(REPO, tmp_path)):
+    for call in (lambda: push_cache(cache, REPO), lambda: pull_cache(REPO, tmp_path)):
         with pytest.raises(ResiduaError, match="the hub cannot be reached"):
             call()
 
 
 def test_the_card_says_what_is_in_the_cache(tiny_cache, model_folder):
-    text = card(tiny_cache, REPO)
+    text = dataset_card(tiny_cache, REPO)
     front = text.split("---\n")[1]
     assert "license:" not in [line.split(" ")[0] for line in front.splitlines()]
     assert NO_LICENCE in text

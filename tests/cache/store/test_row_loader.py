@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from residua.cache.errors import IncompleteError, MismatchError, NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.row_loader import RowLoader
-from residua.cache.store.row_runs import Runs
+from residua.cache.store.row_runs import RowRuns
 
 from ...support.synthetic import make_cache, random_head
 
@@ -44,7 +44,7 @@ def seen(batches: Any) -> list[int]:
 
 
 def wanted(cache: ActivationCache, split: str) -> list[int]:
-    return cache.rows(cache.split(split)).tolist()
+    return cache.positions_of(cache.sequences(split)).tolist()
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test", "all"])
@@ -150,7 +150,9 @@ def test_rows_come_in_the_dtype_that_was_asked_for(tmp_path, stored, dtype):
     cache = synthetic(tmp_path, stored)
     loader: Any = RowLoader(cache, 1, shuffle=False, dtype=dtype, **SMALL)
     got = torch.cat(list(loader))
-    want = torch.from_numpy(cache.layer(1)[cache.rows(cache.split("train"))]).to(dtype)
+    want = torch.from_numpy(
+        cache.residual_array(1)[cache.positions_of(cache.sequences("train"))]
+    ).to(dtype)
     assert torch.equal(got, want)
 
 
@@ -221,7 +223,7 @@ def test_an_unfinished_cache_is_refused(tmp_path):
 def test_runs_are_the_rows_of_the_sequences(cache, seed):
     rng = np.random.default_rng(seed)
     sequences = np.flatnonzero(rng.random(len(LENGTHS)) < 0.7)
-    runs, rows = Runs.of(cache, sequences), cache.rows(sequences)
+    runs, rows = RowRuns.of(cache, sequences), cache.rows(sequences)
     assert len(runs) == len(rows)
     pieces = [np.arange(*piece) for piece in runs.pieces(50)]
     assert max(map(len, pieces)) <= 50

@@ -19,13 +19,13 @@ from residua.cache.tokens.segments import (
     neighbour_tokens,
     segment_places,
 )
-from residua.cache.tokens.token_stream import Runs
+from residua.cache.tokens.token_stream import KeptRuns
 from residua.probes.baselines.ngrams import Bigram, LaggedBigram, Trigram, Unigram
-from residua.probes.moments.collect_moments import collect
-from residua.probes.moments.kept_moments import entries
+from residua.probes.moments.collect_moments import collect_moments
+from residua.probes.moments.kept_moments import moment_entries
 from residua.probes.moments.moment_set import MomentSet
 from residua.probes.ridge.ridge_probe import RidgeProbe
-from residua.probes.training.minibatches import Feed
+from residua.probes.training.minibatches import MinibatchStream
 from residua.probes.vocabulary.vocab_probe import VocabProbe
 
 from ...support.synthetic import make_cache, random_head
@@ -66,7 +66,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
             if len(run):
                 sequence, first = [*sequence, number], [*first, int(run[0])]
                 length.append(len(run))
-    runs = Runs(*(np.array(values, np.int64) for values in (sequence, first, length)))
+    runs = KeptRuns(*(np.array(values, np.int64) for values in (sequence, first, length)))
     layers = [rng.normal(size=(sum(length), WIDTH)) for _ in range(DEPTH + 1)]
     folder, head = tmp_path_factory.mktemp("sparse"), random_head(WIDTH, VOCAB)
     return make_cache(folder, layers, lengths, head, documents=documents, runs=runs)
@@ -121,10 +121,10 @@ def moments_by_hand(
     cache: ActivationCache, layer: int, offset: int, fold: int, across: bool, drop: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows x and y of the pairs of one fold, float64."""
-    numbers = cache.split("all")
+    numbers = cache.sequences("all")
     numbers = numbers[cache.sequence_folds(FOLDS)[numbers] == fold]
-    pairs = np.array(Text(cache).pairs(cache.rows(numbers), offset, across, drop), int)
-    x, y = (np.asarray(cache.layer(la)[:], np.float64) for la in (layer, cache.depth))
+    pairs = np.array(Text(cache).pairs(cache.positions_of(numbers), offset, across, drop), int)
+    x, y = (np.asarray(cache.residual_array(la)[:], np.float64) for la in (layer, cache.n_blocks))
     pairs = pairs.reshape(-1, 2)
     return x[pairs[:, 0]], y[pairs[:, 1]]
 
@@ -136,7 +136,7 @@ def moments_by_hand(
 def test_moments_are_those_of_the_pairs_one_by_one(
     cache: ActivationCache, across: bool, drop: int, rows: int | None, tasks: int
 ) -> None:
-    found = collect(
+    found = collect_moments(
         cache, None, OFFSETS, folds=FOLDS, split="all", across_documents=across, drop_first=drop,
         rows=rows, tasks=tasks,
     )  # fmt: skip
@@ -154,8 +154,8 @@ def test_moments_are_those_of_the_pairs_one_by_one(
 
 
 def test_pairs_of_two_documents_are_a_share_of_all(packed: ActivationCache) -> None:
-    text, rows = Text(packed), packed.rows(packed.split("all"))
-    shares = crossing_shares(packed, packed.split("all"), OFFSETS, PairScope())
+    text, rows = Text(packed), packed.positions_of(packed.sequences("all"))
+    shares = crossing_shares(packed, packed.sequences("all"), OFFSETS, PairScope())
     for offset in OFFSETS:
         every = len(text.pairs(rows, offset, True, 0))
         inside = len(text.pairs(rows, offset, False, 0))
@@ -167,11 +167,14 @@ def test_pairs_of_two_documents_are_a_share_of_all(packed: ActivationCache) -> N
 def test_ridge_is_scikit_learns_on_pairs_inside_documents(packed: ActivationCache) -> None:
     from sklearn.linear_model import Ridge
 
-    rows = packed.rows(packed.split("train"))
+    rows = packed.positions_of(packed.sequences("train"))
     for across in ALL_PAIRS:
         probe = RidgeProbe(1, [0], alpha=3.0, across_documents=across).fit(packed, keep=False)
         pairs = np.array(Text(packed).pairs(rows, 1, across, 0))
-        x, y = packed.layer(0)[:][pairs[:, 0]], packed.layer(DEPTH)[:][pairs[:, 1]]
+        x, y = (
+            packed.residual_array(0)[:][pairs[:, 0]],
+            packed.residual_array(DEPTH)[:][pairs[:, 1]],
+        )
         want = Ridge(alpha=3.0).fit(x.astype(float), y.astype(float))
         np.testing.assert_allclose(probe.map().weight.T, want.coef_, rtol=1e-4, atol=1e-5)
         assert probe.n_[0, 1] == len(pairs)
@@ -186,13 +189,13 @@ def test_a_feed_gives_every_pair_with_its_text(
     cache: ActivationCache, across: bool, drop: int
 ) -> None:
     text = Text(cache)
-    rows = cache.rows(cache.split("train"))
-    feed = Feed(
+    rows = cache.positions_of(cache.sequences("train"))
+    feed = MinibatchStream(
         cache, [0], OFFSETS, batch=13, buffer_rows=50, slab_rows=9, across_documents=across,
         drop_first=drop,
     )  # fmt: skip
     for offset in OFFSETS:
-        found, last = [], cache.layer(cache.depth)[:]
+        found, last = [], cache.residual_array(cache.n_blocks)[:]
         for draw in feed.epoch():
             ahead = draw.ahead[offset]
             assert ahead.residual is not None
@@ -245,11 +248,11 @@ def test_baselines_count_the_text_of_the_train_split(cache: ActivationCache, acr
 def test_evaluation_counts_the_pairs_and_the_text_one_by_one(
     cache: ActivationCache, across: bool, drop: int
 ) -> None:
-    text, rows = Text(cache), cache.rows(cache.split("all"))
+    text, rows = Text(cache), cache.positions_of(cache.sequences("all"))
     found = evaluate(
         cache, split="all", offsets=OFFSETS, layers=[1], across_documents=across, drop_first=drop
     )
-    log_q = cache.head.logits(cache.layer(1)[:]).astype(np.float64)
+    log_q = cache.head.logits(cache.residual_array(1)[:]).astype(np.float64)
     log_q -= np.log(np.exp(log_q).sum(-1, keepdims=True))
     for offset in OFFSETS:
         pairs = text.pairs(rows, offset, across, drop)
@@ -268,13 +271,13 @@ def test_text_targets_of_single_positions_come_from_their_contexts(tmp_path: Pat
     """One kept position per context: no row follows another, the text goes on all the same."""
     rng = np.random.default_rng(0)
     ids = np.concatenate([np.array([3, 5, 7, 11]) for _ in range(40)])
-    runs = Runs(np.arange(40), np.full(40, 1), np.ones(40, np.int64))
+    runs = KeptRuns(np.arange(40), np.full(40, 1), np.ones(40, np.int64))
     layers = [rng.normal(size=(40, WIDTH)) for _ in range(DEPTH + 1)]
     head = random_head(WIDTH, VOCAB)
     ids = ids + np.repeat(np.arange(40) % 3, 4)  # so that hashes differ, and splits are filled
     cache = make_cache(tmp_path, layers, [4] * 40, head, ids=ids, runs=runs)
     bigram = Bigram().fit(cache)
-    assert bigram.counts_.sum() == 3 * len(cache.split("train"))
+    assert bigram.counts_.sum() == 3 * len(cache.sequences("train"))
     probe = VocabProbe(loss="text", layers=[0], epochs=1, lr=0.01, batch=8).fit(cache)
     assert np.isfinite(probe.metrics()[0]["train"])
     row = evaluate(cache, [probe], split="all", offsets=[0]).select("vocab", 0)[0]
@@ -306,7 +309,7 @@ def test_scopes_that_cannot_be_right_are_refused(
     for act in (
         lambda: RidgeProbe(**wrong).fit(packed),
         lambda: VocabProbe(**wrong).fit(packed),
-        lambda: Feed(packed, [0], [0], **wrong),
+        lambda: MinibatchStream(packed, [0], [0], **wrong),
         lambda: evaluate(packed, **wrong),
     ):
         with pytest.raises(UsageError, match="must be"):
@@ -326,13 +329,13 @@ def test_kept_moments_of_other_pairs_are_not_taken(packed: ActivationCache, tmp_
         again = RidgeProbe(1, [0], **scope).fit(cache)
         assert again.moments_["kept"] == 1
         assert again.n_ == fitted.n_
-    assert len({MomentSet.load(entry.path).total(0, 1).n for entry in entries(cache)}) == 4
+    assert len({MomentSet.load(entry.path).total(0, 1).n for entry in moment_entries(cache)}) == 4
 
 
 def test_moments_are_fitted_by_probes_of_the_same_pairs(
     packed: ActivationCache, tmp_path: Path
 ) -> None:
-    collect(packed, [0], [1], across_documents=True, drop_first=2).save(tmp_path)
+    collect_moments(packed, [0], [1], across_documents=True, drop_first=2).save(tmp_path)
     back = MomentSet.load(tmp_path)
     assert (back.across_documents, back.drop_first) == (True, 2)
     others: list[dict[str, Any]] = [{}, {"across_documents": True}, {"drop_first": 2}]
@@ -340,7 +343,7 @@ def test_moments_are_fitted_by_probes_of_the_same_pairs(
         with pytest.raises(UsageError, match="give both the same"):
             RidgeProbe(1, [0], **other).fit(back)
     probe = RidgeProbe(1, [0], across_documents=True, drop_first=2)
-    pairs = Text(packed).pairs(packed.rows(packed.split("train")), 1, True, 2)
+    pairs = Text(packed).pairs(packed.positions_of(packed.sequences("train")), 1, True, 2)
     assert probe.fit(back).n_[0, 1] == len(pairs)
 
 
@@ -354,7 +357,7 @@ def test_moments_of_before_count_all_pairs(tmp_path: Path) -> None:
         cache = make_cache(tmp_path / name, layers, [16] * 10, head, documents=documents)
         assert has_borders(cache) == (name == "borders")
         RidgeProbe(1, [0], across_documents=True).fit(cache, keep=True)
-        for entry in entries(cache):
+        for entry in moment_entries(cache):
             about = read_json(entry.path / "moments.json")
             for key in ("across_documents", "drop_first", "sha256"):
                 about.pop(key, None)
@@ -363,7 +366,7 @@ def test_moments_of_before_count_all_pairs(tmp_path: Path) -> None:
         assert across.moments_["kept"] == 1
         default = RidgeProbe(1, [0]).fit(cache, keep=False)
         assert default.moments_["kept"] == (name == "none")
-        pairs = len(Text(cache).pairs(cache.rows(cache.split("train")), 1, False, 0))
+        pairs = len(Text(cache).pairs(cache.positions_of(cache.sequences("train")), 1, False, 0))
         assert default.n_[0, 1] == pairs
 
 
@@ -371,7 +374,7 @@ def test_a_cache_without_documents_has_one_per_sequence(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     layers = [rng.normal(size=(30, WIDTH)) for _ in range(DEPTH + 1)]
     cache = make_cache(tmp_path, layers, [10, 1, 19], random_head(WIDTH, VOCAB))
-    index, left = segment_places(cache, cache.split("all"))
+    index, left = segment_places(cache, cache.sequences("all"))
     assert index.tolist() == [*range(10), 0, *range(19)]
     assert left.tolist() == [*range(9, -1, -1), 0, *range(18, -1, -1)]
     assert document_of(cache, np.array([0, 9, 10, 11, 29])).tolist() == [0, 0, 1, 2, 2]

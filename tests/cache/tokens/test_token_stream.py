@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from residua.cache.documents.documents import Documents
 from residua.cache.errors import DataError
-from residua.cache.tokens.index_arrays import tables
-from residua.cache.tokens.splits import SPLITS, assign_splits, folds_of
-from residua.cache.tokens.token_stream import Runs, TokenStream, concatenate, from_sequences
+from residua.cache.tokens.index_arrays import index_arrays
+from residua.cache.tokens.splits import SPLITS, assign_folds, assign_splits
+from residua.cache.tokens.token_stream import KeptRuns, TokenStream, concatenate, from_sequences
 from residua.cache.tokens.tokenization import tokenize
 
 TRAIN, VALIDATION, TEST = range(3)
@@ -56,13 +56,13 @@ def test_what_is_kept_of_a_sequence_is_part_of_its_hash():
     stream = from_sequences([[5, 6, 7], [1, 2]])
     seen = set()
     for first, length in (([0, 0], [1, 1]), ([1, 0], [1, 1]), ([0, 0], [2, 1]), ([0, 1], [1, 1])):
-        runs = Runs(np.array([0, 1]), np.array(first), np.array(length))
+        runs = KeptRuns(np.array([0, 1]), np.array(first), np.array(length))
         seen.add(tuple(stream.with_runs(runs).digests()[1].tolist()))
     assert len(seen) == 4
     document = int(stream.sequence_documents[0])
     split = int(stream.sequence_splits[0])
     record = struct.pack("<4QQqq3i", 3, split, document, 0, 1, 0, 2, 5, 6, 7)
-    runs = Runs(np.array([0]), np.array([0]), np.array([2]))
+    runs = KeptRuns(np.array([0]), np.array([0]), np.array([2]))
     digest = hashlib.sha256(record).digest()
     assert stream.with_runs(runs).digests()[1][0] == int.from_bytes(digest[:8], "little")
 
@@ -102,7 +102,7 @@ def test_tables_say_where_every_position_is():
         np.arange(8, dtype=np.int32), np.array(lengths, np.int64), np.array([9, 4, 4])
     )
     hashes = stream.digests()[1]
-    arrays = tables(stream, hashes)
+    arrays = index_arrays(stream, hashes)
     np.testing.assert_array_equal(arrays["tokens/sequence"][:], [0, 0, 0, 1, 2, 2, 2, 2])
     np.testing.assert_array_equal(arrays["tokens/index"][:], [0, 1, 2, 0, 0, 1, 2, 3])
     np.testing.assert_array_equal(arrays["sequences/start"][:], [0, 3, 4])
@@ -120,7 +120,7 @@ def test_tables_say_where_every_position_is():
         "sequences/hash": "uint64",
         "sequences/document": "uint64",
     }
-    assert "sequences/document" not in tables(replace(stream, format=1), hashes)
+    assert "sequences/document" not in index_arrays(replace(stream, format=1), hashes)
     np.testing.assert_array_equal(stream.sequence(2), [4, 5, 6, 7])
 
 
@@ -180,7 +180,7 @@ def test_two_distinct_sequences_are_left_where_their_hashes_put_them():
 @pytest.mark.parametrize("folds", [2, 5, 10])
 def test_folds_are_even_and_do_not_follow_the_splits(folds):
     hashes = random_hashes(100_000)
-    numbers = folds_of(hashes, folds)
+    numbers = assign_folds(hashes, folds)
     assert set(numbers.tolist()) == set(range(folds))
     for part in (slice(None), assign_splits(hashes) == TEST):
         share = np.bincount(numbers[part]) / len(numbers[part])
@@ -190,7 +190,7 @@ def test_folds_are_even_and_do_not_follow_the_splits(folds):
 def test_a_fold_is_the_lower_half_of_the_hash_modulo_folds():
     hashes = random_hashes(100)
     want = [int(h) % 2**32 % 7 for h in hashes]
-    np.testing.assert_array_equal(folds_of(hashes, 7), want)
+    np.testing.assert_array_equal(assign_folds(hashes, 7), want)
 
 
 WORDS = 60

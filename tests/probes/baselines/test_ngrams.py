@@ -9,7 +9,7 @@ import torch
 
 from residua.cache.errors import UsageError
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.base.readout import Batch
+from residua.probes.base.readout import ReadoutBatch
 from residua.probes.baselines import token_counts as counts
 from residua.probes.baselines.ngrams import Bigram
 
@@ -34,7 +34,7 @@ def tiny_cache(tmp_path) -> ActivationCache:
 
 def pairs_of(tiny_cache: ActivationCache) -> Counter[tuple[int, int]]:
     counts: Counter[tuple[int, int]] = Counter()
-    for number in tiny_cache.split("train"):
+    for number in tiny_cache.sequences("train"):
         start = tiny_cache.sequence_start[number]
         ids = tiny_cache.tokens[start : start + tiny_cache.sequence_length[number]].tolist()
         counts.update(zip(ids[:-1], ids[1:], strict=True))
@@ -76,8 +76,8 @@ def test_only_the_train_split_is_counted(tmp_path):
     lengths = [20] * 30
     ids = np.random.default_rng(0).integers(0, VOCAB, 600)
     tiny_cache = cache_of(tmp_path, lengths, ids)
-    inside = 19 * len(tiny_cache.split("train"))
-    assert len(tiny_cache.split("test")) > 0
+    inside = 19 * len(tiny_cache.sequences("train"))
+    assert len(tiny_cache.sequences("test")) > 0
     assert Bigram().fit(tiny_cache).counts_.sum() == inside
 
 
@@ -85,7 +85,7 @@ def test_logits_are_the_rows_of_the_last_tokens(tiny_cache):
     probe = Bigram((1, 2)).fit(tiny_cache)
     assert probe.pairs() == [(None, 1), (None, 2)]
     tokens = torch.tensor([3, 3, 11, 0])
-    found = probe.logits(Batch(None, tokens, tiny_cache.head.torch()), None, 1)
+    found = probe.logits(ReadoutBatch(None, tokens, tiny_cache.head.torch()), None, 1)
     assert found.dtype == torch.float32
     np.testing.assert_array_equal(found.numpy(), probe.log_probabilities(tokens.numpy()))
 

@@ -12,11 +12,11 @@ from residua.analysis.evaluation.evaluate import evaluate
 from residua.analysis.report.tables import headlines
 from residua.cache.errors import UsageError
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.base.readout import Batch
+from residua.probes.base.readout import ReadoutBatch
 from residua.probes.baselines import token_counts as counts
 from residua.probes.baselines.marginal_bigram import BigramChain, MarginalBigram
 from residua.probes.baselines.ngrams import Bigram, LaggedBigram, Trigram, Unigram
-from residua.probes.baselines.token_counts import baselines
+from residua.probes.baselines.token_counts import unfitted_baselines
 
 from ...support.synthetic import make_cache, random_head
 
@@ -40,7 +40,7 @@ def tiny_cache(tmp_path_factory) -> ActivationCache:
 
 def texts(cache: ActivationCache, split: str = "train") -> list[list[int]]:
     start, length = cache.sequence_start, cache.sequence_length
-    return [cache.tokens[start[n] : start[n] + length[n]].tolist() for n in cache.split(split)]
+    return [cache.tokens[start[n] : start[n] + length[n]].tolist() for n in cache.sequences(split)]
 
 
 def counted(cache: ActivationCache, size: int, lag: int = 1) -> Counter[tuple[int, ...]]:
@@ -84,7 +84,7 @@ def probabilities(probe, **tokens: list[int]) -> np.ndarray:
     given = {name: torch.tensor(ids) for name, ids in tokens.items()}
     count = len(next(iter(given.values())))
     given.setdefault("last_token", torch.zeros(count, dtype=torch.int64))
-    batch = Batch(hidden=None, head=random_head(D_MODEL, VOCAB).torch(), **given)
+    batch = ReadoutBatch(hidden=None, head=random_head(D_MODEL, VOCAB).torch(), **given)
     out = probe.logits(batch, None, probe.offsets[-1])
     assert out.dtype == torch.float32
     return np.exp(out.double().numpy())
@@ -139,7 +139,7 @@ def test_the_marginalised_bigram_sums_out_the_tokens_between(tiny_cache, offset)
     head = tiny_cache.head.torch()
     probe = MarginalBigram((offset,)).fit(tiny_cache)
     assert probe.pairs() == [(tiny_cache.depth, offset)]
-    batch = Batch(hidden, torch.zeros(9, dtype=torch.int64), head)
+    batch = ReadoutBatch(hidden, torch.zeros(9, dtype=torch.int64), head)
     found = np.exp(probe.logits(batch, tiny_cache.depth, offset).double().numpy())
     model = head(hidden).double().softmax(-1).numpy()
     want = model @ np.linalg.matrix_power(bigram_of(tiny_cache), offset)
@@ -156,10 +156,10 @@ def test_the_chain_is_a_power_of_the_bigram(tiny_cache, offset):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_distribution_is_positive_and_sums_to_one(tiny_cache, kind):
-    (probe,) = baselines([kind], (2,))
+    (probe,) = unfitted_baselines([kind], (2,))
     tokens = torch.arange(VOCAB)
     hidden = torch.from_numpy(tiny_cache.layer(1)[:VOCAB])
-    batch = Batch(hidden, tokens, tiny_cache.head.torch(), tokens, tokens.flip(0))
+    batch = ReadoutBatch(hidden, tokens, tiny_cache.head.torch(), tokens, tokens.flip(0))
     out = probe.fit(tiny_cache).logits(batch, None, 2).double().numpy()
     assert np.isfinite(out).all()
     np.testing.assert_allclose(np.exp(out).sum(-1), 1, rtol=1e-5)
@@ -167,7 +167,7 @@ def test_every_distribution_is_positive_and_sums_to_one(tiny_cache, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_baseline_is_the_same(tiny_cache, kind, tmp_path):
-    (probe,) = baselines([kind], (1, 2))
+    (probe,) = unfitted_baselines([kind], (1, 2))
     residua.save_probe(probe.fit(tiny_cache), tmp_path / kind)
     again = residua.load_probe(tmp_path / kind)
     assert type(again) is type(probe)
@@ -176,7 +176,7 @@ def test_a_saved_baseline_is_the_same(tiny_cache, kind, tmp_path):
     assert again.metrics() == probe.metrics()
     tokens = torch.arange(VOCAB)
     hidden = torch.from_numpy(tiny_cache.layer(1)[:VOCAB])
-    batch = Batch(hidden, tokens, tiny_cache.head.torch(), tokens, tokens)
+    batch = ReadoutBatch(hidden, tokens, tiny_cache.head.torch(), tokens, tokens)
     torch.testing.assert_close(again.logits(batch, None, 2), probe.logits(batch, None, 2))
 
 
@@ -184,7 +184,7 @@ def test_a_saved_baseline_is_the_same(tiny_cache, kind, tmp_path):
 def test_evaluation_gives_each_the_tokens_it_may_see(tiny_cache, rows):
     """The mean -log P of the text, against the same mean over plain lists of tokens."""
     offset = 2
-    probes = [probe.fit(tiny_cache) for probe in baselines(KINDS, (offset,))]
+    probes = [probe.fit(tiny_cache) for probe in unfitted_baselines(KINDS, (offset,))]
     found = evaluate(tiny_cache, probes, split="train", batch_rows=rows)
     assert [name for name in found.probes if name != "logit"] == list(KINDS)
     bigram, unigram = bigram_of(tiny_cache), unigram_of(tiny_cache)
@@ -204,7 +204,7 @@ def test_evaluation_gives_each_the_tokens_it_may_see(tiny_cache, rows):
 
 
 def test_the_report_says_which_tokens_each_reads(tiny_cache):
-    probes = [probe.fit(tiny_cache) for probe in baselines(KINDS, (2,))]
+    probes = [probe.fit(tiny_cache) for probe in unfitted_baselines(KINDS, (2,))]
     (sentence,) = headlines(evaluate(tiny_cache, probes, split="train"))
     for words in (
         "unigram (which reads nothing)",
@@ -245,7 +245,7 @@ def test_offsets_that_say_nothing_are_refused(tiny_cache, probe):
     with pytest.raises(UsageError, match="or more"):
         probe.fit(tiny_cache)
     with pytest.raises(UsageError, match="nothing for bigram"):
-        baselines(["bigram", "trigram"], (0,))
+        unfitted_baselines(["bigram", "trigram"], (0,))
 
 
 @pytest.mark.parametrize("probe", [Unigram(), Bigram(), Trigram(), LaggedBigram()])

@@ -18,13 +18,13 @@ from residua.cache.store.activation_cache import ActivationCache
 from residua.cli import BASELINES, main
 from residua.probes.baselines.ngrams import Unigram
 from residua.probes.controls import cache_views as views
-from residua.probes.controls.cache_views import NextToken, View, view_of
+from residua.probes.controls.cache_views import CacheView, NextToken, view_of
 from residua.probes.controls.control_probe import ControlProbe
-from residua.probes.controls.position_shuffle import Shuffle
+from residua.probes.controls.position_shuffle import PositionShuffle
 from residua.probes.lens.tuned_lens import TunedLens
 from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.probes.saved import save
-from residua.probes.saved.library import load_for, probe_path
+from residua.probes.saved.library import load_probe_for, probe_path
 from residua.probes.vocabulary.vocab_probe import VocabProbe
 from residua.sample import MODEL_DIR, TEXT_PATH
 
@@ -52,17 +52,17 @@ def tiny_cache(tmp_path_factory) -> ActivationCache:
 
 def rows_of(cache: ActivationCache, offset: int, split: str = "train") -> np.ndarray:
     """Positions t for which t + offset lies in the same sequence."""
-    numbers = cache.split(split)
+    numbers = cache.sequences(split)
     lengths = cache.sequence_length[numbers]
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(lengths.sum()) - 1
-    return cache.rows(numbers)[left >= offset]
+    return cache.positions_of(numbers)[left >= offset]
 
 
 def in_memory(cache: ActivationCache, control: str, layer: int, offset: int, split="train"):
     """Rows and targets of a control, from whole arrays."""
     rows = rows_of(cache, offset, split)
-    arrays = [cache.layer(la)[:] for la in cache.layers]
-    moved = Shuffle(cache)
+    arrays = [cache.residual_array(la)[:] for la in cache.layers]
+    moved = PositionShuffle(cache)
     x, y = arrays[layer][rows], arrays[2][rows + offset]
     if control == "shuffled":
         x = arrays[layer][moved(rows)]
@@ -120,7 +120,7 @@ def test_a_view_changes_one_thing_only(tiny_cache):
         assert np.array_equal(view.tokens[:], tiny_cache.tokens[:]) == (control != "permuted")
         assert view.id != tiny_cache.id
         for name in ("train", "test"):
-            assert np.array_equal(view.split(name), tiny_cache.split(name))
+            assert np.array_equal(view.sequences(name), tiny_cache.split(name))
 
 
 @pytest.mark.parametrize("control", ["shuffled", "permuted"])
@@ -186,7 +186,7 @@ def test_a_saved_control_is_the_same(tiny_cache, control, tmp_path):
     path = residua.save_probe(probe, probe_path(tmp_path, probe))
     assert path.parent == tmp_path / "probes"
     assert path.name.startswith(f"{control}-ridge-{tiny_cache.id[:12]}-")
-    again = load_for(tiny_cache, path)
+    again = load_probe_for(tiny_cache, path)
     assert again.kind == f"ridge/{control}"
     assert again.seed == 3
     assert again.pairs() == [(1, 1)]
@@ -263,7 +263,7 @@ def test_the_command_line_fits_controls_and_baselines(tiny_cache, tmp_path):
 def test_a_view_travels_to_another_process(tiny_cache):
     import pickle
 
-    for kind in (View, *views.CONTROLS.values()):
+    for kind in (CacheView, *views.CONTROLS.values()):
         view = kind(tiny_cache, 2)
         again = pickle.loads(pickle.dumps(view))
         assert again.id == view.id
@@ -273,7 +273,7 @@ def test_a_view_travels_to_another_process(tiny_cache):
 def best_constant(cache: ActivationCache, mean: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `(vocab,)` nearest to `mean` among those that the head can give."""
     head = cache.head.torch()
-    hidden = torch.from_numpy(cache.layer(2)[:].mean(0)).requires_grad_()
+    hidden = torch.from_numpy(cache.residual_array(2)[:].mean(0)).requires_grad_()
     search = torch.optim.LBFGS([hidden], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
@@ -314,7 +314,7 @@ def test_probes_fitted_by_kl_end_at_the_best_constant(tiny_cache, control, kind)
 
 
 def plain_params(probe: ControlProbe) -> dict:
-    return save.plain(probe.get_params())
+    return save.plain_params(probe.get_params())
 
 
 @pytest.mark.parametrize("form", ["full", "head"])
@@ -332,7 +332,7 @@ def test_vocabulary_probes_gain_from_the_next_token(tiny_cache, form):
 @pytest.mark.long
 def test_on_the_sample_model_controls_say_what_the_unigram_says(tmp_path):
     sample = residua.extract(str(MODEL_DIR), str(TEXT_PATH), root=tmp_path)
-    layer = sample.depth
+    layer = sample.n_blocks
     ridge = RidgeProbe(offset=(1, 2), layers=[layer])
     vocab = VocabProbe(offset=1, layers=[layer], loss="text", epochs=3, lr=1e-3)
     probes: list = [Unigram((1,)).fit(sample)]

@@ -9,7 +9,7 @@ from residua.cache.errors import UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.splits import SPLITS
 from residua.probes.controls import position_shuffle as shuffle
-from residua.probes.controls.position_shuffle import Shuffle
+from residua.probes.controls.position_shuffle import PositionShuffle
 
 from ...support.synthetic import make_cache, random_head
 
@@ -38,7 +38,7 @@ def tiny_cache(request, tmp_path_factory) -> ActivationCache:
 
 def test_each_position_meets_one_of_another_sequence_of_its_split(tiny_cache, monkeypatch):
     monkeypatch.setattr(shuffle, "SLABS", 100)
-    found = Shuffle(tiny_cache)
+    found = PositionShuffle(tiny_cache)
     for name in SPLITS:
         rows = tiny_cache.rows(tiny_cache.split(name))
         there = found(rows)
@@ -51,7 +51,7 @@ def test_each_position_meets_one_of_another_sequence_of_its_split(tiny_cache, mo
 
 def test_blocks_do_not_change_who_meets_whom(tiny_cache):
     rows = tiny_cache.rows(tiny_cache.split("all"))
-    found = Shuffle(tiny_cache)
+    found = PositionShuffle(tiny_cache)
     parts = [found(rows[i : i + 37]) for i in range(0, len(rows), 37)]
     assert np.array_equal(np.concatenate(parts), found(rows))
     mixed = np.random.default_rng(0).permutation(rows)
@@ -60,16 +60,16 @@ def test_blocks_do_not_change_who_meets_whom(tiny_cache):
 
 def test_the_seed_decides(tiny_cache):
     rows = tiny_cache.rows(tiny_cache.split("train"))
-    first = Shuffle(tiny_cache, 1)(rows)
-    assert np.array_equal(first, Shuffle(tiny_cache, 1)(rows))
-    assert not np.array_equal(first, Shuffle(tiny_cache, 2)(rows))
+    first = PositionShuffle(tiny_cache, 1)(rows)
+    assert np.array_equal(first, PositionShuffle(tiny_cache, 1)(rows))
+    assert not np.array_equal(first, PositionShuffle(tiny_cache, 2)(rows))
 
 
 def test_nothing_is_left_of_the_place_in_the_sequence(tmp_path):
     lengths = [64] * 600
     tiny = cache_of(tmp_path, lengths)
-    rows = tiny.rows(tiny.split("train"))
-    places = np.stack([rows % 64, Shuffle(tiny)(rows) % 64])
+    rows = tiny.positions_of(tiny.sequences("train"))
+    places = np.stack([rows % 64, PositionShuffle(tiny)(rows) % 64])
     together = np.zeros((64, 64))
     np.add.at(together, tuple(places), 1)
     expected = together.sum() / together.size
@@ -80,25 +80,25 @@ def test_nothing_is_left_of_the_place_in_the_sequence(tmp_path):
 
 def test_a_block_reads_whole_slabs(tmp_path):
     tiny = cache_of(tmp_path, [50] * 4000)
-    rows = tiny.rows(tiny.split("train"))
-    there = np.sort(Shuffle(tiny)(rows[:12800]))
+    rows = tiny.positions_of(tiny.sequences("train"))
+    there = np.sort(PositionShuffle(tiny)(rows[:12800]))
     runs = 1 + np.count_nonzero(np.diff(there) != 1)
     assert runs <= 12800 / 128 * 4  # slabs, cut where sequences of other splits lie between
 
 
 def test_quarantined_sequences_stay_and_are_met_by_nobody(tmp_path):
     tiny = cache_of(tmp_path, [20] * 100)
-    number = int(tiny.split("train")[3])
+    number = int(tiny.sequences("train")[3])
     vars(tiny)["quarantined"] = {number: "not finite"}
-    own = tiny.rows(np.array([number]))
-    found = Shuffle(tiny)
+    own = tiny.positions_of(np.array([number]))
+    found = PositionShuffle(tiny)
     assert np.array_equal(found(own), own)
-    assert not np.isin(found(tiny.rows(tiny.split("train"))), own).any()
+    assert not np.isin(found(tiny.positions_of(tiny.sequences("train"))), own).any()
 
 
 def test_a_split_that_is_mostly_one_sequence_cannot_be_exchanged(tmp_path):
     tiny = cache_of(tmp_path, [4, 4, 4, 4, 100])
     with pytest.raises(UsageError, match="most of its positions"):
-        Shuffle(tiny)(tiny.rows(tiny.split("all")))
+        PositionShuffle(tiny)(tiny.positions_of(tiny.sequences("all")))
     with pytest.raises(UsageError, match="0 or more"):
-        Shuffle(tiny, -1)
+        PositionShuffle(tiny, -1)

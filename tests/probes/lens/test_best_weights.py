@@ -131,7 +131,7 @@ def test_the_curvature_of_a_lens_follows_it(tmp_path: Path) -> None:
 
     lens = TunedLens(layers=[0], lr=0.15, steps=400, batch=256)
     lens.fit(cache, checkpoint=tmp_path / "fit", progress=copy)
-    x = torch.from_numpy(cache.layer(0)[:])
+    x = torch.from_numpy(cache.residual_array(0)[:])
     assert {10, 375} <= set(states)
     want = fisher_eigenvalues(cache.head.torch(), x, states[375])
     at_the_start, now = (

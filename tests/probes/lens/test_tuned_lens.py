@@ -15,17 +15,22 @@ from sklearn.exceptions import NotFittedError
 import residua
 from residua.cache.errors import MismatchError, NotFoundError, UsageError
 from residua.cache.head.program_head import ProgramHead
-from residua.cache.head.record_head import SHAPES, generalize, record
+from residua.cache.head.record_head import SHAPES, generalize, record_program
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.base.readout import Batch
+from residua.probes.base.readout import ReadoutBatch
 from residua.probes.lens import fit_groups as lensgroups
-from residua.probes.lens.natural_gradient import Inputs, LensFit, drawn, sampled_slopes
-from residua.probes.lens.translator_fit import identity
+from residua.probes.lens.natural_gradient import (
+    InputWhitening,
+    NaturalGradientMap,
+    drawn,
+    sampled_slopes,
+)
+from residua.probes.lens.translator_fit import identity_map
 from residua.probes.lens.tuned_lens import FutureLens, TunedLens
 from residua.probes.moments.moments import Moments
 from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.probes.saved.save import check_geometry, load_probe, save_probe
-from residua.probes.training.softmax_loss import Teacher
+from residua.probes.training.softmax_loss import ModelDistribution
 
 from ...support.defined import defined
 from ...support.local import local_client
@@ -67,11 +72,11 @@ def test_a_lens_is_better_than_ridge_and_never_worse_than_the_logit_lens(
     curved: ActivationCache, lens: TunedLens
 ) -> None:
     kl = held_out(curved, [RidgeProbe().fit(curved), lens])
-    for layer in range(curved.depth):
+    for layer in range(curved.n_blocks):
         assert kl["lens", layer, 0] < 0.95 * kl["ridge", layer, 0]
         assert kl["lens", layer, 0] < kl["logit", layer, 0]
     # The last bits of a float32 product depend on where its operands lie in memory.
-    assert kl["lens", curved.depth, 0] < 1e-7
+    assert kl["lens", curved.n_blocks, 0] < 1e-7
 
 
 def test_metrics_are_what_evaluation_finds(curved: ActivationCache, lens: TunedLens) -> None:
@@ -94,7 +99,7 @@ def test_where_the_logit_lens_is_the_truth_it_is_kept(tmp_path: Path) -> None:
 
 def test_without_steps_a_lens_is_its_start(curved: ActivationCache) -> None:
     ridge, start = RidgeProbe().fit(curved), TunedLens(steps=0).fit(curved)
-    for layer in range(curved.depth):
+    for layer in range(curved.n_blocks):
         np.testing.assert_allclose(
             start.map(layer).weight, ridge.map(layer).weight, rtol=1e-3, atol=1e-5
         )
@@ -103,7 +108,7 @@ def test_without_steps_a_lens_is_its_start(curved: ActivationCache) -> None:
 def test_offsets_are_fitted_by_the_same_steps(curved: ActivationCache, lens: TunedLens) -> None:
     future = FutureLens(offset=(0, 2), **FAST).fit(curved)
     assert future.pairs() == [(layer, offset) for layer in range(3) for offset in (0, 2)]
-    for layer in range(curved.depth):
+    for layer in range(curved.n_blocks):
         np.testing.assert_allclose(future.map(layer, 0).weight, lens.map(layer).weight, atol=1e-4)
     kl = held_out(curved, [future])
     for row in future.metrics():
@@ -116,7 +121,7 @@ def test_a_lens_of_a_program_head_is_fitted(tmp_path: Path) -> None:
     unembedding = torch.from_numpy(explicit.unembedding)
     inputs = [torch.randn(*shape, WIDTH) for shape in SHAPES]
     program, tensors = generalize(
-        [record(lambda x: x.tanh() @ unembedding.T, x) for x in inputs], SHAPES
+        [record_program(lambda x: x.tanh() @ unembedding.T, x) for x in inputs], SHAPES
     )
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     head = ProgramHead(program, arrays, WIDTH, VOCAB)
@@ -147,8 +152,8 @@ def test_a_killed_fit_goes_on_to_the_same_lens(
     with pytest.raises(Killed):
         probe.fit(curved, checkpoint=tmp_path, progress=killed_at(step))
     starts = []
-    start = lensgroups.start
-    monkeypatch.setattr(lensgroups, "start", lambda *args: starts.append(args) or start(*args))
+    start = lensgroups.start_run
+    monkeypatch.setattr(lensgroups, "start_run", lambda *args: starts.append(args) or start(*args))
     probe.fit(curved, checkpoint=tmp_path)
     # A fit that was killed before its first checkpoint begins again.
     assert len(starts) == (step == 10)
@@ -202,8 +207,8 @@ def test_a_saved_lens_gives_the_same_logits_without_its_cache(
     assert loaded.metrics() == lens.metrics()
     assert loaded.get_params() == lens.get_params()
     check_geometry(loaded, curved)
-    rows = torch.from_numpy(curved.layer(1)[:20])
-    batch = Batch(rows, torch.zeros(20, dtype=torch.int64), curved.head.torch())
+    rows = torch.from_numpy(curved.residual_array(1)[:20])
+    batch = ReadoutBatch(rows, torch.zeros(20, dtype=torch.int64), curved.head.torch())
     torch.testing.assert_close(loaded.logits(batch, 1, 0), lens.logits(batch, 1, 0))
 
 
@@ -278,7 +283,7 @@ def test_whitened_inputs_have_second_moments_one() -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(500, WIDTH)) * np.logspace(0, 4, WIDTH) + 100
     moments = Moments.of(rows, rows)
-    inputs = Inputs.of(moments, 0.0)
+    inputs = InputWhitening.of(moments, 0.0)
     z = inputs(torch.from_numpy(rows.astype("f4"))).double().numpy()
     np.testing.assert_allclose(z.T @ z / len(z), np.eye(WIDTH), atol=5e-3)
     assert torch.allclose(inputs.whiten @ inputs.unwhiten, torch.eye(WIDTH), atol=1e-3)
@@ -313,9 +318,9 @@ def test_a_full_step_solves_where_the_loss_is_a_parabola() -> None:
     rows = rng.normal(size=(4000, WIDTH)).astype("f4")
     head = random_head(WIDTH, VOCAB).torch()
     x = torch.from_numpy(rows)
-    target = Teacher(head).distribution(x)
-    fit = LensFit(Inputs.of(Moments.of(rows, rows), 0.0), damping=1e-3)
-    nearby = identity(WIDTH).astype(np.float32)
+    target = ModelDistribution(head).distribution(x)
+    fit = NaturalGradientMap(InputWhitening.of(Moments.of(rows, rows), 0.0), damping=1e-3)
+    nearby = identity_map(WIDTH).astype(np.float32)
     nearby.weight[:] += 0.02 * rng.normal(size=(WIDTH, WIDTH))
     fit.set(nearby)
     before = fit.losses(x, head, target).mean()

@@ -12,7 +12,7 @@ import torch
 
 import residua
 from residua.cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
-from residua.probes.base.readout import Batch
+from residua.probes.base.readout import ReadoutBatch
 from residua.probes.lens.tuned_lens import TunedLens
 from residua.probes.lens.tuned_lens_files import read_tuned_lens, unembed_hash, write_tuned_lens
 from residua.probes.ridge.solver import AffineMap
@@ -60,7 +60,7 @@ def theirs(model_folder: Path, tiny_cache: residua.ActivationCache) -> Theirs:
     config = {
         "base_model_name_or_path": str(model_folder),
         "d_model": tiny_cache.d_model,
-        "num_hidden_layers": tiny_cache.depth,
+        "num_hidden_layers": tiny_cache.n_blocks,
         "bias": True,
         "base_model_revision": None,
         "unembed_hash": None,
@@ -72,9 +72,9 @@ def theirs(model_folder: Path, tiny_cache: residua.ActivationCache) -> Theirs:
     return lens.requires_grad_(False)
 
 
-def batch(found: residua.ActivationCache, layer: int) -> Batch:
-    hidden = torch.from_numpy(found.layer(layer)[:50])
-    return Batch(hidden, torch.zeros(50, dtype=torch.int64), found.head.torch())
+def batch(found: residua.ActivationCache, layer: int) -> ReadoutBatch:
+    hidden = torch.from_numpy(found.residual_array(layer)[:50])
+    return ReadoutBatch(hidden, torch.zeros(50, dtype=torch.int64), found.head.torch())
 
 
 def random_lens(found: residua.ActivationCache) -> TunedLens:
@@ -85,9 +85,9 @@ def random_lens(found: residua.ActivationCache) -> TunedLens:
             (np.eye(shape[0]) + 0.1 * rng.normal(size=shape)).astype(np.float32),
             rng.normal(size=shape[0]).astype(np.float32),
         )
-        for layer in range(found.depth)
+        for layer in range(found.n_blocks)
     }
-    return TunedLens.of(maps, found.head.geometry)
+    return TunedLens.of(maps, found.head.digest)
 
 
 def test_a_lens_of_theirs_gives_its_logits_here(
@@ -95,8 +95,8 @@ def test_a_lens_of_theirs_gives_its_logits_here(
 ) -> None:
     theirs.save(tmp_path)
     lens = read_tuned_lens(tmp_path, tiny_cache)
-    assert lens.pairs() == [(layer, 0) for layer in range(tiny_cache.depth)]
-    for layer in range(tiny_cache.depth):
+    assert lens.pairs() == [(layer, 0) for layer in range(tiny_cache.n_blocks)]
+    for layer in range(tiny_cache.n_blocks):
         rows = batch(tiny_cache, layer)
         assert rows.hidden is not None
         torch.testing.assert_close(
@@ -111,7 +111,7 @@ def test_a_lens_of_ours_gives_its_logits_there(
     write_tuned_lens(lens, tmp_path, tiny_cache)
     config = theirs.load(tmp_path)
     assert config == theirs.config | {"base_model_name_or_path": tiny_cache.manifest.model_name}
-    for layer in range(tiny_cache.depth):
+    for layer in range(tiny_cache.n_blocks):
         rows = batch(tiny_cache, layer)
         assert rows.hidden is not None
         torch.testing.assert_close(
@@ -133,7 +133,7 @@ def test_a_lens_of_another_model_is_refused(
     theirs.save(tmp_path)
     with pytest.raises(MismatchError, match="another unembedding"):
         read_tuned_lens(tmp_path, tiny_cache)
-    assert read_tuned_lens(tmp_path, tiny_cache, force=True).geometry_ == tiny_cache.head.geometry
+    assert read_tuned_lens(tmp_path, tiny_cache, force=True).geometry_ == tiny_cache.head.digest
     theirs.config["num_hidden_layers"] = 2
     theirs.save(tmp_path)
     with pytest.raises(MismatchError, match="2 layers"):

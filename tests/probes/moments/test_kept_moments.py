@@ -21,11 +21,11 @@ from residua.cache.store.create_cache import create_cache
 from residua.cache.store.part_writer import PartWriter
 from residua.cache.tokens.token_stream import from_sequences
 from residua.cli import main
-from residua.probes.moments.collect_moments import collect
-from residua.probes.moments.kept_moments import entries, find, folder_of
+from residua.probes.moments.collect_moments import collect_moments
+from residua.probes.moments.kept_moments import find_kept, folder_of, moment_entries
 from residua.probes.moments.moment_set import MomentSet
-from residua.probes.moments.obtain_moments import Account, extend, supply
-from residua.probes.moments.pass_plan import Request
+from residua.probes.moments.obtain_moments import MomentSources, extend, obtain_moments
+from residua.probes.moments.pass_plan import MomentRequest
 from residua.probes.ridge.ridge_probe import RidgeProbe
 
 from ...support.synthetic import make_cache, random_head
@@ -89,17 +89,17 @@ def write_part(source: ActivationCache, part: int, layers: list[np.ndarray]) -> 
         writer.commit()
 
 
-def asked(source: ActivationCache, **options: Any) -> Request:
-    return Request.of(source, None, OFFSETS, None, folds=FOLDS, **options)
+def asked(source: ActivationCache, **options: Any) -> MomentRequest:
+    return MomentRequest.of(source, None, OFFSETS, None, folds=FOLDS, **options)
 
 
 def supplied(
-    source: ActivationCache, request: Request, **options: Any
-) -> tuple[MomentSet, Account]:
+    source: ActivationCache, request: MomentRequest, **options: Any
+) -> tuple[MomentSet, MomentSources]:
     """All moments of `request`, and where they came from."""
-    account = Account()
+    account = MomentSources()
     options = {"keep": True, **options}
-    found = list(supply(ActivationCache(source.path), request, account=account, **options))
+    found = list(obtain_moments(ActivationCache(source.path), request, account=account, **options))
     pairs = {pair: parts for one in found for pair, parts in one.pairs.items()}
     assert sorted(pairs) == sorted(request.pairs)
     return found[0].with_pairs(pairs), account
@@ -114,8 +114,8 @@ def assert_same(found: MomentSet, expected: MomentSet, rtol: float = 1e-12) -> N
                 np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
 
 
-def fresh(source: ActivationCache, request: Request) -> MomentSet:
-    return collect(
+def fresh(source: ActivationCache, request: MomentRequest) -> MomentSet:
+    return collect_moments(
         source, request.layers, request.offsets, request.targets,
         folds=request.folds, split=request.split, products=request.products,
     )  # fmt: skip
@@ -168,7 +168,7 @@ def test_a_cache_that_has_grown_needs_only_its_new_rows(tmp_path: Path) -> None:
     supplied(made.first, asked(made.first))
     bigger = made.grow(made.first, 80)
     found, account = supplied(bigger, asked(bigger))
-    new = bigger.split("train")[bigger.split("train") >= 60]
+    new = bigger.sequences("train")[bigger.sequences("train") >= 60]
     assert (account.extended, account.computed) == (9, 0)
     assert account.positions == bigger.sequence_length[new].sum()
     assert_same(found, fresh(bigger, asked(bigger)))
@@ -189,12 +189,14 @@ def test_a_small_cache_that_has_grown_into_other_parts_needs_only_its_new_rows(
     bigger = made.grow(made.first, 80, layout=Layout(*rows))
     assert bigger.manifest.layout != made.first.manifest.layout
     found, account = supplied(bigger, asked(bigger))
-    new = bigger.split("train")[bigger.split("train") >= 60]
+    new = bigger.sequences("train")[bigger.sequences("train") >= 60]
     assert (account.extended, account.computed) == (9, 0)
     assert account.positions == bigger.sequence_length[new].sum()
     assert_same(found, fresh(bigger, asked(bigger)), rtol=1e-9)
-    expected = collect(bigger, None, OFFSETS, None, folds=FOLDS)
-    assert_same(extend(collect(made.first, None, OFFSETS, None, folds=FOLDS), bigger), expected)
+    expected = collect_moments(bigger, None, OFFSETS, None, folds=FOLDS)
+    assert_same(
+        extend(collect_moments(made.first, None, OFFSETS, None, folds=FOLDS), bigger), expected
+    )
     for row in (0, made.first.positions - 1):
         changed = [layer.copy() for layer in made.layers]
         changed[1][row, 2] += 1
@@ -217,10 +219,10 @@ def test_growth_skips_a_cache_without_moments(tmp_path: Path) -> None:
 
 def test_moments_in_memory_are_extended(tmp_path: Path) -> None:
     made = Grown(tmp_path)
-    old = collect(made.first, None, OFFSETS, [1, 2], folds=FOLDS)
+    old = collect_moments(made.first, None, OFFSETS, [1, 2], folds=FOLDS)
     bigger = made.grow(made.grow(made.first, 80), 100)
     found = extend(old, bigger)
-    expected = collect(bigger, None, OFFSETS, [1, 2], folds=FOLDS)
+    expected = collect_moments(bigger, None, OFFSETS, [1, 2], folds=FOLDS)
     assert_same(found, expected)
     assert sorted(found.pairs) == sorted(expected.pairs)
     assert (found.cache_id, found.sequences) == (bigger.id, expected.sequences)
@@ -255,7 +257,7 @@ def test_splits_that_moved_are_counted_anew(tmp_path: Path) -> None:
     assert moved.any()
     for split in ("train", "validation", "test"):
         found, account = supplied(bigger, replace(request, split=split))
-        same = np.array_equal(made.first.split(split), np.flatnonzero(
+        same = np.array_equal(made.first.sequences(split), np.flatnonzero(
             bigger.sequence_split[:3] == ("train", "validation", "test").index(split)
         ))  # fmt: skip
         assert account.extended == (9 if same else 0)
@@ -278,7 +280,7 @@ def test_moments_of_rows_that_were_written_anew_are_dropped(tmp_path: Path) -> N
 def test_damaged_moments_are_computed_again(tmp_path: Path, name: str) -> None:
     source = Grown(tmp_path).first
     supplied(source, asked(source))
-    (entry,) = entries(source)
+    (entry,) = moment_entries(source)
     raw = bytearray((entry.path / name).read_bytes())
     raw[-9] ^= 1
     (entry.path / name).write_bytes(raw)
@@ -291,7 +293,7 @@ def test_damaged_moments_are_computed_again(tmp_path: Path, name: str) -> None:
 def test_damaged_moments_of_the_old_cache_cost_a_whole_pass(tmp_path: Path) -> None:
     made = Grown(tmp_path)
     supplied(made.first, asked(made.first))
-    (entry,) = entries(made.first)
+    (entry,) = moment_entries(made.first)
     (entry.path / "moments.safetensors").write_bytes(b"")
     bigger = made.grow(made.first, 100)
     seen: list[tuple[int, int]] = []
@@ -303,7 +305,7 @@ def test_damaged_moments_of_the_old_cache_cost_a_whole_pass(tmp_path: Path) -> N
 
 def test_a_fit_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     source = Grown(tmp_path).first
-    part = next(supply(source, asked(source), keep=True, memory=1))
+    part = next(obtain_moments(source, asked(source), keep=True, memory=1))
     found, account = supplied(source, asked(source))
     assert (account.kept, account.computed) == (len(part.pairs), 9 - len(part.pairs))
     assert_same(found, fresh(source, asked(source)))
@@ -315,9 +317,9 @@ def test_writers_may_race(tmp_path: Path) -> None:
         found = list(pool.map(lambda _: supplied(source, asked(source))[0], range(4)))
     for one in found[1:]:
         assert_same(one, found[0])
-    assert len(list(entries(source))) == 1
+    assert len(list(moment_entries(source))) == 1
     assert not list(folder_of(source).glob(".*"))
-    assert set(find(source, asked(source))) == set(asked(source).pairs)
+    assert set(find_kept(source, asked(source))) == set(asked(source).pairs)
 
 
 def test_what_a_dead_writer_left_is_removed(tmp_path: Path) -> None:
@@ -344,11 +346,11 @@ def test_moments_are_small_beside_the_cache_unless_asked_for(tmp_path: Path) -> 
     source = Grown(tmp_path).first
     big = RidgeProbe(range(9), folds=9).fit(source)
     assert "more than 1/4 of the residual streams" in big.moments_["why"]
-    assert not list(entries(source))
+    assert not list(moment_entries(source))
     assert RidgeProbe(0, folds=2).fit(source, keep=False).moments_["why"] == "not asked for"
-    assert not list(entries(source))
+    assert not list(moment_entries(source))
     small = RidgeProbe(0, folds=2).fit(source)
-    assert (small.moments_["why"], len(list(entries(source)))) == ("", 1)
+    assert (small.moments_["why"], len(list(moment_entries(source)))) == ("", 1)
 
 
 def test_an_extraction_of_more_tokens_extends_the_moments(
@@ -363,7 +365,7 @@ def test_an_extraction_of_more_tokens_extends_the_moments(
     probe = RidgeProbe((0, 2), folds=FOLDS).fit(bigger, keep=True)
     assert probe.moments_["extended"] == 2 * len(bigger.layers)
     assert 0 < probe.moments_["positions"] <= bigger.positions - first.positions
-    request = Request.of(bigger, None, (0, 2), None, folds=FOLDS)
+    request = MomentRequest.of(bigger, None, (0, 2), None, folds=FOLDS)
     assert_same(supplied(bigger, request)[0], fresh(bigger, request))
 
 
@@ -378,7 +380,7 @@ def test_kept_moments_are_what_the_format_page_says(tmp_path: Path) -> None:
     assert set(about["tensors"]) == set(tensors)
     for name, tensor in tensors.items():
         assert hashlib.sha256(tensor.tobytes()).hexdigest() == about["tensors"][name]
-    numbers = source.split("train").astype("<i8").tobytes()
+    numbers = source.sequences("train").astype("<i8").tobytes()
     assert about["sequences"]["digest"] == hashlib.sha256(numbers).hexdigest()
     for layer, digest in about["content"].items():
         shards = []

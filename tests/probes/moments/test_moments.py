@@ -10,10 +10,10 @@ import pytest
 
 from residua.cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.moments.collect_moments import collect, collect_passes, collect_rows
+from residua.probes.moments.collect_moments import collect_moments, collect_passes, moments_of_rows
 from residua.probes.moments.moment_set import MomentSet
 from residua.probes.moments.moments import Accumulator, Moments, merge_all
-from residua.probes.moments.pass_plan import Pass, Request, divide
+from residua.probes.moments.pass_plan import CachePass, MomentRequest, divide_passes
 from residua.probes.ridge.ridge_probe import RidgeProbe
 
 from ...support.synthetic import make_cache, random_head
@@ -43,9 +43,12 @@ def pairs_by_hand(
     cache: ActivationCache, layer: int, offset: int, fold: int, split: str = "all"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows x and y in float64, sequence by sequence."""
-    x, y = (np.asarray(cache.layer(number)[:], np.float64) for number in (layer, cache.depth))
+    x, y = (
+        np.asarray(cache.residual_array(number)[:], np.float64)
+        for number in (layer, cache.n_blocks)
+    )
     xs, ys = [np.zeros((0, cache.d_model))], [np.zeros((0, cache.d_model))]
-    for number in cache.split(split):
+    for number in cache.sequences(split):
         if cache.sequence_folds(FOLDS)[number] != fold:
             continue
         start, length = int(cache.sequence_start[number]), int(cache.sequence_length[number])
@@ -87,13 +90,13 @@ def assert_sets_close(found: MomentSet, expected: MomentSet, rtol: float) -> Non
 
 
 def whole(cache: ActivationCache, **options: Any) -> MomentSet:
-    return collect(cache, None, OFFSETS, folds=FOLDS, split="all", **options)
+    return collect_moments(cache, None, OFFSETS, folds=FOLDS, split="all", **options)
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("layer", range(DEPTH + 1))
 def test_moments_equal_numpy_in_memory(ragged: ActivationCache, layer: int, offset: int) -> None:
-    found = collect(ragged, [layer], [offset], folds=FOLDS, split="all")
+    found = collect_moments(ragged, [layer], [offset], folds=FOLDS, split="all")
     for fold, moments in enumerate(found.parts(layer, offset)):
         expected = direct(*pairs_by_hand(ragged, layer, offset, fold))
         assert_close(moments, expected, 1e-10)
@@ -101,7 +104,7 @@ def test_moments_equal_numpy_in_memory(ragged: ActivationCache, layer: int, offs
 
 
 def test_moments_of_the_train_split_hold_no_other_sequence(ragged: ActivationCache) -> None:
-    found = collect(ragged, [1], [1], folds=FOLDS)
+    found = collect_moments(ragged, [1], [1], folds=FOLDS)
     for fold, moments in enumerate(found.parts(1, 1)):
         assert_close(moments, direct(*pairs_by_hand(ragged, 1, 1, fold, "train")), 1e-10)
     assert found.split == "train"
@@ -114,7 +117,9 @@ def test_moments_equal_numpy_for_random_lengths(seed: int, tmp_path: Path) -> No
     lengths = rng.choice([1, 2, 3, 5, 40], 25).tolist()
     layers = random_layers(rng, sum(lengths))
     tiny = make_cache(tmp_path, layers, lengths, random_head(WIDTH, VOCAB), seed=seed)
-    found = collect(tiny, [0], OFFSETS, folds=FOLDS, split="all", rows=int(rng.integers(1, 60)))
+    found = collect_moments(
+        tiny, [0], OFFSETS, folds=FOLDS, split="all", rows=int(rng.integers(1, 60))
+    )
     for (layer, offset, _), parts in found.pairs.items():
         for fold, moments in enumerate(parts):
             assert_close(moments, direct(*pairs_by_hand(tiny, layer, offset, fold)), 1e-10)
@@ -147,27 +152,27 @@ def test_the_same_request_gives_the_same_bits(ragged: ActivationCache) -> None:
 
 
 def test_moments_do_not_depend_on_layer_groups(ragged: ActivationCache) -> None:
-    asked = Request.of(ragged, None, OFFSETS, None, folds=FOLDS, split="all")
+    asked = MomentRequest.of(ragged, None, OFFSETS, None, folds=FOLDS, split="all")
     groups = list(collect_passes(ragged, asked, memory=1))
     assert len(groups) == (DEPTH + 1) * len(OFFSETS)
     assert_sets_close(whole(ragged, memory=1, tasks=2), whole(ragged, tasks=2), 1e-12)
 
 
 def test_passes_fit_the_memory_budget() -> None:
-    asked = Request(tuple(range(13)), (0, 1, 2, 3), (6, 12))
-    plan = Pass(asked, 0, 2048, 8, 2)
+    asked = MomentRequest(tuple(range(13)), (0, 1, 2, 3), (6, 12))
+    plan = CachePass(asked, 0, 2048, 8, 2)
     for budget in (1 << 29, 1 << 30, 2 << 30):
-        passes = divide(plan, budget, 768)
+        passes = divide_passes(plan, budget, 768)
         assert all(part.bytes(768) <= budget for part in passes)
         assert sorted(p for part in passes for p in part.request.pairs) == sorted(asked.pairs)
-    assert divide(plan, 1 << 40, 768) == [plan]
+    assert divide_passes(plan, 1 << 40, 768) == [plan]
     smallest = replace(asked, layers=(0,), offsets=(0,), targets=(6,))
-    assert replace(plan, tasks=1, rows=512, request=smallest) in divide(plan, 1, 768)
+    assert replace(plan, tasks=1, rows=512, request=smallest) in divide_passes(plan, 1, 768)
 
 
 def test_any_pairs_are_asked_for_exactly_once() -> None:
     rng = np.random.default_rng(9)
-    asked = Request(tuple(range(5)), (0, 1, 2), (3, 4))
+    asked = MomentRequest(tuple(range(5)), (0, 1, 2), (3, 4))
     for share in (0.1, 0.5, 0.9, 1.0):
         pairs = [pair for pair in asked.pairs if rng.random() < share]
         found = [pair for part in asked.of_pairs(pairs) for pair in part.pairs]
@@ -219,16 +224,19 @@ def test_sets_of_two_caches_merge(tmp_path: Path) -> None:
     both = make_cache(tmp_path, layers, lengths, head)
     first = make_cache(tmp_path, [a[:rows] for a in layers], lengths[:25], head, seed=1)
     second = make_cache(tmp_path, [a[rows:] for a in layers], lengths[25:], head, seed=2)
-    parts = [collect(one, [0, 1], (0, 2), [1, 2], folds=1, split="all") for one in (first, second)]
-    expected = collect(both, [0, 1], (0, 2), [1, 2], folds=1, split="all")
+    parts = [
+        collect_moments(one, [0, 1], (0, 2), [1, 2], folds=1, split="all")
+        for one in (first, second)
+    ]
+    expected = collect_moments(both, [0, 1], (0, 2), [1, 2], folds=1, split="all")
     found = parts[0].merge(parts[1])
     assert_sets_close(found, expected, 1e-12)
     assert found.bytes == expected.bytes
-    assert (found.cache_id, found.geometry) == (None, head.geometry)
+    assert (found.cache_id, found.geometry) == (None, head.digest)
     with pytest.raises(MismatchError, match="moments of split all and train"):
-        found.merge(collect(both, [0, 1], (0, 2), [1, 2], folds=1))
+        found.merge(collect_moments(both, [0, 1], (0, 2), [1, 2], folds=1))
     with pytest.raises(MismatchError, match="collect both alike"):
-        found.merge(collect(both, [0], (0, 2), [1, 2], folds=1, split="all"))
+        found.merge(collect_moments(both, [0], (0, 2), [1, 2], folds=1, split="all"))
 
 
 def test_float32_products_bear_massive_first_tokens(tmp_path: Path) -> None:
@@ -238,7 +246,7 @@ def test_float32_products_bear_massive_first_tokens(tmp_path: Path) -> None:
     for values in layers:
         values[::32, 3] = 1e4
     massive = make_cache(tmp_path, layers, [32] * 40, random_head(WIDTH, VOCAB))
-    found = collect(massive, [0], [1], folds=1, split="all", products="float32").total(0, 1)
+    found = collect_moments(massive, [0], [1], folds=1, split="all", products="float32").total(0, 1)
     source = np.flatnonzero(np.arange(1280) % 32 < 31)
     x, y = layers[0][source].astype(float), layers[1][source + 1].astype(float)
     expected = direct(x, y)
@@ -303,7 +311,7 @@ def test_a_massive_column_costs_no_accuracy(where: str, tmp_path: Path) -> None:
         values[rows, 3] = 1e4 * (1 + 0.01 * values[rows, 3])
     assert layers[0].max() > 9e3
     massive = make_cache(tmp_path, layers, [16] * 20, random_head(WIDTH, VOCAB))
-    found = collect(massive, [0], (0, 1, 3), folds=1, split="all", rows=64)
+    found = collect_moments(massive, [0], (0, 1, 3), folds=1, split="all", rows=64)
     for offset in (0, 1, 3):
         source = np.flatnonzero(np.tile(np.arange(16), 20) + offset < 16)
         x, y = layers[0][source].astype(float), layers[1][source + offset].astype(float)
@@ -321,7 +329,7 @@ def test_float32_products_are_right_to_float32(ragged: ActivationCache) -> None:
 
 
 def test_offsets_beyond_every_sequence_have_no_pairs(ragged: ActivationCache) -> None:
-    found = collect(ragged, [0, 1], [0, 500], folds=FOLDS)
+    found = collect_moments(ragged, [0, 1], [0, 500], folds=FOLDS)
     assert found.total(0, 500).n == 0
     assert found.total(0, 0).n > 0
 
@@ -365,7 +373,7 @@ def test_rows_of_arrays_fall_into_the_folds_of_kfold() -> None:
 
     rng = np.random.default_rng(6)
     x, y = rng.normal(size=(103, 4)), rng.normal(size=(103, 3))
-    found = collect_rows(x, y, 5, "float64")
+    found = moments_of_rows(x, y, 5, "float64")
     for moments, (_, held) in zip(found, KFold(5).split(x), strict=True):
         assert_close(moments, direct(x[held], y[held]), 1e-12)
 
@@ -377,7 +385,9 @@ def test_dask_rows_give_what_numpy_rows_give() -> None:
     x, y = rng.normal(size=(5000, 4)), rng.normal(size=(5000, 3))
     lazy_x = dask.array.asarray(x).rechunk((700, 3))
     lazy = lazy_x, dask.array.asarray(y).rechunk((999, 3))
-    pairs = zip(collect_rows(*lazy, 3, "float64"), collect_rows(x, y, 3, "float64"), strict=True)
+    pairs = zip(
+        moments_of_rows(*lazy, 3, "float64"), moments_of_rows(x, y, 3, "float64"), strict=True
+    )
     for found, expected in pairs:
         assert_close(found, expected, 1e-13)
 
@@ -394,7 +404,7 @@ def test_saved_moments_come_back_bit_by_bit(ragged: ActivationCache, tmp_path: P
     found.save(tmp_path / "moments")
     loaded = MomentSet.load(tmp_path / "moments")
     assert (loaded.cache_id, loaded.split) == (ragged.id, "all")
-    assert loaded.geometry == ragged.head.geometry
+    assert loaded.geometry == ragged.head.digest
     for pair, parts in found.pairs.items():
         for mine, theirs in zip(loaded.pairs[pair], parts, strict=True):
             assert (mine.n, mine.yy) == (theirs.n, theirs.yy)
@@ -406,7 +416,7 @@ def test_saved_moments_come_back_bit_by_bit(ragged: ActivationCache, tmp_path: P
 def test_a_flipped_byte_in_saved_moments_is_found(
     ragged: ActivationCache, tmp_path: Path, name: str
 ) -> None:
-    collect(ragged, [0], [0]).save(tmp_path)
+    collect_moments(ragged, [0], [0]).save(tmp_path)
     raw = bytearray((tmp_path / name).read_bytes())
     raw[len(raw) // 2] ^= 1
     (tmp_path / name).write_bytes(raw)
@@ -416,15 +426,15 @@ def test_a_flipped_byte_in_saved_moments_is_found(
 
 def test_requests_that_cannot_be_right_are_refused(ragged: ActivationCache) -> None:
     with pytest.raises(NotFoundError, match="layer 7 is not in this cache; it holds 0-2"):
-        collect(ragged, [7])
+        collect_moments(ragged, [7])
     with pytest.raises(UsageError, match="offsets are 0 or more"):
-        collect(ragged, [0], [-1])
+        collect_moments(ragged, [0], [-1])
     with pytest.raises(UsageError, match="folds must be at least 1"):
-        collect(ragged, [0], [0], folds=0)
+        collect_moments(ragged, [0], [0], folds=0)
     with pytest.raises(UsageError, match="products must be one of"):
-        collect(ragged, [0], [0], products="float16")
+        collect_moments(ragged, [0], [0], products="float16")
     with pytest.raises(UsageError, match="there is no split"):
-        collect(ragged, [0], [0], split="tests")
+        collect_moments(ragged, [0], [0], split="tests")
 
 
 def blas_threads() -> set[int]:
@@ -467,7 +477,7 @@ def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < budget + FIXED
-    asked = Request.of(big, None, (0, 1), None)
+    asked = MomentRequest.of(big, None, (0, 1), None)
     tracemalloc.start()
     for part in collect_passes(big, asked, memory=4 * budget):
         del part

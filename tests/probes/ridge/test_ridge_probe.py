@@ -16,8 +16,8 @@ from sklearn.model_selection import KFold
 
 from residua.cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.base.readout import Batch
-from residua.probes.moments.collect_moments import collect
+from residua.probes.base.readout import ReadoutBatch
+from residua.probes.moments.collect_moments import collect_moments
 from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.probes.ridge.solver import GRID
 from residua.probes.saved.save import check_geometry, load_probe, save_probe
@@ -52,10 +52,10 @@ def train_pairs(
     cache: ActivationCache, layer: int, offset: int, target: int = DEPTH
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows x, y in float64 and the fold of each, sequence by sequence."""
-    x, y = (np.asarray(cache.layer(number)[:], np.float64) for number in (layer, target))
+    x, y = (np.asarray(cache.residual_array(number)[:], np.float64) for number in (layer, target))
     folds = cache.sequence_folds(FOLDS)
     found: list[tuple[int, int, int]] = []
-    for number in cache.split("train"):
+    for number in cache.sequences("train"):
         start, length = int(cache.sequence_start[number]), int(cache.sequence_length[number])
         found += [
             (t, t + offset, int(folds[number])) for t in range(start, start + length - offset)
@@ -166,7 +166,7 @@ def test_the_head_reads_maps_to_the_last_layer_only(noisy: ActivationCache) -> N
 
 
 def test_moments_of_several_targets_are_chosen_from(noisy: ActivationCache) -> None:
-    moments = collect(noisy, [0], [1], [0, 1, 2], folds=FOLDS)
+    moments = collect_moments(noisy, [0], [1], [0, 1, 2], folds=FOLDS)
     found = RidgeProbe(target=1).fit(moments)
     expected = RidgeProbe(1, [0], folds=FOLDS, target=1).fit(noisy)
     np.testing.assert_allclose(found.map(0, 1).weight, expected.map(0, 1).weight, rtol=1e-6)
@@ -191,7 +191,7 @@ def test_a_probe_of_the_first_version_still_loads(noisy: ActivationCache, tmp_pa
 
 
 def test_saved_moments_give_the_same_fit(noisy: ActivationCache) -> None:
-    moments = collect(noisy, [0, 1], [1], folds=FOLDS)
+    moments = collect_moments(noisy, [0, 1], [1], folds=FOLDS)
     probe = RidgeProbe(alphas=ALPHAS.tolist()).fit(moments)
     direct = RidgeProbe(1, [0, 1], alphas=ALPHAS.tolist(), folds=FOLDS).fit(noisy)
     assert probe.alpha_ == direct.alpha_
@@ -306,15 +306,15 @@ def test_the_default_grid_is_relative_to_the_mean_eigenvalue() -> None:
 
 
 def readings(probe: RidgeProbe, cache: ActivationCache) -> list[torch.Tensor]:
-    hidden = torch.from_numpy(cache.layer(0)[:20])
-    batch = Batch(hidden, torch.zeros(20, dtype=torch.int64), cache.head.torch())
+    hidden = torch.from_numpy(cache.residual_array(0)[:20])
+    batch = ReadoutBatch(hidden, torch.zeros(20, dtype=torch.int64), cache.head.torch())
     return [probe.logits(batch, layer, offset) for layer, offset in probe.pairs()]
 
 
 def test_logits_are_the_head_of_the_prediction(noisy: ActivationCache) -> None:
     probe = RidgeProbe((0, 1), folds=FOLDS).fit(noisy)
     for (layer, offset), found in zip(probe.pairs(), readings(probe, noisy), strict=True):
-        predicted = probe.predict(noisy.layer(0)[:20], layer, offset)
+        predicted = probe.predict(noisy.residual_array(0)[:20], layer, offset)
         assert found.dtype == torch.float32
         np.testing.assert_allclose(found, noisy.head.logits(predicted), rtol=1e-4, atol=1e-4)
 
@@ -325,7 +325,7 @@ def test_a_saved_probe_reads_the_same(noisy: ActivationCache, tmp_path: Path) ->
     for mine, theirs in zip(readings(loaded, noisy), readings(probe, noisy), strict=True):
         torch.testing.assert_close(mine, theirs)
     assert loaded.metrics() == probe.metrics()
-    assert (loaded.cache_id_, loaded.geometry_) == (noisy.id, noisy.head.geometry)
+    assert (loaded.cache_id_, loaded.geometry_) == (noisy.id, noisy.head.digest)
     assert repr(loaded) == repr(probe)
     assert loaded.layers == range(2)
     np.testing.assert_array_equal(loaded.alphas, ALPHAS)
@@ -401,7 +401,7 @@ def test_fitting_again_forgets_the_first_fit(noisy: ActivationCache) -> None:
 
 def test_which_map_must_be_clear(noisy: ActivationCache) -> None:
     probe = RidgeProbe((0, 1), layers=[0, 1]).fit(noisy)
-    rows = noisy.layer(0)[:3]
+    rows = noisy.residual_array(0)[:3]
     with pytest.raises(UsageError, match=r"name a layer and an offset; .*\(0, 0\)"):
         probe.predict(rows, layer=0)
     with pytest.raises(NotFoundError, match="no map for layer 2"):
@@ -447,7 +447,7 @@ def test_one_sequence_is_not_enough_to_choose_a_penalty(tmp_path: Path) -> None:
     layers = noisy_layers(np.random.default_rng(10), 30)
     single = make_cache(tmp_path, layers, [30], random_head(WIDTH, VOCAB))
     probe = RidgeProbe(layers=[0], alpha=1.0)
-    if len(single.split("train")) == 0:
+    if len(single.sequences("train")) == 0:
         pytest.skip("the only sequence is not in the train split")
     assert probe.fit(single).n_[0, 0] == 30
     with pytest.raises(UsageError, match="needs pairs in at least two folds"):

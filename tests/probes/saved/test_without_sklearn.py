@@ -56,7 +56,7 @@ def test_saved_probes_say_the_same(tiny_cache: ActivationCache, tmp_path: Path) 
 def test_predictions_are_the_same_and_wrong_rows_are_refused(
     tiny_cache: ActivationCache, tmp_path: Path
 ) -> None:
-    rows = np.asarray(tiny_cache.layer(1)[:7])
+    rows = np.asarray(tiny_cache.residual_array(1)[:7])
     np.save(tmp_path / "rows.npy", rows)
     probe = RidgeProbe(layers=[1]).fit(tiny_cache)
     code = (

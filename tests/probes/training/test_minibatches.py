@@ -11,8 +11,8 @@ import torch
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.format.array import CacheArray
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.training.minibatches import Draw, Feed, in_background
-from residua.probes.training.shuffled_order import Order, Slabs
+from residua.probes.training.minibatches import Minibatch, MinibatchStream, in_background
+from residua.probes.training.shuffled_order import ShuffledBatches, Slabs
 
 from ...support.synthetic import make_cache, random_head
 
@@ -29,12 +29,12 @@ def uneven(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make_cache(folder, layers, lengths, random_head(WIDTH, VOCAB), dtype=request.param)
 
 
-def check(cache: ActivationCache, draw: Draw) -> None:
+def check(cache: ActivationCache, draw: Minibatch) -> None:
     """Compare a draw with a plain loop over its positions."""
-    tokens, last = cache.tokens[:], cache.layer(cache.depth)[:]
+    tokens, last = cache.tokens[:], cache.residual_array(cache.n_blocks)[:]
     starts, lengths = cache.sequence_start, cache.sequence_length
     for layer, rows in draw.hidden.items():
-        np.testing.assert_array_equal(rows, cache.layer(layer)[:][draw.positions])
+        np.testing.assert_array_equal(rows, cache.residual_array(layer)[:][draw.positions])
     for offset, ahead in draw.ahead.items():
         assert ahead.residual is not None
         for row, t in enumerate(draw.positions.tolist()):
@@ -53,11 +53,11 @@ def check(cache: ActivationCache, draw: Draw) -> None:
 def test_an_epoch_gives_every_position_once_with_its_targets(
     uneven: ActivationCache, batch: int, buffer: int
 ) -> None:
-    feed = Feed(uneven, [0, 2], OFFSETS, batch=batch, buffer_rows=buffer, slab_rows=16)
+    feed = MinibatchStream(uneven, [0, 2], OFFSETS, batch=batch, buffer_rows=buffer, slab_rows=16)
     draws = list(feed.epoch(3))
     for draw in draws:
         check(uneven, draw)
-    expected = uneven.rows(uneven.split("train"))
+    expected = uneven.positions_of(uneven.sequences("train"))
     found = torch.cat([draw.positions for draw in draws]).numpy()
     assert (found != expected).any()
     np.testing.assert_array_equal(np.sort(found), expected)
@@ -67,12 +67,12 @@ def test_an_epoch_gives_every_position_once_with_its_targets(
 
 
 def test_without_shuffling_positions_come_in_order(uneven: ActivationCache) -> None:
-    feed = Feed(uneven, [1], [0], split="validation", batch=50, shuffle=False)
+    feed = MinibatchStream(uneven, [1], [0], split="validation", batch=50, shuffle=False)
     found = torch.cat([draw.positions for draw in feed]).numpy()
-    np.testing.assert_array_equal(found, uneven.rows(uneven.split("validation")))
+    np.testing.assert_array_equal(found, uneven.positions_of(uneven.sequences("validation")))
 
 
-def same(one: Draw, other: Draw) -> bool:
+def same(one: Minibatch, other: Minibatch) -> bool:
     ahead = [(a, other.ahead[n]) for n, a in one.ahead.items()]
     return (
         (one.epoch, one.step) == (other.epoch, other.step)
@@ -85,7 +85,7 @@ def same(one: Draw, other: Draw) -> bool:
 def test_any_batch_is_reached_without_the_ones_before(
     uneven: ActivationCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feed = Feed(uneven, [0, 1], OFFSETS, batch=50, buffer_rows=120, slab_rows=16, seed=5)
+    feed = MinibatchStream(uneven, [0, 1], OFFSETS, batch=50, buffer_rows=120, slab_rows=16, seed=5)
     whole = list(feed.epoch(2))
     read: list[int] = []
     plain = CacheArray.read_stored
@@ -108,7 +108,9 @@ def test_any_batch_is_reached_without_the_ones_before(
 
 def test_epochs_and_seeds_differ_and_repeat(uneven: ActivationCache) -> None:
     def first(seed: int, epoch: int) -> list[int]:
-        return next(Feed(uneven, [0], [0], seed=seed, batch=40).epoch(epoch)).positions.tolist()
+        return next(
+            MinibatchStream(uneven, [0], [0], seed=seed, batch=40).epoch(epoch)
+        ).positions.tolist()
 
     assert first(0, 0) == first(0, 0)
     assert len({tuple(first(*key)) for key in ((0, 0), (0, 1), (1, 0))}) == 3
@@ -116,7 +118,8 @@ def test_epochs_and_seeds_differ_and_repeat(uneven: ActivationCache) -> None:
 
 def test_prefetching_changes_nothing(uneven: ActivationCache) -> None:
     plain, ahead = (
-        Feed(uneven, [0, 2], OFFSETS, batch=64, buffer_rows=200, prefetch=n) for n in (0, 2)
+        MinibatchStream(uneven, [0, 2], OFFSETS, batch=64, buffer_rows=200, prefetch=n)
+        for n in (0, 2)
     )
     assert all(same(a, b) for a, b in zip(plain.epoch(1), ahead.epoch(1), strict=True))
 
@@ -140,34 +143,38 @@ def test_a_prefetching_thread_ends_with_its_reader_and_hands_on_errors() -> None
 def test_quarantined_sequences_are_left_out(tmp_path: Path) -> None:
     lengths = [8] * 40
     tiny = make_cache(tmp_path, [np.ones((320, WIDTH))] * 2, lengths, random_head(WIDTH, VOCAB))
-    bad = int(tiny.split("train")[3])
+    bad = int(tiny.sequences("train")[3])
     tiny.quarantined[bad] = "inf"
-    found = torch.cat([draw.positions for draw in Feed(tiny, [0], [0], batch=7)])
+    found = torch.cat([draw.positions for draw in MinibatchStream(tiny, [0], [0], batch=7)])
     start = int(tiny.sequence_start[bad])
     assert not ((found >= start) & (found < start + 8)).any()
-    assert len(found) == 8 * len(tiny.split("train"))
+    assert len(found) == 8 * len(tiny.sequences("train"))
 
 
 def test_a_bounded_subset_takes_whole_sequences(uneven: ActivationCache) -> None:
-    feed = Feed(uneven, [0], [0], split="validation", max_positions=60, shuffle=False, seed=1)
-    again = Feed(uneven, [0], [0], split="validation", max_positions=60, shuffle=False, seed=1)
+    feed = MinibatchStream(
+        uneven, [0], [0], split="validation", max_positions=60, shuffle=False, seed=1
+    )
+    again = MinibatchStream(
+        uneven, [0], [0], split="validation", max_positions=60, shuffle=False, seed=1
+    )
     assert 20 <= feed.positions <= 60
     np.testing.assert_array_equal(feed.sequences, again.sequences)
-    assert set(feed.sequences) <= set(uneven.split("validation"))
+    assert set(feed.sequences) <= set(uneven.sequences("validation"))
     assert feed.positions == uneven.sequence_length[feed.sequences].sum()
 
 
 def test_the_buffer_keeps_to_its_bytes(uneven: ActivationCache) -> None:
-    small = Feed(uneven, [0, 1], [0], batch=16, buffer_bytes=4096)
+    small = MinibatchStream(uneven, [0, 1], [0], batch=16, buffer_bytes=4096)
     assert small.order.room < 128 < small.positions
-    assert Feed(uneven, [0, 1], [0], batch=16).order.room == small.positions
+    assert MinibatchStream(uneven, [0, 1], [0], batch=16).order.room == small.positions
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_batches_of_an_order_are_whole_and_last_ones_can_be_dropped(drop_last: bool) -> None:
     slabs = Slabs.cut(np.array([0, 100, 200]), np.array([37, 5, 64]), 10)
     assert slabs.rows == 106
-    order = Order(slabs, 25, seed=1, buffer_rows=30, drop_last=drop_last)
+    order = ShuffledBatches(slabs, 25, seed=1, buffer_rows=30, drop_last=drop_last)
     assert order.steps == (4 if drop_last else 5)
     for first in range(order.steps):
         sizes, open_rows = [], 0
@@ -179,18 +186,18 @@ def test_batches_of_an_order_are_whole_and_last_ones_can_be_dropped(drop_last: b
                     open_rows = 0
         assert open_rows == 0
         assert sizes == ([25] * 4 + ([] if drop_last else [6]))[first:]
-    assert Order(slabs, 500, drop_last=True).steps == 1
+    assert ShuffledBatches(slabs, 500, drop_last=True).steps == 1
 
 
 def test_what_cannot_be_right_is_refused(uneven: ActivationCache) -> None:
     with pytest.raises(NotFoundError, match="layer 7"):
-        Feed(uneven, [7], [0])
+        MinibatchStream(uneven, [7], [0])
     for layers, offsets in (([], [0]), ([0], []), ([0], [-1])):
         with pytest.raises(UsageError, match="offsets are 0 or more"):
-            Feed(uneven, layers, offsets)
+            MinibatchStream(uneven, layers, offsets)
     wrong: dict[str, Any]
     for wrong in ({"batch": 0}, {"seed": -1}, {"max_positions": 0}, {"buffer_rows": 0}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
-            Feed(uneven, [0], [0], **wrong)
+            MinibatchStream(uneven, [0], [0], **wrong)
     with pytest.raises(UsageError, match="has no position"):
-        Feed(uneven, [0], [0], sequences=np.array([], np.int64))
+        MinibatchStream(uneven, [0], [0], sequences=np.array([], np.int64))

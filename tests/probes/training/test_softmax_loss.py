@@ -13,11 +13,11 @@ from residua.cache.head.program import Program
 from residua.cache.head.program_head import ProgramHead
 from residua.probes.training.softmax_loss import (
     Gradients,
+    ModelDistribution,
     Target,
-    Teacher,
     affine_losses,
     head_losses,
-    tiles,
+    row_tiles,
 )
 
 from ...support.synthetic import random_head
@@ -151,27 +151,27 @@ def program_head() -> ProgramHead:
 @pytest.mark.parametrize("tile_rows", TILES)
 def test_the_teacher_is_the_head(tile_rows: int | None) -> None:
     head, hidden = random_head(WIDTH, VOCAB), normal(ROWS, WIDTH)
-    teacher, expected = Teacher(head.torch(), tile_rows), head.torch()(hidden).double()
+    teacher, expected = ModelDistribution(head.torch(), tile_rows), head.torch()(hidden).double()
     found = teacher.distribution(hidden)
     assert found.p is not None
     assert found.negentropy is not None
     torch.testing.assert_close(found.p.double(), expected.softmax(-1), rtol=1e-5, atol=1e-7)
     negentropy = (expected.softmax(-1) * expected.log_softmax(-1)).sum(-1)
     torch.testing.assert_close(found.negentropy.double(), negentropy, rtol=1e-5, atol=1e-6)
-    sure = Teacher(head.torch(), tile_rows).distribution(1000 * hidden)
+    sure = ModelDistribution(head.torch(), tile_rows).distribution(1000 * hidden)
     assert sure.negentropy is not None
     assert sure.negentropy.max() < 1e-6
     token = teacher.tokens(hidden).token
     assert token is not None
     assert token.tolist() == expected.argmax(-1).tolist()
     tied = replace(head, unembedding=np.zeros_like(head.unembedding), bias=np.zeros(VOCAB, "f4"))
-    assert not Teacher(tied.torch()).tokens(hidden).token.any()  # pyright: ignore
+    assert not ModelDistribution(tied.torch()).tokens(hidden).token.any()  # pyright: ignore
 
 
 def test_the_model_against_itself_has_no_loss_and_no_gradient() -> None:
     head, hidden = random_head(WIDTH, VOCAB).torch(), normal(ROWS, WIDTH)
     found = torch.zeros_like(hidden)
-    target = Teacher(head).distribution(hidden)
+    target = ModelDistribution(head).distribution(hidden)
     losses = head_losses(hidden, head, target, Gradients(x=found))
     assert losses.abs().max() < 1e-5
     assert found.abs().max() < 1e-6
@@ -185,7 +185,7 @@ def test_extreme_logits_stay_exact() -> None:
     target = Target(p=p, negentropy=torch.special.xlogy(p, p).sum(-1))
     head = random_head(WIDTH, VOCAB)
     never = replace(head, bias=np.where(np.arange(VOCAB) < 3, -np.inf, head.bias).astype("f4"))
-    found = Teacher(never.torch()).distribution(normal(ROWS, WIDTH))
+    found = ModelDistribution(never.torch()).distribution(normal(ROWS, WIDTH))
     assert found.p is not None
     assert not found.p[:, :3].any()
     torch.testing.assert_close(found.negentropy, torch.special.xlogy(found.p, found.p).sum(-1))
@@ -196,7 +196,7 @@ def test_extreme_logits_stay_exact() -> None:
 
 @pytest.mark.parametrize(("rows", "most"), [(1, 5), (10, 3), (7, 1), (1000, None)])
 def test_tiles_cover_all_rows(rows: int, most: int | None) -> None:
-    found = list(tiles(rows, 1 << 15, most))
+    found = list(row_tiles(rows, 1 << 15, most))
     assert [i for t in found for i in range(t.start, t.stop)] == list(range(rows))
     assert max(t.stop - t.start for t in found) <= (most or 128)
 

@@ -7,7 +7,7 @@ import pytest
 
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.training import top_tokens as tops
-from residua.probes.training.top_tokens import tokens_at, top_tokens
+from residua.probes.training.top_tokens import find_top_tokens, tokens_at
 
 from ...support.synthetic import make_cache, random_head
 
@@ -27,11 +27,11 @@ def test_they_are_those_of_the_head(
     monkeypatch.setattr(tops, "TILE_BYTES", 0)
     monkeypatch.setattr(tops, "TILE_ROWS", rows)
     seen: list[int] = []
-    chosen = tiny.split("train")
-    found = top_tokens(tiny, chosen, seen.append)
-    expected = tiny.head.logits(tiny.layer(tiny.depth)[:]).argmax(-1)
+    chosen = tiny.sequences("train")
+    found = find_top_tokens(tiny, chosen, seen.append)
+    expected = tiny.head.logits(tiny.residual_array(tiny.n_blocks)[:]).argmax(-1)
     inside = np.zeros(tiny.positions, bool)
-    inside[tiny.rows(chosen)] = True
+    inside[tiny.positions_of(chosen)] = True
     assert sum(seen) == inside.sum()
     every = np.arange(tiny.positions + 3)
     read = tokens_at(found, every).numpy()
@@ -45,6 +45,6 @@ def test_nothing_is_left_in_the_folder_of_temporary_files(
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
-    found = top_tokens(tiny, tiny.split("train"))
+    found = find_top_tokens(tiny, tiny.sequences("train"))
     assert not list(folder.iterdir())
     assert found.any()

@@ -18,7 +18,7 @@ from residua.cache import cluster as clusters
 from residua.cache.errors import MismatchError, UsageError
 from residua.cache.files.json_files import read_json
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.training.minibatches import Feed
+from residua.probes.training.minibatches import MinibatchStream
 from residua.probes.training.threads import thread_pool
 from residua.probes.vocabulary import descent
 from residua.probes.vocabulary import fit_groups as vocabgroups
@@ -111,7 +111,7 @@ def test_memory_decides_how_many_pairs_are_fitted_together_and_nothing_else(
 ) -> None:
     """Also where rows are so wide that a buffer for more layers has room for fewer of them."""
     if buffer_bytes is not None:
-        defaults: Any = Feed.__init__.__kwdefaults__
+        defaults: Any = MinibatchStream.__init__.__kwdefaults__
         monkeypatch.setitem(defaults, "buffer_bytes", buffer_bytes)
     cache, found, together, plain = wide(tmp_path), [], [], descent.Descent.run
 
@@ -245,7 +245,7 @@ def test_groups_that_no_longer_fit_the_memory_are_refused_and_not_lost(
 def test_a_fit_waits_for_one_that_still_works_in_its_folder(
     echo: ActivationCache, tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, checkpoint = threading.Event(), vocabgroups.Kept(tmp_path, {}, 0).plan()
+    begun, checkpoint = threading.Event(), vocabgroups.CheckpointFolder(tmp_path, {}, 0).plan()
 
     def cut(*given: Any) -> Any:
         begun.set()

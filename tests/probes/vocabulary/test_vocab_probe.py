@@ -20,11 +20,17 @@ from residua import VocabProbe, evaluate, load_probe, save_probe
 from residua.analysis.report.html_report import write_report
 from residua.cache.errors import MismatchError, NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.base.readout import Batch
+from residua.probes.base.readout import ReadoutBatch
 from residua.probes.saved.save import check_geometry
 from residua.probes.training.softmax_loss import PRODUCTS, Target, fast_products
 from residua.probes.vocabulary.descent import EVALUATIONS, distance, representatives
-from residua.probes.vocabulary.parametrizations import Axes, Full, LowRank, ThroughHead, apply
+from residua.probes.vocabulary.parametrizations import (
+    FullMatrix,
+    LowRank,
+    PrincipalAxes,
+    ThroughHead,
+    apply_parametrization,
+)
 
 from ...support.defined import defined
 from ...support.synthetic import make_cache, random_head
@@ -79,12 +85,12 @@ def test_it_finds_what_is_planted_and_nothing_else(
 def train_pairs(cache: ActivationCache, layer: int, offset: int) -> tuple[Any, Any]:
     """States and the model's tokens by a plain loop over the train split."""
     found = []
-    for number in cache.split("train"):
+    for number in cache.sequences("train"):
         start, length = int(cache.sequence_start[number]), int(cache.sequence_length[number])
         found += [(t, t + offset) for t in range(start, start + length - offset)]
     rows = np.array(found)
-    tokens = cache.head.logits(cache.layer(cache.depth)[:]).argmax(-1)
-    return cache.layer(layer)[:][rows[:, 0]], tokens[rows[:, 1]]
+    tokens = cache.head.logits(cache.residual_array(cache.n_blocks)[:]).argmax(-1)
+    return cache.residual_array(layer)[:][rows[:, 0]], tokens[rows[:, 1]]
 
 
 def test_it_reaches_the_minimum_of_the_same_loss(echo: ActivationCache) -> None:
@@ -103,7 +109,7 @@ def test_it_reaches_the_minimum_of_the_same_loss(echo: ActivationCache) -> None:
     solver.step(closure)  # pyright: ignore[reportArgumentType]
     least = closure().item()
     probe = VocabProbe(1, [0], epochs=25, batch=512, lr=0.01).fit(echo)
-    ours = float(F.cross_entropy(apply(probe.map(), x), y))
+    ours = float(F.cross_entropy(apply_parametrization(probe.map(), x), y))
     assert least <= ours <= least + 2e-3
 
 
@@ -185,16 +191,18 @@ def test_products_in_bfloat16_change_little(echo: ActivationCache) -> None:
     assert fast_products() in PRODUCTS
 
 
-def axes() -> Axes:
+def axes() -> PrincipalAxes:
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
-    return Axes.of(torch.arange(WIDTH, dtype=torch.float64), root @ root.T, power=0.5)
+    return PrincipalAxes.of(torch.arange(WIDTH, dtype=torch.float64), root @ root.T, power=0.5)
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_folding_gives_the_same_losses_on_raw_states(number: int) -> None:
     head, turned = random_head(WIDTH, VOCAB).torch(), axes()
-    form = (Full(VOCAB, WIDTH), LowRank(VOCAB, WIDTH, 3), ThroughHead(head, WIDTH, 2.5))[number]
+    form = (FullMatrix(VOCAB, WIDTH), LowRank(VOCAB, WIDTH, 3), ThroughHead(head, WIDTH, 2.5))[
+        number
+    ]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(40, WIDTH, generator=generator) * 3 + 1
     token = torch.randint(VOCAB, (40,), generator=generator)
@@ -205,7 +213,7 @@ def test_folding_gives_the_same_losses_on_raw_states(number: int) -> None:
     }
     losses = form.losses(parameters, turned(x), target, None)
     folded = form.folded(parameters, turned)
-    found = apply(folded, x)
+    found = apply_parametrization(folded, x)
     logits = head(found) if number == 2 else found
     torch.testing.assert_close(
         F.cross_entropy(logits, token, reduction="none"), losses, rtol=1e-4, atol=1e-4
@@ -217,7 +225,9 @@ def test_folding_gives_the_same_losses_on_raw_states(number: int) -> None:
 @pytest.mark.parametrize("number", range(3))
 def test_forms_have_the_gradients_of_autograd(number: int) -> None:
     head = random_head(WIDTH, VOCAB).torch()
-    form = (Full(VOCAB, WIDTH), LowRank(VOCAB, WIDTH, 3), ThroughHead(head, WIDTH, 2.5))[number]
+    form = (FullMatrix(VOCAB, WIDTH), LowRank(VOCAB, WIDTH, 3), ThroughHead(head, WIDTH, 2.5))[
+        number
+    ]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(40, WIDTH, generator=generator)
     token = torch.randint(VOCAB, (40,), generator=generator)
@@ -226,7 +236,7 @@ def test_forms_have_the_gradients_of_autograd(number: int) -> None:
         for name, value in form.start(axes(), torch.zeros(VOCAB)).items()
     }
     size = 2.5 if number == 2 else 1.0
-    found = size * apply(parameters, x)
+    found = size * apply_parametrization(parameters, x)
     plain = F.cross_entropy(head(found) if number == 2 else found, token)
     expected = torch.autograd.grad(plain, list(parameters.values()))
     detached = {name: value.detach() for name, value in parameters.items()}
@@ -299,8 +309,8 @@ def test_partial_fit_goes_on_from_a_fit(echo: ActivationCache) -> None:
 
 
 def test_a_saved_probe_reads_the_same(echo: ActivationCache, tmp_path: Path) -> None:
-    hidden = torch.from_numpy(echo.layer(0)[:20])
-    batch = Batch(hidden, torch.zeros(20, dtype=torch.int64), echo.head.torch())
+    hidden = torch.from_numpy(echo.residual_array(0)[:20])
+    batch = ReadoutBatch(hidden, torch.zeros(20, dtype=torch.int64), echo.head.torch())
     forms: list[dict[str, Any]] = [{"lr": 0.1}, {"form": "head"}, {"rank": 3, "lr": 0.1}]
     probes = [VocabProbe((0, 2), [0], epochs=1, **form).fit(echo) for form in forms]
     for number, probe in enumerate(probes):
