@@ -17,6 +17,7 @@ from ..format.manifest import ALONE, BATCH, CaptureIdentity
 from ..forward.stage_times import StageTimes
 from ..forward.write_parts import write_missing_parts
 from ..model.source import ModelSource
+from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.catalog import cache_root
 from ..store.create_cache import sweep_unfinished
@@ -31,7 +32,7 @@ from .prepare import (
     with_loaded_dtype,
 )
 from .request import ExtractionRequest
-from .resolve import CacheMatch, Progress, WantedCache, match_cache, read_stream, wanted_cache
+from .resolve import CacheMatch, WantedCache, match_cache, read_stream, wanted_cache
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,9 @@ class Extraction:
 
 
 def answer_request(
-    request: ExtractionRequest, progress: Progress | None = None, stages: StageTimes | None = None
+    request: ExtractionRequest,
+    progress: StageProgress | None = None,
+    stages: StageTimes | None = None,
 ) -> Extraction:
     """Answer `request` from an existing cache, or finish or extend one, or make it.
 
@@ -149,7 +152,7 @@ def answer_request(
     )
 
 
-def estimate_request(request: ExtractionRequest, progress: Progress | None = None) -> Estimate:
+def estimate_request(request: ExtractionRequest, progress: StageProgress | None = None) -> Estimate:
     """What `request` would take on the disk; loads the model, writes nothing."""
     root = cache_root(request.root)
     source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
@@ -165,7 +168,7 @@ def estimate_request(request: ExtractionRequest, progress: Progress | None = Non
     )
 
 
-def find_match(request: ExtractionRequest, progress: Progress | None = None) -> CacheMatch:
+def find_match(request: ExtractionRequest, progress: StageProgress | None = None) -> CacheMatch:
     """Which cache answers `request`, if any; loads no weights."""
     source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
     stream = read_stream(request, source, progress)
@@ -178,7 +181,7 @@ def _extend(
     found: CacheMatch,
     wanted: WantedCache,
     stream: TokenStream,
-    progress: Progress | None,
+    progress: StageProgress | None,
     stages: StageTimes,
 ) -> tuple[str, Path, "DecoderBlocks"]:
     """Give the cache that was found its missing layers and tokens, still to be filled."""

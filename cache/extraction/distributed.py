@@ -16,9 +16,10 @@ from ..errors import UsageError
 from ..files.paths import is_remote
 from ..forward.stage_times import StageTimes
 from ..forward.write_parts import done_positions, missing_parts
+from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.catalog import cache_root
-from .answer_request import Extraction, Progress, answer_request
+from .answer_request import Extraction, answer_request
 from .request import ExtractionRequest
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ NO_PART = "1000000000/1000000000"
 def answer_at_address(
     scheduler: str,
     request: ExtractionRequest,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     stages: StageTimes | None = None,
 ) -> Extraction:
     """`run_on` the workers of the scheduler at an address like `tcp://host:8786`."""
@@ -49,7 +50,7 @@ def answer_at_address(
 def answer_on_cluster(
     client: "Client",
     request: ExtractionRequest,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     stages: StageTimes | None = None,
 ) -> Extraction:
     """Answer `request` by all workers of `client`, which see the same files as the driver.
@@ -111,7 +112,10 @@ def _work(request: ExtractionRequest) -> dict[str, Any]:
 
 
 def _share(
-    client: "Client", request: ExtractionRequest, cache: ActivationCache, progress: Progress | None
+    client: "Client",
+    request: ExtractionRequest,
+    cache: ActivationCache,
+    progress: StageProgress | None,
 ) -> list[dict[str, Any]]:
     """Let every worker write parts until none is missing; what those that finished did."""
     crew = WorkerTasks(client, request)

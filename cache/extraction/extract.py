@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.paths import as_path
+from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from .answer_request import answer_request
 from .request import ExtractionRequest
-from .resolve import Progress
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -18,7 +18,7 @@ def extract(
     data: str | Path,
     *,
     client: "Client | None" = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     **options: Any,
 ) -> ActivationCache:
     """Run `model` on the texts of `data` once and return the cache of its residual streams.

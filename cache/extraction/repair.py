@@ -1,7 +1,6 @@
 """Mends a damaged cache: only the damaged parts go through the model again."""
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from ..format.layout import array_key, array_name
 from ..format.manifest import Manifest
 from ..forward.part_runner import PartRunner
 from ..model.source import ModelSource
+from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.lineage import open_ancestor
 from ..store.local_origin import read_origin
@@ -27,8 +27,6 @@ from .resolve import describe, differing_fields
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,8 @@ class Repair:
 
 
 def repair(
-    path: Path, model: str | None = None, device: str = "auto", progress: Progress | None = None,
+    path: Path, model: str | None = None, device: str = "auto",
+    progress: StageProgress | None = None,
     trust_remote_code: bool = False,
 ) -> Repair:  # fmt: skip
     """Verify the cache at `path` and write its damaged shards, head and metadata anew.
@@ -183,7 +182,7 @@ def _rebuild_head(
 
 
 def _rewrite_shards(
-    path: Path, model: "torch.nn.Module", damages: list[Damage], progress: Progress | None
+    path: Path, model: "torch.nn.Module", damages: list[Damage], progress: StageProgress | None
 ) -> tuple[list[str], list[str]]:
     """Run the damaged parts again; files that came out as they were, and files that did not."""
     from ..checks.model_checks import recheck_model

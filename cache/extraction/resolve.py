@@ -1,7 +1,7 @@
 """Does a cache answer a request? Coverage, not equality: more layers or more tokens also do."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..format.manifest import (
 )
 from ..model.source import ModelSource
 from ..model.tokenizer import tokenizer_digest
+from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.catalog import cache_root, list_paths
 from ..tokens.positions import keep_positions
@@ -166,7 +167,6 @@ def _short(value: Any) -> str:
     return text[:12] if len(text) == 64 else text
 
 
-Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are `tokenize` (documents) and `extract` (positions)."""
 DEFAULT_CONTEXT = 1024
 
@@ -184,7 +184,7 @@ def choose_context(request: ExtractionRequest, source: ModelSource) -> int:
 
 
 def read_stream(
-    request: ExtractionRequest, source: ModelSource, progress: Progress | None
+    request: ExtractionRequest, source: ModelSource, progress: StageProgress | None
 ) -> TokenStream:
     """The token stream of the request; its columns lie on the disk."""
     scratch = scratch_folder(cache_root(request.root))

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from ..files.disk_errors import disk_errors
 from ..files.leases import lease_holder, lease_part
 from ..files.paths import is_remote
 from ..format.layout import array_key
+from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.lineage import open_ancestor
 from .part_runner import Batches, PartRunner, commits
@@ -21,7 +22,6 @@ from .stage_times import StageTimes
 if TYPE_CHECKING:
     from ..model.blocks import DecoderBlocks
 
-Progress = Callable[[str, int, int], None]
 WAIT_SECONDS = 0.2
 """Pause between looks at parts that other processes hold."""
 NOTICE_SECONDS = 10.0
@@ -31,7 +31,7 @@ NOTICE_SECONDS = 10.0
 def write_missing_parts(
     cache: ActivationCache,
     stack: "DecoderBlocks",
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     share: tuple[int, int] = (1, 1),
     on_error: str = "quarantine",
     stages: StageTimes | None = None,

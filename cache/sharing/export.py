@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from ..errors import UsageError
 from ..files.json_files import file_digest, make_folder, sync_folder, sync_tree, write_json
 from ..format.dtypes import LARGEST, STORED_DTYPES, encode_rows
 from ..number_ranges import as_tuple, format_ranges
+from ..progress import Progress
 from ..store.activation_cache import BLOCK_BYTES, ActivationCache
 from ..store.row_runs import RowRuns
 from .flat_files import FORMATS, TensorColumn, check_space, staged_folder, write_flat_file
 
 TABLE_ROWS = 1 << 20
 """Rows of a block of the one-dimensional arrays."""
-Progress = Callable[[int, int], None]
 """Called with (residual rows written, residual rows to write), over all layers."""
 
 

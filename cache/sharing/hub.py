@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +18,7 @@ from ..files.json_files import make_folder
 from ..files.paths import is_remote
 from ..format.journal import Journal
 from ..format.manifest import SHORT_ID, Manifest
+from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.create_cache import FOLDERS, publish
 from ..store.verify import verify as verify_cache
@@ -28,7 +29,6 @@ from .hub_errors import check_limits, hub_errors
 CARD = "README.md"
 CONTENTS = ("manifest.json", "provenance.json", "arrays.zarr/*", "head/*", "journal/*")
 """What is downloaded of a repository; whatever else lies there is left alone."""
-Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); the stage is `verify` (shards)."""
 
 
@@ -77,7 +77,7 @@ def push_cache(
     revision: str | None = None,
     token: str | None = None,
     verify: bool = True,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> PushedCache:
     """Upload a complete, verified cache to the dataset repository `repo_id`, made if needed.
 
@@ -155,7 +155,7 @@ def _others(path: Path, names: set[str]) -> Iterator[str]:
             yield name
 
 
-def _verify(path: Path, progress: Progress | None) -> None:
+def _verify(path: Path, progress: StageProgress | None) -> None:
     """Raise `CorruptError` or `IncompleteError` unless every byte is as it was written."""
     stage = None if progress is None else lambda done, total: progress("verify", done, total)
     found = verify_cache(path, stage)
@@ -190,7 +190,7 @@ def pull_cache(
     expect: str | None = None,
     revision: str | None = None,
     token: str | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> PulledCache:
     """Download the cache of a dataset repository into `root`, verified before it appears there.
 
@@ -289,7 +289,7 @@ def _existing(target: Path) -> ActivationCache:
     return cache
 
 
-def _admit(staging: Path, target: Path, progress: Progress | None) -> None:
+def _admit(staging: Path, target: Path, progress: StageProgress | None) -> None:
     """Verify what was downloaded, drop what is not of the cache, and give it its name."""
     _verify(staging, progress)
     ActivationCache(staging).check_complete()

@@ -1,6 +1,6 @@
 """Re-reads a whole cache and says what is damaged: file, array, rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,7 @@ from ..files.json_files import file_digest
 from ..format.array import CacheArray
 from ..format.journal import Journal, PartRecord, ShardRecord, merge_records, read_record
 from ..format.manifest import Manifest
-
-Progress = Callable[[int, int], None]
+from ..progress import Progress
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from ..documents.labels import LABELS
 from ..errors import DataError
 from ..files.disk_columns import DiskColumn
 from ..format.manifest import FORMAT, SEQUENCE
+from ..progress import Progress
 from .splits import SPLITS, TEST_SHARE, assign_splits, split_in_order, text_hash
 from .token_stream import TokenStream
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-Progress = Callable[[int, int], None]
 SMALL_SET = 400
 """Documents up to which all are hashed first, so that chance leaves no split empty: among more, a
 split is empty once in 10^18."""

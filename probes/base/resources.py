@@ -2,13 +2,11 @@
 
 import os
 import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from ...cache.cluster import threads_of
-
-Progress = Callable[[int, int], None]
+from ...cache.progress import Progress
 
 
 class ProgressCounter:

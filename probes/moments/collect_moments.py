@@ -8,8 +8,9 @@ import numpy as np
 
 from ...cache.cluster import results
 from ...cache.errors import UsageError
+from ...cache.progress import Progress
 from ...cache.store.activation_cache import ActivationCache
-from ..base.resources import Progress, ProgressCounter, available_cores, one_blas_thread
+from ..base.resources import ProgressCounter, available_cores, one_blas_thread
 from .moment_set import MomentSet
 from .moments import Moments, merge_all
 from .pass_plan import CachePass, MomentRequest, plan_passes

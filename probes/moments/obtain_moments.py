@@ -6,9 +6,10 @@ from typing import Any
 
 from ...cache.errors import CorruptError, MismatchError
 from ...cache.format.manifest import SHORT_ID
+from ...cache.progress import Progress
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.lineage import cache_lineage
-from ..base.resources import Progress, ProgressCounter, default_memory
+from ..base.resources import ProgressCounter, default_memory
 from .collect_moments import collect_passes, run_pass
 from .kept_moments import (
     Inherited,

@@ -10,12 +10,13 @@ import numpy as np
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.files.json_files import plain_value
 from ...cache.number_ranges import as_tuple, as_whole_number, is_several
+from ...cache.progress import Progress
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import crossing_shares
 from ..base.arguments import as_array, is_dask, validated
 from ..base.estimator import BaseEstimator, MultiOutputMixin, RegressorMixin, check_is_fitted
 from ..base.readout import ReadoutBatch
-from ..base.resources import Progress, available_cores, one_blas_thread
+from ..base.resources import available_cores, one_blas_thread
 from ..moments.collect_moments import check_rows, collect_moments, moments_of_rows
 from ..moments.moment_set import MomentSet
 from ..moments.moments import PRODUCTS

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ...cache.cluster import threads_of
 from ...cache.errors import UsageError
+from ...cache.progress import Progress
 from ...cache.store.activation_cache import ActivationCache
 from ..base.readout import LayerOffset
-from ..base.resources import Progress, ProgressCounter
+from ..base.resources import ProgressCounter
 from ..training.checkpoint import Checkpoint
 from ..training.threads import thread_pool
 from .descent import Outcome, representatives

@@ -11,6 +11,7 @@ import torch
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.files.json_files import plain_value as plain_json
 from ...cache.number_ranges import as_tuple
+from ...cache.progress import Progress
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import crossing_shares
 from ..base.arguments import (
@@ -25,7 +26,7 @@ from ..base.arguments import (
 )
 from ..base.estimator import BaseEstimator, ClassifierMixin, check_is_fitted
 from ..base.readout import LayerOffset, ReadoutBatch
-from ..base.resources import Progress, default_memory
+from ..base.resources import default_memory
 from ..saved.save import feature_names, plain_params, set_feature_names
 from ..training.softmax_loss import PRODUCTS, ParameterTensors, row_tiles
 from ..training.threads import ThreadCrew
