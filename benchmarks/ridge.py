@@ -92,13 +92,13 @@ def synthetic(root: Path, args: argparse.Namespace, times: int = 1) -> Activatio
 
 def in_memory(cache: ActivationCache, layer: int, offset: int, folds: int) -> Rows:
     """Pairs and folds of the train split as float64 rows, ready for scikit-learn."""
-    split = cache.split("train")
+    split = cache.sequences("train")
     lengths = cache.sequence_length[split]
-    rows = cache.rows(split)
+    rows = cache.positions_of(split)
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows)) - 1
     fold = np.repeat(cache.sequence_folds(folds)[split], lengths)
     keep = left >= offset
-    x, y = (cache.layer(n)[:].astype(np.float64) for n in (layer, cache.depth))
+    x, y = (cache.residual_array(n)[:].astype(np.float64) for n in (layer, cache.n_blocks))
     return x[rows[keep]], y[rows[keep] + offset], fold[keep]
 
 
