@@ -203,8 +203,8 @@ class Part(ActivationCache):
         super().__init__(path)
         self.tokens_taken = tokens
 
-    def split(self, name: str) -> np.ndarray:
-        found = super().split(name)
+    def sequences(self, name: str) -> np.ndarray:
+        found = super().sequences(name)
         if name != "train":
             return found
         return found[: np.searchsorted(self.sequence_length[found].cumsum(), self.tokens_taken) + 1]

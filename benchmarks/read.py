@@ -24,7 +24,7 @@ import numpy as np
 from residua.cache.format.array import CacheArray
 from residua.cache.format.dtypes import decode_rows, encode_rows
 from residua.cache.store.activation_cache import ActivationCache
-from residua.tests.synthetic import make_cache, random_head
+from residua.tests.support.synthetic import make_cache, random_head
 
 TARGETS = {"sequential": 0.80, "blocks": 0.80, "rows": 0.65}
 STEP, SLAB, BATCH = 4096, 128, 256

@@ -36,7 +36,7 @@ from residua.probes.base.resources import available_cores
 from residua.probes.moments.collect_moments import collect_passes
 from residua.probes.moments.pass_plan import BLOCK_ROWS, MomentRequest
 from residua.probes.ridge.ridge_probe import RidgeProbe
-from residua.tests.synthetic import make_cache, random_head
+from residua.tests.support.synthetic import make_cache, random_head
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 CHILD = """
