@@ -156,7 +156,7 @@ def test_rows_arrive_once_and_their_times_are_booked_once() -> None:
     marks, stages = [Mark(t) for t in (0.0, 300.0, 400.0, 450.0)], StageTimes()
     arrival = PendingCopy(marks, stages, 1000, 7)
     rows = HostRows(np.zeros((2, 3, 4), np.uint16), np.zeros((2, 3), np.float32), arrival.wait)
-    part = rows.part(1, 2)
+    part = rows.of_sequence(1, 2)
     assert part.stored.shape == (2, 4)
     threads = [threading.Thread(target=part.wait) for _ in range(4)]
     for thread in threads:

@@ -55,12 +55,12 @@ def opened(folder: Path, name: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("split", ["all", "train", "test"])
 def test_other_libraries_read_the_rows_of_the_split(cache, tmp_path, format, split):
     index = export(cache, tmp_path / "out", format=format, split=split)
-    sequences = cache.split(split)
-    rows = cache.rows(sequences)
+    sequences = cache.sequences(split)
+    rows = cache.positions_of(sequences)
     assert index["positions"] == len(rows)
     for layer in cache.layers:
         got = opened(tmp_path / "out", f"residual.{layer:02d}")["residual"]
-        np.testing.assert_array_equal(got, cache.layer(layer)[rows])
+        np.testing.assert_array_equal(got, cache.residual_array(layer)[rows])
     tokens = opened(tmp_path / "out", "tokens")
     np.testing.assert_array_equal(tokens["ids"], cache.tokens[rows])
     table = opened(tmp_path / "out", "sequences")
@@ -214,7 +214,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(cache, tmp_path, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_file", full)
+    monkeypatch.setattr(module, "write_flat_file", full)
     with pytest.raises(NoSpaceError, match="out is full"):
         export(cache, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

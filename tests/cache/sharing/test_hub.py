@@ -165,7 +165,7 @@ def test_an_extracted_cache_travels_too(hub, tiny_cache, tmp_path):
     push_cache(tiny_cache, REPO)
     got = pull_cache(REPO, tmp_path / "there").cache
     np.testing.assert_array_equal(
-        got.residual_array(got.n_blocks)[:50], tiny_cache.layer(got.n_blocks)[:50]
+        got.residual_array(got.n_blocks)[:50], tiny_cache.residual_array(got.n_blocks)[:50]
     )
     assert got.tokenizer().get_vocab_size() == tiny_cache.tokenizer().get_vocab_size()
 
@@ -410,7 +410,7 @@ def test_the_card_says_what_is_in_the_cache(tiny_cache, model_folder):
         tiny_cache.manifest.model.weights,
         f"{tiny_cache.positions:,}",
         f"residua pull {REPO}",
-        f"layer {tiny_cache.depth} is **before** the final norm",
+        f"layer {tiny_cache.n_blocks} is **before** the final norm",
         "zarr.open_group",
     ):
         assert shown in text
