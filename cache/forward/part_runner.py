@@ -140,10 +140,10 @@ class PartRunner:
         for index, sequence in enumerate(batch.sequences):
             first, count = int(self.starts[sequence]), int(self.rows[sequence])
             if self.sparse:
-                kept = self.kept_token_indices(first, first + count)
+                token_index = self.kept_token_indices(first, first + count)
             else:
-                kept = np.arange(count)
-            rows.append(index * length + kept.astype(np.int64))
+                token_index = np.arange(count)
+            rows.append(index * length + token_index.astype(np.int64))
         return np.concatenate(rows)
 
     @cached_property

@@ -59,12 +59,14 @@ def write_missing_parts(
         idle_since = time.monotonic()
         while missing := missing_parts(cache, share):
             # One round over the parts that were missing at its beginning.
-            done, written_before = done_positions(cache), written
+            done_before = done_positions(cache)
+            written_before = written
             for part in missing:
                 with closing(_write_part(runner, part, commits)) as batches:
                     for rows in batches:
                         written += rows
-                        report("extract", done + written - written_before, cache.positions)
+                        done = done_before + written - written_before
+                        report("extract", done, cache.positions)
                         stop.check()
                 if stop.after_part.is_set():
                     commits.wait()
@@ -80,7 +82,7 @@ def write_missing_parts(
                 continue
             if time.monotonic() - idle_since > NOTICE_SECONDS:
                 holder = lease_holder(cache.path / "leases", missing[0])
-                report(f"waiting for {holder}", done, cache.positions)
+                report(f"waiting for {holder}", done_before, cache.positions)
             stop.after_batch.wait(WAIT_SECONDS)
             stop.check()
     return written

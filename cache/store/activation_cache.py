@@ -187,7 +187,9 @@ class ActivationCache:
         """Positions of the sequences `sequences`, one sequence after the other, `(n,)` int64."""
         starts, lengths = self.sequence_start[sequences], self.sequence_length[sequences]
         ends = np.cumsum(lengths)
-        return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+        # Row i of a sequence has the position i + start of the sequence - rows before the sequence.
+        rows = np.arange(ends[-1] if len(ends) else 0)
+        return rows + np.repeat(starts - (ends - lengths), lengths)
 
     def blocks(self, sequences: np.ndarray, rows: int | None = None) -> Iterator[np.ndarray]:
         """Cut the array `sequences`, in its order, into groups of about `rows` positions.
@@ -365,6 +367,7 @@ class ActivationCache:
             raise UsageError(f"size must lie in 1..{self.vocab}, got {size}")
         if size <= stored_size and self.complete_names.issuperset(TOP_ARRAYS):
             return self._stored_topk(size)
+        # `pack_top` puts ids, values, logsumexp and tail into one array of 2 * size + 2 columns.
         logits = self.logits()
         chunks: Any = (logits.chunks[0], (2 * size + 2,))
         return unpack_top(logits.map_blocks(pack_top, size, dtype=np.float64, chunks=chunks), size)
