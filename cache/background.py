@@ -23,12 +23,12 @@ class BackgroundThread:
     """
 
     def __init__(self, depth: int = 2) -> None:
-        self._calls: queue.Queue[tuple[Callable[..., None], tuple[Any, ...]] | None]
+        self._calls: queue.Queue[tuple[Callable[..., object], tuple[Any, ...]] | None]
         self._calls = queue.Queue(depth)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run_calls, daemon=True)
 
-    def put(self, function: Callable[..., None], *args: Any) -> None:
+    def put(self, function: Callable[..., object], *args: Any) -> None:
         """Run `function(*args)` in the thread; waits while `depth` calls are queued.
 
         Raises the error of an earlier call.

@@ -63,10 +63,13 @@ class KeptLogits:
             return {FULL_ARRAY: self._cast(logits)}
         values, ids = logits.topk(self._top)
         logsumexp = logits.logsumexp(-1, keepdim=True)
-        # Probability of all tokens outside the top k. Their own sum: one minus the sum of the top k
-        # would be lost in rounding.
+
+        # Probability of all tokens outside the top k, summed over these tokens: one minus the sum
+        # of the top k would be lost in rounding.
         others = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         tail = (others - logsumexp).exp()
+
+        # (rows, peaks) in the order of TOP_ARRAYS: ids, values, logsumexp, tail.
         arrays = (
             (ids.to(torch.int16 if self._narrow else torch.int32), torch.zeros_like(tail[:, 0])),
             self._cast(values),
@@ -76,5 +79,6 @@ class KeptLogits:
         return dict(zip(TOP_ARRAYS, arrays, strict=True))
 
     def _cast(self, values: torch.Tensor) -> StoredRows:
+        """`values` in the stored dtype, and the peak |value| of each row."""
         peaks = torch.maximum(values.amax(-1), -values.amin(-1))
         return values.to(self._dtype), peaks

@@ -56,6 +56,8 @@ class PartExtraction:
                 for batch, rows_of_sequence in self._runner.run(planned, self._writer.dtypes):
                     with self._runner.stages.waiting():
                         background.put(self._write_rows, rows_of_sequence)
+                    # The rows of a batch must not stay in memory while the next one is computed.
+                    del rows_of_sequence
                     yield sum(stop - start for _, start, stop in self._rows_in_part(batch))
 
     def commit(self, expected: PartRecord | None = None) -> None:
