@@ -1,4 +1,8 @@
-"""Clusters of dask.distributed: a client of one at an address, its workers, and their results."""
+"""dask.distributed: a client for a scheduler's address, its workers, and results of calls on them.
+
+Extraction and fits take `scheduler="tcp://host:8786"` or a client; tasks run on the workers with
+`results`. distributed is imported only if a scheduler is named.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,14 +14,17 @@ if TYPE_CHECKING:
     from distributed import Client
 
 ANSWER_SECONDS = 10
-"""How long a scheduler is waited for."""
+"""Time to wait for the scheduler's answer, in seconds."""
 GRACE_SECONDS = 10.0
-"""How long a cluster without workers is waited for."""
+"""Time to wait for a first worker, in seconds."""
 
 
 @contextmanager
 def connected(scheduler: str | None) -> "Iterator[Client | None]":
-    """A client of the scheduler at an address like `tcp://host:8786`; None without an address."""
+    """A client of the scheduler at the address `scheduler`; None if `scheduler` is None.
+
+    Raises `UsageError` if the address is invalid or no scheduler answers.
+    """
     if scheduler is None:
         yield None
         return
@@ -35,16 +42,16 @@ def connected(scheduler: str | None) -> "Iterator[Client | None]":
 
 
 def check_address(scheduler: str) -> None:
-    """Raise `UsageError` for what cannot be an address; a client that met it would hang."""
+    """Raise `UsageError` unless `scheduler` can be an address: a client would wait for ever."""
     from distributed.comm.addressing import parse_address, parse_host_port
     from distributed.comm.registry import get_backend
     from distributed.security import Security
 
     try:
-        scheme, place = parse_address(scheduler)
+        scheme, location = parse_address(scheduler)
         get_backend(scheme)
         if scheme != "inproc":
-            parse_host_port(place)
+            parse_host_port(location)
         if scheme == "tls" and not Security().get_connection_args("client").get("ssl_context"):
             raise ValueError("no certificate: see distributed.comm.tls in dask's configuration")
     except ValueError as error:
@@ -55,7 +62,10 @@ def check_address(scheduler: str) -> None:
 
 
 def threads_of(client: Any) -> dict[str, int]:
-    """Threads of each worker; raises `UsageError` if there is none after `GRACE_SECONDS`."""
+    """Worker address -> its number of threads.
+
+    Raises `UsageError` if no worker has come after `GRACE_SECONDS`.
+    """
     try:
         client.wait_for_workers(1, timeout=GRACE_SECONDS)
     except TimeoutError:
@@ -64,13 +74,13 @@ def threads_of(client: Any) -> dict[str, int]:
 
 
 def results(
-    client: Any, work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]
+    client: Any, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]
 ) -> Iterator[Any]:
-    """`work(*call)` for all `calls`, on the workers of `client`, in the order of `calls`.
+    """Run `function(*call)` for all `calls` on the workers of `client`; yields in their order.
 
-    What is not done yet when the reader leaves is cancelled.
+    Calls that have not ended when the reader stops are cancelled.
     """
-    futures = [client.submit(work, *call, pure=False) for call in calls]
+    futures = [client.submit(function, *call, pure=False) for call in calls]
     try:
         for future in futures:
             yield future.result()

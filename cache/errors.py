@@ -1,4 +1,4 @@
-"""Every error a user can meet, with the exit code the command line gives it.
+"""All errors that this package raises for users, with their exit codes on the command line.
 
     ResiduaError                 1
     ├── UsageError               2   (also ValueError) a request that cannot be right
@@ -6,82 +6,83 @@
     │   ├── ModelError           2   a model that cannot be loaded or captured
     │   ├── InputTypeError       2   (also TypeError) rows or labels of a type that is not read
     │   └── NotFoundError        2   (also FileNotFoundError) no such cache, probe, layer
-    ├── MismatchError            3   two things that do not belong together
+    ├── MismatchError            3   a cache, probe or request that does not fit another
     │   └── HeadMismatchError    3   the stored head does not give the model's logits
     ├── CorruptError             4   bytes on disk are not what was written
     ├── IncompleteError          2   extraction was not finished
-    ├── LeaseLostError           1   another worker took over what this one was writing
+    ├── LeaseLostError           1   another worker took over the part that was being written
     ├── NoSpaceError             5   (also OSError) the disk is, or would be, full
     └── Interrupted             130   stopped by the user; the work done so far is kept
 
-A message says what was expected, what was found and what to do. What is no error, but changes
-what a result means, is a `ResiduaWarning`; the command line prints it as `Warning: ...`.
+A message says what was expected, what was found and what to do. A result that is correct, but means
+less than its name promises, comes with a `ResiduaWarning`; the command line prints `Warning: ...`.
 """
 
 
 class ResiduaError(Exception):
-    """Base of every error that this package raises for a user's mistake or a damaged cache."""
+    """Base of all errors of this package: mistakes of a user, damaged caches, full disks."""
 
     exit_code = 1
+    """Exit code of the command line."""
 
 
 class UsageError(ResiduaError, ValueError):
-    """The request cannot be right: an unknown option value, a layer out of range."""
+    """A request that cannot be right: an unknown option value, a layer out of range."""
 
     exit_code = 2
 
 
 class DataError(UsageError):
-    """The texts cannot be read, or hold nothing."""
+    """Texts that cannot be read, or are empty."""
 
 
 class ModelError(UsageError):
-    """The model cannot be loaded, or its residual stream or head cannot be captured."""
+    """A model that cannot be loaded, or whose residual stream or head cannot be captured."""
 
 
 class InputTypeError(UsageError, TypeError):
-    """Rows, labels or numbers are of a type that cannot be read."""
+    """Rows, labels or numbers of a type that cannot be read."""
 
 
 class NotFoundError(UsageError, FileNotFoundError):
-    """There is no such cache, probe or layer."""
+    """No cache, probe or layer has the name or number of the request."""
 
 
 class IncompleteError(UsageError):
-    """The extraction of this cache was not finished."""
+    """A cache whose extraction is not finished, where all rows are needed."""
 
 
 class MismatchError(ResiduaError):
-    """Two things do not belong together: a probe and a cache, a cache and a request."""
+    """A probe and a cache, or a cache and a request, that do not belong together."""
 
     exit_code = 3
 
 
 class HeadMismatchError(MismatchError):
-    """The stored head does not reproduce the model's logits."""
+    """A stored head that does not reproduce the model's logits."""
 
 
 class CorruptError(ResiduaError):
-    """Bytes on disk are not what was written."""
+    """Bytes on disk that differ from the bytes that were written."""
 
     exit_code = 4
 
 
 class LeaseLostError(ResiduaError):
-    """Another worker took over what this one was writing; nothing is lost."""
+    """A part that another worker took over while this worker wrote it; no row is lost."""
 
 
 class NoSpaceError(ResiduaError, OSError):
-    """The disk is full, or would be."""
+    """A disk that is full, or would be full after the request."""
 
     exit_code = 5
 
 
 class Interrupted(ResiduaError):
-    """The user stopped the work; what is committed is kept and the same command goes on."""
+    """Work that the user stopped; committed parts are kept, and the same command goes on."""
 
     exit_code = 130
 
 
 class ResiduaWarning(UserWarning):
-    """A result is not what its name promises: a measure is undefined, a fit is not validated."""
+    """A result that means less than its name: an undefined measure, a fit without validation."""

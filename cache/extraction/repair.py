@@ -16,6 +16,7 @@ from ..format.dtypes import STORED_DTYPES
 from ..format.journal import Journal
 from ..format.layout import array_key, array_name
 from ..format.manifest import Manifest
+from ..forward.part_extraction import PartExtraction
 from ..forward.part_runner import PartRunner
 from ..model.source import ModelSource
 from ..progress import StageProgress
@@ -207,8 +208,10 @@ def _rewrite_shards(
         with lease_part(path / "leases", part) as mine:
             if not mine:
                 raise CorruptError(f"part {part} is being written by another process; wait for it")
-            for _ in runner.write_part(part, keys, before[part], mine):
-                pass
+            with PartExtraction(runner, part, keys, mine) as extraction:
+                for _ in extraction.write_batches():
+                    pass
+                extraction.commit(expected=before[part])
         after = cache.journal.parts()[part]
         for name in map(array_name, keys):
             file = f"arrays.zarr/{name}/{cache.array(name).layout.shard_key(part)}"

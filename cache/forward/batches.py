@@ -1,8 +1,11 @@
-"""Which sequences go through the model together: a fixed plan, the same for any worker.
+"""Plans which sequences go through the model together; halves batches too large for the memory.
 
-A part needs the sequences that overlap its rows. Those that start in it are sorted by length
-within windows and grouped; the one that runs on into the next part goes through the model
-alone, so that the next part, made by another worker, gets the same bytes for it.
+`PartExtraction` plans the batches of a part with `plan_batches` and `PartRunner` runs them through
+`BatchHalving`. The plan depends on the cache alone, so that any worker computes the same bytes.
+
+A part needs the sequences that overlap its rows. Sequences that start in the part are sorted by
+length within windows and grouped. The sequence that runs on into the next part goes through the
+model alone, so that the next part, made by another worker, gets the same bytes for that sequence.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +26,16 @@ if TYPE_CHECKING:
 
 
 WINDOW_CHUNKS = 4
-"""Sequences are sorted by length only within this many chunks, which bounds the writer's memory."""
+"""Chunks per window: sorting sequences inside a window bounds the memory of begun chunks."""
+BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
+"""Default tokens of a batch; on a GPU an upper bound, lowered to what memory holds."""
+HOST_BYTES = 2 << 30
+"""Most bytes of residuals of one batch; a few batches are in pinned memory at a time."""
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """Numbers of sequences, none longer than the first one by `plan_part`'s order."""
+    """Sequence numbers of one forward batch, longest first; a sequence over a part's edge alone."""
 
     sequences: tuple[int, ...]
 
@@ -43,96 +50,106 @@ def plan_batches(
     sizes: np.ndarray | None = None,
     window_rows: int | None = None,
 ) -> list[SequenceBatch]:
-    """Batches for `part`, in the order in which they should run.
+    """Batches that compute the rows of `part`, in the order in which they should run.
 
-    `starts` and `lengths` are rows of the cache, `sizes` tokens that the model reads (default:
-    the lengths). `batch_tokens` bounds sequences times longest size. Without `pad` only
-    sequences of equal size share a batch. `window_rows` is where sorting ends (default:
-    `WINDOW_CHUNKS` chunks).
+    `starts` and `lengths` are in rows of the cache, `(sequences,)`; `sizes` are the tokens that the
+    model reads of each sequence (default: `lengths`). A batch has at most `batch_tokens` tokens,
+    padding included, or a single sequence. Without `pad`, only sequences of equal size share a
+    batch. `window_rows` is the size of the windows in rows (default: `WINDOW_CHUNKS` chunks).
     """
     if not len(starts):
         return []
-    positions = int(starts[-1] + lengths[-1])
-    begin, end = layout.rows(part, positions)
+    n_rows = int(starts[-1] + lengths[-1])
+    begin, end = layout.rows(part, n_rows)
+    sizes = lengths if sizes is None else sizes
+
+    # Sequences first:stop may overlap the rows begin:end.
     first = max(0, int(np.searchsorted(starts, begin, side="right")) - 1)
-    last = int(np.searchsorted(starts, end, side="left"))
+    stop = int(np.searchsorted(starts, end, side="left"))
     batches: list[SequenceBatch] = []
+
+    # A sequence that began in the part before is a batch of its own, if it reaches into this part.
     if starts[first] < begin:
         if starts[first] + lengths[first] > begin:
             batches.append(SequenceBatch((first,)))
         first += 1
-    alone = last > first and starts[last - 1] + lengths[last - 1] > end
-    sizes = lengths if sizes is None else sizes
-    inside = np.arange(first, last - 1 if alone else last)
+    crosses_end = stop > first and starts[stop - 1] + lengths[stop - 1] > end
+
+    # Sequences inside the part: by window, then longest first, then by number.
+    inside = np.arange(first, stop - 1 if crosses_end else stop)
     window = (starts[inside] - begin) // (window_rows or WINDOW_CHUNKS * layout.chunk_rows)
     order = inside[np.lexsort((inside, -sizes[inside], window))]
-    batches += _group(
-        order, sizes, window[order - first] if len(order) else window, batch_tokens, pad
-    )
-    if alone:
-        batches.append(SequenceBatch((last - 1,)))
+    if len(order):
+        batches += _group(order, sizes, window[order - first], batch_tokens, pad)
+
+    # So is a sequence that runs on into the next part.
+    if crosses_end:
+        batches.append(SequenceBatch((stop - 1,)))
     return batches
 
 
 def _group(
-    order: np.ndarray, lengths: np.ndarray, window: np.ndarray, batch_tokens: int, pad: bool
+    order: np.ndarray, sizes: np.ndarray, window: np.ndarray, batch_tokens: int, pad: bool
 ) -> list[SequenceBatch]:
-    """Cut `order` (longest first within a window) into batches."""
+    """Cut `order`, longest first within a window, into batches.
+
+    `window[i]` is the window of `order[i]`; a batch does not cross windows.
+    """
     groups: list[list[int]] = []
-    for place, number in enumerate(order):
-        length, group = lengths[number], groups[-1] if groups else None
+    for index, sequence in enumerate(order):
+        size, group = sizes[sequence], groups[-1] if groups else None
         fits = (
             group is not None
-            and window[place] == window[place - 1]
-            and (len(group) + 1) * max(lengths[group[0]], length) <= batch_tokens
-            and (pad or lengths[group[0]] == length)
+            and window[index] == window[index - 1]
+            and (len(group) + 1) * max(sizes[group[0]], size) <= batch_tokens
+            and (pad or sizes[group[0]] == size)
         )
         if fits and group is not None:
-            group.append(int(number))
+            group.append(int(sequence))
         else:
-            groups.append([int(number)])
+            groups.append([int(sequence)])
     return [SequenceBatch(tuple(group)) for group in groups]
 
 
-BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}
-"""Tokens of a batch; on a GPU at most, if so many fit."""
-HOST_BYTES = 2 << 30
-"""Most bytes of residuals of one batch; a few batches are in pinned memory at a time."""
-
-
 class BatchHalving:
-    """Runs batches, those too large for the memory in halves; remembers what was too large."""
+    """Runs batches, in halves if memory does not hold the whole; remembers the size that failed.
+
+    `lengths` are the tokens of every sequence. `release` waits for pending copies of earlier
+    batches and frees their memory, before halves are tried.
+    """
 
     def __init__(self, lengths: np.ndarray, release: Callable[[], None] = lambda: None) -> None:
         self._lengths = lengths
         self._release = release
-        """Waits for work on its way and frees the memory that it held."""
         self.limit: int | None = None
-        """Most tokens of a batch, padding included; None while all have fitted."""
+        """Most tokens of a batch, padding included; None while every batch has fitted."""
 
     def run(
         self, batch: SequenceBatch, forward: Callable[[SequenceBatch], T]
     ) -> Iterator[tuple[SequenceBatch, T]]:
-        """`forward` of `batch`, or of its pieces in order; raises `ModelError` if one sequence
-        alone does not fit."""
-        waiting = [batch]
-        while waiting:
-            piece = waiting.pop()
-            done = None if self._is_too_large(piece) else self._attempt(piece, forward)
-            if done is None:
-                waiting += reversed(_halves(piece))
+        """Yield (piece, `forward(piece)`) for `batch`, or for its pieces in order.
+
+        Raises `ModelError` if one sequence alone does not fit into memory.
+        """
+        pieces = [batch]  # a stack: the next piece last
+        while pieces:
+            piece = pieces.pop()
+            result = None if self._is_too_large(piece) else self._try_forward(piece, forward)
+            if result is None:
+                pieces += reversed(_halves(piece))
             else:
-                yield piece, done[0]
+                yield piece, result[0]
 
     def _is_too_large(self, batch: SequenceBatch) -> bool:
+        """Whether an earlier batch has shown that memory does not hold `batch`."""
         return (
             self.limit is not None and len(batch.sequences) > 1 and self._tokens(batch) > self.limit
         )
 
-    def _attempt(
+    def _try_forward(
         self, batch: SequenceBatch, forward: Callable[[SequenceBatch], T]
     ) -> tuple[T] | None:
-        """The result; None, and a smaller limit, if memory ran out."""
+        """The result in a tuple; None, and a smaller `limit`, if memory ran out."""
         try:
             return (forward(batch),)
         except (RuntimeError, MemoryError) as error:
@@ -143,12 +160,13 @@ class BatchHalving:
                     f"a sequence of {self._tokens(batch)} tokens does not fit into memory beside "
                     "the model; extract with a shorter --context, or on another --device"
                 ) from error
-        # Only here, with the error and so the frames of the forward pass gone, is there memory.
+        # Not inside `except`: the error holds the frames of the forward pass, and their tensors.
         self._release()
         self.limit = self._tokens(_halves(batch)[0])
         return None
 
     def _tokens(self, batch: SequenceBatch) -> int:
+        """Tokens of `batch`, padding included."""
         return len(batch.sequences) * max(int(self._lengths[n]) for n in batch.sequences)
 
 
@@ -157,24 +175,37 @@ def _halves(batch: SequenceBatch) -> list[SequenceBatch]:
     return [SequenceBatch(batch.sequences[:middle]), SequenceBatch(batch.sequences[middle:])]
 
 
+def choose_batch_tokens(stack: "DecoderBlocks", stream: "TokenStream", itemsize: int) -> int:
+    """Default tokens of a batch: 4096 on a CPU, on a GPU as many as memory holds.
+
+    `itemsize` is the number of bytes of one stored value.
+    """
+    if next(stack.model.parameters()).device.type == "cpu":
+        return BATCH_TOKENS["cpu"]
+    token_bytes = (stack.depth + 1) * stack.d_model * itemsize
+    return find_batch_tokens(stack, stream, min(BATCH_TOKENS["gpu"], HOST_BYTES // token_bytes))
+
+
 def find_batch_tokens(
     stack: "DecoderBlocks", stream: "TokenStream", cap: int, copies: int = 2
 ) -> int:
-    """Tokens of the largest batch, by doubling up to `cap`, whose residuals fit `copies` times.
+    """Tokens of the largest batch whose residuals fit into memory `copies` times.
 
-    Sequences are as long as the longest of `stream`. At least one sequence, fit or not.
+    Batches of 1, 2, 4, ... sequences, as long as the longest of `stream`, are tried up to `cap`
+    tokens. The result is at least one sequence, even if that does not fit.
     """
     import torch
 
     length = int(stream.lengths.max())
     device = next(stack.model.parameters()).device
-    rows, tokens = 1, length
+    n_sequences, tokens = 1, length
     with torch.inference_mode():
-        while rows * length <= cap:
-            ids = np.resize(stream.ids[: rows * length], (rows, length)).astype(np.int64)
+        while n_sequences * length <= cap:
+            shape = (n_sequences, length)
+            ids = np.resize(stream.ids[: n_sequences * length], shape).astype(np.int64)
             if not _fits(stack, torch.from_numpy(ids).to(device), copies):
                 break
-            tokens, rows = rows * length, 2 * rows
+            tokens, n_sequences = n_sequences * length, 2 * n_sequences
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return tokens
@@ -183,17 +214,9 @@ def find_batch_tokens(
 def _fits(stack: "DecoderBlocks", ids: "torch.Tensor", copies: int) -> bool:
     """Whether `copies` times the residuals of `ids` fit into memory at once."""
     try:
-        held = [stack.residuals(ids) for _ in range(copies)]
+        residuals = [stack.residuals(ids) for _ in range(copies)]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return False
-    return len(held) == copies
-
-
-def choose_batch_tokens(stack: "DecoderBlocks", stream: "TokenStream", itemsize: int) -> int:
-    """Tokens of a batch for a request that names none: 4096 on a CPU, what fits on a GPU."""
-    if next(stack.model.parameters()).device.type == "cpu":
-        return BATCH_TOKENS["cpu"]
-    row = (stack.depth + 1) * stack.d_model * itemsize
-    return find_batch_tokens(stack, stream, min(BATCH_TOKENS["gpu"], HOST_BYTES // row))
+    return len(residuals) == copies

@@ -1,7 +1,8 @@
-"""Residual streams from the device to the host, in their stored dtypes.
+"""Casts the residual streams of a batch to their stored dtypes and copies them to the host.
 
-On a GPU the copies run on a stream of their own, into pinned memory, while the next batch is
-computed; who reads the rows waits for their event first.
+`PartRunner` runs the model through `device_copies_for(device, stages).run(...)`, which gives
+`HostRows`. On a GPU the copies run on a CUDA stream of their own, into pinned memory, while the
+next batch is computed: call `HostRows.wait` before reading the rows.
 """
 
 import threading
@@ -24,92 +25,79 @@ if TYPE_CHECKING:
     Arrays = Mapping[ArrayKey, torch.Tensor | StoredRows]
 
 DEPTH = 2
-"""Batches whose residuals may lie on the device besides the one that is computed."""
+"""Batches whose copies may be pending while another batch is computed on the device."""
 
 
 @dataclass(frozen=True)
 class HostRows:
-    """Rows of one layer as they are stored, and their peaks; `wait` before either is read."""
+    """Rows of one array in its stored dtype, and their peaks; call `wait` before reading."""
 
     stored: np.ndarray
     """`(..., d_model)` in the stored dtype."""
     peaks: np.ndarray
-    """Largest |value| of each row before the cast, `(...)` float32; NaN if a value is."""
+    """Largest |value| of each row before the cast, `(...)` float32; NaN if a value is NaN."""
     arrival: Callable[[], None] | None = None
-    """Returns once the bytes are on the host; None if they are."""
+    """Returns once the bytes are on the host; None if the bytes are on the host already."""
 
     def wait(self) -> None:
         """Return once the rows may be read."""
         if self.arrival is not None:
             self.arrival()
 
-    def part(self, place: int, length: int) -> "HostRows":
-        """The first `length` rows of sequence `place`."""
-        return HostRows(self.stored[place, :length], self.peaks[place], self.arrival)
+    def of_sequence(self, index: int, length: int) -> "HostRows":
+        """First `length` rows of sequence `index`, for rows of shape `(sequences, length, ...)`."""
+        return HostRows(self.stored[index, :length], self.peaks[index], self.arrival)
 
-    def run(self, first: int, stop: int) -> "HostRows":
-        """Rows `first:stop` where the rows of all sequences follow each other."""
-        return HostRows(self.stored[first:stop], self.peaks[first:stop], self.arrival)
-
-
-class Pending(Protocol):
-    """Something on its way that can be waited for."""
-
-    def wait(self) -> None: ...
+    def row_range(self, start: int, stop: int) -> "HostRows":
+        """Rows `start:stop`, for rows of shape `(rows, ...)`."""
+        return HostRows(self.stored[start:stop], self.peaks[start:stop], self.arrival)
 
 
-class PendingCopies:
-    """At most `depth` things on their way: adding one more waits for the oldest."""
-
-    def __init__(self, depth: int = DEPTH) -> None:
-        self._depth = depth
-        self._way: deque[Pending] = deque()
-
-    def add(self, thing: Pending) -> None:
-        """Take `thing` in, once there is room."""
-        while len(self._way) >= self._depth:
-            self._way.popleft().wait()
-        self._way.append(thing)
-
-    def drain(self) -> None:
-        """Wait for all."""
-        while self._way:
-            self._way.popleft().wait()
+def device_copies_for(device: "torch.device", stages: StageTimes) -> "HostCopies | CudaCopies":
+    """Copies from `device` to the host: asynchronous on a GPU, plain elsewhere."""
+    return CudaCopies(stages, device) if device.type == "cuda" else HostCopies(stages)
 
 
 class HostCopies:
-    """Where the model runs on the CPU (or another device without streams): cast and copy."""
+    """Cast and copy without overlap: on the CPU, or another device without CUDA streams."""
 
     def __init__(self, stages: StageTimes) -> None:
         self._stages = stages
 
-    def take(
-        self, run: "Callable[[], Arrays]", dtypes: dict[ArrayKey, str], tokens: int
+    def run(
+        self, run_model: "Callable[[], Arrays]", dtypes: dict[ArrayKey, str], tokens: int
     ) -> dict[ArrayKey, HostRows]:
-        """The arrays of `dtypes` among those that `run` gives for `tokens` tokens."""
+        """Run the model on a batch and copy the arrays named in `dtypes` to the host.
+
+        `tokens` is the number of tokens of the batch without padding, for `stages`.
+        """
         began = time.perf_counter()
-        hidden = run()
+        arrays = run_model()
         computed = time.perf_counter()
-        rows = {layer: copy_to_host(hidden[layer], dtype) for layer, dtype in dtypes.items()}
-        count = sum(r.stored.nbytes for r in rows.values())
-        self._stages.add("forward", computed - began, count, tokens)
-        self._stages.add("copy", time.perf_counter() - computed, count)
+        rows = {key: copy_to_host(arrays[key], dtype) for key, dtype in dtypes.items()}
+        n_bytes = sum(array.stored.nbytes for array in rows.values())
+        self._stages.add("forward", computed - began, n_bytes, tokens)
+        self._stages.add("copy", time.perf_counter() - computed, n_bytes)
         return rows
 
     def drain(self) -> None:
-        """Nothing is ever on its way."""
+        """Return at once: no copy is ever pending."""
 
 
 def copy_to_host(hidden: "torch.Tensor | StoredRows", dtype: str) -> HostRows:
-    """Cast on the device, where it is fifteen times as fast as numpy's, then one copy."""
+    """Rows in the stored dtype `dtype` on the host, with their peaks.
+
+    The cast runs on the device, where torch is fifteen times as fast as numpy on the host.
+    """
     cast, peaks = _cast(hidden, dtype)
     return HostRows(_numpy(cast.cpu()), _numpy(peaks.cpu()))
 
 
 def _cast(hidden: "torch.Tensor | StoredRows", dtype: str) -> "StoredRows":
-    """`hidden` in its stored dtype, and its float32 peaks; logits come with both."""
+    """`hidden` in its stored dtype, and the float32 peak |value| of each row."""
     import torch
 
+    # Logits come from `KeptLogits` cast already, with their peaks.
     if isinstance(hidden, tuple):
         return hidden
     peaks = torch.maximum(hidden.amax(-1), -hidden.amin(-1)).float()
@@ -117,14 +105,14 @@ def _cast(hidden: "torch.Tensor | StoredRows", dtype: str) -> "StoredRows":
 
 
 def _numpy(tensor: "torch.Tensor") -> np.ndarray:
-    """The same memory for numpy, to which bfloat16 is uint16."""
+    """The tensor's memory as a numpy array; bfloat16, which numpy lacks, as uint16."""
     import torch
 
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 class CudaCopies:
-    """On a GPU: the copy of one batch runs while the next one is computed."""
+    """Copies from a GPU on a CUDA stream: one batch is copied while the next one is computed."""
 
     def __init__(self, stages: StageTimes, device: "torch.device") -> None:
         import torch
@@ -132,56 +120,54 @@ class CudaCopies:
         self._stages = stages
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._ring = PendingCopies()
+        self._pending = PendingCopies()
 
-    def take(
-        self, run: "Callable[[], Arrays]", dtypes: dict[ArrayKey, str], tokens: int
+    def run(
+        self, run_model: "Callable[[], Arrays]", dtypes: dict[ArrayKey, str], tokens: int
     ) -> dict[ArrayKey, HostRows]:
-        """As `HostCopies.take`, but the rows are still to arrive."""
+        """Like `HostCopies.run`, but returns before the rows have arrived on the host."""
         import torch
 
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        # Events on the device: forward began, forward ended, copy began, copy ended.
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
         with torch.cuda.device(self._device):
-            computing = torch.cuda.current_stream()
-            marks[0].record(computing)
-            hidden = run()
-            marks[1].record(computing)
+            compute_stream = torch.cuda.current_stream()
+            events[0].record(compute_stream)
+            arrays = run_model()
+            events[1].record(compute_stream)
             with torch.cuda.stream(self._stream):
-                self._stream.wait_event(marks[1])
-                marks[2].record(self._stream)
-                kept = {la: self._copy(hidden[la], dtype) for la, dtype in dtypes.items()}
-                marks[3].record(self._stream)
-        count = sum(cast.nbytes for cast, _ in kept.values())
-        arrival = PendingCopy(marks, self._stages, count, tokens)
-        rows = {la: HostRows(_numpy(c), _numpy(p), arrival.wait) for la, (c, p) in kept.items()}
-        self._ring.add(arrival)
-        return rows
+                self._stream.wait_event(events[1])
+                events[2].record(self._stream)
+                copies = {key: self._copy(arrays[key], dtype) for key, dtype in dtypes.items()}
+                events[3].record(self._stream)
+
+        # Waits for the oldest copy if `DEPTH` copies are pending.
+        n_bytes = sum(stored.nbytes for stored, _ in copies.values())
+        copy = PendingCopy(events, self._stages, n_bytes, tokens)
+        self._pending.add(copy)
+        return {
+            key: HostRows(_numpy(stored), _numpy(peaks), copy.wait)
+            for key, (stored, peaks) in copies.items()
+        }
 
     def _copy(self, hidden: "torch.Tensor | StoredRows", dtype: str) -> "StoredRows":
-        """Start the copies of one array; the host memory is theirs until the rows are dropped.
+        """Start the copies of one array and its peaks into pinned host memory.
 
-        torch keeps pinned memory for reuse, and hands it out again only after the copy's event.
+        torch's allocator reuses pinned memory only after the event of the copy.
         """
         for tensor in hidden if isinstance(hidden, tuple) else (hidden,):
-            # Not to be reused for the next batch before the cast.
+            # Else the memory could be reused for the next batch before the cast has run.
             tensor.record_stream(self._stream)
         cast, peaks = _cast(hidden, dtype)
         return _pinned(cast), _pinned(peaks)
 
     def drain(self) -> None:
-        """Wait for all copies, and give memory that nobody uses back to the device."""
+        """Wait for all pending copies, then release unused memory of the device."""
         import torch
 
-        self._ring.drain()
+        self._pending.drain()
         with torch.cuda.device(self._device):
             torch.cuda.empty_cache()
-
-
-def copy_to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
-    """`tensor` on `device`; on a GPU without waiting for the batch before, as a plain copy does."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _pinned(tensor: "torch.Tensor") -> "torch.Tensor":
@@ -191,28 +177,62 @@ def _pinned(tensor: "torch.Tensor") -> "torch.Tensor":
     return host.copy_(tensor, non_blocking=True)
 
 
-class PendingCopy:
-    """The rows of one batch on their way; the first to wait for them also books their time."""
+class Pending(Protocol):
+    """A pending copy that can be waited for."""
 
-    def __init__(self, marks: list[Any], stages: StageTimes, count: int, tokens: int) -> None:
-        self._marks, self._stages = marks, stages
-        self._count, self._tokens = count, tokens
+    def wait(self) -> None: ...
+
+
+class PendingCopies:
+    """Queue of at most `depth` pending copies; `add` waits for the oldest if the queue is full."""
+
+    def __init__(self, depth: int = DEPTH) -> None:
+        self._depth = depth
+        self._copies: deque[Pending] = deque()
+
+    def add(self, copy: Pending) -> None:
+        """Queue `copy`, after the oldest copies have ended if the queue is full."""
+        while len(self._copies) >= self._depth:
+            self._copies.popleft().wait()
+        self._copies.append(copy)
+
+    def drain(self) -> None:
+        """Wait for all pending copies."""
+        while self._copies:
+            self._copies.popleft().wait()
+
+
+class PendingCopy:
+    """Pending copy of the rows of one batch; the first `wait` adds its times to `stages`.
+
+    `events` are CUDA events: forward began, forward ended, copy began, copy ended.
+    """
+
+    def __init__(self, events: list[Any], stages: StageTimes, n_bytes: int, tokens: int) -> None:
+        self._events, self._stages = events, stages
+        self._bytes, self._tokens = n_bytes, tokens
         self._lock = threading.Lock()
-        self._booked = False
+        self._times_added = False
 
     def wait(self) -> None:
-        """Return once all rows are on the host."""
-        self._marks[-1].synchronize()
+        """Return once all rows are on the host; any thread may call."""
+        self._events[-1].synchronize()
         with self._lock:
-            if self._booked:
+            if self._times_added:
                 return
-            self._booked = True
-        began, computed, copying, copied = self._marks
-        forward, copy = began.elapsed_time(computed), copying.elapsed_time(copied)
-        self._stages.add("forward", forward / 1e3, self._count, self._tokens)
-        self._stages.add("copy", copy / 1e3, self._count)
+            self._times_added = True
+        forward_began, forward_ended, copy_began, copy_ended = self._events
+        forward_ms = forward_began.elapsed_time(forward_ended)
+        copy_ms = copy_began.elapsed_time(copy_ended)
+        self._stages.add("forward", forward_ms / 1e3, self._bytes, self._tokens)
+        self._stages.add("copy", copy_ms / 1e3, self._bytes)
 
 
-def device_copies_for(device: "torch.device", stages: StageTimes) -> HostCopies | CudaCopies:
-    """The way from `device` to the host."""
-    return CudaCopies(stages, device) if device.type == "cuda" else HostCopies(stages)
+def copy_to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """Copy `tensor` to `device`; on a GPU, the call does not wait for earlier work.
+
+    A plain copy would wait until the GPU has computed the previous batch.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

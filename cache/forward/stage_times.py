@@ -1,4 +1,8 @@
-"""How busy the stages of an extraction were: forward, copy to the host, write; and the waiting."""
+"""Seconds and bytes of the stages of an extraction: forward, copy to the host, write.
+
+`PartRunner` and `PartExtraction` fill one `StageTimes` per process; processes are merged by
+`StageTimes.merge`, and the console prints throughput and bottleneck.
+"""
 
 import threading
 import time
@@ -7,25 +11,26 @@ from contextlib import contextmanager
 from typing import Any
 
 STAGES: tuple[str, ...] = ("forward", "copy", "write")
-"""The model's blocks; cast and device to host; shard files with their commit. They overlap where
-they can, so their seconds may add up to more than the wall time."""
+"""The model's blocks; cast and copy from device to host; writing and committing shard files.
+
+Stages overlap, so their seconds may add up to more than the wall time."""
 
 
 class StageTimes:
-    """Seconds and bytes of each stage, filled from several threads; a few µs per batch."""
+    """Seconds and bytes of each stage; safe to fill from several threads, a few µs per batch."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.bytes = dict.fromkeys(STAGES, 0)
-        """Bytes of rows in their stored dtype that left the stage."""
+        """Bytes of rows, in their stored dtype, that the stage gave to the next one."""
         self.tokens = 0
-        """Tokens that went through the model, without padding."""
+        """Tokens that the model read, without padding."""
         self.waited = 0.0
-        """Seconds in which the model stood still because the writer was behind."""
+        """Seconds in which the model did not run because the writer was behind."""
         self._lock = threading.Lock()
 
     def add(self, stage: str, seconds: float, count: int = 0, tokens: int = 0) -> None:
-        """`stage` was busy for `seconds` with `count` bytes."""
+        """Add to `stage` the seconds of work on `count` bytes; `tokens` count for the model."""
         with self._lock:
             self.seconds[stage] += seconds
             self.bytes[stage] += count
@@ -33,20 +38,20 @@ class StageTimes:
 
     @contextmanager
     def timed(self, stage: str, count: int = 0, tokens: int = 0) -> Iterator[None]:
-        """Add the time that the context takes, unless it raises."""
+        """Add the time of the context to `stage`, unless the context raises."""
         began = time.perf_counter()
         yield
         self.add(stage, time.perf_counter() - began, count, tokens)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Add the time that the context takes to the waiting."""
+        """Add the time of the context to `waited`."""
         began = time.perf_counter()
         yield
         self.waited += time.perf_counter() - began
 
     def merge(self, other: dict[str, Any]) -> None:
-        """Add what another process, at the same time, gave as `to_dict`."""
+        """Add the `to_dict` of another process that worked at the same time."""
         for stage in STAGES:
             self.add(stage, other[stage]["seconds"], other[stage]["bytes"])
         self.tokens += other["forward"]["tokens"]
@@ -54,12 +59,15 @@ class StageTimes:
 
     @property
     def bottleneck(self) -> str | None:
-        """The stage that was busy longest; None if nothing ran."""
+        """The stage with the most seconds; None if no stage ran."""
         slowest = max(STAGES, key=self.seconds.__getitem__)
         return slowest if self.seconds[slowest] else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Per stage seconds, bytes and bytes per second; of `forward` also tokens, per second."""
+        """JSON object: seconds, bytes and bytes per second of each stage.
+
+        `forward` also has tokens and tokens per second.
+        """
         value: dict[str, Any] = {
             stage: {
                 "seconds": round(self.seconds[stage], 6),

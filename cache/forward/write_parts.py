@@ -1,14 +1,19 @@
-"""Writes the parts that a cache lacks: leased one by one, so that any number of processes share."""
+"""Writes the parts that a cache lacks, so that any number of processes share the work.
+
+A process holds the lease of a part while it writes the part. The model runs in a `PartRunner`, each
+part is written by a `PartExtraction`; an extraction (`answer_request`) calls `write_missing_parts`.
+"""
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import Interrupted
+from ..background import BackgroundThread
+from ..errors import Interrupted, LeaseLostError
 from ..files.disk_errors import disk_errors
 from ..files.leases import lease_holder, lease_part
 from ..files.paths import is_remote
@@ -16,16 +21,17 @@ from ..format.layout import array_key
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.lineage import open_ancestor
-from .part_runner import Batches, PartRunner, commits
+from .part_extraction import PartExtraction
+from .part_runner import PartRunner
 from .stage_times import StageTimes
 
 if TYPE_CHECKING:
     from ..model.blocks import DecoderBlocks
 
 WAIT_SECONDS = 0.2
-"""Pause between looks at parts that other processes hold."""
+"""Pause between two looks at parts that other processes write."""
 NOTICE_SECONDS = 10.0
-"""Time without any part to write after which progress says who is waited for."""
+"""Time without any part to write after which progress names the process that is waited for."""
 
 
 def write_missing_parts(
@@ -38,110 +44,131 @@ def write_missing_parts(
 ) -> int:
     """Write every (part, array) that is not committed; returns the positions written here.
 
-    Parts that another process holds are waited for, and taken over if that process dies. Of a
-    `share` (i, n) only every n-th part is written, and nothing is waited for. SIGTERM ends the
-    work after the part in hand with `Interrupted`, SIGINT after the batch in hand; a disk that is
-    full or gone with an error of `disk_errors`. `stages` books how long each stage of the work
-    was busy. A part is committed while the model computes the next one.
+    Parts that another process writes are waited for, and taken over if that process dies. With a
+    `share` (i, n) only every n-th part is written, from the i-th on, and no process is waited for.
+    `progress` is called with the stage `extract`, in positions. The seconds and bytes of each stage
+    of the work are added to `stages`.
+
+    SIGTERM ends the work after the current part with `Interrupted`, SIGINT after the current batch
+    with `KeyboardInterrupt`. A disk that is full or gone raises an error of `disk_errors`.
     """
-    tell = progress or (lambda *_: None)
+    report = progress or (lambda *_: None)
     written = 0
-    with disk_errors(cache.path), stop_signals() as stop, commits() as committing:
+    with disk_errors(cache.path), stop_signals() as stop, BackgroundThread() as commits:
         runner = PartRunner(cache, stack, open_ancestor(cache), on_error, stages)
         idle_since = time.monotonic()
         while missing := missing_parts(cache, share):
-            done, before = done_positions(cache), written
+            # One round over the parts that were missing at its beginning.
+            done_before = done_positions(cache)
+            written_before = written
             for part in missing:
-                batches = _write(cache, runner, part)
-                try:
+                with closing(_write_part(runner, part, commits)) as batches:
                     for rows in batches:
-                        if rows is None:
-                            committing.take(batches)
-                            break
                         written += rows
-                        tell("extract", done + written - before, cache.positions)
+                        done = done_before + written - written_before
+                        report("extract", done, cache.positions)
                         stop.check()
-                except BaseException:
-                    batches.close()
-                    raise
                 if stop.after_part.is_set():
-                    committing.wait()
-                    _stop(cache, share)
+                    commits.wait()
+                    _check_finished(cache, share)
                     return written
-            committing.wait()
+            commits.wait()
+
+            # Parts that are still missing are being written by other processes.
             if share != (1, 1):
                 break
-            if written > before:
+            if written > written_before:
                 idle_since = time.monotonic()
                 continue
             if time.monotonic() - idle_since > NOTICE_SECONDS:
-                tell(f"waiting for {lease_holder(cache.path / 'leases', missing[0])}", done,
-                     cache.positions)  # fmt: skip
+                holder = lease_holder(cache.path / "leases", missing[0])
+                report(f"waiting for {holder}", done_before, cache.positions)
             stop.after_batch.wait(WAIT_SECONDS)
             stop.check()
     return written
 
 
-def _stop(cache: ActivationCache, share: tuple[int, int]) -> None:
-    """Raise `Interrupted` unless there is nothing left to do."""
-    if left := missing_parts(cache, share):
+def _write_part(
+    runner: PartRunner, part: int, commits: BackgroundThread
+) -> Generator[int, None, None]:
+    """Write one part, unless another process writes or has finished it; yields rows per batch.
+
+    The part is committed by `commits`, while the model computes the next part: at most one commit
+    runs at a time, and the lease is held until the commit has ended.
+    """
+    cache = runner.cache
+    with ExitStack() as resources:
+        lease = resources.enter_context(lease_part(cache.path / "leases", part))
+        if lease is None:
+            return
+        committed = cache.journal.arrays_of(part)
+        keys = tuple(array_key(name) for name in cache.target_names if name not in committed)
+        if not keys:
+            return
+        _sweep_part(cache, part)
+        extraction = resources.enter_context(PartExtraction(runner, part, keys, lease))
+        yield from extraction.write_batches()
+        commits.wait()
+        commits.put(_commit_part, extraction, resources.pop_all())
+
+
+def _commit_part(extraction: PartExtraction, resources: ExitStack) -> None:
+    """Commit a part, then release its files and its lease.
+
+    A part that another worker took over is dropped: that worker commits the part.
+    """
+    with suppress(LeaseLostError), resources:
+        extraction.commit()
+
+
+def _sweep_part(cache: ActivationCache, part: int) -> None:
+    """Remove temporary files of writers of this part that died; the caller holds the lease."""
+    if is_remote(cache.path):  # objects appear whole or not at all
+        return
+    arrays = cache.path / "arrays.zarr"
+    temporary = list(cache.journal.folder.glob(f".{part:08d}.*.tmp"))
+    temporary += arrays.glob(f"residual/*/c/{part}/.*.tmp")
+    temporary += arrays.glob(f"logits/*/c/{part}/.*.tmp")
+    temporary += arrays.glob(f"logits/*/c/.{part}.*.tmp")
+    for path in temporary:
+        path.unlink(missing_ok=True)
+
+
+def _check_finished(cache: ActivationCache, share: tuple[int, int]) -> None:
+    """Raise `Interrupted` if parts are still to be written."""
+    if missing := missing_parts(cache, share):
         raise Interrupted(
-            f"stopped by SIGTERM with {len(left)} parts still to be written; "
+            f"stopped by SIGTERM with {len(missing)} parts still to be written; "
             "the same command goes on from here"
         )
 
 
 def done_positions(cache: ActivationCache) -> int:
-    """Positions of the parts that lack nothing."""
+    """Number of positions in parts that have all arrays."""
     rows = [cache.manifest.layout.rows(part, cache.positions) for part in missing_parts(cache)]
     return cache.positions - sum(stop - start for start, stop in rows)
 
 
 def missing_parts(cache: ActivationCache, share: tuple[int, int] = (1, 1)) -> list[int]:
-    """Parts that lack an array, of the share (i, n): every n-th, from the i-th on."""
-    found = cache.journal.parts()
+    """Parts that lack an array, of the share (i, n): every n-th part, from the i-th on."""
+    records = cache.journal.parts()
     names = set(cache.target_names)
-    number, shares = share
+    first, step = share
     return [
         part
-        for part in range(number - 1, cache.n_parts, shares)
-        if part not in found or names - set(found[part].arrays)
+        for part in range(first - 1, cache.n_parts, step)
+        if part not in records or names - set(records[part].arrays)
     ]
-
-
-def _write(cache: ActivationCache, runner: PartRunner, part: int) -> Batches:
-    """Write one part, unless another process holds it or has finished it meanwhile."""
-    with lease_part(cache.path / "leases", part) as mine:
-        if not mine:
-            return
-        held = cache.journal.arrays_of(part)
-        keys = tuple(array_key(name) for name in cache.target_names if name not in held)
-        if keys:
-            _sweep(cache, part)
-            yield from runner.write_part(part, keys, held=mine)
-
-
-def _sweep(cache: ActivationCache, part: int) -> None:
-    """Remove what writers of this part that died left; only the holder of its lease may."""
-    if is_remote(cache.path):  # there, files appear whole or not at all
-        return
-    arrays = cache.path / "arrays.zarr"
-    left = list(cache.journal.folder.glob(f".{part:08d}.*.tmp"))
-    for pattern in (f"residual/*/c/{part}/.*.tmp", f"logits/*/c/{part}/.*.tmp",
-                    f"logits/*/c/.{part}.*.tmp"):  # fmt: skip
-        left += arrays.glob(pattern)
-    for path in left:
-        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class StopSignals:
-    """What signals ask for."""
+    """Requests to stop, set by signals."""
 
     after_part: threading.Event
-    """Set by SIGTERM: finish the part in hand."""
+    """Set by SIGTERM: finish the current part, then stop."""
     after_batch: threading.Event
-    """Set by SIGINT: drop the part in hand, but at a point where nothing is left half done."""
+    """Set by SIGINT: finish the current batch, then drop the current part and stop."""
 
     def check(self) -> None:
         """Raise `KeyboardInterrupt` if SIGINT came."""
@@ -151,20 +178,22 @@ class StopSignals:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Turn the first SIGTERM and SIGINT into events; the second one acts as usual."""
+    """Turn the first SIGTERM and SIGINT into events; a second signal acts as usual.
+
+    Outside the main thread, which alone may handle signals, the events are never set."""
     stop = StopSignals(threading.Event(), threading.Event())
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     events = {signal.SIGTERM: stop.after_part, signal.SIGINT: stop.after_batch}
 
-    def note(number: int, _: object) -> None:
+    def set_event(number: int, _: object) -> None:
         events[signal.Signals(number)].set()
-        signal.signal(number, previous[signal.Signals(number)])
+        signal.signal(number, previous_handlers[signal.Signals(number)])
 
-    previous = {number: signal.signal(number, note) for number in events}
+    previous_handlers = {number: signal.signal(number, set_event) for number in events}
     try:
         yield stop
     finally:
-        for number, handler in previous.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,7 @@
-"""The card (README.md) of a cache's dataset repository on the Hugging Face hub."""
+"""The card (README.md) of a cache's dataset repository on the Hugging Face hub.
+
+`push_cache` uploads `dataset_card(cache, repo_id)` if the repository has no card.
+"""
 
 from typing import Any
 
@@ -12,6 +15,7 @@ from ..tokens.splits import SPLITS
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 """Bounds of the hub's size categories, from a thousand rows on."""
 NO_LICENCE = "No licence chosen yet"
+"""First words of the note that a card has until its owner sets a licence."""
 
 CARD = """---
 pretty_name: Residual streams of {model} on {data}
@@ -86,12 +90,16 @@ rows = (rows.astype("uint32") << 16).view("float32")"""
 
 
 def dataset_card(cache: ActivationCache, repo_id: str) -> str:
-    """README.md for `repo_id`, with YAML front matter; the licence is left to the user."""
+    """Markdown with YAML front matter for the repository `repo_id`; it names no licence.
+
+    Figures come from the cache, its manifest and its provenance.
+    """
     manifest = cache.manifest
     dtypes = {layer: cache.residual_array(layer).layout.logical_dtype for layer in cache.layers}
     splits = {name: len(cache.sequences(name)) for name in SPLITS}
     provenance = read_json(cache.path / "provenance.json")
-    canary = provenance.get("canary", {})
+    checks = provenance.get("canary", {})  # measures of the model's checks
+    shards = [shard for record in cache.committed.values() for shard in record.arrays.values()]
     return CARD.format(
         no_licence=NO_LICENCE,
         repo_id=repo_id,
@@ -110,29 +118,33 @@ def dataset_card(cache: ActivationCache, repo_id: str) -> str:
         depth=cache.n_blocks,
         d_model=cache.d_model,
         vocab=cache.vocab,
-        dtypes=_dtypes(dtypes),
+        dtypes=_format_dtypes(dtypes),
         codec=manifest.codec,
         logits=manifest.capture.logits,
         compute_dtype=manifest.capture.compute_dtype,
-        nonfinite=sum(s.nonfinite for r in cache.committed.values() for s in r.arrays.values()),
+        nonfinite=sum(shard.nonfinite for shard in shards),
         gigabytes=cache.bytes / 1e9,
-        head_error=_measured(canary.get("head_error")),
-        stored_kl=_measured(canary.get("stored_kl")),
+        head_error=_format_error(checks.get("head_error")),
+        stored_kl=_format_error(checks.get("stored_kl")),
         size_category=size_category(cache.positions),
         bfloat16=BFLOAT16 if dtypes.get(cache.n_blocks) == "bfloat16" else "",
     )
 
 
-def _dtypes(dtypes: dict[int, str]) -> str:
-    """`float16`, or which layers have which dtype."""
-    kinds = sorted(set(dtypes.values()))
-    if len(kinds) == 1:
-        return kinds[0]
-    layers = {kind: [layer for layer in dtypes if dtypes[layer] == kind] for kind in kinds}
-    return ", ".join(f"{kind} in layers {format_ranges(found)}" for kind, found in layers.items())
+def _format_dtypes(dtype_of_layer: dict[int, str]) -> str:
+    """Such as `float16`, or `bfloat16 in layers 5-6, float16 in layers 0-4`."""
+    layers_of_dtype: dict[str, list[int]] = {}
+    for layer, dtype in dtype_of_layer.items():
+        layers_of_dtype.setdefault(dtype, []).append(layer)
+    if len(layers_of_dtype) == 1:
+        return next(iter(layers_of_dtype))
+    return ", ".join(
+        f"{dtype} in layers {format_ranges(layers)}"
+        for dtype, layers in sorted(layers_of_dtype.items())
+    )
 
 
-def _measured(value: Any) -> str:
+def _format_error(value: Any) -> str:
     return "not measured" if value is None else f"{float(value):.1e}"
 
 
@@ -140,5 +152,5 @@ def size_category(rows: int) -> str:
     """The hub's tag for a number of rows, such as `10K<n<100K`."""
     if rows < 1000:
         return "n<1K"
-    number = len(str(rows)) - 4
-    return f"{SIZES[number]}<n<{SIZES[number + 1]}" if number + 1 < len(SIZES) else "n>1T"
+    lower = len(str(rows)) - 4  # SIZES has a bound per digit, from four digits on
+    return f"{SIZES[lower]}<n<{SIZES[lower + 1]}" if lower + 1 < len(SIZES) else "n>1T"

@@ -1,7 +1,10 @@
-"""Writes a cache as plain safetensors or .npy files, for tools that read neither zarr nor this."""
+"""Exports a cache as plain safetensors or .npy files, for tools that do not read zarr.
 
-import os
-import shutil
+`export` is the public function (`residua export`). `flat_files.py` writes the files; the README in
+the folder says how to open them.
+"""
+
+import glob
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
-from ..files.json_files import file_digest, make_folder, sync_folder, sync_tree, write_json
+from ..files.json_files import file_digest, make_folder, write_json
+from ..files.staging import publish_folder, staging_folder, sweep_staging
 from ..format.dtypes import LARGEST, STORED_DTYPES, encode_rows
 from ..number_ranges import as_tuple, format_ranges
 from ..progress import Progress
 from ..store.activation_cache import BLOCK_BYTES, ActivationCache
 from ..store.row_runs import RowRuns
-from .flat_files import FORMATS, TensorColumn, check_space, staged_folder, write_flat_file
+from .flat_files import FORMATS, TensorColumn, check_space, write_errors, write_flat_file
 
 TABLE_ROWS = 1 << 20
-"""Rows of a block of the one-dimensional arrays."""
-"""Called with (residual rows written, residual rows to write), over all layers."""
+"""Rows of a block of one-dimensional arrays."""
 
 
 def export(
@@ -33,46 +36,51 @@ def export(
     logits: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write `layers` (default all) of a split into the new `folder`; returns its index.json.
+    """Write `layers` (default: all) of a split into the new `folder`; returns its index.json.
 
-    Rows stream, a block at a time, and the folder appears whole or not at all. Each layer is one
-    file with a tensor `(positions, d_model)` in its stored dtype, or in `dtype`. `logits` says
-    whether those that the cache keeps come along, as they are stored. Raises `UsageError` if the
-    folder has files or `dtype` cannot hold a value, `NoSpaceError` before anything is written.
+    Each layer is one file with a tensor `(positions, d_model)` in its stored dtype, or in `dtype`.
+    `format` is `safetensors` or `numpy`. With `logits`, the logits that the cache keeps are written
+    too, in their stored dtypes. `progress(done, total)` counts rows over all layers.
+
+    Rows stream in blocks, and the folder appears whole or not at all. Raises `UsageError` if the
+    folder has files or `dtype` cannot hold a value, `NoSpaceError` before any file is written.
     """
     folder = Path(folder).expanduser()
     layers = cache.layers if layers is None else as_tuple(layers, "layers")
-    _check(cache, folder, format, layers, dtype)
+    _check_request(cache, folder, format, layers, dtype)
     sequences = cache.sequences(split)
     if not len(sequences):
         raise UsageError(f"the {split} split of this cache has no sequences; choose another")
-    files = _files(cache, sequences, layers, dtype, format, logits)
-    need = sum(column.bytes for columns in files.values() for column in columns)
-    with staged_folder(folder):
-        need += sum(path.stat().st_size for path in _head_files(cache))
+
+    # Describe all files, so that their size is known before the first byte is written.
+    files = _table_files(cache, sequences, format, logits)
+    runs = RowRuns.of(cache, sequences)
+    for layer in layers:
+        files[f"residual.{layer:02d}"] = [_residual_column(cache, layer, runs, dtype)]
+    n_bytes = sum(column.bytes for columns in files.values() for column in columns)
+
+    with write_errors(folder):
+        n_bytes += sum(path.stat().st_size for path in _head_files(cache))
         make_folder(folder.parent)
-        check_space(folder.parent, need, "take fewer --layers, one --split, or another disk")
-        staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(staging, ignore_errors=True)
-        try:
-            (staging / "head").mkdir(parents=True)
+        check_space(folder.parent, n_bytes, "take fewer --layers, one --split, or another disk")
+        prefix, suffix = f".{folder.name}.", ".tmp"
+        sweep_staging(folder.parent, f"{glob.escape(prefix)}*{suffix}")
+        with staging_folder(folder.parent, prefix, suffix) as staging:
+            (staging / "head").mkdir()
             for path in _head_files(cache):
                 (staging / "head" / path.name).write_bytes(path.read_bytes())
-            written = _write_files(staging, files, format, progress)
-            index = _index(cache, format, split, written)
+            entries = _write_files(staging, files, format, progress)
+            index = _index(cache, format, split, entries)
             (staging / "README.md").write_text(_readme(index), encoding="utf-8")
             write_json(staging / "index.json", index)
-            sync_tree(staging)
-            os.replace(staging, folder)
-            sync_folder(folder.parent)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            publish_folder(staging, folder)
     return index
 
 
-def _check(
+def _check_request(
     cache: ActivationCache, folder: Path, format: str, layers: Sequence[int], dtype: str | None
 ) -> None:
+    """Raise unless the options are known, `folder` is free and `dtype` holds every value."""
     if format not in FORMATS:
         raise UsageError(f"format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
     if dtype is not None and dtype not in STORED_DTYPES:
@@ -94,87 +102,54 @@ def _head_files(cache: ActivationCache) -> list[Path]:
     return [path for path in (cache.path / "head").iterdir() if path.is_file()]
 
 
-def _files(
-    cache: ActivationCache,
-    sequences: np.ndarray,
-    layers: Sequence[int],
-    dtype: str | None,
-    format: str,
-    logits: bool,
+def _table_files(
+    cache: ActivationCache, sequences: np.ndarray, format: str, logits: bool
 ) -> dict[str, list[TensorColumn]]:
-    """Columns of every file by its name without ending: tables, logits, then residuals."""
-    tables = _tables(cache, sequences)
-    runs = RowRuns.of(cache, sequences)
-    if logits and cache.logits_names:
-        tables["logits"] = [_logits(cache, name, runs) for name in cache.logits_names]
-    files = {
-        f"residual.{layer:02d}": [_residual(cache, layer, runs, dtype, cache.block_rows())]
-        for layer in layers
-    }
-    if format == "numpy":
-        return {f"{axis}.{c.name}": [c] for axis, cs in tables.items() for c in cs} | files
-    # The widest dtype first, so that every tensor is aligned.
-    ordered = {a: sorted(cs, key=lambda c: -c.stored.itemsize) for a, cs in tables.items()}
-    return ordered | files
+    """File name without ending -> columns, for the arrays of tokens, sequences and logits.
 
-
-def _residual(
-    cache: ActivationCache, layer: int, runs: RowRuns, dtype: str | None, rows: int
-) -> TensorColumn:
-    array = cache.residual_array(layer)
-    stored = array.layout.logical_dtype
-
-    def blocks() -> Iterator[np.ndarray]:
-        for start, stop in runs.pieces(rows):
-            if dtype in (None, stored):
-                yield array.read_stored(start, stop)
-            else:
-                yield encode_rows(array.read(start, stop), dtype)
-
-    return TensorColumn("residual", dtype or stored, (len(runs), cache.d_model), blocks)
-
-
-def _logits(cache: ActivationCache, name: str, runs: RowRuns) -> TensorColumn:
-    array = cache.array(name)
-    rows = max(1, BLOCK_BYTES // array.layout.row_bytes)
-
-    def blocks() -> Iterator[np.ndarray]:
-        for start, stop in runs.pieces(rows):
-            yield array.read_stored(start, stop)
-
-    column = name.partition("/")[2]
-    return TensorColumn(column, array.layout.logical_dtype, (len(runs), *array.shape[1:]), blocks)
-
-
-def _tables(cache: ActivationCache, sequences: np.ndarray) -> dict[str, list[TensorColumn]]:
-    """Columns of `tokens` and `sequences`, renumbered to the chosen sequences."""
+    A .npy file has one column; a safetensors file has all columns of an axis.
+    """
     runs = RowRuns.of(cache, sequences)
     tables: dict[str, list[TensorColumn]] = {"tokens": [], "sequences": []}
     for name in sorted(cache.journal.base()[0]):
         axis, _, column = name.partition("/")
-        if axis in tables:
-            source = _token_column if axis == "tokens" else _sequence_column
-            tables[axis].append(source(cache, column, sequences, runs))
-    return tables
+        if axis == "tokens":
+            tables[axis].append(_token_column(cache, column, sequences, runs))
+        elif axis == "sequences":
+            tables[axis].append(_sequence_column(cache, column, sequences))
+    if logits and cache.logits_names:
+        tables["logits"] = [_logits_column(cache, name, runs) for name in cache.logits_names]
+    if format == "numpy":
+        return {
+            f"{axis}.{column.name}": [column]
+            for axis, columns in tables.items()
+            for column in columns
+        }
+    # The widest dtype first, so that every tensor is aligned.
+    return {
+        axis: sorted(columns, key=lambda column: -column.stored.itemsize)
+        for axis, columns in tables.items()
+    }
 
 
 def _token_column(
     cache: ActivationCache, name: str, sequences: np.ndarray, runs: RowRuns
 ) -> TensorColumn:
+    """The array `tokens/<name>` at the exported positions; sequences are renumbered from 0."""
     array = cache.array(f"tokens/{name}")
 
     def blocks() -> Iterator[np.ndarray]:
         for start, stop in runs.pieces(TABLE_ROWS):
-            rows = array.read_stored(start, stop)
-            numbers = np.searchsorted(sequences, rows) if name == "sequence" else rows
-            yield numbers.astype(rows.dtype)
+            values = array.read_stored(start, stop)
+            if name == "sequence":
+                values = np.searchsorted(sequences, values).astype(values.dtype)
+            yield values
 
     return TensorColumn(name, np.dtype(array.layout.stored_dtype).name, (len(runs),), blocks)
 
 
-def _sequence_column(
-    cache: ActivationCache, name: str, sequences: np.ndarray, runs: RowRuns
-) -> TensorColumn:
+def _sequence_column(cache: ActivationCache, name: str, sequences: np.ndarray) -> TensorColumn:
+    """The array `sequences/<name>` of the exported sequences; `start` counts exported positions."""
     array = cache.array(f"sequences/{name}")
 
     def blocks() -> Iterator[np.ndarray]:
@@ -187,32 +162,64 @@ def _sequence_column(
     return TensorColumn(name, np.dtype(array.layout.stored_dtype).name, (len(sequences),), blocks)
 
 
+def _logits_column(cache: ActivationCache, name: str, runs: RowRuns) -> TensorColumn:
+    """The array `name` of kept logits at the exported positions."""
+    array = cache.array(name)
+    block_rows = max(1, BLOCK_BYTES // array.layout.row_bytes)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start, stop in runs.pieces(block_rows):
+            yield array.read_stored(start, stop)
+
+    column = name.partition("/")[2]
+    return TensorColumn(column, array.layout.logical_dtype, (len(runs), *array.shape[1:]), blocks)
+
+
+def _residual_column(
+    cache: ActivationCache, layer: int, runs: RowRuns, dtype: str | None
+) -> TensorColumn:
+    """Layer `layer` at the exported positions, `(positions, d_model)`."""
+    array = cache.residual_array(layer)
+    stored_dtype = array.layout.logical_dtype
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start, stop in runs.pieces(cache.block_rows()):
+            if dtype in (None, stored_dtype):
+                yield array.read_stored(start, stop)
+            else:
+                yield encode_rows(array.read(start, stop), dtype)
+
+    return TensorColumn("residual", dtype or stored_dtype, (len(runs), cache.d_model), blocks)
+
+
 def _write_files(
     folder: Path, files: Mapping[str, list[TensorColumn]], format: str, progress: Progress | None
 ) -> dict[str, dict[str, Any]]:
-    """Write every file; its entry of index.json by its name."""
+    """Write every file; returns file name -> entry of index.json."""
     residual = [c for columns in files.values() for c in columns if c.name == "residual"]
     total = sum(column.shape[0] for column in residual)
     done = 0
+
+    def report_rows(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress(done, total)
+
     entries = {}
     for stem, columns in files.items():
-        counts = stem.startswith("residual.")
-
-        def wrote(rows: int, counts: bool = counts) -> None:
-            nonlocal done
-            done += rows * counts
-            if progress is not None and counts:
-                progress(done, total)
-
+        # Progress counts the rows of layers alone.
+        report = report_rows if stem.startswith("residual.") else None
         path = folder / f"{stem}.{FORMATS[format]}"
-        entries[path.name] = write_flat_file(path, columns, format, wrote)
+        entries[path.name] = write_flat_file(path, columns, format, report)
     return entries
 
 
 def _index(
-    cache: ActivationCache, format: str, split: str, files: dict[str, dict[str, Any]]
+    cache: ActivationCache, format: str, split: str, entries: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    residual = {name: e for name, e in files.items() if name.startswith("residual.")}
+    """The JSON object of index.json."""
+    residual = {name: e for name, e in entries.items() if name.startswith("residual.")}
     return {
         "export": 1,
         "format": format,
@@ -226,7 +233,7 @@ def _index(
         "vocab": cache.vocab,
         "depth": cache.n_blocks,
         "layers": {str(int(name.split(".")[1])): name for name in residual},
-        "files": files,
+        "files": entries,
         "head": {path.name: file_digest(path) for path in sorted(_head_files(cache), key=str)},
     }
 
@@ -258,11 +265,11 @@ rows = (hidden[:8].astype(np.uint32) << 16).view(np.float32)"""
 
 
 def _readme(index: dict[str, Any]) -> str:
-    """README.md of the folder: what it holds and how to open it."""
+    """README.md of the folder: its files, and code that opens one of them."""
     files = list(index["layers"].values())
-    kinds = [index["files"][file]["tensors"]["residual"]["dtype"] for file in files]
+    dtypes = [index["files"][file]["tensors"]["residual"]["dtype"] for file in files]
     example = _EXAMPLES[index["format"]].format(file=files[-1])
-    if index["format"] == "numpy" and "bfloat16" in kinds:
-        example = example.replace(files[-1], files[kinds.index("bfloat16")]) + _BFLOAT16
-    shown = index | {"layers": format_ranges([int(layer) for layer in index["layers"]])}
-    return _README.format(**shown, ending=FORMATS[index["format"]], example=example)
+    if index["format"] == "numpy" and "bfloat16" in dtypes:
+        example = example.replace(files[-1], files[dtypes.index("bfloat16")]) + _BFLOAT16
+    fields = index | {"layers": format_ranges([int(layer) for layer in index["layers"]])}
+    return _README.format(**fields, ending=FORMATS[index["format"]], example=example)

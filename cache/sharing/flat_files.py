@@ -1,4 +1,7 @@
-"""Streams tensors into safetensors or .npy files: headers first, then rows, a block at a time."""
+"""Writes safetensors and .npy files of any size: the header first, then rows, block by block.
+
+`export` describes the tensors as `TensorColumn`s and writes each file with `write_flat_file`.
+"""
 
 import errno
 import hashlib
@@ -18,27 +21,36 @@ from ..errors import NoSpaceError, ResiduaError, UsageError
 from ..format.dtypes import STORED_DTYPES
 
 FORMATS = {"safetensors": "safetensors", "numpy": "npy"}
-"""Formats, and how their files' names end."""
+"""Format -> ending of its file names."""
 SPARE_BYTES = 64 << 20
-"""Free space that is left on the disk."""
-_SAFETENSORS = {
-    "float16": "F16", "bfloat16": "BF16", "float32": "F32",
-    "int32": "I32", "int64": "I64", "uint8": "U8", "uint16": "U16", "uint64": "U64",
-}  # fmt: skip
+"""Free space that must remain on the disk."""
+_SAFETENSORS_DTYPES = {
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "int32": "I32",
+    "int64": "I64",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint64": "U64",
+}
+"""Logical dtype -> name of the dtype in a safetensors header."""
 
 
 @dataclass(frozen=True)
 class TensorColumn:
-    """One tensor of a file: what it is and where its rows come from."""
+    """One tensor of a file: name, dtype, shape and a function that gives its rows in blocks."""
 
     name: str
     dtype: str
-    """Logical dtype; bfloat16 comes as the uint16 of its bits."""
+    """Logical dtype; the rows of bfloat16 are the uint16 of its bits."""
     shape: tuple[int, ...]
     blocks: Callable[[], Iterator[np.ndarray]]
+    """Gives the rows in order, as blocks `(rows, ...)` in the stored dtype."""
 
     @property
     def stored(self) -> np.dtype:
+        """numpy dtype of the bytes in the file, little-endian."""
         return np.dtype(STORED_DTYPES.get(self.dtype, self.dtype)).newbyteorder("<")
 
     @property
@@ -46,54 +58,38 @@ class TensorColumn:
         return int(np.prod(self.shape, dtype=np.int64)) * self.stored.itemsize
 
     def to_json(self) -> dict[str, Any]:
+        """The entry of the tensor in `index.json`."""
         return {"dtype": self.dtype, "stored": self.stored.name, "shape": list(self.shape)}
 
 
-def check_space(folder: Path, need: int, advice: str) -> None:
-    """Raise `NoSpaceError` unless `need` bytes fit on the disk of `folder`, with some to spare."""
-    free = shutil.disk_usage(folder).free
-    if need + SPARE_BYTES > free:
-        raise NoSpaceError(
-            f"this needs {need / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free; {advice}"
-        )
-
-
-@contextmanager
-def staged_folder(folder: Path) -> Iterator[None]:
-    """Turns errors of the disk that holds `folder` into ours: full, or not writable."""
-    try:
-        yield
-    except ResiduaError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(f"the disk of {folder} is full") from None
-        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
-
-
 def write_flat_file(
-    path: Path, columns: list[TensorColumn], format: str, wrote: Callable[[int], None]
+    path: Path,
+    columns: list[TensorColumn],
+    format: str,
+    report_rows: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write one file, durably; returns its bytes, sha256 and tensors.
+    """Write `columns` to one file, durably; returns the file's bytes, sha256 and tensors.
 
-    `wrote` is told the rows of every block. A .npy file holds one column.
+    `report_rows` is called with the number of rows of every block. A .npy file has one column.
     """
     with open(path, "wb") as file:
-        writer = _Hashed(file)
-        writer.write(_npy_header(columns[0]) if format == "numpy" else _header(columns))
+        writer = _HashingWriter(file)
+        header = _npy_header(columns[0]) if format == "numpy" else _safetensors_header(columns)
+        writer.write(header)
         for column in columns:
             for block in column.blocks():
                 rows = np.ascontiguousarray(block, column.stored)
                 writer.write(rows.reshape(-1).view(np.uint8).data)
-                wrote(len(block))
+                if report_rows is not None:
+                    report_rows(len(block))
         file.flush()
         os.fsync(file.fileno())
     tensors = {column.name: column.to_json() for column in columns}
     return {"bytes": writer.bytes, "sha256": writer.digest(), "tensors": tensors}
 
 
-class _Hashed:
-    """Writes to a file and keeps the sha256 of what went by."""
+class _HashingWriter:
+    """Writes to a file; counts the bytes and computes their sha256."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -109,14 +105,14 @@ class _Hashed:
         return self._hash.hexdigest()
 
 
-def _header(columns: list[TensorColumn]) -> bytes:
-    """Length and JSON of a safetensors file whose tensors follow in this order."""
+def _safetensors_header(columns: list[TensorColumn]) -> bytes:
+    """Header of a safetensors file, length and JSON; tensors follow in the order of `columns`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for column in columns:
         stop = start + column.bytes
         header[column.name] = {
-            "dtype": _SAFETENSORS[column.dtype],
+            "dtype": _SAFETENSORS_DTYPES[column.dtype],
             "shape": list(column.shape),
             "data_offsets": [start, stop],
         }
@@ -127,7 +123,36 @@ def _header(columns: list[TensorColumn]) -> bytes:
 
 
 def _npy_header(column: TensorColumn) -> bytes:
+    """Header of a .npy file, version 1.0."""
     buffer = BytesIO()
     fields = {"descr": column.stored.str, "fortran_order": False, "shape": column.shape}
     np.lib.format.write_array_header_1_0(buffer, fields)
     return buffer.getvalue()
+
+
+def check_space(folder: Path, need: int, advice: str) -> None:
+    """Raise `NoSpaceError` unless the disk of `folder` has `need` and `SPARE_BYTES` bytes free.
+
+    `advice` ends the message: the way to need less, or to get more.
+    """
+    free = shutil.disk_usage(folder).free
+    if need + SPARE_BYTES > free:
+        raise NoSpaceError(
+            f"this needs {need / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free; {advice}"
+        )
+
+
+@contextmanager
+def write_errors(folder: Path) -> Iterator[None]:
+    """Turn disk errors of writing into `folder` into errors of this package.
+
+    Raises `NoSpaceError` for a full disk and `UsageError` for a folder that cannot be written.
+    """
+    try:
+        yield
+    except ResiduaError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(f"the disk of {folder} is full") from None
+        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None

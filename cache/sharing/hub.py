@@ -1,40 +1,40 @@
-"""Shares caches through dataset repositories of the Hugging Face hub: push and pull."""
+"""Pushes caches to dataset repositories of the Hugging Face hub, and pulls caches from there.
 
-import fcntl
+`push_cache` and `pull_cache` are the public functions (`residua push`, `residua pull`). The card of
+a repository: `dataset_card.py`; limits and errors of the hub: `hub_errors.py`.
+"""
+
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import CorruptError, IncompleteError, MismatchError, NotFoundError, UsageError
-from ..files.json_files import make_folder
 from ..files.paths import is_remote
+from ..files.staging import resumable_staging_folder
 from ..format.journal import Journal
 from ..format.manifest import SHORT_ID, Manifest
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
-from ..store.create_cache import FOLDERS, publish
+from ..store.create_cache import CACHE_FOLDERS, publish_cache
 from ..store.verify import verify as verify_cache
 from .dataset_card import dataset_card
-from .flat_files import check_space, staged_folder
+from .flat_files import check_space, write_errors
 from .hub_errors import check_limits, hub_errors
 
 CARD = "README.md"
 CONTENTS = ("manifest.json", "provenance.json", "arrays.zarr/*", "head/*", "journal/*")
-"""What is downloaded of a repository; whatever else lies there is left alone."""
-"""Called with (stage, done, total); the stage is `verify` (shards)."""
+"""Patterns of the files of a cache; other files of a repository are not downloaded."""
 
 
 @dataclass(frozen=True)
 class PushedCache:
-    """What `push` did."""
+    """Result of `push_cache`."""
 
     repo_id: str
     url: str
@@ -43,16 +43,16 @@ class PushedCache:
     files: int
     bytes: int
     card: bool
-    """True if the card was written, False if the repository had one."""
+    """True if the card was written, False if the repository had a card."""
 
 
 @dataclass(frozen=True)
 class PulledCache:
-    """What `pull` did."""
+    """Result of `pull_cache`."""
 
     cache: ActivationCache
     status: str
-    """`pulled`, or `hit` where the cache was there already."""
+    """`pulled`, or `hit` if the cache was under the root already."""
     commit: str | None
     """Commit of the repository."""
 
@@ -79,12 +79,15 @@ def push_cache(
     verify: bool = True,
     progress: StageProgress | None = None,
 ) -> PushedCache:
-    """Upload a complete, verified cache to the dataset repository `repo_id`, made if needed.
+    """Upload a complete, verified cache to the dataset repository `repo_id`, created if needed.
 
-    An interrupted push goes on where it stopped. A card that is there already stays, so that
-    licence and words added by hand survive. Raises `IncompleteError`, `CorruptError`,
-    `UsageError` if the hub's limits are passed, all before anything is sent, and `MismatchError`
-    if the repository holds another cache.
+    `private=False` leaves the visibility to the default of the account. `verify=False` skips the
+    check of every byte. `progress("verify", done, total)` counts shards.
+
+    An interrupted push goes on where it stopped. An existing card stays, so that a licence and
+    words added by hand survive. Raises `IncompleteError`, `CorruptError`, or `UsageError` for a
+    cache beyond the hub's limits, all before the first upload, and `MismatchError` if the
+    repository holds another cache.
     """
     if is_remote(cache.path):
         raise UsageError(
@@ -92,36 +95,36 @@ def push_cache(
             "the folder of the cache to one, and push it from there"
         )
     cache.check_complete()
-    names = pushed_files(cache.path)
-    size = check_limits(cache.path, names)
+    names = cache_files(cache.path)
+    n_bytes = check_limits(cache.path, names)
     if verify:
-        _verify(cache.path, progress)
-    where = {"repo_id": repo_id, "repo_type": "dataset", "revision": revision, "token": token}
+        _check_bytes(cache.path, progress)
+    repository = {"repo_id": repo_id, "repo_type": "dataset", "revision": revision, "token": token}
     with hub_errors(repo_id):
         import huggingface_hub as hub
 
-        url = _create(private, **where)
-        _check_remote(cache, where)
+        url = _create_repository(private, **repository)
+        _check_repository(cache, repository)
         hub.upload_folder(
             folder_path=cache.path,
             commit_message=f"Cache {cache.id[:SHORT_ID]}",
-            ignore_patterns=sorted(_others(cache.path, names)),
-            **where,
+            ignore_patterns=sorted(_other_files(cache.path, names)),
+            **repository,
         )
-        new = not hub.file_exists(filename=CARD, **where)
-        if new:
-            data = dataset_card(cache, repo_id).encode()
-            hub.upload_file(path_or_fileobj=data, path_in_repo=CARD, **where)
-    return PushedCache(repo_id, url, cache.id, len(names), size, new)
+        lacks_card = not hub.file_exists(filename=CARD, **repository)
+        if lacks_card:
+            card = dataset_card(cache, repo_id).encode()
+            hub.upload_file(path_or_fileobj=card, path_in_repo=CARD, **repository)
+    return PushedCache(repo_id, url, cache.id, len(names), n_bytes, card=lacks_card)
 
 
-def _create(
+def _create_repository(
     private: bool, repo_id: str, repo_type: str, revision: str | None, token: str | None
 ) -> str:
-    """Make the repository and the branch if they are not there; returns the address."""
+    """Create the repository and the branch, unless they exist; returns the repository's URL."""
     import huggingface_hub as hub
 
-    # None, not False: where it is public or not by default, that default holds.
+    # None, not False: an organisation may make new repositories private by default.
     url = hub.create_repo(
         repo_id, repo_type=repo_type, private=private or None, exist_ok=True, token=token
     )
@@ -130,8 +133,8 @@ def _create(
     return str(url)
 
 
-def pushed_files(path: Path) -> set[str]:
-    """Files that make up a cache: what its journal names, and the journal."""
+def cache_files(path: Path) -> set[str]:
+    """Names of the files of a cache: the files that its journal names, and the journal's own."""
     journal = Journal(path / "journal")
     tables, files = journal.base()
     shards = {name: set(map(int, numbers)) for name, numbers in tables.items()}
@@ -147,38 +150,38 @@ def pushed_files(path: Path) -> set[str]:
     return names | {record.relative_to(path).as_posix() for record in records}
 
 
-def _others(path: Path, names: set[str]) -> Iterator[str]:
-    """Files of the folder that are not of the cache: leases, temporary files, dead shards."""
+def _other_files(path: Path, names: set[str]) -> Iterator[str]:
+    """Files in the folder `path` beside `names`: leases, temporary files, uncommitted shards."""
     for file in path.rglob("*"):
         name = file.relative_to(path).as_posix()
         if file.is_file() and name not in names:
             yield name
 
 
-def _verify(path: Path, progress: StageProgress | None) -> None:
+def _check_bytes(path: Path, progress: StageProgress | None) -> None:
     """Raise `CorruptError` or `IncompleteError` unless every byte is as it was written."""
     stage = None if progress is None else lambda done, total: progress("verify", done, total)
-    found = verify_cache(path, stage)
-    if not found.ok:
-        first = found.damages[0]
+    verification = verify_cache(path, stage)
+    if not verification.ok:
+        first = verification.damages[0]
         raise CorruptError(
-            f"{len(found.damages)} damaged: {first.file}: {first.message}; "
+            f"{len(verification.damages)} damaged: {first.file}: {first.message}; "
             "`residua verify` names all of them"
         )
-    if found.missing_parts:
-        raise IncompleteError(f"{len(found.missing_parts)} parts of this cache are missing")
+    if verification.missing_parts:
+        raise IncompleteError(f"{len(verification.missing_parts)} parts of this cache are missing")
 
 
-def _check_remote(cache: ActivationCache, where: dict[str, Any]) -> None:
+def _check_repository(cache: ActivationCache, repository: dict[str, Any]) -> None:
     """Raise `MismatchError` if the repository holds another cache."""
     import huggingface_hub as hub
 
-    if not hub.file_exists(filename="manifest.json", **where):
+    if not hub.file_exists(filename="manifest.json", **repository):
         return
-    found = Manifest.read(Path(hub.hf_hub_download(filename="manifest.json", **where)))
-    if found.id != cache.id:
+    manifest = Manifest.read(Path(hub.hf_hub_download(filename="manifest.json", **repository)))
+    if manifest.id != cache.id:
         raise MismatchError(
-            f"{where['repo_id']} holds cache {found.id[:SHORT_ID]}, this is "
+            f"{repository['repo_id']} holds cache {manifest.id[:SHORT_ID]}, this is "
             f"{cache.id[:SHORT_ID]}; push it to a repository or a --revision of its own"
         )
 
@@ -192,21 +195,39 @@ def pull_cache(
     token: str | None = None,
     progress: StageProgress | None = None,
 ) -> PulledCache:
-    """Download the cache of a dataset repository into `root`, verified before it appears there.
+    """Download the cache of a dataset repository into `root`; the cache is verified first.
 
-    An interrupted pull goes on where it stopped. With `expect`, the beginning of an id, another
-    cache is refused (`MismatchError`). Raises `NotFoundError` if there is no such repository or
-    no cache in it, `CorruptError` if a byte is not what was pushed, `NoSpaceError`.
+    `expect` is the beginning of an id: a cache with another id raises `MismatchError`.
+    `progress("verify", done, total)` counts shards.
+
+    An interrupted pull goes on where it stopped. Raises `NotFoundError` if no such repository
+    exists or the repository has no cache, `CorruptError` if a byte is not as it was pushed,
+    `NoSpaceError`, and `UsageError` while another process pulls the same commit.
     """
-    commit, sizes = _listing(repo_id, revision, token)
-    name = hashlib.sha256(f"{repo_id}@{commit}".encode()).hexdigest()[:32]
-    with staged_folder(root), ExitStack() as stack:
-        place = root
+    commit, sizes = _list_cache_files(repo_id, revision, token)
+    with write_errors(root), ExitStack() as stack:
+        # Files are downloaded to a disk; a root in an object store gets them afterwards.
+        parent = root
         if is_remote(root):
-            place = Path(stack.enter_context(TemporaryDirectory(prefix="residua-")))
-        staging = stack.enter_context(_staging(place / f".pull-{name}"))
-        fetch = partial(_fetch, repo_id, commit, staging, token)
-        fetch(["manifest.json"])
+            parent = Path(stack.enter_context(TemporaryDirectory(prefix="residua-")))
+        staging = stack.enter_context(_staging_folder(parent, repo_id, commit))
+
+        def download(patterns: list[str]) -> None:
+            """Download the files that match `patterns`, unless `staging` has them."""
+            with hub_errors(repo_id):
+                import huggingface_hub as hub
+
+                hub.snapshot_download(
+                    repo_id,
+                    repo_type="dataset",
+                    revision=commit,
+                    local_dir=staging,
+                    allow_patterns=patterns,
+                    token=token,
+                )
+
+        # The manifest has the id: is this cache expected, and is it under the root already?
+        download(["manifest.json"])
         cache_id = Manifest.read(staging / "manifest.json").id
         if expect is not None and not cache_id.startswith(expect):
             raise MismatchError(
@@ -214,42 +235,36 @@ def pull_cache(
             )
         target = root / cache_id
         if (target / "manifest.json").is_file():
-            return PulledCache(_existing(target), "hit", commit)
-        check_space(place, sum(sizes.values()), "free some, or pull to another --root")
-        fetch(list(CONTENTS))
-        _admit(staging, target, progress)
+            return PulledCache(_open_complete(target), "hit", commit)
+
+        check_space(parent, sum(sizes.values()), "free some, or pull to another --root")
+        download(list(CONTENTS))
+        _check_bytes(staging, progress)
+        ActivationCache(staging).check_complete()
+        _tidy(staging)
+        publish_cache(staging, target)
     return PulledCache(ActivationCache(target), "pulled", commit)
 
 
-def _listing(
+def _list_cache_files(
     repo_id: str, revision: str | None, token: str | None
 ) -> tuple[str | None, dict[str, int]]:
-    """Commit of a repository, and the sizes of the files there that are a cache's."""
+    """Commit of a repository, and file name -> bytes of its files that belong to a cache."""
     with hub_errors(repo_id):
         import huggingface_hub as hub
 
         info = hub.dataset_info(repo_id, revision=revision, files_metadata=True, token=token)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    wanted = {n: size for n, size in sizes.items() if any(fnmatchcase(n, c) for c in CONTENTS)}
-    _check_names(repo_id, wanted)
-    return info.sha, wanted
-
-
-def _fetch(
-    repo_id: str, commit: str | None, folder: Path, token: str | None, patterns: list[str]
-) -> None:
-    """Download what is not in `folder` yet; the client keeps its notes in `.cache/` there."""
-    with hub_errors(repo_id):
-        import huggingface_hub as hub
-
-        hub.snapshot_download(
-            repo_id, repo_type="dataset", revision=commit, local_dir=folder,
-            allow_patterns=patterns, token=token,
-        )  # fmt: skip
+    sizes = {
+        file.rfilename: file.size or 0
+        for file in info.siblings or ()
+        if any(fnmatchcase(file.rfilename, pattern) for pattern in CONTENTS)
+    }
+    _check_names(repo_id, sizes)
+    return info.sha, sizes
 
 
 def _check_names(repo_id: str, names: dict[str, int]) -> None:
-    """Raise unless there is a cache, and no name leads out of its folder."""
+    """Raise `NotFoundError` without a manifest, `CorruptError` for a name outside the folder."""
     if "manifest.json" not in names:
         raise NotFoundError(f"{repo_id} is not a cache: it has no manifest.json")
     for name in names:
@@ -259,27 +274,24 @@ def _check_names(repo_id: str, names: dict[str, int]) -> None:
 
 
 @contextmanager
-def _staging(path: Path) -> Iterator[Path]:
-    """A folder that only this process fills; kept only where an interrupted pull can go on."""
-    make_folder(path)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UsageError("another process is pulling this cache; wait for it") from None
-    try:
-        yield path
-    except (CorruptError, IncompleteError, MismatchError):
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-    finally:
-        os.close(descriptor)
+def _staging_folder(parent: Path, repo_id: str, commit: str | None) -> Iterator[Path]:
+    """The staging folder of a commit in `parent`; a later pull goes on in the same folder.
+
+    What is wrong with the repository itself would be wrong again: then the folder is removed.
+    """
+    name = hashlib.sha256(f"{repo_id}@{commit}".encode()).hexdigest()[:32]
+    discard_on = (CorruptError, IncompleteError, MismatchError)
+    with ExitStack() as stack:
+        folder = resumable_staging_folder(parent / f".pull-{name}", discard_on)
+        try:
+            staging = stack.enter_context(folder)
+        except BlockingIOError:
+            raise UsageError("another process is pulling this cache; wait for it") from None
+        yield staging
 
 
-def _existing(target: Path) -> ActivationCache:
+def _open_complete(target: Path) -> ActivationCache:
+    """The cache in the folder `target`; raises `IncompleteError` if it is not complete."""
     cache = ActivationCache(target)
     if not cache.complete:
         raise IncompleteError(
@@ -289,13 +301,10 @@ def _existing(target: Path) -> ActivationCache:
     return cache
 
 
-def _admit(staging: Path, target: Path, progress: StageProgress | None) -> None:
-    """Verify what was downloaded, drop what is not of the cache, and give it its name."""
-    _verify(staging, progress)
-    ActivationCache(staging).check_complete()
-    for name in list(_others(staging, pushed_files(staging))):
+def _tidy(staging: Path) -> None:
+    """Remove all files that the journal does not name, and create the folders of a cache."""
+    for name in list(_other_files(staging, cache_files(staging))):
         (staging / name).unlink()
-    shutil.rmtree(staging / ".cache", ignore_errors=True)
-    for folder in FOLDERS:
+    shutil.rmtree(staging / ".cache", ignore_errors=True)  # notes of the hub's client
+    for folder in CACHE_FOLDERS:
         (staging / folder).mkdir(exist_ok=True)
-    publish(staging, target)

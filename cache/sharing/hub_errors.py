@@ -1,4 +1,8 @@
-"""What the Hugging Face hub takes, and what its client raises, in this package's words."""
+"""Limits of the Hugging Face hub, and errors of its client as errors of this package.
+
+Push and pull of caches and of probes run inside `hub_errors`; `push_cache` calls `check_limits`
+before the first upload.
+"""
 
 import errno
 from collections import Counter
@@ -9,48 +13,55 @@ from pathlib import Path, PurePosixPath
 from ..errors import NoSpaceError, NotFoundError, ResiduaError, UsageError
 
 MAX_FILES = 100_000
-"""Files of one repository, and below, the hub's other limits (its storage page, 2025)."""
+"""Files of one repository. This limit and the next two: the hub's storage page, 2025."""
 MAX_ENTRIES = 10_000
 """Entries of one folder."""
 MAX_FILE_BYTES = 50 * 10**9
+"""Bytes of one file."""
 
 
 def check_limits(path: Path, names: set[str]) -> int:
-    """Bytes of the files; raises `UsageError` if the hub would not take them."""
+    """Total bytes of the files `names` in the folder `path`.
+
+    Raises `UsageError` if the files are beyond a limit of the hub.
+    """
     sizes = {name: (path / name).stat().st_size for name in names}
     if len(names) > MAX_FILES:
         raise UsageError(
             f"this cache has {len(names):,} files, the hub takes {MAX_FILES:,} per repository; "
             "extract it with larger --part-positions"
         )
-    entries = {(str(p), q) for n in names for p, q in _steps(PurePosixPath(n))}
-    folder, count = Counter(parent for parent, _ in entries).most_common(1)[0]
+
+    # (folder, entry) pairs of all files and folders: which folder has the most entries?
+    entries = {(str(p.parent), p.name) for name in names for p in _with_parents(name)}
+    folder, count = Counter(folder for folder, _ in entries).most_common(1)[0]
     if count > MAX_ENTRIES:
         raise UsageError(
             f"the folder {folder} has {count:,} entries, the hub takes {MAX_ENTRIES:,}; "
             "extract it with larger --part-positions"
         )
-    name = max(names, key=lambda name: sizes[name])
-    if sizes[name] > MAX_FILE_BYTES:
+
+    largest = max(names, key=lambda name: sizes[name])
+    if sizes[largest] > MAX_FILE_BYTES:
         raise UsageError(
-            f"{name} has {sizes[name] / 1e9:.0f} GB, the hub takes {MAX_FILE_BYTES / 1e9:.0f} GB "
-            "per file; extract it with smaller --part-positions"
+            f"{largest} has {sizes[largest] / 1e9:.0f} GB, the hub takes "
+            f"{MAX_FILE_BYTES / 1e9:.0f} GB per file; extract it with smaller --part-positions"
         )
     return sum(sizes.values())
 
 
-def _steps(path: PurePosixPath) -> Iterator[tuple[PurePosixPath, str]]:
-    """(folder, entry) for every step of a path."""
-    while path.name:
-        yield path.parent, path.name
-        path = path.parent
+def _with_parents(name: str) -> list[PurePosixPath]:
+    """The path `name` and the folders above, without the root."""
+    path = PurePosixPath(name)
+    return [path, *path.parents][:-1]
 
 
 @contextmanager
 def hub_errors(repo_id: str, kind: str = "dataset") -> Iterator[None]:
-    """Turns errors of the hub's client into ours: what went wrong and what to do, no traceback.
+    """Turn errors of the hub's client into errors of this package.
 
-    `kind` is that of the repository: `dataset` or `model`.
+    `kind` is the type of the repository `repo_id`: `dataset` or `model`. Raises `NotFoundError`,
+    `UsageError`, `NoSpaceError`, or `ResiduaError` if the hub cannot be reached; other errors pass.
     """
     from huggingface_hub import errors as hub
 
@@ -75,10 +86,10 @@ def hub_errors(repo_id: str, kind: str = "dataset") -> Iterator[None]:
         library = type(error).__module__.split(".")[0]
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise NoSpaceError("the disk is full; what is there stays for the next try") from None
-        offline = isinstance(error, ConnectionError | TimeoutError | hub.LocalEntryNotFoundError)
-        if offline or library.startswith(("httpx", "requests")):
-            text = (str(error).splitlines() or [type(error).__name__])[0]
+        is_offline = isinstance(error, ConnectionError | TimeoutError | hub.LocalEntryNotFoundError)
+        if is_offline or library.startswith(("httpx", "requests")):
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ResiduaError(
-                f"the hub cannot be reached: {text}; the same command goes on from here"
+                f"the hub cannot be reached: {reason}; the same command goes on from here"
             ) from None
         raise

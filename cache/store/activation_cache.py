@@ -1,4 +1,9 @@
-"""Opens a cache for reading: no model, no torch, no transformers, no data set."""
+"""`ActivationCache`: reads the residual streams, tokens and head of a cache, lazily from disk.
+
+Open a cache with `ActivationCache(path)`, or by name with `find_cache` (`catalog.py`); extraction
+writes caches. Reading imports no torch and no transformers, and needs neither model nor texts.
+`cache/README.md` describes the format on disk.
+"""
 
 import re
 from collections.abc import Iterator
@@ -34,36 +39,45 @@ if TYPE_CHECKING:
 
 
 SLAB_ROWS = 128
-"""Slabs of 64 to 256 rows, shuffled in a buffer, are as good as true random order."""
-WHOLE = ("tokens/", "sequences/", "context/", "contexts/")
-"""Beginnings of the names of arrays that are there before the first part."""
+"""Rows per slab: slabs of 64 to 256 rows, shuffled in a buffer, are as good as random order."""
+WHOLE_ARRAYS = ("tokens/", "sequences/", "context/", "contexts/")
+"""Prefixes of arrays that are written whole when the cache is created, not part by part."""
 BLOCK_BYTES = 16 << 20
 """Largest float32 block of one read; larger blocks cost twice the time per byte."""
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Whole sequences as the model read them; all arrays `(contexts,)` but `ids`."""
+    """Whole sequences as the model read them; `ids` is `(tokens,)`, all others `(contexts,)`."""
 
     ids: CacheArray
     """Token ids of all contexts, `(tokens,)`, read on slicing."""
     start: np.ndarray
-    """First token of each context."""
+    """Index in `ids` of the first token of each context."""
     length: np.ndarray
     """Tokens of each context."""
     row: np.ndarray
     """First position of the cache that comes from each context."""
     rows: np.ndarray
-    """Positions that come from each context."""
+    """Positions of the cache that come from each context."""
 
 
 class ActivationCache:
     """Residual streams of one model on one token stream, read lazily from disk.
 
     Arrays are position-major: layer `l` is `(positions, d_model)`. Layer 0 is the embedding
-    output, layer `l` the output of block `l`, layer `L = depth` the last one before the final
-    norm. Raises `NotFoundError` if there is no cache at `path`, `CorruptError` if it is damaged,
-    `IncompleteError` if its extraction is not finished.
+    output, layer `l` the output of block `l`, layer `L = n_blocks` the input of the final norm.
+    Positions are those of all sequences, one sequence after the other.
+
+        cache = ActivationCache("~/.cache/residua/3f9c1b...")
+        cache.residual(6)  # lazy dask array (positions, d_model)
+        cache.residual_array(6)[:1000]  # numpy float32, read on slicing
+        cache.logits()  # lazy (positions, vocab): the model's logits
+        train = cache.sequences("train")  # numbers of the sequences of a split
+        cache.tokens.take(cache.positions_of(train))  # token ids of these sequences
+
+    Raises `NotFoundError` if `path` has no cache and `CorruptError` if the cache is damaged;
+    reading rows raises `IncompleteError` while the extraction is not finished.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,7 +88,7 @@ class ActivationCache:
         self.journal = Journal(self.path / "journal")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Only the path travels: a worker opens the cache on its own.
+        # Only the path is pickled: a worker opens the cache again.
         return type(self), (self.path.absolute(),)
 
     def __repr__(self) -> str:
@@ -83,20 +97,26 @@ class ActivationCache:
             f"{self.positions} positions x {self.d_model}, layers {format_ranges(self.layers)}>"
         )
 
+    # Identity and shape
+
     @property
     def id(self) -> str:
+        """sha256 of the manifest's identity: model, tokens, capture; also the folder's name."""
         return self.manifest.id
 
     @property
     def positions(self) -> int:
+        """Number of positions, over all sequences."""
         return self.manifest.tokens.positions
 
     @property
     def d_model(self) -> int:
+        """Width of the residual stream."""
         return self.manifest.d_model
 
     @property
     def vocab(self) -> int:
+        """Number of logits of the head."""
         return self.manifest.vocab
 
     @property
@@ -104,123 +124,225 @@ class ActivationCache:
         """Number L of blocks, which is also the number of the last layer."""
         return self.manifest.depth
 
-    @property
-    def n_parts(self) -> int:
-        return self.manifest.layout.parts(self.positions)
-
     @cached_property
-    def committed(self) -> dict[int, PartRecord]:
-        """Committed parts by number, as they were when first asked for."""
-        return self.journal.parts()
+    def bytes(self) -> int:
+        """Bytes of all files of the cache."""
+        return total_bytes(self.path)
+
+    # Layers
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """Layers that are complete over all positions."""
-        names = self.complete_names
-        return tuple(sorted(int(n.split("/")[1]) for n in names if n.startswith("residual/")))
+        """Numbers of the layers that can be read at all positions, ascending."""
+        names = [name for name in self.complete_names if name.startswith("residual/")]
+        return tuple(sorted(int(name.split("/")[1]) for name in names))
 
-    @cached_property
-    def complete_names(self) -> set[str]:
-        """Arrays that every part has."""
-        found = self.committed
-        if len(found) < self.n_parts:
-            return set()
-        return set.intersection(*(set(record.arrays) for record in found.values()))
+    def residual_array(self, layer: int) -> CacheArray:
+        """Layer `layer`, `(positions, d_model)` float32, read from disk on slicing.
 
-    @property
-    def complete(self) -> bool:
-        """Whether at least one layer can be read over all positions."""
-        return bool(self.layers)
+        Raises `NotFoundError` for a layer that the cache lacks.
+        """
+        return self._residual_arrays[self._check_layer(layer)]
 
-    @property
-    def target_layers(self) -> tuple[int, ...]:
-        """Layers that this cache has or is meant to get: those whose array the journal names."""
-        _, files = self.journal.base()
-        found = [re.fullmatch(r"arrays\.zarr/residual/(\d+)/zarr\.json", name) for name in files]
-        return tuple(sorted(int(match[1]) for match in found if match))
-
-    @property
-    def logits_names(self) -> tuple[str, ...]:
-        """Arrays of the logits that the cache keeps beside the layers."""
-        arrays = logits_arrays(self.manifest.capture.logits, self.vocab, "float16")
-        return tuple(array.name for array in arrays)
-
-    @property
-    def target_names(self) -> tuple[str, ...]:
-        """Arrays that every part has or is meant to get."""
-        return (*(f"residual/{layer}" for layer in self.target_layers), *self.logits_names)
-
-    @property
-    def finished(self) -> bool:
-        """Whether every array that the cache is meant to have is complete."""
-        return self.complete and set(self.target_names) == self.complete_names
-
-    @cached_property
-    def bytes(self) -> int:
-        """Bytes of all files of this cache."""
-        return total_bytes(self.path)
+    def residual(self, layer: int, dtype: Any = np.float32) -> "dask.array.Array":
+        """Layer `layer` as a lazy dask array, `(positions, d_model)` of `dtype`."""
+        return self._lazy(self.residual_array(layer), self.block_rows()).astype(dtype, copy=False)
 
     def array(self, name: str) -> CacheArray:
-        """A stored array by its name inside `arrays.zarr`, such as `tokens/ids`.
+        """The stored array `name` inside `arrays.zarr`, such as `tokens/ids`.
 
-        Of arrays that are written part by part, rows that are not committed raise
-        `IncompleteError` when they are read.
+        Reading rows of an array that is written part by part raises `IncompleteError` for rows that
+        are not committed.
         """
-        by_parts = not name.startswith(WHOLE)
-        return CacheArray(self.path / "arrays.zarr" / name, self.journal if by_parts else None)
+        journal = None if name.startswith(WHOLE_ARRAYS) else self.journal
+        return CacheArray(self.path / "arrays.zarr" / name, journal)
 
     def has(self, name: str) -> bool:
-        """Whether there is an array of that name."""
+        """Whether the cache has the array `name`."""
         return (self.path / "arrays.zarr" / name / "zarr.json").is_file()
 
-    def categories(self, name: str) -> tuple[str, ...]:
-        """The words that the codes of an array stand for; empty if its numbers are no codes."""
-        return tuple(self.array(name).attributes.get("categories", ()))
+    # Tokens and sequences
 
-    def has_categories(self, name: str) -> bool:
-        """Whether the numbers of an array are codes of words."""
-        return "categories" in self.array(name).attributes
+    @cached_property
+    def tokens(self) -> CacheArray:
+        """Token ids, `(positions,)` int32, read on slicing."""
+        return self.array("tokens/ids")
 
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """Labels that the sequences have: the other columns of the data they came from."""
-        folder = self.path / "arrays.zarr" / "sequences" / "labels"
-        return tuple(sorted(path.parent.name for path in folder.glob("*/zarr.json")))
+    @cached_property
+    def token_index(self) -> CacheArray:
+        """Index of each position in its context, `(positions,)` int32, read on slicing."""
+        return self.array("tokens/index")
 
-    def label(self, name: str, missing: str | None = "") -> np.ndarray:
-        """One value per sequence, `(sequences,)`; words as str, `missing` where one is missing.
+    @cached_property
+    def sequence_start(self) -> np.ndarray:
+        """First position of each sequence, `(sequences,)` int64."""
+        return self.array("sequences/start")[:]
 
-        With None for `missing`, unlike with the empty word, those that are empty in the data can
-        be told from it; the array then holds objects. Missing numbers are NaN.
+    @cached_property
+    def sequence_length(self) -> np.ndarray:
+        """Tokens of each sequence, `(sequences,)` int64."""
+        return self.array("sequences/length")[:].astype(np.int64)
+
+    def positions_of(self, sequences: np.ndarray) -> np.ndarray:
+        """Positions of the sequences `sequences`, one sequence after the other, `(n,)` int64."""
+        starts, lengths = self.sequence_start[sequences], self.sequence_length[sequences]
+        ends = np.cumsum(lengths)
+        # Row i of a sequence has the position i + start of the sequence - rows before the sequence.
+        rows = np.arange(ends[-1] if len(ends) else 0)
+        return rows + np.repeat(starts - (ends - lengths), lengths)
+
+    def blocks(self, sequences: np.ndarray, rows: int | None = None) -> Iterator[np.ndarray]:
+        """Cut the array `sequences`, in its order, into groups of about `rows` positions.
+
+        A group has at most `rows` positions (default: `block_rows()`), or one longer sequence.
         """
-        if name not in self.label_names:
-            known = ", ".join(self.label_names) or "none"
-            raise NotFoundError(f"there is no label {name!r} in this cache; labels are: {known}")
-        values = self.array(f"sequences/labels/{name}")[:]
-        if not self.has_categories(f"sequences/labels/{name}"):
-            return values
-        words = [*self.categories(f"sequences/labels/{name}"), missing]
-        # numpy's own texts lose a NUL at their end
-        plain = missing is not None and not any(word and word[-1] == "\0" for word in words)
-        return np.array(words, None if plain else object)[values]
+        limit = rows or self.block_rows()
+        lengths = self.sequence_length[sequences]
+        start, size = 0, 0
+        for index, length in enumerate(lengths):
+            if size and size + length > limit:
+                yield sequences[start:index]
+                start, size = index, 0
+            size += int(length)
+        if size:
+            yield sequences[start:]
+
+    @cached_property
+    def sequence_hash(self) -> np.ndarray:
+        """First 64 bits of the sha256 of each sequence, `(sequences,)` uint64; cache/README.md."""
+        return self.array("sequences/hash")[:]
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer (`tokenizers.Tokenizer`), from the file kept in the cache."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str((self.path / "head" / "tokenizer.json").read_text("utf-8"))
+
+    def following_tokens(self, positions: np.ndarray, across_documents: bool = False) -> np.ndarray:
+        """Token that follows each of `positions` in its context, `(n,)` int64; -1 at the end.
+
+        Contexts are whole also if only some of their positions are kept. The end of a document is
+        an end too, unless `across_documents`.
+        """
+        from ..tokens.segments import neighbour_tokens
+
+        return neighbour_tokens(self, positions, 1, across_documents)
+
+    # Splits and folds
+
+    def sequences(self, name: str) -> np.ndarray:
+        """Numbers of the sequences of a split, ascending: `train`, `validation`, `test` or `all`.
+
+        No split has quarantined sequences. Raises `UsageError` for an unknown split.
+        """
+        numbers = self._split_sequences(name)
+        return numbers[~np.isin(numbers, list(self.quarantined))] if self.quarantined else numbers
+
+    def _split_sequences(self, name: str) -> np.ndarray:
+        """Like `sequences`, with quarantined sequences."""
+        if name == "all":
+            return np.arange(len(self.sequence_split))
+        if name not in SPLITS:
+            raise UsageError(f"there is no split {name!r}; splits are {', '.join(SPLITS)}, all")
+        return np.flatnonzero(self.sequence_split == SPLITS.index(name))
+
+    @cached_property
+    def sequence_split(self) -> np.ndarray:
+        """Split of each sequence as an index into `SPLITS`, `(sequences,)` uint8."""
+        return self.array("sequences/split")[:]
+
+    def sequence_folds(self, folds: int, split: str = "train") -> np.ndarray:
+        """Fold of each sequence for cross-validation on `split`, `(sequences,)` int64.
+
+        Sequences that begin in one document share a fold. If documents are so few that a fold would
+        have no sequence of `split`, sequences are assigned to folds one by one.
+        """
+        from ..tokens.splits import assign_folds
+
+        fold_of_sequence = assign_folds(self.sequence_document, folds)
+        if len(np.unique(fold_of_sequence[self._split_sequences(split)])) < folds:
+            return assign_folds(self.sequence_hash, folds)
+        return fold_of_sequence
+
+    @cached_property
+    def quarantined(self) -> dict[int, str]:
+        """Sequence -> reason, for sequences left out of all splits: non-finite activations."""
+        records = self.committed.values()
+        return {
+            sequence: reason for record in records for sequence, reason in record.quarantine.items()
+        }
+
+    # Documents and contexts: the texts that sequences come from, and what the model read
+
+    @cached_property
+    def sequence_document(self) -> np.ndarray:
+        """First 64 bits of the sha256 of the document in which each sequence begins.
+
+        `(sequences,)` uint64. A cache of format 1 lacks this array and gives `sequence_hash`.
+        """
+        name = "sequences/document"
+        return self.array(name)[:] if self.has(name) else self.sequence_hash
+
+    @cached_property
+    def document_numbers(self) -> CacheArray | None:
+        """Number of the document of each position, `(positions,)` int64, read on slicing.
+
+        None for caches made of token ids, which have no documents.
+        """
+        return self.array("tokens/row_id") if self.has("tokens/row_id") else None
 
     def spans(self, positions: np.ndarray) -> np.ndarray:
-        """Document, first character and end of each position, `(n, 3)` int64."""
+        """Document, first character and last + 1 character of each position, `(n, 3)` int64."""
         names = ("tokens/row_id", "tokens/char_start", "tokens/char_stop")
         return np.stack([self.array(name).take(positions) for name in names], -1)
 
-    def residual_array(self, layer: int) -> CacheArray:
-        """Layer `layer` as an array that reads on slicing, `(positions, d_model)` float32."""
-        return self._arrays[self._check(layer)]
+    @cached_property
+    def contexts(self) -> "Contexts":
+        """The contexts: whole sequences as the model read them, and the rows that come from each.
 
-    def residual(self, layer: int, dtype: Any = np.float32) -> "dask.array.Array":
-        """Layer `layer` as a lazy dask array, `(positions, d_model)`."""
-        return self._lazy(self.residual_array(layer), self.block_rows()).astype(dtype, copy=False)
+        Sequences are parts of contexts if only some positions are kept.
+        """
+        if not self.has("context/ids"):
+            start, length = self.sequence_start, self.sequence_length
+            return Contexts(self.tokens, start, length, start, length)
+        context_of_sequence = self.sequence_context
+        start, length = self.array("contexts/start")[:], self.array("contexts/length")[:]
+        rows = np.bincount(context_of_sequence, self.sequence_length, len(start)).astype(np.int64)
+        return Contexts(
+            self.array("context/ids"), start, length.astype(np.int64), np.cumsum(rows) - rows, rows
+        )
+
+    @cached_property
+    def sequence_context(self) -> np.ndarray:
+        """Number of the context of each sequence, `(sequences,)`.
+
+        If all positions are kept, contexts and sequences are the same.
+        """
+        if not self.has("context/ids"):
+            return np.arange(len(self.sequence_length))
+        return self.array("sequences/context")[:]
+
+    @cached_property
+    def context_document_numbers(self) -> CacheArray | None:
+        """Like `document_numbers`, for each token of `contexts`, `(tokens,)` int64."""
+        if not self.has("context/ids"):
+            return self.document_numbers
+        return self.array("context/row_id") if self.has("context/row_id") else None
+
+    # Head and logits
+
+    @cached_property
+    def head(self) -> "Head":
+        """Head of the model, layer L -> logits: final norm, unembedding, bias, scale, softcap."""
+        from ..head.load_head import load_head
+
+        return load_head(self.path / "head")
 
     def logits(self, layer: int | None = None) -> "dask.array.Array":
-        """Logits `(positions, vocab)` of the head on `layer` (default: L, the model), lazy.
+        """Logits of the head on `layer`, `(positions, vocab)` float32, as a lazy dask array.
 
-        Where all logits are stored, those are read if no layer is named; else they are computed.
+        Without `layer`, these are the model's logits: read if the cache keeps all logits, else
+        computed from layer L.
         """
         self.check_complete()
         rows = max(1, BLOCK_BYTES // (4 * self.vocab))
@@ -233,215 +355,153 @@ class ActivationCache:
         )
 
     def topk(self, size: int | None = None) -> TopK:
-        """The `size` largest logits of every position (default: as stored, else 64), lazy.
+        """The `size` largest logits of every position, lazy (default: as many as stored, else 64).
 
-        Read where at least as many are stored; else computed as `logits()` are. Among equal
-        logits the order is any.
+        They are read if the cache keeps at least `size` of them, else computed from `logits()`.
+        Equal logits may come in any order.
         """
         self.check_complete()
-        stored = top_size(self.manifest.capture.logits)
-        size = size or stored or min(DEFAULT_TOP, self.vocab)
+        stored_size = top_size(self.manifest.capture.logits)
+        size = size or stored_size or min(DEFAULT_TOP, self.vocab)
         if not 1 <= size <= self.vocab:
             raise UsageError(f"size must lie in 1..{self.vocab}, got {size}")
-        if size <= stored and self.complete_names.issuperset(TOP_ARRAYS):
-            return self._stored_top(size)
+        if size <= stored_size and self.complete_names.issuperset(TOP_ARRAYS):
+            return self._stored_topk(size)
+        # `pack_top` puts ids, values, logsumexp and tail into one array of 2 * size + 2 columns.
         logits = self.logits()
         chunks: Any = (logits.chunks[0], (2 * size + 2,))
         return unpack_top(logits.map_blocks(pack_top, size, dtype=np.float64, chunks=chunks), size)
 
-    def _stored_top(self, size: int) -> TopK:
-        """The first `size` of the stored ones; what is not among them is in the tail."""
+    def _stored_topk(self, size: int) -> TopK:
+        """The `size` largest of the stored logits; the probability of all others is `tail`."""
         rows = self.block_rows()
         ids, values, logsumexp, tail = (self._lazy(self.array(n), rows) for n in TOP_ARRAYS)
         if size < ids.shape[1]:
-            left = np.exp(values[:, size:] - logsumexp[:, None]).sum(-1)
-            ids, values, tail = ids[:, :size], values[:, :size], tail + left
+            dropped = np.exp(values[:, size:] - logsumexp[:, None]).sum(-1)
+            ids, values, tail = ids[:, :size], values[:, :size], tail + dropped
         return TopK(ids.astype(np.int32), values, logsumexp, tail)
 
-    def _lazy(self, source: CacheArray, rows: int) -> "dask.array.Array":
-        import dask.array
+    @property
+    def logits_names(self) -> tuple[str, ...]:
+        """Names of the arrays of logits that the cache keeps; empty without logits."""
+        arrays = logits_arrays(self.manifest.capture.logits, self.vocab, "float16")
+        return tuple(array.name for array in arrays)
 
-        name = f"{source.path.parent.name}-{source.path.name}-{self.id[:SHORT_ID]}-{rows}"
-        chunks: Any = (rows, -1)[: source.ndim]
-        return dask.array.from_array(source, chunks=chunks, name=name, asarray=False)
-
-    def block_rows(self, rows: int = 1 << 16) -> int:
-        """Rows of a block of at most `rows` rows and `BLOCK_BYTES` bytes of float32."""
-        return max(1, min(rows, BLOCK_BYTES // (4 * self.d_model)))
+    # Labels of sequences
 
     @property
-    def slab_rows(self) -> int:
-        """Neighbouring rows that shuffled reads take at once: few, or a chunk where it comes whole.
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels of sequences: columns of the data beside the text."""
+        folder = self.path / "arrays.zarr" / "sequences" / "labels"
+        return tuple(sorted(path.parent.name for path in folder.glob("*/zarr.json")))
 
-        From afar, and where it is compressed.
+    def label(self, name: str, missing: str | None = "") -> np.ndarray:
+        """Value of label `name` for each sequence, `(sequences,)`: numbers, or words as str.
+
+        A missing word becomes `missing`, a missing number NaN. `missing=None` tells missing words
+        from empty ones; the array then has dtype object.
         """
-        whole = is_remote(self.path) or self.manifest.codec != "raw"
-        return self.manifest.layout.chunk_rows if whole else SLAB_ROWS
+        if name not in self.label_names:
+            names = ", ".join(self.label_names) or "none"
+            raise NotFoundError(f"there is no label {name!r} in this cache; labels are: {names}")
+        values = self.array(f"sequences/labels/{name}")[:]
+        if not self.has_categories(f"sequences/labels/{name}"):
+            return values
+        words = [*self.categories(f"sequences/labels/{name}"), missing]
+        # numpy's str dtype drops a NUL at the end of a word.
+        fits_str = missing is not None and not any(word and word[-1] == "\0" for word in words)
+        return np.array(words, None if fits_str else object)[values]
 
-    def blocks(self, sequences: np.ndarray, rows: int | None = None) -> Iterator[np.ndarray]:
-        """Group whole `sequences` (numbers, in any order) so that a group has about `rows` rows."""
-        limit = rows or self.block_rows()
-        lengths = self.sequence_length[sequences]
-        start, size = 0, 0
-        for index, length in enumerate(lengths):
-            if size and size + length > limit:
-                yield sequences[start:index]
-                start, size = index, 0
-            size += int(length)
-        if size:
-            yield sequences[start:]
+    def categories(self, name: str) -> tuple[str, ...]:
+        """Word of each code of the array `name`; empty if the array's numbers are not codes."""
+        return tuple(self.array(name).attributes.get("categories", ()))
 
-    def positions_of(self, sequences: np.ndarray) -> np.ndarray:
-        """Positions of whole `sequences`, one sequence after the other."""
-        starts, lengths = self.sequence_start[sequences], self.sequence_length[sequences]
-        ends = np.cumsum(lengths)
-        return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+    def has_categories(self, name: str) -> bool:
+        """Whether the numbers of the array `name` are codes of words."""
+        return "categories" in self.array(name).attributes
 
-    @cached_property
-    def quarantined(self) -> dict[int, str]:
-        """Sequence -> why it is in no split: its activations are not finite."""
-        records = self.committed.values()
-        return {number: why for record in records for number, why in record.quarantine.items()}
+    # Progress of the extraction
 
-    def sequences(self, name: str) -> np.ndarray:
-        """Numbers of the sequences of a split: `train`, `validation`, `test` or `all`.
+    @property
+    def complete(self) -> bool:
+        """Whether at least one layer can be read at all positions."""
+        return bool(self.layers)
 
-        Quarantined sequences are in none of them.
-        """
-        numbers = self._split(name)
-        return numbers[~np.isin(numbers, list(self.quarantined))] if self.quarantined else numbers
-
-    def _split(self, name: str) -> np.ndarray:
-        if name == "all":
-            return np.arange(len(self.sequence_split))
-        if name not in SPLITS:
-            raise UsageError(f"there is no split {name!r}; splits are {', '.join(SPLITS)}, all")
-        return np.flatnonzero(self.sequence_split == SPLITS.index(name))
-
-    @cached_property
-    def tokens(self) -> CacheArray:
-        """Token ids, `(positions,)` int32, read on slicing."""
-        return self.array("tokens/ids")
-
-    @cached_property
-    def sequence_start(self) -> np.ndarray:
-        """First position of each sequence, `(sequences,)` int64."""
-        return self.array("sequences/start")[:]
-
-    @cached_property
-    def sequence_length(self) -> np.ndarray:
-        """Tokens of each sequence, `(sequences,)` int64."""
-        return self.array("sequences/length")[:].astype(np.int64)
-
-    @cached_property
-    def sequence_split(self) -> np.ndarray:
-        """Split of each sequence as an index into `SPLITS`, `(sequences,)` uint8."""
-        return self.array("sequences/split")[:]
-
-    @cached_property
-    def sequence_hash(self) -> np.ndarray:
-        """64 bits of the sha256 of each sequence, `(sequences,)` uint64; see cache/README.md."""
-        return self.array("sequences/hash")[:]
-
-    @cached_property
-    def sequence_document(self) -> np.ndarray:
-        """64 bits of the sha256 of the text in which each sequence begins, `(sequences,)` uint64.
-
-        In format 1, which has no such number, `sequence_hash`.
-        """
-        name = "sequences/document"
-        return self.array(name)[:] if self.has(name) else self.sequence_hash
-
-    def sequence_folds(self, folds: int, split: str = "train") -> np.ndarray:
-        """Fold of each sequence for cross-validation on `split`, `(sequences,)` int64.
-
-        Sequences that begin in one document are in one fold. Where documents are so few that a
-        fold would have none of the split, folds are of single sequences instead.
-        """
-        from ..tokens.splits import assign_folds
-
-        found = assign_folds(self.sequence_document, folds)
-        if len(np.unique(found[self._split(split)])) < folds:
-            return assign_folds(self.sequence_hash, folds)
-        return found
-
-    @cached_property
-    def document_numbers(self) -> CacheArray | None:
-        """Number of the source document of each position, int64, read on slicing; None if unknown.
-
-        In the tables `tokens/row_id`; unknown in caches made of token ids.
-        """
-        return self.array("tokens/row_id") if self.has("tokens/row_id") else None
-
-    @cached_property
-    def context_document_numbers(self) -> CacheArray | None:
-        """The same for each token of `contexts`; None if unknown."""
-        if not self.has("context/ids"):
-            return self.document_numbers
-        return self.array("context/row_id") if self.has("context/row_id") else None
-
-    @cached_property
-    def token_index(self) -> CacheArray:
-        """Index of each position in the sequence that the model read, int32, read on slicing."""
-        return self.array("tokens/index")
-
-    @cached_property
-    def sequence_context(self) -> np.ndarray:
-        """Number of the context of each sequence, `(sequences,)`; itself where all are kept."""
-        if not self.has("context/ids"):
-            return np.arange(len(self.sequence_length))
-        return self.array("sequences/context")[:]
-
-    @cached_property
-    def contexts(self) -> "Contexts":
-        """The whole sequences that went through the model, and the rows that each gave."""
-        if not self.has("context/ids"):
-            start, length = self.sequence_start, self.sequence_length
-            return Contexts(self.tokens, start, length, start, length)
-        of_run = self.sequence_context
-        start, length = self.array("contexts/start")[:], self.array("contexts/length")[:]
-        rows = np.bincount(of_run, self.sequence_length, len(start)).astype(np.int64)
-        return Contexts(
-            self.array("context/ids"), start, length.astype(np.int64), np.cumsum(rows) - rows, rows
-        )
-
-    @cached_property
-    def head(self) -> "Head":
-        """Final norm, unembedding, bias, scale and softcap: residual of layer L -> logits."""
-        from ..head.load_head import load_head
-
-        return load_head(self.path / "head")
-
-    def tokenizer(self) -> Any:
-        """The model's tokenizer, from the files kept in the cache; imports `tokenizers` only."""
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_str((self.path / "head" / "tokenizer.json").read_text("utf-8"))
-
-    def following_tokens(self, positions: np.ndarray, across_documents: bool = False) -> np.ndarray:
-        """Token that the text goes on with after each of `positions`, `(n,)` int64; -1 at its end.
-
-        The text is that of the whole sequences that the model read, also where only some of their
-        positions are kept; it ends with its document unless `across_documents`.
-        """
-        from ..tokens.segments import neighbour_tokens
-
-        return neighbour_tokens(self, positions, 1, across_documents)
+    @property
+    def finished(self) -> bool:
+        """Whether every array that the cache is meant to get is complete."""
+        return self.complete and set(self.target_names) == self.complete_names
 
     def check_complete(self) -> None:
-        """Raise `IncompleteError` if rows are missing."""
+        """Raise `IncompleteError` unless at least one layer can be read at all positions."""
         if not self.complete:
             raise IncompleteError(
                 f"cache {self.id[:SHORT_ID]} has {len(self.committed)} of {self.n_parts} parts; "
                 "run the same `residua extract` again to finish it"
             )
 
+    @property
+    def n_parts(self) -> int:
+        """Number of parts: the rows that are written and committed together."""
+        return self.manifest.layout.parts(self.positions)
+
     @cached_property
-    def _arrays(self) -> dict[int, CacheArray]:
-        residual = self.path / "arrays.zarr" / "residual"  # complete: nothing to look up
+    def committed(self) -> dict[int, PartRecord]:
+        """Part -> its record, for committed parts; read once and kept."""
+        return self.journal.parts()
+
+    @cached_property
+    def complete_names(self) -> set[str]:
+        """Names of the arrays that every part has; empty while a part is missing."""
+        records = self.committed
+        if len(records) < self.n_parts:
+            return set()
+        return set.intersection(*(set(record.arrays) for record in records.values()))
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """Names of the arrays that every part has or is meant to get."""
+        return (*(f"residual/{layer}" for layer in self.target_layers), *self.logits_names)
+
+    @property
+    def target_layers(self) -> tuple[int, ...]:
+        """Layers that the cache has or is meant to get: the journal names their arrays."""
+        _, files = self.journal.base()
+        matches = [re.fullmatch(r"arrays\.zarr/residual/(\d+)/zarr\.json", name) for name in files]
+        return tuple(sorted(int(match[1]) for match in matches if match))
+
+    # Sizes of reads
+
+    def block_rows(self, rows: int = 1 << 16) -> int:
+        """Rows of a block of at most `rows` rows and `BLOCK_BYTES` bytes of one float32 layer."""
+        return max(1, min(rows, BLOCK_BYTES // (4 * self.d_model)))
+
+    @property
+    def slab_rows(self) -> int:
+        """Rows that shuffled reading takes together: 128, or a whole chunk.
+
+        A chunk of an object store is fetched, and a compressed chunk decompressed, as a whole:
+        smaller reads would repeat that work.
+        """
+        reads_whole_chunks = is_remote(self.path) or self.manifest.codec != "raw"
+        return self.manifest.layout.chunk_rows if reads_whole_chunks else SLAB_ROWS
+
+    def _lazy(self, source: CacheArray, rows: int) -> "dask.array.Array":
+        """`source` as a dask array in chunks of `rows` rows; its name identifies the data."""
+        import dask.array
+
+        name = f"{source.path.parent.name}-{source.path.name}-{self.id[:SHORT_ID]}-{rows}"
+        chunks: Any = (rows, -1)[: source.ndim]
+        return dask.array.from_array(source, chunks=chunks, name=name, asarray=False)
+
+    @cached_property
+    def _residual_arrays(self) -> dict[int, CacheArray]:
+        # Complete layers need no journal: every row is committed.
+        residual = self.path / "arrays.zarr" / "residual"
         return {layer: CacheArray(residual / str(layer)) for layer in self.layers}
 
-    def _check(self, layer: int) -> int:
+    def _check_layer(self, layer: int) -> int:
+        """`layer`; raises `NotFoundError` if the cache lacks it."""
         self.check_complete()
         if layer not in self.layers:
             raise NotFoundError(
@@ -451,6 +511,6 @@ class ActivationCache:
 
 
 def dask_chunks(positions: int, rows: int) -> tuple[int, ...]:
-    """Chunk sizes of `positions` rows in blocks of `rows`."""
-    full, rest = divmod(positions, rows)
-    return (rows,) * full + ((rest,) if rest else ())
+    """Sizes of dask's chunks along `positions` rows, cut into blocks of `rows`."""
+    n_full, remainder = divmod(positions, rows)
+    return (rows,) * n_full + ((remainder,) if remainder else ())

@@ -1,4 +1,8 @@
-"""The caches under a root: where the root is, which caches it has, which one a name means."""
+"""Finds caches: the root folder, the caches under a root, and the cache that a name means.
+
+`find_cache("3f9c", cache_root())` opens a cache by the beginning of its id; `list_caches` and
+`describe_cache` give what `residua ls` and `residua info` print.
+"""
 
 import os
 from contextlib import suppress
@@ -11,58 +15,64 @@ from .activation_cache import SHORT_ID, ActivationCache
 
 
 def cache_root(root: str | Path | None = None) -> Path:
-    """`root`, a folder or a URL, else $RESIDUA_ROOT, else `residua` in the user's XDG cache."""
+    """The root: `root` (a folder or a URL), else $RESIDUA_ROOT, else ~/.cache/residua.
+
+    $XDG_CACHE_HOME, if set, takes the place of ~/.cache.
+    """
     if root is not None:
         return as_path(root)
-    if named := os.environ.get("RESIDUA_ROOT"):
-        return as_path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "residua"
+    if environment_root := os.environ.get("RESIDUA_ROOT"):
+        return as_path(environment_root)
+    xdg_cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg_cache) if xdg_cache else Path.home() / ".cache") / "residua"
 
 
 def list_paths(root: Path) -> list[Path]:
-    """Folders of all caches under `root`, oldest first; nothing is read."""
-    found = [p / "manifest.json" for p in list_folder(root) if not p.name.startswith(".")]
-    written: list[tuple[float, Path]] = []
-    for manifest in found:
+    """Folders of all caches under `root`, oldest first; no file is opened."""
+    manifests = [p / "manifest.json" for p in list_folder(root) if not p.name.startswith(".")]
+    by_time: list[tuple[float, Path]] = []
+    for manifest in manifests:
         with suppress(FileNotFoundError):  # a cache that is being removed
             if manifest.is_file():
-                written.append((manifest.stat().st_mtime, manifest))
-    return [manifest.parent for _, manifest in sorted(written)]
+                by_time.append((manifest.stat().st_mtime, manifest))
+    return [manifest.parent for _, manifest in sorted(by_time)]
 
 
 def find_path(name: str, root: Path) -> Path:
-    """Folder of the cache whose id begins with `name`, or the path `name` itself.
+    """Folder of the cache whose id begins with `name`; or `name`, if that is a cache's path.
 
-    Raises `NotFoundError` if there is none and `UsageError` if several ids begin so.
+    Raises `NotFoundError` if no id begins with `name`, and `UsageError` if several do.
     """
     path = as_path(name)
     if (path / "manifest.json").is_file():
         return path
     paths = list_paths(root)
-    found = [path for path in paths if name and path.name.startswith(name)]
-    if len(found) > 1:
-        ids = ", ".join(path.name[:SHORT_ID] for path in found)
-        raise UsageError(f"{name!r} begins the ids of {len(found)} caches: {ids}; give more of it")
-    if not found:
+    matches = [path for path in paths if name and path.name.startswith(name)]
+    if len(matches) > 1:
+        ids = ", ".join(path.name[:SHORT_ID] for path in matches)
+        raise UsageError(
+            f"{name!r} begins the ids of {len(matches)} caches: {ids}; give more of it"
+        )
+    if not matches:
         ids = ", ".join(path.name[:SHORT_ID] for path in paths) or "none"
         raise NotFoundError(
             f"no cache {name!r} under {root} (there: {ids}); give a prefix of an id, or a path"
         )
-    return found[0]
+    return matches[0]
 
 
 def find_cache(name: str, root: Path) -> ActivationCache:
-    """The cache that `find_path` finds, opened."""
+    """Open the cache whose id begins with `name`, or at the path `name`; see `find_path`."""
     return ActivationCache(find_path(name, root))
 
 
 def list_caches(root: Path) -> list[dict[str, Any]]:
-    """A summary of every cache under `root`; a damaged one is listed with what is wrong."""
+    """JSON objects of all caches under `root`; the state of a damaged cache says the error."""
     return [_summary(path) for path in list_paths(root)]
 
 
 def _summary(path: Path) -> dict[str, Any]:
+    """The JSON object of one cache in `residua ls`."""
     try:
         cache = ActivationCache(path)
         state = "complete" if cache.complete else f"{len(cache.committed)} of {cache.n_parts} parts"
@@ -79,20 +89,19 @@ def _summary(path: Path) -> dict[str, Any]:
             "path": str(path),
         }
     except ResiduaError as error:
-        empty = dict.fromkeys(("model", "data", "positions", "sequences", "d_model"))
-        state = f"damaged: {error}"
+        unknown = dict.fromkeys(("model", "data", "positions", "sequences", "d_model"))
         return {
             "cache": path.name,
-            **empty,
+            **unknown,
             "layers": [],
             "bytes": 0,
-            "state": state,
+            "state": f"damaged: {error}",
             "path": str(path),
         }
 
 
 def describe_cache(cache: ActivationCache) -> dict[str, Any]:
-    """Everything that is known of `cache` without reading its arrays."""
+    """The JSON object of `residua info`: all facts about `cache` that need no reading of rows."""
     from ..files.json_files import read_json
     from .local_origin import read_origin
 
@@ -122,4 +131,4 @@ def describe_cache(cache: ActivationCache) -> dict[str, Any]:
         "head": {**cache.head.describe(), "geometry": cache.head.digest},
         "provenance": read_json(cache.path / "provenance.json"),
         "origin": read_origin(cache.path),
-    }  # fmt: skip
+    }

@@ -1,13 +1,16 @@
 """Extends a cache: layers are added in place, tokens in a new cache that shares the old shards.
 
-Cache folders are immutable but for layers that are added, so nothing that is there can be hurt:
-a cache of more tokens gets its own id, hard links to every full shard of the old one (a copy
-where the file system has no links), and the old rows of the shard in which the old tokens end.
+`answer_request` calls `add_layers` or `add_tokens`; `write_missing_parts` then writes the rows.
+
+No file of the old cache changes. A cache of more tokens has an id of its own, and hard links to
+every full shard of the old cache (copies if the file system has no links). The old rows of the last
+shard, which is not full, are copied when that part is written.
 """
 
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from ..files.paths import copy_object, is_remote
 from ..format.array_writer import create_residual
 from ..format.journal import Journal
 from ..format.layout import Layout
-from ..format.manifest import Manifest, TokenIdentity
+from ..format.manifest import TokenIdentity
 from ..tokens.token_stream import TokenStream, concatenate
 from .activation_cache import ActivationCache
 from .create_cache import create_cache
@@ -30,53 +33,56 @@ from .local_origin import read_origin, write_origin
 
 
 def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
-    """Create the empty arrays of further layers, for `write_missing_parts` to fill.
+    """Create empty arrays for the layers of `dtypes`, layer -> stored dtype.
 
-    One process at a time; layers that the journal names already are not touched.
+    Layers that the journal names already are not touched. One process at a time creates arrays; the
+    others wait.
     """
     store = cache.path / "arrays.zarr"
     with hold_lock(cache.path / "leases", "layers"):
         if not is_remote(store):
-            # What makers of layers that were killed left: metadata of zarr's, and our record.
+            # Temporary files of processes that were killed here: zarr's metadata, our record.
             patterns = ("*.partial", "residual/*.partial", "residual/*/*.partial")
-            left = [path for pattern in patterns for path in store.glob(pattern)]
-            for path in (*left, *cache.journal.folder.glob(".base.*.tmp")):
+            temporary = [path for pattern in patterns for path in store.glob(pattern)]
+            for path in (*temporary, *cache.journal.folder.glob(".base.*.tmp")):
                 path.unlink()
-        files = {}
+
+        digests = {}
         for layer in unnamed_layers(cache, tuple(dtypes)):
-            path = cache.path / _metadata(layer)
-            # What a maker that died left may be cut short: only what the journal names is sure.
+            # The metadata is made elsewhere and written atomically: a process that was killed may
+            # have left a cut file under this name, which the journal does not know.
             with tempfile.TemporaryDirectory(prefix="residua-") as folder:
-                create_residual(
-                    Path(folder), layer, cache.positions, cache.d_model, dtypes[layer],
-                    cache.manifest.layout, cache.manifest.codec,
-                )  # fmt: skip
-                made = (Path(folder) / f"residual/{layer}/zarr.json").read_bytes()
+                shape = cache.positions, cache.d_model
+                layout, codec = cache.manifest.layout, cache.manifest.codec
+                create_residual(Path(folder), layer, *shape, dtypes[layer], layout, codec=codec)
+                metadata = (Path(folder) / f"residual/{layer}/zarr.json").read_bytes()
+            path = cache.path / _metadata_file(layer)
             if not is_remote(path):
                 make_folder(path.parent)
-            write_atomically(path, made)
-            files[_metadata(layer)] = file_digest(path)
-        if files:
-            cache.journal.commit_base({}, files)
+            write_atomically(path, metadata)
+            digests[_metadata_file(layer)] = file_digest(path)
+        if digests:
+            cache.journal.commit_base({}, digests)
 
 
 def unnamed_layers(cache: ActivationCache, layers: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of `layers` that the journal does not know, whether or not they have an array."""
-    _, named = cache.journal.base()
-    return tuple(layer for layer in layers if _metadata(layer) not in named)
+    """Those of `layers` whose array the journal does not name; a cut file may exist."""
+    _, files = cache.journal.base()
+    return tuple(layer for layer in layers if _metadata_file(layer) not in files)
 
 
-def _metadata(layer: int) -> str:
+def _metadata_file(layer: int) -> str:
+    """Name inside the cache of the metadata of layer `layer`."""
     return f"arrays.zarr/residual/{layer}/zarr.json"
 
 
 def join_stream(
-    cache: ActivationCache, stream: TokenStream, lacking: tuple[int, ...]
+    cache: ActivationCache, stream: TokenStream, new_sequences: tuple[int, ...]
 ) -> TokenStream:
-    """The stream of `cache` followed by the sequences `lacking` of `stream`."""
+    """The token stream of `cache`, followed by the sequences `new_sequences` of `stream`."""
     labels = [LABELS + name for name in cache.label_names]
     further = [n for n in stream.of_sequences if n not in labels and cache.has(n)]
-    held = TokenStream(
+    cached = TokenStream(
         cache.tokens,
         cache.sequence_length,
         cache.array("sequences/row_id")[:],
@@ -87,32 +93,37 @@ def join_stream(
         splits=None if stream.splits is None else cache.sequence_split,
         documents=None if stream.documents is None else cache.sequence_document,
     )
-    return concatenate(held, stream.select(np.array(lacking)))
+    return concatenate(cached, stream.select(np.array(new_sequences)))
 
 
 def add_tokens(
-    cache: ActivationCache, tokens: TokenIdentity, stream: TokenStream, layout: Layout,
+    cache: ActivationCache,
+    tokens: TokenIdentity,
+    stream: TokenStream,
+    layout: Layout,
     extra: dict[str, Any] | None = None,
-) -> Path:  # fmt: skip
-    """A cache of `stream`, which begins with all sequences of `cache`; full parts are linked.
+) -> Path:
+    """Create the cache of `stream`, which begins with all sequences of `cache`; returns its folder.
 
-    `cache` must be complete in its layers, and parts are linked only if they have the `layout` of
-    its own. The rest is left to `write_missing_parts`. `extra` replaces keys of the manifest's
-    `extra`.
+    `cache` must be complete. Its full parts are linked into the new cache, if that has the same
+    `layout`. `tokens` is the identity of `stream`; `extra` replaces keys of the manifest's `extra`.
     """
     old = cache.manifest
-    manifest = Manifest(
-        old.model, tokens, old.capture, layout, old.d_model, old.vocab, old.depth,
-        old.batch_tokens, old.model_name, old.data_name,
-        {**old.extra, **(extra or {}), EXTENDS: cache.id}, old.format,
-    )  # fmt: skip
+    manifest = replace(
+        old,
+        tokens=tokens,
+        layout=layout,
+        extra={**old.extra, **(extra or {}), EXTENDS: cache.id},
+    )
     dtypes = {layer: cache.residual_array(layer).layout.logical_dtype for layer in cache.layers}
-    kept = [n for n in ("logits/full", "logits/values") if n in cache.logits_names]
-    logits_dtype = cache.array(kept[0]).layout.logical_dtype if kept else "float16"
+    logits = [name for name in cache.logits_names if name in ("logits/full", "logits/values")]
+    logits_dtype = cache.array(logits[0]).layout.logical_dtype if logits else "float16"
+
+    # Provenance of the old cache; tokens cut off at the context are those of old and new texts.
     provenance = {**read_json(cache.path / "provenance.json"), EXTENDS: cache.id}
     if "cut" in provenance:
-        more = stream.cut_counts
-        provenance["cut"] = {name: n + more[name] for name, n in provenance["cut"].items()}
+        counts = stream.cut_counts
+        provenance["cut"] = {name: n + counts[name] for name, n in provenance["cut"].items()}
     provenance["reading"] = stream.reading.to_dict()
     _, hashes = stream.digests()
     path = create_cache(
@@ -131,7 +142,7 @@ def add_tokens(
 
 
 def _copy_head(source: Path, target: Path) -> None:
-    """The folder `head/` of a cache, and where its model and data are."""
+    """Copy the folder `head/` of a cache, and the cache's origin."""
     for path in source.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
     if origin := read_origin(source.parent):
@@ -139,32 +150,31 @@ def _copy_head(source: Path, target: Path) -> None:
 
 
 def share_parts(old: ActivationCache, new: ActivationCache) -> None:
-    """Link every shard of `old` that is full, and commit its part in `new`."""
+    """Link all shards of the full parts of `old` into `new`, and commit these parts."""
     journal = Journal(new.path / "journal")
     for part, record in sorted(old.committed.items()):
         if record.stop - record.start < old.manifest.layout.part_rows:
             continue
-        with lease_part(new.path / "leases", part) as mine:
-            if not mine or (journal.folder / f"{part:08d}.json").exists():
+        with lease_part(new.path / "leases", part) as lease:
+            if lease is None or (journal.folder / f"{part:08d}.json").exists():
                 continue
             for name in record.arrays:
-                key = old.array(name).layout.shard_key(part)
-                link_file(
-                    old.path / "arrays.zarr" / name / key, new.path / "arrays.zarr" / name / key
-                )
+                shard = f"arrays.zarr/{name}/{old.array(name).layout.shard_key(part)}"
+                link_file(old.path / shard, new.path / shard)
             journal.commit(record)
 
 
 def link_file(source: Path, target: Path) -> None:
-    """A hard link to `source`, durable; a copy where there are no links.
+    """Make `target` a hard link to `source`, durably; a copy if the file system has no links.
 
-    What was under the name `target` stays until the new file is whole. In an object store the
-    store itself copies.
+    An existing file `target` stays until the new file is whole. An object store copies inside the
+    store.
     """
     if is_remote(target):
         copy_object(source, target)
         return
-    for folder in reversed(target.parents[:2]):  # of the chunk key; see `PartWriter`
+    # The folders of the shard, but not those of the array; see `PartWriter`.
+    for folder in reversed(target.parents[:2]):
         folder.mkdir(exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)

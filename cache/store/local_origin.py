@@ -1,4 +1,8 @@
-"""Where model and data of a cache are on this machine: kept beside the cache, never shared."""
+"""The origin of a cache: names of its model and data on this machine, in `local.json`.
+
+Extraction writes the origin, so that `residua repair` and `info` find model and texts again. The
+file is never shared: `push` and `export` leave it out, and cards have `public_name`s.
+"""
 
 from pathlib import Path, PurePath
 
@@ -6,30 +10,30 @@ from ..errors import ResiduaError
 from ..files.json_files import read_json, write_json
 
 FILE = "local.json"
-"""Not among the files that the journal names, so that `push` and `export` leave it out."""
+"""Name of the file; the journal does not name it, so that `push` and `export` leave it out."""
 
 
 def public_name(name: str) -> str:
-    """A hub id as it is; of a path, the last part: folders at home concern nobody."""
+    """Name to publish: a hub id unchanged, of a local path only the last part."""
     path = Path(name).expanduser()
     if path.exists():
         return path.resolve().name
-    local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
-    return PurePath(name).name if local else name
+    is_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
+    return PurePath(name).name if is_local else name
 
 
 def write_origin(cache: Path, model: str, data: str) -> None:
-    """Note what the user named, as absolute paths where they are files or folders here."""
+    """Write the names that the user gave; existing files and folders as absolute paths."""
     write_json(cache / FILE, {"model": _absolute(model), "data": _absolute(data)})
 
 
 def read_origin(cache: Path) -> dict[str, str]:
-    """`model` and `data` as they were named; empty in a cache that came from elsewhere."""
+    """Keys `model` and `data` of the origin; empty for a cache from another machine."""
     try:
-        value = read_json(cache / FILE)
+        origin = read_json(cache / FILE)
     except (ResiduaError, OSError):
         return {}
-    return {name: str(value[name]) for name in ("model", "data") if name in value}
+    return {name: str(origin[name]) for name in ("model", "data") if name in origin}
 
 
 def _absolute(name: str) -> str:

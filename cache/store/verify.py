@@ -1,4 +1,8 @@
-"""Re-reads a whole cache and says what is damaged: file, array, rows."""
+"""Verifies a cache: reads every file, and names the damaged files, arrays and rows.
+
+`verify` is the public function (`residua verify`). `repair` extracts the damaged parts again, and
+caches are verified before `push` and after `pull`.
+"""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,7 +19,7 @@ from ..progress import Progress
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is not as it was written."""
+    """A file, or rows of an array, that differ from what was written."""
 
     file: str
     """Path inside the cache."""
@@ -25,23 +29,24 @@ class Damage:
     start: int | None = None
     """First damaged row of the array."""
     stop: int | None = None
-    """End of the damaged rows."""
+    """Last damaged row + 1."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found."""
+    """Result of `verify`."""
 
     damages: tuple[Damage, ...]
     shards: int
-    """Shards read."""
+    """Number of shards read."""
     bytes: int
-    """Bytes read."""
+    """Bytes of these shards."""
     missing_parts: tuple[int, ...]
-    """Parts that were never committed: the extraction is not finished."""
+    """Parts without a record in the journal: the extraction is not finished."""
 
     @property
     def ok(self) -> bool:
+        """Whether no damage was found; parts may be missing all the same."""
         return not self.damages
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,47 +55,61 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class _Shard:
+class _RecordedShard:
+    """A shard that the journal records."""
+
     array: str
     number: int
     record: ShardRecord
 
 
 def verify(path: Path, progress: Progress | None = None) -> Verification:
-    """Check every file of the cache at `path` against its digest; reads everything once."""
+    """Check every file of the cache in the folder `path` against its digest or checksums.
+
+    `progress(done, total)` counts shards. Every byte is read once. Damage is
+    returned, not raised.
+    """
     damages: list[Damage] = []
     journal = Journal(path / "journal")
-    shards: list[_Shard] = []
-    missing: tuple[int, ...] = ()
+    shards: list[_RecordedShard] = []
+
+    # The manifest says how many parts the cache has.
+    parts = range(0)
     try:
         manifest = Manifest.read(path / "manifest.json")
-        missing = tuple(range(manifest.layout.parts(manifest.tokens.positions)))
+        parts = range(manifest.layout.parts(manifest.tokens.positions))
     except ResiduaError as error:
         damages.append(Damage("manifest.json", str(error)))
+
+    # The journal names files with digests, and the shards of arrays that are written whole ...
     try:
         arrays, files = journal.base()
         damages += _check_files(path, files)
         shards += [
-            _Shard(name, int(number), ShardRecord(**record))
+            _RecordedShard(name, int(number), ShardRecord(**record))
             for name, records in arrays.items()
             for number, record in records.items()
         ]
     except (ResiduaError, KeyError, TypeError) as error:
         damages.append(Damage("journal/base.json", str(error)))
-    parts = merge_records(_records(journal, damages))
-    for number, record in parts.items():
-        shards += [_Shard(name, number, shard) for name, shard in record.arrays.items()]
-    read = 0
-    for done, shard in enumerate(shards):
+
+    # ... and its records name the shards of committed parts.
+    records = merge_records(_read_records(journal, damages))
+    for part, record in records.items():
+        shards += [_RecordedShard(name, part, shard) for name, shard in record.arrays.items()]
+
+    n_bytes = 0
+    for done, shard in enumerate(shards, 1):
         damages += _check_shard(path, shard)
-        read += shard.record.bytes
+        n_bytes += shard.record.bytes
         if progress is not None:
-            progress(done + 1, len(shards))
-    missing = tuple(part for part in missing if part not in parts)
-    return Verification(tuple(damages), len(shards), read, missing)
+            progress(done, len(shards))
+    missing_parts = tuple(part for part in parts if part not in records)
+    return Verification(tuple(damages), len(shards), n_bytes, missing_parts)
 
 
 def _check_files(path: Path, files: dict[str, str]) -> Iterator[Damage]:
+    """Damage of the files that the journal names, name -> sha256."""
     for name, digest in files.items():
         file = path / name
         if not file.is_file():
@@ -99,7 +118,8 @@ def _check_files(path: Path, files: dict[str, str]) -> Iterator[Damage]:
             yield Damage(name, "the file is not what was written (sha256 differs)")
 
 
-def _records(journal: Journal, damages: list[Damage]) -> Iterator[PartRecord]:
+def _read_records(journal: Journal, damages: list[Damage]) -> Iterator[PartRecord]:
+    """Records that can be read; the others are added to `damages`."""
     for path in journal.paths():
         try:
             yield read_record(path)
@@ -107,8 +127,8 @@ def _records(journal: Journal, damages: list[Damage]) -> Iterator[PartRecord]:
             damages.append(Damage(f"journal/{path.name}", str(error)))
 
 
-def _check_shard(path: Path, shard: _Shard) -> Iterator[Damage]:
-    """Damage of one shard: it is missing, cut, some chunks are wrong, or it is another shard."""
+def _check_shard(path: Path, shard: _RecordedShard) -> Iterator[Damage]:
+    """Damage of one shard: missing, cut, with wrong chunks, or not the shard that was recorded."""
     try:
         array = CacheArray(path / "arrays.zarr" / shard.array)
     except CorruptError as error:
@@ -117,22 +137,23 @@ def _check_shard(path: Path, shard: _Shard) -> Iterator[Damage]:
     layout = array.layout
     file = f"arrays.zarr/{shard.array}/{layout.shard_key(shard.number)}"
     first = shard.number * layout.shard_rows
-    last = min(first + layout.shard_rows, layout.shape[0])
+    end = min(first + layout.shard_rows, layout.shape[0])
 
-    def damage(message: str, start: int = first, stop: int = last) -> Damage:
+    def damage(message: str, start: int = first, stop: int = end) -> Damage:
         return Damage(file, message, shard.array, start, stop)
 
     try:
-        damaged, combined = array.shard(shard.number).check(last - first)
+        damaged_chunks, crc32c = array.shard(shard.number).check(end - first)
     except CorruptError as error:
         yield damage(str(error))
         return
-    for chunk in damaged:
+    for chunk in damaged_chunks:
         start = first + chunk * layout.chunk_rows
-        yield damage(
-            "a chunk does not match its checksum", start, min(start + layout.chunk_rows, last)
-        )
-    if not damaged and (path / file).stat().st_size != shard.record.bytes:
+        stop = min(start + layout.chunk_rows, end)
+        yield damage("a chunk does not match its checksum", start, stop)
+
+    # All chunks are whole: is this the shard that was committed?
+    if not damaged_chunks and (path / file).stat().st_size != shard.record.bytes:
         yield damage("the shard has another size than when it was committed")
-    elif not damaged and combined != shard.record.crc32c:
+    elif not damaged_chunks and crc32c != shard.record.crc32c:
         yield damage("this is not the shard that was committed")

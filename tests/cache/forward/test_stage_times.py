@@ -57,8 +57,12 @@ def test_every_row_passes_every_stage_once(
     hit = answer_request(request).to_dict()["stages"]
     assert hit["bottleneck"] is None
     assert hit["forward"] == {
-        "seconds": 0, "bytes": 0, "bandwidth": None, "tokens": 0, "tokens_per_second": None,
-    }  # fmt: skip
+        "seconds": 0,
+        "bytes": 0,
+        "bandwidth": None,
+        "tokens": 0,
+        "tokens_per_second": None,
+    }
 
 
 def test_the_longest_stage_is_the_bottleneck_and_is_named() -> None:
@@ -115,8 +119,8 @@ def test_a_terminal_shows_the_speeds_under_the_progress(
     assert " extract" in lines[place - 1]
 
 
-class Way:
-    """Something on its way; counts who waited for it."""
+class CountingCopy:
+    """A pending copy that counts calls of `wait`."""
 
     def __init__(self) -> None:
         self.waits = 0
@@ -125,19 +129,20 @@ class Way:
         self.waits += 1
 
 
-def test_the_ring_waits_for_the_oldest_before_it_takes_one_more() -> None:
-    ring, ways = PendingCopies(2), [Way() for _ in range(5)]
-    for count, way in enumerate(ways, 1):
-        ring.add(way)
-        assert [w.waits for w in ways] == [1] * max(0, count - 2) + [0] * (5 - max(0, count - 2))
-    ring.drain()
-    assert [way.waits for way in ways] == [1] * 5
-    ring.drain()
-    assert [way.waits for way in ways] == [1] * 5
+def test_one_more_pending_copy_waits_for_the_oldest() -> None:
+    pending, copies = PendingCopies(2), [CountingCopy() for _ in range(5)]
+    for count, copy in enumerate(copies, 1):
+        pending.add(copy)
+        n_ended = max(0, count - 2)
+        assert [copy.waits for copy in copies] == [1] * n_ended + [0] * (5 - n_ended)
+    pending.drain()
+    assert [copy.waits for copy in copies] == [1] * 5
+    pending.drain()
+    assert [copy.waits for copy in copies] == [1] * 5
     assert DEPTH >= 2  # one computes while one is copied
 
 
-class Mark:
+class FakeEvent:
     """A stand-in for a CUDA event: its time in milliseconds, reached when it is waited for."""
 
     def __init__(self, time: float) -> None:
@@ -147,23 +152,23 @@ class Mark:
     def synchronize(self) -> None:
         self.reached = True
 
-    def elapsed_time(self, other: "Mark") -> float:
+    def elapsed_time(self, other: "FakeEvent") -> float:
         assert other.reached or self.time <= other.time
         return other.time - self.time
 
 
 def test_rows_arrive_once_and_their_times_are_booked_once() -> None:
-    marks, stages = [Mark(t) for t in (0.0, 300.0, 400.0, 450.0)], StageTimes()
-    arrival = PendingCopy(marks, stages, 1000, 7)
-    rows = HostRows(np.zeros((2, 3, 4), np.uint16), np.zeros((2, 3), np.float32), arrival.wait)
-    part = rows.part(1, 2)
-    assert part.stored.shape == (2, 4)
-    threads = [threading.Thread(target=part.wait) for _ in range(4)]
+    events, stages = [FakeEvent(t) for t in (0.0, 300.0, 400.0, 450.0)], StageTimes()
+    copy = PendingCopy(events, stages, 1000, 7)
+    rows = HostRows(np.zeros((2, 3, 4), np.uint16), np.zeros((2, 3), np.float32), copy.wait)
+    sequence_rows = rows.of_sequence(1, 2)
+    assert sequence_rows.stored.shape == (2, 4)
+    threads = [threading.Thread(target=sequence_rows.wait) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert marks[3].reached
+    assert events[3].reached
     assert stages.tokens == 7
     assert stages.seconds == {"forward": 0.3, "copy": 0.05, "write": 0.0}
     assert stages.bytes == {"forward": 1000, "copy": 1000, "write": 0}
@@ -187,7 +192,9 @@ def test_errors_that_say_that_memory_ran_out(error: Exception, is_memory: bool) 
     assert is_out_of_memory(error) is is_memory
 
 
-def limited(limit: int, error: type[Exception] = RuntimeError) -> Callable[[SequenceBatch], str]:
+def forward_that_fits(
+    limit: int, error: type[Exception] = RuntimeError
+) -> Callable[[SequenceBatch], str]:
     """A forward pass that runs out of memory beyond `limit` sequences of ten tokens."""
 
     def forward(batch: SequenceBatch) -> str:
@@ -201,30 +208,30 @@ def limited(limit: int, error: type[Exception] = RuntimeError) -> Callable[[Sequ
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 33])
 @pytest.mark.parametrize("limit", [10, 25, 70, 1000])
 def test_halved_batches_keep_every_sequence_in_order(count: int, limit: int) -> None:
-    halving, freed = BatchHalving(np.full(count, 10)), []
-    halving._release = lambda: freed.append(1)
-    found = list(halving.run(SequenceBatch(tuple(range(count))), limited(limit)))
-    assert ",".join(text for _, text in found) == ",".join(map(str, range(count)))
-    assert all(10 * len(piece.sequences) <= limit for piece, _ in found)
-    assert bool(freed) == (10 * count > limit)
-    # What was learnt holds for the next batch, which is cut before it is tried.
-    tried = len(freed)
-    again = list(halving.run(SequenceBatch(tuple(range(count))), limited(limit)))
-    assert [piece for piece, _ in again] == [piece for piece, _ in found]
-    assert len(freed) == tried
+    releases: list[int] = []
+    halving = BatchHalving(np.full(count, 10), release=lambda: releases.append(1))
+    pieces = list(halving.run(SequenceBatch(tuple(range(count))), forward_that_fits(limit)))
+    assert ",".join(text for _, text in pieces) == ",".join(map(str, range(count)))
+    assert all(10 * len(piece.sequences) <= limit for piece, _ in pieces)
+    assert bool(releases) == (10 * count > limit)
+    # The limit holds for the next batch, which is cut before any attempt.
+    n_failures = len(releases)
+    pieces_again = list(halving.run(SequenceBatch(tuple(range(count))), forward_that_fits(limit)))
+    assert [piece for piece, _ in pieces_again] == [piece for piece, _ in pieces]
+    assert len(releases) == n_failures
 
 
 def test_a_sequence_that_does_not_fit_alone_is_an_error_that_says_what_to_do() -> None:
     halving = BatchHalving(np.array([10, 10]))
     with pytest.raises(ModelError, match="10 tokens does not fit .* shorter --context"):
-        list(halving.run(SequenceBatch((0, 1)), limited(5, MemoryError)))
+        list(halving.run(SequenceBatch((0, 1)), forward_that_fits(5, MemoryError)))
     with pytest.raises(RuntimeError, match="other"):
         list(
             halving.run(SequenceBatch((0,)), lambda _: (_ for _ in ()).throw(RuntimeError("other")))
         )
 
 
-def shrink(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
+def limit_memory(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
     """Make forward passes of more than `limit` tokens run out of memory; the sizes that ran."""
     whole, sizes = DecoderBlocks.residuals, list[int]()
 
@@ -247,11 +254,14 @@ def test_an_extraction_that_runs_out_of_memory_loses_no_row(
     pack: bool,
 ) -> None:
     options: dict[str, Any] = {
-        "context": 48, "pack": pack, "dtype": "float32", "part_positions": 1024,
-    }  # fmt: skip
+        "context": 48,
+        "pack": pack,
+        "dtype": "float32",
+        "part_positions": 1024,
+    }
     args = str(model_folder), str(texts_file)
     whole = residua.extract(*args, root=tmp_path / "whole", **options)
-    sizes = shrink(monkeypatch, 200)
+    sizes = limit_memory(monkeypatch, 200)
     small = residua.extract(*args, root=tmp_path / "small", **options)
     assert max(sizes) <= 200
     assert small.id == whole.id
@@ -272,13 +282,17 @@ def test_a_model_that_fits_with_no_sequence_at_all_is_a_clear_error(
         residua.extract(str(model_folder), str(texts_file), root=tmp_path, context=64)
 
 
-@pytest.mark.parametrize(("longest", "message"), [
-    (10, "4 sequences of 48 tokens"), (100, "or one of 128, do not fit"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("longest", "message"), [(10, "4 sequences of 48 tokens"), (100, "or one of 128, do not fit")]
+)
 def test_a_check_of_the_model_that_does_not_fit_says_what_to_do(
-    model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    longest: int, message: str,
-) -> None:  # fmt: skip
+    model_folder: Path,
+    texts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    longest: int,
+    message: str,
+) -> None:
     whole = DecoderBlocks.residuals
 
     def residuals(self: DecoderBlocks, ids: torch.Tensor, mask: Any = None) -> Any:
@@ -303,31 +317,32 @@ def test_a_model_larger_than_the_memory_is_a_clear_error(
         residua.extract(str(model_folder), str(texts_file), root=tmp_path)
 
 
-class Greedy:
-    """A stack of which `limit` tokens of residuals fit into memory at once, alive ones counted."""
+class StackWithLimitedMemory:
+    """Decoder blocks whose memory holds the residuals of batches of at most `limit` tokens."""
 
     def __init__(self, limit: int) -> None:
         self.model = torch.nn.Linear(1, 1)
         self.depth, self.d_model = 1, 1
-        self.limit, self.seen = limit, list[int]()
+        self.limit, self.batch_sizes = limit, list[int]()
 
     def residuals(self, ids: torch.Tensor, mask: Any = None) -> list[torch.Tensor]:
-        self.seen.append(ids.numel())
+        self.batch_sizes.append(ids.numel())
         if ids.numel() > self.limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return [ids, ids]
 
 
-@pytest.mark.parametrize(("limit", "cap", "want"), [
-    (300, 4096, 256), (300, 100, 64), (10**6, 4096, 4096), (20, 4096, 32), (10**6, 10, 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("limit", "cap", "batch_tokens"),
+    [(300, 4096, 256), (300, 100, 64), (10**6, 4096, 4096), (20, 4096, 32), (10**6, 10, 32)],
+)
 def test_the_batch_size_is_doubled_until_memory_or_the_cap_ends(
-    limit: int, cap: int, want: int
+    limit: int, cap: int, batch_tokens: int
 ) -> None:
     stream = TokenStream(np.arange(96, dtype=np.int32), np.full(3, 32), np.arange(3))
-    stack: Any = Greedy(limit)
-    assert find_batch_tokens(stack, stream, cap) == want
-    assert max(stack.seen, default=0) <= 2 * max(want, 32)
+    stack: Any = StackWithLimitedMemory(limit)
+    assert find_batch_tokens(stack, stream, cap) == batch_tokens
+    assert max(stack.batch_sizes, default=0) <= 2 * max(batch_tokens, 32)
     assert choose_batch_tokens(stack, stream, 2) == BATCH_TOKENS["cpu"]
 
 

@@ -15,7 +15,7 @@ import torch
 from residua.cache.errors import IncompleteError, NoSpaceError, NotFoundError, UsageError
 from residua.cache.files.json_files import file_digest, read_json
 from residua.cache.format.dtypes import decode_rows
-from residua.cache.sharing import export as module
+from residua.cache.sharing import export as export_module
 from residua.cache.sharing.export import export
 from residua.cache.store.activation_cache import ActivationCache
 
@@ -26,7 +26,7 @@ WIDTH = 8
 DTYPES = ["float16", "bfloat16", "float32"]
 
 
-def synthetic(root: Path, dtype: str = "float32", seed: int = 0) -> ActivationCache:
+def small_cache(root: Path, dtype: str = "float32", seed: int = 0) -> ActivationCache:
     rng = np.random.default_rng(seed)
     layers = [rng.normal(size=(sum(LENGTHS), WIDTH)).astype(np.float32) for _ in range(3)]
     return make_cache(root, layers, LENGTHS, random_head(WIDTH, 11), dtype=dtype)
@@ -34,36 +34,36 @@ def synthetic(root: Path, dtype: str = "float32", seed: int = 0) -> ActivationCa
 
 @pytest.fixture(scope="module", params=DTYPES)
 def cache(request, tmp_path_factory) -> ActivationCache:
-    return synthetic(tmp_path_factory.mktemp(request.param), request.param)
+    return small_cache(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def opened(folder: Path, name: str) -> dict[str, np.ndarray]:
+def read_exported(folder: Path, name: str) -> dict[str, np.ndarray]:
     """Tensors of an exported file as float32 or integers, by the library that owns the format."""
     index = json.loads((folder / "index.json").read_bytes())
     if index["format"] == "safetensors":
         tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
         floats = {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}
         return {k: t.numpy() for k, t in floats.items()}
-    found = {}
+    tensors = {}
     for path in folder.glob(f"{name}*.npy"):
-        ((column, spec),) = index["files"][path.name]["tensors"].items()
-        found[column] = decode_rows(np.load(path, mmap_mode="r"), spec["dtype"])
-    return found
+        ((column, entry),) = index["files"][path.name]["tensors"].items()
+        tensors[column] = decode_rows(np.load(path, mmap_mode="r"), entry["dtype"])
+    return tensors
 
 
 @pytest.mark.parametrize("format", ["safetensors", "numpy"])
 @pytest.mark.parametrize("split", ["all", "train", "test"])
 def test_other_libraries_read_the_rows_of_the_split(cache, tmp_path, format, split):
     index = export(cache, tmp_path / "out", format=format, split=split)
-    sequences = cache.split(split)
-    rows = cache.rows(sequences)
+    sequences = cache.sequences(split)
+    rows = cache.positions_of(sequences)
     assert index["positions"] == len(rows)
     for layer in cache.layers:
-        got = opened(tmp_path / "out", f"residual.{layer:02d}")["residual"]
-        np.testing.assert_array_equal(got, cache.layer(layer)[rows])
-    tokens = opened(tmp_path / "out", "tokens")
+        exported = read_exported(tmp_path / "out", f"residual.{layer:02d}")["residual"]
+        np.testing.assert_array_equal(exported, cache.residual_array(layer)[rows])
+    tokens = read_exported(tmp_path / "out", "tokens")
     np.testing.assert_array_equal(tokens["ids"], cache.tokens[rows])
-    table = opened(tmp_path / "out", "sequences")
+    table = read_exported(tmp_path / "out", "sequences")
     for name in ("row_id", "hash", "split", "length"):
         np.testing.assert_array_equal(table[name], cache.array(f"sequences/{name}")[:][sequences])
     for number, (start, length) in enumerate(zip(table["start"], table["length"], strict=True)):
@@ -72,7 +72,7 @@ def test_other_libraries_read_the_rows_of_the_split(cache, tmp_path, format, spl
 
 
 def test_bfloat16_is_bfloat16_for_torch_and_the_same_bits_for_numpy(tmp_path):
-    cache = synthetic(tmp_path, "bfloat16")
+    cache = small_cache(tmp_path, "bfloat16")
     export(cache, tmp_path / "st", layers=[1])
     export(cache, tmp_path / "np", layers=[1], format="numpy")
     tensor = safetensors.torch.load_file(tmp_path / "st" / "residual.01.safetensors")["residual"]
@@ -84,17 +84,17 @@ def test_bfloat16_is_bfloat16_for_torch_and_the_same_bits_for_numpy(tmp_path):
 
 
 @pytest.mark.parametrize("stored", DTYPES)
-@pytest.mark.parametrize("wanted", DTYPES)
-def test_rows_may_be_written_in_another_dtype(tmp_path, stored, wanted):
-    cache = synthetic(tmp_path, stored)
-    export(cache, tmp_path / "out", dtype=wanted, layers=[2])
-    got = safetensors.torch.load_file(tmp_path / "out" / "residual.02.safetensors")["residual"]
-    want = torch.from_numpy(cache.residual_array(2)[:]).to(getattr(torch, wanted))
-    assert torch.equal(got, want)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_may_be_written_in_another_dtype(tmp_path, stored, dtype):
+    cache = small_cache(tmp_path, stored)
+    export(cache, tmp_path / "out", dtype=dtype, layers=[2])
+    exported = safetensors.torch.load_file(tmp_path / "out" / "residual.02.safetensors")
+    expected = torch.from_numpy(cache.residual_array(2)[:]).to(getattr(torch, dtype))
+    assert torch.equal(exported["residual"], expected)
 
 
 def test_numpy_readers_of_safetensors_open_every_file_without_bfloat16(tmp_path):
-    cache = synthetic(tmp_path, "float16")
+    cache = small_cache(tmp_path, "float16")
     export(cache, tmp_path / "out")
     for path in (tmp_path / "out").glob("*.safetensors"):
         assert all(len(array) for array in safetensors.numpy.load_file(path).values())
@@ -177,7 +177,7 @@ def test_wrong_requests_are_refused(cache, tmp_path, wrong, error, message):
 
 
 def test_an_unfinished_cache_is_refused(tmp_path):
-    cache = synthetic(tmp_path)
+    cache = small_cache(tmp_path)
     (cache.path / "journal" / "00000001.json").unlink()
     with pytest.raises(IncompleteError):
         export(ActivationCache(cache.path), tmp_path / "out")
@@ -185,7 +185,7 @@ def test_an_unfinished_cache_is_refused(tmp_path):
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(ActivationCache, "block_rows", lambda self: 256)
-    monkeypatch.setattr(module, "TABLE_ROWS", 256)
+    monkeypatch.setattr(export_module, "TABLE_ROWS", 256)
 
     def peak(rows: int) -> int:
         values = np.zeros((rows, 256), np.float32)
@@ -214,7 +214,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(cache, tmp_path, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "write_file", full)
+    monkeypatch.setattr(export_module, "write_flat_file", full)
     with pytest.raises(NoSpaceError, match="out is full"):
         export(cache, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -48,10 +48,10 @@ class LocalHub:
 
     def folder(self, repo_id: str, revision: str | None) -> Path:
         if not (self.root / repo_id).is_dir():
-            raise hub_errors.RepositoryNotFoundError("404", response=response(404))
+            raise hub_errors.RepositoryNotFoundError("404", response=http_response(404))
         path = self.root / repo_id / (revision or "main")
         if not path.is_dir():
-            raise hub_errors.RevisionNotFoundError("404", response=response(404))
+            raise hub_errors.RevisionNotFoundError("404", response=http_response(404))
         return path
 
     def create_repo(self, repo_id, *, repo_type, private, exist_ok, token):
@@ -107,7 +107,7 @@ class LocalHub:
 FUNCTIONS = [name for name in vars(LocalHub) if not name.startswith("_") and name != "folder"]
 
 
-def response(code: int) -> Any:
+def http_response(code: int) -> Any:
     return SimpleNamespace(status_code=code, headers={}, request=None)
 
 
@@ -119,7 +119,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
     return fake
 
 
-def synthetic(root: Path, seed: int = 0, dtype: str = "float16") -> ActivationCache:
+def small_cache(root: Path, seed: int = 0, dtype: str = "float16") -> ActivationCache:
     values = np.random.default_rng(seed).normal(size=(600, 8)).astype(np.float32)
     lengths = [100] * 6
     head = random_head(8, 11)
@@ -128,10 +128,10 @@ def synthetic(root: Path, seed: int = 0, dtype: str = "float16") -> ActivationCa
 
 @pytest.fixture
 def cache(tmp_path: Path) -> ActivationCache:
-    return synthetic(tmp_path / "here")
+    return small_cache(tmp_path / "here")
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def file_contents(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -151,23 +151,23 @@ def test_the_client_has_what_is_called(name):
 
 def test_a_pulled_cache_has_the_bytes_that_were_pushed(hub, cache, tmp_path):
     done = push_cache(cache, REPO)
-    assert (done.files, done.card) == (len(files(cache.path)), True)
-    got = pull_cache(REPO, tmp_path / "there")
-    assert (got.status, got.cache.id) == ("pulled", cache.id)
-    assert got.cache.path == tmp_path / "there" / cache.id
-    assert files(got.cache.path) == files(cache.path)
-    assert verify(got.cache.path).ok
-    assert {p.name for p in got.cache.path.iterdir() if p.is_dir()} >= {"leases", "moments"}
+    assert (done.files, done.card) == (len(file_contents(cache.path)), True)
+    pulled = pull_cache(REPO, tmp_path / "there")
+    assert (pulled.status, pulled.cache.id) == ("pulled", cache.id)
+    assert pulled.cache.path == tmp_path / "there" / cache.id
+    assert file_contents(pulled.cache.path) == file_contents(cache.path)
+    assert verify(pulled.cache.path).ok
+    assert {p.name for p in pulled.cache.path.iterdir() if p.is_dir()} >= {"leases", "moments"}
     assert [p.name for p in (tmp_path / "there").iterdir()] == [cache.id]
 
 
 def test_an_extracted_cache_travels_too(hub, tiny_cache, tmp_path):
     push_cache(tiny_cache, REPO)
-    got = pull_cache(REPO, tmp_path / "there").cache
+    pulled = pull_cache(REPO, tmp_path / "there").cache
     np.testing.assert_array_equal(
-        got.residual_array(got.n_blocks)[:50], tiny_cache.layer(got.n_blocks)[:50]
+        pulled.residual_array(pulled.n_blocks)[:50], tiny_cache.residual_array(pulled.n_blocks)[:50]
     )
-    assert got.tokenizer().get_vocab_size() == tiny_cache.tokenizer().get_vocab_size()
+    assert pulled.tokenizer().get_vocab_size() == tiny_cache.tokenizer().get_vocab_size()
 
 
 def test_leases_temporary_files_and_dead_shards_stay_at_home(hub, cache):
@@ -176,7 +176,7 @@ def test_leases_temporary_files_and_dead_shards_stay_at_home(hub, cache):
     (cache.path / "arrays.zarr" / "residual" / "0" / "c" / "9").mkdir()
     (cache.path / "arrays.zarr" / "residual" / "0" / "c" / "9" / "0").write_bytes(b"dead")
     push_cache(cache, REPO)
-    pushed = files(hub.root / REPO / "main")
+    pushed = file_contents(hub.root / REPO / "main")
     assert not [n for n in pushed if "lock" in n or "tmp" in n or n.endswith("c/9/0")]
     assert "journal/base.json" in pushed
 
@@ -212,7 +212,7 @@ def test_a_cache_that_is_there_is_not_downloaded_again(hub, cache, tmp_path):
 
 
 def test_a_revision_keeps_another_cache(hub, cache, tmp_path):
-    other = synthetic(tmp_path / "here", seed=1)
+    other = small_cache(tmp_path / "here", seed=1)
     push_cache(cache, REPO)
     push_cache(other, REPO, revision="second")
     assert pull_cache(REPO, tmp_path / "there", revision="second").cache.id == other.id
@@ -221,10 +221,10 @@ def test_a_revision_keeps_another_cache(hub, cache, tmp_path):
 
 def test_another_cache_does_not_overwrite_what_a_repository_holds(hub, cache, tmp_path):
     push_cache(cache, REPO)
-    before = files(hub.root / REPO)
+    before = file_contents(hub.root / REPO)
     with pytest.raises(MismatchError, match=f"holds cache {cache.id[:12]}"):
-        push_cache(synthetic(tmp_path / "here", seed=1), REPO)
-    assert files(hub.root / REPO) == before
+        push_cache(small_cache(tmp_path / "here", seed=1), REPO)
+    assert file_contents(hub.root / REPO) == before
 
 
 def test_a_card_edited_by_hand_survives_the_next_push(hub, cache):
@@ -323,7 +323,9 @@ def test_files_that_no_record_names_are_dropped(hub, cache, tmp_path):
     main = hub.root / REPO / "main"
     (main / "head" / "run_me.py").write_text("print()")
     (main / "notes.txt").write_text("mine")
-    assert files(pull_cache(REPO, tmp_path / "there").cache.path) == files(cache.path)
+    assert file_contents(pull_cache(REPO, tmp_path / "there").cache.path) == file_contents(
+        cache.path
+    )
 
 
 def test_a_full_disk_is_refused_before_the_download(hub, cache, tmp_path, monkeypatch):
@@ -336,7 +338,7 @@ def test_a_full_disk_is_refused_before_the_download(hub, cache, tmp_path, monkey
 
 def test_an_unfinished_cache_under_the_root_is_left_alone(hub, cache, tmp_path):
     push_cache(cache, REPO)
-    there = synthetic(tmp_path / "there")
+    there = small_cache(tmp_path / "there")
     (there.path / "journal" / "00000001.json").unlink()
     with pytest.raises(IncompleteError, match="unfinished; finish it"):
         pull_cache(REPO, tmp_path / "there")
@@ -362,7 +364,7 @@ def test_an_interrupted_pull_goes_on_in_the_same_folder(hub, cache, tmp_path, mo
     assert [p.name for p in (tmp_path / "there").iterdir()] == [cache.id]
 
 
-def raising(error: Exception) -> Callable[..., None]:
+def function_that_raises(error: Exception) -> Callable[..., None]:
     def function(*_: Any, **__: Any) -> None:
         raise error
 
@@ -371,8 +373,8 @@ def raising(error: Exception) -> Callable[..., None]:
 
 def client_errors() -> Iterator[Any]:
     http, gone = hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError
-    yield http("401 Unauthorized\nlong", response=response(401)), UsageError, "hf auth login"
-    yield http("500 Server Error", response=response(500)), UsageError, "refused: 500"
+    yield http("401 Unauthorized\nlong", response=http_response(401)), UsageError, "hf auth login"
+    yield http("500 Server Error", response=http_response(500)), UsageError, "refused: 500"
     yield hub_errors.HFValidationError("Repo id must"), UsageError, "Repo id must"
     yield hub_errors.LocalTokenNotFoundError("Token is required"), UsageError, "Token"
     yield hub_errors.OfflineModeIsEnabled("offline"), ResiduaError, "cannot be reached: offline"
@@ -388,7 +390,7 @@ def test_errors_of_the_client_become_messages(
     hub, cache, tmp_path, monkeypatch, error, ours, message
 ):
     for name in ("create_repo", "dataset_info"):
-        monkeypatch.setattr(huggingface_hub, name, raising(error))
+        monkeypatch.setattr(huggingface_hub, name, function_that_raises(error))
     for call in (lambda: push_cache(cache, REPO), lambda: pull_cache(REPO, tmp_path / "there")):
         with pytest.raises(ours, match=message):
             call()
@@ -410,7 +412,7 @@ def test_the_card_says_what_is_in_the_cache(tiny_cache, model_folder):
         tiny_cache.manifest.model.weights,
         f"{tiny_cache.positions:,}",
         f"residua pull {REPO}",
-        f"layer {tiny_cache.depth} is **before** the final norm",
+        f"layer {tiny_cache.n_blocks} is **before** the final norm",
         "zarr.open_group",
     ):
         assert shown in text

@@ -223,7 +223,7 @@ def test_an_unfinished_cache_is_refused(tmp_path):
 def test_runs_are_the_rows_of_the_sequences(cache, seed):
     rng = np.random.default_rng(seed)
     sequences = np.flatnonzero(rng.random(len(LENGTHS)) < 0.7)
-    runs, rows = RowRuns.of(cache, sequences), cache.rows(sequences)
+    runs, rows = RowRuns.of(cache, sequences), cache.positions_of(sequences)
     assert len(runs) == len(rows)
     pieces = [np.arange(*piece) for piece in runs.pieces(50)]
     assert max(map(len, pieces)) <= 50
