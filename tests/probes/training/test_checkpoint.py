@@ -25,15 +25,15 @@ class Killed(Exception):
 
 def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the fit end after so many steps, sweeps not counted."""
-    plain, taken = descent.Trainer.measured, [0]
+    record_losses, calls = descent.Trainer.record_losses, [0]
 
-    def measured(self: descent.Trainer, step: int, held_out: float | None) -> None:
-        plain(self, step, held_out)
-        taken[0] += 1
-        if taken[0] == steps:
+    def record_and_die(self: descent.Trainer, step: int, held_out_loss: float | None) -> None:
+        record_losses(self, step, held_out_loss)
+        calls[0] += 1
+        if calls[0] == steps:
             raise Killed
 
-    monkeypatch.setattr(descent.Trainer, "measured", measured)
+    monkeypatch.setattr(descent.Trainer, "record_losses", record_and_die)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import torch
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.format.array import CacheArray
 from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.slab_shuffle import Slabs
 from residua.probes.training.minibatches import Minibatch, MinibatchStream, in_background
-from residua.probes.training.shuffled_order import ShuffledBatches, Slabs
+from residua.probes.training.shuffled_batches import ShuffledBatches
 
 from ...support.synthetic import make_cache, random_head
 
@@ -166,8 +167,8 @@ def test_a_bounded_subset_takes_whole_sequences(uneven: ActivationCache) -> None
 
 def test_the_buffer_keeps_to_its_bytes(uneven: ActivationCache) -> None:
     small = MinibatchStream(uneven, [0, 1], [0], batch=16, buffer_bytes=4096)
-    assert small.order.room < 128 < small.positions
-    assert MinibatchStream(uneven, [0, 1], [0], batch=16).order.room == small.positions
+    assert small.order.buffer_size < 128 < small.positions
+    assert MinibatchStream(uneven, [0, 1], [0], batch=16).order.buffer_size == small.positions
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

@@ -206,9 +206,9 @@ def test_a_fit_that_broke_off_anywhere_goes_on_to_the_same_bits(
     client, folder = threads if on_workers else None, tmp_path / "fit"
     keep: dict[str, Any] = {"memory": 1, "checkpoint": folder, "checkpoint_seconds": 0}
     places = [
-        (Sweep, "_fitted", 3),
+        (Sweep, "_fit_briefly", 3),
         (descent.Descent, "run", 1),
-        (descent.Trainer, "measured", 6),
+        (descent.Trainer, "record_losses", 6),
         (descent.Trainer, "step", 12),
     ]
     for owner, name, calls in places:
@@ -234,7 +234,7 @@ def test_groups_that_no_longer_fit_the_memory_are_refused_and_not_lost(
     options = {**OPTIONS, "lr": 0.1}
     whole, probe = VocabProbe(**options).fit(echo), VocabProbe(**options)
     with monkeypatch.context() as patch:
-        fail_at(descent.Trainer, "measured", 5, patch)
+        fail_at(descent.Trainer, "record_losses", 5, patch)
         with pytest.raises(Killed):
             probe.fit(echo, checkpoint=tmp_path, checkpoint_seconds=0)
     with pytest.raises(MismatchError, match="pairs was"):
@@ -245,7 +245,10 @@ def test_groups_that_no_longer_fit_the_memory_are_refused_and_not_lost(
 def test_a_fit_waits_for_one_that_still_works_in_its_folder(
     echo: ActivationCache, tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, checkpoint = threading.Event(), vocabgroups.CheckpointFolder(tmp_path, {}, 0).plan()
+    begun, checkpoint = (
+        threading.Event(),
+        vocabgroups.CheckpointFolder(tmp_path, {}, 0).plan_checkpoint(),
+    )
 
     def cut(*given: Any) -> Any:
         begun.set()
@@ -254,7 +257,7 @@ def test_a_fit_waits_for_one_that_still_works_in_its_folder(
     monkeypatch.setattr(vocabgroups, "divide", cut)
     probe = VocabProbe(0, [0], lr=0.1, epochs=1)
     with ThreadPoolExecutor(1) as pool:
-        with checkpoint.held():
+        with checkpoint.lock():
             found = pool.submit(probe.fit, echo, checkpoint=tmp_path)
             assert not begun.wait(1)
         assert found.result(timeout=60) is probe
