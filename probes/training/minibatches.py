@@ -173,7 +173,7 @@ class MinibatchStream:
                     step, parts = step + 1, []
 
     def _join_parts(self, epoch: int, step: int, parts: "list[_BatchPart]") -> Minibatch:
-        """One minibatch of the rows that it took from one or more buffer fillings."""
+        """Join the rows of a minibatch, which come from one or more buffer fillings."""
         positions = np.concatenate([part.positions for part in parts])
         hidden = {layer: _join([part.hidden[layer] for part in parts]) for layer in self.layers}
         largest_offset = np.concatenate([part.largest_offset for part in parts])

@@ -165,12 +165,17 @@ class Descent:
     """Fit of one group of regressions, all steps of it."""
 
     form: Parametrization
-    classes: int
+    """Parametrization of every regression."""
+    n_classes: int
     """Number of classes (tokens) of every regression."""
     examples: Examples
+    """Examples to fit."""
     validation: Examples | None
+    """Examples that the held-out loss is measured on."""
     pairs: list[LayerOffset]
+    """The (layer, offset) of every regression."""
     epochs: int
+    """Passes over the examples, at most; see `LEAST_STEPS`."""
     rates: dict[LayerOffset, float] = field(default_factory=dict)
     """Learning rate of each pair."""
     checkpoint: Checkpoint | None = None
@@ -210,7 +215,7 @@ class Descent:
     def _statistics(self) -> InitialStatistics:
         layers = list(dict.fromkeys(layer for layer, _ in self.pairs))
         offsets = list(dict.fromkeys(offset for _, offset in self.pairs))
-        return initial_statistics(self.examples, layers, offsets, self.classes)
+        return initial_statistics(self.examples, layers, offsets, self.n_classes)
 
     def run(self) -> dict[LayerOffset, Outcome]:
         """Fit all pairs; continues from the checkpoint if the folder holds one."""

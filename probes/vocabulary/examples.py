@@ -47,12 +47,12 @@ class CacheExamples:
         stream: MinibatchStream,
         loss: str,
         model: ModelDistribution | None,
-        tops: TopTokens | None,
+        top_tokens: TopTokens | None,
     ) -> None:
         self.stream, self.loss = stream, loss
         self.model = model
         """The model's distribution, for the loss `kl`."""
-        self.tops = tops
+        self.top_tokens = top_tokens
         """The model's top tokens, for the loss `model`."""
 
     @property
@@ -80,9 +80,9 @@ class CacheExamples:
         selection = slice(None) if rows is None else rows
         if self.loss == "text":
             return rows, Target(token=ahead.text[selection])
-        if self.tops is not None:
+        if self.top_tokens is not None:
             positions = minibatch.positions[selection].numpy() + offset
-            return rows, Target(token=tokens_at(self.tops(), positions))
+            return rows, Target(token=tokens_at(self.top_tokens(), positions))
         assert ahead.residual is not None
         assert self.model is not None
         return rows, self.model.distribution(ahead.residual[selection])
@@ -93,13 +93,13 @@ def cache_examples(
     layers: Sequence[int],
     offsets: Sequence[int],
     loss: str,
-    tops: TopTokens,
+    top_tokens: TopTokens,
     **options: Any,
 ) -> CacheExamples:
     """Examples of a cache; `options` are those of `MinibatchStream`."""
     stream = MinibatchStream(cache, layers, offsets, residual=loss == "kl", **options)
     model = ModelDistribution(cache.head.torch()) if loss == "kl" else None
-    return CacheExamples(stream, loss, model, tops if loss == "model" else None)
+    return CacheExamples(stream, loss, model, top_tokens if loss == "model" else None)
 
 
 @dataclass(frozen=True)

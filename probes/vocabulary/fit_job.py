@@ -62,7 +62,7 @@ class VocabFit:
     head: TorchHead | None = None
     """The model's head, for `form="head"`."""
     progress: Callable[[int], None] = lambda rows: None
-    """Called with the number of rows of each step, before the fits of positions labelled."""
+    """Called with numbers of rows: first of positions that are labelled, then of each step."""
 
     @property
     def positions(self) -> int:
@@ -96,7 +96,7 @@ class VocabFit:
         return fast_products() if products == "auto" else products
 
     def pairs_in_memory(self, memory: int) -> int:
-        """Number of pairs whose weights fit `memory` bytes together, one at least."""
+        """Number of pairs that are fitted in `memory` bytes together, one at least."""
         return max(1, memory // (4 * COPIES * self.form.weights))
 
     def descent(
@@ -106,7 +106,7 @@ class VocabFit:
         examples, validation = self.examples(*layers_and_offsets(pairs))
         return Descent(
             form=self.form,
-            classes=len(self.classes),
+            n_classes=len(self.classes),
             examples=examples,
             validation=validation,
             pairs=pairs,
@@ -121,11 +121,11 @@ def layers_and_offsets(pairs: list[LayerOffset]) -> tuple[list[int], list[int]]:
     return layers, list(dict.fromkeys(offset for _, offset in pairs))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CacheVocabFit(VocabFit):
     """Fit on the train split of a cache; the validation split stops it."""
 
-    cache: ActivationCache | None = None
+    cache: ActivationCache
     shared_top_tokens: np.ndarray | None = None
     """Result of `find_top_tokens` from another process; None: computed when first needed."""
 
@@ -147,12 +147,11 @@ class CacheVocabFit(VocabFit):
         )
 
     def examples(self, layers: list[int], offsets: list[int]) -> tuple[Examples, Examples | None]:
-        assert self.cache is not None
         common: dict[str, Any] = {
             "loss": self.options["loss"],
             "batch": self.options["batch"],
             "seed": self.options["seed"],
-            "tops": self.top_tokens,
+            "top_tokens": self.top_tokens,
             "buffer_rows": self.buffer_rows,
             "buffer_bytes": 1 << 62,
             **vars(scope_of(self.options)),
@@ -171,7 +170,6 @@ class CacheVocabFit(VocabFit):
 
         A group of the pairs has the same buffer, so that it draws the same batches.
         """
-        assert self.cache is not None
         stream = MinibatchStream(
             self.cache,
             *layers_and_offsets(self.pairs),
@@ -184,7 +182,6 @@ class CacheVocabFit(VocabFit):
     @cached_property
     def held_out(self) -> np.ndarray:
         """Sequences of the validation split on which fits are measured."""
-        assert self.cache is not None
         sequences = self.cache.sequences("validation")
         if not len(sequences):
             return sequences
@@ -192,15 +189,13 @@ class CacheVocabFit(VocabFit):
 
     @cached_property
     def labelled(self) -> np.ndarray:
-        """Sequences whose top tokens the loss needs: all that are read for `model`, else none."""
-        assert self.cache is not None
+        """Sequences to label with top tokens: all that are read for the loss `model`, else none."""
         if self.options["loss"] != "model":
             return self.held_out[:0]
         return np.sort(np.concatenate([self.cache.sequences("train"), self.held_out]))
 
     @property
     def positions(self) -> int:
-        assert self.cache is not None
         return int(self.cache.sequence_length[self.labelled].sum())
 
     def top_tokens(self) -> np.ndarray:
@@ -211,12 +206,10 @@ class CacheVocabFit(VocabFit):
 
     @cached_property
     def _computed_top_tokens(self) -> np.ndarray:
-        assert self.cache is not None
         return find_top_tokens(self.cache, self.labelled, self.progress)
 
     def size(self) -> float:
         """Root mean square of layer L at the first fitted positions of the train split."""
-        assert self.cache is not None
         sequences = self.cache.sequences("train")[:SIZE_SEQUENCES]
         is_fitted = scope_of(self.options).lefts(self.cache, sequences) >= 0
         positions = self.cache.positions_of(sequences)[is_fitted][:SIZE_ROWS]
@@ -234,38 +227,43 @@ def check_pairs(cache: ActivationCache, offsets: list[int], scope: PairScope, te
 
     With `text`, a pair counts only if a token of the text follows t+N.
     """
-    largest_pair, largest_offset = -1, max(offsets, default=0)
+    largest_with_pair, largest_requested = -1, max(offsets, default=0)
     for sequences in cache.blocks(cache.sequences("train")):
-        largest_offsets = scope.lefts(cache, sequences)
+        # Largest N of each position t with (t, t+N) a pair; negative for none.
+        lefts = scope.lefts(cache, sequences)
         if text:
             positions = cache.positions_of(sequences)
-            for offset in sorted({offset for offset in offsets if offset > largest_pair}):
-                targets = positions[largest_offsets >= offset] + offset
+            for offset in sorted({offset for offset in offsets if offset > largest_with_pair}):
+                targets = positions[lefts >= offset] + offset
                 if len(targets):
                     following = cache.following_tokens(targets, scope.across_documents)
                     if (following >= 0).any():
-                        largest_pair = offset
+                        largest_with_pair = offset
         else:
-            largest_pair = max(largest_pair, int(largest_offsets.max(initial=-1)))
+            largest_with_pair = max(largest_with_pair, int(lefts.max(initial=-1)))
         # Stop reading as soon as every offset has a pair.
-        if largest_pair >= largest_offset:
+        if largest_with_pair >= largest_requested:
             return
-    missing = min(offset for offset in offsets if offset > largest_pair)
+    missing = min(offset for offset in offsets if offset > largest_with_pair)
     condition = " with a token of the text after it" if text else ""
     segment = "sequence" if scope.across_documents else "document of one sequence"
-    limit = f"the largest offset is {largest_pair}" if largest_pair >= 0 else "none is long enough"
+    limit = (
+        f"the largest offset is {largest_with_pair}"
+        if largest_with_pair >= 0
+        else "none is long enough"
+    )
     raise UsageError(
         f"the train split has no pair at offset {missing}{condition}: t and t+N must lie in one "
         f"{segment}; {limit}; use smaller offsets or longer sequences"
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ArrayVocabFit(VocabFit):
     """Fit on rows `X` `(n, d)` with labels `y` `(n,)`, numpy or dask."""
 
-    X: Any = None
-    y: Any = None
+    X: Any
+    y: Any
 
     def examples(self, layers: list[int], offsets: list[int]) -> tuple[Examples, Examples | None]:
         return array_examples(

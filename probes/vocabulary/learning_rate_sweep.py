@@ -31,7 +31,7 @@ class Sweep:
     """Number of short fits whose weights fit the memory together."""
 
     def run(self) -> SweepLosses:
-        """Try lr / 3, lr and 3 lr, and more rates for a pair whose best rate is an end."""
+        """Try lr / 3, lr and 3 lr, then rates past an end while the end has the lowest loss."""
         losses: SweepLosses = {pair: {} for pair in self.descent.pairs}
         validation = self.descent.validation
         if validation is None:
@@ -63,7 +63,7 @@ class Sweep:
 
 
 def rates_beyond(losses: dict[float, float]) -> list[float]:
-    """The next rate past the lowest or highest one if that has the lowest loss, else none."""
+    """The next rate past the best rate, if the best is the lowest or the highest; else none."""
     rates = sorted(losses)
     if not rates:
         return []

@@ -133,7 +133,15 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
             kept = CheckpointFolder(Path(checkpoint).absolute(), identity, checkpoint_seconds)
         memory = memory or default_memory()
         self._clear(job)
-        plan, found = fit_vocab_groups(job, rate, self.lr is None, memory, client, kept, progress)
+        plan, found = fit_vocab_groups(
+            job,
+            rate,
+            sweep=self.lr is None,
+            memory=memory,
+            client=client,
+            checkpoints=kept,
+            progress=progress,
+        )
         self.sweep_ = plan.rows
         for pair, outcome in found.items():
             self._keep(pair, outcome, plan.rates[pair], plan.positions)
