@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...cache.errors import UsageError
+from ...cache.store.sequence_draw import draw_sequences
 from ...cache.tokens.segments import (
     PairScope,
     context_places,
@@ -34,16 +35,12 @@ def choose_sequences(
     cache: "ActivationCache", split: str, max_positions: int, seed: int
 ) -> np.ndarray:
     """Whole sequences of `split` in a seeded random draw, sorted for reading."""
-    if max_positions < 1:
-        raise UsageError(f"max_positions must be 1 or more, not {max_positions}")
-    numbers = cache.sequences(split)
-    if not len(numbers):
+    sequences = cache.sequences(split)
+    if not len(sequences):
         raise UsageError(
             f"the {split} split of this cache is empty; extract more sequences or use split='all'"
         )
-    drawn = np.random.default_rng(seed).permutation(numbers)
-    fits = np.cumsum(cache.sequence_length[drawn]) <= max_positions
-    return np.sort(drawn[: max(1, int(fits.sum()))])
+    return draw_sequences(cache, sequences, max_positions, seed)
 
 
 def check_where(cache: "ActivationCache", where: np.ndarray | None) -> None:

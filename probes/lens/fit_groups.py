@@ -1,4 +1,10 @@
-"""Cuts the fit of translators into groups that fit the memory, and keeps where each stands."""
+"""Fit of all translators of a tuned lens, in groups of (layer, offset) pairs that fit memory.
+
+`TunedLens.fit` calls `fit_translator_groups`. For each group, `fit_group` takes the ridge maps from
+moments (`moments/obtain_moments.py`), fits the translators by KL (`LensFitRun` in
+`translator_fit.py`) and saves a checkpoint at every check. Groups run one after the other, or on
+the workers of a dask cluster; neither changes the result.
+"""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,14 +31,17 @@ from .natural_gradient import InputWhitening, NaturalGradientMap
 from .translator_fit import LensFitRun, LensFitSettings, Report, TranslatorState, identity_map
 
 FOLDS = 5
-"""Folds over which ridge's penalty is chosen."""
+"""Folds of the cross-validation that chooses ridge's penalty."""
 MATRICES = 8
-"""Float64 matrices `(d, d)` that a translator takes while it is fitted."""
+"""Float64 matrices `(d, d)` in memory per translator during its fit."""
+
+Group = tuple[tuple[int, ...], tuple[int, ...]]
+"""Layers and offsets that are fitted together."""
 
 
 @dataclass(frozen=True, eq=False)
-class FittedTranslators:
-    """A translator and what is said of it."""
+class FittedTranslator:
+    """Fitted map of one (layer, offset), with its row of `TunedLens.metrics`."""
 
     map: AffineMap
     row: dict[str, Any]
@@ -47,37 +56,45 @@ def fit_translator_groups(
     memory: int | None = None,
     folder: Path | None = None,
     report: Report | None = None,
-) -> dict[LayerOffset, FittedTranslators]:
-    """Fit every layer and offset, group by group, or on the workers of `client`."""
+) -> dict[LayerOffset, FittedTranslator]:
+    """Fit every layer and offset, group by group, or on the workers of `client`.
+
+    `memory` in bytes bounds this process, or each worker; `folder` holds the checkpoints.
+    """
     check_lens_request(cache, layers, offsets, settings)
     groups = divide_pairs(cache, layers, offsets, client, memory or default_memory())
-    total = _Total(len(groups), settings.steps, report)
-    call = partial(fit_group, settings=settings, folder=folder)
-    found: dict[LayerOffset, FittedTranslators] = {}
+    fit = partial(fit_group, settings=settings, folder=folder)
+
+    def report_group(number: int, stage: str, done: int, total: int) -> None:
+        """Report the progress of one group as a share of all groups."""
+        if report is not None and total:
+            report(stage, number * total + done, len(groups) * total)
+
+    fitted: dict[LayerOffset, FittedTranslator] = {}
     if client is None:
-        for number, (some, ahead) in enumerate(groups):
-            found |= call(cache, some, ahead, report=partial(total, number))
+        for number, group in enumerate(groups):
+            fitted |= fit(cache, group, report=partial(report_group, number))
     else:
-        calls = [(cache, *group) for group in groups]
-        for number, some in enumerate(results(client, call, calls)):
-            found |= some
-            total(number, "lens", settings.steps, settings.steps)
+        calls = [(cache, group) for group in groups]
+        for number, group_result in enumerate(results(client, fit, calls)):
+            fitted |= group_result
+            report_group(number, "lens", settings.steps, settings.steps)
     if folder is not None:
         for group in groups:
-            checkpoint(folder, cache, pairs_of(cache, group), settings).remove()
+            group_checkpoint(folder, cache, fitted_pairs(cache, group), settings).remove()
         with suppress(OSError):
             folder.rmdir()
-    model = cache.n_blocks, 0
+    # The last layer at offset 0 is the model itself.
     if cache.n_blocks in layers and 0 in offsets:
         row = {"start": "model", "kl_logit": 0.0, "kl_ridge": 0.0, "kl": 0.0, "steps": 0}
-        found[model] = FittedTranslators(identity_map(cache.d_model), row)
-    return {pair: found[pair] for pair in sorted(found)}
+        fitted[cache.n_blocks, 0] = FittedTranslator(identity_map(cache.d_model), row)
+    return {pair: fitted[pair] for pair in sorted(fitted)}
 
 
 def check_lens_request(
     cache: ActivationCache, layers: Sequence[int], offsets: Sequence[int], settings: LensFitSettings
 ) -> None:
-    """Raise a `UsageError` for a request that cannot be right."""
+    """Raise `NotFoundError` for a layer that the cache lacks, `UsageError` for wrong parameters."""
     for layer in (*layers, cache.n_blocks):
         cache.residual_array(layer)
     if not layers or not offsets or min(offsets) < 0:
@@ -89,83 +106,73 @@ def check_lens_request(
         raise UsageError("lr and damping must be positive numbers")
 
 
-Group = tuple[tuple[int, ...], tuple[int, ...]]
-"""Layers and offsets."""
-
-
 def divide_pairs(
     cache: ActivationCache, layers: Sequence[int], offsets: Sequence[int], client: Any, memory: int
 ) -> list[Group]:
-    """Groups that fit `memory`, as many as workers at least: fewer layers, then fewer offsets."""
+    """Groups that fit `memory`, at least as many as workers: fewer layers, then fewer offsets."""
     layers, offsets = tuple(sorted(set(layers))), tuple(sorted(set(offsets)))
     threads = {"": available_cores()} if client is None else threads_of(client)
-    # Every thread adds up moments of its own; after them a translator needs less than they did.
-    pair = 8 * cache.d_model**2 * max(2 * FOLDS * (max(threads.values(), default=1) + 1), MATRICES)
-    room = max(1, memory // pair)
-    share = -(-len(layers) // max(1, len(threads)))
-    wide = max(1, min(share, room // len(offsets)))
-    deep = min(len(offsets), room)
+    # The larger of two phases: every thread sums moments of its own (two matrices for each fold),
+    # and their total is one more; then a translator is fitted with MATRICES.
+    moment_matrices = 2 * FOLDS * (max(threads.values(), default=1) + 1)
+    pair_bytes = 8 * cache.d_model**2 * max(moment_matrices, MATRICES)
+    pairs_in_memory = max(1, memory // pair_bytes)
+    layers_per_worker = -(-len(layers) // max(1, len(threads)))
+    group_layers = max(1, min(layers_per_worker, pairs_in_memory // len(offsets)))
+    group_offsets = min(len(offsets), pairs_in_memory)
     return [
-        (layers[i : i + wide], offsets[j : j + deep])
-        for i in range(0, len(layers), wide)
-        for j in range(0, len(offsets), deep)
+        (layers[i : i + group_layers], offsets[j : j + group_offsets])
+        for i in range(0, len(layers), group_layers)
+        for j in range(0, len(offsets), group_offsets)
     ]
-
-
-class _Total:
-    """Reports the steps of all groups as one count."""
-
-    def __init__(self, groups: int, steps: int, report: Report | None) -> None:
-        self.groups, self.steps, self.report = groups, steps, report
-
-    def __call__(self, group: int, stage: str, done: int, total: int) -> None:
-        if self.report is not None and total:
-            self.report(stage, group * total + done, self.groups * total)
 
 
 def fit_group(
     cache: ActivationCache,
-    layers: tuple[int, ...],
-    offsets: tuple[int, ...],
+    group: Group,
     settings: LensFitSettings,
     folder: Path | None = None,
     report: Report | None = None,
-) -> dict[LayerOffset, FittedTranslators]:
-    """Fit the translators of some layers and offsets; they share every batch."""
-    pairs = pairs_of(cache, (layers, offsets))
+) -> dict[LayerOffset, FittedTranslator]:
+    """Fit the translators of one group; continues from its checkpoint in `folder`, if any."""
+    pairs = fitted_pairs(cache, group)
     if not pairs:
         return {}
-    saved = None if folder is None else checkpoint(folder, cache, pairs, settings)
-    say = report or (lambda stage, done, total: None)
-    found = None if saved is None else saved.load()
-    if found is None:
-        ridge, tracks = start_run(
-            cache, (layers, offsets), pairs, settings, partial(say, "moments")
-        )
-        course = LensFitRun(cache, tracks, settings)
-        course.begin(ridge)
+    checkpoint = None if folder is None else group_checkpoint(folder, cache, pairs, settings)
+    report = report or (lambda stage, done, total: None)
+    saved = None if checkpoint is None else checkpoint.load()
+    if saved is None:
+        ridge, translators = start_run(cache, group, pairs, settings, partial(report, "moments"))
+        run = LensFitRun(cache, translators, settings)
+        run.begin(ridge)
         del ridge
         if settings.steps:
-            course.sweep()
+            run.sweep()
     else:
-        tracks = restore_run(*found, settings.damping)
-        course = LensFitRun(cache, tracks, settings)
-        course.step = found[0]["step"]
+        state, tensors = saved
+        translators = restore_translators(state, tensors, settings.damping)
+        run = LensFitRun(cache, translators, settings)
+        run.step = state["step"]
 
-    def at_check() -> None:
-        say("lens", course.step, settings.steps)
-        if saved is not None:
-            rows = [{"layer": la, "offset": n, **t.row()} for (la, n), t in tracks.items()]
-            tensors = {f"{la}.{n}.{k}": v for (la, n), t in tracks.items() for k, v in t.tensors()}
-            saved.save({"step": course.step, "tracks": rows}, tensors)
+    def report_and_save() -> None:
+        report("lens", run.step, settings.steps)
+        if checkpoint is not None:
+            save_run(checkpoint, run)
 
-    at_check()
-    course.run(at_check)
-    out = {}
-    for pair, track in tracks.items():
-        track.back()
-        out[pair] = FittedTranslators(track.fit.map(), track.row())
-    return out
+    report_and_save()
+    run.run(report_and_save)
+    fitted = {}
+    for pair, translator in translators.items():
+        translator.restore_best()
+        fitted[pair] = FittedTranslator(translator.fit.map(), translator.row())
+    return fitted
+
+
+def fitted_pairs(cache: ActivationCache, group: Group) -> list[LayerOffset]:
+    """The pairs of a group that are fitted: all except the last layer at offset 0, the model."""
+    layers, offsets = group
+    pairs = [(layer, offset) for layer in layers for offset in offsets]
+    return [pair for pair in pairs if pair != (cache.n_blocks, 0)]
 
 
 def start_run(
@@ -175,45 +182,54 @@ def start_run(
     settings: LensFitSettings,
     report: Any,
 ) -> tuple[dict[LayerOffset, AffineMap], dict[LayerOffset, TranslatorState]]:
-    """Ridge maps, and translators that have their inputs' coordinates, from one pass."""
-    asked = MomentRequest.of(cache, *group, None, folds=FOLDS, **vars(settings.scope))
-    # Moments that a ridge probe left with the cache serve here too, and the other way round.
-    found = obtain_moments(cache, asked, memory=1 << 62, progress=report)
-    by_pair = {pair[:2]: parts for moments in found for pair, parts in moments.pairs.items()}
-    ridge, tracks = {}, {}
+    """Ridge maps, and new translators with whitened inputs, from one pass over the moments."""
+    # Moments that a ridge probe saved with the cache serve here too, and the other way round.
+    request = MomentRequest.of(cache, *group, None, folds=FOLDS, **vars(settings.scope))
+    moment_sets = obtain_moments(cache, request, memory=1 << 62, progress=report)
+    folds_of = {pair[:2]: folds for moments in moment_sets for pair, folds in moments.pairs.items()}
+    ridge, translators = {}, {}
     for pair in pairs:
-        folds = by_pair[pair]
-        found = fit_ridge(folds, None, None, f"layer {pair[0]}, offset {pair[1]}")
-        inputs = InputWhitening.of(merge_all(folds), found.alpha)
-        ridge[pair] = found.map.astype(np.float32)
-        tracks[pair] = TranslatorState(
-            NaturalGradientMap(inputs, settings.damping), found.alpha, found.n
+        folds = folds_of[pair]
+        ridge_fit = fit_ridge(folds, None, None, f"layer {pair[0]}, offset {pair[1]}")
+        ridge[pair] = ridge_fit.map.astype(np.float32)
+        inputs = InputWhitening.of(merge_all(folds), ridge_fit.alpha)
+        translators[pair] = TranslatorState(
+            fit=NaturalGradientMap(inputs, settings.damping), alpha=ridge_fit.alpha, n=ridge_fit.n
         )
-    return ridge, tracks
+    return ridge, translators
 
 
-def checkpoint(
+def group_checkpoint(
     folder: Path, cache: ActivationCache, pairs: Sequence[LayerOffset], settings: LensFitSettings
 ) -> Checkpoint:
-    """Where a group is kept: a folder of its own."""
+    """Checkpoint of a group, in a subfolder named by the digest of its identity."""
     names = [f"{layer}.{offset}" for layer, offset in pairs]
     identity = {"cache": cache.id, "pairs": names, **asdict(settings)}
     return Checkpoint(folder / json_digest(identity)[:16], identity)
 
 
-def pairs_of(cache: ActivationCache, group: Group) -> list[LayerOffset]:
-    """The pairs of a group that are fitted: all but the model itself."""
-    layers, offsets = group
-    return [(la, n) for la in layers for n in offsets if (la, n) != (cache.n_blocks, 0)]
+def save_run(checkpoint: Checkpoint, run: LensFitRun) -> None:
+    """Save the number of steps and the states of all translators."""
+    rows, tensors = [], {}
+    for (layer, offset), translator in run.translators.items():
+        rows.append({"layer": layer, "offset": offset, **translator.row()})
+        for name, tensor in translator.tensors():
+            tensors[f"{layer}.{offset}.{name}"] = tensor
+    checkpoint.save({"step": run.step, "tracks": rows}, tensors)
 
 
-def restore_run(
+def restore_translators(
     state: dict[str, Any], tensors: dict[str, Tensor], damping: float
 ) -> dict[LayerOffset, TranslatorState]:
-    """The tracks of a checkpoint."""
-    tracks = {}
+    """The translators that `save_run` saved."""
+    translators = {}
     for row in state["tracks"]:
-        mark = f"{row['layer']}.{row['offset']}."
-        own = {k[len(mark) :]: t for k, t in tensors.items() if k.startswith(mark)}
-        tracks[row["layer"], row["offset"]] = TranslatorState.of(row, own, damping)
-    return tracks
+        prefix = f"{row['layer']}.{row['offset']}."
+        translator_tensors = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        pair = row["layer"], row["offset"]
+        translators[pair] = TranslatorState.of(row, translator_tensors, damping)
+    return translators

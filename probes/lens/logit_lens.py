@@ -1,4 +1,8 @@
-"""The logit lens: the model's own head on the residual stream of any layer."""
+"""Logit lens (nostalgebraist, 2020): the model's own head on the residual stream of any layer.
+
+`LogitLens` needs no fit. `evaluate` and `heatmap` read it as they read any `Readout`, as the
+baseline of tuned lenses.
+"""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -13,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class LogitLens:
-    """The head applied to a middle layer as it is (nostalgebraist, 2020); needs no fit."""
+    """The model's head applied to the unchanged residual stream of `layers`, at all `offsets`.
+
+    At every offset N the prediction is that for the token after t, scored against t+N.
+    """
 
     kind = "logit"
 
@@ -27,8 +34,10 @@ class LogitLens:
         return cls(cache.layers, offsets)
 
     def pairs(self) -> list[tuple[int | None, int]]:
+        """The (layer, offset) pairs to read."""
         return [(layer, offset) for layer in self.layers for offset in self.offsets]
 
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
+        """Logits `(n, vocab)` that the head gives for the rows; the same at every offset."""
         assert batch.hidden is not None
         return batch.head(batch.hidden)

@@ -1,9 +1,13 @@
-"""Natural-gradient steps for a linear map read through the head, preconditioned by the moments.
+"""Natural-gradient steps of a linear map that is read through the model's head (K-FAC, EKFAC).
 
-For u = (x - mean) W + c the Fisher matrix of softmax(head(u)) is the mean of (x x') ⊗ (g g'), g
-being the gradient in u of -log q[y] for a token y drawn from the lens's own q. Its eigenbasis is
-taken to be that of the factors: the inputs' from the moments, the outputs' from G = E[g g']
-(K-FAC: Martens and Grosse, 2015); the eigenvalues are measured in that basis (George et al., 2018).
+The map is u = z W + c of whitened rows z = (x - mean) whiten. Its Fisher matrix, for
+q = softmax(head(u)), is the mean of (z z') ⊗ (g g'), where g is the gradient in u of -log q[y] for
+a token y drawn from q. The eigenvectors are taken to be those of the two factors: of E[z z'], the
+identity, from the moments of the layer, and of G = E[g g'] (K-FAC: Martens and Grosse, 2015); the
+eigenvalues are measured in that basis (EKFAC: George et al., 2018).
+
+`translator_fit.py` holds a `NaturalGradientMap` for each translator of a tuned lens and calls its
+steps; losses and gradients come from `training/softmax_loss.py`.
 """
 
 from dataclasses import dataclass
@@ -18,73 +22,84 @@ from ..ridge.solver import AffineMap
 from ..training.softmax_loss import Gradients, Target, head_losses, row_tiles, softmax_in_place
 
 DRIFT = 0.05
-"""Share of the eigenvalues that every new estimate replaces."""
+"""Share of the eigenvalues that every new estimate replaces: an average over some 20 estimates."""
+LEAST_VARIANCE = 1e-30
+"""Stands for the largest eigenvalue of a layer without variance, which must not be divided by."""
 
 
 @dataclass(frozen=True, eq=False)
 class InputWhitening:
-    """Coordinates of a layer's residual stream in which its second moments are the identity."""
+    """Coordinates of a layer's residual stream in which the second moments are the identity."""
 
     mean: Tensor
-    """`(d,)` float32."""
+    """Mean of the rows, `(d,)` float32."""
     whiten: Tensor
-    """`(d, d)`: rows z = (x - mean) whiten."""
+    """z = (x - mean) whiten, `(d, d)` float32."""
     unwhiten: Tensor
-    """Its inverse."""
+    """Inverse of `whiten`, `(d, d)` float32."""
 
     TENSORS = ("mean", "whiten", "unwhiten")
 
     @classmethod
     def of(cls, moments: Moments, alpha: float) -> "InputWhitening":
-        """From the moments, with ridge's penalty `alpha` added to them.
+        """Whitening of the rows with these moments, with ridge's penalty `alpha` added.
 
-        The penalty that cross-validation chose says below which variance a direction is noise.
+        With xx = V diag(values) V' of n rows: whiten = V diag(scale)^-1, for
+        scale^2 = (values + alpha) / n. The penalty, chosen by cross-validation, is the variance
+        below which a direction is noise; whitened by its variance alone, noise would take steps
+        as large as the signal. The floor is the rounding error of the eigenvalues.
         """
         values, vectors = np.linalg.eigh(moments.xx)
-        floor = max(values[-1], 1e-30) * len(values) * np.finfo(np.float64).eps
+        floor = max(values[-1], LEAST_VARIANCE) * len(values) * np.finfo(np.float64).eps
         scale = np.sqrt((np.maximum(values, 0) + max(alpha, floor)) / moments.n)
         arrays = moments.mean_x, vectors / scale, scale[:, None] * vectors.T
         return cls(*(torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in arrays))
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Whitened rows z, `(n, d)`."""
         return (x - self.mean) @ self.whiten
 
 
 class NaturalGradientMap:
-    """One translator while it is fitted: its map of whitened inputs, and its curvature.
+    """Map u = z weight + bias of whitened rows during its fit, with an estimate of its curvature.
 
-    There is no momentum: with it, 200 steps reached 1.2709 nats where they reach 1.2683 without.
+    A step divides the gradient by the Fisher matrix. Steps have no momentum: with momentum, 200
+    steps reached 1.2709 nats, without 1.2683.
     """
 
     STATE = ("weight", "bias", "curvature", "outputs")
-    """Tensors that say where the fit stands."""
+    """Tensors that change during the fit, as checkpoints name them."""
 
     def __init__(self, inputs: InputWhitening, damping: float) -> None:
         self.inputs, self.damping = inputs, damping
         width = len(inputs.mean)
         self.weight, self.bias = torch.zeros(width, width), torch.zeros(width)
         self.curvature = torch.zeros(width + 1, width)
-        """Eigenvalues of the Fisher matrix; the last row is the bias's."""
+        """Eigenvalues of the Fisher matrix, (input direction, output direction); the last row is
+        the bias's."""
         self.outputs = torch.eye(width)
-        """Eigenvectors of the outputs' factor, in columns."""
+        """Eigenvectors of the output factor G, in columns, `(d, d)`."""
 
-    def set(self, found: AffineMap) -> None:
-        """Start from a map of rows as they are."""
-        weight, bias = (torch.from_numpy(a.astype(np.float32)) for a in (found.weight, found.bias))
+    def set_map(self, affine: AffineMap) -> None:
+        """Set the map to `affine`, a map of raw rows x."""
+        weight, bias = (
+            torch.from_numpy(array.astype(np.float32)) for array in (affine.weight, affine.bias)
+        )
+        # x A + b = z (unwhiten A) + (b + mean A).
         self.weight = self.inputs.unwhiten @ weight
         self.bias = bias + self.inputs.mean @ weight
 
     def map(self) -> AffineMap:
-        """The map as it stands, for rows as they are; float32."""
+        """The current map, as a map of raw rows x; float32."""
         weight = self.inputs.whiten @ self.weight
         return AffineMap(weight.numpy(), (self.bias - self.inputs.mean @ weight).numpy())
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors of `STATE`, copied."""
+        """Copies of the tensors of `STATE`."""
         return {name: getattr(self, name).clone() for name in self.STATE}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go back to a `state`."""
+        """Set the tensors of `STATE` to copies of a result of `state`."""
         for name in self.STATE:
             setattr(self, name, state[name].clone())
 
@@ -93,57 +108,69 @@ class NaturalGradientMap:
         return bool(self.weight.isfinite().all()) and bool(self.bias.isfinite().all())
 
     def losses(self, x: Tensor, head: TorchHead, target: Target) -> Tensor:
-        """Losses of rows `x` `(n, d)`, `(n,)`."""
-        return head_losses(torch.addmm(self.bias, self.inputs(x), self.weight), head, target)
+        """Losses `(n,)` of raw rows `x` `(n, d)`."""
+        return head_losses(self._translated(self.inputs(x)), head, target)
 
     def step(self, x: Tensor, head: TorchHead, target: Target, rate: float) -> Tensor:
-        """One step of length `rate` (1 is the natural gradient's own); losses before it, `(n,)`."""
+        """Take a step of `rate` times the natural gradient; gives the losses before it, `(n,)`."""
+        # Gradient of the mean loss in u, then in weight and bias: `(d + 1, d)`.
         z = self.inputs(x)
-        u = torch.addmm(self.bias, z, self.weight)
-        slope = torch.zeros_like(u)
-        losses = head_losses(u, head, target, Gradients(x=slope, scale=1 / len(x)))
-        gradient = torch.cat([z.T @ slope, slope.sum(0, keepdim=True)]) @ self.outputs
+        u = self._translated(z)
+        u_gradient = torch.zeros_like(u)
+        losses = head_losses(u, head, target, Gradients(x=u_gradient, scale=1 / len(x)))
+        gradient = torch.cat([z.T @ u_gradient, u_gradient.sum(0, keepdim=True)])
+        # In the eigenbasis the Fisher matrix is diagonal: divide by the damped eigenvalues.
+        gradient = gradient @ self.outputs
         gradient /= self.curvature + self.damping * self.curvature.mean()
-        change = gradient @ self.outputs.T
-        self.weight.sub_(change[:-1], alpha=rate)
-        self.bias.sub_(change[-1], alpha=rate)
+        # Back to the coordinates of u.
+        direction = gradient @ self.outputs.T
+        self.weight.sub_(direction[:-1], alpha=rate)
+        self.bias.sub_(direction[-1], alpha=rate)
         return losses
 
-    def outer(self, x: Tensor, head: TorchHead, generator: torch.Generator) -> Tensor:
-        """The outputs' factor G, estimated from rows `x` `(n, d)`; `(d, d)`."""
-        slope = self._slopes(self.inputs(x), head, generator)
-        return slope.T @ slope / len(x)
+    def output_factor(self, x: Tensor, head: TorchHead, generator: torch.Generator) -> Tensor:
+        """Estimate of the output factor G = E[g g'] from rows `x` `(n, d)`; `(d, d)`."""
+        slopes = sampled_slopes(self._translated(self.inputs(x)), head, generator)
+        return slopes.T @ slopes / len(x)
 
-    def measure(
+    def update_curvature(
         self, x: Tensor, head: TorchHead, generator: torch.Generator, share: float = DRIFT
     ) -> None:
-        """Replace a `share` of the eigenvalues by what rows `x` `(n, d)` say of them."""
+        """Replace a `share` of the eigenvalues by an estimate from rows `x` `(n, d)`.
+
+        The eigenvalue of input direction i and output direction j is E[z_i^2 (g outputs)_j^2];
+        for the bias z is 1.
+        """
         z = self.inputs(x)
-        squares = (self._slopes(z, head, generator) @ self.outputs).square_()
+        slopes = sampled_slopes(self._translated(z), head, generator)
+        squares = (slopes @ self.outputs).square_()
         values = torch.cat([z.square().T @ squares, squares.sum(0, keepdim=True)]) / len(x)
         self.curvature.lerp_(values, share)
 
-    def _slopes(self, z: Tensor, head: TorchHead, generator: torch.Generator) -> Tensor:
-        return sampled_slopes(torch.addmm(self.bias, z, self.weight), head, generator)
+    def _translated(self, z: Tensor) -> Tensor:
+        """u = z weight + bias, `(n, d)`."""
+        return torch.addmm(self.bias, z, self.weight)
 
 
 def sampled_slopes(u: Tensor, head: TorchHead, generator: torch.Generator) -> Tensor:
-    """Gradients in `u` `(n, d)` of -log q[y], y drawn from q = softmax(head(u)); `(n, d)`."""
-    slope = torch.zeros_like(u)
+    """Gradients g in `u` `(n, d)` of -log q[y], y drawn from q = softmax(head(u)); `(n, d)`."""
+    slopes = torch.zeros_like(u)
     for tile in row_tiles(len(u), head.head.vocab):
         with torch.no_grad():
             q = head(u[tile])
             softmax_in_place(q)
-            token = drawn(q, generator)
-        head_losses(u[tile], head, Target(token=token), Gradients(x=slope[tile]))
-    return slope
+            token = draw_tokens(q, generator)
+        head_losses(u[tile], head, Target(token=token), Gradients(x=slopes[tile]))
+    return slopes
 
 
-def drawn(q: Tensor, generator: torch.Generator) -> Tensor:
-    """A token for each row of probabilities `q` `(n, vocab)`, `(n,)` int64; `q` is overwritten.
+def draw_tokens(q: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a token for each row of probabilities `q` `(n, vocab)`; `(n,)` int64.
 
-    By the inverse of the distribution function, in a twentieth of `torch.multinomial`'s time.
+    `q` is overwritten by its distribution function, whose inverse gives the token: a twentieth of
+    the time of `torch.multinomial`.
     """
-    below = torch.cumsum(q, 1, out=q)
-    u = torch.rand(len(q), 1, generator=generator) * below[:, -1:]
-    return torch.searchsorted(below, u, right=True)[:, 0].clamp_max_(q.shape[1] - 1)
+    cumulative = torch.cumsum(q, 1, out=q)
+    threshold = torch.rand(len(q), 1, generator=generator) * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return tokens.clamp_max_(q.shape[1] - 1)

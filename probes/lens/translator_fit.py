@@ -1,11 +1,17 @@
-"""Fits translators by KL to the model, out of core: start, sweep of rates, checked steps.
+"""Fit of tuned-lens translators by KL to the model: start, sweep of rates, checked steps.
 
-Every translator goes its own way: it starts from ridge or the logit lens, whichever is better on
-the validation split, takes the rate that did best in a short sweep, goes back to its best and
-halves the rate where a check finds it worse, and ends as the best that a check has found.
+`fit_groups.py` makes a `LensFitRun` for a group of (layer, offset) pairs, which share every batch
+of `MinibatchStream`, and calls `begin`, `sweep` and `run`. Each translator is fitted by itself
+(`TranslatorState`, steps by `natural_gradient.py`):
 
-Where the validation split has no pair at its offset there is nothing to choose by: it starts from
-ridge, takes the lower rate and ends with its last step.
+1. It starts from ridge or the logit lens, whichever has the lower KL on the validation split.
+2. A sweep tries every learning rate for a few steps; the rate with the lowest KL is taken.
+3. Steps follow at a rate that falls to 0. Every `CHECK` steps the KL on the validation split is
+   measured: a translator that got worse returns to its best map, at half the rate.
+4. The result is the best map of all checks.
+
+Where the validation split has no pair at an offset, nothing can be compared: the translator starts
+from ridge, takes the lowest rate and ends with its last step.
 """
 
 import math
@@ -19,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ...cache.files.json_files import plain_value
+from ...cache.progress import StageProgress
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import PairScope
 from ..base.readout import LayerOffset
@@ -27,27 +34,29 @@ from ..training.minibatches import BUFFER_BYTES, BUFFER_ROWS, MinibatchStream
 from ..training.softmax_loss import ModelDistribution, Target
 from .natural_gradient import InputWhitening, NaturalGradientMap
 
-Report = Callable[[str, int, int], None]
-"""Called with (stage, done, total): `moments` counts positions, `lens` steps."""
+Report = StageProgress
+"""Called with (stage, done, total): stage `moments` counts positions, `lens` steps."""
+PairRows = tuple[LayerOffset, Tensor, Target]
+"""(layer, offset), rows `(n, d)` of the layer at t, and the model's distribution at t+N."""
 RATES = (0.05, 0.15)
-"""Rates of the sweep, in units of the natural gradient's own step."""
+"""Learning rates of the sweep; 1 is the full natural-gradient step."""
 VALIDATION_POSITIONS = 4096
-"""Most positions of the validation split that a check looks at."""
+"""Most positions of the validation split that a check reads."""
 CHECK = 25
-"""Steps between two looks at the validation split."""
+"""Steps between two checks on the validation split."""
 SWEEP = 10
-"""Steps that every rate of the sweep is given."""
+"""Steps of each learning rate in the sweep."""
 WORSE = 1.02
-"""A check that finds the KL above this many times the best one goes back."""
+"""A KL of more than this many times the best one makes a translator return to its best map."""
 OUTPUTS = 4
-"""Rows per output, and more, from which the curvature at the start is measured."""
+"""Rows per output dimension from which the curvature at the start is measured, at least."""
 REFRESH = 4
-"""Every so many steps, one of so many rows measures the curvature again."""
+"""Every `REFRESH` steps, one row in `REFRESH` measures the curvature again: 1/16 of the rows."""
 
 
 @dataclass(frozen=True)
 class LensFitSettings:
-    """How translators are fitted; see `TunedLens`."""
+    """Parameters of the fit of translators; see `TunedLens`."""
 
     lr: float | None
     steps: int
@@ -59,43 +68,70 @@ class LensFitSettings:
 
     @property
     def scope(self) -> PairScope:
-        """Which pairs are fitted."""
+        """Scope of the pairs (t, t+N) that are fitted."""
         return PairScope(self.across_documents, self.drop_first)
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Those that the sweep tries."""
+        """Learning rates that the sweep tries."""
         return RATES if self.lr is None else (self.lr,)
 
 
 @dataclass(eq=False)
 class TranslatorState:
-    """One translator on its way."""
+    """State of one translator during the fit: current map, best map so far, learning rate."""
 
     fit: NaturalGradientMap
+    """Current map."""
     alpha: float
-    """Ridge's penalty."""
+    """Penalty of the ridge map."""
     n: int
-    """Pairs that ridge was fitted on."""
+    """Number of pairs that the ridge map was fitted on."""
     best: dict[str, Tensor] = field(default_factory=dict)
-    """Where it was best."""
+    """`fit.state()` of the best map."""
     n_validation: int = 0
-    """Pairs of the validation split; without one the last step counts as the best."""
+    """Number of pairs of the validation split; with 0 the last step counts as the best."""
     kl: float = math.inf
-    """KL on the validation split there; infinite where it is not finite or there is no pair."""
+    """KL of the best map on the validation split, in nats; infinite if not finite or without a
+    pair."""
     step: int = 0
-    """Steps it had taken."""
+    """Number of steps that the best map had taken."""
     start: str = "ridge"
+    """Map that the fit started from: `ridge` or `logit`."""
     kl_logit: float = math.inf
+    """KL of the logit lens on the validation split."""
     kl_ridge: float = math.inf
+    """KL of the ridge map on the validation split."""
     rate: float = 0.0
+    """Current learning rate, before the schedule."""
     sweep: dict[float, float] = field(default_factory=dict)
-    """Rate -> KL on the validation split after `SWEEP` steps."""
+    """Learning rate -> KL on the validation split after `SWEEP` steps."""
     backs: int = 0
-    """How often it went back, at half the rate."""
+    """How often the translator returned to its best map, at half the rate."""
+
+    def record_check(self, kl: float, step: int) -> None:
+        """Save the current map as the best, or return to the best map at half the rate."""
+        is_best = self.fit.is_finite() if not self.n_validation else kl < self.kl
+        if is_best:
+            self.save_as_best(kl, step)
+        elif not self.n_validation or math.isinf(kl) or kl > WORSE * self.kl:
+            self.restore_best()
+            self.rate /= 2
+            self.backs += 1
+
+    def save_as_best(self, kl: float, step: int) -> None:
+        """Save the current map, with this KL after `step` steps, as the best one."""
+        self.best, self.kl, self.step = self.fit.state(), kl, step
+
+    def restore_best(self) -> None:
+        """Return to the best map."""
+        self.fit.restore(self.best)
 
     def row(self) -> dict[str, Any]:
-        """All of it that is no tensor: what `TunedLens.metrics` says; None for an infinite KL."""
+        """Everything except tensors, as JSON, for checkpoints and `TunedLens.metrics`.
+
+        An infinite KL becomes None.
+        """
         return {
             "start": self.start,
             "kl_logit": plain_value(self.kl_logit),
@@ -111,7 +147,7 @@ class TranslatorState:
         }
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All of it that is a tensor."""
+        """All tensors with their names in a checkpoint."""
         for name in InputWhitening.TENSORS:
             yield f"inputs.{name}", getattr(self.fit.inputs, name)
         yield from ((f"fit.{name}", tensor) for name, tensor in self.fit.state().items())
@@ -121,199 +157,215 @@ class TranslatorState:
     def of(
         cls, row: dict[str, Any], tensors: dict[str, Tensor], damping: float
     ) -> "TranslatorState":
-        """The track that `row` and `tensors` described."""
+        """The state that `row` and `tensors` describe."""
 
-        def part(mark: str) -> dict[str, Tensor]:
-            return {k[len(mark) :]: t for k, t in tensors.items() if k.startswith(mark)}
+        def with_prefix(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
-        fit = NaturalGradientMap(InputWhitening(**part("inputs.")), damping)
-        fit.restore(part("fit."))
-
-        def read(kl: float | None) -> float:
+        def infinite_if_none(kl: float | None) -> float:
             return math.inf if kl is None else kl
 
+        fit = NaturalGradientMap(InputWhitening(**with_prefix("inputs.")), damping)
+        fit.restore(with_prefix("fit."))
         return cls(
-            fit, row["alpha"], row["n"], part("best."), row["n_validation"], read(row["kl"]),
-            row["steps"], row["start"], read(row["kl_logit"]), read(row["kl_ridge"]), row["lr"],
-            {float(rate): read(kl) for rate, kl in row["sweep"]}, row["backs"],
-        )  # fmt: skip
-
-    def judge(self, kl: float, step: int) -> None:
-        """Keep the fit as it is now, or go back to the best one at half the rate."""
-        is_best = self.fit.is_finite() if not self.n_validation else kl < self.kl
-        if is_best:
-            self.keep(kl, step)
-        elif not self.n_validation or math.isinf(kl) or kl > WORSE * self.kl:
-            self.back()
-            self.rate /= 2
-            self.backs += 1
-
-    def keep(self, kl: float, step: int) -> None:
-        """What the fit is now is the best."""
-        self.best, self.kl, self.step = self.fit.state(), kl, step
-
-    def back(self) -> None:
-        """Return to the best."""
-        self.fit.restore(self.best)
+            fit=fit,
+            alpha=row["alpha"],
+            n=row["n"],
+            best=with_prefix("best."),
+            n_validation=row["n_validation"],
+            kl=infinite_if_none(row["kl"]),
+            step=row["steps"],
+            start=row["start"],
+            kl_logit=infinite_if_none(row["kl_logit"]),
+            kl_ridge=infinite_if_none(row["kl_ridge"]),
+            rate=row["lr"],
+            sweep={float(rate): infinite_if_none(kl) for rate, kl in row["sweep"]},
+            backs=row["backs"],
+        )
 
 
 class LensFitRun:
-    """The fit of the translators of some layers and offsets, which share every batch."""
+    """The fit of the translators of a group of layers and offsets, which share every batch."""
 
     def __init__(
         self,
         cache: ActivationCache,
-        tracks: dict[LayerOffset, TranslatorState],
+        translators: dict[LayerOffset, TranslatorState],
         settings: LensFitSettings,
     ) -> None:
-        self.tracks, self.settings = tracks, settings
+        self.translators, self.settings = translators, settings
         self.head = cache.head.torch()
-        self.teacher = ModelDistribution(self.head)
-        layers = sorted({layer for layer, _ in tracks})
-        offsets = sorted({offset for _, offset in tracks})
-        batch, seed = settings.batch, settings.seed
-        # As many rows whichever layers are fitted together: so do their batches not differ.
-        row = sum(cache.residual_array(layer).layout.row_bytes for layer in cache.layers)
-        rows = max(batch, min(BUFFER_ROWS, BUFFER_BYTES // row))
+        self.model = ModelDistribution(self.head)
+        layers = sorted({layer for layer, _ in translators})
+        offsets = sorted({offset for _, offset in translators})
+        # The buffer size must not depend on which layers are fitted together, or the batches would
+        # differ: compute it for all layers of the cache.
+        row_bytes = sum(cache.residual_array(layer).layout.row_bytes for layer in cache.layers)
         self.train = MinibatchStream(
-            cache, layers, offsets, "train", batch, seed, drop_last=True,
-            buffer_rows=rows, buffer_bytes=1 << 62, **vars(settings.scope),
-        )  # fmt: skip
-        self.held = None
+            cache,
+            layers,
+            offsets,
+            split="train",
+            batch=settings.batch,
+            seed=settings.seed,
+            drop_last=True,
+            buffer_rows=max(settings.batch, min(BUFFER_ROWS, BUFFER_BYTES // row_bytes)),
+            buffer_bytes=1 << 62,
+            **vars(settings.scope),
+        )
+        self.validation = None
         if len(cache.sequences("validation")):
-            self.held = MinibatchStream(
-                cache, layers, offsets, "validation", batch, seed,
-                max_positions=VALIDATION_POSITIONS, shuffle=False, **vars(settings.scope),
-            )  # fmt: skip
+            self.validation = MinibatchStream(
+                cache,
+                layers,
+                offsets,
+                split="validation",
+                batch=settings.batch,
+                seed=settings.seed,
+                max_positions=VALIDATION_POSITIONS,
+                shuffle=False,
+                **vars(settings.scope),
+            )
         self.step = 0
-
-    def rows(
-        self, feed: MinibatchStream, step: int = 0
-    ) -> Iterator[list[tuple[LayerOffset, Tensor, Target]]]:
-        """Batches from number `step` on, for ever: rows with their target for every pair."""
-        while True:
-            for draw in feed.epoch(*divmod(step, feed.steps)):
-                found = []
-                for offset, ahead in draw.ahead.items():
-                    if not ahead.valid.any():
-                        continue
-                    assert ahead.residual is not None
-                    target = self.teacher.distribution(ahead.residual[ahead.valid])
-                    pairs = [pair for pair in self.tracks if pair[1] == offset]
-                    found += [(pair, draw.hidden[pair[0]][ahead.valid], target) for pair in pairs]
-                yield found
-                step += 1
-
-    def check(self) -> dict[LayerOffset, float]:
-        """KL of every translator on the validation split; sums in float64.
-
-        Infinite where it is not finite, and where there is no pair.
-        """
-        sums = {pair: np.zeros(2) for pair in self.tracks}
-        if self.held is not None:
-            for found in islice(self.rows(self.held), self.held.steps):
-                for pair, x, target in found:
-                    losses = self.tracks[pair].fit.losses(x, self.head, target)
-                    sums[pair] += losses.sum(dtype=torch.float64).item(), len(losses)
-        for pair, (_, n) in sums.items():
-            self.tracks[pair].n_validation = int(n)
-        found = {pair: total / n if n else math.inf for pair, (total, n) in sums.items()}
-        return {pair: float(kl) if math.isfinite(kl) else math.inf for pair, kl in found.items()}
+        """Number of steps taken."""
 
     def begin(self, ridge: Mapping[LayerOffset, AffineMap]) -> None:
-        """Choose between ridge and the logit lens, and measure the curvature there."""
-        for pair, track in self.tracks.items():
-            track.fit.set(identity_map(len(ridge[pair].bias)))
-        logit = self.check()
-        starts = {pair: track.fit.state() for pair, track in self.tracks.items()}
-        for pair, track in self.tracks.items():
-            track.fit.set(ridge[pair])
-        for pair, kl in self.check().items():
-            track = self.tracks[pair]
-            track.kl_logit, track.kl_ridge = logit[pair], kl
-            if track.n_validation and logit[pair] <= kl:
-                track.fit.restore(starts[pair])
-                track.start = "logit"
-        del starts
-        self._curvature()
-        for track in self.tracks.values():
-            track.keep(min(track.kl_logit, track.kl_ridge), 0)
-
-    def _curvature(self) -> None:
-        """The curvature at the start, from at least `OUTPUTS` rows per output."""
-        width = self.train.cache.d_model
-        batches = min(self.train.steps, -(-OUTPUTS * width // self.settings.batch))
-        outer = {pair: torch.zeros(width, width) for pair in self.tracks}
-        for step, found in enumerate(islice(self.rows(self.train), batches)):
-            for pair, x, _ in found:
-                fit = self.tracks[pair].fit
-                outer[pair] += fit.outer(x, self.head, self._generator(pair, step))
-        for pair, factor in outer.items():
-            # Row by row, as a checkpoint keeps it: else products round differently after one.
-            self.tracks[pair].fit.outputs = torch.linalg.eigh(factor)[1].contiguous()
-        for step, found in enumerate(islice(self.rows(self.train), batches)):
-            for pair, x, _ in found:
-                draws = self._generator(pair, step)
-                self.tracks[pair].fit.measure(x, self.head, draws, 1 / (step + 1))
+        """Choose between ridge and the logit lens, and measure the curvature at the start."""
+        # KL of the logit lens.
+        for pair, translator in self.translators.items():
+            translator.fit.set_map(identity_map(len(ridge[pair].bias)))
+        kl_logit = self.validation_kl()
+        logit_lenses = {pair: t.fit.state() for pair, t in self.translators.items()}
+        # KL of ridge; return to the logit lens where ridge is not better.
+        for pair, translator in self.translators.items():
+            translator.fit.set_map(ridge[pair])
+        for pair, kl_ridge in self.validation_kl().items():
+            translator = self.translators[pair]
+            translator.kl_logit, translator.kl_ridge = kl_logit[pair], kl_ridge
+            if translator.n_validation and kl_logit[pair] <= kl_ridge:
+                translator.fit.restore(logit_lenses[pair])
+                translator.start = "logit"
+        del logit_lenses
+        self._measure_curvature()
+        for translator in self.translators.values():
+            translator.save_as_best(min(translator.kl_logit, translator.kl_ridge), 0)
 
     def sweep(self) -> None:
-        """Take the first steps at every rate, each from the start, and keep the best outcome."""
+        """Take the first steps at every learning rate, each from the start; keep the best map."""
         steps, rates = min(SWEEP, self.settings.steps), self.settings.rates
-        starts = {pair: track.best for pair, track in self.tracks.items()}
+        starts = {pair: translator.best for pair, translator in self.translators.items()}
         for rate in rates:
-            for pair, track in self.tracks.items():
-                track.fit.restore(starts[pair])
-            batches = self.rows(self.train)
+            for pair, translator in self.translators.items():
+                translator.fit.restore(starts[pair])
+            batches = self._batches(self.train)
             for step in range(steps):
-                self._take(step, next(batches), lambda track, now=rate * (1 - step / steps): now)
-            for pair, kl in self.check().items():
-                track = self.tracks[pair]
-                if not track.n_validation:
-                    if rate == min(rates) and track.fit.is_finite():
-                        track.keep(kl, steps)
+                falling_rate = rate * (1 - step / steps)
+                self._take_step(step, next(batches), lambda _, rate=falling_rate: rate)
+            for pair, kl in self.validation_kl().items():
+                translator = self.translators[pair]
+                if not translator.n_validation:
+                    if rate == min(rates) and translator.fit.is_finite():
+                        translator.save_as_best(kl, steps)
                     continue
-                track.sweep[rate] = kl
-                if kl < track.kl:
-                    track.keep(kl, steps)
-        for track in self.tracks.values():
-            track.rate = min(track.sweep, key=lambda rate: track.sweep[rate], default=min(rates))
-            track.back()
+                translator.sweep[rate] = kl
+                if kl < translator.kl:
+                    translator.save_as_best(kl, steps)
+        for translator in self.translators.values():
+            by_rate = translator.sweep
+            translator.rate = min(by_rate, key=lambda rate: by_rate[rate], default=min(rates))
+            translator.restore_best()
         self.step = steps
 
     def run(self, at_check: Callable[[], None]) -> None:
-        """Take the other steps; `at_check` is called after every look at the validation split."""
-        batches = self.rows(self.train, self.step)
+        """Take all further steps; `at_check` is called after every check."""
+        batches = self._batches(self.train, self.step)
         while self.step < self.settings.steps:
-            falling = (1 + math.cos(math.pi * self.step / self.settings.steps)) / 2
-            self._take(self.step, next(batches), lambda track, share=falling: share * track.rate)
+            # Half a cosine, from 1 to 0.
+            share = (1 + math.cos(math.pi * self.step / self.settings.steps)) / 2
+            self._take_step(self.step, next(batches), lambda t, share=share: share * t.rate)
             self.step += 1
             if self.step % CHECK == 0 or self.step == self.settings.steps:
                 self._judge()
                 at_check()
 
-    def _take(
-        self,
-        step: int,
-        found: list[tuple[LayerOffset, Tensor, Target]],
-        rate: Callable[[TranslatorState], float],
+    def validation_kl(self) -> dict[LayerOffset, float]:
+        """KL of every translator on the validation split, in nats; sums in float64.
+
+        Infinite where the KL is not finite, and without a pair. Sets `n_validation`.
+        """
+        sums = {pair: np.zeros(2) for pair in self.translators}
+        if self.validation is not None:
+            for batch in islice(self._batches(self.validation), self.validation.steps):
+                for pair, x, target in batch:
+                    losses = self.translators[pair].fit.losses(x, self.head, target)
+                    sums[pair] += losses.sum(dtype=torch.float64).item(), len(losses)
+        kl = {}
+        for pair, (total, n) in sums.items():
+            self.translators[pair].n_validation = int(n)
+            mean = total / n if n else math.inf
+            kl[pair] = float(mean) if math.isfinite(mean) else math.inf
+        return kl
+
+    def _batches(self, stream: MinibatchStream, step: int = 0) -> Iterator[list[PairRows]]:
+        """Batches from number `step` on, endlessly: rows and targets of every pair."""
+        while True:
+            for minibatch in stream.epoch(*divmod(step, stream.steps)):
+                pair_rows = []
+                for offset, ahead in minibatch.ahead.items():
+                    if not ahead.valid.any():
+                        continue
+                    # All layers of an offset share the target.
+                    assert ahead.residual is not None
+                    target = self.model.distribution(ahead.residual[ahead.valid])
+                    pairs = [pair for pair in self.translators if pair[1] == offset]
+                    pair_rows += [
+                        (pair, minibatch.hidden[pair[0]][ahead.valid], target) for pair in pairs
+                    ]
+                yield pair_rows
+                step += 1
+
+    def _measure_curvature(self) -> None:
+        """Measure the curvature at the start, from at least `OUTPUTS` rows per output."""
+        width = self.train.cache.d_model
+        batches = min(self.train.steps, -(-OUTPUTS * width // self.settings.batch))
+        # First pass: the output factors G, and their eigenvectors.
+        factors = {pair: torch.zeros(width, width) for pair in self.translators}
+        for step, batch in enumerate(islice(self._batches(self.train), batches)):
+            for pair, x, _ in batch:
+                fit = self.translators[pair].fit
+                factors[pair] += fit.output_factor(x, self.head, self._generator(pair, step))
+        for pair, factor in factors.items():
+            # eigh gives columns one after the other. Store rows one after the other, as a
+            # checkpoint does: otherwise products would round differently after a restart.
+            self.translators[pair].fit.outputs = torch.linalg.eigh(factor)[1].contiguous()
+        # Second pass: the eigenvalues in that basis, as the mean over the batches.
+        for step, batch in enumerate(islice(self._batches(self.train), batches)):
+            for pair, x, _ in batch:
+                generator = self._generator(pair, step)
+                fit = self.translators[pair].fit
+                fit.update_curvature(x, self.head, generator, 1 / (step + 1))
+
+    def _take_step(
+        self, step: int, batch: list[PairRows], rate: Callable[[TranslatorState], float]
     ) -> None:
-        for pair, x, target in found:
-            track = self.tracks[pair]
+        """Take one step of every translator that has rows in the batch."""
+        for pair, x, target in batch:
+            translator = self.translators[pair]
             if step % REFRESH == 0 and step:
-                some = x[: -(-len(x) // REFRESH)]
-                track.fit.measure(some, self.head, self._generator(pair, step))
-            track.fit.step(x, self.head, target, rate(track))
+                few_rows = x[: -(-len(x) // REFRESH)]
+                translator.fit.update_curvature(few_rows, self.head, self._generator(pair, step))
+            translator.fit.step(x, self.head, target, rate(translator))
 
     def _judge(self) -> None:
-        for pair, kl in self.check().items():
-            self.tracks[pair].judge(kl, self.step)
+        for pair, kl in self.validation_kl().items():
+            self.translators[pair].record_check(kl, self.step)
 
     def _generator(self, pair: LayerOffset, step: int) -> torch.Generator:
-        """Draws tokens; the same for a pair and a step whatever is fitted beside it."""
+        """Random tokens of a pair at a step, whatever other pairs are fitted."""
         seed = np.random.SeedSequence([self.settings.seed, *pair, step]).generate_state(1)[0]
         return torch.Generator().manual_seed(int(seed))
 
 
 def identity_map(width: int) -> AffineMap:
-    """The logit lens's map."""
+    """The map of the logit lens: weight `(width, width)` identity, bias 0."""
     return AffineMap(np.eye(width, dtype=np.float32), np.zeros(width, np.float32))

@@ -97,7 +97,14 @@ class TunedLens(Params):
         offsets = as_tuple(self.offset, "offset")
         folder = None if checkpoint is None else Path(checkpoint)
         found = fit_translator_groups(
-            X, layers, offsets, settings, client, memory, folder, progress
+            X,
+            layers,
+            offsets,
+            settings,
+            client=client,
+            memory=memory,
+            folder=folder,
+            report=progress,
         )
         self._keep({pair: fitted.map for pair, fitted in found.items()}, X.d_model)
         shares = {(la, n, X.n_blocks): fitted.map for (la, n), fitted in found.items()}

@@ -1,8 +1,9 @@
-"""Lens files of the `tuned-lens` package (Belrose et al., 2303.08112): read and written.
+"""Reader and writer of lens files of the `tuned-lens` package (Belrose et al., 2303.08112).
 
-A folder with `config.json` and `params.pt`, the state dict of one linear layer per layer of the
-model: `<layer>.weight` `(d, d)` and `<layer>.bias` `(d,)`, read as h + weight h + bias. The last
-layer has none. `params.pt` is opened as tensors only, never as objects.
+Such a lens is a folder with `config.json` and `params.pt`. `params.pt` is the state dict of one
+linear layer per layer of the model: `<layer>.weight` `(d, d)` and `<layer>.bias` `(d,)`, applied
+as h + weight h + bias; the last layer has none. It is loaded as tensors only: pickled objects are
+refused. `read_tuned_lens` gives a `TunedLens`, `write_tuned_lens` writes one.
 """
 
 import hashlib
@@ -22,17 +23,19 @@ if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
 
 LENS_TYPE = "linear_tuned_lens"
+"""Only `lens_type` of the package that is read and written here."""
 
 
 def read_tuned_lens(
     folder: str | Path, cache: "ActivationCache | None" = None, force: bool = False
 ) -> TunedLens:
-    """The lens in a folder of the `tuned-lens` package, as a fitted `TunedLens`.
+    """Read the lens in a folder of the `tuned-lens` package, as a fitted `TunedLens`.
 
-    With a `cache`, its width, depth and unembedding must be those the lens was made for
-    (`MismatchError`); `force` leaves out the unembedding, whose hash also differs where a model's
-    vocabulary was cut. Raises `NotFoundError`, `CorruptError` or `UsageError` for other files, and
-    `UsageError` for a translator that holds NaN or an infinity, as a diverged fit leaves it.
+    With a `cache`, the lens must have been made for its width, depth and unembedding
+    (`MismatchError`). `force` skips the check of the unembedding, whose hash also differs if only
+    the padding of the vocabulary was cut. Raises `NotFoundError`, `CorruptError` or `UsageError`
+    for other files, and `UsageError` for a translator with NaN or an infinity, as a diverged fit
+    leaves it.
     """
     path = Path(folder)
     config = _read_config(path / "config.json")
@@ -47,10 +50,11 @@ def read_tuned_lens(
                 f"{path / 'params.pt'} has no translator of width {width} for layer {layer}, "
                 "which its config.json promises"
             )
+        # The package stores h + weight h; an AffineMap is h @ weight.
         maps[layer, 0] = AffineMap(weight.T + np.eye(width, dtype=np.float32), bias)
     geometry = None
     if cache is not None:
-        _check(config, cache, force)
+        _check_same_model(config, cache, force)
         geometry = cache.head.digest
     return TunedLens.of(maps, geometry)
 
@@ -58,9 +62,10 @@ def read_tuned_lens(
 def write_tuned_lens(
     lens: TunedLens, folder: str | Path, cache: "ActivationCache", revision: str | None = None
 ) -> Path:
-    """Write a fitted lens as the `tuned-lens` package saves its own; `cache` names the model.
+    """Write a fitted lens as the `tuned-lens` package does; `cache` names the model.
 
-    The package knows offset 0 alone, and needs a translator for every layer but the last.
+    The package has offset 0 only, and needs a translator for every layer except the last
+    (`UsageError`). `revision` is the revision of the model on the hub.
     """
     import torch
 
@@ -68,13 +73,13 @@ def write_tuned_lens(
     missing = [la for la in range(cache.n_blocks) if (la, 0) not in lens.maps_]
     if missing:
         raise UsageError(
-            f"the tuned-lens package wants every layer at offset 0; this lens lacks {missing}"
+            f"the tuned-lens package needs every layer at offset 0; this lens lacks {missing}"
         )
     state = {}
     for layer in range(cache.n_blocks):
-        found = lens.maps_[layer, 0].astype(np.float64)
-        weight = (found.weight - np.eye(len(found.bias))).T
-        arrays = {f"{layer}.weight": weight, f"{layer}.bias": found.bias}
+        affine = lens.maps_[layer, 0].astype(np.float64)
+        weight = (affine.weight - np.eye(len(affine.bias))).T
+        arrays = {f"{layer}.weight": weight, f"{layer}.bias": affine.bias}
         check_finite(arrays, "this lens")
         for name, array in arrays.items():
             state[name] = torch.from_numpy(np.ascontiguousarray(array, np.float32))
@@ -87,6 +92,7 @@ def write_tuned_lens(
         "unembed_hash": unembed_hash(cache.head.unembedding),
         "lens_type": LENS_TYPE,
     }
+    # The config is written last: a folder with a config is whole.
     path = Path(folder)
     make_folder(path)
     temporary = path / ".params.pt.tmp"
@@ -99,17 +105,19 @@ def write_tuned_lens(
 
 
 def unembed_hash(unembedding: np.ndarray) -> str:
-    """The package's hash of a matrix: of its abbreviated print to one decimal.
+    """The package's hash of a matrix: sha256 of its abbreviated print to one decimal.
 
-    It sees the corners alone, so that an equal hash says little and a different one a lot.
+    The print shows the corners only: matrices with equal hashes may differ, matrices with
+    different hashes do.
     """
-    # The package prints with numpy's defaults, whatever options are set here.
+    # The package prints with numpy's default options; set them, whatever the caller has set.
     with np.printoptions(threshold=1000, edgeitems=3, linewidth=75, suppress=False):
         text = np.array_str(np.asarray(unembedding, np.float32), precision=1)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    """The JSON object of `config.json`, with the keys that a lens needs."""
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -126,7 +134,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_params(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict as float32; anything but tensors is refused unread."""
+    """The tensors of a state dict as float32 arrays; raises `CorruptError` for other objects."""
     import pickle
 
     import torch
@@ -141,21 +149,18 @@ def _read_params(path: Path) -> dict[str, np.ndarray]:
         raise CorruptError(f"{path} is not a state dict of tensors: {reason}") from None
 
 
-def _check(config: dict[str, Any], cache: "ActivationCache", force: bool) -> None:
+def _check_same_model(config: dict[str, Any], cache: "ActivationCache", force: bool) -> None:
     """Raise `MismatchError` unless the lens was made for the model of `cache`."""
-    found = config["d_model"], config["num_hidden_layers"]
-    if found != (cache.d_model, cache.n_blocks):
+    model_name = str(config.get("base_model_name_or_path") or "unknown")
+    width, depth = config["d_model"], config["num_hidden_layers"]
+    if (width, depth) != (cache.d_model, cache.n_blocks):
         raise MismatchError(
-            f"the lens is for width {found[0]} and {found[1]} layers, this cache has width "
-            f"{cache.d_model} and {cache.n_blocks}; take a cache of {config_name(config)}"
+            f"the lens is for width {width} and {depth} layers, this cache has width "
+            f"{cache.d_model} and {cache.n_blocks}; take a cache of {model_name}"
         )
     expected = config.get("unembed_hash")
     if expected and not force and expected != unembed_hash(cache.head.unembedding):
         raise MismatchError(
-            f"the lens was made for another unembedding (model {config_name(config)}) than that "
-            f"of {cache.manifest.model_name}; with force=True it is read all the same"
+            f"the lens was made for another unembedding (model {model_name}) than that of "
+            f"{cache.manifest.model_name}; force=True reads the lens all the same"
         )
-
-
-def config_name(config: dict[str, Any]) -> str:
-    return str(config.get("base_model_name_or_path") or "unknown")

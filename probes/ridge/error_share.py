@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ...cache.store.activation_cache import ActivationCache
+from ...cache.store.sequence_draw import draw_sequences
 from ...cache.tokens.segments import PairScope, context_places
-from ..training.shuffled_order import draw_sequences
 from .solver import AffineMap
 
 Pair = tuple[int, int, int]

@@ -1,4 +1,8 @@
-"""Checkpoints of a running fit: tensors first, then a JSON file that names them, atomically."""
+"""Checkpoints of a running fit: one safetensors file and one JSON file, replaced atomically.
+
+Tensors are written first, then the JSON file that names them with their digest. Tuned lenses
+(`lens/fit_groups.py`) and vocabulary probes (`vocabulary/descent.py`) save their fits here.
+"""
 
 import fcntl
 import os
@@ -14,9 +18,10 @@ from ...cache.files.json_files import file_digest, make_folder, read_json, sync_
 
 
 class Checkpoint:
-    """A folder that holds the last state of one fit; `identity` says of which.
+    """Folder that holds the last state of one fit.
 
-    `name` is that of the JSON file.
+    `identity` describes data and parameters of the fit: a state with another identity is refused.
+    `name` is the name of the JSON file.
     """
 
     def __init__(
@@ -27,22 +32,25 @@ class Checkpoint:
         self.file = self.folder / name
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let nobody else work here within the context; waits for who does.
+    def lock(self) -> Iterator[None]:
+        """Lock the folder within the context; waits for a process that has locked it.
 
-        A worker that lost its client goes on for a while, and may still be at this very fit.
+        A worker that lost its client works on for a while, perhaps at this very fit.
         """
         make_folder(self.folder)
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
-            with suppress(OSError):  # a file system without locks
+            with suppress(OSError):  # the file system has no locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)
 
     def save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Replace the state; one killed at any moment leaves the old one or the new one whole."""
+        """Replace the saved state by `state` (JSON, with a key `step`) and `tensors`.
+
+        A process killed at any moment leaves the old state or the new state whole.
+        """
         from safetensors.torch import save_file
 
         make_folder(self.folder)
@@ -57,37 +65,42 @@ class Checkpoint:
             temporary.unlink(missing_ok=True)
             raise
         digest = file_digest(self.folder / name)
-        about = {"identity": self.identity, "state": state, "tensors": name, "digest": digest}
-        write_json(self.file, about)
-        for old in self.folder.glob("*.safetensors"):
-            if old.name != name:
-                old.unlink()
+        # From here on the JSON file names the new tensors; the old ones can go.
+        saved = {"identity": self.identity, "state": state, "tensors": name, "digest": digest}
+        write_json(self.file, saved)
+        for tensor_file in self.folder.glob("*.safetensors"):
+            if tensor_file.name != name:
+                tensor_file.unlink()
 
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """The last state, None if there is none; raises `MismatchError` if it is of another fit."""
+        """The saved state and tensors, or None without any.
+
+        Raises `MismatchError` for the state of another fit, `CorruptError` for a changed file.
+        """
         from safetensors.torch import load_file
 
         try:
-            found = read_json(self.file)
+            saved = read_json(self.file)
         except NotFoundError:
             return None
-        other = [k for k in self.identity if self.identity[k] != found["identity"].get(k)]
-        if other:
-            differ = "; ".join(
-                f"{k} was {found['identity'].get(k)!r}, is {self.identity[k]!r}" for k in other
+        identity = saved["identity"]
+        changed = [key for key in self.identity if self.identity[key] != identity.get(key)]
+        if changed:
+            differences = "; ".join(
+                f"{key} was {identity.get(key)!r}, is {self.identity[key]!r}" for key in changed
             )
             raise MismatchError(
-                f"the checkpoint in {self.folder} is of another fit: {differ}; name another folder "
-                "or remove it"
+                f"the checkpoint in {self.folder} is of another fit: {differences}; name another "
+                "folder or remove it"
             )
-        file = self.folder / found["tensors"]
-        if not file.is_file() or file_digest(file) != found["digest"]:
+        file = self.folder / saved["tensors"]
+        if not file.is_file() or file_digest(file) != saved["digest"]:
             raise CorruptError(f"{file} is missing or was changed; remove {self.folder}")
         # Copies: the last bit of a product depends on how its factors are aligned in memory.
-        return found["state"], {name: value.clone() for name, value in load_file(file).items()}
+        return saved["state"], {name: value.clone() for name, value in load_file(file).items()}
 
     def remove(self) -> None:
-        """Drop the state of a fit that is finished."""
+        """Remove the state of a finished fit, and the folder if nothing else is in it."""
         if not self.file.exists():
             return
         self.file.unlink()

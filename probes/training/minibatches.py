@@ -1,4 +1,10 @@
-"""Feeds stochastic fits: shuffled minibatches of a cache, for all layers and offsets at once."""
+"""Shuffled minibatches of a cache for stochastic fits, for all layers and offsets at once.
+
+`MinibatchStream` gives batches of positions t: residual_l[t] of all layers and, for every offset
+N, residual_L[t+N] and the tokens at and after t+N. Tuned lenses (`lens/translator_fit.py`) and
+vocabulary probes (`vocabulary/examples.py`) are fitted on them. The order of positions is that of
+`shuffled_batches.py`; `_SlabBuffer` reads the slabs and decodes rows from them.
+"""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,34 +18,36 @@ import torch
 from ...cache.errors import UsageError
 from ...cache.format.dtypes import decode_rows_into
 from ...cache.store.activation_cache import ActivationCache
+from ...cache.store.sequence_draw import draw_sequences
+from ...cache.store.slab_shuffle import BUFFER_ROWS, SLAB_ROWS, Slabs
 from ...cache.tokens.segments import PairScope, dropped_rows, is_sparse, sequence_of
-from .shuffled_order import BUFFER_ROWS, SLAB_ROWS, ShuffledBatches, Slabs, draw_sequences
+from .shuffled_batches import ShuffledBatches
 
 BUFFER_BYTES = 256 << 20
-"""Most memory of the buffer; the rows of fewer positions are shuffled where they are wider."""
+"""Most memory of the buffer, in bytes; wide rows are shuffled among fewer positions."""
 GATHER_ROWS = 256
-"""Rows gathered and decoded at a time: they stay in the processor's cache."""
+"""Rows gathered and decoded at a time: few enough to stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
 class OffsetTargets:
-    """What lies N positions after each row of a draw; rows without it are not `valid`."""
+    """Targets N positions after each row of a minibatch; only `valid` rows have a target."""
 
     valid: torch.Tensor
     """Whether (t, t+N) is a pair of the `PairScope`, `(n,)` bool."""
     residual: torch.Tensor | None
-    """residual_L[t+N], `(n, d_model)` float32, zeros where not valid; None if not asked for."""
+    """residual_L[t+N], `(n, d_model)` float32, zeros where not valid; None if not requested."""
     token: torch.Tensor
     """Token at t+N, `(n,)` int64, -1 where not valid."""
     text: torch.Tensor
-    """Token that the text goes on with after t+N, which the model is to predict, `(n,)` int64.
+    """Token that follows t+N in the text, which the model is to predict, `(n,)` int64.
 
-    -1 where the document goes on no further, and where not valid."""
+    -1 where t+N is the end of the document, and where not valid."""
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """One batch of positions t, the same for every layer and offset."""
+    """Batch of positions t, the same for every layer and offset."""
 
     epoch: int
     step: int
@@ -48,7 +56,7 @@ class Minibatch:
     hidden: dict[int, torch.Tensor]
     """Layer -> residual_l[t], `(n, d_model)` float32."""
     ahead: dict[int, OffsetTargets]
-    """Offset N -> what lies there."""
+    """Offset N -> targets at t+N."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -57,15 +65,15 @@ class Minibatch:
 class MinibatchStream:
     """Batches of `batch` positions of a split, out of core, in an order that `seed` decides.
 
-    Every position t of the chosen sequences, but the `drop_first` first ones of each, comes once
-    per epoch, with the residual streams of all
-    `layers` at t and, for each of `offsets`, residual_L[t+N] (`residual=True`) and the tokens
-    there. Any batch can be reached without reading those before it. `sequences` are numbers of
-    sequences; by default those of `split`, of which at most `max_positions` positions are taken,
-    whole sequences in a seeded random draw (one at least). `across_documents` allows pairs of two
-    documents, as in `PairScope`. Memory: a buffer of at most
-    `buffer_rows` positions and about `buffer_bytes` bytes, and `prefetch` batches that a thread
-    prepares. Raises `NotFoundError` for a layer that the cache lacks, `UsageError` without rows.
+    Every position t of the selected sequences comes once per epoch, except the `drop_first` first
+    positions of each sequence, with the residual streams of all `layers` at t and, for each of
+    `offsets`, residual_L[t+N] (`residual=True`) and the tokens at and after t+N. Any batch can be
+    reached without reading the batches before. `sequences` are sequence numbers, by default all
+    of `split`; `max_positions` limits them to whole sequences in a seeded random draw (one at
+    least). `across_documents` allows pairs of two documents, as in `PairScope`. Memory: a buffer
+    of at most `buffer_rows` positions and about `buffer_bytes` bytes, and `prefetch` batches that
+    a thread prepares. Raises `NotFoundError` for a layer that the cache lacks, `UsageError`
+    without rows.
     """
 
     def __init__(
@@ -90,213 +98,242 @@ class MinibatchStream:
         drop_first: int = 0,
     ) -> None:
         self.layers, self.offsets = tuple(layers), tuple(offsets)
-        _check(self.layers, self.offsets, batch, seed, buffer_rows, slab_rows)
+        if not self.layers or not self.offsets or min(self.offsets) < 0:
+            raise UsageError("name at least one layer and one offset; offsets are 0 or more")
+        sizes = {"batch": batch, "buffer_rows": buffer_rows, "slab_rows": slab_rows}
+        for name, value in sizes.items():
+            if value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        if seed < 0:
+            raise UsageError(f"seed must be at least 0, not {seed}")
         self.cache, self.residual, self.prefetch = cache, residual, prefetch
         self.scope = PairScope(across_documents, drop_first).check()
-        chosen = cache.sequences(split) if sequences is None else np.sort(sequences)
+        sequences = cache.sequences(split) if sequences is None else np.sort(sequences)
         if max_positions is not None:
-            chosen = draw_sequences(cache, chosen, max_positions, seed)
-        self.sequences = chosen
-        dropped = dropped_rows(cache, chosen, self.scope.drop_first)
-        lengths = cache.sequence_length[chosen] - dropped
-        starts, lengths = (
-            (cache.sequence_start[chosen] + dropped)[lengths > 0],
-            lengths[lengths > 0],
-        )
+            sequences = draw_sequences(cache, sequences, max_positions, seed)
+        self.sequences = sequences
+        self.layer_arrays = {layer: cache.residual_array(layer) for layer in self.layers}
+        self.last_array = cache.residual_array(cache.n_blocks) if residual else None
+        run_starts, run_sizes = self._position_runs(split)
+        rows = min(buffer_rows, max(batch, buffer_bytes // self._buffer_row_bytes(slab_rows)))
+        slabs = Slabs.cut(run_starts, run_sizes, min(slab_rows, rows))
+        self.order = ShuffledBatches(slabs, batch, seed, shuffle, rows, drop_last)
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of an epoch."""
+        return self.order.slabs.rows
+
+    @property
+    def steps(self) -> int:
+        """Number of batches of an epoch."""
+        return self.order.steps
+
+    def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[Minibatch]:
+        """The batches of `epoch` from number `step` on."""
+        minibatches = self._minibatches(epoch, step)
+        return in_background(minibatches, self.prefetch) if self.prefetch else minibatches
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        return self.epoch()
+
+    def _position_runs(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """First positions and sizes of runs of neighbouring positions, `(runs,)` int64."""
+        dropped = dropped_rows(self.cache, self.sequences, self.scope.drop_first)
+        starts = self.cache.sequence_start[self.sequences] + dropped
+        lengths = self.cache.sequence_length[self.sequences] - dropped
+        starts, lengths = starts[lengths > 0], lengths[lengths > 0]
         if not len(lengths):
+            drop_first = self.scope.drop_first
             but = f" but the first {drop_first} of each sequence" if dropped.any() else ""
             raise UsageError(
                 f"the {split} split of this cache has no position{but}; extract more sequences or "
                 "take another split"
             )
-        ends = starts + lengths
-        self._sources = {layer: cache.residual_array(layer) for layer in self.layers}
-        self._last = cache.residual_array(cache.n_blocks) if residual else None
-        first = np.ones(len(starts), bool)
-        first[1:] = starts[1:] != ends[:-1]
-        run = np.cumsum(first) - 1
-        rows = min(buffer_rows, max(batch, buffer_bytes // self._row_bytes(slab_rows)))
-        runs = np.bincount(run, lengths).astype(np.int64)
-        slabs = Slabs.cut(starts[first], runs, min(slab_rows, rows))
-        self.order = ShuffledBatches(slabs, batch, seed, shuffle, rows, drop_last)
+        # Join sequences that are neighbours in the cache.
+        is_first = np.ones(len(starts), bool)
+        is_first[1:] = starts[1:] != (starts + lengths)[:-1]
+        run = np.cumsum(is_first) - 1
+        return starts[is_first], np.bincount(run, lengths).astype(np.int64)
 
-    @property
-    def positions(self) -> int:
-        """Positions of an epoch."""
-        return self.order.slabs.rows
+    def _buffer_row_bytes(self, slab_rows: int) -> int:
+        """Bytes of one position in the buffer; layer L is also read past the end of each slab."""
+        layer_bytes = sum(array.layout.row_bytes for array in self.layer_arrays.values())
+        last_bytes = self.last_array.layout.row_bytes if self.last_array is not None else 0
+        return layer_bytes + last_bytes * (slab_rows + max(self.offsets) + 1) // slab_rows
 
-    @property
-    def steps(self) -> int:
-        """Batches of an epoch."""
-        return self.order.steps
-
-    def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[Minibatch]:
-        """The batches of `epoch` from number `step` on."""
-        draws = self._draws(epoch, step)
-        return in_background(draws, self.prefetch) if self.prefetch else draws
-
-    def __iter__(self) -> Iterator[Minibatch]:
-        return self.epoch()
-
-    def _row_bytes(self, slab_rows: int) -> int:
-        """Bytes of one position in the buffer."""
-        stored = sum(source.layout.row_bytes for source in self._sources.values())
-        ahead = self._last.layout.row_bytes if self._last is not None else 0
-        return stored + ahead * (slab_rows + max(self.offsets) + 1) // slab_rows
-
-    def _draws(self, epoch: int, step: int) -> Iterator[Minibatch]:
-        buffer, parts = _Buffer(self), []
+    def _minibatches(self, epoch: int, step: int) -> Iterator[Minibatch]:
+        buffer, parts = _SlabBuffer(self), []
         for group in self.order.groups(epoch, step):
             buffer.fill(group.slabs)
             for number, piece in enumerate(group.pieces):
                 parts.append(buffer.take(piece))
                 if number < len(group.pieces) - 1 or group.complete:
-                    yield self._draw(epoch, step, parts)
+                    yield self._join_parts(epoch, step, parts)
                     step, parts = step + 1, []
 
-    def _draw(self, epoch: int, step: int, parts: "list[_Rows]") -> Minibatch:
+    def _join_parts(self, epoch: int, step: int, parts: "list[_BatchPart]") -> Minibatch:
+        """Join the rows of a minibatch, which come from one or more buffer fillings."""
         positions = np.concatenate([part.positions for part in parts])
-        hidden = {layer: _join([p.hidden[layer] for p in parts]) for layer in self.layers}
-        left = np.concatenate([part.left for part in parts])
+        hidden = {layer: _join([part.hidden[layer] for part in parts]) for layer in self.layers}
+        largest_offset = np.concatenate([part.largest_offset for part in parts])
         ahead = {}
         for offset in self.offsets:
-            valid = torch.from_numpy(left >= offset)
-            token, text = (
-                torch.from_numpy(np.concatenate([part[offset] for part in found]))
-                for found in ([p.tokens for p in parts], [p.text for p in parts])
-            )
-            residual = _join([p.last[offset] for p in parts]) if self._last is not None else None
-            if residual is not None:
-                residual = residual.masked_fill_(~valid[:, None], 0)
+            valid = torch.from_numpy(largest_offset >= offset)
+            token = torch.from_numpy(np.concatenate([part.tokens[offset] for part in parts]))
+            text = torch.from_numpy(np.concatenate([part.text[offset] for part in parts]))
             token, text = token.masked_fill(~valid, -1), text.masked_fill(~valid, -1)
+            residual = None
+            if self.last_array is not None:
+                residual = _join([part.last[offset] for part in parts])
+                residual = residual.masked_fill_(~valid[:, None], 0)
             ahead[offset] = OffsetTargets(valid, residual, token, text)
         return Minibatch(epoch, step, torch.from_numpy(positions), hidden, ahead)
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of one batch that come from one filling of the buffer."""
+class _BatchPart:
+    """Rows of one batch that come from one filling of the buffer.
+
+    Values at t+N are arbitrary where (t, t+N) is no pair; `_join_parts` masks them."""
 
     positions: np.ndarray
     hidden: dict[int, torch.Tensor]
+    """Layer -> residual_l[t], `(n, d_model)` float32."""
     last: dict[int, torch.Tensor]
-    """Offset -> residual_L[t+N]; anything where there is none."""
-    left: np.ndarray
-    """Positions that follow in the segment, counted up to one more than the largest offset."""
+    """Offset -> residual_L[t+N], `(n, d_model)` float32."""
+    largest_offset: np.ndarray
+    """Largest N with (t, t+N) a pair, counted up to one more than the largest offset, `(n,)`."""
     tokens: dict[int, np.ndarray]
-    """Offset -> token at t+N; anything where there is none."""
+    """Offset -> token at t+N, `(n,)` int64."""
     text: dict[int, np.ndarray]
-    """Offset -> token that follows t+N in the text, -1 at its end; anything where t+N is none."""
+    """Offset -> token that follows t+N in the text, -1 at the end of the document, `(n,)` int64."""
 
 
-class _Buffer:
-    """Slabs as they are stored; of layer L and the tokens also what follows each slab."""
+class _SlabBuffer:
+    """Slabs in their stored dtype; of layer L and the tokens also the rows after each slab.
 
-    def __init__(self, feed: MinibatchStream) -> None:
-        self.feed = feed
-        self.room = feed.order.room
-        self.positions = np.empty(self.room, np.int64)
+    A slab of n positions t takes n rows of the arrays over t (`positions`, `hidden`), and n + lead
+    rows of the arrays over t+N (`last`, `tokens`, `largest_offset`, `text`), lead being one more
+    than the largest offset.
+    """
+
+    def __init__(self, stream: MinibatchStream) -> None:
+        self.stream = stream
+        rows, d_model = stream.order.buffer_size, stream.cache.d_model
+        self.positions = np.empty(rows, np.int64)
         self.hidden = {
-            layer: np.empty((self.room, feed.cache.d_model), source.layout.stored_dtype)
-            for layer, source in feed._sources.items()
+            layer: np.empty((rows, d_model), array.layout.stored_dtype)
+            for layer, array in stream.layer_arrays.items()
         }
-        self.at = np.empty(self.room, np.int64)
-        """Where each row lies in `tokens` and `last`."""
+        self.row_ahead = np.empty(rows, np.int64)
+        """Row of each position t in the arrays over t+N."""
         self.tokens = np.zeros(0, np.int32)
-        self.left, self.text = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self.largest_offset, self.text = np.zeros(0, np.int64), np.zeros(0, np.int64)
         self.documents = np.zeros(0, np.int64)
         self.last: np.ndarray | None = None
 
-    def fill(self, slabs: np.ndarray) -> None:
-        """Read `slabs`, one after the other."""
-        feed, lead = self.feed, max(self.feed.offsets) + 1
-        starts, sizes = feed.order.slabs.starts[slabs], feed.order.slabs.sizes[slabs]
-        number, ends = np.repeat(np.arange(len(slabs)), sizes), np.cumsum(sizes)
-        rows = np.arange(ends[-1])
-        self.positions[: len(rows)] = rows + (starts - ends + sizes)[number]
-        self.at[: len(rows)] = rows + lead * number
-        for layer, source in feed._sources.items():
-            _read(source, starts, sizes, self.hidden[layer])
-        room = len(rows) + lead * len(slabs)
-        if len(self.tokens) < room:
-            self.tokens = np.zeros(room, np.int32)
-            if feed._last is not None:
-                shape = (room, feed.cache.d_model)
-                self.last = np.zeros(shape, feed._last.layout.stored_dtype)
-        # Past the end of the cache nothing is read: what lies there is valid for no offset.
-        followed = np.minimum(starts + sizes + lead, feed.cache.positions) - starts
-        _read(feed.cache.tokens, starts, followed, self.tokens, sizes + lead)
-        self._look_ahead(starts, sizes + lead, followed)
-        if feed._last is not None and self.last is not None:
-            _read(feed._last, starts, followed, self.last, sizes + lead)
+    def fill(self, slab_numbers: np.ndarray) -> None:
+        """Read the slabs with these numbers, one after the other."""
+        stream, lead = self.stream, max(self.stream.offsets) + 1
+        slabs = stream.order.slabs.select(slab_numbers)
+        # Positions of the rows, and their rows in the arrays over t+N.
+        slab_of_row = np.repeat(np.arange(len(slab_numbers)), slabs.sizes)
+        slab_ends = np.cumsum(slabs.sizes)
+        rows = np.arange(slab_ends[-1])
+        shift = slabs.starts - slab_ends + slabs.sizes
+        self.positions[: len(rows)] = rows + shift[slab_of_row]
+        self.row_ahead[: len(rows)] = rows + lead * slab_of_row
+        for layer, array in stream.layer_arrays.items():
+            _read_runs(array, slabs, self.hidden[layer])
+        # Grow the arrays over t+N if this filling has more slabs than those before.
+        rows_ahead = len(rows) + lead * len(slab_numbers)
+        if len(self.tokens) < rows_ahead:
+            self.tokens = np.zeros(rows_ahead, np.int32)
+            if stream.last_array is not None:
+                shape = (rows_ahead, stream.cache.d_model)
+                self.last = np.zeros(shape, stream.last_array.layout.stored_dtype)
+        # Nothing is read past the end of the cache: these rows are valid for no offset.
+        strides = slabs.sizes + lead
+        stops = np.minimum(slabs.starts + strides, stream.cache.positions)
+        extended = Slabs(slabs.starts, stops - slabs.starts)
+        _read_runs(stream.cache.tokens, extended, self.tokens, strides)
+        self._find_segment_ends(extended, strides)
+        if stream.last_array is not None and self.last is not None:
+            _read_runs(stream.last_array, extended, self.last, strides)
 
-    def _look_ahead(self, starts: np.ndarray, sizes: np.ndarray, followed: np.ndarray) -> None:
-        """Find where segments end, and the text's next tokens, in what was read of all slabs."""
-        cache, across = self.feed.cache, self.feed.scope.across_documents
-        ends = np.cumsum(sizes)
-        place = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
-        read = place < np.repeat(followed, sizes)
-        position = np.where(read, place + np.repeat(starts, sizes), cache.positions)
+    def _find_segment_ends(self, extended: Slabs, strides: np.ndarray) -> None:
+        """Set `largest_offset` and `text` of the rows that were read of the `extended` slabs."""
+        cache, across_documents = self.stream.cache, self.stream.scope.across_documents
+        # Position in the cache of each row; the number of positions where none was read.
+        stride_ends = np.cumsum(strides)
+        row_in_slab = np.arange(stride_ends[-1]) - np.repeat(stride_ends - strides, strides)
+        is_read = row_in_slab < np.repeat(extended.sizes, strides)
+        position = row_in_slab + np.repeat(extended.starts, strides)
+        position = np.where(is_read, position, cache.positions)
         # A segment begins with each slab, sequence and, unless pairs may cross, document.
-        begins = place == 0
+        is_first = row_in_slab == 0
         sequence = sequence_of(cache, position)
-        sequence[~read] = -1
-        begins[1:] |= sequence[1:] != sequence[:-1]
-        if not across and cache.document_numbers is not None:
-            if len(self.documents) < len(place):
-                self.documents = np.zeros(len(place), np.int64)
-            _read(cache.document_numbers, starts, followed, self.documents, sizes)
-            document = self.documents[: len(place)]
-            begins[1:] |= document[1:] != document[:-1]
-        first = np.flatnonzero(begins)
-        after = np.append(first[1:], len(place))
-        self.left = np.repeat(after, after - first) - 1 - np.arange(len(place))
-        self.text = np.full(len(place), -1, np.int64)
+        sequence[~is_read] = -1
+        is_first[1:] |= sequence[1:] != sequence[:-1]
+        if not across_documents and cache.document_numbers is not None:
+            if len(self.documents) < len(position):
+                self.documents = np.zeros(len(position), np.int64)
+            _read_runs(cache.document_numbers, extended, self.documents, strides)
+            document = self.documents[: len(position)]
+            is_first[1:] |= document[1:] != document[:-1]
+        # The largest offset of a row is its distance to the last row of its segment.
+        starts = np.flatnonzero(is_first)
+        ends = np.append(starts[1:], len(position))
+        self.largest_offset = np.repeat(ends, ends - starts) - 1 - np.arange(len(position))
+        self.text = np.full(len(position), -1, np.int64)
         if is_sparse(cache):
-            self.text[read] = cache.following_tokens(position[read], across)
+            # Neighbouring rows are no neighbours in the text.
+            self.text[is_read] = cache.following_tokens(position[is_read], across_documents)
         else:
-            goes_on = np.flatnonzero(self.left > 0)
-            self.text[goes_on] = self.tokens[goes_on + 1]
+            has_next = np.flatnonzero(self.largest_offset > 0)
+            self.text[has_next] = self.tokens[has_next + 1]
 
-    def take(self, rows: np.ndarray) -> _Rows:
-        """The rows with numbers `rows`, decoded."""
-        feed, at = self.feed, self.at[rows]
+    def take(self, rows: np.ndarray) -> _BatchPart:
+        """Decode the positions t in `rows` of the buffer, with their targets at all offsets."""
+        stream, ahead = self.stream, self.row_ahead[rows]
         hidden = {
-            layer: _gather(self.hidden[layer], rows, source.layout.logical_dtype)
-            for layer, source in feed._sources.items()
+            layer: _gather_rows(self.hidden[layer], rows, array.layout.logical_dtype)
+            for layer, array in stream.layer_arrays.items()
         }
         last = {}
-        if feed._last is not None and self.last is not None:
-            dtype = feed._last.layout.logical_dtype
-            last = {n: _gather(self.last, at + n, dtype) for n in feed.offsets}
-        tokens = {n: self.tokens[at + n].astype(np.int64) for n in feed.offsets}
-        text = {n: self.text[at + n] for n in feed.offsets}
-        return _Rows(self.positions[rows], hidden, last, self.left[at], tokens, text)
+        if stream.last_array is not None and self.last is not None:
+            dtype = stream.last_array.layout.logical_dtype
+            last = {n: _gather_rows(self.last, ahead + n, dtype) for n in stream.offsets}
+        return _BatchPart(
+            positions=self.positions[rows],
+            hidden=hidden,
+            last=last,
+            largest_offset=self.largest_offset[ahead],
+            tokens={n: self.tokens[ahead + n].astype(np.int64) for n in stream.offsets},
+            text={n: self.text[ahead + n] for n in stream.offsets},
+        )
 
 
-def _read(
-    source: Any,
-    starts: np.ndarray,
-    sizes: np.ndarray,
-    out: np.ndarray,
-    strides: np.ndarray | None = None,
-) -> None:
-    """Read runs of rows into `out`, each `strides` rows after the one before."""
+def _read_runs(array: Any, runs: Slabs, out: np.ndarray, strides: np.ndarray | None = None) -> None:
+    """Read runs of rows of an array of the cache into `out`.
+
+    Each run begins `strides` rows after the run before, by default right after its end.
+    """
     row = 0
-    steps = sizes if strides is None else strides
-    for start, size, stride in zip(starts.tolist(), sizes.tolist(), steps.tolist(), strict=True):
-        source.read_stored(start, start + size, out[row : row + size])
+    strides = runs.sizes if strides is None else strides
+    columns = runs.starts.tolist(), runs.sizes.tolist(), strides.tolist()
+    for start, size, stride in zip(*columns, strict=True):
+        array.read_stored(start, start + size, out[row : row + size])
         row += stride
 
 
-def _gather(stored: np.ndarray, rows: np.ndarray, logical_dtype: str) -> torch.Tensor:
-    """Rows as a float32 tensor."""
+def _gather_rows(stored: np.ndarray, rows: np.ndarray, logical_dtype: str) -> torch.Tensor:
+    """Rows of `stored` `(rows, d_model)`, decoded, as a float32 tensor `(n, d_model)`."""
     out = np.empty((len(rows), stored.shape[1]), np.float32)
     for start in range(0, len(rows), GATHER_ROWS):
-        part = out[start : start + GATHER_ROWS]
-        decode_rows_into(
-            np.take(stored, rows[start : start + GATHER_ROWS], axis=0), logical_dtype, part
-        )
+        block = slice(start, start + GATHER_ROWS)
+        decode_rows_into(np.take(stored, rows[block], axis=0), logical_dtype, out[block])
     return torch.from_numpy(out)
 
 
@@ -305,39 +342,43 @@ def _join(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def in_background(items: Iterator[Any], depth: int) -> Iterator[Any]:
-    """`items`, of which a thread prepares up to `depth` ahead; its errors come out here."""
-    queue: Queue[Any] = Queue(depth)
-    done, closed = object(), threading.Event()
+    """Iterate `items` in a thread that prepares up to `depth` of them; its errors are raised here.
 
-    def put(item: Any) -> bool:
+    The thread ends when the iterator returned here is closed.
+    """
+    queue: Queue[Any] = Queue(depth)
+    end, closed = object(), threading.Event()
+
+    def put_unless_closed(entry: Any) -> bool:
         while not closed.is_set():
             try:
-                queue.put(item, timeout=0.1)
+                queue.put(entry, timeout=0.1)
                 return True
             except Full:
                 continue
         return False
 
-    def work() -> None:
+    def produce() -> None:
         try:
             for item in items:
-                if not put((item, None)):
+                if not put_unless_closed((item, None)):
                     return
-            put((done, None))
+            put_unless_closed((end, None))
         except BaseException as error:  # noqa: BLE001 - raised again by the reader
-            put((done, error))
+            put_unless_closed((end, error))
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=produce, daemon=True)
     thread.start()
     try:
         while True:
             item, error = queue.get()
             if error is not None:
                 raise error
-            if item is done:
+            if item is end:
                 return
             yield item
     finally:
+        # Empty the queue, so that a waiting thread sees that it is closed.
         closed.set()
         while True:
             try:
@@ -345,15 +386,3 @@ def in_background(items: Iterator[Any], depth: int) -> Iterator[Any]:
             except Empty:
                 break
         thread.join()
-
-
-def _check(
-    layers: tuple[int, ...], offsets: tuple[int, ...], batch: int, seed: int, buffer: int, slab: int
-) -> None:
-    if not layers or not offsets or min(offsets) < 0:
-        raise UsageError("name at least one layer and one offset; offsets are 0 or more")
-    for name, value in {"batch": batch, "buffer_rows": buffer, "slab_rows": slab}.items():
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}")
-    if seed < 0:
-        raise UsageError(f"seed must be at least 0, not {seed}")

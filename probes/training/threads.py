@@ -1,4 +1,8 @@
-"""Threads that share independent work; each runs its own, fixed number of torch's threads."""
+"""Threads that share independent fits; each runs its own, fixed number of torch's threads.
+
+`ThreadCrew` serves the regressions of a vocabulary probe (`vocabulary/descent.py`); `thread_pool`
+below it also serves `top_tokens.py` and the workers of a cluster.
+"""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -14,49 +18,21 @@ from .softmax_loss import ParameterTensors
 _starting = threading.Lock()
 
 
-def thread_pool(workers: int, threads: int = 1) -> ThreadPoolExecutor:
-    """`workers` threads, each of which runs `threads` of torch's.
-
-    torch gives every thread that is new the number that any thread asked for last. The one from
-    before is put back, so that nothing leaks into the threads of others.
-    """
-    ready = threading.Barrier(workers + 1)
-
-    def start() -> None:
-        get_num_threads()  # asks torch for the number of new threads, which it would do later
-        set_num_threads(threads)
-        ready.wait()
-
-    with _starting:
-        before = _in_a_new_thread(get_num_threads)
-        pool = ThreadPoolExecutor(workers, initializer=start)
-        for _ in range(workers):
-            pool.submit(int)
-        ready.wait()
-        _in_a_new_thread(set_num_threads, before)
-    return pool
-
-
-def _in_a_new_thread(work: Callable[..., Any], *args: Any) -> Any:
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work, *args).result()
-
-
 @dataclass
 class ThreadCrew:
-    """Threads that share the regressions, and room for gradients for each of them."""
+    """Threads that share the regressions of a fit, with gradient buffers for each thread."""
 
     workers: int
     threads: int = 1
-    """torch's threads of each worker."""
+    """Number of torch's threads of each worker."""
     _local: threading.local = field(default_factory=threading.local)
 
     @classmethod
     def of(cls, regressions: int) -> "ThreadCrew":
-        """A thread for each regression, as far as there are cores."""
-        there = torch.get_num_threads()
-        workers = max(1, min(regressions, there))
-        return cls(workers, max(1, there // workers))
+        """A thread for each regression, at most as many as torch uses; torch's are shared out."""
+        cores = torch.get_num_threads()
+        workers = max(1, min(regressions, cores))
+        return cls(workers, max(1, cores // workers))
 
     def __enter__(self) -> "ThreadCrew":
         self._pool = thread_pool(self.workers, self.threads)
@@ -65,14 +41,43 @@ class ThreadCrew:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def each(self, work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-        """`work` done for all items; the first error is raised."""
+    def map(self, work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        """Results of `work(item)` for all items, in their order; the first error is raised."""
         return list(self._pool.map(work, items))
 
-    def room(self, like: ParameterTensors) -> ParameterTensors:
-        """Tensors shaped as `like`, the same ones for every regression that this thread fits."""
-        key = tuple((name, tuple(value.shape)) for name, value in like.items())
-        kept = self._local.__dict__.setdefault("room", {})
-        if key not in kept:
-            kept[key] = {name: torch.empty_like(value) for name, value in like.items()}
-        return kept[key]
+    def gradient_buffers(self, parameters: ParameterTensors) -> ParameterTensors:
+        """Tensors shaped as `parameters`, reused for every regression that this thread fits."""
+        shapes = tuple((name, tuple(value.shape)) for name, value in parameters.items())
+        buffers = self._local.__dict__.setdefault("buffers", {})
+        if shapes not in buffers:
+            buffers[shapes] = {name: torch.empty_like(v) for name, v in parameters.items()}
+        return buffers[shapes]
+
+
+def thread_pool(workers: int, threads: int = 1) -> ThreadPoolExecutor:
+    """A pool of `workers` threads, each of which runs `threads` of torch's threads.
+
+    torch gives a new thread the number that any thread last set. The number from before is set
+    again afterwards, so that threads outside the pool do not inherit that of the pool.
+    """
+    ready = threading.Barrier(workers + 1)
+
+    def start() -> None:
+        get_num_threads()  # torch otherwise sets the inherited number later, over ours
+        set_num_threads(threads)
+        ready.wait()
+
+    with _starting:
+        number_before = _call_in_new_thread(get_num_threads)
+        pool = ThreadPoolExecutor(workers, initializer=start)
+        # A pool starts a thread for each submitted call; wait until all have set their number.
+        for _ in range(workers):
+            pool.submit(int)
+        ready.wait()
+        _call_in_new_thread(set_num_threads, number_before)
+    return pool
+
+
+def _call_in_new_thread(function: Callable[..., Any], *args: Any) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()

@@ -1,4 +1,8 @@
-"""The model's own top token at every position, found once and kept on disk while a fit lasts."""
+"""The model's own top token at every position: labels of probes with the loss `model`.
+
+`find_top_tokens` computes them in one pass over layer L, into a temporary file; vocabulary probes
+call it before a fit and in `score`, and read the labels of each batch by `tokens_at`.
+"""
 
 import tempfile
 from collections.abc import Callable
@@ -17,32 +21,35 @@ def find_top_tokens(
     sequences: np.ndarray,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> np.ndarray:
-    """One more than the head's top token at the positions of `sequences`, else 0; int32.
+    """Top token + 1 at the positions of `sequences`, 0 at all others, `(positions,)` int32.
 
-    `(positions,)`, mapped from a temporary file; `tokens_at` reads it. One pass over layer L serves
-    every offset, layer and epoch: the label of a pair (t, t+N) lies at t+N.
+    The array is mapped from a temporary file; `tokens_at` reads it. One pass over layer L serves
+    every offset, layer and epoch: the label of a pair (t, t+N) lies at t+N. `progress` is called
+    with the number of positions of each block.
     """
     with tempfile.TemporaryFile(prefix="residua-tops-") as file:
-        # A new file is sparse zeros: only what is written takes space.
-        found = np.memmap(file, np.int32, "w+", shape=(cache.positions,))
-    source, teacher = cache.residual_array(cache.n_blocks), ModelDistribution(cache.head.torch())
-    rows = max(TILE_ROWS, TILE_BYTES // (4 * cache.vocab))
+        # The file is removed at once and lives as long as the map. A new file is sparse: only the
+        # blocks that are written take space.
+        top_tokens = np.memmap(file, np.int32, "w+", shape=(cache.positions,))
+    last_layer = cache.residual_array(cache.n_blocks)
+    model = ModelDistribution(cache.head.torch())
+    block_rows = max(TILE_ROWS, TILE_BYTES // (4 * cache.vocab))
 
-    def work(piece: tuple[int, int]) -> int:
-        start, stop = piece
-        token = teacher.tokens(torch.from_numpy(source.read(start, stop))).token
+    def write_block(block: tuple[int, int]) -> int:
+        start, stop = block
+        token = model.tokens(torch.from_numpy(last_layer.read(start, stop))).token
         assert token is not None
-        found[start:stop] = token.numpy() + 1
+        top_tokens[start:stop] = token.numpy() + 1
         return stop - start
 
     with thread_pool(torch.get_num_threads()) as pool:
-        for done in pool.map(work, RowRuns.of(cache, sequences).pieces(rows)):
-            progress(done)
-    return found
+        for rows in pool.map(write_block, RowRuns.of(cache, sequences).pieces(block_rows)):
+            progress(rows)
+    return top_tokens
 
 
-def tokens_at(tops: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-    """Top tokens at `positions`, int64; -1 past the end and where there are none."""
-    inside = positions < len(tops)
-    found = tops[np.where(inside, positions, 0)].astype(np.int64) - 1
-    return torch.from_numpy(np.where(inside, found, -1))
+def tokens_at(top_tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+    """Top tokens at `positions`, int64; -1 past the end and at positions without a label."""
+    inside = positions < len(top_tokens)
+    tokens = top_tokens[np.where(inside, positions, 0)].astype(np.int64) - 1
+    return torch.from_numpy(np.where(inside, tokens, -1))

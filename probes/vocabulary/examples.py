@@ -1,4 +1,8 @@
-"""What a softmax regression learns from: batches of states with their targets."""
+"""Training examples of softmax regressions: batches of states with their targets.
+
+`CacheExamples` reads them from a cache (through `MinibatchStream`), `ArrayExamples` from labelled
+rows. `VocabFit.examples` makes them; `Descent` and `VocabProbe.score` read them.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,116 +14,180 @@ from torch import Tensor
 
 from ...cache.errors import UsageError
 from ...cache.store.activation_cache import ActivationCache
+from ...cache.store.slab_shuffle import Slabs
 from ..training.minibatches import Minibatch, MinibatchStream
-from ..training.shuffled_order import BUFFER_ROWS, ShuffledBatches, Slabs
+from ..training.shuffled_batches import ShuffledBatches
 from ..training.softmax_loss import ModelDistribution, Target
 from ..training.top_tokens import tokens_at
 
-Tops = Callable[[], np.ndarray]
-
 LOSSES = ("model", "text", "kl")
 """Cross-entropy to the model's top token, to the text's token, KL to the model's distribution."""
+DASK_SLAB_ROWS = 1024
+"""Most rows of a dask array that are read and shuffled as one slab."""
+
+TopTokens = Callable[[], np.ndarray]
+"""Gives the result of `find_top_tokens`, which is computed when first needed."""
 
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """One batch for all layers and offsets."""
+    """States and targets of one batch, for all layers and offsets."""
 
     hidden: dict[int, Tensor]
     """Layer -> states, `(n, d)` float32."""
     target: Callable[[int], tuple[Tensor | None, Target]]
-    """Offset -> the rows that have a target (None: all) and their targets."""
+    """Offset -> (rows that have a target, None for all; their targets)."""
 
 
 class CacheExamples:
-    """States of a cache at t, targets at t+N, which all layers share."""
+    """States of a cache at t, with targets at t+N that all layers share."""
 
     def __init__(
-        self, feed: MinibatchStream, loss: str, teacher: ModelDistribution | None, tops: Tops | None
+        self,
+        stream: MinibatchStream,
+        loss: str,
+        model: ModelDistribution | None,
+        top_tokens: TopTokens | None,
     ) -> None:
-        self.feed, self.loss, self.teacher = feed, loss, teacher
-        self.tops = tops
-        """Gives the array of `top_tokens`, for the loss `model`."""
+        self.stream, self.loss = stream, loss
+        self.model = model
+        """The model's distribution, for the loss `kl`."""
+        self.top_tokens = top_tokens
+        """The model's top tokens, for the loss `model`."""
 
     @property
     def rows(self) -> int:
-        return self.feed.positions
+        """Number of positions of an epoch."""
+        return self.stream.positions
 
     @property
     def steps(self) -> int:
-        return self.feed.steps
+        """Number of batches of an epoch."""
+        return self.stream.steps
 
     def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[ExampleBatch]:
         """The batches of `epoch` from number `step` on."""
-        for draw in self.feed.epoch(epoch, step):
-            yield ExampleBatch(draw.hidden, lambda offset, draw=draw: self._target(draw, offset))
-
-    def _target(self, draw: Minibatch, offset: int) -> tuple[Tensor | None, Target]:
-        ahead = draw.ahead[offset]
-        usable = ahead.text >= 0 if self.loss == "text" else ahead.valid
-        rows = None if bool(usable.all()) else usable.nonzero()[:, 0]
-        chosen = slice(None) if rows is None else rows
-        if self.loss == "text":
-            return rows, Target(token=ahead.text[chosen])
-        if self.tops is not None:
-            return rows, Target(
-                token=tokens_at(self.tops(), draw.positions[chosen].numpy() + offset)
+        for minibatch in self.stream.epoch(epoch, step):
+            yield ExampleBatch(
+                minibatch.hidden,
+                lambda offset, minibatch=minibatch: self._target(minibatch, offset),
             )
+
+    def _target(self, minibatch: Minibatch, offset: int) -> tuple[Tensor | None, Target]:
+        ahead = minibatch.ahead[offset]
+        has_target = ahead.text >= 0 if self.loss == "text" else ahead.valid
+        rows = None if bool(has_target.all()) else has_target.nonzero()[:, 0]
+        selection = slice(None) if rows is None else rows
+        if self.loss == "text":
+            return rows, Target(token=ahead.text[selection])
+        if self.top_tokens is not None:
+            positions = minibatch.positions[selection].numpy() + offset
+            return rows, Target(token=tokens_at(self.top_tokens(), positions))
         assert ahead.residual is not None
-        assert self.teacher is not None
-        return rows, self.teacher.distribution(ahead.residual[chosen])
+        assert self.model is not None
+        return rows, self.model.distribution(ahead.residual[selection])
+
+
+def cache_examples(
+    cache: ActivationCache,
+    layers: Sequence[int],
+    offsets: Sequence[int],
+    loss: str,
+    top_tokens: TopTokens,
+    **options: Any,
+) -> CacheExamples:
+    """Examples of a cache; `options` are those of `MinibatchStream`."""
+    stream = MinibatchStream(cache, layers, offsets, residual=loss == "kl", **options)
+    model = ModelDistribution(cache.head.torch()) if loss == "kl" else None
+    return CacheExamples(stream, loss, model, top_tokens if loss == "model" else None)
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Rows `X` `(n, d)` with labels `y` `(n,)`, numpy or dask, and the sorted classes."""
+
+    X: Any
+    y: Any
+    classes: np.ndarray
+
+    def read(self, slabs: Slabs) -> tuple[np.ndarray, np.ndarray]:
+        """Rows `(rows, d)` float32 and class numbers `(rows,)` of `slabs`, one after the other."""
+        if isinstance(self.X, np.ndarray):
+            shift = slabs.starts - np.cumsum(slabs.sizes) + slabs.sizes
+            rows = np.repeat(shift, slabs.sizes) + np.arange(slabs.rows)
+            x, y = self.X[rows], self.y[rows]
+        else:
+            import dask
+
+            stops = (slabs.starts + slabs.sizes).tolist()
+            bounds = list(zip(slabs.starts.tolist(), stops, strict=True))
+            blocks = ([array[a:b] for a, b in bounds] for array in (self.X, self.y))
+            x, y = (np.concatenate(block) for block in dask.compute(*blocks))  # pyright: ignore
+        x = x.astype(np.float32)
+        if not np.isfinite(x).all():
+            raise UsageError("the rows X hold values that are not finite in float32")
+        return x, codes_of(y, self.classes)
 
 
 class ArrayExamples:
-    """Rows `X` `(n, d)` with labels `y` `(n,)`, numpy or dask; read slab by slab."""
+    """Examples of labelled rows in shuffled order, read slab by slab; they have one layer, 0."""
 
-    def __init__(
-        self, X: Any, y: Any, classes: np.ndarray, slabs: Slabs, batch: int, seed: int,
-        shuffle: bool = True,
-    ) -> None:  # fmt: skip
-        self.X, self.y, self.classes = X, y, classes
-        self.order = ShuffledBatches(slabs, batch, seed, shuffle, BUFFER_ROWS)
+    def __init__(self, data: LabelledRows, order: ShuffledBatches) -> None:
+        self.data, self.order = data, order
 
     @property
     def rows(self) -> int:
+        """Number of rows of an epoch."""
         return self.order.slabs.rows
 
     @property
     def steps(self) -> int:
+        """Number of batches of an epoch."""
         return self.order.steps
 
     def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[ExampleBatch]:
         """The batches of `epoch` from number `step` on."""
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         for group in self.order.groups(epoch, step):
-            x, y = self._read(group.slabs)
+            x, y = self.data.read(self.order.slabs.select(group.slabs))
             for number, piece in enumerate(group.pieces):
                 parts.append((x[piece], y[piece]))
                 if number < len(group.pieces) - 1 or group.complete:
-                    rows, codes = (
-                        torch.from_numpy(np.concatenate(v)) for v in zip(*parts, strict=True)
+                    states, codes = (
+                        torch.from_numpy(np.concatenate(arrays))
+                        for arrays in zip(*parts, strict=True)
                     )
                     yield ExampleBatch(
-                        {0: rows}, lambda offset, codes=codes: (None, Target(token=codes))
+                        {0: states}, lambda offset, codes=codes: (None, Target(token=codes))
                     )
                     parts = []
 
-    def _read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        starts, sizes = (v[numbers] for v in (self.order.slabs.starts, self.order.slabs.sizes))
-        if isinstance(self.X, np.ndarray):
-            rows = np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-            x, y = self.X[rows], self.y[rows]
-        else:
-            import dask
 
-            stops = (starts + sizes).tolist()
-            cuts = list(zip(starts.tolist(), stops, strict=True))
-            found = dask.compute(*([v[a:b] for a, b in cuts] for v in (self.X, self.y)))  # pyright: ignore
-            x, y = (np.concatenate(v) for v in found)
-        x = x.astype(np.float32)
-        if not np.isfinite(x).all():
-            raise UsageError("the rows X hold values that are not finite in float32")
-        return x, codes_of(y, self.classes)
+def array_examples(
+    data: LabelledRows, batch: int, seed: int, held_out: float
+) -> tuple[ArrayExamples, ArrayExamples | None]:
+    """Examples to fit, and a random share `held_out` of the rows to validate with.
+
+    Rows of numpy are drawn one by one, rows of dask in slabs inside one chunk.
+    """
+    if isinstance(data.X, np.ndarray):
+        slabs = Slabs(np.arange(len(data.y)), np.ones(len(data.y), np.int64))
+    else:
+        sizes = np.array(data.X.chunks[0])
+        slabs = Slabs.cut(np.cumsum(sizes) - sizes, sizes, DASK_SLAB_ROWS)
+    held_out_slabs = int(len(slabs.sizes) * held_out)
+    shuffled = np.random.default_rng(seed).permutation(len(slabs.sizes))
+    train = slabs.select(np.sort(shuffled[held_out_slabs:]))
+    batch = max(1, min(batch, train.rows))
+    train_examples = ArrayExamples(data, ShuffledBatches(train, batch, seed))
+    if not held_out_slabs:
+        return train_examples, None
+    validation = slabs.select(np.sort(shuffled[:held_out_slabs]))
+    order = ShuffledBatches(validation, batch, seed, shuffle=False)
+    return train_examples, ArrayExamples(data, order)
+
+
+Examples = CacheExamples | ArrayExamples
 
 
 def codes_of(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -129,37 +197,3 @@ def codes_of(y: np.ndarray, classes: np.ndarray) -> np.ndarray:
     if unknown.any():
         raise UsageError(f"label {y[unknown][0]!r} is not among the classes {classes.tolist()}")
     return codes.astype(np.int64)
-
-
-Examples = CacheExamples | ArrayExamples
-
-
-def cache_examples(
-    cache: ActivationCache,
-    layers: Sequence[int],
-    offsets: Sequence[int],
-    loss: str,
-    tops: Tops,
-    **options: Any,
-) -> CacheExamples:
-    """Examples of a cache; `options` are those of `MinibatchStream`."""
-    feed = MinibatchStream(cache, layers, offsets, residual=loss == "kl", **options)
-    teacher = ModelDistribution(cache.head.torch()) if loss == "kl" else None
-    return CacheExamples(feed, loss, teacher, tops if loss == "model" else None)
-
-
-def array_examples(
-    X: Any, y: Any, classes: np.ndarray, batch: int, seed: int, held_out: float
-) -> tuple[ArrayExamples, ArrayExamples | None]:
-    """Examples to fit, and a random share `held_out` of them to validate with."""
-    slabs = Slabs(np.arange(len(y)), np.ones(len(y), np.int64))
-    if not isinstance(X, np.ndarray):
-        sizes = np.array(X.chunks[0])
-        slabs = Slabs.cut(np.cumsum(sizes) - sizes, sizes, 1024)
-    number = int(len(slabs.sizes) * held_out)
-    drawn = np.random.default_rng(seed).permutation(len(slabs.sizes))
-    parts = [np.sort(drawn[number:]), np.sort(drawn[:number])]
-    fit, held = (Slabs(slabs.starts[p], slabs.sizes[p]) for p in parts)
-    batch = max(1, min(batch, fit.rows))
-    validation = ArrayExamples(X, y, classes, held, batch, seed, shuffle=False) if number else None
-    return ArrayExamples(X, y, classes, fit, batch, seed), validation

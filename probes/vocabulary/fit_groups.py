@@ -1,13 +1,16 @@
-"""Fits the pairs of a vocabulary probe: one sweep for all, then group by group, here or on workers.
+"""Fit of a vocabulary probe's pairs: one learning-rate sweep for all, then group by group.
 
-Neither the groups nor the workers change a bit of the result: all groups draw the same batches, at
-learning rates that one sweep over the whole fit has found, and each pair has its own arithmetic.
+`VocabProbe.fit` calls `fit_vocab_groups`. A group is as many (layer, offset) pairs as fit memory
+together; groups are fitted one after the other in this process (`LocalRunner`) or on the workers
+of a dask cluster (`ClusterRunner`). Neither the groups nor the workers change a bit of the result:
+all groups draw the same batches, at learning rates from one sweep over the whole fit, and each
+pair has its own arithmetic. `fit_job.py` shows who calls whom.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +25,19 @@ from ..base.readout import LayerOffset
 from ..base.resources import ProgressCounter
 from ..training.checkpoint import Checkpoint
 from ..training.threads import thread_pool
-from .descent import Outcome, representatives
+from .descent import Outcome
 from .fit_job import CacheVocabFit, VocabFit
-from .learning_rate_sweep import Sweep, Tried, rates_of, rows_of
+from .learning_rate_sweep import Sweep, SweepLosses, rates_of, representatives, rows_of
 
-Known = tuple[dict[str, Any], dict[str, Tensor]]
-"""What a checkpoint gives: JSON and tensors."""
+SavedState = tuple[dict[str, Any], dict[str, Tensor]]
+"""State and tensors of a checkpoint."""
+Task = Callable[[VocabFit], Any]
+"""Work on a fit, run in this process or on a worker."""
 
 
 @dataclass(frozen=True)
 class VocabFitPlan:
-    """What is settled before the groups are fitted."""
+    """Groups and learning rates, settled before the first group is fitted."""
 
     groups: list[list[LayerOffset]]
     rates: dict[LayerOffset, float]
@@ -40,195 +45,222 @@ class VocabFitPlan:
     rows: list[dict[str, float | None]]
     """Layer, offset, learning rate and held-out loss of each fit of the sweep."""
     positions: int
-    """Rows of an epoch."""
-
-    def calls(self, kept: "CheckpointFolder | None") -> list[tuple[Any, ...]]:
-        """What `fit_group` is called with, once for each group."""
-        return [
-            (number, pairs, {pair: self.rates[pair] for pair in pairs}, kept)
-            for number, pairs in enumerate(self.groups)
-        ]
+    """Number of rows of an epoch."""
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """Where a fit is kept while it lasts."""
+    """Folder of the checkpoints of a fit: the plan, and a subfolder for each group."""
 
     folder: Path
     identity: dict[str, Any]
-    """Of the fit."""
+    """Data and parameters of the fit; a checkpoint of another fit is refused."""
     seconds: float
-    """Between two checkpoints of a group."""
+    """Time between two checkpoints of a group, in seconds."""
 
-    def plan(self) -> Checkpoint:
-        """Of the plan."""
+    def plan_checkpoint(self) -> Checkpoint:
+        """Checkpoint that holds the plan."""
         return Checkpoint(self.folder / "plan", self.identity, "plan.json")
 
-    def group(
+    def group_checkpoint(
         self, number: int, pairs: list[LayerOffset], rates: dict[LayerOffset, float]
     ) -> Checkpoint:
-        """Of one group."""
-        about = {"pairs": listed(pairs), "rates": [rates[pair] for pair in pairs]}
-        return Checkpoint(self.folder / str(number), {**self.identity, **about})
+        """Checkpoint of one group, which is identified by its pairs and learning rates too."""
+        identity = {
+            **self.identity,
+            "pairs": _pairs_as_lists(pairs),
+            "rates": [rates[pair] for pair in pairs],
+        }
+        return Checkpoint(self.folder / str(number), identity)
 
-    def save(self, plan: VocabFitPlan) -> None:
-        """Keep what need not be found again."""
-        state = {"groups": [listed(pairs) for pairs in plan.groups], "sweep": plan.rows}
-        self.plan().save({"step": 0, **state, "rates": list(plan.rates.values())}, {})
+    def save_plan(self, plan: VocabFitPlan) -> None:
+        """Save groups, learning rates and losses of the sweep."""
+        state = {
+            "step": 0,
+            "groups": [_pairs_as_lists(pairs) for pairs in plan.groups],
+            "sweep": plan.rows,
+            "rates": list(plan.rates.values()),
+        }
+        self.plan_checkpoint().save(state, {})
 
     def remove(self, plan: VocabFitPlan) -> None:
-        """Drop all of it; the plan last, for it says which groups there are."""
+        """Remove all checkpoints; the plan last, for it names the groups."""
         for number, pairs in enumerate(plan.groups):
-            self.group(number, pairs, plan.rates).remove()
-        self.plan().remove()
+            self.group_checkpoint(number, pairs, plan.rates).remove()
+        self.plan_checkpoint().remove()
         with suppress(OSError):
             self.folder.rmdir()
 
 
 def fit_vocab_groups(
-    job: VocabFit,
+    fit: VocabFit,
     lr: float,
     sweep: bool,
     memory: int,
     client: Any = None,
-    kept: CheckpointFolder | None = None,
+    checkpoints: CheckpointFolder | None = None,
     progress: Progress | None = None,
 ) -> tuple[VocabFitPlan, dict[LayerOffset, Outcome]]:
-    """Fit all pairs of `job` at the learning rate `lr`, or where a sweep begins with it."""
-    team = LocalRunner(job, memory) if client is None else ClusterRunner(job, memory, client)
-    with kept.plan().held() if kept else nullcontext():
-        known = kept.plan().load() if kept else None
-        groups = known_groups(known, team) or divide(job.pairs, team.room, team.threads)
-        steps = job.descent(job.pairs).positions
-        count = ProgressCounter(job.positions + len(groups) * steps, progress)
-        job.progress = count.add
-        plan = planned(job, team, groups, lr, sweep, known)
-        if kept is not None and known is None:
-            kept.save(plan)
-        found: dict[int, dict[LayerOffset, Outcome]] = {}
-        for number, outcomes in team.each(fit_vocab_group, plan.calls(kept)):
-            found[number] = outcomes
+    """Fit all pairs of `fit`; gives the plan and the outcome of each pair.
+
+    `lr` is the learning rate, or with `sweep` the middle of the rates to try. `memory` in bytes
+    bounds this process, or each worker of `client`.
+    """
+    runner = LocalRunner(fit, memory) if client is None else ClusterRunner(fit, memory, client)
+    # Another process may still work in the same folder: wait for its end.
+    with checkpoints.plan_checkpoint().lock() if checkpoints else nullcontext():
+        saved_plan = checkpoints.plan_checkpoint().load() if checkpoints else None
+        groups = _saved_groups(saved_plan, runner)
+        if groups is None:
+            groups = divide(fit.pairs, runner.pairs_at_once, runner.threads)
+        # The progress counts labelled positions, then the rows of all groups.
+        group_positions = fit.descent(fit.pairs).positions
+        counter = ProgressCounter(fit.positions + len(groups) * group_positions, progress)
+        fit.progress = counter.add
+        plan = _make_plan(fit, runner, groups, lr, sweep, saved_plan)
+        if checkpoints is not None and saved_plan is None:
+            checkpoints.save_plan(plan)
+        tasks = [
+            partial(
+                fit_vocab_group,
+                number=number,
+                pairs=pairs,
+                rates={pair: plan.rates[pair] for pair in pairs},
+                checkpoints=checkpoints,
+            )
+            for number, pairs in enumerate(groups)
+        ]
+        outcomes: dict[LayerOffset, Outcome] = {}
+        for _, group_outcomes in runner.run_all(tasks):
+            outcomes |= group_outcomes
             if client is not None:
-                count.add(steps)
-        if kept is not None:
-            kept.remove(plan)
-    return plan, {pair: found[n][pair] for n, pairs in enumerate(groups) for pair in pairs}
+                counter.add(group_positions)
+        if checkpoints is not None:
+            checkpoints.remove(plan)
+    return plan, {pair: outcomes[pair] for pairs in groups for pair in pairs}
 
 
-def known_groups(known: Known | None, team: "LocalRunner") -> list[list[LayerOffset]] | None:
-    """The groups that a fit was cut into before it was killed, if each still fits the memory."""
-    if known is None:
+def _saved_groups(
+    saved_plan: SavedState | None, runner: "LocalRunner"
+) -> list[list[LayerOffset]] | None:
+    """The groups of a fit that was killed, if each still fits the memory."""
+    if saved_plan is None:
         return None
-    groups = [[(la, n) for la, n in pairs] for pairs in known[0]["groups"]]
-    return groups if max(map(len, groups)) <= team.room else None
+    groups = [[(layer, offset) for layer, offset in pairs] for pairs in saved_plan[0]["groups"]]
+    return groups if max(map(len, groups)) <= runner.pairs_at_once else None
 
 
-def planned(
-    job: VocabFit,
-    team: "LocalRunner",
+def _make_plan(
+    fit: VocabFit,
+    runner: "LocalRunner",
     groups: list[list[LayerOffset]],
     lr: float,
     sweep: bool,
-    known: Known | None,
+    saved_plan: SavedState | None,
 ) -> VocabFitPlan:
-    """The plan that was kept, or a new one from a sweep over all pairs."""
-    whole = job.descent(job.pairs)
-    rates, rows = dict.fromkeys(job.pairs, lr), []
-    if known is not None:
-        rates, rows = dict(zip(rates, known[0]["rates"], strict=True)), known[0]["sweep"]
-    elif sweep and whole.validation is not None:
-        tried = try_rates(job, team, lr)
-        rates, rows = rates_of(job.pairs, tried, whole, lr), rows_of(tried)
-    return VocabFitPlan(groups, rates, rows, whole.examples.rows)
+    """The saved plan, or a new plan from a sweep over the representatives of all pairs."""
+    descent = fit.descent(fit.pairs)
+    rates, rows = dict.fromkeys(fit.pairs, lr), []
+    if saved_plan is not None:
+        state = saved_plan[0]
+        rates, rows = dict(zip(rates, state["rates"], strict=True)), state["sweep"]
+    elif sweep and descent.validation is not None:
+        swept_pairs = representatives(fit.pairs)
+        sweep_groups = divide(swept_pairs, runner.pairs_at_once, runner.threads)
+        tasks = [
+            partial(sweep_group, pairs=pairs, lr=lr, fits_at_once=runner.pairs_at_once)
+            for pairs in sweep_groups
+        ]
+        losses: SweepLosses = {}
+        for _, group_losses in runner.run_all(tasks):
+            losses |= group_losses
+        # Workers end in any order; the report has the order of the pairs.
+        losses = {pair: losses[pair] for pair in swept_pairs}
+        rates, rows = rates_of(fit.pairs, losses, descent, lr), rows_of(losses)
+    return VocabFitPlan(groups, rates, rows, descent.examples.rows)
 
 
-def try_rates(job: VocabFit, team: "LocalRunner", lr: float) -> Tried:
-    """Held-out losses of short fits of the representatives of all pairs."""
-    some = representatives(job.pairs)
-    calls = [(pairs, lr, team.room) for pairs in divide(some, team.room, team.threads)]
-    found: Tried = {}
-    for _, tried in team.each(sweep_group, calls):
-        found |= tried
-    return {pair: found[pair] for pair in some}
+def divide(
+    pairs: Sequence[LayerOffset], largest_group: int, fewest_groups: int
+) -> list[list[LayerOffset]]:
+    """Cut `pairs` into equal groups of at most `largest_group`, neighbours together.
 
-
-def divide(pairs: Sequence[LayerOffset], most: int, least: int) -> list[list[LayerOffset]]:
-    """Groups of at most `most` pairs, `least` groups if there are so many pairs.
-
-    Pairs of a layer stay neighbours.
+    At least `fewest_groups` groups, if there are so many pairs.
     """
-    number = min(len(pairs), max(least, -(-len(pairs) // most)))
+    number = min(len(pairs), max(fewest_groups, -(-len(pairs) // largest_group)))
     edges = [len(pairs) * i // number for i in range(number + 1)]
     return [list(pairs[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
-def listed(pairs: list[LayerOffset]) -> list[list[int]]:
-    """Pairs as JSON has them."""
+def _pairs_as_lists(pairs: list[LayerOffset]) -> list[list[int]]:
+    """Pairs as JSON reads them back."""
     return [list(pair) for pair in pairs]
 
 
-def sweep_group(job: VocabFit, pairs: list[LayerOffset], lr: float, room: int) -> Tried:
-    """The sweep of a few pairs."""
-    return Sweep(job.descent(pairs), lr, room).run()
+def sweep_group(
+    fit: VocabFit, pairs: list[LayerOffset], lr: float, fits_at_once: int
+) -> SweepLosses:
+    """Task: the sweep of a few pairs."""
+    return Sweep(fit.descent(pairs), lr, fits_at_once).run()
 
 
 def fit_vocab_group(
-    job: VocabFit,
+    fit: VocabFit,
     number: int,
     pairs: list[LayerOffset],
     rates: dict[LayerOffset, float],
-    kept: CheckpointFolder | None,
+    checkpoints: CheckpointFolder | None,
 ) -> dict[LayerOffset, Outcome]:
-    """The fit of one group."""
-    descent = job.descent(pairs, rates)
-    descent.progress = job.progress
-    if kept is not None:
-        descent.checkpoint = kept.group(number, pairs, rates)
-        descent.checkpoint_seconds = kept.seconds
+    """Task: the fit of one group, with its own checkpoint."""
+    descent = fit.descent(pairs, rates)
+    descent.progress = fit.progress
+    if checkpoints is not None:
+        descent.checkpoint = checkpoints.group_checkpoint(number, pairs, rates)
+        descent.checkpoint_seconds = checkpoints.seconds
     return descent.run()
 
 
 class LocalRunner:
-    """This process, which does one thing after the other with all its threads."""
+    """Runs tasks in this process, one after the other, each with all threads."""
 
     threads = 1
+    """Number of tasks that run at the same time."""
 
-    def __init__(self, job: VocabFit, memory: int) -> None:
-        self.job, self.room = job, job.room(memory)
+    def __init__(self, fit: VocabFit, memory: int) -> None:
+        self.fit = fit
+        self.pairs_at_once = fit.pairs_in_memory(memory)
+        """Most pairs of a task."""
 
-    def each(
-        self, work: Callable[..., Any], calls: Sequence[tuple[Any, ...]]
-    ) -> Iterator[tuple[int, Any]]:
-        """Number and result of `work(job, *call)` for all calls, in any order."""
-        for number, call in enumerate(calls):
-            yield number, work(self.job, *call)
+    def run_all(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
+        """Number and result of every task, in any order."""
+        for number, task in enumerate(tasks):
+            yield number, task(self.fit)
 
 
 class ClusterRunner(LocalRunner):
-    """The threads of a cluster; each takes one group, with one thread of torch's."""
+    """Runs tasks on the threads of a dask cluster, each task with one thread of torch's."""
 
-    def __init__(self, job: VocabFit, memory: int, client: Any) -> None:
-        if not isinstance(job, CacheVocabFit):
+    def __init__(self, fit: VocabFit, memory: int, client: Any) -> None:
+        if not isinstance(fit, CacheVocabFit):
             raise UsageError(
                 "client= is for a fit from a cache, which workers open on their own; rows are "
                 "fitted in this process: leave client= out"
             )
         threads = threads_of(client).values()
-        super().__init__(job, memory // max(threads))
-        self.client, self.cache_job, self.threads = client, job, sum(threads)
+        super().__init__(fit, memory // max(threads))
+        self.client, self.cache_fit, self.threads = client, fit, sum(threads)
 
-    def each(
-        self, work: Callable[..., Any], calls: Sequence[tuple[Any, ...]]
-    ) -> Iterator[tuple[int, Any]]:
+    def run_all(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
+        """Number and result of every task, as they end; unfinished tasks are cancelled."""
         from distributed import as_completed
 
-        job = self.cache_job
-        assert job.cache is not None
-        options = {**job.options, "products": job.products}
-        sent = job.cache, job.pairs, options, self.tops
+        fit = self.cache_fit
+        # Resolve `auto` here: processors of workers may differ.
+        options = {**fit.options, "products": fit.products}
+        data = fit.cache, fit.pairs, options, self.scattered_top_tokens
         futures = {
-            self.client.submit(on_worker, work, *sent, *call, pure=False): number
-            for number, call in enumerate(calls)
+            self.client.submit(run_on_worker, task, *data, pure=False): number
+            for number, task in enumerate(tasks)
         }
         try:
             for future in as_completed(futures, loop=self.client.loop):
@@ -239,27 +271,27 @@ class ClusterRunner(LocalRunner):
                 future.cancel()
 
     @cached_property
-    def tops(self) -> Any:
-        """The model's top tokens, found here, once, and lent to all workers."""
-        if not len(self.cache_job.labelled):
+    def scattered_top_tokens(self) -> Any:
+        """The model's top tokens, computed once in this process and sent to all workers."""
+        if not len(self.cache_fit.labelled):
             return None
-        return self.client.scatter(np.asarray(self.cache_job.tops()), broadcast=True, hash=False)
+        top_tokens = np.asarray(self.cache_fit.top_tokens())
+        return self.client.scatter(top_tokens, broadcast=True, hash=False)
 
 
-def on_worker(
-    work: Callable[..., Any],
+def run_on_worker(
+    task: Task,
     cache: ActivationCache,
     pairs: list[LayerOffset],
     options: dict[str, Any],
-    tops: np.ndarray | None,
-    *call: Any,
+    top_tokens: np.ndarray | None,
 ) -> Any:
-    """`work` on `cache`, in a thread of its own with one thread of torch's."""
+    """Run `task` on a fit of `cache`, in a new thread that has one thread of torch's."""
 
-    def fit() -> Any:
-        job = CacheVocabFit.of(cache, pairs, options)
-        job.given = tops
-        return work(job, *call)
+    def run() -> Any:
+        fit = CacheVocabFit.of(cache, pairs, options)
+        fit.shared_top_tokens = top_tokens
+        return task(fit)
 
     with thread_pool(1) as pool:
-        return pool.submit(fit).result()
+        return pool.submit(run).result()

@@ -1,8 +1,23 @@
-"""What a vocabulary probe is fitted on: a cache or labelled rows."""
+"""Data and parameters of one fit of a vocabulary probe, from a cache or from labelled rows.
+
+Who calls whom in `VocabProbe.fit`:
+
+    VocabProbe.fit          vocab_probe.py          checks parameters, makes a VocabFit
+    fit_vocab_groups        fit_groups.py           divides the pairs into groups that fit memory
+      LocalRunner, ClusterRunner                    run sweep and groups here or on dask workers
+        Sweep               learning_rate_sweep.py  short fits that choose the learning rates
+        VocabFit.descent    this file               makes the Descent of one group of pairs
+          Descent.run       descent.py              all steps of the group, with checkpoints
+            initial_statistics                      principal axes and token frequencies
+            Trainer                                 one regression: parameters, AdamW, losses
+              FullMatrix, LowRank, ThroughHead      parametrizations.py: losses and gradients
+
+`VocabProbe.partial_fit` takes a `Descent` from here too, and steps its trainers itself.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,23 +25,24 @@ import numpy as np
 from ...cache.errors import UsageError
 from ...cache.head.head import TorchHead
 from ...cache.store.activation_cache import ActivationCache
+from ...cache.store.sequence_draw import draw_sequences
 from ...cache.tokens.segments import PairScope
 from ..base.readout import LayerOffset
 from ..training.minibatches import MinibatchStream
-from ..training.shuffled_order import draw_sequences
 from ..training.softmax_loss import fast_products
 from ..training.top_tokens import find_top_tokens
-from .descent import Descent, Trainer
-from .examples import Examples, array_examples, cache_examples
-from .initial_statistics import initial_statistics
+from .descent import Descent
+from .examples import Examples, LabelledRows, array_examples, cache_examples
 from .parametrizations import FullMatrix, LowRank, Parametrization, ThroughHead
 
 VALIDATION_POSITIONS = 8192
 """Most positions of the validation split on which a fit is measured."""
 HELD_OUT_ROWS = 100
-"""Fewest rows of arrays of which some are held out."""
+"""Fewest rows of arrays of which some are held out for validation."""
 COPIES = 5
-"""Of the weights: themselves, two moments, the best so far, a gradient (one per thread)."""
+"""Copies of the weights in memory: weights, two moments, best weights, a gradient (per thread)."""
+SIZE_SEQUENCES, SIZE_ROWS = 64, 4096
+"""Most sequences, and most of their positions, that the size of layer L is measured on."""
 
 
 @dataclass
@@ -35,212 +51,224 @@ class VocabFit:
 
     pairs: list[LayerOffset]
     classes: np.ndarray
+    """Labels to predict, sorted; of a cache the token ids 0..vocab-1."""
     d_in: int
+    """Width of the states."""
     options: dict[str, Any]
     """Parameters of the probe."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """What the data are, for a checkpoint."""
+    """Identity of the data; a checkpoint of a fit of other data is refused."""
 
     head: TorchHead | None = None
+    """The model's head, for `form="head"`."""
     progress: Callable[[int], None] = lambda rows: None
-    """Told the positions that are read before the fits begin, and those of their steps."""
+    """Called with numbers of rows: first of positions that are labelled, then of each step."""
 
     @property
     def positions(self) -> int:
-        """Positions that are read before the fits begin."""
+        """Number of positions that are read before the first step."""
         return 0
 
     def examples(self, layers: list[int], offsets: list[int]) -> tuple[Examples, Examples | None]:
-        """Examples to fit and to validate with."""
+        """Examples to fit and to validate with; None without held-out rows."""
         raise NotImplementedError
 
     def size(self) -> float:
-        """Root mean square of what the head reads."""
+        """Root mean square of the head's input."""
         return 1.0
 
     @cached_property
     def form(self) -> Parametrization:
-        """The form of every regression."""
-        vocab, rank, products = len(self.classes), self.options["rank"], self.products
+        """Parametrization of every regression."""
+        vocab, rank = len(self.classes), self.options["rank"]
         if self.options["form"] == "head":
             if self.head is None:
                 raise UsageError("form='head' needs a cache: labelled rows have no head")
             return ThroughHead(self.head, self.d_in, self.size())
         if rank is None:
-            return FullMatrix(vocab, self.d_in, products)
-        return LowRank(vocab, self.d_in, min(rank, self.d_in), products)
+            return FullMatrix(vocab, self.d_in, self.products)
+        return LowRank(vocab, self.d_in, min(rank, self.d_in), self.products)
 
     @property
     def products(self) -> str:
-        """dtype of the factors of gradients."""
-        found = self.options["products"]
-        return fast_products() if found == "auto" else found
+        """dtype of the factors of gradients: `float32` or `bfloat16`."""
+        products = self.options["products"]
+        return fast_products() if products == "auto" else products
 
-    def room(self, memory: int) -> int:
-        """Pairs whose weights fit `memory` bytes together, one at least."""
+    def pairs_in_memory(self, memory: int) -> int:
+        """Number of pairs that are fitted in `memory` bytes together, one at least."""
         return max(1, memory // (4 * COPIES * self.form.weights))
 
     def descent(
         self, pairs: list[LayerOffset], rates: dict[LayerOffset, float] | None = None
     ) -> Descent:
-        """The fit of some of the pairs, at the learning rates `rates`."""
-        layers, offsets = parts_of(pairs)
-        examples, validation = self.examples(layers, offsets)
-        start = DescentStarter(self, examples, layers, offsets)
-        return Descent(examples, validation, start, pairs, self.options["epochs"], rates or {})
+        """The fit of a group of the pairs, at the learning rates `rates`."""
+        examples, validation = self.examples(*layers_and_offsets(pairs))
+        return Descent(
+            form=self.form,
+            n_classes=len(self.classes),
+            examples=examples,
+            validation=validation,
+            pairs=pairs,
+            epochs=self.options["epochs"],
+            rates=rates or {},
+        )
 
 
-def parts_of(pairs: list[LayerOffset]) -> tuple[list[int], list[int]]:
+def layers_and_offsets(pairs: list[LayerOffset]) -> tuple[list[int], list[int]]:
     """Layers and offsets of `pairs`, each once."""
-    return list(dict.fromkeys(la for la, _ in pairs)), list(dict.fromkeys(n for _, n in pairs))
+    layers = list(dict.fromkeys(layer for layer, _ in pairs))
+    return layers, list(dict.fromkeys(offset for _, offset in pairs))
 
 
-@dataclass
-class DescentStarter:
-    """Makes new regressions; looks at the examples once, when the first is wanted."""
-
-    job: VocabFit
-    examples: Examples
-    layers: list[int]
-    offsets: list[int]
-
-    @cached_property
-    def _seen(self) -> Any:
-        return initial_statistics(self.examples, self.layers, self.offsets, len(self.job.classes))
-
-    def __call__(self, pair: LayerOffset, fitted: Any = None) -> Trainer:
-        """The regression of `pair`, from nothing or from `fitted` parameters."""
-        axes, priors = self._seen
-        form, mine = self.job.form, axes[pair[0]]
-        if fitted is None:
-            return Trainer(form, mine, form.start(mine, priors[pair[1]]))
-        return Trainer(form, mine, form.unfolded(fitted, mine))
-
-
-@dataclass
+@dataclass(kw_only=True)
 class CacheVocabFit(VocabFit):
-    """The train split of a cache."""
+    """Fit on the train split of a cache; the validation split stops it."""
 
-    cache: ActivationCache | None = None
-    given: np.ndarray | None = None
-    """What `tops` gives, where that is known already."""
+    cache: ActivationCache
+    shared_top_tokens: np.ndarray | None = None
+    """Result of `find_top_tokens` from another process; None: computed when first needed."""
 
     @classmethod
     def of(
         cls, cache: ActivationCache, pairs: list[LayerOffset], options: dict[str, Any]
     ) -> "CacheVocabFit":
+        """The fit of `pairs` on `cache`; raises `UsageError` if an offset has no pair."""
         scope = scope_of(options)
         check_pairs(cache, [offset for _, offset in pairs], scope, options["loss"] == "text")
-        head = cache.head.torch() if options["form"] == "head" else None
-        identity = {"cache": cache.id}
-        classes = np.arange(cache.vocab)
-        return cls(pairs, classes, cache.d_model, options, identity, head, cache=cache)
+        return cls(
+            pairs=pairs,
+            classes=np.arange(cache.vocab),
+            d_in=cache.d_model,
+            options=options,
+            identity={"cache": cache.id},
+            head=cache.head.torch() if options["form"] == "head" else None,
+            cache=cache,
+        )
 
     def examples(self, layers: list[int], offsets: list[int]) -> tuple[Examples, Examples | None]:
-        assert self.cache is not None
-        options = {name: self.options[name] for name in ("loss", "batch", "seed")}
-        options |= vars(scope_of(self.options))
-        make = partial(
-            cache_examples, self.cache, layers, offsets, tops=self.tops,
-            buffer_rows=self.buffer_rows, buffer_bytes=1 << 62, **options,
-        )  # fmt: skip
-        held = self.held_out
-        validation = make(sequences=held, shuffle=False) if len(held) else None
-        return make(split="train", drop_last=True), validation
+        common: dict[str, Any] = {
+            "loss": self.options["loss"],
+            "batch": self.options["batch"],
+            "seed": self.options["seed"],
+            "top_tokens": self.top_tokens,
+            "buffer_rows": self.buffer_rows,
+            "buffer_bytes": 1 << 62,
+            **vars(scope_of(self.options)),
+        }
+        train = cache_examples(self.cache, layers, offsets, split="train", drop_last=True, **common)
+        if not len(self.held_out):
+            return train, None
+        validation = cache_examples(
+            self.cache, layers, offsets, sequences=self.held_out, shuffle=False, **common
+        )
+        return train, validation
 
     @cached_property
     def buffer_rows(self) -> int:
-        """Rows of the buffer if all pairs are fitted together; any few draw the same batches so."""
-        assert self.cache is not None
-        residual = self.options["loss"] == "kl"
-        feed = MinibatchStream(
-            self.cache, *parts_of(self.pairs), batch=self.options["batch"], residual=residual,
+        """Rows of the shuffling buffer, computed for all pairs together.
+
+        A group of the pairs has the same buffer, so that it draws the same batches.
+        """
+        stream = MinibatchStream(
+            self.cache,
+            *layers_and_offsets(self.pairs),
+            batch=self.options["batch"],
+            residual=self.options["loss"] == "kl",
             **vars(scope_of(self.options)),
-        )  # fmt: skip
-        return feed.order.buffer_rows
+        )
+        return stream.order.buffer_rows
 
     @cached_property
     def held_out(self) -> np.ndarray:
         """Sequences of the validation split on which fits are measured."""
-        assert self.cache is not None
-        found = self.cache.sequences("validation")
-        if not len(found):
-            return found
-        return draw_sequences(self.cache, found, VALIDATION_POSITIONS, self.options["seed"])
+        sequences = self.cache.sequences("validation")
+        if not len(sequences):
+            return sequences
+        return draw_sequences(self.cache, sequences, VALIDATION_POSITIONS, self.options["seed"])
 
     @cached_property
     def labelled(self) -> np.ndarray:
-        """Sequences of which the model's top tokens are needed; none for other losses."""
-        assert self.cache is not None
+        """Sequences to label with top tokens: all that are read for the loss `model`, else none."""
         if self.options["loss"] != "model":
             return self.held_out[:0]
         return np.sort(np.concatenate([self.cache.sequences("train"), self.held_out]))
 
     @property
     def positions(self) -> int:
-        assert self.cache is not None
         return int(self.cache.sequence_length[self.labelled].sum())
 
-    def tops(self) -> np.ndarray:
-        """The model's top token at every position, see `top_tokens`."""
-        return self._tops if self.given is None else self.given
+    def top_tokens(self) -> np.ndarray:
+        """The model's top token at every position, see `find_top_tokens`."""
+        if self.shared_top_tokens is not None:
+            return self.shared_top_tokens
+        return self._computed_top_tokens
 
     @cached_property
-    def _tops(self) -> np.ndarray:
-        assert self.cache is not None
+    def _computed_top_tokens(self) -> np.ndarray:
         return find_top_tokens(self.cache, self.labelled, self.progress)
 
     def size(self) -> float:
-        assert self.cache is not None
-        sequences = self.cache.sequences("train")[:64]
-        rows = self.cache.positions_of(sequences)
-        rows = rows[scope_of(self.options).lefts(self.cache, sequences) >= 0][:4096]
-        return float(
-            np.sqrt(np.square(self.cache.residual_array(self.cache.n_blocks)[rows]).mean())
-        )
+        """Root mean square of layer L at the first fitted positions of the train split."""
+        sequences = self.cache.sequences("train")[:SIZE_SEQUENCES]
+        is_fitted = scope_of(self.options).lefts(self.cache, sequences) >= 0
+        positions = self.cache.positions_of(sequences)[is_fitted][:SIZE_ROWS]
+        last_layer = self.cache.residual_array(self.cache.n_blocks)
+        return float(np.sqrt(np.square(last_layer[positions]).mean()))
 
 
 def scope_of(options: dict[str, Any]) -> PairScope:
-    """Which pairs a probe with the parameters `options` is fitted to."""
+    """Scope of the pairs (t, t+N) that a probe with the parameters `options` is fitted to."""
     return PairScope(options.get("across_documents", False), options.get("drop_first", 0)).check()
 
 
 def check_pairs(cache: ActivationCache, offsets: list[int], scope: PairScope, text: bool) -> None:
     """Raise a `UsageError` unless the train split has a pair at each of `offsets`.
 
-    With `text`, a token of the text must follow it.
+    With `text`, a pair counts only if a token of the text follows t+N.
     """
-    longest, wanted = -1, max(offsets, default=0)
-    for some in cache.blocks(cache.sequences("train")):
-        left = scope.lefts(cache, some)
+    largest_with_pair, largest_requested = -1, max(offsets, default=0)
+    for sequences in cache.blocks(cache.sequences("train")):
+        # Largest N of each position t with (t, t+N) a pair; negative for none.
+        lefts = scope.lefts(cache, sequences)
         if text:
-            rows = cache.positions_of(some)
-            for offset in sorted({offset for offset in offsets if offset > longest}):
-                here = rows[left >= offset] + offset
-                if len(here) and (cache.following_tokens(here, scope.across_documents) >= 0).any():
-                    longest = offset
+            positions = cache.positions_of(sequences)
+            for offset in sorted({offset for offset in offsets if offset > largest_with_pair}):
+                targets = positions[lefts >= offset] + offset
+                if len(targets):
+                    following = cache.following_tokens(targets, scope.across_documents)
+                    if (following >= 0).any():
+                        largest_with_pair = offset
         else:
-            longest = max(longest, int(left.max(initial=-1)))
-        if longest >= wanted:
+            largest_with_pair = max(largest_with_pair, int(lefts.max(initial=-1)))
+        # Stop reading as soon as every offset has a pair.
+        if largest_with_pair >= largest_requested:
             return
-    missing = min(offset for offset in offsets if offset > longest)
-    what = " with a token of the text after it" if text else ""
-    where = "sequence" if scope.across_documents else "document of one sequence"
-    most = f"the largest offset is {longest}" if longest >= 0 else "none is long enough"
+    missing = min(offset for offset in offsets if offset > largest_with_pair)
+    condition = " with a token of the text after it" if text else ""
+    segment = "sequence" if scope.across_documents else "document of one sequence"
+    limit = (
+        f"the largest offset is {largest_with_pair}"
+        if largest_with_pair >= 0
+        else "none is long enough"
+    )
     raise UsageError(
-        f"the train split has no pair at offset {missing}{what}: t and t+N must lie in one "
-        f"{where}; {most}; use smaller offsets or longer sequences"
+        f"the train split has no pair at offset {missing}{condition}: t and t+N must lie in one "
+        f"{segment}; {limit}; use smaller offsets or longer sequences"
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ArrayVocabFit(VocabFit):
-    """Rows `(n, d)` with labels `(n,)`, numpy or dask."""
+    """Fit on rows `X` `(n, d)` with labels `y` `(n,)`, numpy or dask."""
 
-    X: Any = None
-    y: Any = None
+    X: Any
+    y: Any
 
     def examples(self, layers: list[int], offsets: list[int]) -> tuple[Examples, Examples | None]:
-        batch, seed, share = (self.options[name] for name in ("batch", "seed", "validation"))
-        held_out = share if len(self.y) >= HELD_OUT_ROWS else 0.0
-        return array_examples(self.X, self.y, self.classes, batch, seed, held_out)
+        return array_examples(
+            LabelledRows(self.X, self.y, self.classes),
+            batch=self.options["batch"],
+            seed=self.options["seed"],
+            held_out=self.options["validation"] if len(self.y) >= HELD_OUT_ROWS else 0.0,
+        )

@@ -1,4 +1,10 @@
-"""A first look at the examples: principal axes of every layer, frequencies of the targets."""
+"""Principal axes of every layer and frequencies of the targets, from the first examples of a fit.
+
+`Descent.new_trainer` starts every regression from these statistics: its optimiser works in the
+principal axes of the states, and its bias starts at the logarithms of the frequencies.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,61 +15,78 @@ from .examples import Examples
 from .parametrizations import PrincipalAxes
 
 SAMPLE_ROWS = 16384
-"""States that are looked at."""
+"""Number of states that the statistics are taken from, rounded up to whole batches."""
 SMOOTHING = 0.1
-"""Added to the count of each token, so that unseen ones keep a finite logarithm."""
+"""Added to the count of each token, so that an unseen token keeps a finite logarithm."""
 
 
-class Covariance:
-    """Mean and covariance of rows; float32 products of shifted rows, float64 sums."""
+@dataclass(frozen=True)
+class InitialStatistics:
+    """Statistics of a sample of the examples, for all pairs of a fit."""
 
-    def __init__(self, first: Tensor) -> None:
-        self.shift = first.mean(0)
-        self.rows = 0
-        self.total = torch.zeros(first.shape[1], dtype=torch.float64)
-        self.products = torch.zeros(first.shape[1], first.shape[1], dtype=torch.float64)
-
-    def add(self, rows: Tensor) -> None:
-        centred = rows - self.shift
-        self.rows += len(rows)
-        self.total += centred.sum(0, dtype=torch.float64)
-        self.products += centred.T @ centred
-
-    def axes(self) -> PrincipalAxes:
-        mean = self.total / self.rows
-        covariance = self.products / self.rows - torch.outer(mean, mean)
-        return PrincipalAxes.of(mean + self.shift, covariance)
+    axes: dict[int, PrincipalAxes]
+    """Layer -> principal axes of its states."""
+    log_frequencies: dict[int, Tensor]
+    """Offset -> logarithms of the targets' frequencies, `(vocab,)` float32."""
 
 
 def initial_statistics(
     examples: Examples, layers: list[int], offsets: list[int], vocab: int
-) -> tuple[dict[int, PrincipalAxes], dict[int, Tensor]]:
-    """Axes by layer and logarithms of the targets' frequencies `(vocab,)` by offset.
+) -> InitialStatistics:
+    """Read about `SAMPLE_ROWS` states of the first epoch and sum them up.
 
-    A layer is one thread's: the last bits of eigenvectors depend on how many threads look for them.
+    Each layer is summed and decomposed in one thread: the last bits of eigenvectors depend on how
+    many threads compute them.
     """
-    found: dict[int, Covariance] = {}
+    covariances: dict[int, _CovarianceSum] = {}
     counts = {offset: torch.full((vocab,), SMOOTHING) for offset in offsets}
-    seen = 0
+    rows = 0
 
-    def add(rows: Tensor, layer: int) -> None:
-        found.setdefault(layer, Covariance(rows)).add(rows)
+    def add_states(layer: int, states: Tensor) -> None:
+        covariances.setdefault(layer, _CovarianceSum(states)).add(states)
 
     with ThreadCrew(max(1, min(len(layers), torch.get_num_threads()))) as crew:
-        for step in examples.epoch():
-            crew.each(lambda layer, step=step: add(step.hidden[layer], layer), layers)
+        for batch in examples.epoch():
+            crew.map(lambda layer, batch=batch: add_states(layer, batch.hidden[layer]), layers)
             for offset in offsets:
-                counts[offset] += frequencies(step.target(offset)[1], vocab)
-            seen += len(step.hidden[layers[0]])
-            if seen >= SAMPLE_ROWS:
+                counts[offset] += _token_counts(batch.target(offset)[1], vocab)
+            rows += len(batch.hidden[layers[0]])
+            if rows >= SAMPLE_ROWS:
                 break
-        axes = crew.each(lambda layer: found[layer].axes(), layers)
-    priors = {offset: (count / count.sum()).log() for offset, count in counts.items()}
-    return dict(zip(layers, axes, strict=True)), priors
+        axes = crew.map(lambda layer: covariances[layer].principal_axes(), layers)
+    log_frequencies = {offset: (count / count.sum()).log() for offset, count in counts.items()}
+    return InitialStatistics(dict(zip(layers, axes, strict=True)), log_frequencies)
 
 
-def frequencies(target: Target, vocab: int) -> Tensor:
-    """How often each token is asked for, `(vocab,)` float32."""
+class _CovarianceSum:
+    """Sums for mean and covariance of rows `(n, d)`, shifted by the mean of the first batch.
+
+    The shift keeps float32 products accurate; sums are float64.
+    """
+
+    def __init__(self, first_rows: Tensor) -> None:
+        width = first_rows.shape[1]
+        self.shift = first_rows.mean(0)
+        self.count = 0
+        self.total = torch.zeros(width, dtype=torch.float64)
+        self.products = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows `(n, d)` float32."""
+        shifted = rows - self.shift
+        self.count += len(rows)
+        self.total += shifted.sum(0, dtype=torch.float64)
+        self.products += shifted.T @ shifted
+
+    def principal_axes(self) -> PrincipalAxes:
+        """Principal axes of all rows: covariance = E[y y'] - E[y] E[y]', y = x - shift."""
+        mean = self.total / self.count
+        covariance = self.products / self.count - torch.outer(mean, mean)
+        return PrincipalAxes.of(mean + self.shift, covariance)
+
+
+def _token_counts(target: Target, vocab: int) -> Tensor:
+    """How often each token is the target, `(vocab,)` float32; of distributions, their sum."""
     if target.token is not None:
         return torch.bincount(target.token, minlength=vocab).float()
     assert target.p is not None

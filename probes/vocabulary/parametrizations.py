@@ -1,8 +1,20 @@
-"""Forms of a softmax regression: the full matrix, one of low rank, and a map before the head.
+"""Parametrizations of a softmax regression: full matrix, low rank, and a map before the head.
 
-They are fitted on states in their own principal axes, x' = (x - mean) axes, and then folded into
-plain maps of x. There AdamW's steps, one size for every weight, suit the data: in the raw basis
-every coordinate mixes directions whose variances differ by factors of thousands.
+`VocabFit.form` chooses one for all pairs of a fit; `Trainer` (`descent.py`) fits its parameters,
+and `apply_parametrization` applies them after the fit. `FullMatrix`, `LowRank` and `ThroughHead`
+have the same members:
+
+    names       names of the parameters
+    rate        learning rate in the middle of the sweep
+    weights     number of weights, for the memory of a fit
+    start       parameters before the first step
+    losses      loss per row; gradients of the mean loss are added to buffers
+    folded      parameters for raw states x, from parameters for rotated states x'
+    unfolded    inverse of `folded`
+
+Parameters are fitted on states in their own principal axes, x' = (x - mean) axes. AdamW's steps,
+one size for every weight, suit x': in the raw basis every coordinate mixes directions whose
+variances differ by factors of thousands.
 """
 
 from dataclasses import dataclass
@@ -14,9 +26,9 @@ from ...cache.head.head import TorchHead
 from ..training.softmax_loss import Gradients, ParameterTensors, Target, affine_losses, head_losses
 
 FLOOR = 1e-7
-"""Smallest variance of an axis that is told from zero, relative to the largest."""
+"""Least variance of an axis, as a share of the largest: float32 products resolve no less."""
 POWER = 0.25
-"""Of `Axes`; 0 to 0.5 are about as good, 1 is worse than no axes at all."""
+"""Default power of `PrincipalAxes`; 0 to 0.5 are about as good, 1 is worse than raw states."""
 PARAMETRIZATIONS = ("full", "head")
 
 
@@ -24,47 +36,50 @@ PARAMETRIZATIONS = ("full", "head")
 class PrincipalAxes:
     """Principal axes of the states, each scaled by variance^(-power/2), then all to mean square 1.
 
-    `power` 0 only turns the states, 1 whitens them.
+    `power` 0 only rotates the states, 1 whitens them.
     """
 
     mean: Tensor
-    """`(d,)` float32."""
+    """Mean of the states, `(d,)` float32."""
     axes: Tensor
-    """`(d, d)` float32, largest variance first; x' = (x - mean) axes."""
+    """x' = (x - mean) axes, `(d, d)` float32, largest variance first."""
     inverse: Tensor
-    """`(d, d)` float32."""
+    """Inverse of `axes`, `(d, d)` float32."""
 
     @classmethod
     def of(cls, mean: Tensor, covariance: Tensor, power: float = POWER) -> "PrincipalAxes":
-        """From float64 moments of the states, `(d,)` and `(d, d)`."""
-        variance, turn = torch.linalg.eigh(covariance)
-        variance, turn = variance.flip(0), turn.flip(1)
+        """Axes of states with this mean `(d,)` and covariance `(d, d)`, float64."""
+        # Eigenvalues come smallest first.
+        variance, rotation = torch.linalg.eigh(covariance)
+        variance, rotation = variance.flip(0), rotation.flip(1)
+        # States without variance are not scaled.
         if not variance[0] > 0:
             variance = torch.ones_like(variance)
         variance = variance.clamp_min(variance[0] * FLOOR)
         scale = variance.pow(-power / 2)
+        # Mean over the axes of E[x'^2] becomes 1.
         scale = scale / (variance * scale.square()).mean().sqrt()
-        found = mean, turn * scale, (turn / scale).T
-        return cls(*(v.float().contiguous() for v in found))
+        tensors = mean, rotation * scale, (rotation / scale).T
+        return cls(*(tensor.float().contiguous() for tensor in tensors))
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """Rotated states x', `(n, d)`."""
         return torch.mm(rows - self.mean, self.axes)
 
 
 class FullMatrix:
-    """logits = x' weight^T + bias, with `weight` `(vocab, d)`."""
+    """logits = x' weight' + bias, with `weight` `(vocab, d)` and `bias` `(vocab,)`."""
 
     names = ("weight", "bias")
     rate = 2e-2
-    """Learning rate in the middle of the sweep."""
 
     def __init__(self, vocab: int, d_in: int, products: str = "float32") -> None:
         self.vocab, self.d_in, self.products = vocab, d_in, products
         self.weights = vocab * (d_in + 1)
 
-    def start(self, axes: PrincipalAxes, prior: Tensor) -> ParameterTensors:
-        """No weight, and the logarithms `prior` `(vocab,)` of the targets' frequencies as bias."""
-        return {"weight": torch.zeros(self.vocab, self.d_in), "bias": prior.clone()}
+    def start(self, axes: PrincipalAxes, log_frequencies: Tensor) -> ParameterTensors:
+        """Weight 0; the bias is the logarithms of the targets' frequencies, `(vocab,)`."""
+        return {"weight": torch.zeros(self.vocab, self.d_in), "bias": log_frequencies.clone()}
 
     def losses(
         self,
@@ -73,27 +88,30 @@ class FullMatrix:
         target: Target,
         grads: ParameterTensors | None,
     ) -> Tensor:
-        """Losses `(n,)`; the gradients of their mean are added to `grads`."""
-        wanted = Gradients()
+        """Losses `(n,)` of rotated states `x`; gradients of their mean are added to `grads`."""
+        gradients = Gradients()
         if grads is not None:
-            wanted = Gradients(
-                grads["weight"], grads["bias"], None, 1 / max(1, len(x)), self.products
+            gradients = Gradients(
+                weight=grads["weight"],
+                bias=grads["bias"],
+                scale=1 / max(1, len(x)),
+                products=self.products,
             )
-        return affine_losses(x, parameters["weight"], parameters["bias"], target, wanted)
+        return affine_losses(x, parameters["weight"], parameters["bias"], target, gradients)
 
     def folded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
-        """The same map of raw states."""
+        """The same map of raw states x, by x' = (x - mean) axes."""
         weight = parameters["weight"] @ axes.axes.T
         return {"weight": weight, "bias": parameters["bias"] - weight @ axes.mean}
 
     def unfolded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
-        """What `folded` turns into `parameters`."""
+        """The same map of rotated states x', from a map of raw states."""
         bias = parameters["bias"] + parameters["weight"] @ axes.mean
         return {"weight": parameters["weight"] @ axes.inverse.T, "bias": bias}
 
 
 class LowRank:
-    """logits = (x' down^T) weight^T + bias; `down` is `(rank, d)`, `weight` `(vocab, rank)`."""
+    """logits = (x' down') weight' + bias, with `down` `(rank, d)` and `weight` `(vocab, rank)`."""
 
     names = ("down", "weight", "bias")
     rate = 1e-2
@@ -102,10 +120,13 @@ class LowRank:
         self.vocab, self.d_in, self.rank, self.products = vocab, d_in, rank, products
         self.weights = vocab * (rank + 1) + rank * d_in
 
-    def start(self, axes: PrincipalAxes, prior: Tensor) -> ParameterTensors:
-        """`down` takes the largest principal axes."""
-        down = torch.eye(self.rank, self.d_in)
-        return {"down": down, "weight": torch.zeros(self.vocab, self.rank), "bias": prior.clone()}
+    def start(self, axes: PrincipalAxes, log_frequencies: Tensor) -> ParameterTensors:
+        """`down` takes the `rank` largest principal axes; weight and bias as in `FullMatrix`."""
+        return {
+            "down": torch.eye(self.rank, self.d_in),
+            "weight": torch.zeros(self.vocab, self.rank),
+            "bias": log_frequencies.clone(),
+        }
 
     def losses(
         self,
@@ -114,40 +135,52 @@ class LowRank:
         target: Target,
         grads: ParameterTensors | None,
     ) -> Tensor:
-        inner = x @ parameters["down"].T
-        wanted = Gradients()
+        """Losses `(n,)` of rotated states `x`; gradients of their mean are added to `grads`."""
+        projected = x @ parameters["down"].T
+        gradients = Gradients()
         if grads is not None:
-            back, scale = torch.zeros_like(inner), 1 / max(1, len(x))
-            wanted = Gradients(grads["weight"], grads["bias"], back, scale, self.products)
-        losses = affine_losses(inner, parameters["weight"], parameters["bias"], target, wanted)
-        if grads is not None and wanted.x is not None:
-            grads["down"].addmm_(wanted.x.T, x)
+            gradients = Gradients(
+                weight=grads["weight"],
+                bias=grads["bias"],
+                x=torch.zeros_like(projected),
+                scale=1 / max(1, len(x)),
+                products=self.products,
+            )
+        weight, bias = parameters["weight"], parameters["bias"]
+        losses = affine_losses(projected, weight, bias, target, gradients)
+        if grads is not None and gradients.x is not None:
+            # Chain rule through projected = x down'.
+            grads["down"].addmm_(gradients.x.T, x)
         return losses
 
     def folded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
+        """The same map of raw states x, by x' = (x - mean) axes."""
         down = parameters["down"] @ axes.axes.T
         bias = parameters["bias"] - parameters["weight"] @ (down @ axes.mean)
         return {"down": down, "weight": parameters["weight"].clone(), "bias": bias}
 
     def unfolded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
-        inner = parameters["weight"] @ (parameters["down"] @ axes.mean)
+        """The same map of rotated states x', from a map of raw states."""
+        shift = parameters["weight"] @ (parameters["down"] @ axes.mean)
         down = parameters["down"] @ axes.inverse.T
-        return {**parameters, "down": down, "bias": parameters["bias"] + inner}
+        return {**parameters, "down": down, "bias": parameters["bias"] + shift}
 
 
 class ThroughHead:
-    """logits = head(size (x' weight^T + bias)), `weight` `(d, d)`; starts at the logit lens."""
+    """logits = head(size (x' weight' + bias)), with `weight` `(d, d)` and `bias` `(d,)`.
+
+    `size` is the root mean square of layer L, so that the same learning rate suits every model.
+    """
 
     names = ("weight", "bias")
     rate = 3e-3
 
     def __init__(self, head: TorchHead, d_in: int, size: float) -> None:
-        self.head, self.d_in = head, d_in
+        self.head, self.d_in, self.size = head, d_in, size
         self.weights = d_in * (d_in + 1)
-        self.size = size
-        """Root mean square of layer L, so that one step suits every model."""
 
-    def start(self, axes: PrincipalAxes, prior: Tensor) -> ParameterTensors:
+    def start(self, axes: PrincipalAxes, log_frequencies: Tensor) -> ParameterTensors:
+        """The logit lens: the head's input is x; `log_frequencies` are not used."""
         identity = {"weight": torch.eye(self.d_in), "bias": torch.zeros(self.d_in)}
         return self.unfolded(identity, axes)
 
@@ -158,21 +191,25 @@ class ThroughHead:
         target: Target,
         grads: ParameterTensors | None,
     ) -> Tensor:
+        """Losses `(n,)` of rotated states `x`; gradients of their mean are added to `grads`."""
         hidden = torch.addmm(parameters["bias"], x, parameters["weight"].T).mul_(self.size)
-        wanted = Gradients()
+        gradients = Gradients()
         if grads is not None:
-            wanted = Gradients(x=torch.zeros_like(hidden), scale=self.size / max(1, len(x)))
-        losses = head_losses(hidden, self.head, target, wanted)
-        if grads is not None and wanted.x is not None:
-            grads["weight"].addmm_(wanted.x.T, x)
-            grads["bias"].add_(wanted.x.sum(0))
+            gradients = Gradients(x=torch.zeros_like(hidden), scale=self.size / max(1, len(x)))
+        losses = head_losses(hidden, self.head, target, gradients)
+        if grads is not None and gradients.x is not None:
+            # Chain rule through hidden = size (x weight' + bias).
+            grads["weight"].addmm_(gradients.x.T, x)
+            grads["bias"].add_(gradients.x.sum(0))
         return losses
 
     def folded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
+        """The map from raw states x to the head's input, by x' = (x - mean) axes."""
         weight = self.size * parameters["weight"] @ axes.axes.T
         return {"weight": weight, "bias": self.size * parameters["bias"] - weight @ axes.mean}
 
     def unfolded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
+        """The parameters for rotated states x', from a map of raw states to the head's input."""
         bias = (parameters["bias"] + parameters["weight"] @ axes.mean) / self.size
         return {"weight": parameters["weight"] @ axes.inverse.T / self.size, "bias": bias}
 
@@ -181,11 +218,13 @@ Parametrization = FullMatrix | LowRank | ThroughHead
 
 
 def apply_parametrization(parameters: ParameterTensors, rows: Tensor) -> Tensor:
-    """Folded parameters on raw states: logits, or for `ThroughHead` what the head is to read.
+    """Apply folded parameters to raw states `(n, d)`: logits, or the head's input.
 
-    States of any dtype are cast to that of the parameters, on the device of the states.
+    The head's input, `(n, d)`, is that of `ThroughHead`. States of any dtype are cast to that of
+    the parameters, on the device of the states.
     """
     parameters = {name: value.to(rows.device) for name, value in parameters.items()}
     rows = rows.to(parameters["weight"].dtype)
-    inner = rows @ parameters["down"].T if "down" in parameters else rows
-    return torch.addmm(parameters["bias"], inner, parameters["weight"].T)
+    if "down" in parameters:
+        rows = rows @ parameters["down"].T
+    return torch.addmm(parameters["bias"], rows, parameters["weight"].T)

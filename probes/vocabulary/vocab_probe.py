@@ -34,7 +34,7 @@ from ..training.top_tokens import find_top_tokens
 from .descent import CHECKPOINT_SECONDS, Outcome, Trainer, advance
 from .examples import LOSSES, cache_examples
 from .fit_groups import CheckpointFolder, fit_vocab_groups
-from .fit_job import ArrayVocabFit, CacheVocabFit, VocabFit, parts_of, scope_of
+from .fit_job import ArrayVocabFit, CacheVocabFit, VocabFit, layers_and_offsets, scope_of
 from .parametrizations import PARAMETRIZATIONS, apply_parametrization
 
 PARTIAL_STEPS = 300
@@ -133,7 +133,15 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
             kept = CheckpointFolder(Path(checkpoint).absolute(), identity, checkpoint_seconds)
         memory = memory or default_memory()
         self._clear(job)
-        plan, found = fit_vocab_groups(job, rate, self.lr is None, memory, client, kept, progress)
+        plan, found = fit_vocab_groups(
+            job,
+            rate,
+            sweep=self.lr is None,
+            memory=memory,
+            client=client,
+            checkpoints=kept,
+            progress=progress,
+        )
         self.sweep_ = plan.rows
         for pair, outcome in found.items():
             self._keep(pair, outcome, plan.rates[pair], plan.positions)
@@ -158,7 +166,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         descent = job.descent(job.pairs)
         if not self._trainers:
             known = {pair: fitted.parameters for pair, fitted in self.fitted_.items()}
-            self._trainers = {p: descent.start(p, known.get(p)) for p in descent.pairs}
+            self._trainers = {p: descent.new_trainer(p, known.get(p)) for p in descent.pairs}
         with ThreadCrew.of(len(self._trainers)) as crew:
             for step in descent.examples.epoch(self.passes_):
                 now = rate / (1 + self.steps_ / PARTIAL_STEPS) ** 0.5
@@ -166,7 +174,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
                 self.steps_ += 1
         self.passes_ += 1
         for pair, trainer in self._trainers.items():
-            trainer.measured(self.steps_, None)
+            trainer.record_losses(self.steps_, None)
             self._keep(pair, trainer.outcome(), rate, descent.examples.rows)
         return self
 
@@ -240,7 +248,7 @@ class VocabProbe(ClassifierMixin, BaseEstimator):
         self.steps_ = self.passes_ = 0
         self._crossing: dict[int, float] | None = None
         if cache is not None:
-            offsets, train = parts_of(job.pairs)[1], cache.sequences("train")
+            offsets, train = layers_and_offsets(job.pairs)[1], cache.sequences("train")
             self._crossing = crossing_shares(cache, train, offsets, scope_of(job.options))
         self._trainers: dict[Any, Trainer] = {}
 

@@ -325,10 +325,10 @@ def test_penalties_without_a_finite_error_are_not_chosen(monkeypatch):
 def test_losses_that_are_not_finite_never_are_the_best_and_can_be_kept():
     axes = PrincipalAxes.of(torch.zeros(2).double(), torch.eye(2).double())
     trainer = Trainer(FullMatrix(3, 2), axes, {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)})
-    trainer.measured(1, 1.5)
+    trainer.record_losses(1, 1.5)
     trainer.loss_sum, trainer.loss_rows = INF, 1
     trainer.parameters["bias"].fill_(NAN)
-    trainer.measured(2, NAN)
+    trainer.record_losses(2, NAN)
     assert trainer.history[-1] == {"step": 2, "train": None, "validation": None}
     assert trainer.outcome().last == {"step": 1, "train": 0.0, "validation": 1.5}
     assert trainer.outcome().parameters["bias"].isfinite().all()

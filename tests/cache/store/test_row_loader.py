@@ -26,7 +26,7 @@ FORKS = pytest.mark.filterwarnings(
 """Few cores, and threads that other tests left, do not matter here."""
 
 
-def synthetic(root: Path, dtype: str = "float32") -> ActivationCache:
+def cache_of_named_rows(root: Path, dtype: str = "float32") -> ActivationCache:
     """Layer l at position p is p, 10 p, 100 p, ... times l + 1, so that rows name themselves."""
     rows = np.arange(sum(LENGTHS), dtype=np.float32)[:, None]
     layers = [rows * np.array([layer + 1, 1, 0.5, -1], np.float32) for layer in range(3)]
@@ -35,15 +35,15 @@ def synthetic(root: Path, dtype: str = "float32") -> ActivationCache:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
-    return synthetic(tmp_path_factory.mktemp("root"))
+    return cache_of_named_rows(tmp_path_factory.mktemp("root"))
 
 
-def seen(batches: Any) -> list[int]:
+def positions_in_order(batches: Any) -> list[int]:
     """Positions in the order in which they come, from batches of layer 0."""
     return [int(value) for batch in batches for value in batch[:, 1]]
 
 
-def wanted(cache: ActivationCache, split: str) -> list[int]:
+def positions_of_split(cache: ActivationCache, split: str) -> list[int]:
     return cache.positions_of(cache.sequences(split)).tolist()
 
 
@@ -53,28 +53,28 @@ def wanted(cache: ActivationCache, split: str) -> list[int]:
 def test_every_row_of_the_split_comes_once(cache, split, shuffle, batch_rows):
     options = {**SMALL, "batch_rows": batch_rows}
     batches = list(RowLoader(cache, 0, split=split, shuffle=shuffle, **options))
-    rows = seen(batches)
-    assert sorted(rows) == wanted(cache, split)
-    assert (rows == wanted(cache, split)) == (not shuffle)
+    rows = positions_in_order(batches)
+    assert sorted(rows) == positions_of_split(cache, split)
+    assert (rows == positions_of_split(cache, split)) == (not shuffle)
     assert {len(batch) for batch in batches[:-1]} <= {batch_rows}
     assert len(batches) == RowLoader(cache, 0, split=split, **options).batches()
 
 
 def test_the_order_follows_from_seed_and_epoch_alone(cache):
     loader, twin = RowLoader(cache, 0, **SMALL), RowLoader(cache, 0, **SMALL)
-    first = seen(loader)
-    assert seen(twin) == first == seen(loader)
+    first = positions_in_order(loader)
+    assert positions_in_order(twin) == first == positions_in_order(loader)
     loader.set_epoch(1)
-    second = seen(loader)
+    second = positions_in_order(loader)
     twin.set_epoch(1)
-    assert seen(twin) == second != first
-    assert seen(RowLoader(cache, 0, seed=1, **SMALL)) != first
+    assert positions_in_order(twin) == second != first
+    assert positions_in_order(RowLoader(cache, 0, seed=1, **SMALL)) != first
     loader.set_epoch(0)
-    assert seen(loader) == first
+    assert positions_in_order(loader) == first
 
 
 def test_neighbours_in_the_cache_do_not_stay_neighbours(cache):
-    rows = np.array(seen(RowLoader(cache, 0, **SMALL)))
+    rows = np.array(positions_in_order(RowLoader(cache, 0, **SMALL)))
     assert (np.abs(np.diff(rows)) == 1).mean() < 0.05
 
 
@@ -87,8 +87,8 @@ def test_workers_and_ranks_share_the_rows(cache, workers, world_size):
         loader = RowLoader(cache, 0, rank=rank, world_size=world_size, **SMALL)
         batches = list(DataLoader(loader, batch_size=None, num_workers=workers))
         assert len(batches) == loader.batches(max(1, workers))
-        rows += seen(batches)
-    assert sorted(rows) == wanted(cache, "train")
+        rows += positions_in_order(batches)
+    assert sorted(rows) == positions_of_split(cache, "train")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -104,17 +104,17 @@ def test_with_drop_last_every_rank_gives_equally_many_full_batches(cache, world_
             batches = list(loader)
             assert len(batches) == loader.batches()
             assert {len(batch) for batch in batches} == {9}
-            assert len(seen(batches)) == len(set(seen(batches)))
+            assert len(positions_in_order(batches)) == len(set(positions_in_order(batches)))
     assert len(counts) == 1
 
 
 @FORKS
 def test_workers_that_are_kept_see_the_next_epoch(cache):
     loader = RowLoader(cache, 0, **SMALL)
-    kept = DataLoader(loader, batch_size=None, num_workers=1, persistent_workers=True)
-    first = seen(kept)
+    persistent = DataLoader(loader, batch_size=None, num_workers=1, persistent_workers=True)
+    first = positions_in_order(persistent)
     loader.set_epoch(1)
-    assert seen(kept) == seen(loader) != first
+    assert positions_in_order(persistent) == positions_in_order(loader) != first
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 7, 10_000])
@@ -131,9 +131,9 @@ def test_a_resumed_loader_goes_on_as_if_it_had_never_stopped(cache, after, drop_
     state = pickle.loads(pickle.dumps(stopped.state_dict()))
     resumed = RowLoader(cache, 0, **options)
     resumed.load_state_dict(state)
-    assert seen(resumed) == seen(batches[after:])
+    assert positions_in_order(resumed) == positions_in_order(batches[after:])
     assert resumed.state_dict()["batch"] == len(batches)
-    assert seen(resumed) == seen(batches)
+    assert positions_in_order(resumed) == positions_in_order(batches)
 
 
 def test_a_state_of_another_loader_is_refused(cache):
@@ -147,7 +147,7 @@ def test_a_state_of_another_loader_is_refused(cache):
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_come_in_the_dtype_that_was_asked_for(tmp_path, stored, dtype):
-    cache = synthetic(tmp_path, stored)
+    cache = cache_of_named_rows(tmp_path, stored)
     loader: Any = RowLoader(cache, 1, shuffle=False, dtype=dtype, **SMALL)
     got = torch.cat(list(loader))
     want = torch.from_numpy(
@@ -162,7 +162,9 @@ def test_several_layers_are_stacked_row_by_row(cache):
     rows = torch.cat(batches)
     assert rows.shape[1:] == (2, WIDTH)
     assert torch.equal(rows[:, 0, 0], 3 * rows[:, 1, 0])
-    assert seen(batch[:, 1] for batch in batches) == seen(RowLoader(cache, 0, **SMALL))
+    assert positions_in_order(batch[:, 1] for batch in batches) == positions_in_order(
+        RowLoader(cache, 0, **SMALL)
+    )
     one: Any = next(iter(RowLoader(cache, [1], **SMALL)))
     assert one.shape == (100, 1, WIDTH)
 
@@ -180,12 +182,12 @@ def test_batches_own_their_memory(cache):
     for batch in loader:
         assert isinstance(batch, torch.Tensor)
         batch.fill_(-1)
-    assert sorted(seen(loader)) == wanted(cache, "train")
+    assert sorted(positions_in_order(loader)) == positions_of_split(cache, "train")
 
 
 def test_the_buffer_bounds_what_is_read_ahead(cache):
     loader = RowLoader(cache, 0, **SMALL)
-    (buffers, order), *_ = loader._groups(0, 1, 0)
+    (buffers, order), *_ = loader._filled_buffers(0, 1, 0)
     assert [buffer.shape for buffer in buffers] == [(256, WIDTH)]
     assert len(order) <= 256
 
@@ -193,7 +195,7 @@ def test_the_buffer_bounds_what_is_read_ahead(cache):
 def test_a_loader_travels_to_a_process_that_is_spawned(cache):
     loader = RowLoader(cache, 0, **SMALL)
     batches = DataLoader(loader, batch_size=None, num_workers=1, multiprocessing_context="spawn")
-    assert seen(batches) == seen(loader)
+    assert positions_in_order(batches) == positions_in_order(loader)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_wrong_requests_are_refused(cache, wrong, error, message):
 
 
 def test_an_unfinished_cache_is_refused(tmp_path):
-    cache = synthetic(tmp_path)
+    cache = cache_of_named_rows(tmp_path)
     (cache.path / "journal" / "00000001.json").unlink()
     with pytest.raises(IncompleteError):
         RowLoader(ActivationCache(cache.path), 0)

@@ -17,7 +17,7 @@ from residua.probes.vocabulary.vocab_probe import VocabProbe
 
 from ...support.defined import defined
 from ...support.synthetic import make_cache, random_head
-from ..training.test_checkpoint import Killed, killed_after
+from ..training.test_checkpoint import Killed, kill_after_measurements
 
 WIDTH, VOCAB = 10, 24
 FORMS: dict[str, dict[str, Any]] = {
@@ -28,25 +28,25 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
-    """So few rows, and tokens that follow from nothing, that every fit learns them by heart."""
+def few_rows(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
+    """A cache of so few rows, with random tokens, that every fit overfits."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 30, 60).tolist()
     layers = [rng.normal(size=(sum(lengths), WIDTH)).astype("f4") for _ in range(2)]
     layers[1] += 0.5 * layers[0]
-    return make_cache(tmp_path_factory.mktemp("few"), layers, lengths, random_head(WIDTH, VOCAB))
+    return make_cache(tmp_path_factory.mktemp("rows"), layers, lengths, random_head(WIDTH, VOCAB))
 
 
-def measured(cache: ActivationCache, probe: Any) -> Any:
+def evaluation_row(cache: ActivationCache, probe: Any) -> Any:
     """The row of evaluation of a probe of layer 0, on the validation split."""
-    found = residua.evaluate(cache, [probe], split="validation", offsets=(0,))
-    return found.select(probe.kind, 0)[0]
+    evaluation = residua.evaluate(cache, [probe], split="validation", offsets=(0,))
+    return evaluation.select(probe.kind, 0)[0]
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_vocabulary_probe_ends_at_its_best(few: ActivationCache, name: str) -> None:
+def test_a_vocabulary_probe_ends_at_its_best(few_rows: ActivationCache, name: str) -> None:
     options: dict[str, Any] = {"loss": "text", "epochs": 40, "batch": 64, **FORMS[name]}
-    probe = VocabProbe(0, [0], **options).fit(few)
+    probe = VocabProbe(0, [0], **options).fit(few_rows)
     history = [defined(row["validation"]) for row in probe.fitted_[0, 0].history]
     best = min(history)
     assert history[-1] > best + 1e-3
@@ -54,43 +54,43 @@ def test_a_vocabulary_probe_ends_at_its_best(few: ActivationCache, name: str) ->
     (row,) = probe.metrics()
     assert row["validation"] == best
     assert row["steps"] == probe.fitted_[0, 0].history[history.index(best)]["step"]
-    assert measured(few, probe).nll_text == pytest.approx(best, abs=1e-5)
+    assert evaluation_row(few_rows, probe).nll_text == pytest.approx(best, abs=1e-5)
 
 
 @pytest.mark.parametrize("measurements", [2, 3])
 def test_a_vocabulary_probe_that_is_resumed_ends_at_its_best(
-    few: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measurements: int
+    few_rows: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measurements: int
 ) -> None:
     options: dict[str, Any] = {"loss": "text", "epochs": 40, "batch": 64, **FORMS["low rank"]}
-    whole = VocabProbe(0, [0], **options).fit(few)
-    probe, kept = VocabProbe(0, [0], **options), tmp_path / "fit"
+    whole = VocabProbe(0, [0], **options).fit(few_rows)
+    probe, folder = VocabProbe(0, [0], **options), tmp_path / "fit"
     with monkeypatch.context() as patch:
-        killed_after(measurements, patch)
+        kill_after_measurements(measurements, patch)
         with pytest.raises(Killed):
-            probe.fit(few, checkpoint=kept, checkpoint_seconds=0)
-    probe.fit(few, checkpoint=kept, checkpoint_seconds=0)
+            probe.fit(few_rows, checkpoint=folder, checkpoint_seconds=0)
+    probe.fit(few_rows, checkpoint=folder, checkpoint_seconds=0)
     assert probe.fitted_[0, 0].history == whole.fitted_[0, 0].history
     best = min(defined(row["validation"]) for row in whole.fitted_[0, 0].history)
-    assert measured(few, probe).nll_text == pytest.approx(best, abs=1e-5)
+    assert evaluation_row(few_rows, probe).nll_text == pytest.approx(best, abs=1e-5)
 
 
-def test_a_lens_ends_at_its_best(few: ActivationCache) -> None:
-    lens = TunedLens(layers=[0], lr=1.0, steps=200, batch=128).fit(few)
+def test_a_lens_ends_at_its_best(few_rows: ActivationCache) -> None:
+    lens = TunedLens(layers=[0], lr=1.0, steps=200, batch=128).fit(few_rows)
     (row,) = lens.metrics()
     # Worse at the end, but not by so much that it would have gone back.
     assert 0 < row["steps"] < 200
     assert row["backs"] == 0
     assert row["kl"] < 0.9 * min(row["kl_logit"], row["kl_ridge"])
-    assert measured(few, lens).kl == pytest.approx(row["kl"], rel=1e-5)
+    assert evaluation_row(few_rows, lens).kl == pytest.approx(row["kl"], rel=1e-5)
 
 
-def test_a_lens_whose_steps_are_all_too_long_is_its_start(few: ActivationCache) -> None:
-    lens = TunedLens(layers=[0], lr=50.0, steps=20, batch=128).fit(few)
+def test_a_lens_whose_steps_are_all_too_long_is_its_start(few_rows: ActivationCache) -> None:
+    lens = TunedLens(layers=[0], lr=50.0, steps=20, batch=128).fit(few_rows)
     (row,) = lens.metrics()
     assert row["sweep"][0][1] > 1.1 * row["kl"]
     assert (row["steps"], row["backs"]) == (0, 1)
     assert row["kl"] == min(row["kl_logit"], row["kl_ridge"])
-    assert measured(few, lens).kl == pytest.approx(row["kl"], rel=1e-5)
+    assert evaluation_row(few_rows, lens).kl == pytest.approx(row["kl"], rel=1e-5)
 
 
 def fisher_eigenvalues(
@@ -122,7 +122,7 @@ def test_the_curvature_of_a_lens_follows_it(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "caches", layers, [50] * 120, head)
     states: dict[int, dict[str, torch.Tensor]] = {}
 
-    def copy(stage: str, done: int, total: int) -> None:
+    def copy_state(stage: str, done: int, total: int) -> None:
         for file in (tmp_path / "fit").rglob("0*.safetensors"):
             tensors = load_file(shutil.copy(file, tmp_path / "copy"))
             states[int(file.stem)] = {
@@ -130,12 +130,13 @@ def test_the_curvature_of_a_lens_follows_it(tmp_path: Path) -> None:
             }
 
     lens = TunedLens(layers=[0], lr=0.15, steps=400, batch=256)
-    lens.fit(cache, checkpoint=tmp_path / "fit", progress=copy)
+    lens.fit(cache, checkpoint=tmp_path / "fit", progress=copy_state)
     x = torch.from_numpy(cache.residual_array(0)[:])
     assert {10, 375} <= set(states)
-    want = fisher_eigenvalues(cache.head.torch(), x, states[375])
+    expected = fisher_eigenvalues(cache.head.torch(), x, states[375])
     at_the_start, now = (
-        float((states[step]["fit.curvature"] - want).norm() / want.norm()) for step in (10, 375)
+        float((states[step]["fit.curvature"] - expected).norm() / expected.norm())
+        for step in (10, 375)
     )
     assert now < 0.1
     assert at_the_start > 2 * now

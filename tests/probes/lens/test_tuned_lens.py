@@ -22,7 +22,7 @@ from residua.probes.lens import fit_groups as lensgroups
 from residua.probes.lens.natural_gradient import (
     InputWhitening,
     NaturalGradientMap,
-    drawn,
+    draw_tokens,
     sampled_slopes,
 )
 from residua.probes.lens.translator_fit import identity_map
@@ -292,7 +292,7 @@ def test_whitened_inputs_have_second_moments_one() -> None:
 def test_tokens_are_drawn_as_their_probabilities_say() -> None:
     q = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
     n, generator = 100_000, torch.Generator().manual_seed(0)
-    token = drawn(q.repeat_interleave(n, 0), generator).view(2, n)
+    token = draw_tokens(q.repeat_interleave(n, 0), generator).view(2, n)
     found = torch.stack([row.bincount(minlength=6) for row in token])
     assert not found[q == 0].any()
     # Six standard deviations.
@@ -322,9 +322,9 @@ def test_a_full_step_solves_where_the_loss_is_a_parabola() -> None:
     fit = NaturalGradientMap(InputWhitening.of(Moments.of(rows, rows), 0.0), damping=1e-3)
     nearby = identity_map(WIDTH).astype(np.float32)
     nearby.weight[:] += 0.02 * rng.normal(size=(WIDTH, WIDTH))
-    fit.set(nearby)
+    fit.set_map(nearby)
     before = fit.losses(x, head, target).mean()
-    fit.outputs = torch.linalg.eigh(fit.outer(x, head, torch.Generator().manual_seed(0)))[1]
-    fit.measure(x, head, torch.Generator().manual_seed(1), 1.0)
+    fit.outputs = torch.linalg.eigh(fit.output_factor(x, head, torch.Generator().manual_seed(0)))[1]
+    fit.update_curvature(x, head, torch.Generator().manual_seed(1), 1.0)
     fit.step(x, head, target, 1.0)
     assert fit.losses(x, head, target).mean() < 0.1 * before

@@ -18,7 +18,7 @@ from residua.probes.lens.tuned_lens_files import read_tuned_lens, unembed_hash, 
 from residua.probes.ridge.solver import AffineMap
 
 
-class Theirs(torch.nn.Module):
+class PackageLens(torch.nn.Module):
     """`TunedLens` of tuned-lens 0.2.0, by its source: parameters, `save`, loading, `forward`."""
 
     def __init__(self, norm: torch.nn.Module, unembedding: torch.nn.Linear, config: dict) -> None:
@@ -52,8 +52,8 @@ class Theirs(torch.nn.Module):
 
 
 @pytest.fixture
-def theirs(model_folder: Path, tiny_cache: residua.ActivationCache) -> Theirs:
-    """A random lens of theirs on the model that `tiny_cache` was made with."""
+def package_lens(model_folder: Path, tiny_cache: residua.ActivationCache) -> PackageLens:
+    """A random lens of the package for the model of `tiny_cache`."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -67,55 +67,57 @@ def theirs(model_folder: Path, tiny_cache: residua.ActivationCache) -> Theirs:
         "lens_type": "linear_tuned_lens",
     }
     torch.manual_seed(0)
-    lens = Theirs(model.gpt_neox.final_layer_norm, model.get_output_embeddings(), config)
+    lens = PackageLens(model.gpt_neox.final_layer_norm, model.get_output_embeddings(), config)
     lens.config["unembed_hash"] = lens.unembed_hash()
     return lens.requires_grad_(False)
 
 
-def batch(found: residua.ActivationCache, layer: int) -> ReadoutBatch:
-    hidden = torch.from_numpy(found.residual_array(layer)[:50])
-    return ReadoutBatch(hidden, torch.zeros(50, dtype=torch.int64), found.head.torch())
+def readout_batch(cache: residua.ActivationCache, layer: int) -> ReadoutBatch:
+    hidden = torch.from_numpy(cache.residual_array(layer)[:50])
+    return ReadoutBatch(hidden, torch.zeros(50, dtype=torch.int64), cache.head.torch())
 
 
-def random_lens(found: residua.ActivationCache) -> TunedLens:
+def random_lens(cache: residua.ActivationCache) -> TunedLens:
     rng = np.random.default_rng(0)
-    shape = found.d_model, found.d_model
+    shape = cache.d_model, cache.d_model
     maps = {
         (layer, 0): AffineMap(
             (np.eye(shape[0]) + 0.1 * rng.normal(size=shape)).astype(np.float32),
             rng.normal(size=shape[0]).astype(np.float32),
         )
-        for layer in range(found.n_blocks)
+        for layer in range(cache.n_blocks)
     }
-    return TunedLens.of(maps, found.head.digest)
+    return TunedLens.of(maps, cache.head.digest)
 
 
-def test_a_lens_of_theirs_gives_its_logits_here(
-    theirs: Theirs, tiny_cache: residua.ActivationCache, tmp_path: Path
+def test_a_lens_of_the_package_gives_its_logits_here(
+    package_lens: PackageLens, tiny_cache: residua.ActivationCache, tmp_path: Path
 ) -> None:
-    theirs.save(tmp_path)
+    package_lens.save(tmp_path)
     lens = read_tuned_lens(tmp_path, tiny_cache)
     assert lens.pairs() == [(layer, 0) for layer in range(tiny_cache.n_blocks)]
     for layer in range(tiny_cache.n_blocks):
-        rows = batch(tiny_cache, layer)
-        assert rows.hidden is not None
+        batch = readout_batch(tiny_cache, layer)
+        assert batch.hidden is not None
         torch.testing.assert_close(
-            lens.logits(rows, layer, 0), theirs(rows.hidden, layer), rtol=1e-4, atol=1e-4
+            lens.logits(batch, layer, 0), package_lens(batch.hidden, layer), rtol=1e-4, atol=1e-4
         )
 
 
-def test_a_lens_of_ours_gives_its_logits_there(
-    theirs: Theirs, tiny_cache: residua.ActivationCache, tmp_path: Path
+def test_a_lens_from_here_gives_its_logits_in_the_package(
+    package_lens: PackageLens, tiny_cache: residua.ActivationCache, tmp_path: Path
 ) -> None:
     lens = random_lens(tiny_cache)
     write_tuned_lens(lens, tmp_path, tiny_cache)
-    config = theirs.load(tmp_path)
-    assert config == theirs.config | {"base_model_name_or_path": tiny_cache.manifest.model_name}
+    config = package_lens.load(tmp_path)
+    assert config == package_lens.config | {
+        "base_model_name_or_path": tiny_cache.manifest.model_name
+    }
     for layer in range(tiny_cache.n_blocks):
-        rows = batch(tiny_cache, layer)
-        assert rows.hidden is not None
+        batch = readout_batch(tiny_cache, layer)
+        assert batch.hidden is not None
         torch.testing.assert_close(
-            theirs(rows.hidden, layer), lens.logits(rows, layer, 0), rtol=1e-4, atol=1e-4
+            package_lens(batch.hidden, layer), lens.logits(batch, layer, 0), rtol=1e-4, atol=1e-4
         )
 
 
@@ -127,15 +129,15 @@ def test_the_hash_does_not_depend_on_how_numpy_prints() -> None:
 
 
 def test_a_lens_of_another_model_is_refused(
-    theirs: Theirs, tiny_cache: residua.ActivationCache, tmp_path: Path
+    package_lens: PackageLens, tiny_cache: residua.ActivationCache, tmp_path: Path
 ) -> None:
-    theirs.config["unembed_hash"] = "0" * 64
-    theirs.save(tmp_path)
+    package_lens.config["unembed_hash"] = "0" * 64
+    package_lens.save(tmp_path)
     with pytest.raises(MismatchError, match="another unembedding"):
         read_tuned_lens(tmp_path, tiny_cache)
     assert read_tuned_lens(tmp_path, tiny_cache, force=True).geometry_ == tiny_cache.head.digest
-    theirs.config["num_hidden_layers"] = 2
-    theirs.save(tmp_path)
+    package_lens.config["num_hidden_layers"] = 2
+    package_lens.save(tmp_path)
     with pytest.raises(MismatchError, match="2 layers"):
         read_tuned_lens(tmp_path, tiny_cache, force=True)
 
@@ -146,9 +148,9 @@ class Harmful:
 
 
 def test_objects_in_params_are_refused_unread(
-    theirs: Theirs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    package_lens: PackageLens, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    theirs.save(tmp_path)
+    package_lens.save(tmp_path)
     torch.save({"0.weight": Harmful()}, tmp_path / "params.pt")
     with pytest.raises(CorruptError, match="not a state dict"):
         read_tuned_lens(tmp_path)
@@ -158,19 +160,19 @@ def test_objects_in_params_are_refused_unread(
     assert capsys.readouterr().out == ""
 
 
-def test_other_files_are_refused_by_name(theirs: Theirs, tmp_path: Path) -> None:
+def test_other_files_are_refused_by_name(package_lens: PackageLens, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="config.json is missing"):
         read_tuned_lens(tmp_path)
-    theirs.save(tmp_path)
+    package_lens.save(tmp_path)
     (tmp_path / "params.pt").unlink()
     with pytest.raises(NotFoundError, match="params.pt is missing"):
         read_tuned_lens(tmp_path)
-    theirs.layer_translators = theirs.layer_translators[:2]
-    theirs.save(tmp_path)
+    package_lens.layer_translators = package_lens.layer_translators[:2]
+    package_lens.save(tmp_path)
     with pytest.raises(CorruptError, match="no translator of width 32 for layer 2"):
         read_tuned_lens(tmp_path)
-    theirs.config["lens_type"] = "mlp"
-    theirs.save(tmp_path)
+    package_lens.config["lens_type"] = "mlp"
+    package_lens.save(tmp_path)
     with pytest.raises(UsageError, match="of type 'mlp'"):
         read_tuned_lens(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -178,9 +180,9 @@ def test_other_files_are_refused_by_name(theirs: Theirs, tmp_path: Path) -> None
         read_tuned_lens(tmp_path)
 
 
-def test_a_lens_without_bias_is_read(theirs: Theirs, tmp_path: Path) -> None:
-    theirs.config["bias"] = False
-    lens = Theirs(theirs.norm, theirs.unembedding, theirs.config)
+def test_a_lens_without_bias_is_read(package_lens: PackageLens, tmp_path: Path) -> None:
+    package_lens.config["bias"] = False
+    lens = PackageLens(package_lens.norm, package_lens.unembedding, package_lens.config)
     lens.save(tmp_path)
     assert not read_tuned_lens(tmp_path).map(1).bias.any()
 

@@ -23,17 +23,17 @@ class Killed(Exception):
     pass
 
 
-def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the fit end after so many steps, sweeps not counted."""
-    plain, taken = descent.Trainer.measured, [0]
+def kill_after_measurements(measurements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the fit raise `Killed` after so many measurements of its trainers; sweeps have none."""
+    record_losses, calls = descent.Trainer.record_losses, [0]
 
-    def measured(self: descent.Trainer, step: int, held_out: float | None) -> None:
-        plain(self, step, held_out)
-        taken[0] += 1
-        if taken[0] == steps:
+    def record_and_die(self: descent.Trainer, step: int, held_out_loss: float | None) -> None:
+        record_losses(self, step, held_out_loss)
+        calls[0] += 1
+        if calls[0] == measurements:
             raise Killed
 
-    monkeypatch.setattr(descent.Trainer, "measured", measured)
+    monkeypatch.setattr(descent.Trainer, "record_losses", record_and_die)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_fit_that_broke_off_goes_on_to_the_same_result(
     probe, folder = VocabProbe((0, 2), [0, 1], **OPTIONS, **form), tmp_path / "checkpoint"
     for measurements in (3, 5, 1):
         with monkeypatch.context() as patch:
-            killed_after(measurements, patch)
+            kill_after_measurements(measurements, patch)
             with pytest.raises(Killed):
                 probe.fit(echo, checkpoint=folder, checkpoint_seconds=0)
         assert (folder / "0" / "fit.json").is_file()
@@ -67,8 +67,10 @@ def test_a_fit_that_broke_off_goes_on_to_the_same_result(
 @pytest.mark.slow
 def test_a_killed_fit_goes_on_to_the_same_result(tmp_path: Path) -> None:
     echo, driver = planted(tmp_path / "caches"), shared_driver()
-    fit = ("fit", "vocab", echo.id, "--root", tmp_path / "caches", "--offsets", "0,2",
-           "--layers", "0,1", "--epochs", 12, "--checkpoint-seconds", 0)  # fmt: skip
+    fit = [
+        *("fit", "vocab", echo.id, "--root", tmp_path / "caches"),
+        *("--offsets", "0,2", "--layers", "0,1", "--epochs", 12, "--checkpoint-seconds", 0),
+    ]
     whole = load_probe(driver.run(*fit, "--out", tmp_path / "whole")["probe"])
     folder = tmp_path / "caches" / "checkpoints"
     killed = 0
@@ -80,9 +82,9 @@ def test_a_killed_fit_goes_on_to_the_same_result(tmp_path: Path) -> None:
         time.sleep(0.01)
     assert killed == 3
     assert not (tmp_path / "killed").exists()
-    found = load_probe(driver.run(*fit, "--out", tmp_path / "killed")["probe"])
-    assert same(found, whole)
-    assert found.sweep_ == whole.sweep_
+    resumed = load_probe(driver.run(*fit, "--out", tmp_path / "killed")["probe"])
+    assert same(resumed, whole)
+    assert resumed.sweep_ == whole.sweep_
 
 
 def step_of(folder: Path) -> int:
@@ -96,7 +98,7 @@ def test_a_checkpoint_of_another_fit_is_refused(
 ) -> None:
     echo, folder = planted(tmp_path), tmp_path / "checkpoint"
     with monkeypatch.context() as patch:
-        killed_after(2, patch)
+        kill_after_measurements(2, patch)
         with pytest.raises(Killed):
             VocabProbe(0, [0], lr=0.1, **OPTIONS).fit(echo, checkpoint=folder)
     with pytest.raises(MismatchError, match=r"params was .*'lr': 0\.1"):
@@ -104,27 +106,27 @@ def test_a_checkpoint_of_another_fit_is_refused(
 
 
 def test_a_changed_checkpoint_is_refused(tmp_path: Path) -> None:
-    place = Checkpoint(tmp_path / "fit", {"of": 1})
-    assert place.load() is None
+    checkpoint = Checkpoint(tmp_path / "fit", {"of": 1})
+    assert checkpoint.load() is None
     for step in (3, 4):
-        place.save({"step": step}, {"a": torch.arange(4.0)})
-    found = place.load()
-    assert found is not None
-    assert found[0] == {"step": 4}
-    assert torch.equal(found[1]["a"], torch.arange(4.0))
-    (file,) = place.folder.glob("*.safetensors")
+        checkpoint.save({"step": step}, {"a": torch.arange(4.0)})
+    loaded = checkpoint.load()
+    assert loaded is not None
+    assert loaded[0] == {"step": 4}
+    assert torch.equal(loaded[1]["a"], torch.arange(4.0))
+    (file,) = checkpoint.folder.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(CorruptError, match="was changed"):
-        place.load()
-    place.remove()
-    assert not place.folder.exists()
+        checkpoint.load()
+    checkpoint.remove()
+    assert not checkpoint.folder.exists()
 
 
 def test_nothing_is_lost_when_a_save_breaks_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Checkpoint(tmp_path / "fit", {})
-    place.save({"step": 1}, {"a": torch.ones(2)})
+    checkpoint = Checkpoint(tmp_path / "fit", {})
+    checkpoint.save({"step": 1}, {"a": torch.ones(2)})
 
     def broken(*args: object) -> None:
         raise OSError("the disk is gone")
@@ -136,8 +138,8 @@ def test_nothing_is_lost_when_a_save_breaks_off(
         with monkeypatch.context() as patch:
             patch.setattr(target, broken)
             with pytest.raises(OSError, match="gone"):
-                place.save({"step": 2}, {"a": torch.zeros(2)})
-        found = place.load()
-        assert found is not None
-        assert found[0] == {"step": 1}
-        assert found[1]["a"].all()
+                checkpoint.save({"step": 2}, {"a": torch.zeros(2)})
+        loaded = checkpoint.load()
+        assert loaded is not None
+        assert loaded[0] == {"step": 1}
+        assert loaded[1]["a"].all()

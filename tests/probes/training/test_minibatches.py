@@ -1,4 +1,4 @@
-"""The feed: every pair once per epoch, right targets, any batch reached without the ones before."""
+"""Minibatches: each pair once per epoch, right targets, any batch without those before it."""
 
 from itertools import islice
 from pathlib import Path
@@ -11,8 +11,9 @@ import torch
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.format.array import CacheArray
 from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.slab_shuffle import Slabs
 from residua.probes.training.minibatches import Minibatch, MinibatchStream, in_background
-from residua.probes.training.shuffled_order import ShuffledBatches, Slabs
+from residua.probes.training.shuffled_batches import ShuffledBatches
 
 from ...support.synthetic import make_cache, random_head
 
@@ -29,15 +30,15 @@ def uneven(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make_cache(folder, layers, lengths, random_head(WIDTH, VOCAB), dtype=request.param)
 
 
-def check(cache: ActivationCache, draw: Minibatch) -> None:
-    """Compare a draw with a plain loop over its positions."""
+def check_minibatch(cache: ActivationCache, minibatch: Minibatch) -> None:
+    """Compare a minibatch with a plain loop over its positions."""
     tokens, last = cache.tokens[:], cache.residual_array(cache.n_blocks)[:]
     starts, lengths = cache.sequence_start, cache.sequence_length
-    for layer, rows in draw.hidden.items():
-        np.testing.assert_array_equal(rows, cache.residual_array(layer)[:][draw.positions])
-    for offset, ahead in draw.ahead.items():
+    for layer, rows in minibatch.hidden.items():
+        np.testing.assert_array_equal(rows, cache.residual_array(layer)[:][minibatch.positions])
+    for offset, ahead in minibatch.ahead.items():
         assert ahead.residual is not None
-        for row, t in enumerate(draw.positions.tolist()):
+        for row, t in enumerate(minibatch.positions.tolist()):
             sequence = int(np.searchsorted(starts, t, "right")) - 1
             end = int(starts[sequence] + lengths[sequence])
             inside = t + offset < end
@@ -53,31 +54,31 @@ def check(cache: ActivationCache, draw: Minibatch) -> None:
 def test_an_epoch_gives_every_position_once_with_its_targets(
     uneven: ActivationCache, batch: int, buffer: int
 ) -> None:
-    feed = MinibatchStream(uneven, [0, 2], OFFSETS, batch=batch, buffer_rows=buffer, slab_rows=16)
-    draws = list(feed.epoch(3))
-    for draw in draws:
-        check(uneven, draw)
+    stream = MinibatchStream(uneven, [0, 2], OFFSETS, batch=batch, buffer_rows=buffer, slab_rows=16)
+    minibatches = list(stream.epoch(3))
+    for minibatch in minibatches:
+        check_minibatch(uneven, minibatch)
     expected = uneven.positions_of(uneven.sequences("train"))
-    found = torch.cat([draw.positions for draw in draws]).numpy()
-    assert (found != expected).any()
-    np.testing.assert_array_equal(np.sort(found), expected)
-    assert len(draws) == feed.steps
-    assert [draw.step for draw in draws] == list(range(feed.steps))
-    assert all(len(draw) == batch for draw in draws[:-1])
+    positions = torch.cat([minibatch.positions for minibatch in minibatches]).numpy()
+    assert (positions != expected).any()
+    np.testing.assert_array_equal(np.sort(positions), expected)
+    assert len(minibatches) == stream.steps
+    assert [minibatch.step for minibatch in minibatches] == list(range(stream.steps))
+    assert all(len(minibatch) == batch for minibatch in minibatches[:-1])
 
 
 def test_without_shuffling_positions_come_in_order(uneven: ActivationCache) -> None:
-    feed = MinibatchStream(uneven, [1], [0], split="validation", batch=50, shuffle=False)
-    found = torch.cat([draw.positions for draw in feed]).numpy()
-    np.testing.assert_array_equal(found, uneven.positions_of(uneven.sequences("validation")))
+    stream = MinibatchStream(uneven, [1], [0], split="validation", batch=50, shuffle=False)
+    positions = torch.cat([minibatch.positions for minibatch in stream]).numpy()
+    np.testing.assert_array_equal(positions, uneven.positions_of(uneven.sequences("validation")))
 
 
-def same(one: Minibatch, other: Minibatch) -> bool:
-    ahead = [(a, other.ahead[n]) for n, a in one.ahead.items()]
+def equal_minibatches(first: Minibatch, second: Minibatch) -> bool:
+    ahead = [(a, second.ahead[n]) for n, a in first.ahead.items()]
     return (
-        (one.epoch, one.step) == (other.epoch, other.step)
-        and torch.equal(one.positions, other.positions)
-        and all(torch.equal(rows, other.hidden[la]) for la, rows in one.hidden.items())
+        (first.epoch, first.step) == (second.epoch, second.step)
+        and torch.equal(first.positions, second.positions)
+        and all(torch.equal(rows, second.hidden[la]) for la, rows in first.hidden.items())
         and all(torch.equal(getattr(a, f), getattr(b, f)) for a, b in ahead for f in vars(a))
     )
 
@@ -85,35 +86,37 @@ def same(one: Minibatch, other: Minibatch) -> bool:
 def test_any_batch_is_reached_without_the_ones_before(
     uneven: ActivationCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    feed = MinibatchStream(uneven, [0, 1], OFFSETS, batch=50, buffer_rows=120, slab_rows=16, seed=5)
-    whole = list(feed.epoch(2))
-    read: list[int] = []
-    plain = CacheArray.read_stored
+    stream = MinibatchStream(
+        uneven, [0, 1], OFFSETS, batch=50, buffer_rows=120, slab_rows=16, seed=5
+    )
+    whole = list(stream.epoch(2))
+    rows_read: list[int] = []
+    read_stored = CacheArray.read_stored
 
-    def counted(self: CacheArray, start: int, stop: int, out: np.ndarray) -> np.ndarray:
-        read.append(stop - start)
-        return plain(self, start, stop, out)
+    def read_and_count(self: CacheArray, start: int, stop: int, out: np.ndarray) -> np.ndarray:
+        rows_read.append(stop - start)
+        return read_stored(self, start, stop, out)
 
-    monkeypatch.setattr(CacheArray, "read_stored", counted)
+    monkeypatch.setattr(CacheArray, "read_stored", read_and_count)
     totals = []
-    for step in range(feed.steps + 1):
-        read.clear()
-        rest = list(feed.epoch(2, step))
-        assert len(rest) == feed.steps - step
-        assert all(same(a, b) for a, b in zip(rest, whole[step:], strict=True))
-        totals.append(sum(read))
+    for step in range(stream.steps + 1):
+        rows_read.clear()
+        minibatches = list(stream.epoch(2, step))
+        assert len(minibatches) == stream.steps - step
+        assert all(equal_minibatches(a, b) for a, b in zip(minibatches, whole[step:], strict=True))
+        totals.append(sum(rows_read))
     assert totals[-1] == 0
-    assert totals[feed.steps // 2] < 0.7 * totals[0]
+    assert totals[stream.steps // 2] < 0.7 * totals[0]
 
 
 def test_epochs_and_seeds_differ_and_repeat(uneven: ActivationCache) -> None:
-    def first(seed: int, epoch: int) -> list[int]:
+    def first_positions(seed: int, epoch: int) -> list[int]:
         return next(
             MinibatchStream(uneven, [0], [0], seed=seed, batch=40).epoch(epoch)
         ).positions.tolist()
 
-    assert first(0, 0) == first(0, 0)
-    assert len({tuple(first(*key)) for key in ((0, 0), (0, 1), (1, 0))}) == 3
+    assert first_positions(0, 0) == first_positions(0, 0)
+    assert len({tuple(first_positions(*key)) for key in ((0, 0), (0, 1), (1, 0))}) == 3
 
 
 def test_prefetching_changes_nothing(uneven: ActivationCache) -> None:
@@ -121,7 +124,7 @@ def test_prefetching_changes_nothing(uneven: ActivationCache) -> None:
         MinibatchStream(uneven, [0, 2], OFFSETS, batch=64, buffer_rows=200, prefetch=n)
         for n in (0, 2)
     )
-    assert all(same(a, b) for a, b in zip(plain.epoch(1), ahead.epoch(1), strict=True))
+    assert all(equal_minibatches(a, b) for a, b in zip(plain.epoch(1), ahead.epoch(1), strict=True))
 
 
 def test_a_prefetching_thread_ends_with_its_reader_and_hands_on_errors() -> None:
@@ -145,29 +148,31 @@ def test_quarantined_sequences_are_left_out(tmp_path: Path) -> None:
     tiny = make_cache(tmp_path, [np.ones((320, WIDTH))] * 2, lengths, random_head(WIDTH, VOCAB))
     bad = int(tiny.sequences("train")[3])
     tiny.quarantined[bad] = "inf"
-    found = torch.cat([draw.positions for draw in MinibatchStream(tiny, [0], [0], batch=7)])
+    positions = torch.cat(
+        [minibatch.positions for minibatch in MinibatchStream(tiny, [0], [0], batch=7)]
+    )
     start = int(tiny.sequence_start[bad])
-    assert not ((found >= start) & (found < start + 8)).any()
-    assert len(found) == 8 * len(tiny.sequences("train"))
+    assert not ((positions >= start) & (positions < start + 8)).any()
+    assert len(positions) == 8 * len(tiny.sequences("train"))
 
 
 def test_a_bounded_subset_takes_whole_sequences(uneven: ActivationCache) -> None:
-    feed = MinibatchStream(
+    stream = MinibatchStream(
         uneven, [0], [0], split="validation", max_positions=60, shuffle=False, seed=1
     )
     again = MinibatchStream(
         uneven, [0], [0], split="validation", max_positions=60, shuffle=False, seed=1
     )
-    assert 20 <= feed.positions <= 60
-    np.testing.assert_array_equal(feed.sequences, again.sequences)
-    assert set(feed.sequences) <= set(uneven.sequences("validation"))
-    assert feed.positions == uneven.sequence_length[feed.sequences].sum()
+    assert 20 <= stream.positions <= 60
+    np.testing.assert_array_equal(stream.sequences, again.sequences)
+    assert set(stream.sequences) <= set(uneven.sequences("validation"))
+    assert stream.positions == uneven.sequence_length[stream.sequences].sum()
 
 
 def test_the_buffer_keeps_to_its_bytes(uneven: ActivationCache) -> None:
     small = MinibatchStream(uneven, [0, 1], [0], batch=16, buffer_bytes=4096)
-    assert small.order.room < 128 < small.positions
-    assert MinibatchStream(uneven, [0, 1], [0], batch=16).order.room == small.positions
+    assert small.order.buffer_size < 128 < small.positions
+    assert MinibatchStream(uneven, [0, 1], [0], batch=16).order.buffer_size == small.positions
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

@@ -32,7 +32,7 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def plain_losses(logits: Tensor, target: Target) -> Tensor:
-    """What torch's own losses say, with a graph."""
+    """The losses of torch's own functions, with an autograd graph."""
     if target.token is not None:
         return F.cross_entropy(logits, target.token, reduction="none")
     assert target.p is not None
@@ -50,14 +50,15 @@ def targets() -> list[Target]:
 def test_an_affine_map_has_the_gradients_of_autograd(kind: int, tile_rows: int | None) -> None:
     target, scale = targets()[kind], 1 / ROWS
     x, weight, bias = normal(ROWS, WIDTH), normal(VOCAB, WIDTH, seed=1), normal(VOCAB, seed=2)
-    found = [torch.ones_like(v) for v in (weight, bias, x)]
-    losses = affine_losses(x, weight, bias, target, Gradients(*found, scale=scale), tile_rows)
+    buffers = [torch.ones_like(v) for v in (weight, bias, x)]
+    losses = affine_losses(x, weight, bias, target, Gradients(*buffers, scale=scale), tile_rows)
     leaves = [v.double().requires_grad_() for v in (weight, bias, x)]
     plain = plain_losses(F.linear(leaves[2], leaves[0], leaves[1]), target)
     torch.testing.assert_close(losses.double(), plain, rtol=1e-5, atol=1e-5)
-    for mine, expected in zip(found, torch.autograd.grad(plain.sum() * scale, leaves), strict=True):
-        # One was there before: gradients are added.
-        torch.testing.assert_close(mine.double() - 1, expected, rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad(plain.sum() * scale, leaves)
+    for buffer, expected in zip(buffers, gradients, strict=True):
+        # Gradients are added to the ones of the buffer.
+        torch.testing.assert_close(buffer.double() - 1, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_not_wanted_is_not_computed() -> None:
@@ -77,19 +78,19 @@ def test_gradients_from_bfloat16_factors_are_those_of_float32_to_their_rounding(
 ) -> None:
     target, scale = targets()[0], 0.3
     x, weight, bias = normal(ROWS, WIDTH), normal(VOCAB, WIDTH), normal(VOCAB)
-    found = {}
+    results = {}
     for products in ("float32", "bfloat16"):
-        room = (torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(x))
+        buffers = (torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(x))
         losses = affine_losses(
-            x, weight, bias, target, Gradients(*room, scale, products), tile_rows
+            x, weight, bias, target, Gradients(*buffers, scale, products), tile_rows
         )
-        found[products] = losses, room
-    (want, exact), (losses, rough) = found["float32"], found["bfloat16"]
-    torch.testing.assert_close(losses, want)
-    for one, other in zip(rough, exact, strict=True):
-        assert other.norm() > 0
+        results[products] = losses, buffers
+    (expected_losses, exact_gradients), (losses, gradients) = results.values()
+    torch.testing.assert_close(losses, expected_losses)
+    for gradient, exact in zip(gradients, exact_gradients, strict=True):
+        assert exact.norm() > 0
         # Factors are rounded to 8 bits.
-        assert (one - other).norm() <= 2.0**-7 * other.norm()
+        assert (gradient - exact).norm() <= 2.0**-7 * exact.norm()
 
 
 def heads() -> dict[str, Head]:
@@ -108,9 +109,9 @@ def heads() -> dict[str, Head]:
 def test_a_head_has_the_gradients_of_autograd(name: str, kind: int, tile_rows: int | None) -> None:
     target, scale = targets()[kind], 0.3
     head, hidden = heads()[name].torch(), normal(ROWS, WIDTH, scale=2.0)
-    found = torch.ones_like(hidden)
-    losses = head_losses(hidden, head, target, Gradients(x=found, scale=scale), tile_rows)
-    check_head(head, hidden, target, losses, found - 1, scale)
+    gradient = torch.ones_like(hidden)
+    losses = head_losses(hidden, head, target, Gradients(x=gradient, scale=scale), tile_rows)
+    check_head(head, hidden, target, losses, gradient - 1, scale)
 
 
 def check_head(
@@ -127,9 +128,9 @@ def check_head(
 def test_a_program_head_goes_through_its_own_operations(kind: int) -> None:
     head = program_head()
     target, hidden = targets()[kind], normal(ROWS, WIDTH)
-    found = torch.zeros_like(hidden)
-    losses = head_losses(hidden, head.torch(), target, Gradients(x=found), 10)
-    check_head(head.torch(), hidden, target, losses, found, 1.0)
+    gradient = torch.zeros_like(hidden)
+    losses = head_losses(hidden, head.torch(), target, Gradients(x=gradient), 10)
+    check_head(head.torch(), hidden, target, losses, gradient, 1.0)
     torch.testing.assert_close(head_losses(hidden, head.torch(), target), losses)
 
 
@@ -149,19 +150,19 @@ def program_head() -> ProgramHead:
 
 
 @pytest.mark.parametrize("tile_rows", TILES)
-def test_the_teacher_is_the_head(tile_rows: int | None) -> None:
+def test_the_model_distribution_is_that_of_the_head(tile_rows: int | None) -> None:
     head, hidden = random_head(WIDTH, VOCAB), normal(ROWS, WIDTH)
-    teacher, expected = ModelDistribution(head.torch(), tile_rows), head.torch()(hidden).double()
-    found = teacher.distribution(hidden)
-    assert found.p is not None
-    assert found.negentropy is not None
-    torch.testing.assert_close(found.p.double(), expected.softmax(-1), rtol=1e-5, atol=1e-7)
+    model, expected = ModelDistribution(head.torch(), tile_rows), head.torch()(hidden).double()
+    target = model.distribution(hidden)
+    assert target.p is not None
+    assert target.negentropy is not None
+    torch.testing.assert_close(target.p.double(), expected.softmax(-1), rtol=1e-5, atol=1e-7)
     negentropy = (expected.softmax(-1) * expected.log_softmax(-1)).sum(-1)
-    torch.testing.assert_close(found.negentropy.double(), negentropy, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(target.negentropy.double(), negentropy, rtol=1e-5, atol=1e-6)
     sure = ModelDistribution(head.torch(), tile_rows).distribution(1000 * hidden)
     assert sure.negentropy is not None
     assert sure.negentropy.max() < 1e-6
-    token = teacher.tokens(hidden).token
+    token = model.tokens(hidden).token
     assert token is not None
     assert token.tolist() == expected.argmax(-1).tolist()
     tied = replace(head, unembedding=np.zeros_like(head.unembedding), bias=np.zeros(VOCAB, "f4"))
@@ -170,11 +171,11 @@ def test_the_teacher_is_the_head(tile_rows: int | None) -> None:
 
 def test_the_model_against_itself_has_no_loss_and_no_gradient() -> None:
     head, hidden = random_head(WIDTH, VOCAB).torch(), normal(ROWS, WIDTH)
-    found = torch.zeros_like(hidden)
+    gradient = torch.zeros_like(hidden)
     target = ModelDistribution(head).distribution(hidden)
-    losses = head_losses(hidden, head, target, Gradients(x=found))
+    losses = head_losses(hidden, head, target, Gradients(x=gradient))
     assert losses.abs().max() < 1e-5
-    assert found.abs().max() < 1e-6
+    assert gradient.abs().max() < 1e-6
 
 
 def test_extreme_logits_stay_exact() -> None:
@@ -196,9 +197,9 @@ def test_extreme_logits_stay_exact() -> None:
 
 @pytest.mark.parametrize(("rows", "most"), [(1, 5), (10, 3), (7, 1), (1000, None)])
 def test_tiles_cover_all_rows(rows: int, most: int | None) -> None:
-    found = list(row_tiles(rows, 1 << 15, most))
-    assert [i for t in found for i in range(t.start, t.stop)] == list(range(rows))
-    assert max(t.stop - t.start for t in found) <= (most or 128)
+    tiles = list(row_tiles(rows, 1 << 15, most))
+    assert [i for t in tiles for i in range(t.start, t.stop)] == list(range(rows))
+    assert max(t.stop - t.start for t in tiles) <= (most or 128)
 
 
 def test_a_target_is_cut_by_rows() -> None:
@@ -206,5 +207,5 @@ def test_a_target_is_cut_by_rows() -> None:
         part = target[3:9]
         assert len(part) == 6
         assert len(target) == ROWS
-        for mine, whole in zip(vars(part).values(), vars(target).values(), strict=True):
-            assert mine is None or torch.equal(mine, whole[3:9])
+        for part_rows, rows in zip(vars(part).values(), vars(target).values(), strict=True):
+            assert part_rows is None or torch.equal(part_rows, rows[3:9])

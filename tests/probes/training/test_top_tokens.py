@@ -1,4 +1,4 @@
-"""Top tokens are the head's, for the asked sequences alone."""
+"""Top tokens are those of the head, at the positions of the given sequences only."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.training import top_tokens as tops
+from residua.probes.training import top_tokens as top_tokens
 from residua.probes.training.top_tokens import find_top_tokens, tokens_at
 
 from ...support.synthetic import make_cache, random_head
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> ActivationCache:
+def small_cache(tmp_path: Path) -> ActivationCache:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 30, 50).tolist()
     layers = [rng.normal(size=(sum(lengths), 6)) for _ in range(2)]
@@ -21,30 +21,32 @@ def tiny(tmp_path: Path) -> ActivationCache:
 
 
 @pytest.mark.parametrize("rows", [7, 1000])
-def test_they_are_those_of_the_head(
-    tiny: ActivationCache, rows: int, monkeypatch: pytest.MonkeyPatch
+def test_top_tokens_are_those_of_the_head(
+    small_cache: ActivationCache, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tops, "TILE_BYTES", 0)
-    monkeypatch.setattr(tops, "TILE_ROWS", rows)
-    seen: list[int] = []
-    chosen = tiny.sequences("train")
-    found = find_top_tokens(tiny, chosen, seen.append)
-    expected = tiny.head.logits(tiny.residual_array(tiny.n_blocks)[:]).argmax(-1)
-    inside = np.zeros(tiny.positions, bool)
-    inside[tiny.positions_of(chosen)] = True
-    assert sum(seen) == inside.sum()
-    every = np.arange(tiny.positions + 3)
-    read = tokens_at(found, every).numpy()
-    np.testing.assert_array_equal(read[: tiny.positions], np.where(inside, expected, -1))
-    assert (read[tiny.positions :] == -1).all()
+    monkeypatch.setattr(top_tokens, "TILE_BYTES", 0)
+    monkeypatch.setattr(top_tokens, "TILE_ROWS", rows)
+    rows_done: list[int] = []
+    sequences = small_cache.sequences("train")
+    labels = find_top_tokens(small_cache, sequences, rows_done.append)
+    expected = small_cache.head.logits(small_cache.residual_array(small_cache.n_blocks)[:]).argmax(
+        -1
+    )
+    inside = np.zeros(small_cache.positions, bool)
+    inside[small_cache.positions_of(sequences)] = True
+    assert sum(rows_done) == inside.sum()
+    positions = np.arange(small_cache.positions + 3)
+    tokens = tokens_at(labels, positions).numpy()
+    np.testing.assert_array_equal(tokens[: small_cache.positions], np.where(inside, expected, -1))
+    assert (tokens[small_cache.positions :] == -1).all()
 
 
 def test_nothing_is_left_in_the_folder_of_temporary_files(
-    tiny: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_cache: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
-    found = find_top_tokens(tiny, tiny.sequences("train"))
+    labels = find_top_tokens(small_cache, small_cache.sequences("train"))
     assert not list(folder.iterdir())
-    assert found.any()
+    assert labels.any()

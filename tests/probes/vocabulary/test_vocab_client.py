@@ -20,8 +20,7 @@ from residua.cache.files.json_files import read_json
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.training.minibatches import MinibatchStream
 from residua.probes.training.threads import thread_pool
-from residua.probes.vocabulary import descent
-from residua.probes.vocabulary import fit_groups as vocabgroups
+from residua.probes.vocabulary import descent, fit_groups
 from residua.probes.vocabulary.fit_groups import divide
 from residua.probes.vocabulary.fit_job import COPIES
 from residua.probes.vocabulary.learning_rate_sweep import Sweep
@@ -43,23 +42,24 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits of few steps, in this process and the threads of its clusters."""
     monkeypatch.setattr(descent, "LEAST_STEPS", 40)
 
 
 @pytest.fixture(scope="module")
-def threads() -> Iterator[Client]:
+def cluster() -> Iterator[Client]:
     """Two workers in this process, two threads each."""
     with local_client(threads=2) as client:
         yield client
 
 
-def equal(one: VocabProbe, other: VocabProbe) -> bool:
-    return same(one, other) and one.sweep_ == other.sweep_ and one.pairs() == other.pairs()
+def equal_probes(first: VocabProbe, second: VocabProbe) -> bool:
+    same_sweep = first.sweep_ == second.sweep_
+    return same(first, second) and same_sweep and first.pairs() == second.pairs()
 
 
-def wide(folder: Path) -> ActivationCache:
+def wide_cache(folder: Path) -> ActivationCache:
     """States so wide that a buffer of 128 KiB has room for 512 rows of one layer, 256 of two."""
     rng = np.random.default_rng(0)
     layers = [rng.normal(size=(4000, 64)) @ rng.normal(size=(64, 64)) for _ in range(3)]
@@ -68,14 +68,14 @@ def wide(folder: Path) -> ActivationCache:
 
 @pytest.mark.parametrize("form", [{}, {"loss": "kl", "rank": 3}, {"loss": "text", "form": "head"}])
 def test_threads_of_a_cluster_give_what_this_process_gives(
-    echo: ActivationCache, threads: Client, form: dict[str, Any], short: None
+    echo: ActivationCache, cluster: Client, form: dict[str, Any], short_fits: None
 ) -> None:
     seen: list[tuple[int, int]] = []
     alone = VocabProbe(**OPTIONS, **form).fit(echo)
     shared = VocabProbe(**OPTIONS, **form).fit(
-        echo, client=threads, progress=lambda *done: seen.append(done)
+        echo, client=cluster, progress=lambda *done: seen.append(done)
     )
-    assert equal(alone, shared)
+    assert equal_probes(alone, shared)
     assert {row["layer"] for row in shared.sweep_} == {0, 1}
     assert seen[-1][0] == seen[-1][1] > 0
     assert seen == sorted(seen)
@@ -87,7 +87,7 @@ def test_processes_of_a_cluster_give_what_this_process_gives_even_if_one_dies(
 ) -> None:
     alone = VocabProbe(**OPTIONS).fit(echo)
     with local_client(processes=True) as client:
-        assert equal(VocabProbe(**OPTIONS).fit(echo, client=client), alone)
+        assert equal_probes(VocabProbe(**OPTIONS).fit(echo, client=client), alone)
         found: Any = client.run(os.getpid)
         pids = list(found.values())
 
@@ -97,43 +97,47 @@ def test_processes_of_a_cluster_give_what_this_process_gives_even_if_one_dies(
                 pids.clear()
 
         probe = VocabProbe(**OPTIONS).fit(
-            echo, client=client, memory=1, progress=kill,
-            checkpoint=tmp_path / "fit", checkpoint_seconds=0,
-        )  # fmt: skip
+            echo,
+            client=client,
+            memory=1,
+            progress=kill,
+            checkpoint=tmp_path / "fit",
+            checkpoint_seconds=0,
+        )
         assert not pids
-        assert equal(probe, alone)
+        assert equal_probes(probe, alone)
     assert not (tmp_path / "fit").exists()
 
 
 @pytest.mark.parametrize("buffer_bytes", [None, 1 << 17])
 def test_memory_decides_how_many_pairs_are_fitted_together_and_nothing_else(
-    tmp_path: Path, buffer_bytes: int | None, short: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, buffer_bytes: int | None, short_fits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where rows are so wide that a buffer for more layers has room for fewer of them."""
     if buffer_bytes is not None:
         defaults: Any = MinibatchStream.__init__.__kwdefaults__
         monkeypatch.setitem(defaults, "buffer_bytes", buffer_bytes)
-    cache, found, together, plain = wide(tmp_path), [], [], descent.Descent.run
+    cache, probes, group_sizes, run = wide_cache(tmp_path), [], [], descent.Descent.run
 
-    def run(self: descent.Descent) -> Any:
-        together.append(len(self.pairs))
-        return plain(self)
+    def run_and_count(self: descent.Descent) -> Any:
+        group_sizes.append(len(self.pairs))
+        return run(self)
 
-    monkeypatch.setattr(descent.Descent, "run", run)
-    pair = 4 * COPIES * 50 * (64 + 1)
-    for memory in (None, 4 * pair, 1):
+    monkeypatch.setattr(descent.Descent, "run", run_and_count)
+    pair_bytes = 4 * COPIES * 50 * (64 + 1)
+    for memory in (None, 4 * pair_bytes, 1):
         probe = VocabProbe((0, 1, 2), [0, 1], epochs=1, batch=128)
-        found.append(probe.fit(cache, memory=memory))
-    assert together == [6, 3, 3, 1, 1, 1, 1, 1, 1]
-    assert equal(found[0], found[1])
-    assert equal(found[0], found[2])
+        probes.append(probe.fit(cache, memory=memory))
+    assert group_sizes == [6, 3, 3, 1, 1, 1, 1, 1, 1]
+    assert equal_probes(probes[0], probes[1])
+    assert equal_probes(probes[0], probes[2])
 
 
 def test_eigenvectors_are_found_by_one_thread_here_as_on_workers(
-    tmp_path: Path, threads: Client, short: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cluster: Client, short_fits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their last bits depend on how many of torch's threads look for them."""
-    cache, number, plain = wide(tmp_path), torch.get_num_threads(), torch.linalg.eigh
+    cache, number, plain = wide_cache(tmp_path), torch.get_num_threads(), torch.linalg.eigh
     used: list[int] = []
 
     def eigh(matrix: torch.Tensor) -> Any:
@@ -147,22 +151,22 @@ def test_eigenvectors_are_found_by_one_thread_here_as_on_workers(
     finally:
         torch.set_num_threads(number)
     assert set(used) == {1}
-    assert equal(alone, VocabProbe(0, [1], epochs=1, batch=128).fit(cache, client=threads))
+    assert equal_probes(alone, VocabProbe(0, [1], epochs=1, batch=128).fit(cache, client=cluster))
     assert set(used) == {1}
 
 
 def test_each_thread_of_a_worker_runs_one_of_torchs_and_leaks_it_to_none(
-    echo: ActivationCache, threads: Client, short: None, monkeypatch: pytest.MonkeyPatch
+    echo: ActivationCache, cluster: Client, short_fits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, now, most, used = threading.Lock(), [0], [0], set()
     plain, own = descent.Trainer.step, torch.get_num_threads()
 
-    def step(self: descent.Trainer, *given: Any) -> None:
+    def step(self: descent.Trainer, *args: Any) -> None:
         with lock:
             used.add(torch.get_num_threads())
             now[0] += 1
             most[0] = max(most[0], now[0])
-        plain(self, *given)
+        plain(self, *args)
         with lock:
             now[0] -= 1
 
@@ -173,7 +177,7 @@ def test_each_thread_of_a_worker_runs_one_of_torchs_and_leaks_it_to_none(
     monkeypatch.setattr(descent.Trainer, "step", step)
     torch.set_num_threads(3)
     try:
-        VocabProbe(**OPTIONS).fit(echo, client=threads)
+        VocabProbe(**OPTIONS).fit(echo, client=cluster)
         assert numbers() == [3, 3]
         with thread_pool(2) as pool:
             assert numbers() == [3, 3]
@@ -188,27 +192,31 @@ def fail_at(owner: Any, name: str, calls: int, monkeypatch: pytest.MonkeyPatch) 
     """Let the method of a class raise from its call number `calls` on."""
     plain, taken = getattr(owner, name), [0]
 
-    def method(self: Any, *given: Any) -> Any:
+    def method(self: Any, *args: Any) -> Any:
         taken[0] += 1
         if taken[0] >= calls:
             raise Killed
-        return plain(self, *given)
+        return plain(self, *args)
 
     monkeypatch.setattr(owner, name, method)
 
 
 @pytest.mark.parametrize("on_workers", [False, True])
 def test_a_fit_that_broke_off_anywhere_goes_on_to_the_same_bits(
-    echo: ActivationCache, threads: Client, tmp_path: Path, on_workers: bool, short: None,
+    echo: ActivationCache,
+    cluster: Client,
+    tmp_path: Path,
+    on_workers: bool,
+    short_fits: None,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     whole, probe = VocabProbe(**OPTIONS).fit(echo), VocabProbe(**OPTIONS)
-    client, folder = threads if on_workers else None, tmp_path / "fit"
-    keep: dict[str, Any] = {"memory": 1, "checkpoint": folder, "checkpoint_seconds": 0}
+    client, folder = cluster if on_workers else None, tmp_path / "fit"
+    options: dict[str, Any] = {"memory": 1, "checkpoint": folder, "checkpoint_seconds": 0}
     places = [
-        (Sweep, "_fitted", 3),
+        (Sweep, "_fit_briefly", 3),
         (descent.Descent, "run", 1),
-        (descent.Trainer, "measured", 6),
+        (descent.Trainer, "record_losses", 6),
         (descent.Trainer, "step", 12),
     ]
     for owner, name, calls in places:
@@ -217,44 +225,47 @@ def test_a_fit_that_broke_off_anywhere_goes_on_to_the_same_bits(
                 fail_at(Sweep, "run", 1, patch)
             fail_at(owner, name, calls, patch)
             with pytest.raises(Killed):
-                probe.fit(echo, client=client, **keep)
+                probe.fit(echo, client=client, **options)
     steps = [read_json(path)["state"]["step"] for path in folder.rglob("fit.json")]
     assert max(steps) > 0
-    # The sweep's result is kept: it is not made again.
+    # The result of the sweep is saved: the sweep does not run again.
     fail_at(Sweep, "run", 1, monkeypatch)
-    # Neither the workers nor the memory need be those of before.
-    probe.fit(echo, client=None if on_workers else threads, **{**keep, "memory": None})
-    assert equal(probe, whole)
+    # The resumed fit may have other workers and another memory than the killed fit.
+    probe.fit(echo, client=None if on_workers else cluster, **{**options, "memory": None})
+    assert equal_probes(probe, whole)
     assert not folder.exists()
 
 
 def test_groups_that_no_longer_fit_the_memory_are_refused_and_not_lost(
-    echo: ActivationCache, tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch
+    echo: ActivationCache, tmp_path: Path, short_fits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**OPTIONS, "lr": 0.1}
     whole, probe = VocabProbe(**options).fit(echo), VocabProbe(**options)
     with monkeypatch.context() as patch:
-        fail_at(descent.Trainer, "measured", 5, patch)
+        fail_at(descent.Trainer, "record_losses", 5, patch)
         with pytest.raises(Killed):
             probe.fit(echo, checkpoint=tmp_path, checkpoint_seconds=0)
     with pytest.raises(MismatchError, match="pairs was"):
         probe.fit(echo, memory=1, checkpoint=tmp_path)
-    assert equal(probe.fit(echo, checkpoint=tmp_path), whole)
+    assert equal_probes(probe.fit(echo, checkpoint=tmp_path), whole)
 
 
 def test_a_fit_waits_for_one_that_still_works_in_its_folder(
-    echo: ActivationCache, tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch
+    echo: ActivationCache, tmp_path: Path, short_fits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, checkpoint = threading.Event(), vocabgroups.CheckpointFolder(tmp_path, {}, 0).plan()
+    begun, checkpoint = (
+        threading.Event(),
+        fit_groups.CheckpointFolder(tmp_path, {}, 0).plan_checkpoint(),
+    )
 
-    def cut(*given: Any) -> Any:
+    def cut(*args: Any) -> Any:
         begun.set()
-        return divide(*given)
+        return divide(*args)
 
-    monkeypatch.setattr(vocabgroups, "divide", cut)
+    monkeypatch.setattr(fit_groups, "divide", cut)
     probe = VocabProbe(0, [0], lr=0.1, epochs=1)
     with ThreadPoolExecutor(1) as pool:
-        with checkpoint.held():
+        with checkpoint.lock():
             found = pool.submit(probe.fit, echo, checkpoint=tmp_path)
             assert not begun.wait(1)
         assert found.result(timeout=60) is probe
@@ -271,11 +282,11 @@ def test_pairs_are_divided_evenly() -> None:
 
 
 def test_a_client_for_rows_and_one_without_workers_are_refused(
-    echo: ActivationCache, threads: Client, monkeypatch: pytest.MonkeyPatch
+    echo: ActivationCache, cluster: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(UsageError, match="leave client= out"):
-        VocabProbe().fit(rng.normal(size=(50, 3)), np.arange(50) % 2, client=threads)
+        VocabProbe().fit(rng.normal(size=(50, 3)), np.arange(50) % 2, client=cluster)
     monkeypatch.setattr(clusters, "GRACE_SECONDS", 0.2)
     with (
         local_client(workers=0) as client,

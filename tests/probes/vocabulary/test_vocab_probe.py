@@ -23,7 +23,8 @@ from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.base.readout import ReadoutBatch
 from residua.probes.saved.save import check_geometry
 from residua.probes.training.softmax_loss import PRODUCTS, Target, fast_products
-from residua.probes.vocabulary.descent import EVALUATIONS, distance, representatives
+from residua.probes.vocabulary.descent import EVALUATIONS
+from residua.probes.vocabulary.learning_rate_sweep import distance, representatives
 from residua.probes.vocabulary.parametrizations import (
     FullMatrix,
     LowRank,
