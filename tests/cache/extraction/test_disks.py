@@ -247,12 +247,12 @@ def test_a_cache_that_vanishes_after_its_last_part_is_said_to_have_vanished(
     with pytest.raises(NotFoundError, match="vanished"):
         done.to_dict()
 
-    def fill_and_rename(cache: ActivationCache, *rest: Any) -> int:
+    def write_and_rename(cache: ActivationCache, *rest: Any) -> int:
         written = write_missing_parts(cache, *rest)
         cache.path.rename(tmp_path / "again away")
         return written
 
-    monkeypatch.setattr(extraction, "fill", fill_and_rename)
+    monkeypatch.setattr(extraction, "write_missing_parts", write_and_rename)
     with pytest.raises(NotFoundError, match="vanished"):
         extraction.answer_request(request)
 

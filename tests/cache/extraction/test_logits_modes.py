@@ -407,9 +407,9 @@ def test_a_dry_run_knows_the_logits(
 def test_batches_of_wide_rows_are_small(
     model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from residua.cache.extraction import prepare as make
+    from residua.cache.extraction import plan
 
-    monkeypatch.setattr(make, "LOGITS_BATCH_BYTES", 600 * 130)
+    monkeypatch.setattr(plan, "LOGITS_BATCH_BYTES", 600 * 130)
     asked = ask(model_folder, texts_file, tmp_path, logits="full", batch_tokens=None, pack=False)
     cache = answer_request(asked).cache
     assert cache.manifest.batch_tokens == 130

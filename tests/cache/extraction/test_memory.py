@@ -15,14 +15,15 @@ from residua.cache.files.disk_columns import BLOCK
 MAKE = """
 import re, sys
 from pathlib import Path
-from residua.cache.extraction.answer_request import run
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.request import ExtractionRequest
 
 model, data, root, pack, filled = sys.argv[1:]
 # A share without any part: the cache is made, with all its tables, and left empty.
 part = None if filled == "True" else "999999/999999"
-done = run(Request(model, data, Path(root), context=128, pack=pack == "True", part=part,
-                   part_positions=1 << 16, batch_tokens=4096))
+request = ExtractionRequest(model, data, Path(root), context=128, pack=pack == "True", part=part,
+                            part_positions=1 << 16, batch_tokens=4096)
+done = answer_request(request)
 assert done.cache.complete == (filled == "True")
 # Not ru_maxrss, which begins with what the parent had.
 peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]

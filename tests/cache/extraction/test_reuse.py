@@ -243,7 +243,8 @@ def test_a_hit_needs_no_weights_in_memory(
 ) -> None:
     answer_request(ask(model_folder, texts_file, tmp_path))
     monkeypatch.setattr(
-        "residua.cache.extraction.answer_request.load", lambda *_: pytest.fail("model loaded")
+        "residua.cache.extraction.answer_request.load_requested_model",
+        lambda *_: pytest.fail("model loaded"),
     )
     assert answer_request(ask(model_folder, texts_file, tmp_path)).status == "hit"
 
