@@ -1,4 +1,4 @@
-"""Measures if a sequence's residual stream depends on padding, on other sequences or later tokens.
+"""Measures whether residual streams depend on padding, other sequences or later tokens.
 
 Sequences of the token stream run through the model alone and in batches as `forward/batches.py`
 forms them: the longest with the shortest, and with the lengths around every constant of the model's

@@ -237,10 +237,10 @@ def _vocabulary_size(model: torch.nn.Module) -> int:
     """Rows of the token embedding; raises `ModelError` if the model has none."""
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     if not hasattr(embedding, "weight"):
-        found = "none" if embedding is None else type(embedding).__name__
+        embedding_type = "none" if embedding is None else type(embedding).__name__
         raise ModelError(
-            f"{type(model).__name__} has no single token embedding (found {found}); a model that "
-            "reads one token per position is needed"
+            f"{type(model).__name__} has no single token embedding (found {embedding_type}); a "
+            "model that reads one token per position is needed"
         )
     return int(embedding.weight.shape[0])
 

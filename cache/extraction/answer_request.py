@@ -85,7 +85,7 @@ def answer_request(
     progress: StageProgress | None = None,
     stages: StageTimes | None = None,
 ) -> Extraction:
-    """Return the cache of `request`: an existing cache, else finished, extended or made here.
+    """Return the cache of `request`, found under the root or else finished, extended or made.
 
     `progress` is called for the stages `tokenize` (documents) and `extract` (positions). `stages`
     collects the busy time of forward, copy and write; other threads may read them meanwhile.

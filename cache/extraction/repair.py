@@ -87,8 +87,11 @@ def repair(
         mended_shards, changed = _rewrite_shards(path, loaded_model, damages, progress)
         mended += mended_shards
 
-    left = tuple(damage for damage in damages if damage.file not in {*mended, *changed})
-    return Repair(tuple(mended), tuple(changed), left)
+    return Repair(
+        mended=tuple(mended),
+        changed=tuple(changed),
+        left=tuple(damage for damage in damages if damage.file not in {*mended, *changed}),
+    )
 
 
 def _is_of_part(damage: Damage) -> bool:

@@ -115,9 +115,16 @@ def test_padding_is_hidden_from_a_model_that_sees_later_tokens(
 
     monkeypatch.setattr(DecoderBlocks, "residuals", counting)
     cache = residua.extract(
-        str(tmp_path / "model"), str(texts_file), root=tmp_path / "root", context=64, pack=False,
-        dtype="float32", batch_tokens=600, part_positions=1024, max_tokens=2500,
-    )  # fmt: skip
+        str(tmp_path / "model"),
+        str(texts_file),
+        root=tmp_path / "root",
+        context=64,
+        pack=False,
+        dtype="float32",
+        batch_tokens=600,
+        part_positions=1024,
+        max_tokens=2500,
+    )
     monkeypatch.undo()
     assert cache.manifest.extra["causal"] is False
     assert cache.manifest.extra["pad"] is True
@@ -191,9 +198,14 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 ) -> None:
     def request(name: str) -> ExtractionRequest:
         return ExtractionRequest(
-            str(model_folder), str(texts_file), tmp_path / name, context=40, pack=pack,
-            part_positions=512, batch_tokens=200,
-        )  # fmt: skip
+            str(model_folder),
+            str(texts_file),
+            tmp_path / name,
+            context=40,
+            pack=pack,
+            part_positions=512,
+            batch_tokens=200,
+        )
 
     whole = answer_request(request("whole")).cache
     for batches in (2, 7, 12):

@@ -28,10 +28,14 @@ EXPECTED = json.loads((HERE / "expected.json").read_text())["caches"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "packed": {"context": 48, "layers": (0, 1, 2), "part_positions": 512},
     "rows": {
-        "context": 32, "pack": False, "logits": "topk:4", "codec": "compact", "layers": (1,),
+        "context": 32,
+        "pack": False,
+        "logits": "topk:4",
+        "codec": "compact",
+        "layers": (1,),
     },
     "sparse": {"context": 32, "pack": False, "positions": "sample:3", "layers": (1,)},
-}  # fmt: skip
+}
 """What each of the caches was asked for with."""
 
 
