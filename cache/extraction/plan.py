@@ -53,15 +53,15 @@ class ExtractionPlan:
     """Tokens that the model will read."""
 
     @cached_property
-    def logits_arrays(self) -> tuple[LogitsArray, ...]:
-        """The arrays of logits that the request keeps."""
+    def stored_logits(self) -> tuple[LogitsArray, ...]:
+        """Arrays of logits in the cache; none where logits are recomputed."""
         report = self.model_report
         return logits_arrays(self.request.logits, report.head.vocab, report.logits.dtype)
 
     @cached_property
     def layout(self) -> Layout:
         """Rows of a chunk and of a part, before the layout shrinks to a short stream."""
-        widest = max((array.row_bytes for array in self.logits_arrays), default=0)
+        widest = max((array.row_bytes for array in self.stored_logits), default=0)
         d_model = self.model_report.head.d_model
         return Layout.choose(d_model, self.itemsize, self.request.part_positions, widest)
 
@@ -85,7 +85,7 @@ class ExtractionPlan:
         if self.request.batch_tokens is not None:
             return self.request.batch_tokens
         tokens = choose_batch_tokens(self.model_report.stack, self.stream, self.itemsize)
-        logits_row_bytes = sum(array.row_bytes for array in self.logits_arrays)
+        logits_row_bytes = sum(array.row_bytes for array in self.stored_logits)
         if not logits_row_bytes:
             return tokens
         return min(tokens, max(1, LOGITS_BATCH_BYTES // logits_row_bytes))
@@ -146,7 +146,7 @@ class ExtractionPlan:
             itemsize = np.dtype(STORED_DTYPES[dtype]).itemsize
             row_bytes = itemsize * self.model_report.head.d_model
             shapes[f"residual/{layer}"] = layout.chunk_rows, row_bytes
-        for array in self.logits_arrays:
+        for array in self.stored_logits:
             shapes[array.name] = layout.chunk_of(array.row_bytes), array.row_bytes
 
         # Raw bytes, less the share that compression saved on the first rows.

@@ -75,7 +75,7 @@ def plan_extraction(
         from ..checks.compression_ratio import measure_compression_ratio
 
         ratios = measure_compression_ratio(
-            report, stream, plan.layout, request.logits, plan.logits_arrays
+            report, stream, plan.layout, request.logits, plan.stored_logits
         )
         plan = replace(plan, model_report=replace(report, ratios=ratios))
 

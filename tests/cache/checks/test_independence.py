@@ -91,9 +91,9 @@ def largest_row_change(
     for start, length in zip(cache.sequence_start, cache.sequence_length, strict=True):
         rows = slice(int(start), int(start) + int(length))
         ids = torch.from_numpy(np.asarray(cache.tokens[rows]).astype(np.int64))[None]
-        for layer, want in enumerate(layers_of_sequence_alone(stack, fresh_model, ids)):
-            change = np.linalg.norm(layers[layer][rows] - want, axis=-1)
-            norm = np.maximum(np.linalg.norm(want, axis=-1), 1e-30)
+        for layer, expected in enumerate(layers_of_sequence_alone(stack, fresh_model, ids)):
+            change = np.linalg.norm(layers[layer][rows] - expected, axis=-1)
+            norm = np.maximum(np.linalg.norm(expected, axis=-1), 1e-30)
             worst = max(worst, float((change / norm).max()))
     return worst
 

@@ -47,7 +47,7 @@ def kept_positions(cache: ActivationCache) -> list[tuple[int, int]]:
 
 def expected_positions(policy: str, dense_cache: ActivationCache) -> set[tuple[int, int]]:
     """The same by plain loops over the dense cache."""
-    found = set()
+    expected = set()
     tokenizer = dense_cache.tokenizer()
     for start, length, row in zip(
         dense_cache.sequence_start,
@@ -64,9 +64,9 @@ def expected_positions(policy: str, dense_cache: ActivationCache) -> set[tuple[i
             offsets = tokenizer.encode(text).offsets
             at = text.rindex("house")
             indices = {i - 1 for i, (_, stop) in enumerate(offsets) if stop > at} - {-1}
-        found |= {(int(row), int(index)) for index in indices if index < length}
+        expected |= {(int(row), int(index)) for index in indices if index < length}
         assert start >= 0
-    return found
+    return expected
 
 
 @pytest.mark.parametrize("policy", ["last", "explicit", "answer"])
@@ -125,8 +125,8 @@ def test_probes_pair_only_neighbouring_rows(model_folder: Path, data: Path, tmp_
         if int(sequence[row]) in train:
             pairs += positions[row + 1] == (document, index + 1)
     assert probe.n_[(1, 1)] == pairs
-    found = residua.evaluate(cache, [probe])
-    assert {row.offset for row in found.rows} == {0, 1}
+    expected = residua.evaluate(cache, [probe])
+    assert {row.offset for row in expected.rows} == {0, 1}
 
 
 def test_other_positions_are_another_cache(model_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -75,22 +75,22 @@ def model_logits(folder: Path, cache: ActivationCache) -> np.ndarray:
     return np.concatenate(out)
 
 
-def computed_top(found: TopK) -> tuple[np.ndarray, ...]:
-    return dask.compute(found.ids, found.values, found.logsumexp, found.tail)  # pyright: ignore
+def computed_top(top: TopK) -> tuple[np.ndarray, ...]:
+    return dask.compute(top.ids, top.values, top.logsumexp, top.tail)  # pyright: ignore
 
 
 def check_top(
-    want: np.ndarray, got: tuple[np.ndarray, ...], size: int, error: float, rest: float = 1e-4
+    expected: np.ndarray, got: tuple[np.ndarray, ...], size: int, error: float, rest: float = 1e-4
 ) -> None:
     """`got` is the top of `want` up to `error` per logit; sums over all up to `rest`."""
     ids, values, logsumexp, tail = got
-    exact = np.sort(want, -1)[:, ::-1][:, :size]
+    exact = np.sort(expected, -1)[:, ::-1][:, :size]
     assert ids.shape == values.shape == exact.shape
     assert all(len(set(row)) == size for row in ids.tolist())
     np.testing.assert_allclose(values, exact, rtol=0, atol=error)
     # Where two logits are closer than the error, either may come first.
-    np.testing.assert_allclose(np.take_along_axis(want, ids, -1), exact, rtol=0, atol=error)
-    total = np.logaddexp.reduce(want.astype(np.float64), -1)
+    np.testing.assert_allclose(np.take_along_axis(expected, ids, -1), exact, rtol=0, atol=error)
+    total = np.logaddexp.reduce(expected.astype(np.float64), -1)
     np.testing.assert_allclose(logsumexp, total, rtol=0, atol=rest)
     mass = 1 - np.exp(exact.astype(np.float64) - total[:, None]).sum(-1)
     np.testing.assert_allclose(tail, mass, rtol=0, atol=rest)
@@ -120,10 +120,10 @@ def test_what_is_kept_is_the_top_of_the_models_own_logits(
     ).cache
     assert cache.n_parts > 2
     assert cache.finished
-    want = model_logits(model_folder, cache)
+    expected = model_logits(model_folder, cache)
     half = options.get("dtype") == "bfloat16"
-    error = float(np.abs(want).max()) * (2.0**-8 if half else 2.0**-11) + 1e-4
-    check_top(want, computed_top(cache.topk()), K, error)
+    error = float(np.abs(expected).max()) * (2.0**-8 if half else 2.0**-11) + 1e-4
+    check_top(expected, computed_top(cache.topk()), K, error)
     assert cache.array("logits/ids").layout.stored_dtype == "<u2"
     assert verify(cache.path).ok
 
@@ -136,16 +136,16 @@ def test_full_logits_are_the_models_own(
         model_folder, texts_file, tmp_path, logits="full", dtype=dtype, pack=False
     )
     cache = answer_request(request).cache
-    want = model_logits(model_folder, cache)
+    expected = model_logits(model_folder, cache)
     error = {"auto": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2e-6}[dtype]
     got = cache.logits().compute()
-    np.testing.assert_allclose(got, want, rtol=error, atol=2e-5)
+    np.testing.assert_allclose(got, expected, rtol=error, atol=2e-5)
     stored = cache.array("logits/full")
     np.testing.assert_array_equal(stored[:], got)
     assert stored.layout.logical_dtype == ("float16" if dtype == "auto" else dtype)
     # A sum over rounded logits is as far off as they are.
-    error = error * float(np.abs(want).max()) + 2e-5
-    check_top(want, computed_top(cache.topk(3)), 3, error, rest=error)
+    error = error * float(np.abs(expected).max()) + 2e-5
+    check_top(expected, computed_top(cache.topk(3)), 3, error, rest=error)
 
 
 def test_logits_of_a_layer_are_computed_though_all_are_stored(
@@ -174,18 +174,20 @@ def test_a_bfloat16_model_keeps_finer_logits_than_its_own(
     assert cache.residual_array(3).layout.logical_dtype == "bfloat16"
     assert cache.array("logits/values").layout.logical_dtype == "float16"
     # Layer L is exact in bfloat16, so the head gives again what was kept, to float16.
-    want = cache.logits().compute()
-    check_top(want, computed_top(cache.topk()), 4, float(np.abs(want).max()) * 2.0**-11 + 1e-4)
+    expected = cache.logits().compute()
+    check_top(
+        expected, computed_top(cache.topk()), 4, float(np.abs(expected).max()) * 2.0**-11 + 1e-4
+    )
 
 
 def test_every_cache_has_a_top(
     tiny_cache: ActivationCache, cache_of_mode: dict[str, ActivationCache]
 ) -> None:
-    want = tiny_cache.logits().compute()
-    found = tiny_cache.topk()
-    assert found.ids.shape == (tiny_cache.positions, DEFAULT_TOP)
-    assert [array.dtype for array in vars(found).values()] == [np.int32, *[np.float32] * 3]
-    check_top(want, computed_top(found), DEFAULT_TOP, 1e-6)
+    expected = tiny_cache.logits().compute()
+    top = tiny_cache.topk()
+    assert top.ids.shape == (tiny_cache.positions, DEFAULT_TOP)
+    assert [array.dtype for array in vars(top).values()] == [np.int32, *[np.float32] * 3]
+    check_top(expected, computed_top(top), DEFAULT_TOP, 1e-6)
     cache = cache_of_mode[f"topk:{K}"]
     fewer, stored = computed_top(cache.topk(2)), computed_top(cache.topk())
     np.testing.assert_array_equal(fewer[0], stored[0][:, :2])
@@ -203,9 +205,9 @@ def test_a_small_tail_does_not_drown_in_rounding() -> None:
     logits[0, 7], logits[1, 3] = 60.0, 30.0
     takes = kept_logits.KeptLogits(random_head(4, 1000), "topk:1", "float16", torch.device("cpu"))
     taken = takes._tile(torch.from_numpy(logits))["logits/tail"][0][:, 0].numpy()
-    want = 999 * np.exp(-np.array([60.0, 30.0]))
-    np.testing.assert_allclose(taken, want, rtol=1e-4)
-    np.testing.assert_allclose(top_logits(logits, 1)[3], want, rtol=1e-6)
+    expected = 999 * np.exp(-np.array([60.0, 30.0]))
+    np.testing.assert_allclose(taken, expected, rtol=1e-4)
+    np.testing.assert_allclose(top_logits(logits, 1)[3], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("vocab", [60_000, 70_000])
@@ -218,9 +220,9 @@ def test_ids_beyond_the_range_of_their_sign_bit_are_kept(
     takes = kept_logits.KeptLogits(head, "topk:3", "float16", torch.device("cpu"))
     ids = takes(torch.from_numpy(hidden))["logits/ids"][0].numpy()
     assert ids.dtype == logits_arrays("topk:3", vocab, "float16")[0].dtype
-    want = np.argsort(-head.logits(hidden), -1, kind="stable")[:, :3]
-    assert want.max() > 1 << 15
-    np.testing.assert_array_equal(ids, want)
+    expected = np.argsort(-head.logits(hidden), -1, kind="stable")[:, :3]
+    assert expected.max() > 1 << 15
+    np.testing.assert_array_equal(ids, expected)
 
 
 def test_chunks_divide_parts_and_hold_a_few_megabytes() -> None:
@@ -243,20 +245,20 @@ def test_damage_is_named_and_mended(
 ) -> None:
     cache = cache_of_mode[mode]
     path = Path(shutil.copytree(cache.path, tmp_path / cache.id))
-    want = {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    expected = {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
     rows = cache.manifest.layout.part_rows
     for name in cache.logits_names:
         shard = path / "arrays.zarr" / name / cache.array(name).layout.shard_key(1)
         data = bytearray(shard.read_bytes())
         data[11] ^= 2
         shard.write_bytes(data)
-    found = verify(path).damages
-    assert {damage.array for damage in found} == set(cache.logits_names)
-    assert all(damage.start == rows for damage in found)
+    damages = verify(path).damages
+    assert {damage.array for damage in damages} == set(cache.logits_names)
+    assert all(damage.start == rows for damage in damages)
     done = repair(path)
     assert done.ok
     assert len(done.mended) == len(cache.logits_names)
-    assert {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()} == want
+    assert {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()} == expected
 
 
 @pytest.mark.parametrize("name", ["logits/ids", "logits/values", "residual/0"])
@@ -302,15 +304,15 @@ def test_more_layers_and_more_tokens_keep_the_logits(
     assert os.path.samefile(old, third.cache.path / old.relative_to(first.cache.path))
     rows = first.cache.positions
     for name in whole.target_names:
-        got, want = third.cache.array(name), whole.array(name)
-        assert got.layout == want.layout
+        got, expected = third.cache.array(name), whole.array(name)
+        assert got.layout == expected.layout
         same = second.cache.array(name).read_stored(0, rows)
         np.testing.assert_array_equal(got.read_stored(0, rows), same)
         if not name.endswith("ids"):
             order = np.argsort(third.cache.sequence_hash), np.argsort(whole.sequence_hash)
             mine, theirs = (
                 a.take(c.positions_of(o))
-                for a, c, o in zip((got, want), (third.cache, whole), order, strict=True)
+                for a, c, o in zip((got, expected), (third.cache, whole), order, strict=True)
             )
             np.testing.assert_allclose(mine, theirs, rtol=2e-3, atol=2e-3)
 
@@ -327,9 +329,9 @@ def test_a_cache_with_logits_answers_requests_for_less(
             made.id,
         )
     for mode in ("topk:10", "full"):
-        found = find_match(request_for(model_folder, texts_file, tmp_path, logits=mode))
-        assert found.answer == "miss"
-        assert found.differences == (("capture.logits", mode, "topk:9"),)
+        match = find_match(request_for(model_folder, texts_file, tmp_path, logits=mode))
+        assert match.answer == "miss"
+        assert match.differences == (("capture.logits", mode, "topk:9"),)
     assert logits_mode_covers("full", "recompute")
     assert not logits_mode_covers("full", "topk:3")  # rounded ones are no answer for float32 ranks
     assert not logits_mode_covers("recompute", "topk:3")
@@ -399,11 +401,11 @@ def test_logits_beyond_float16_are_kept_in_bfloat16_and_never_narrowed(
     narrow = request_for(large, texts_file, tmp_path / "x", logits="topk:3", dtype="float16")
     with pytest.raises(ModelError, match="logits/values reaches .* which float16 cannot hold"):
         answer_request(replace(narrow, on_error="raise"))
-    found = answer_request(narrow).cache
-    assert not np.isinf(found.array("logits/values")[:]).any()
+    narrow_cache = answer_request(narrow).cache
+    assert not np.isinf(narrow_cache.array("logits/values")[:]).any()
     too_large = np.abs(cache.array("logits/values")[:]).max(-1) > 66000
-    sequences = found.array("tokens/sequence")[:]
-    assert set(found.quarantined) >= set(sequences[too_large].tolist())
+    sequences = narrow_cache.array("tokens/sequence")[:]
+    assert set(narrow_cache.quarantined) >= set(sequences[too_large].tolist())
 
 
 @pytest.mark.parametrize("options", [{"logits": "topk:20"}, {"logits": "full"}])
@@ -412,17 +414,17 @@ def test_a_dry_run_knows_the_logits(
     model_folder: Path, texts_file: Path, tmp_path: Path, options: dict, more: dict
 ) -> None:
     request = request_for(model_folder, texts_file, tmp_path, **{**options, **more})
-    wanted = estimate_request(request)
+    estimate = estimate_request(request)
     cache = answer_request(request).cache
     for name in cache.target_names:
         folder = cache.path / "arrays.zarr" / name / "c"
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        assert wanted.arrays[name] == pytest.approx(size, rel=0.02), name
+        assert estimate.arrays[name] == pytest.approx(size, rel=0.02), name
     shards = cache.path.glob("arrays.zarr/*/*/c/**/*")
     parts = [p for p in shards if p.is_file() and p.parts[-4 - (p.name == "0")] != "tokens"]
-    assert wanted.files <= len(parts)
+    assert estimate.files <= len(parts)
     if options["logits"] == "full":
-        assert wanted.largest == "logits/full"
+        assert estimate.largest == "logits/full"
 
 
 def test_batches_of_wide_rows_are_small(
@@ -436,8 +438,8 @@ def test_batches_of_wide_rows_are_small(
     )
     cache = answer_request(request).cache
     assert cache.manifest.batch_tokens == 130
-    want = model_logits(model_folder, cache)
-    np.testing.assert_allclose(cache.logits().compute(), want, rtol=2.0**-11, atol=2e-5)
+    expected = model_logits(model_folder, cache)
+    np.testing.assert_allclose(cache.logits().compute(), expected, rtol=2.0**-11, atol=2e-5)
 
 
 def test_an_export_has_the_logits(
@@ -450,8 +452,8 @@ def test_an_export_has_the_logits(
     got = load_file(tmp_path / "st" / "logits.safetensors")
     rows = cache.positions_of(cache.sequences("test"))
     for name in cache.logits_names:
-        want = cache.array(name).take_stored(rows)
-        np.testing.assert_array_equal(got[name.partition("/")[2]], want)
+        expected = cache.array(name).take_stored(rows)
+        np.testing.assert_array_equal(got[name.partition("/")[2]], expected)
     export(cache, tmp_path / "np", format="numpy", logits=False)
     assert not list((tmp_path / "np").glob("logits.*"))
     export(cache_of_mode["full"], tmp_path / "full", format="numpy")
@@ -493,26 +495,26 @@ def test_the_measured_errors_are_the_errors(monkeypatch: pytest.MonkeyPatch) -> 
     total = np.logaddexp.reduce(own.astype(np.float64), -1, keepdims=True)
     np.put_along_axis(spread, order, values.astype(np.float16) - total, -1)
     cache_of_mode["topk:7"] = spread
-    found = measure_logits_errors(head, hidden, model, "bfloat16", lambda _: "float16", "topk:7")
+    errors = measure_logits_errors(head, hidden, model, "bfloat16", lambda _: "float16", "topk:7")
     for tile in (1, 1 << 30):
         monkeypatch.setattr(logits_error, "TILE_BYTES", tile)
         again = measure_logits_errors(
             head, hidden, model, "bfloat16", lambda _: "float16", "topk:7"
         )
         for mode, error in again.modes.items():
-            assert error.kl_mean == pytest.approx(found.modes[mode].kl_mean, rel=1e-3)
+            assert error.kl_mean == pytest.approx(errors.modes[mode].kl_mean, rel=1e-3)
     for mode, given in cache_of_mode.items():
         q = np.exp(given - np.logaddexp.reduce(given.astype(np.float64), -1, keepdims=True))
         kl = (p * (np.log(p) - np.log(q))).sum(-1)
-        error = found.modes[mode]
+        error = errors.modes[mode]
         assert error.kl_mean == pytest.approx(kl.mean(), rel=1e-3), mode
         assert error.kl_max == pytest.approx(kl.max(), rel=1e-3), mode
         assert error.flips == (given.argmax(-1) != model.argmax(-1)).sum()
-    assert found.modes["topk:7"].tail_mass == pytest.approx(tail.mean(), rel=1e-5)
-    assert found.modes["full"].bytes == 400
-    assert found.modes["topk:7"].bytes == 7 * 4 + 8
+    assert errors.modes["topk:7"].tail_mass == pytest.approx(tail.mean(), rel=1e-5)
+    assert errors.modes["full"].bytes == 400
+    assert errors.modes["topk:7"].bytes == 7 * 4 + 8
     worst = np.abs(cache_of_mode["recompute"] - model).max() / np.abs(model).max()
-    assert found.modes["recompute"].relative_error == pytest.approx(worst, rel=1e-3)
+    assert errors.modes["recompute"].relative_error == pytest.approx(worst, rel=1e-3)
 
 
 def test_a_tie_in_the_model_is_no_flip() -> None:
@@ -522,8 +524,8 @@ def test_a_tie_in_the_model_is_no_flip() -> None:
     best = model.argmax(-1)
     others = (best - 1) % 50
     np.put_along_axis(model, others[:, None], model.max(-1, keepdims=True), -1)
-    found = measure_logits_errors(head, hidden, model, "float32", lambda _: "float32")
-    assert found.modes["full"].flips == 0
+    errors = measure_logits_errors(head, hidden, model, "float32", lambda _: "float32")
+    assert errors.modes["full"].flips == 0
 
 
 @pytest.mark.parametrize(("kind", "head"), [("gemma2", "explicit"), ("opt", "program")])
@@ -537,8 +539,10 @@ def test_softcaps_and_recorded_tails_are_in_the_logits(
         request_for(folder, texts_file, tmp_path, logits="topk:3", context=32)
     ).cache
     assert cache.head.kind == head
-    want = model_logits(folder, cache)
-    check_top(want, computed_top(cache.topk()), 3, float(np.abs(want).max()) * 2.0**-11 + 1e-4)
+    expected = model_logits(folder, cache)
+    check_top(
+        expected, computed_top(cache.topk()), 3, float(np.abs(expected).max()) * 2.0**-11 + 1e-4
+    )
 
 
 def test_rows_do_not_depend_on_how_they_were_batched(model_folder: Path, tmp_path: Path) -> None:

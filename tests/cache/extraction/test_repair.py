@@ -39,15 +39,15 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    seen: list[int] = []
+    forward_tokens: list[int] = []
     original = runner.PartRunner._residuals
 
     def counting(self: runner.PartRunner, batch: Any, dtypes: Any) -> Any:
-        seen.append(int(sum(self.lengths[n] for n in batch.sequences)))
+        forward_tokens.append(int(sum(self.lengths[n] for n in batch.sequences)))
         return original(self, batch, dtypes)
 
     monkeypatch.setattr(runner.PartRunner, "_residuals", counting)
-    return seen
+    return forward_tokens
 
 
 def test_only_the_damaged_parts_are_run_again_and_give_the_same_bytes(
@@ -55,12 +55,12 @@ def test_only_the_damaged_parts_are_run_again_and_give_the_same_bytes(
 ) -> None:
     flip_byte(damaged / "arrays.zarr/residual/1/c/2/0", 4321)
     (damaged / "arrays.zarr/residual/3/c/2/0").unlink()
-    seen = count_forwards(monkeypatch)
-    done = repair(damaged)
-    assert done.ok
-    assert sorted(done.mended) == [f"arrays.zarr/residual/{n}/c/2/0" for n in (1, 3)]
+    forward_tokens = count_forwards(monkeypatch)
+    repaired = repair(damaged)
+    assert repaired.ok
+    assert sorted(repaired.mended) == [f"arrays.zarr/residual/{n}/c/2/0" for n in (1, 3)]
     assert files(damaged) == files(tiny_cache.path)
-    assert sum(seen) <= tiny_cache.manifest.layout.part_rows + 2 * 64
+    assert sum(forward_tokens) <= tiny_cache.manifest.layout.part_rows + 2 * 64
 
 
 @pytest.mark.parametrize(

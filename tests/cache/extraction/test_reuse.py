@@ -31,15 +31,15 @@ def request_for(model: Path, data: Path, root: Path, **options: Any) -> Extracti
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of every forward batch that extraction runs."""
-    seen: list[int] = []
+    forward_tokens: list[int] = []
     original = runner.PartRunner._residuals
 
     def counting(self: runner.PartRunner, batch: Any, dtypes: Any) -> Any:
-        seen.append(int(sum(self.lengths[n] for n in batch.sequences)))
+        forward_tokens.append(int(sum(self.lengths[n] for n in batch.sequences)))
         return original(self, batch, dtypes)
 
     monkeypatch.setattr(runner.PartRunner, "_residuals", counting)
-    return seen
+    return forward_tokens
 
 
 def assert_same_rows(one: ActivationCache, other: ActivationCache, rows: int) -> None:
@@ -215,9 +215,9 @@ def test_an_interrupted_extension_is_finished_and_the_old_cache_reads_on(
     assert again.layers == (1, 3)
     assert not again.finished
     np.testing.assert_array_equal(again.residual_array(1)[:], few.residual_array(1)[:])
-    done = answer_request(request_for(model_folder, texts_file, tmp_path, max_tokens=1300))
-    assert done.cache.layers == (0, 1, 2, 3)
-    assert done.status == "resumed"
+    extraction = answer_request(request_for(model_folder, texts_file, tmp_path, max_tokens=1300))
+    assert extraction.cache.layers == (0, 1, 2, 3)
+    assert extraction.status == "resumed"
 
 
 def test_neighbouring_parts_that_lack_different_layers_get_all_of_them(
@@ -228,10 +228,10 @@ def test_neighbouring_parts_that_lack_different_layers_get_all_of_them(
     answer_request(
         request_for(model_folder, texts_file, tmp_path / "root", layers=(1,), part="1/2")
     )
-    done = answer_request(request_for(model_folder, texts_file, tmp_path / "root"))
-    assert done.cache.n_parts > 2
-    assert done.cache.layers == (0, 1, 2, 3)
-    assert_same_rows(whole, done.cache, whole.positions)
+    extraction = answer_request(request_for(model_folder, texts_file, tmp_path / "root"))
+    assert extraction.cache.n_parts > 2
+    assert extraction.cache.layers == (0, 1, 2, 3)
+    assert_same_rows(whole, extraction.cache, whole.positions)
 
 
 def test_other_weights_or_capture_are_a_miss_that_says_why(
