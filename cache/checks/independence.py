@@ -91,25 +91,25 @@ class Independence:
 def measure_independence(
     stack: DecoderBlocks,
     stream: TokenStream,
-    random_ids: torch.Tensor,
+    short_ids: torch.Tensor,
     batch_tokens: int | None = None,
 ) -> Independence:
     """Run sequences of `stream` alone and together; call in inference mode.
 
-    `random_ids`: a few rows of random tokens on the model's device, `(rows, length)`, run besides.
-    `batch_tokens` bounds the batches of the extraction (default: the device's). Raises
-    `ModelError` if the model gives other residuals when it runs again, or cannot run on the
-    longest sequence.
+    `short_ids`: a few short rows of text and of random tokens, `(rows, length)` on the model's
+    device, run besides. `batch_tokens` bounds the batches of the extraction (default: the
+    device's). Raises `ModelError` if the model gives other residuals when it runs again, or cannot
+    run on the longest sequence.
     """
-    dtype, device = lowest_dtype(stack.model), random_ids.device
-    sequences = _StreamSequences(stream, random_ids)
+    dtype, device = lowest_dtype(stack.model), short_ids.device
+    sequences = _StreamSequences(stream, short_ids)
     longest = sequences.longest()
-    _check_repeats(stack, longest, random_ids[:1], dtype)
+    _check_repeats(stack, longest, short_ids[:1], dtype)
 
-    # Random sequences: of equal length, and one of half the length.
-    batch_error = _batch_error(stack, random_ids, dtype)
-    half_row = random_ids[0, : random_ids.shape[1] // 2]
-    padding_error = _padding_error(stack, [half_row, *random_ids[1:]], dtype)
+    # The short rows: of equal length, and the first row cut to half the length.
+    batch_error = _batch_error(stack, short_ids, dtype)
+    half_row = short_ids[0, : short_ids.shape[1] // 2]
+    padding_error = _padding_error(stack, [half_row, *short_ids[1:]], dtype)
 
     # Sequences of the stream that are short enough to share a batch.
     if batch_tokens is None:
@@ -124,10 +124,10 @@ def measure_independence(
             mixed = sequences.of_lengths(batch_lengths)
             padding_error = max(padding_error, _padding_error(stack, mixed, dtype))
 
-    # Later and earlier tokens replaced by others: in the random rows by each other's, in the
+    # Later and earlier tokens replaced by others: in the short rows by each other's, in the
     # longest sequence by random ones.
     replacements = [
-        (random_ids, torch.roll(random_ids, 1, 0)),
+        (short_ids, torch.roll(short_ids, 1, 0)),
         (longest, sequences.random_tokens(longest.shape)),
     ]
     causal = all(_is_causal(stack, ids, other_ids, dtype) for ids, other_ids in replacements)
@@ -208,10 +208,10 @@ def _mixed_batches(lengths: list[int]) -> Iterator[list[int]]:
 class _StreamSequences:
     """Token ids of a stream's sequences, on the device; random ids fill up rows of one length."""
 
-    def __init__(self, stream: TokenStream, random_ids: torch.Tensor) -> None:
+    def __init__(self, stream: TokenStream, short_ids: torch.Tensor) -> None:
         self._stream = stream
-        self._device = random_ids.device
-        self._vocabulary = random_ids.unique().cpu().numpy()
+        self._device = short_ids.device
+        self._vocabulary = short_ids.unique().cpu().numpy()
         self._rng = np.random.default_rng(1)
 
     def longest(self) -> torch.Tensor:
@@ -232,7 +232,7 @@ class _StreamSequences:
         return [self._row(number)[0] for number in numbers]
 
     def random_tokens(self, shape: Sequence[int]) -> torch.Tensor:
-        """Tokens among the random ids, which leave out the padding token that the model masks."""
+        """Random tokens among those of the short rows, which lack a padding token to be masked."""
         return torch.from_numpy(self._rng.choice(self._vocabulary, tuple(shape))).to(self._device)
 
     def _row(self, number: int) -> torch.Tensor:

@@ -192,7 +192,7 @@ def recheck_model(model: torch.nn.Module, cache: ActivationCache) -> DecoderBloc
 
 
 def independence_of(stack: DecoderBlocks, stream: TokenStream, batch_tokens: int) -> Independence:
-    """`measure_independence` for the sequences of `stream`, with random tokens made here."""
+    """`measure_independence` for the sequences of `stream` and the check tokens."""
     model = stack.model
     device = next(model.parameters()).device
     with torch.inference_mode(), _memory_errors_of_checks(model, int(stream.lengths.max())):
