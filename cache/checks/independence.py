@@ -232,7 +232,7 @@ class _StreamSequences:
         return [self._row(number)[0] for number in numbers]
 
     def random_tokens(self, shape: Sequence[int]) -> torch.Tensor:
-        """Random tokens among those of the short rows, which lack a padding token to be masked."""
+        """Random tokens from the ids of the short rows, which leave out a masked padding token."""
         return torch.from_numpy(self._rng.choice(self._vocabulary, tuple(shape))).to(self._device)
 
     def _row(self, number: int) -> torch.Tensor:
@@ -369,7 +369,7 @@ def _padding_error(
 def _is_causal(
     stack: DecoderBlocks, ids: torch.Tensor, other_ids: torch.Tensor, dtype: torch.dtype
 ) -> bool:
-    """Whether no layer changes before a position from which tokens are those of `other_ids`."""
+    """Whether layers stay the same before a position where tokens of `other_ids` begin."""
     length, limit = ids.shape[1], REPEAT_TOLERANCE.get(dtype, 1e-5)
     layers = stack.residuals(ids)
     for start in sorted({length // 3, 2 * length // 3, length - 1} - {0}):
@@ -387,7 +387,7 @@ def _is_causal(
 def _is_embedding(
     stack: DecoderBlocks, ids: torch.Tensor, other_ids: torch.Tensor, dtype: torch.dtype
 ) -> bool:
-    """Whether layer 0 of the second half stays the same if the first half is `other_ids`'."""
+    """Whether layer 0 stays the same in the second half when the first half is `other_ids`."""
     middle, limit = ids.shape[1] // 2, REPEAT_TOLERANCE.get(dtype, 1e-5)
     layer_0 = stack.residuals(ids)[0]
     changed_layer_0 = stack.residuals(torch.cat([other_ids[:, :middle], ids[:, middle:]], 1))[0]

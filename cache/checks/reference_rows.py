@@ -36,7 +36,7 @@ def save_reference_rows(stack: "DecoderBlocks", stream: TokenStream, folder: Pat
 
 
 def compute_reference_rows(stack: "DecoderBlocks", folder: Path) -> float | None:
-    """Compute the reference rows again; largest difference from the stored ones.
+    """Compute the reference rows again; largest difference from the stored rows.
 
     The difference is relative to the largest |value| of the layer. None without stored rows.
     """

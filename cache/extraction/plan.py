@@ -100,7 +100,7 @@ class ExtractionPlan:
         )
 
     def shortened(self, max_bytes: int) -> "ExtractionPlan":
-        """The plan with the longest beginning of the stream whose cache has `max_bytes`.
+        """The plan with the longest beginning of the stream that fits into `max_bytes`.
 
         The beginning ends with a whole sequence. Raises `UsageError` if even the first sequence
         takes more.

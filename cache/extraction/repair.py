@@ -101,7 +101,7 @@ def _is_of_part(damage: Damage) -> bool:
 
 
 def _copy_array_metadata(path: Path, damages: tuple[Damage, ...]) -> list[str]:
-    """Copy damaged `zarr.json` files from arrays whose file has the same digest; names of both."""
+    """Restore damaged `zarr.json` files from an equal file of another array; restored names."""
     _, digests = Journal(path / "journal").base()
     mended = []
     for name in dict.fromkeys(d.file for d in damages if d.file.endswith("/zarr.json")):
@@ -119,7 +119,7 @@ def _copy_array_metadata(path: Path, damages: tuple[Damage, ...]) -> list[str]:
 def _make_array_metadata(
     path: Path, manifest: Manifest, damages: tuple[Damage, ...], mended: list[str]
 ) -> list[str]:
-    """Make the `zarr.json` files that are damaged and not `mended`; names of the restored ones.
+    """Make damaged `zarr.json` files anew, except the `mended` ones; restored names.
 
     The stored dtype of an array stands only in the damaged file, so each dtype is tried until the
     digest agrees.
@@ -147,9 +147,10 @@ def _copy_file(source: Path, target: Path) -> None:
 def _load_model(
     path: Path, manifest: Manifest, model: str | None, device: str, trust_remote_code: bool
 ) -> tuple[ModelSource, "torch.nn.Module"]:
-    """Find and load the model of the cache; raises if it is another, or needs `trust_remote_code`.
+    """Find and load the model of the cache.
 
-    `model` overrides the folder or hub id that the cache remembers.
+    `model` overrides the folder or hub id that the cache remembers. Raises `MismatchError` for
+    another model, `ModelError` if no model is found or its code needs `trust_remote_code`.
     """
     from ..model.load_model import choose_device, load_model
 
@@ -181,7 +182,7 @@ def _mend_head(
     manifest: Manifest,
     damages: list[Damage],
 ) -> list[str]:
-    """Save damaged files of `head/` from the model again; names of the restored ones.
+    """Save damaged files of `head/` from the model again; restored names.
 
     A file is replaced only by one with the recorded digest.
     """

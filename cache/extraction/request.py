@@ -69,7 +69,7 @@ class ExtractionRequest:
     device: str = "auto"
     """Device of the model: auto, cpu, cuda, cuda:1, mps."""
     batch_tokens: int | None = None
-    """Tokens of one forward batch; default 4096 on CPU, on GPU what fits, at most 32768."""
+    """Tokens of one forward batch; default 4096 on CPU, on GPU as many as fit, to 32768."""
     part_positions: int | None = None
     """Positions of a part, the unit of commit and resume; default by size, 24-48 MiB per layer."""
     part: str | None = None

@@ -1,4 +1,4 @@
-"""The identity of the cache that a request asks for, and the cache under the root that has it.
+"""The identity of a requested cache, and the search for a matching cache under the root.
 
 A cache with more layers or more tokens than requested also answers the request.
 `answer_request.py` calls `read_stream`, `wanted_cache` and `match_cache` in this order; none of
