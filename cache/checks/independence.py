@@ -1,12 +1,13 @@
-"""Measures what a sequence's residual stream depends on besides its own tokens: padding, the batch.
+"""Measures whether residual streams depend on padding, other sequences or later tokens.
 
-Sequences of the stream go through the model alone, and in batches as `batches.py` would form them:
-the longest with the shortest, and with those around every constant of the configuration, where
-windows, chunks, sparse attention and rotary frequencies switch. What is found holds for lengths up
-to the longest that was run; a stream with longer sequences is measured again.
+Sequences of the token stream run through the model alone and in batches as `forward/batches.py`
+forms them: the longest with the shortest, and with the lengths around every constant of the model's
+configuration, where windows, chunks, sparse attention and rotary frequencies switch. The result
+holds for lengths up to the longest that was run; a stream with longer sequences is measured again.
+`model_checks.py` calls `measure_independence`; the manifest keeps the result as rules of batches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,11 @@ from ..model.memory import is_out_of_memory
 from ..tokens.token_stream import TokenStream
 
 CHECK_TOKENS = 4096
-"""Tokens of a batch of these checks, two sequences at least."""
+"""Most tokens of a batch of these checks, or two sequences if these are longer."""
 CHECKED_LENGTHS = 12
-"""Different lengths that are run at most."""
+"""Most different lengths that are run."""
 EQUAL_ROWS = 8
-"""Sequences of equal length that are run together at most."""
+"""Most sequences of equal length that are run together."""
 SHARING_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest relative change of a row by padding, or by the other rows of its batch, per dtype of the
 model. Beyond it lengths are kept apart, or every sequence runs alone."""
@@ -33,12 +34,15 @@ REPEAT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e
 """Largest relative change of a residual by later tokens, or by running again: the shapes are the
 same, so even rounding hardly differs."""
 QUIET_ROW = 1e-3
-"""Share of the median row's norm below which a row's change is measured against that instead."""
+"""Share of the median row norm that divides the change of rows with a smaller norm."""
+
+Layers = list[torch.Tensor]
+"""Residual streams of layers 0 to L, each `(rows, length, d_model)`."""
 
 
 @dataclass(frozen=True)
 class Independence:
-    """What the residual stream of a row was found to depend on."""
+    """Measured dependence of a sequence's residual stream on everything but its earlier tokens."""
 
     padding_error: float
     """Largest relative change of a row when its sequence is padded beside a longer one."""
@@ -47,10 +51,11 @@ class Independence:
     causal: bool
     """False if a later token changes an earlier residual."""
     embedding: bool
-    """Whether layer 0 follows from its own token: False if something mixes before the blocks."""
+    """Whether layer 0 depends on its own token alone; False if positions mix before the blocks."""
     choice: str | None
-    """How the model chooses some of all positions by their scores, such as `topk 16 of 64`; equal
-    scores then fall this way or that with the shape of the batch. None if it does not."""
+    """A choice of positions by score inside the model, such as `topk 16 of 64`, None without.
+
+    Equal scores are then broken differently for another shape of the batch."""
     longest: int
     """Tokens of the longest sequence that was run."""
     limit: float
@@ -67,9 +72,10 @@ class Independence:
         return self.choice is not None or not self.batch_error <= self.limit
 
     def contradiction(self, pad: bool, alone: bool, slack: float = 4.0) -> str | None:
-        """Why rows that ran with `pad` and `alone` are not those of the sequences alone, or None.
+        """The reason why a cache made with `pad` and `alone` has wrong rows, None if it has not.
 
-        `slack` is allowed for the rounding of another machine.
+        Rows are wrong if they differ from those of sequences that run alone, by more than `slack`
+        times the limit, which allows for the rounding of another machine.
         """
         if alone:
             return None
@@ -83,138 +89,166 @@ class Independence:
 
 
 def measure_independence(
-    stack: DecoderBlocks, stream: TokenStream, fresh: torch.Tensor, batch_tokens: int | None = None
+    stack: DecoderBlocks,
+    stream: TokenStream,
+    short_ids: torch.Tensor,
+    batch_tokens: int | None = None,
 ) -> Independence:
-    """Run sequences of `stream` alone and together; to be called in inference mode.
+    """Run sequences of `stream` alone and together; call in inference mode.
 
-    `fresh`: a few rows of random tokens, `(rows, length)`, run besides. `batch_tokens` bounds the
-    batches of the extraction (default: the device's). Raises `ModelError` if the model gives other
-    residuals when it runs again, or cannot run on the longest sequence.
+    `short_ids`: a few short rows of text and of random tokens, `(rows, length)` on the model's
+    device, run besides. `batch_tokens` bounds the batches of the extraction (default: the
+    device's). Raises `ModelError` if the model gives other residuals when it runs again, or cannot
+    run on the longest sequence.
     """
-    dtype, device = lowest_dtype(stack.model), fresh.device
-    real = _Sequences(stream, fresh)
-    longest = real.longest()
-    _check_repeats(stack, longest, fresh[:1], dtype)
+    dtype, device = lowest_dtype(stack.model), short_ids.device
+    sequences = _StreamSequences(stream, short_ids)
+    longest = sequences.longest()
+    _check_repeats(stack, longest, short_ids[:1], dtype)
+
+    # The short rows: of equal length, and the first row cut to half the length.
+    batch_error = _batch_error(stack, short_ids, dtype)
+    half_row = short_ids[0, : short_ids.shape[1] // 2]
+    padding_error = _padding_error(stack, [half_row, *short_ids[1:]], dtype)
+
+    # Sequences of the stream that are short enough to share a batch.
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS["cpu" if device.type == "cpu" else "gpu"]
-    batch_error = _batch_error(stack, fresh, dtype)
-    padding_error = _padding_error(stack, list(_half(fresh)), dtype)
-    shared = np.unique(stream.lengths[stream.lengths <= batch_tokens // 2])
-    if len(shared):  # longer ones run alone anyway
-        rows = max(2, min(EQUAL_ROWS, CHECK_TOKENS // int(shared[-1])))
-        together = real.of_length(int(shared[-1]), rows)
-        batch_error = max(batch_error, _batch_error(stack, together, dtype))
-        for batch in _mixed_batches(choose_lengths(shared, _constants(stack.model))):
-            padding_error = max(padding_error, _padding_error(stack, real.of_lengths(batch), dtype))
-    other = real.random_tokens(longest.shape)
-    roll = torch.roll(fresh, 1, 0)
+    lengths = np.unique(stream.lengths[stream.lengths <= batch_tokens // 2])
+    if len(lengths):
+        rows = max(2, min(EQUAL_ROWS, CHECK_TOKENS // int(lengths[-1])))
+        equal_ids = sequences.of_length(int(lengths[-1]), rows)
+        batch_error = max(batch_error, _batch_error(stack, equal_ids, dtype))
+        checked_lengths = choose_lengths(lengths, _configuration_integers(stack.model))
+        for batch_lengths in _mixed_batches(checked_lengths):
+            mixed = sequences.of_lengths(batch_lengths)
+            padding_error = max(padding_error, _padding_error(stack, mixed, dtype))
+
+    # Later and earlier tokens replaced by others: in the short rows by each other's, in the
+    # longest sequence by random ones.
+    replacements = [
+        (short_ids, torch.roll(short_ids, 1, 0)),
+        (longest, sequences.random_tokens(longest.shape)),
+    ]
+    causal = all(_is_causal(stack, ids, other_ids, dtype) for ids, other_ids in replacements)
+    embedding = all(_is_embedding(stack, ids, other_ids, dtype) for ids, other_ids in replacements)
     return Independence(
-        padding_error,
-        batch_error,
-        _is_causal(stack, fresh, roll, dtype) and _is_causal(stack, longest, other, dtype),
-        _is_embedding(stack, fresh, roll, dtype) and _is_embedding(stack, longest, other, dtype),
-        _choice_among_positions(stack, longest),
-        longest.shape[1],
-        SHARING_TOLERANCE.get(dtype, 1e-4),
+        padding_error=padding_error,
+        batch_error=batch_error,
+        causal=causal,
+        embedding=embedding,
+        choice=_choice_among_positions(stack, longest),
+        longest=longest.shape[1],
+        limit=SHARING_TOLERANCE.get(dtype, 1e-4),
     )
 
 
 def lowest_dtype(model: torch.nn.Module) -> torch.dtype:
-    """The lowest precision among the weights of the model; packed ones (float8) do not count."""
-    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    running = [dtype for dtype in found if dtype.itemsize > 1]
-    return max(running, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+    """The dtype of lowest precision among the weights; packed weights (float8) do not count."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    compute_dtypes = [dtype for dtype in dtypes if dtype.itemsize > 1]
+    return max(compute_dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def choose_lengths(lengths: np.ndarray, constants: list[int]) -> list[int]:
-    """At most `CHECKED_LENGTHS` of the ascending `lengths`: the ends, the last up to each constant
-    and the first beyond it, and quantiles."""
-    chosen = [int(lengths[-1]), int(lengths[0])]
+    """At most `CHECKED_LENGTHS` of the ascending `lengths`, longest first.
+
+    The shortest and the longest, the last length up to each of `constants` and the first beyond
+    the constant, and quantiles.
+    """
+    candidates = [int(lengths[-1]), int(lengths[0])]
     for constant in constants:
-        place = int(np.searchsorted(lengths, constant, side="right"))
-        if 0 < place < len(lengths):
-            chosen += [int(lengths[place - 1]), int(lengths[place])]
+        index = int(np.searchsorted(lengths, constant, side="right"))
+        if 0 < index < len(lengths):
+            candidates += [int(lengths[index - 1]), int(lengths[index])]
     quantiles = [int(lengths[int(q * (len(lengths) - 1))]) for q in (0.5, 0.25, 0.75)]
-    most = CHECKED_LENGTHS - len(quantiles)
-    return sorted({*list(dict.fromkeys(chosen))[:most], *quantiles}, reverse=True)
+    limit = CHECKED_LENGTHS - len(quantiles)
+    return sorted({*list(dict.fromkeys(candidates))[:limit], *quantiles}, reverse=True)
+
+
+def _configuration_integers(model: Any) -> list[int]:
+    """Integers above 1 in the model's configuration, nested ones included, largest first.
+
+    Windows, chunk sizes and limits of positions are among them.
+    """
+    config = getattr(model, "config", None)
+    integers: set[int] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, bool):
+            return
+        if isinstance(value, int) and value > 1:
+            integers.add(value)
+        elif isinstance(value, dict):
+            for item in value.values():
+                collect(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                collect(item)
+
+    collect(config.to_dict() if config is not None and hasattr(config, "to_dict") else {})
+    return sorted(integers, reverse=True)
 
 
 def _mixed_batches(lengths: list[int]) -> Iterator[list[int]]:
-    """Batches of different `lengths`, which fall: each begins with its longest.
+    """Batches of the falling `lengths`, each with its longest first.
 
-    All of them stand beside the longest; the shorter half also beside its own longest, because a
-    model may switch at a width between.
+    Every length runs beside the longest of all. The shorter half also runs beside its own longest,
+    because a model may switch at a width between.
     """
     for first in (0, len(lengths) // 2):
-        rest = lengths[first + 1 :]
+        shorter = lengths[first + 1 :]
         rows = max(1, CHECK_TOKENS // lengths[first] - 1)
-        for start in range(0, len(rest), rows):
-            yield [lengths[first], *rest[start : start + rows]]
+        for start in range(0, len(shorter), rows):
+            yield [lengths[first], *shorter[start : start + rows]]
         if len(lengths) < 4:
             return
 
 
-class _Sequences:
-    """Rows of token ids on the device: the stream's own, and random ones where it has too few."""
+class _StreamSequences:
+    """Token ids of a stream's sequences, on the device; random ids fill up rows of one length."""
 
-    def __init__(self, stream: TokenStream, fresh: torch.Tensor) -> None:
+    def __init__(self, stream: TokenStream, short_ids: torch.Tensor) -> None:
         self._stream = stream
-        self._device = fresh.device
-        self._tokens = fresh.unique().cpu().numpy()
+        self._device = short_ids.device
+        self._vocabulary = short_ids.unique().cpu().numpy()
         self._rng = np.random.default_rng(1)
 
     def longest(self) -> torch.Tensor:
-        """`(1, length)`."""
+        """The longest sequence, `(1, length)`."""
         return self._row(int(np.argmax(self._stream.lengths)))
 
     def of_length(self, length: int, rows: int) -> torch.Tensor:
-        """Sequences of one length, `(rows, length)`."""
+        """Sequences of one length, filled up with random ones, `(rows, length)`."""
         numbers = np.flatnonzero(self._stream.lengths == length)[:rows]
-        found = [self._row(int(number)) for number in numbers]
-        more = rows - len(found)
-        return torch.cat([*found, self.random_tokens((more, length))]) if more else torch.cat(found)
+        sequences = [self._row(int(number)) for number in numbers]
+        if len(sequences) < rows:
+            sequences.append(self.random_tokens((rows - len(sequences), length)))
+        return torch.cat(sequences)
 
     def of_lengths(self, lengths: list[int]) -> list[torch.Tensor]:
         """One sequence of each length, `(length,)`."""
         numbers = [int(np.flatnonzero(self._stream.lengths == length)[0]) for length in lengths]
         return [self._row(number)[0] for number in numbers]
 
-    def random_tokens(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Tokens among those of the random rows, which leave out what the model masks by its id."""
-        return torch.from_numpy(self._rng.choice(self._tokens, tuple(shape))).to(self._device)
+    def random_tokens(self, shape: Sequence[int]) -> torch.Tensor:
+        """Random tokens from the ids of the short rows, which leave out a masked padding token."""
+        return torch.from_numpy(self._rng.choice(self._vocabulary, tuple(shape))).to(self._device)
 
     def _row(self, number: int) -> torch.Tensor:
         ids = self._stream.sequence(number).astype(np.int64)
         return torch.from_numpy(ids)[None].to(self._device)
 
 
-def _constants(model: Any) -> list[int]:
-    """Integers of the configuration and of its parts, ascending: windows, chunks, limits."""
-    config = getattr(model, "config", None)
-    found: set[int] = set()
+def row_change(reference: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> float:
+    """Relative change of `rows` from `reference`, both `(..., d_model)`, per row.
 
-    def collect(value: Any) -> None:
-        if isinstance(value, bool):
-            return
-        if isinstance(value, int) and value > 1:
-            found.add(value)
-        for inner in value.values() if isinstance(value, dict) else ():
-            collect(inner)
-        for inner in value if isinstance(value, list | tuple) else ():
-            collect(inner)
-
-    collect(config.to_dict() if config is not None and hasattr(config, "to_dict") else {})
-    return sorted(found, reverse=True)
-
-
-def row_change(one: torch.Tensor, many: torch.Tensor, dtype: torch.dtype) -> float:
-    """Relative change of rows `(..., d_model)`: |many - one| over |one|, in the Euclidean norm.
-
-    The largest of all rows in float32; in half precision, where a router of experts may tip over
-    rounding, the root of the mean square. A change of one row among many is not hidden by a few
-    rows of huge values.
+    The change of a row is |row - reference| over |reference|, in the Euclidean norm. In float32
+    the largest change of all rows is returned; in half precision, where a router of experts may
+    tip over rounding, the root of the mean square. Changes are relative to each row, so a few rows
+    of huge values do not hide the others. Infinite if other rows are finite than in `reference`.
     """
-    a, b = one.float().flatten(0, -2), many.float().flatten(0, -2)
+    a, b = reference.float().flatten(0, -2), rows.float().flatten(0, -2)
     finite = a.isfinite().all(-1)
     if not bool((finite == b.isfinite().all(-1)).all()):
         return float("inf")
@@ -222,32 +256,38 @@ def row_change(one: torch.Tensor, many: torch.Tensor, dtype: torch.dtype) -> flo
     if not len(a):
         return 0.0
     norms = a.norm(dim=-1)
-    change = (b - a).norm(dim=-1) / norms.clamp_min(max(QUIET_ROW * float(norms.median()), 1e-30))
+    smallest_norm = max(QUIET_ROW * float(norms.median()), 1e-30)
+    change = (b - a).norm(dim=-1) / norms.clamp_min(smallest_norm)
     if torch.finfo(dtype).bits < 32:
         return float(change.square().mean().sqrt())
     return float(change.max())
 
 
-def _worst(pairs: Iterator[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> float:
-    return max(row_change(one, many, dtype) for one, many in pairs)
+def _largest_change(
+    reference: Iterable[torch.Tensor], layers: Iterable[torch.Tensor], dtype: torch.dtype
+) -> float:
+    """The largest `row_change` of all layers."""
+    return max(row_change(a, b, dtype) for a, b in zip(reference, layers, strict=True))
 
 
 def _check_repeats(
     stack: DecoderBlocks, longest: torch.Tensor, short: torch.Tensor, dtype: torch.dtype
 ) -> None:
-    """Refuse a model that gives other residuals for the same tokens, again or after others.
+    """Refuse a model that gives other residuals for the same tokens when it runs again.
 
-    The shorter one runs first: a model may remember the longest sequence that it has read.
+    `longest` and its first three quarters run twice, `short` between: a model may remember the
+    longest sequence that it has read.
     """
-    middle = longest[:, : max(1, 3 * longest.shape[1] // 4)]
-    first = [_run_or_refuse(stack, ids) for ids in (middle, longest)]
+    prefix = longest[:, : max(1, 3 * longest.shape[1] // 4)]
+    first_layers = [_run_or_refuse(stack, ids) for ids in (prefix, longest)]
     stack.residuals(short)
-    for ids, before in zip((middle, longest), first, strict=True):
-        refuse_difference(stack.model, ids, _worst(_pairs(before, stack.residuals(ids)), dtype))
+    for ids, layers in zip((prefix, longest), first_layers, strict=True):
+        change = _largest_change(layers, stack.residuals(ids), dtype)
+        refuse_difference(stack.model, ids, change)
 
 
 def refuse_difference(model: torch.nn.Module, ids: torch.Tensor, change: float) -> None:
-    """Refuse a model that gave other numbers, by the relative `change`, for the same tokens."""
+    """Raise `ModelError` if two runs on `ids` differ by more than rounding, a relative `change`."""
     if not change <= REPEAT_TOLERANCE.get(lowest_dtype(model), 1e-5):
         raise ModelError(
             f"{type(model).__name__} is not deterministic: run twice on the same {ids.shape[1]} "
@@ -255,8 +295,8 @@ def refuse_difference(model: torch.nn.Module, ids: torch.Tensor, change: float) 
         )
 
 
-def _run_or_refuse(stack: DecoderBlocks, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Residuals of `ids`; refuses a model that cannot read as many tokens."""
+def _run_or_refuse(stack: DecoderBlocks, ids: torch.Tensor) -> Layers:
+    """Residuals of `ids`; raises `ModelError` if the model cannot read as many tokens."""
     try:
         return stack.residuals(ids)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
@@ -270,123 +310,136 @@ def _run_or_refuse(stack: DecoderBlocks, ids: torch.Tensor) -> list[torch.Tensor
 
 
 def _batch_error(stack: DecoderBlocks, ids: torch.Tensor, dtype: torch.dtype) -> float:
-    """Relative change of the rows of `ids` by each other; 1 if they do not fit together."""
+    """Relative change of the rows of `ids` by each other; 1 if they do not fit into memory."""
     try:
-        together = stack.residuals(ids)
+        batch_layers = stack.residuals(ids)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return 1.0
-    return max(
-        _worst(((a[0], b[row]) for a, b in _pairs(stack.residuals(ids[row : row + 1]), together)),
-               dtype)
-        for row in range(len(ids))
-    )  # fmt: skip
+    changes = []
+    for row in range(len(ids)):
+        single_layers = stack.residuals(ids[row : row + 1])
+        changes.append(
+            _largest_change(
+                (layer[0] for layer in single_layers),
+                (layer[row] for layer in batch_layers),
+                dtype,
+            )
+        )
+    return max(changes)
 
 
 def _padding_error(
     stack: DecoderBlocks, sequences: list[torch.Tensor], dtype: torch.dtype
 ) -> float:
-    """Relative change of `sequences` when they run together, the shorter ones padded."""
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    ids = ids.to(sequences[0])
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence
+    """Relative change of the rows of `sequences` in one batch, the shorter ones padded.
+
+    1 if the model takes no attention mask, or memory runs out: then only equal lengths may share
+    a batch.
+    """
     if len(sequences) < 2:
         return 0.0
+
+    # Right-padded with token 0, and masked.
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    padded_ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
+    mask = (torch.arange(padded_ids.shape[1]) < lengths[:, None]).long()
+    padded_ids = padded_ids.to(sequences[0])
+    for row, ids in enumerate(sequences):
+        padded_ids[row, : len(ids)] = ids
     try:
-        together = stack.residuals(ids, mask.to(ids.device))
+        batch_layers = stack.residuals(padded_ids, mask.to(padded_ids.device))
     except (TypeError, ValueError, RuntimeError, MemoryError):
-        return 1.0  # the model takes no such mask, or memory ran out: equal lengths only
-    worst = 0.0
-    for row, sequence in enumerate(sequences):
-        alone = stack.residuals(sequence[None])
-        pairs = ((a[0], b[row, : len(sequence)]) for a, b in _pairs(alone, together))
-        worst = max(worst, _worst(pairs, dtype))
-    return worst
+        return 1.0
 
-
-def _pairs(one: list, other: list) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    return zip(one, other, strict=True)
-
-
-def _half(ids: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The first row of `ids` cut in half, and the others."""
-    yield ids[0, : ids.shape[1] // 2]
-    yield from ids[1:]
+    changes = []
+    for row, ids in enumerate(sequences):
+        single_layers = stack.residuals(ids[None])
+        changes.append(
+            _largest_change(
+                (layer[0] for layer in single_layers),
+                (layer[row, : len(ids)] for layer in batch_layers),
+                dtype,
+            )
+        )
+    return max(0.0, *changes)
 
 
 def _is_causal(
-    stack: DecoderBlocks, ids: torch.Tensor, other: torch.Tensor, dtype: torch.dtype
+    stack: DecoderBlocks, ids: torch.Tensor, other_ids: torch.Tensor, dtype: torch.dtype
 ) -> bool:
-    """Whether tokens of `other` from some position on leave all layers before it as they are."""
+    """Whether layers stay the same before a position where tokens of `other_ids` begin."""
     length, limit = ids.shape[1], REPEAT_TOLERANCE.get(dtype, 1e-5)
-    before = stack.residuals(ids)
+    layers = stack.residuals(ids)
     for start in sorted({length // 3, 2 * length // 3, length - 1} - {0}):
-        after = stack.residuals(torch.cat([ids[:, :start], other[:, start:]], 1))
-        if (
-            not _worst(((a[:, :start], b[:, :start]) for a, b in _pairs(before, after)), dtype)
-            <= limit
-        ):
+        changed_layers = stack.residuals(torch.cat([ids[:, :start], other_ids[:, start:]], 1))
+        change = _largest_change(
+            (layer[:, :start] for layer in layers),
+            (layer[:, :start] for layer in changed_layers),
+            dtype,
+        )
+        if not change <= limit:
             return False
     return True
 
 
 def _is_embedding(
-    stack: DecoderBlocks, ids: torch.Tensor, other: torch.Tensor, dtype: torch.dtype
+    stack: DecoderBlocks, ids: torch.Tensor, other_ids: torch.Tensor, dtype: torch.dtype
 ) -> bool:
-    """Whether other tokens before some position leave layer 0 from there on as it is."""
+    """Whether layer 0 stays the same in the second half when the first half is `other_ids`."""
     middle, limit = ids.shape[1] // 2, REPEAT_TOLERANCE.get(dtype, 1e-5)
-    before = stack.residuals(ids)[0]
-    after = stack.residuals(torch.cat([other[:, :middle], ids[:, middle:]], 1))[0]
-    return row_change(before[:, middle:], after[:, middle:], dtype) <= limit
+    layer_0 = stack.residuals(ids)[0]
+    changed_layer_0 = stack.residuals(torch.cat([other_ids[:, :middle], ids[:, middle:]], 1))[0]
+    return row_change(layer_0[:, middle:], changed_layer_0[:, middle:], dtype) <= limit
 
 
-class _Choices(TorchDispatchMode):
-    """Notes where floating-point scores are sorted or cut to the largest."""
+def _choice_among_positions(stack: DecoderBlocks, longest: torch.Tensor) -> str | None:
+    """The first choice of positions by score, as `<operation> <taken> of <scores>`, or None.
+
+    A choice is one of positions if the number of scores changes with the length of the sequence;
+    the number of experts does not.
+    """
+    shorter = longest[:, : longest.shape[1] - max(1, longest.shape[1] // 4)]
+    if not shorter.shape[1]:
+        return None
+    choices_of_runs = []
+    for ids in (longest, shorter):
+        with _ScoreChoices() as recorder:
+            stack.residuals(ids)
+        choices_of_runs.append(recorder.choices)
+    longest_choices, shorter_choices = choices_of_runs
+    constant_sizes = {(name, size) for name, size, _ in shorter_choices}
+    for name, size, taken in sorted(longest_choices):
+        if taken < size and (name, size) not in constant_sizes:
+            return f"{name} {taken} of {size}"
+    return None
+
+
+class _ScoreChoices(TorchDispatchMode):
+    """Records operations that sort floating-point scores or take the largest ones."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[tuple[str, int, int]] = set()
-        """Name of the operation, scores, and how many of them are taken."""
+        self.choices: set[tuple[str, int, int]] = set()
+        """Name of the operation, number of scores, number of scores that are taken."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__ if hasattr(func, "overloadpacket") else ""
         if name in ("topk", "kthvalue", "sort", "argsort", "argmax"):
-            self._note(name, args, kwargs)
+            self._record(name, args, kwargs)
         return func(*args, **kwargs)
 
-    def _note(self, name: str, args: Any, kwargs: Any) -> None:
+    def _record(self, name: str, args: Any, kwargs: Any) -> None:
         scores = args[0]
         if not (isinstance(scores, torch.Tensor) and scores.is_floating_point() and scores.ndim):
             return
-        counted = name in ("topk", "kthvalue")
-        place = 2 if counted else 1
-        found = args[place] if len(args) > place else kwargs.get("dim", -1)
-        dim = found if isinstance(found, int) and not isinstance(found, bool) else -1
-        size = int(scores.shape[dim])
-        taken = int(args[1] if counted and len(args) > 1 else kwargs.get("k", 1))
-        self.found.add((name, size, taken if counted else 1))
-
-
-def _choice_among_positions(stack: DecoderBlocks, longest: torch.Tensor) -> str | None:
-    """The first choice of some of all positions, as `<operation> <taken> of <scores>`.
-
-    Scores of positions are those whose number changes with the length; experts' does not.
-    """
-    shorter = longest[:, : longest.shape[1] - max(1, longest.shape[1] // 4)]
-    if not shorter.shape[1]:
-        return None
-    runs = []
-    for ids in (longest, shorter):
-        with _Choices() as choices:
-            stack.residuals(ids)
-        runs.append(choices.found)
-    sizes = {(name, size) for name, size, _ in runs[1]}
-    for name, size, taken in sorted(runs[0]):
-        if taken < size and (name, size) not in sizes:
-            return f"{name} {taken} of {size}"
-    return None
+        # Signatures: topk(scores, k, dim), kthvalue(scores, k, dim); the others (scores, dim).
+        takes_k = name in ("topk", "kthvalue")
+        dim_index = 2 if takes_k else 1
+        dim_argument = args[dim_index] if len(args) > dim_index else kwargs.get("dim", -1)
+        is_index = isinstance(dim_argument, int) and not isinstance(dim_argument, bool)
+        size = int(scores.shape[dim_argument if is_index else -1])
+        k = int(args[1] if takes_k and len(args) > 1 else kwargs.get("k", 1))
+        self.choices.add((name, size, k if takes_k else 1))

@@ -1,4 +1,9 @@
-"""Checks before anything is written: does the head reproduce the model, do rows stand alone?"""
+"""Checks of a model before a row is stored: its blocks and head are found and measured.
+
+A cache can hold a model if a head on layer L gives the model's logits, and if the residual stream
+of a sequence does not depend on other sequences. `check_model` measures both on a few sequences;
+`extraction/prepare.py` calls it for a new cache, `recheck_model` is for a cache to be continued.
+"""
 
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -31,33 +36,38 @@ from .independence import (
 from .logits_error import LogitsErrors, measure_logits_errors
 
 ROWS = 4
+"""Sequences of a batch of check tokens."""
 LENGTH = 48
-FIRST = 8
+"""Tokens of each of these sequences."""
+HELD_OUT_ROWS, HELD_OUT_LENGTH = 3, LENGTH - 11
+"""Shape of the held-out batch: another number of sequences, another length."""
+FIRST_TOKENS = 8
 """Tokens that a model reads before all others, and again at the end."""
 
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What a few sequences showed of the model."""
+    """Blocks and head of a model, and the measurements of a few sequences."""
 
     stack: DecoderBlocks
+    """The decoder blocks."""
     head: Head
     tensors: dict[str, torch.Tensor]
     """The head's tensors in the model's own dtype."""
     head_error: float
-    """Largest |head(layer L) - logits| over the largest |logit|, on other tokens."""
+    """Largest |head(layer L) - logits| over the largest |logit|, on held-out tokens."""
     logits: LogitsErrors
-    """How far each logits mode is from the model."""
+    """Error of each logits mode against the model."""
     independence: Independence
-    """What a row depends on besides its own sequence."""
+    """Change of rows by padding, other sequences and later tokens."""
     dtypes: dict[int, str]
-    """Stored dtype of each layer, by the range of its calibrated values."""
+    """Stored dtype of each layer, by the range of its values."""
     ratios: dict[str, float] = field(default_factory=dict)
-    """Compressed over raw bytes by array, where the cache is to be compact."""
+    """Compressed over raw bytes by array; empty for a raw cache."""
 
     @property
     def pad(self) -> bool:
-        """Whether a row is independent of padding, up to rounding."""
+        """Whether sequences of different lengths may share a batch."""
         return self.independence.pad
 
     @property
@@ -72,7 +82,7 @@ class ModelReport:
 
     @property
     def embedding(self) -> bool:
-        """Whether layer 0 follows from its own token: False if something mixes before."""
+        """Whether layer 0 depends on its own token alone."""
         return self.independence.embedding
 
     @property
@@ -80,12 +90,30 @@ class ModelReport:
         """KL in nats per position from the model to the head on layer L as stored."""
         return self.logits.modes[RECOMPUTE].kl_mean
 
-    def report(self) -> dict[str, object]:
-        """The measured numbers, for `provenance.json` and people."""
-        shown = {"head_error": self.head_error, **asdict(self.independence)}
-        dtypes = {str(k): v for k, v in self.dtypes.items()}
-        more = {"stored_kl": self.stored_kl, "logits": self.logits.to_dict(), "dtypes": dtypes}
-        return {**shown, **more}
+    def to_dict(self) -> dict[str, object]:
+        """The measurements as a JSON object, for `provenance.json` and `residua info`."""
+        return {
+            "head_error": self.head_error,
+            **asdict(self.independence),
+            "stored_kl": self.stored_kl,
+            "logits": self.logits.to_dict(),
+            "dtypes": {str(layer): dtype for layer, dtype in self.dtypes.items()},
+        }
+
+
+@dataclass(frozen=True)
+class CheckTokens:
+    """Three batches of token ids on which a model is checked, all on the model's device."""
+
+    text: torch.Tensor
+    """First tokens of the stream, random ones after its end, `(ROWS, LENGTH)` int64."""
+    random: torch.Tensor
+    """Random tokens, `(ROWS, LENGTH)` int64."""
+    held_out: torch.Tensor
+    """Tokens that verify the head, of another shape, `(HELD_OUT_ROWS, HELD_OUT_LENGTH)` int64.
+
+    The first row is the beginning of `text[1]`, the others are random.
+    """
 
 
 def check_model(
@@ -96,109 +124,66 @@ def check_model(
     logits: str = RECOMPUTE,
     batch_tokens: int | None = None,
 ) -> ModelReport:
-    """Find stack and head of `model` and measure them on sequences of `stream`.
+    """Find blocks and head of `model` and measure both on sequences of `stream`.
 
-    `logits` is the mode that is measured beside its alternatives, `batch_tokens` the request's
-    bound of a batch. Raises `ModelError` or `HeadMismatchError` with the reason if stack or head is
-    not the model's, `UsageError` if the mode does not go with the vocabulary.
+    `compute_dtype`: dtype in which the model runs. `policy`: the request's stored dtype, or `auto`.
+    `logits`: the logits mode of the request, measured beside its alternatives. `batch_tokens`:
+    the request's bound of a batch. Raises `ModelError` or `HeadMismatchError` with the reason if
+    blocks or head do not give the model's logits, `UsageError` if the mode does not suit the
+    vocabulary.
     """
     device = next(model.parameters()).device
-    with torch.inference_mode(), _memory(model, int(stream.lengths.max())):
-        ids, other, fresh = _batches(stream, model, _vocabulary(model), device)
-        first = _logits_or_none(model, fresh[:1, :FIRST])
-        stack = find_blocks(model, ids, other)
-        head, tensors, error = find_head(stack, ids, other, fresh)
+    with torch.inference_mode(), _memory_errors_of_checks(model, int(stream.lengths.max())):
+        tokens = _check_tokens(stream, model, _vocabulary_size(model), device)
+
+        # Logits before the model has read anything else, compared below.
+        first_tokens = tokens.held_out[:1, :FIRST_TOKENS]
+        first_logits = _logits_or_none(model, first_tokens)
+
+        # Blocks and head.
+        stack = find_blocks(model, tokens.text, tokens.random)
+        head, tensors, head_error = find_head(stack, tokens)
         check_kept_tokens(logits, head.vocab)
-        independence = measure_independence(stack, stream, fresh, batch_tokens)
-        _check_memory(model, fresh[:1, :FIRST], first)
+
+        # Rows of one sequence must not depend on others, nor on what the model read before.
+        independence = measure_independence(stack, stream, tokens.held_out, batch_tokens)
+        _check_no_memory(model, first_tokens, first_logits)
+
+        # Stored dtypes, and the error of each way to keep logits.
         ranges = measure_value_ranges(stack, stream, device)
-        dtypes = {n: choose_dtype(r, compute_dtype, policy) for n, r in enumerate(ranges)}
+        dtypes = {
+            layer: choose_dtype(layer_range, compute_dtype, policy)
+            for layer, layer_range in enumerate(ranges)
+        }
         return ModelReport(
-            stack,
-            head,
-            tensors,
-            error,
-            _logits_errors(head, stack, ids, dtypes[stack.depth], policy, logits),
-            independence,
-            dtypes,
+            stack=stack,
+            head=head,
+            tensors=tensors,
+            head_error=head_error,
+            logits=_logits_errors(head, stack, tokens.text, dtypes[stack.depth], policy, logits),
+            independence=independence,
+            dtypes=dtypes,
         )
 
 
-def _logits_or_none(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor | None:
-    """Logits of a short sequence by a model that has read nothing else; None if it cannot run."""
-    try:
-        logits = getattr(run_model(model, ids), "logits", None)
-    except Exception:  # said, with the reason, where the stack is looked for
-        return None
-    return logits.clone() if isinstance(logits, torch.Tensor) else None
-
-
-def _check_memory(model: torch.nn.Module, ids: torch.Tensor, first: torch.Tensor | None) -> None:
-    """Refuse a model that gives other logits for `ids` now that it has read longer sequences."""
-    if first is not None:
-        again = logits_of(run_model(model, ids))
-        refuse_difference(model, ids, row_change(first, again, lowest_dtype(model)))
-
-
-def _memory(model: torch.nn.Module, length: int) -> AbstractContextManager[None]:
-    """Memory that runs out here, before any batch can be halved, is an error that says so."""
-    return memory_errors(
-        f"{type(model).__name__} cannot be checked: {ROWS} sequences of {LENGTH} tokens, or one of "
-        f"{length}, do not fit into memory beside the model; extract with a shorter --context, or "
-        "on another --device; other programs may also hold memory"
-    )
-
-
-def find_head(
-    stack: DecoderBlocks, ids: torch.Tensor, other: torch.Tensor, fresh: torch.Tensor
-) -> tuple[Head, dict[str, torch.Tensor], float]:
-    """The explicit head, else the recorded one, its tensors and its error on `fresh`.
-
-    Raises `ModelError` or `HeadMismatchError` if neither gives the model's logits.
-    """
-    try:
-        head, tensors = identify_head(stack, other)
-        return head, tensors, _head_error(head, stack, fresh, other)
-    except (ModelError, HeadMismatchError) as error:
-        explicit = error
-    try:
-        program, tensors = record_head(stack, ids, other)
-    except ModelError as error:
-        raise ModelError(f"{explicit}; {error}") from None
-    # Copies: the model may be changed or freed while the head lives.
-    arrays = {name: tensor.float().cpu().clone().numpy() for name, tensor in tensors.items()}
-    head = ProgramHead(
-        program, arrays, stack.d_model, logits_of(run_model(stack.model, fresh)).shape[-1]
-    )
-    return head, tensors, _head_error(head, stack, fresh, other)
-
-
-def _head_error(
-    head: Head, stack: DecoderBlocks, fresh: torch.Tensor, other: torch.Tensor
-) -> float:
-    """Error of the head on other tokens, another shape, and residuals so small that eps matters."""
-    hidden, dtype = stack.residuals(fresh)[-1], lowest_dtype(stack.model)
-    error = verify_head(head, hidden, logits_of(run_model(stack.model, fresh)), dtype)
-    small = with_scaled_tail(hidden, SMALL)
-    tokens = other[: fresh.shape[0], : fresh.shape[1]].contiguous()
-    return max(error, verify_head(head, small, stack.tail(small, tokens), dtype))
-
-
 def recheck_model(model: torch.nn.Module, cache: ActivationCache) -> DecoderBlocks:
-    """The stack of `model`, once it has shown that it can go on with `cache`.
+    """The decoder blocks of `model`, checked to continue `cache`.
 
-    The head kept in `cache` must reproduce the model's logits, and the cache's sequences must be
-    independent of each other as its manifest says. Raises `HeadMismatchError`, `MismatchError`.
+    The head stored in the cache must reproduce the model's logits, else `HeadMismatchError`. The
+    cache's sequences must be independent of each other as its manifest says, else
+    `MismatchError`.
     """
     lengths = cache.contexts.length
     stream = TokenStream(cache.contexts.ids, lengths, np.arange(len(lengths)))
     device = next(model.parameters()).device
-    with torch.inference_mode(), _memory(model, int(lengths.max())):
-        ids, other, fresh = _batches(stream, model, _vocabulary(model), device)
-        stack = find_blocks(model, ids, other)
-        _head_error(cache.head, stack, fresh, other)
-        found = measure_independence(stack, stream, fresh, cache.manifest.batch_tokens)
-    if reason := found.contradiction(cache.manifest.pad, cache.manifest.alone):
+    with torch.inference_mode(), _memory_errors_of_checks(model, int(lengths.max())):
+        tokens = _check_tokens(stream, model, _vocabulary_size(model), device)
+        stack = find_blocks(model, tokens.text, tokens.random)
+        _head_error(cache.head, stack, tokens)
+        independence = measure_independence(
+            stack, stream, tokens.held_out, cache.manifest.batch_tokens
+        )
+    if reason := independence.contradiction(cache.manifest.pad, cache.manifest.alone):
         raise MismatchError(
             f"rows of cache {cache.id[:SHORT_ID]} ran in batches that changed them: {reason}; they "
             "are not the model's for each sequence alone. Extract the texts anew into another root"
@@ -207,50 +192,125 @@ def recheck_model(model: torch.nn.Module, cache: ActivationCache) -> DecoderBloc
 
 
 def independence_of(stack: DecoderBlocks, stream: TokenStream, batch_tokens: int) -> Independence:
-    """What `measure_independence` finds for the sequences of `stream`."""
+    """`measure_independence` for the sequences of `stream` and the check tokens."""
     model = stack.model
     device = next(model.parameters()).device
-    with torch.inference_mode(), _memory(model, int(stream.lengths.max())):
-        *_, fresh = _batches(stream, model, _vocabulary(model), device)
-        return measure_independence(stack, stream, fresh, batch_tokens)
+    with torch.inference_mode(), _memory_errors_of_checks(model, int(stream.lengths.max())):
+        tokens = _check_tokens(stream, model, _vocabulary_size(model), device)
+        return measure_independence(stack, stream, tokens.held_out, batch_tokens)
 
 
-def _batches(
-    stream: TokenStream, model: Any, vocab: int, device: torch.device
-) -> tuple[torch.Tensor, ...]:
-    """Two batches of one shape and one of another; real tokens first, random ones after them."""
+def _memory_errors_of_checks(model: torch.nn.Module, length: int) -> AbstractContextManager[None]:
+    """Turn an out-of-memory error of the checks into a `ModelError` that says what to do.
+
+    A sequence of `length` tokens, the longest, runs whole: there is no batch to halve yet.
+    """
+    return memory_errors(
+        f"{type(model).__name__} cannot be checked: {ROWS} sequences of {LENGTH} tokens, or one of "
+        f"{length}, do not fit into memory beside the model; extract with a shorter --context, or "
+        "on another --device; other programs may also hold memory"
+    )
+
+
+def _check_tokens(stream: TokenStream, model: Any, vocab: int, device: torch.device) -> CheckTokens:
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, vocab, (3, ROWS, LENGTH))
+    batches = rng.integers(0, vocab, (3, ROWS, LENGTH))
+
+    # Some models mask the padding token by its id, which text without this token never meets.
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     if (
         isinstance(pad, int)
         and vocab > 1
-        and not any((b == pad).any() for b in row_blocks(stream.ids))
+        and not any((block == pad).any() for block in row_blocks(stream.ids))
     ):
-        # Some models mask this token by its id; text that lacks it never meets that.
-        ids[ids == pad] = (pad + 1) % vocab
-    real = stream.ids[: ROWS * LENGTH].astype(np.int64)
-    ids[0].reshape(-1)[: len(real)] = real
-    fresh = ids[2, :3, : LENGTH - 11].copy()
-    fresh[0, :] = ids[0, 1, : LENGTH - 11]
-    return tuple(torch.from_numpy(a).to(device) for a in (ids[0], ids[1], fresh))
+        batches[batches == pad] = (pad + 1) % vocab
+
+    text, random, held_out = batches
+    stream_ids = stream.ids[: ROWS * LENGTH].astype(np.int64)
+    text.reshape(-1)[: len(stream_ids)] = stream_ids
+    held_out = held_out[:HELD_OUT_ROWS, :HELD_OUT_LENGTH].copy()
+    held_out[0] = text[1, :HELD_OUT_LENGTH]
+    return CheckTokens(*(torch.from_numpy(ids).to(device) for ids in (text, random, held_out)))
 
 
-def _vocabulary(model: torch.nn.Module) -> int:
+def _vocabulary_size(model: torch.nn.Module) -> int:
+    """Rows of the token embedding; raises `ModelError` if the model has none."""
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     if not hasattr(embedding, "weight"):
-        found = "none" if embedding is None else type(embedding).__name__
+        embedding_type = "none" if embedding is None else type(embedding).__name__
         raise ModelError(
-            f"{type(model).__name__} has no single token embedding (found {found}); a model that "
-            "reads one token per position is needed"
+            f"{type(model).__name__} has no single token embedding (found {embedding_type}); a "
+            "model that reads one token per position is needed"
         )
     return int(embedding.weight.shape[0])
+
+
+def _logits_or_none(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor | None:
+    """Logits of a short sequence by a model that has read nothing else; None if it cannot run."""
+    try:
+        logits = getattr(run_model(model, ids), "logits", None)
+    except Exception:  # `find_blocks` runs into the same error and reports the reason
+        return None
+    return logits.clone() if isinstance(logits, torch.Tensor) else None
+
+
+def _check_no_memory(
+    model: torch.nn.Module, ids: torch.Tensor, first_logits: torch.Tensor | None
+) -> None:
+    """Refuse a model that gives other logits for `ids` after it has read longer sequences."""
+    if first_logits is not None:
+        logits = logits_of(run_model(model, ids))
+        refuse_difference(model, ids, row_change(first_logits, logits, lowest_dtype(model)))
+
+
+def find_head(
+    stack: DecoderBlocks, tokens: CheckTokens
+) -> tuple[Head, dict[str, torch.Tensor], float]:
+    """The head, its tensors in the model's dtype, and its error on held-out tokens.
+
+    The head is read off the model's modules; where that fails, the model's tail is recorded as a
+    program. Raises `ModelError` or `HeadMismatchError` if neither gives the model's logits.
+    """
+    try:
+        head, tensors = identify_head(stack, tokens.random)
+        return head, tensors, _head_error(head, stack, tokens)
+    except (ModelError, HeadMismatchError) as error:
+        identify_error = error
+    try:
+        program, tensors = record_head(stack, tokens.text, tokens.random)
+    except ModelError as error:
+        raise ModelError(f"{identify_error}; {error}") from None
+    # Copies: the model may be changed or freed while the head lives.
+    arrays = {name: tensor.float().cpu().clone().numpy() for name, tensor in tensors.items()}
+    vocab = logits_of(run_model(stack.model, tokens.held_out)).shape[-1]
+    head = ProgramHead(program, arrays, stack.d_model, vocab)
+    return head, tensors, _head_error(head, stack, tokens)
+
+
+def _head_error(head: Head, stack: DecoderBlocks, tokens: CheckTokens) -> float:
+    """Largest relative error of the head; raises `HeadMismatchError` beyond rounding.
+
+    Measured on held-out tokens, and on residuals so small that the norm's eps matters.
+    """
+    dtype = lowest_dtype(stack.model)
+    hidden = stack.residuals(tokens.held_out)[-1]
+    logits = logits_of(run_model(stack.model, tokens.held_out))
+    error = verify_head(head, hidden, logits, dtype)
+
+    small_hidden = with_scaled_tail(hidden, SMALL)
+    rows, length = tokens.held_out.shape
+    tail_tokens = tokens.random[:rows, :length].contiguous()
+    small_logits = stack.tail(small_hidden, tail_tokens)
+    return max(error, verify_head(head, small_hidden, small_logits, dtype))
 
 
 def measure_value_ranges(
     stack: DecoderBlocks, stream: TokenStream, device: torch.device
 ) -> list[ValueRange]:
-    """Range of each layer's values on the first sequences, first tokens included."""
+    """Range of the values of each layer, 0 to L, on the first sequences of `stream`.
+
+    First tokens are included: many models have massive activations there.
+    """
     ranges = [ValueRange()] * (stack.depth + 1)
     for number in range(min(ROWS, len(stream.lengths))):
         ids = torch.from_numpy(stream.sequence(number).astype(np.int64))[None].to(device)
@@ -260,7 +320,10 @@ def measure_value_ranges(
 
 
 def value_range(rows: torch.Tensor) -> ValueRange:
-    """Range of the finite values of `rows`, `(..., width)`, and what float16 costs a row."""
+    """Peak of the finite values of `rows`, `(..., width)`, and relative rounding error in float16.
+
+    The error of a row is relative to the row's own peak; rows beyond float16 have no error.
+    """
     values = rows.float()
     values = torch.where(values.isfinite(), values, 0.0)
     peaks = values.abs().amax(-1)
@@ -273,13 +336,16 @@ def value_range(rows: torch.Tensor) -> ValueRange:
 def _logits_errors(
     head: Head, stack: DecoderBlocks, ids: torch.Tensor, dtype: str, policy: str, mode: str
 ) -> LogitsErrors:
-    """Every logits mode against the model, on real tokens; layer L is stored in `dtype`."""
+    """Error of every logits mode against the model on two sequences of `ids`.
+
+    `dtype`: stored dtype of layer L; `policy`: the request's stored dtype, also for logits.
+    """
     ids = ids[:2]
     hidden = stack.residuals(ids)[-1].float().flatten(0, 1).cpu().numpy()
-    model = logits_of(run_model(stack.model, ids)).float().flatten(0, 1).cpu().numpy()
+    model_logits = logits_of(run_model(stack.model, ids)).float().flatten(0, 1).cpu().numpy()
 
-    def choose(rows: np.ndarray) -> str:
-        # The head computes in float32 whatever the model ran in.
-        return choose_dtype(value_range(torch.from_numpy(rows)), "float32", policy)
+    def choose_logits_dtype(logits: np.ndarray) -> str:
+        # The head computes in float32 whatever the dtype of the model.
+        return choose_dtype(value_range(torch.from_numpy(logits)), "float32", policy)
 
-    return measure_logits_errors(head, hidden, model, dtype, choose, mode)
+    return measure_logits_errors(head, hidden, model_logits, dtype, choose_logits_dtype, mode)

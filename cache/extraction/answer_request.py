@@ -1,6 +1,8 @@
-"""Extraction: a frozen model and texts go in, a cache comes out: hit, extend, resume or extract.
+"""Answers an extraction request: from an existing cache, or by running the model on the texts.
 
-texts -> tokens -> is it there? -> model -> checks -> empty cache -> parts
+Tokens -> look-up under the root -> model and its checks -> empty or extended cache -> parts.
+`extract.py`, the command line and `distributed.py` call `answer_request`; `resolve.py` looks
+caches up, `prepare.py` makes them, `forward/write_parts.py` runs the model.
 """
 
 import time
@@ -13,7 +15,7 @@ from ..documents.documents import Reading
 from ..files.disk_errors import check_writable, disk_errors
 from ..files.json_files import read_json
 from ..format.dtypes import choose_dtype
-from ..format.manifest import ALONE, BATCH, CaptureIdentity
+from ..format.manifest import ALONE, BATCH
 from ..forward.stage_times import StageTimes
 from ..forward.write_parts import write_missing_parts
 from ..model.source import ModelSource
@@ -23,14 +25,8 @@ from ..store.catalog import cache_root
 from ..store.create_cache import sweep_unfinished
 from ..store.extend_cache import add_layers, add_tokens, join_stream, unnamed_layers
 from ..tokens.token_stream import TokenStream
-from .plan import Estimate, estimate_of, kept_layers, layout_like
-from .prepare import (
-    examine_model,
-    load_requested_model,
-    make_cache,
-    shorten_stream,
-    with_loaded_dtype,
-)
+from .plan import Estimate, ExtractionPlan, kept_layers, layout_like
+from .prepare import load_requested_model, make_cache, plan_extraction, with_loaded_dtype
 from .request import ExtractionRequest
 from .resolve import CacheMatch, WantedCache, match_cache, read_stream, wanted_cache
 
@@ -38,19 +34,18 @@ if TYPE_CHECKING:
     import torch
 
     from ..checks.independence import Independence
-    from ..checks.model_checks import ModelReport
     from ..model.blocks import DecoderBlocks
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What `run` did."""
+    """The cache that answers a request, and the work of the call that returned the cache."""
 
     cache: ActivationCache
     status: str
     """`extracted`, `extended`, `resumed` or `hit`."""
     head_error: float
-    """Largest |head(layer L) - model's logits| over the largest |logit|, measured on a canary."""
+    """Largest |head(layer L) - model's logits| over the largest |logit|, on checked tokens."""
     written: int
     """Positions written by this call."""
     seconds: float
@@ -60,32 +55,29 @@ class Extraction:
     reading: Reading = field(default_factory=Reading)
     """How the texts of the request were read, and which documents were left out."""
     stages: StageTimes = field(default_factory=StageTimes)
-    """How busy forward, copy and write were; with a scheduler, of all workers together."""
+    """Busy time of forward, copy and write; with a scheduler, of all workers together."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `residua extract`."""
         with disk_errors(self.cache.path):
-            return self._counted()
-
-    def _counted(self) -> dict[str, Any]:
-        return {
-            "cache": self.cache.id,
-            "path": str(self.cache.path),
-            "status": self.status,
-            "positions": self.cache.positions,
-            "layers": list(self.cache.layers),
-            "complete": self.cache.finished,
-            "parts": [len(self.cache.committed), self.cache.n_parts],
-            "bytes": self.cache.bytes,
-            "head_error": self.head_error,
-            "written": self.written,
-            "cut": self.cut,
-            "split_by": self.cache.manifest.tokens.split_by,
-            "reading": self.reading.to_dict(),
-            "quarantined": len(self.cache.quarantined),
-            "seconds": round(self.seconds, 3),
-            "stages": self.stages.to_dict(),
-        }
+            return {
+                "cache": self.cache.id,
+                "path": str(self.cache.path),
+                "status": self.status,
+                "positions": self.cache.positions,
+                "layers": list(self.cache.layers),
+                "complete": self.cache.finished,
+                "parts": [len(self.cache.committed), self.cache.n_parts],
+                "bytes": self.cache.bytes,
+                "head_error": self.head_error,
+                "written": self.written,
+                "cut": self.cut,
+                "split_by": self.cache.manifest.tokens.split_by,
+                "reading": self.reading.to_dict(),
+                "quarantined": len(self.cache.quarantined),
+                "seconds": round(self.seconds, 3),
+                "stages": self.stages.to_dict(),
+            }
 
 
 def answer_request(
@@ -93,141 +85,206 @@ def answer_request(
     progress: StageProgress | None = None,
     stages: StageTimes | None = None,
 ) -> Extraction:
-    """Answer `request` from an existing cache, or finish or extend one, or make it.
+    """Return the cache of `request`, found under the root or else finished, extended or made.
 
-    `stages`, which others may look at meanwhile, books how busy forward, copy and write are.
+    `progress` is called for the stages `tokenize` (documents) and `extract` (positions). `stages`
+    collects the busy time of forward, copy and write; other threads may read them meanwhile.
     """
     began = time.perf_counter()
     stages = StageTimes() if stages is None else stages
     root = cache_root(request.root)
-    source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
-    stream = read_stream(request, source, progress)
-    model: torch.nn.Module | None = None
-    canary: ModelReport | None = None
-    if request.max_bytes is not None:
-        model = load_requested_model(request, source)
-        source = with_loaded_dtype(source, model)
-        canary, stream = shorten_stream(request, source, model, stream, root)
-    wanted = wanted_cache(request, source, stream)
-    found = match_cache(wanted, root)
-    if found.path is None or found.answer in ("miss", "partial"):
-        check_writable(root)
-        sweep_unfinished(root)
-        model = model or load_requested_model(request, source)
-        if (loaded := with_loaded_dtype(source, model)) is not source:
-            # The files said another dtype than the model has: the model's goes into the identity.
-            source, wanted = loaded, wanted_cache(request, loaded, stream)
-            found = match_cache(wanted, root)
-    path, status = found.path, "hit"
-    written = 0
-    if path is None or found.answer in ("miss", "partial"):
-        assert model is not None
+    lookup = _look_up_or_load(request, root, progress)
+
+    if lookup.match.is_sufficient:
+        assert lookup.match.path is not None
+        path, status, written = lookup.match.path, "hit", 0
+    else:
+        # An empty cache, or a cache with empty arrays for what is missing.
         with disk_errors(root):
-            if path is None or found.answer == "miss":
-                status, (path, stack) = (
-                    "extracted",
-                    make_cache(request, source, model, canary, wanted, stream, root),
-                )
+            if lookup.match.answer == "miss":
+                path, status, stack = _create(lookup, root)
             else:
-                status, path, stack = _extend(
-                    request, model, found, wanted, stream, progress, stages
-                )
+                path, status, stack = _extend(lookup, progress, stages)
+
+        # The forward passes.
         with disk_errors(path):
             written = write_missing_parts(
                 ActivationCache(path), stack, progress, request.share, request.on_error, stages
             )
-            lacks = unnamed_layers(ActivationCache(path), kept_layers(request.layers, stack.depth))
-        if lacks:
-            # Another process, which wants fewer layers, made this cache a moment before.
-            done = answer_request(request, progress, stages)
-            return replace(done, written=done.written + written)
+            layers = kept_layers(request.layers, stack.depth)
+            absent_layers = unnamed_layers(ActivationCache(path), layers)
+        if absent_layers:
+            # Another process with a request for fewer layers made the same cache meanwhile;
+            # now there is a cache to extend.
+            extension = answer_request(request, progress, stages)
+            return replace(extension, written=extension.written + written)
+
     with disk_errors(path):
         cache = ActivationCache(path)
         if request.part is None:
             cache.check_complete()
-        error = read_json(cache.path / "provenance.json")["canary"]["head_error"]
-    seconds = time.perf_counter() - began
+        head_error = read_json(cache.path / "provenance.json")["canary"]["head_error"]
     return Extraction(
-        cache, status, error, written, seconds, stream.cut_counts, stream.reading, stages
+        cache=cache,
+        status=status,
+        head_error=head_error,
+        written=written,
+        seconds=time.perf_counter() - began,
+        cut=lookup.stream.cut_counts,
+        reading=lookup.stream.reading,
+        stages=stages,
     )
 
 
 def estimate_request(request: ExtractionRequest, progress: StageProgress | None = None) -> Estimate:
-    """What `request` would take on the disk; loads the model, writes nothing."""
+    """Bytes and files of a new cache for `request`; loads the model, writes nothing."""
     root = cache_root(request.root)
-    source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
+    source = _locate_model(request)
     stream = read_stream(request, source, progress)
     model = load_requested_model(request, source)
     source = with_loaded_dtype(source, model)
-    if request.max_bytes is not None:
-        canary, stream = shorten_stream(request, source, model, stream, root)
-    else:
-        canary = examine_model(request, source, model, stream)
-    return replace(
-        estimate_of(request, canary, stream, root), cut=stream.cut_counts, reading=stream.reading
-    )
+    return plan_extraction(request, source, model, stream).estimate(root)
 
 
 def find_match(request: ExtractionRequest, progress: StageProgress | None = None) -> CacheMatch:
-    """Which cache answers `request`, if any; loads no weights."""
-    source = ModelSource.locate(request.model, request.revision, request.trust_remote_code)
+    """The cache under the root that answers `request` best; loads no weights."""
+    source = _locate_model(request)
     stream = read_stream(request, source, progress)
     return match_cache(wanted_cache(request, source, stream), cache_root(request.root))
 
 
+def _locate_model(request: ExtractionRequest) -> ModelSource:
+    return ModelSource.locate(request.model, request.revision, request.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """A request with its tokens, the best cache under the root, and the model if loaded."""
+
+    request: ExtractionRequest
+    source: ModelSource
+    stream: TokenStream
+    wanted: WantedCache
+    match: CacheMatch
+    model: "torch.nn.Module | None"
+    """None if a cache was sufficient and no weights were needed."""
+    plan: ExtractionPlan | None
+    """Plan of a new cache; None unless `max_bytes` had to be compared with the cache's bytes."""
+
+
+def _look_up_or_load(
+    request: ExtractionRequest, root: Path, progress: StageProgress | None
+) -> _Lookup:
+    """Look for a cache that answers `request`; load the model if no cache is sufficient."""
+    source = _locate_model(request)
+    stream = read_stream(request, source, progress)
+
+    # The bytes of a cache depend on the model's dtypes and head, so `max_bytes` needs the model.
+    model = plan = None
+    if request.max_bytes is not None:
+        model = load_requested_model(request, source)
+        source = with_loaded_dtype(source, model)
+        plan = plan_extraction(request, source, model, stream)
+        stream = plan.stream
+
+    wanted = wanted_cache(request, source, stream)
+    match = match_cache(wanted, root)
+    if not match.is_sufficient:
+        check_writable(root)
+        sweep_unfinished(root)
+        model = model or load_requested_model(request, source)
+        loaded_source = with_loaded_dtype(source, model)
+        if loaded_source is not source:
+            # The configuration names another dtype than the weights have. The dtype of the
+            # weights belongs to the identity, so caches are looked up again.
+            source = loaded_source
+            wanted = wanted_cache(request, source, stream)
+            match = match_cache(wanted, root)
+    return _Lookup(request, source, stream, wanted, match, model, plan)
+
+
+def _create(lookup: _Lookup, root: Path) -> tuple[Path, str, "DecoderBlocks"]:
+    """Make the empty cache of the request; path, status and the model's decoder blocks."""
+    assert lookup.model is not None
+    plan = lookup.plan or plan_extraction(
+        lookup.request, lookup.source, lookup.model, lookup.stream
+    )
+    path = make_cache(plan, lookup.source, lookup.wanted, root)
+    return path, "extracted", plan.model_report.stack
+
+
 def _extend(
-    request: ExtractionRequest,
-    model: "torch.nn.Module",
-    found: CacheMatch,
-    wanted: WantedCache,
-    stream: TokenStream,
-    progress: StageProgress | None,
-    stages: StageTimes,
-) -> tuple[str, Path, "DecoderBlocks"]:
-    """Give the cache that was found its missing layers and tokens, still to be filled."""
+    lookup: _Lookup, progress: StageProgress | None, stages: StageTimes
+) -> tuple[Path, str, "DecoderBlocks"]:
+    """Add empty arrays for missing layers and tokens; path, status and the decoder blocks.
+
+    Layers are added to the matching cache in place. Tokens go into a new cache, which shares the
+    full parts of the matching one; these are therefore written first.
+    """
     from ..checks.model_checks import independence_of, recheck_model
 
-    assert found.path is not None
-    cache = ActivationCache(found.path)
-    stack = recheck_model(model, cache)
+    request, match = lookup.request, lookup.match
+    assert match.path is not None
+    assert lookup.model is not None
+
+    # This machine must compute the rows that the cache has already.
+    cache = ActivationCache(match.path)
+    stack = recheck_model(lookup.model, cache)
     check_reference_rows(stack, cache.path, cache.manifest.capture.compute_dtype)
-    kept = kept_layers(request.layers, cache.n_blocks)
-    new = unnamed_layers(cache, kept)
-    if new:
-        add_layers(cache, _dtypes(stack, stream, cache.manifest.capture, new))
-    if not found.missing_sequences:
-        return "extended" if new else "resumed", cache.path, stack
+
+    # Missing layers, in place.
+    new_layers = unnamed_layers(cache, kept_layers(request.layers, cache.n_blocks))
+    if new_layers:
+        add_layers(cache, _stored_dtypes(stack, lookup.stream, cache, new_layers))
+    if not match.missing_sequences:
+        return cache.path, "extended" if new_layers else "resumed", stack
+
+    # Missing sequences, in a new cache that begins with all sequences of the old one.
     write_missing_parts(cache, stack, progress, on_error=request.on_error, stages=stages)
     cache = ActivationCache(cache.path)
-    longer = join_stream(cache, stream, found.missing_sequences)
-    digest, _ = longer.digests()
+    stream = join_stream(cache, lookup.stream, match.missing_sequences)
+    digest, _ = stream.digests()
     tokens = replace(
-        wanted.tokens, digest=digest, positions=longer.positions, sequences=longer.sequences
+        lookup.wanted.tokens,
+        digest=digest,
+        positions=stream.positions,
+        sequences=stream.sequences,
     )
     layout = cache.manifest.layout
-    if cache.positions <= layout.chunk_rows:  # it may be a small cache's
-        layout = layout_like(request, cache).shrunk(longer.positions)
-    extra = _sharing(cache, independence_of(stack, longer, cache.manifest.batch_tokens))
-    return "extended", add_tokens(cache, tokens, longer, layout, extra), stack
+    if cache.positions <= layout.chunk_rows:  # perhaps a layout shrunk to few positions
+        layout = layout_like(request, cache).shrunk(stream.positions)
+    independence = independence_of(stack, stream, cache.manifest.batch_tokens)
+    extra = _stricter_batching(cache, independence)
+    return add_tokens(cache, tokens, stream, layout, extra), "extended", stack
 
 
-def _sharing(cache: ActivationCache, found: "Independence") -> dict[str, Any]:
-    """Keys of `extra` for the sequences that are added: as careful as the cache or `found` asks."""
-    kept = cache.manifest.extra
-    extra = {"pad": cache.manifest.pad and found.pad}
-    for name in ("causal", "embedding"):
-        extra[name] = bool(kept.get(name, True)) and getattr(found, name)
-    return {**extra, **({BATCH: ALONE} if cache.manifest.alone or found.alone else {})}
-
-
-def _dtypes(
-    stack: "DecoderBlocks", stream: TokenStream, capture: CaptureIdentity, layers: tuple[int, ...]
+def _stored_dtypes(
+    stack: "DecoderBlocks", stream: TokenStream, cache: ActivationCache, layers: tuple[int, ...]
 ) -> dict[int, str]:
-    """Stored dtypes of further layers, by a calibration pass."""
+    """Stored dtype of each of `layers`, from the range of values on a few sequences."""
     import torch
 
     from ..checks.model_checks import measure_value_ranges
 
+    capture = cache.manifest.capture
     with torch.inference_mode():
         ranges = measure_value_ranges(stack, stream, next(stack.model.parameters()).device)
-    return {n: choose_dtype(ranges[n], capture.compute_dtype, capture.dtype) for n in layers}
+    return {
+        layer: choose_dtype(ranges[layer], capture.compute_dtype, capture.dtype) for layer in layers
+    }
+
+
+def _stricter_batching(cache: ActivationCache, independence: "Independence") -> dict[str, Any]:
+    """Keys of the manifest's `extra` that rule batches, where a cache gets further sequences.
+
+    Each is the stricter of the cache's own rule and of `independence`, measured on all sequences.
+    """
+    old_extra = cache.manifest.extra
+    extra: dict[str, Any] = {
+        "pad": cache.manifest.pad and independence.pad,
+        "causal": bool(old_extra.get("causal", True)) and independence.causal,
+        "embedding": bool(old_extra.get("embedding", True)) and independence.embedding,
+    }
+    if cache.manifest.alone or independence.alone:
+        extra[BATCH] = ALONE
+    return extra

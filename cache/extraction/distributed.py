@@ -1,7 +1,9 @@
-"""One extraction by the workers of a dask.distributed cluster, which share a root through leases.
+"""One extraction by all workers of a dask.distributed cluster, which write under a shared root.
 
-One worker makes the empty cache; then every worker loads the model and writes the parts that no
-other holds. Parts of a worker that dies are taken over, in the end by the driver itself.
+One worker makes the empty cache. Then every worker loads the model and writes the parts that no
+other worker has leased (`files/leases.py`). Workers that die are replaced by the others, in the
+end by the driver, the process that holds the client. `residua.extract(client=...)` and
+`residua extract --scheduler` come here; every worker runs `answer_request`.
 """
 
 import time
@@ -26,13 +28,13 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 POLL_SECONDS = 0.25
-"""Least pause between looks at the journal."""
+"""Shortest pause between two looks at the tasks and the journal."""
 GRACE_SECONDS = 10.0
-"""Time without any worker after which the driver goes on alone; a nanny restarts dead ones."""
+"""Time without any worker after which the driver goes on alone; a nanny restarts dead workers."""
 MOST_DEATHS = 3
-"""Workers that die, per worker, before the driver finishes alone."""
-NO_PART = "1000000000/1000000000"
-"""A share of the parts so small that none is in it: the cache is made, and left empty."""
+"""Deaths per worker after which the driver goes on alone."""
+EMPTY_SHARE = "1000000000/1000000000"
+"""A share of the parts with no part in it: the cache is made and left empty."""
 
 
 def answer_at_address(
@@ -41,7 +43,7 @@ def answer_at_address(
     progress: StageProgress | None = None,
     stages: StageTimes | None = None,
 ) -> Extraction:
-    """`run_on` the workers of the scheduler at an address like `tcp://host:8786`."""
+    """`answer_on_cluster` for the scheduler at an address like `tcp://host:8786`."""
     with connected(scheduler) as client:
         assert client is not None
         return answer_on_cluster(client, request, progress, stages)
@@ -53,160 +55,180 @@ def answer_on_cluster(
     progress: StageProgress | None = None,
     stages: StageTimes | None = None,
 ) -> Extraction:
-    """Answer `request` by all workers of `client`, which see the same files as the driver.
+    """Answer `request` with all workers of `client`, which must see the driver's files.
 
-    Raises what a worker raised if all of them failed; workers that die are only slower.
+    Raises the error of a worker if all workers failed. Workers that die only cost time.
     """
     if request.part is not None:
         raise UsageError("part and a scheduler exclude each other: its workers share all parts")
     began = time.perf_counter()
-    request = _absolute(request)
+    request = _with_absolute_paths(request)
     stages = StageTimes() if stages is None else stages
-    made = _make(client, request)
-    written = int(made["written"])
-    if made["status"] != "hit":
-        cache = ActivationCache(made["path"])
-        for done in _share(client, request, cache, progress):
-            stages.merge(done["stages"])
-            written += done["written"]
+
+    # One worker finds the cache or makes it, empty.
+    first = _find_or_make_cache(client, request)
+    written = int(first["written"])
+
+    # All workers write parts.
+    if first["status"] != "hit":
+        cache = ActivationCache(first["path"])
+        for result in _write_parts_on_workers(client, request, cache, progress):
+            stages.merge(result["stages"])
+            written += result["written"]
+
+    # The driver writes what no worker wrote, and opens the cache.
     last = answer_request(request, None, stages)
-    seconds = time.perf_counter() - began
-    return replace(last, status=made["status"], written=written + last.written, seconds=seconds)
+    return replace(
+        last,
+        status=first["status"],
+        written=written + last.written,
+        seconds=time.perf_counter() - began,
+    )
 
 
-def _absolute(request: ExtractionRequest) -> ExtractionRequest:
-    """The request with paths that mean the same in every worker's folder."""
-    names = {}
-    for field in ("model", "data"):
-        path = Path(getattr(request, field)).expanduser()
-        if path.exists():
-            names[field] = str(path.resolve())
+def _with_absolute_paths(request: ExtractionRequest) -> ExtractionRequest:
+    """The request with absolute paths: workers run in other folders than the driver."""
+    absolute = {}
+    for name in ("model", "data"):
+        path = Path(getattr(request, name)).expanduser()
+        if path.exists():  # else a hub id
+            absolute[name] = str(path.resolve())
     root = cache_root(request.root)
-    return replace(request, root=root if is_remote(root) else root.resolve(), **names)
+    return replace(request, root=root if is_remote(root) else root.resolve(), **absolute)
 
 
-def _make(client: "Client", request: ExtractionRequest) -> dict[str, Any]:
-    """Find the cache or make it, empty, on one worker; here if no worker lives long enough."""
-    threads_of(client)
-    request = replace(request, part=NO_PART)
-    future = client.submit(_work, request, pure=False)
-    seen = time.monotonic()
+def _find_or_make_cache(client: "Client", request: ExtractionRequest) -> dict[str, Any]:
+    """Find the cache or make it, empty, on any worker; on the driver if all workers died."""
+    threads_of(client)  # raises if the cluster has no worker
+    request = replace(request, part=EMPTY_SHARE)
+    task = client.submit(_answer_on_worker, request, pure=False)
+    last_seen = time.monotonic()
 
-    def is_working() -> bool:
-        nonlocal seen
+    def is_pending() -> bool:
+        nonlocal last_seen
         if client.nthreads():
-            seen = time.monotonic()
-        return future.status == "pending" and time.monotonic() - seen < GRACE_SECONDS
+            last_seen = time.monotonic()
+        return task.status == "pending" and time.monotonic() - last_seen < GRACE_SECONDS
 
     try:
-        _watch(is_working)
-        _raise_failure([future])
-        return future.result() if future.status == "finished" else _work(request)
+        _poll(is_pending)
+        _raise_worker_error([task])
+        return task.result() if task.status == "finished" else _answer_on_worker(request)
     finally:
-        future.cancel()
+        task.cancel()
 
 
-def _work(request: ExtractionRequest) -> dict[str, Any]:
-    """What one worker does; the result travels without the cache."""
+def _answer_on_worker(request: ExtractionRequest) -> dict[str, Any]:
+    """The task of one worker; returns the extraction's JSON object, not the cache."""
     return answer_request(request).to_dict()
 
 
-def _share(
+def _write_parts_on_workers(
     client: "Client",
     request: ExtractionRequest,
     cache: ActivationCache,
     progress: StageProgress | None,
 ) -> list[dict[str, Any]]:
-    """Let every worker write parts until none is missing; what those that finished did."""
-    crew = WorkerTasks(client, request)
+    """Let every worker write parts until none is missing; the results of finished workers.
 
-    def tell() -> None:
+    Raises the error of a worker if no worker finished and parts are missing.
+    """
+    tasks = WorkerTasks(client, request)
+
+    def report_progress() -> None:
         if progress is not None:
             progress("extract", done_positions(cache), cache.positions)
 
     try:
-        _watch(crew.is_working, tell)
-        if not crew.done and missing_parts(cache):
-            _raise_failure(crew.failed)
-        return crew.done
+        _poll(tasks.are_running, report_progress)
+        if not tasks.results and missing_parts(cache):
+            _raise_worker_error(tasks.failed)
+        return tasks.results
     finally:
-        crew.dismiss()
+        tasks.cancel()
 
 
 class WorkerTasks:
-    """One task on every worker of `client`, also on those that come later.
+    """One task on every worker of `client`, workers that join later included.
 
-    Tasks are bound to their workers: dask would hand the task of one that died to another, which
-    has its own. Workers that die again and again are given up.
+    A task is bound to its worker: dask would move the task of a dead worker to another worker,
+    which has a task already. After `MOST_DEATHS` deaths per worker no task is submitted again.
     """
 
     def __init__(self, client: "Client", request: ExtractionRequest) -> None:
         self.client = client
         self.request = request
-        self.done: list[dict[str, Any]] = []
+        self.results: list[dict[str, Any]] = []
+        """Results of finished tasks."""
         self.failed: list[Future] = []
-        self._tasks: dict[str, Future] = {}
+        """Tasks that raised an error."""
+        self._running: dict[str, Future] = {}
+        """Address of the worker -> task."""
         self._ended: set[str] = set()
+        """Addresses of workers whose task finished or failed."""
         self._deaths = 0
-        self._seen = time.monotonic()
+        self._last_seen = time.monotonic()
 
-    def is_working(self) -> bool:
-        """Whether some worker is at it, or may still come back."""
-        there: Any = self.client.nthreads()
-        for address in list(self._tasks):
-            self._check(address, address in there)
-        if there and self._deaths < MOST_DEATHS * (len(there) + 1):
-            self._seen = time.monotonic()
-            if self._tasks or not self._ended:
-                self._hire(set(there) - set(self._tasks) - self._ended)
-        waits = not self._ended and time.monotonic() - self._seen < GRACE_SECONDS
-        return bool(self._tasks) or waits
+    def are_running(self) -> bool:
+        """Whether a task runs, or a worker may still come back; also submits missing tasks."""
+        workers: Any = self.client.nthreads()
+        for address in list(self._running):
+            self._collect(address, is_alive=address in workers)
 
-    def _hire(self, addresses: set[str]) -> None:
+        # New workers get a task, while none has finished all parts and deaths are few.
+        if workers and self._deaths < MOST_DEATHS * (len(workers) + 1):
+            self._last_seen = time.monotonic()
+            if self._running or not self._ended:
+                self._submit(set(workers) - set(self._running) - self._ended)
+
+        may_return = not self._ended and time.monotonic() - self._last_seen < GRACE_SECONDS
+        return bool(self._running) or may_return
+
+    def _submit(self, addresses: set[str]) -> None:
         for address in addresses:
-            self._tasks[address] = self.client.submit(
-                _work, self.request, workers=[address], pure=False
+            self._running[address] = self.client.submit(
+                _answer_on_worker, self.request, workers=[address], pure=False
             )
 
-    def _check(self, address: str, is_there: bool) -> None:
-        """Note what became of the task of a worker."""
-        task = self._tasks[address]
-        if task.status == "finished" and is_there:
-            with suppress(TimeoutError):  # it dies just now
-                self.done.append(task.result(timeout=GRACE_SECONDS))
+    def _collect(self, address: str, is_alive: bool) -> None:
+        """Move the task of a worker to results, failures or deaths, unless the task still runs."""
+        task = self._running[address]
+        if task.status == "finished" and is_alive:
+            with suppress(TimeoutError):  # the worker died before the result was fetched
+                self.results.append(task.result(timeout=GRACE_SECONDS))
         elif task.status == "error":
             self.failed.append(task)
-        elif is_there and task.status == "pending":
+        elif is_alive and task.status == "pending":
             return
         else:
             task.cancel()
             self._deaths += 1
-            del self._tasks[address]
+            del self._running[address]
             return
         self._ended.add(address)
-        del self._tasks[address]
+        del self._running[address]
 
-    def dismiss(self) -> None:
-        """Let go of every task."""
-        for task in [*self._tasks.values(), *self.failed]:
+    def cancel(self) -> None:
+        """Cancel every task, also the failed ones, which dask would keep."""
+        for task in [*self._running.values(), *self.failed]:
             task.cancel()
 
 
-def _watch(is_working: Callable[[], bool], tell: Callable[[], None] = lambda: None) -> None:
-    """Call `tell` now and then while `is_working`, and once after."""
-    while is_working():
+def _poll(is_running: Callable[[], bool], report: Callable[[], None] = lambda: None) -> None:
+    """Call `report` now and then while `is_running()`, and once after."""
+    while is_running():
         began = time.monotonic()
-        tell()
-        # A journal of many parts takes long to read: never more than a tenth of the time.
+        report()
+        # A journal of many parts takes long to read: at most a tenth of the time goes there.
         time.sleep(max(POLL_SECONDS, 10 * (time.monotonic() - began)))
-    tell()
+    report()
 
 
-def _raise_failure(futures: "list[Future]") -> None:
-    """Raise the error of a worker that did not just die."""
+def _raise_worker_error(tasks: "list[Future]") -> None:
+    """Raise the first error of `tasks` that is not the death of a worker."""
     from distributed.scheduler import KilledWorker
 
-    for future in futures:
-        if future.status == "error" and not isinstance(error := future.exception(), KilledWorker):
+    for task in tasks:
+        if task.status == "error" and not isinstance(error := task.exception(), KilledWorker):
             assert isinstance(error, BaseException)
             raise error

@@ -1,9 +1,16 @@
-"""The public function that runs a model on texts and returns the cache."""
+"""`residua.extract`: runs a frozen language model on texts once and returns the cache.
 
+The keywords become an `ExtractionRequest`, which `answer_request.py` answers on this machine and
+`distributed.py` on a dask cluster.
+"""
+
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..files.paths import as_path
+from ..format.manifest import FORMAT
+from ..number_ranges import as_tuple
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from .answer_request import answer_request
@@ -17,20 +24,104 @@ def extract(
     model: str | Path,
     data: str | Path,
     *,
+    root: str | Path | None = None,
+    context: int | None = None,
+    pack: bool = True,
+    text_column: str | None = None,
+    separator: str | None = None,
+    split: str | None = None,
+    layers: Iterable[int] | int | None = None,
+    positions: str = "all",
+    logits: str = "recompute",
+    max_tokens: int | None = None,
+    max_bytes: int | None = None,
+    codec: str = "raw",
+    dtype: str = "auto",
+    seed: int = 0,
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    part_positions: int | None = None,
+    part: str | None = None,
+    on_error: str = "quarantine",
+    attention: str = "default",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    format: int = FORMAT,
     client: "Client | None" = None,
     progress: StageProgress | None = None,
-    **options: Any,
 ) -> ActivationCache:
     """Run `model` on the texts of `data` once and return the cache of its residual streams.
 
-    A cache that holds what is asked, or more, is returned at once; an unfinished one is finished,
-    one that lacks layers or tokens is extended. Options are the fields of `Request`; all workers
-    of `client`, of `dask.distributed`, share the work if they see the same files. Raises
-    `ModelError`, `DataError`, `HeadMismatchError` or `NoSpaceError` before anything is written.
+    A cache under `root` that holds the request, or more, is returned at once; an unfinished cache
+    is finished, a cache that lacks layers or tokens is extended. `ModelError`, `DataError`,
+    `HeadMismatchError`, `UsageError` and `NoSpaceError` are raised before anything is written.
+
+    Args:
+        model: Folder of a model saved by transformers, or a hub id.
+        data: .txt, .jsonl, .json, .csv, .tsv or .parquet file, a saved `datasets` folder, or a
+            hub id (`name` or `name:config`).
+        root: Folder of caches, or the URL of an object store. Default $RESIDUA_ROOT, else the XDG
+            cache folder.
+        context: Longest sequence in tokens. Default the model's, at most 1024.
+        pack: Pack documents to the context length; False keeps one sequence per document.
+        text_column: Column that holds the text. Default the obvious one.
+        separator: Separator of columns in .csv and .tsv files, one character or `tab`. Default
+            comma and tab.
+        split: Split of a data set that has several. Default `train`.
+        layers: Layers to keep, 0 (embedding) to L; layer L is always kept. Default all.
+        positions: Positions to keep: `all`, `last`, `sample:K`, `answer` or `explicit` (columns
+            of the data).
+        logits: Logits to keep: `recompute` (none: layer L and the head give them), `topk:K` or
+            `full`.
+        max_tokens: Stop after this many tokens, at the end of a sequence.
+        max_bytes: Stop before the cache exceeds this size, at the end of a sequence.
+        codec: Encoding of chunks: `raw`, which reads fastest, or `compact`, for cold storage.
+        dtype: Stored dtype: `auto` (by the range of values), `float16`, `bfloat16` or `float32`.
+        seed: Seed of the permutation of the documents.
+        device: Device of the model: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        batch_tokens: Tokens of one forward batch. Default 4096 on a CPU, on a GPU as many as fit,
+            at most 32768.
+        part_positions: Positions of a part, the unit of commit and resume. Default 24-48 MiB per
+            layer.
+        part: Write only share i of n of the parts, as `i/n`, for job arrays.
+        on_error: What to do with a sequence whose activations are not finite: `quarantine` or
+            `raise`.
+        attention: Attention kernel: `default`, `eager`, `sdpa`, `flash_attention_2`.
+        revision: Branch, tag or commit of a hub model.
+        trust_remote_code: Run code that comes with the model.
+        format: Format of the cache; 1 finds, finishes and extends caches of the first version.
+        client: Client of `dask.distributed` whose workers share the work; they must see the same
+            files.
+        progress: Called with (stage, done, total) for the stages `tokenize` (documents) and
+            `extract` (positions).
     """
-    if options.get("root") is not None:
-        options["root"] = as_path(options["root"])
-    request = ExtractionRequest(str(model), str(data), **options)
+    request = ExtractionRequest(
+        model=str(model),
+        data=str(data),
+        root=None if root is None else as_path(root),
+        context=context,
+        pack=pack,
+        text_column=text_column,
+        separator=separator,
+        split=split,
+        layers=None if layers is None else as_tuple(layers, "layers"),
+        positions=positions,
+        logits=logits,
+        max_tokens=max_tokens,
+        max_bytes=max_bytes,
+        codec=codec,
+        dtype=dtype,
+        seed=seed,
+        device=device,
+        batch_tokens=batch_tokens,
+        part_positions=part_positions,
+        part=part,
+        on_error=on_error,
+        attention=attention,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        format=format,
+    )
     if client is not None:
         from .distributed import answer_on_cluster
 

@@ -1,8 +1,11 @@
-"""Bytes of a cache before it is made: per array, to the byte, and whether they fit."""
+"""What the new cache of a request will hold, and its bytes on the disk before a row is written.
+
+`prepare.py` makes the plan after the checks of the model; the dry run prints `plan.estimate(root)`.
+"""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,27 +28,164 @@ if TYPE_CHECKING:
 
 
 SPARE_BYTES = 64 << 20
-"""Free space that is left on the disk."""
-SMALL_FILES = 1 << 18
+"""Free space that an extraction leaves on the disk."""
+METADATA_BYTES = 1 << 18
 """Allowance for JSON files and array metadata."""
 RATIO_SLACK = 0.15
-"""Share by which compressed bytes may exceed what the first rows promise."""
+"""Share by which compressed bytes may exceed the measurement on the first rows."""
+LOGITS_BATCH_BYTES = 128 << 20
+"""Most bytes of stored logits per batch; a few batches are in memory at a time."""
+INDEX_ENTRY_BYTES = 16
+"""Bytes of a chunk's entry (offset, length) in the index of its shard."""
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """The content of a new cache: layers, arrays, layout and batches of a request.
+
+    Size, width and dtypes come from the checks of the model, so a plan needs the loaded model.
+    """
+
+    request: ExtractionRequest
+    model_report: "ModelReport"
+    """Checks of the model; `dtypes` has the layers of the cache only."""
+    stream: TokenStream
+    """Tokens that the model will read."""
+
+    @cached_property
+    def stored_logits(self) -> tuple[LogitsArray, ...]:
+        """Arrays of logits in the cache; none where logits are recomputed."""
+        report = self.model_report
+        return logits_arrays(self.request.logits, report.head.vocab, report.logits.dtype)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Rows of a chunk and of a part, before the layout shrinks to a short stream."""
+        widest = max((array.row_bytes for array in self.stored_logits), default=0)
+        d_model = self.model_report.head.d_model
+        return Layout.choose(d_model, self.itemsize, self.request.part_positions, widest)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the widest stored dtype among the layers."""
+        dtypes = self.model_report.dtypes.values()
+        return max(np.dtype(STORED_DTYPES[dtype]).itemsize for dtype in dtypes)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the head's tensors in the model's own dtype."""
+        return sum(tensor.nbytes for tensor in self.model_report.tensors.values())
+
+    @cached_property
+    def batch_tokens(self) -> int:
+        """Tokens of a forward batch; on a GPU found by trial runs, unless the request says.
+
+        Fewer where the stored logits of a batch would exceed `LOGITS_BATCH_BYTES`.
+        """
+        if self.request.batch_tokens is not None:
+            return self.request.batch_tokens
+        tokens = choose_batch_tokens(self.model_report.stack, self.stream, self.itemsize)
+        logits_row_bytes = sum(array.row_bytes for array in self.stored_logits)
+        if not logits_row_bytes:
+            return tokens
+        return min(tokens, max(1, LOGITS_BATCH_BYTES // logits_row_bytes))
+
+    def estimate(self, root: Path) -> "Estimate":
+        """Bytes of the cache per array, beside the free bytes at `root`."""
+        stream = self.stream
+        context_tokens = 0 if stream.runs is None else len(stream.ids)
+        estimate = self._estimate(stream.positions, stream.sequences, context_tokens)
+        return replace(
+            estimate, free=free_bytes(root), cut=stream.cut_counts, reading=stream.reading
+        )
+
+    def shortened(self, max_bytes: int) -> "ExtractionPlan":
+        """The plan with the longest beginning of the stream that fits into `max_bytes`.
+
+        The beginning ends with a whole sequence. Raises `UsageError` if even the first sequence
+        takes more.
+        """
+        stream = self.stream
+        ends = np.cumsum(stream.kept)
+
+        def bytes_of_first(sequences: int) -> int:
+            context_tokens = 0 if stream.runs is None else int(stream.lengths[:sequences].sum())
+            return self._estimate(int(ends[sequences - 1]), sequences, context_tokens).most
+
+        # Bisection: `low` sequences fit, more than `high` do not.
+        low, high = 0, len(ends)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if bytes_of_first(middle) <= max_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        if low == 0:
+            raise UsageError(
+                f"max_bytes {max_bytes:,} is less than the cache of one sequence needs, "
+                f"{bytes_of_first(1):,} bytes; allow more, or take fewer layers or smaller parts "
+                "(--part-positions)"
+            )
+        return self if low == len(ends) else replace(self, stream=stream.head(low))
+
+    def _estimate(self, positions: int, sequences: int, context_tokens: int) -> "Estimate":
+        """Estimate for a beginning of the stream, without the free bytes.
+
+        `context_tokens`: tokens of whole sequences that are stored where only some positions are
+        kept; 0 where all positions are.
+        """
+        layout = self.layout.shrunk(positions)
+        arrays = {"head": self.head_bytes + METADATA_BYTES}
+        if context_tokens:
+            for name in ("context/ids", "context/row_id"):
+                arrays[name] = np.dtype(CONTEXT_DTYPES[name]).itemsize * context_tokens
+
+        # Arrays of the parts: rows of a chunk and bytes of a row, by array.
+        shapes: dict[str, tuple[int, int]] = {}
+        for layer, dtype in self.model_report.dtypes.items():
+            itemsize = np.dtype(STORED_DTYPES[dtype]).itemsize
+            row_bytes = itemsize * self.model_report.head.d_model
+            shapes[f"residual/{layer}"] = layout.chunk_rows, row_bytes
+        for array in self.stored_logits:
+            shapes[array.name] = layout.chunk_of(array.row_bytes), array.row_bytes
+
+        # Raw bytes, less the share that compression saved on the first rows.
+        slack, ratios = 0.0, self.model_report.ratios
+        for name, (chunk_rows, row_bytes) in shapes.items():
+            raw_bytes = _shards_bytes(positions, chunk_rows, layout.part_rows, row_bytes)
+            arrays[name] = raw_bytes
+            if name in ratios:
+                # The zeros after the last row compress to nothing.
+                padding_bytes = -positions % chunk_rows * row_bytes
+                saved_bytes = (1 - ratios[name]) * positions * row_bytes
+                arrays[name] = raw_bytes - padding_bytes - round(saved_bytes)
+                slack += min(RATIO_SLACK * arrays[name], max(0.0, saved_bytes))
+
+        # Tables with one number per token or per sequence.
+        for name, dtype in (TABLE_DTYPES | SPAN_DTYPES).items():
+            rows = positions if name.startswith("tokens/") else sequences
+            chunk_rows = min(TABLE_CHUNK_ROWS, 1 << max(0, rows - 1).bit_length())
+            shard_rows = chunk_rows * TABLE_CHUNKS_PER_SHARD
+            arrays[name] = _shards_bytes(rows, chunk_rows, shard_rows, np.dtype(dtype).itemsize)
+
+        files = layout.parts(positions) * len(shapes)
+        return Estimate(positions, sequences, arrays, files, free=None, slack=round(slack))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a cache will take."""
+    """Bytes and files of a cache before extraction."""
 
     positions: int
     sequences: int
     arrays: dict[str, int]
-    """Bytes per array and of the head."""
+    """Bytes per array, and of the head under `head`."""
     files: int
     """Number of shard files."""
     free: int | None
     """Free bytes at the root; None in an object store, which has no end."""
     slack: int = 0
-    """Bytes by which a compact cache may be larger than was measured on its first rows."""
+    """Bytes by which a compact cache may exceed the measurement on its first rows."""
     cut: dict[str, int] = field(default_factory=dict)
     """How many `sequences` would lose how many `tokens` to the context."""
     reading: Reading = field(default_factory=Reading)
@@ -53,25 +193,28 @@ class Estimate:
 
     @property
     def bytes(self) -> int:
+        """Bytes of all arrays and of the head."""
         return sum(self.arrays.values())
 
     @property
     def most(self) -> int:
-        """Bytes that are reckoned with."""
+        """Most bytes that the cache may take: `bytes` and `slack`."""
         return self.bytes + self.slack
 
     @property
     def largest(self) -> str:
+        """Name of the array with the most bytes."""
         return max(self.arrays, key=lambda name: self.arrays[name])
 
     @property
     def fits(self) -> bool:
+        """Whether the disk has room for the cache and `SPARE_BYTES` more."""
         return self.free is None or self.most + SPARE_BYTES <= self.free
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `residua extract --dry-run`."""
-        shown = {"bytes": self.bytes, "largest": self.largest, "fits": self.fits}
-        return {**asdict(self), **shown, "reading": self.reading.to_dict()}
+        summary = {"bytes": self.bytes, "largest": self.largest, "fits": self.fits}
+        return {**asdict(self), **summary, "reading": self.reading.to_dict()}
 
     def check(self, root: Path) -> None:
         """Raise `NoSpaceError` if the cache does not fit, before anything is written."""
@@ -83,93 +226,26 @@ class Estimate:
             )
 
 
-def estimate_bytes(
-    root: Path, layout: Layout, d_model: int, dtypes: dict[int, str], positions: int,
-    sequences: int, head_bytes: int, context_tokens: int = 0, logits: Sequence[LogitsArray] = (),
-    ratios: Mapping[str, float] | None = None,
-) -> Estimate:  # fmt: skip
-    """What `positions` rows of the layers in `dtypes` and of `logits` take, with tokens and head.
-
-    `context_tokens` are those of whole sequences, where only some positions are kept; `ratios` are
-    compressed over raw bytes by array, empty for raw caches.
-    """
-    ratios, slack = ratios or {}, 0.0
-    layout = layout.shrunk(positions)
-    arrays = {"head": head_bytes + SMALL_FILES}
-    if context_tokens:
-        for name in ("context/ids", "context/row_id"):
-            arrays[name] = np.dtype(CONTEXT_DTYPES[name]).itemsize * context_tokens
-    rows: dict[str, tuple[int, int]] = {}
-    for layer, dtype in dtypes.items():
-        row = np.dtype(STORED_DTYPES[dtype]).itemsize * d_model
-        rows[f"residual/{layer}"] = layout.chunk_rows, row
-    for array in logits:
-        rows[array.name] = layout.chunk_of(array.row_bytes), array.row_bytes
-    for name, (chunk, row) in rows.items():
-        raw = arrays[name] = _array(positions, chunk, layout.part_rows, row)
-        if name in ratios:
-            # The zeros after the last row compress to nothing.
-            padding, saved = -positions % chunk * row, (1 - ratios[name]) * positions * row
-            arrays[name] = raw - padding - round(saved)
-            slack += min(RATIO_SLACK * arrays[name], max(0.0, saved))
-    for name, dtype in (TABLE_DTYPES | SPAN_DTYPES).items():
-        count = positions if name.startswith("tokens/") else sequences
-        chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, count - 1).bit_length())
-        shard = chunk * TABLE_CHUNKS_PER_SHARD
-        arrays[name] = _array(count, chunk, shard, np.dtype(dtype).itemsize)
-    files = layout.parts(positions) * (len(dtypes) + len(logits))
-    return Estimate(positions, sequences, arrays, files, _free(root), round(slack))
-
-
-def _free(root: Path) -> int | None:
-    return None if is_remote(root) else shutil.disk_usage(_existing(root)).free
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above `path`, or itself, that is there."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-
-
-def _array(rows: int, chunk_rows: int, shard_rows: int, row_bytes: int) -> int:
-    """Bytes of all shards of an array: chunks with their checksums, and the indices."""
+def _shards_bytes(rows: int, chunk_rows: int, shard_rows: int, row_bytes: int) -> int:
+    """Bytes of all shards of an array: chunks with their checksums, and one index per shard."""
     chunks, shards = -(-rows // chunk_rows), -(-rows // shard_rows)
-    index = shard_rows // chunk_rows * 16 + CHECKSUM_BYTES
-    return chunks * (chunk_rows * row_bytes + CHECKSUM_BYTES) + shards * index
+    index_bytes = shard_rows // chunk_rows * INDEX_ENTRY_BYTES + CHECKSUM_BYTES
+    return chunks * (chunk_rows * row_bytes + CHECKSUM_BYTES) + shards * index_bytes
 
 
-def shorten_to_fit(
-    stream: TokenStream, limit: int, root: Path, layout: Layout, d_model: int,
-    dtypes: dict[int, str], head_bytes: int, logits: Sequence[LogitsArray] = (),
-    ratios: Mapping[str, float] | None = None,
-) -> TokenStream:  # fmt: skip
-    """The longest beginning of `stream`, in whole sequences, whose cache has `limit` bytes."""
-    ends = np.cumsum(stream.kept)
-
-    def size(sequences: int) -> int:
-        positions = int(ends[sequences - 1])
-        tokens = 0 if stream.runs is None else int(stream.lengths[:sequences].sum())
-        return estimate_bytes(
-            root, layout, d_model, dtypes, positions, sequences, head_bytes, tokens, logits, ratios
-        ).most
-
-    low, high = 0, len(ends)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if size(middle) <= limit else (low, middle - 1)
-    if low == 0:
-        raise UsageError(
-            f"max_bytes {limit:,} is less than the cache of one sequence needs, {size(1):,} bytes; "
-            "allow more, or take fewer layers or smaller parts (--part-positions)"
-        )
-    return stream if low == len(ends) else stream.head(low)
-
-
-LOGITS_BATCH_BYTES = 128 << 20
-"""Most bytes of the kept logits of a batch, a few of which are in memory at a time."""
+def free_bytes(root: Path) -> int | None:
+    """Free bytes on the disk of `root`, which may not exist yet; None for an object store."""
+    if is_remote(root):
+        return None
+    folder = next(path for path in (root, *root.absolute().parents) if path.exists())
+    return shutil.disk_usage(folder).free
 
 
 def kept_layers(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
-    """The layers to keep: those asked for, and layer L."""
+    """Layers of a cache, ascending: the requested ones (None: all) and layer L = `depth`.
+
+    Raises `UsageError` for a layer that the model does not have.
+    """
     if layers is None:
         return tuple(range(depth + 1))
     if max(layers) > depth:
@@ -177,48 +253,21 @@ def kept_layers(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
     return tuple(sorted({*layers, depth}))
 
 
-def _layout(request: ExtractionRequest, canary: "ModelReport") -> Layout:
-    widest = max((array.row_bytes for array in _logits(request, canary)), default=0)
-    return Layout.choose(canary.head.d_model, _itemsize(canary), request.part_positions, widest)
-
-
 def layout_like(request: ExtractionRequest, cache: ActivationCache) -> Layout:
-    """The layout that `request` gives arrays like those of a complete `cache`."""
+    """The layout that a new cache of `request` with the arrays of a complete `cache` would get."""
     names = {name for record in cache.committed.values() for name in record.arrays}
-    arrays = {name: cache.array(name).layout for name in names}
-    items = [np.dtype(a.stored_dtype).itemsize for n, a in arrays.items() if n[:9] == "residual/"]
-    widest = max((a.row_bytes for n, a in arrays.items() if n[:7] == "logits/"), default=0)
-    return Layout.choose(cache.d_model, max(items), request.part_positions, widest)
-
-
-def _logits(request: ExtractionRequest, canary: "ModelReport") -> tuple[LogitsArray, ...]:
-    """The arrays of logits that the request keeps."""
-    return logits_arrays(request.logits, canary.head.vocab, canary.logits.dtype)
-
-
-def _batch_tokens(request: ExtractionRequest, canary: "ModelReport", stream: TokenStream) -> int:
-    """Tokens of a batch; fewer where a batch's logits would fill the memory."""
-    if request.batch_tokens is not None:
-        return request.batch_tokens
-    row = sum(array.row_bytes for array in _logits(request, canary))
-    limit = max(1, LOGITS_BATCH_BYTES // row) if row else None
-    found = choose_batch_tokens(canary.stack, stream, _itemsize(canary))
-    return found if limit is None else min(found, limit)
-
-
-def _itemsize(canary: "ModelReport") -> int:
-    return max(np.dtype(STORED_DTYPES[dtype]).itemsize for dtype in canary.dtypes.values())
-
-
-def _head_bytes(canary: "ModelReport") -> int:
-    return sum(tensor.nbytes for tensor in canary.tensors.values())
-
-
-def estimate_of(
-    request: ExtractionRequest, canary: "ModelReport", stream: TokenStream, root: Path
-) -> Estimate:
-    return estimate_bytes(
-        root, _layout(request, canary), canary.head.d_model, canary.dtypes, stream.positions,
-        stream.sequences, _head_bytes(canary), 0 if stream.runs is None else len(stream.ids),
-        _logits(request, canary), canary.ratios,
-    )  # fmt: skip
+    layouts = {name: cache.array(name).layout for name in names}
+    itemsizes = [
+        np.dtype(layout.stored_dtype).itemsize
+        for name, layout in layouts.items()
+        if name.startswith("residual/")
+    ]
+    logits_row_bytes = [
+        layout.row_bytes for name, layout in layouts.items() if name.startswith("logits/")
+    ]
+    return Layout.choose(
+        cache.d_model,
+        max(itemsizes),
+        request.part_positions,
+        max(logits_row_bytes, default=0),
+    )

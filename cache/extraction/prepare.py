@@ -1,4 +1,8 @@
-"""Examines a model, reckons what its cache takes, and makes the empty cache."""
+"""Loads and checks the model of a request, and makes the empty cache of a plan.
+
+`answer_request.py` calls these steps in order: load, plan (`plan.py`), make. The checks of the
+model are in `cache/checks`.
+"""
 
 import json
 import platform
@@ -15,15 +19,7 @@ from ..model.source import ModelSource
 from ..store.create_cache import create_cache
 from ..store.local_origin import public_name, write_origin
 from ..tokens.token_stream import TokenStream
-from .plan import (
-    _batch_tokens,
-    _head_bytes,
-    _layout,
-    _logits,
-    estimate_of,
-    kept_layers,
-    shorten_to_fit,
-)
+from .plan import ExtractionPlan, kept_layers
 from .request import ExtractionRequest
 from .resolve import WantedCache
 
@@ -31,11 +27,13 @@ if TYPE_CHECKING:
     import torch
 
     from ..checks.model_checks import ModelReport
-    from ..model.blocks import DecoderBlocks
 
 
 def load_requested_model(request: ExtractionRequest, source: ModelSource) -> "torch.nn.Module":
-    """The model of the request, on its device."""
+    """The model of the request, on the requested device.
+
+    Raises `ModelError` if the model does not fit into memory.
+    """
     from ..model.load_model import choose_device, load_model
 
     device = choose_device(request.device)
@@ -47,145 +45,144 @@ def load_requested_model(request: ExtractionRequest, source: ModelSource) -> "to
 
 
 def with_loaded_dtype(source: ModelSource, model: "torch.nn.Module") -> ModelSource:
-    """`source` with the dtype that `model`, loaded from it, really runs in."""
+    """`source` with the dtype in which `model`, loaded from this source, runs.
+
+    `source` itself is returned where the configuration names this dtype already.
+    """
     from ..checks.independence import lowest_dtype
 
     dtype = str(lowest_dtype(model)).removeprefix("torch.")
     return source if dtype == source.compute_dtype else replace(source, loaded_dtype=dtype)
 
 
-def examine_model(
+def plan_extraction(
     request: ExtractionRequest, source: ModelSource, model: "torch.nn.Module", stream: TokenStream
-) -> "ModelReport":
-    """What a few sequences show of the model, with the dtypes of the layers that are kept."""
+) -> ExtractionPlan:
+    """The plan of a new cache: the model is checked, the stream cut to the request's `max_bytes`.
+
+    Raises `ModelError` or `HeadMismatchError` if a cache cannot hold the model.
+    """
     from ..checks.model_checks import check_model
 
-    canary = check_model(
+    report = check_model(
         model, stream, source.compute_dtype, request.dtype, request.logits, request.batch_tokens
     )
-    kept = kept_layers(request.layers, canary.stack.depth)
-    canary = replace(canary, dtypes={layer: canary.dtypes[layer] for layer in kept})
-    if request.codec == "raw":
-        return canary
-    from ..checks.compression_ratio import measure_compression_ratio
+    layers = kept_layers(request.layers, report.stack.depth)
+    report = replace(report, dtypes={layer: report.dtypes[layer] for layer in layers})
+    plan = ExtractionPlan(request, report, stream)
 
-    arrays = _logits(request, canary)
-    ratios = measure_compression_ratio(
-        canary, stream, _layout(request, canary), request.logits, arrays
+    if request.codec != "raw":
+        from ..checks.compression_ratio import measure_compression_ratio
+
+        ratios = measure_compression_ratio(
+            report, stream, plan.layout, request.logits, plan.stored_logits
+        )
+        plan = replace(plan, model_report=replace(report, ratios=ratios))
+
+    return plan if request.max_bytes is None else plan.shortened(request.max_bytes)
+
+
+def make_cache(plan: ExtractionPlan, source: ModelSource, wanted: WantedCache, root: Path) -> Path:
+    """Make the empty cache of `plan` under `root`, with head, tokenizer, tokens and manifest.
+
+    Raises `NoSpaceError` before anything is written if the cache does not fit on the disk.
+    """
+    plan.estimate(root).check(root)
+    request, report, stream = plan.request, plan.model_report, plan.stream
+
+    def write_head(folder: Path) -> None:
+        save_head_and_tokenizer(folder, source, report, request.format)
+        save_reference_rows(report.stack, stream, folder)
+        write_origin(folder.parent, request.model, request.data)
+
+    return create_cache(
+        root,
+        _manifest(plan, wanted),
+        stream,
+        hashes=stream.digests()[1],
+        dtypes=report.dtypes,
+        write_head=write_head,
+        provenance=_provenance(plan, source),
+        logits_dtype=report.logits.dtype,
     )
-    return replace(canary, ratios=ratios)
 
 
-def shorten_stream(
-    request: ExtractionRequest,
-    source: ModelSource,
-    model: "torch.nn.Module",
-    stream: TokenStream,
-    root: Path,
-) -> tuple["ModelReport", TokenStream]:
-    """The model's canary, and the stream cut to `max_bytes`."""
-    assert request.max_bytes is not None
-    canary = examine_model(request, source, model, stream)
-    layout, size = _layout(request, canary), _head_bytes(canary)
-    return canary, shorten_to_fit(
-        stream, request.max_bytes, root, layout, canary.head.d_model, canary.dtypes, size,
-        _logits(request, canary), canary.ratios,
-    )  # fmt: skip
-
-
-def make_cache(
-    request: ExtractionRequest,
-    source: ModelSource,
-    model: "torch.nn.Module",
-    canary: "ModelReport | None",
-    wanted: WantedCache,
-    stream: TokenStream,
-    root: Path,
-) -> tuple[Path, "DecoderBlocks"]:
-    """Examine the model, check the space and make the empty cache."""
-    canary = canary or examine_model(request, source, model, stream)
-    estimate_of(request, canary, stream, root).check(root)
-    manifest = Manifest(
-        wanted.model,
-        wanted.tokens,
-        wanted.capture,
-        _layout(request, canary).shrunk(stream.positions),
-        canary.head.d_model,
-        canary.head.vocab,
-        canary.stack.depth,
-        _batch_tokens(request, canary, stream),
-        public_name(request.model),
-        public_name(request.data),
-        extra={
-            "pad": canary.pad,
-            "causal": canary.causal,
-            "embedding": canary.embedding,
-            **({BATCH: ALONE} if canary.alone else {}),
-            # Left out where it is raw, as it was before there was a choice.
-            **({} if request.codec == "raw" else {CODEC: request.codec}),
-        },
+def _manifest(plan: ExtractionPlan, wanted: WantedCache) -> Manifest:
+    request, report = plan.request, plan.model_report
+    extra: dict[str, Any] = {
+        "pad": report.pad,
+        "causal": report.causal,
+        "embedding": report.embedding,
+    }
+    if report.alone:
+        extra[BATCH] = ALONE
+    if request.codec != "raw":  # absent in raw caches, as in those made before codecs existed
+        extra[CODEC] = request.codec
+    return Manifest(
+        model=wanted.model,
+        tokens=wanted.tokens,
+        capture=wanted.capture,
+        layout=plan.layout.shrunk(plan.stream.positions),
+        d_model=report.head.d_model,
+        vocab=report.head.vocab,
+        depth=report.stack.depth,
+        batch_tokens=plan.batch_tokens,
+        model_name=public_name(request.model),
+        data_name=public_name(request.data),
+        extra=extra,
         format=request.format,
     )
 
-    def write_head(folder: Path) -> None:
-        save_head_and_tokenizer(folder, source, canary, request.format)
-        save_reference_rows(canary.stack, stream, folder)
-        write_origin(folder.parent, request.model, request.data)
 
-    provenance = {
-        **_provenance(model, canary.report()),
-        "revision": source.revision,
-        "cut": stream.cut_counts,
-        "reading": stream.reading.to_dict(),
+def _provenance(plan: ExtractionPlan, source: ModelSource) -> dict[str, Any]:
+    """The content of `provenance.json`: measurements, versions, device and reading of the texts."""
+    import torch
+    import transformers
+
+    model = plan.model_report.stack.model
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
-    if request.codec != "raw":  # other versions may compress to other bytes
-        provenance["versions"]["numcodecs"] = version_of("numcodecs")
-    path = create_cache(
-        root, manifest, stream, stream.digests()[1], canary.dtypes, write_head, provenance,
-        canary.logits.dtype,
-    )  # fmt: skip
-    return path, canary.stack
+    if plan.request.codec != "raw":  # another version may compress to other bytes
+        versions["numcodecs"] = version_of("numcodecs")
+    return {
+        "canary": plan.model_report.to_dict(),
+        "device": str(next(model.parameters()).device),
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        # Tensors that the checkpoint lacks and the class computes, and those that no module reads.
+        "checkpoint": getattr(model, "checkpoint_notes", None),
+        "versions": versions,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "revision": source.revision,
+        "cut": plan.stream.cut_counts,
+        "reading": plan.stream.reading.to_dict(),
+    }
 
 
 def save_head_and_tokenizer(
-    folder: Path, source: ModelSource, canary: "ModelReport", version: int
+    folder: Path, source: ModelSource, report: "ModelReport", format: int
 ) -> None:
-    """The head, the tokenizer and copies of the configuration, in the format `version`."""
-    canary.head.save(folder, canary.tensors)
-    source.tokenizer_in(version).save(str(folder / "tokenizer.json"))
+    """Write head, tokenizer and copies of the configuration to `folder`, in the cache's format."""
+    report.head.save(folder, report.tensors)
+    source.tokenizer_in(format).save(str(folder / "tokenizer.json"))
     for name in ("config.json", "tokenizer_config.json"):
         if (source.folder / name).is_file():
             (folder / name).write_bytes(_without_paths((source.folder / name).read_bytes()))
 
 
-def _without_paths(raw: bytes) -> bytes:
-    """A configuration without the place that it was once saved at; unchanged if it has none."""
-    value = json.loads(raw)
-    kept = _public(value)
-    return raw if kept == value else json.dumps(kept, indent=2, ensure_ascii=False).encode() + b"\n"
+def _without_paths(config: bytes) -> bytes:
+    """A JSON configuration without the paths of its author; unchanged if no path is in it."""
+    value = json.loads(config)
+    public_value = _drop_path_keys(value)
+    if public_value == value:
+        return config
+    return json.dumps(public_value, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def _public(value: Any) -> Any:
+def _drop_path_keys(value: Any) -> Any:
     if isinstance(value, dict):
-        hidden = ("_name_or_path", "name_or_path")
-        return {key: _public(found) for key, found in value.items() if key not in hidden}
-    return [_public(found) for found in value] if isinstance(value, list) else value
-
-
-def _provenance(model: "torch.nn.Module", canary: dict[str, object]) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    return {
-        "canary": canary,
-        "device": str(next(model.parameters()).device),
-        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
-        # Tensors that the checkpoint lacks and the class computes, and those that no module reads.
-        "checkpoint": getattr(model, "checkpoint_notes", None),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+        path_keys = ("_name_or_path", "name_or_path")
+        return {key: _drop_path_keys(item) for key, item in value.items() if key not in path_keys}
+    return [_drop_path_keys(item) for item in value] if isinstance(value, list) else value

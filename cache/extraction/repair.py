@@ -1,4 +1,9 @@
-"""Mends a damaged cache: only the damaged parts go through the model again."""
+"""`residua.repair`: extracts the damaged parts of a cache again and leaves all other files alone.
+
+`store/verify.py` finds the damage. Metadata of arrays is copied or made anew, the files of `head/`
+are saved from the model again, and damaged shards are written by the same `PartRunner` that an
+extraction uses.
+"""
 
 import tempfile
 from dataclasses import asdict, dataclass
@@ -32,17 +37,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Repair:
-    """What `repair` did."""
+    """Files that `repair` restored or changed, and the damage that remains."""
 
     mended: tuple[str, ...]
-    """Files that are as they were again."""
+    """Files restored to the recorded bytes."""
     changed: tuple[str, ...]
-    """Files written anew that differ from the first ones; their new digests are in the journal."""
+    """Files written anew with other bytes; the journal has their new digests."""
     left: tuple[Damage, ...]
     """Damage that only a new extraction can mend."""
 
     @property
     def ok(self) -> bool:
+        """Whether no damage remains."""
         return not self.left
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,81 +57,102 @@ class Repair:
 
 
 def repair(
-    path: Path, model: str | None = None, device: str = "auto",
+    path: Path,
+    model: str | None = None,
+    device: str = "auto",
     progress: StageProgress | None = None,
     trust_remote_code: bool = False,
-) -> Repair:  # fmt: skip
+) -> Repair:
     """Verify the cache at `path` and write its damaged shards, head and metadata anew.
 
-    `model` is where the model is now, if it has moved; code of its own runs only if
-    `trust_remote_code`. Raises `MismatchError` if it is another
-    model, `CorruptError` if the manifest itself is damaged. Tokens cannot be mended.
+    `model` is the present folder or hub id of the model; default the one of the extraction. Code
+    that comes with the model runs only with `trust_remote_code`. `progress` is called for the
+    stages `verify` and `repair` (parts). Raises `MismatchError` if the model is not the cache's,
+    `CorruptError` if the manifest itself is damaged. Damaged tokens cannot be mended.
     """
-    found = verify(path, progress and (lambda done, total: progress("verify", done, total)))
-    if found.ok:
+    verification = verify(path, progress and (lambda done, total: progress("verify", done, total)))
+    if verification.ok:
         return Repair((), (), ())
+
+    # Metadata of arrays, without the model.
     manifest = Manifest.read(path / "manifest.json")
-    mended = _copy_metadata(path, found.damages)
-    mended += _make_metadata(path, manifest, found.damages, mended)
-    wrong = [damage for damage in found.damages if damage.file not in mended]
-    if any(_is_of_part(d) or d.file.startswith("head/") for d in wrong):
-        source, loaded = _load(path, manifest, model, device, trust_remote_code)
-        mended += _rebuild_head(path, source, loaded, manifest, wrong)
-        again, changed = _rewrite_shards(path, loaded, wrong, progress)
-        mended += again
-    else:
-        changed = []
-    done = {*mended, *changed}
-    left = tuple(damage for damage in wrong if damage.file not in done)
-    return Repair(tuple(mended), tuple(changed), left)
+    mended = _copy_array_metadata(path, verification.damages)
+    mended += _make_array_metadata(path, manifest, verification.damages, mended)
+    damages = [damage for damage in verification.damages if damage.file not in mended]
+
+    # Head and shards, with the model.
+    changed: list[str] = []
+    if any(_is_of_part(damage) or damage.file.startswith("head/") for damage in damages):
+        source, loaded_model = _load_model(path, manifest, model, device, trust_remote_code)
+        mended += _mend_head(path, source, loaded_model, manifest, damages)
+        mended_shards, changed = _rewrite_shards(path, loaded_model, damages, progress)
+        mended += mended_shards
+
+    return Repair(
+        mended=tuple(mended),
+        changed=tuple(changed),
+        left=tuple(damage for damage in damages if damage.file not in {*mended, *changed}),
+    )
 
 
 def _is_of_part(damage: Damage) -> bool:
+    """Whether the damage lies in rows of a shard that the model can compute again."""
     array = damage.array or ""
     return array.startswith(("residual/", "logits/")) and damage.start is not None
 
 
-def _copy_metadata(path: Path, damages: tuple[Damage, ...]) -> list[str]:
-    """Metadata of an array from another array's file with the same digest."""
-    _, files = Journal(path / "journal").base()
+def _copy_array_metadata(path: Path, damages: tuple[Damage, ...]) -> list[str]:
+    """Restore damaged `zarr.json` files from an equal file of another array; restored names."""
+    _, digests = Journal(path / "journal").base()
     mended = []
     for name in dict.fromkeys(d.file for d in damages if d.file.endswith("/zarr.json")):
-        twins = [twin for twin, digest in files.items() if digest == files.get(name)]
+        twins = [twin for twin, digest in digests.items() if digest == digests.get(name)]
         for twin in twins:
-            if twin != name and (path / twin).is_file() and file_digest(path / twin) == files[name]:
-                _replace(path / twin, path / name)
+            if twin == name or not (path / twin).is_file():
+                continue
+            if file_digest(path / twin) == digests[name]:
+                _copy_file(path / twin, path / name)
                 mended.append(name)
                 break
     return mended
 
 
-def _make_metadata(
+def _make_array_metadata(
     path: Path, manifest: Manifest, damages: tuple[Damage, ...], mended: list[str]
 ) -> list[str]:
-    """Metadata of arrays that have no like, made anew in each dtype that they may have."""
-    _, files = Journal(path / "journal").base()
-    again = []
+    """Make damaged `zarr.json` files anew, except the `mended` ones; restored names.
+
+    The stored dtype of an array stands only in the damaged file, so each dtype is tried until the
+    digest agrees.
+    """
+    _, digests = Journal(path / "journal").base()
+    restored = []
     names = {d.file for d in damages if d.file.endswith("/zarr.json")} - set(mended)
     for name in sorted(names):
         array = name.removeprefix("arrays.zarr/").removesuffix("/zarr.json")
         for dtype in STORED_DTYPES:
             with tempfile.TemporaryDirectory(prefix="residua-") as folder:
                 create_part_array(Path(folder), manifest, array, dtype)
-                fresh = Path(folder) / array / "zarr.json"
-                if fresh.is_file() and file_digest(fresh) == files.get(name):
-                    _replace(fresh, path / name)
-                    again.append(name)
+                new_file = Path(folder) / array / "zarr.json"
+                if new_file.is_file() and file_digest(new_file) == digests.get(name):
+                    _copy_file(new_file, path / name)
+                    restored.append(name)
                     break
-    return again
+    return restored
 
 
-def _replace(source: Path, target: Path) -> None:
+def _copy_file(source: Path, target: Path) -> None:
     write_atomically(target, source.read_bytes())
 
 
-def _load(
+def _load_model(
     path: Path, manifest: Manifest, model: str | None, device: str, trust_remote_code: bool
 ) -> tuple[ModelSource, "torch.nn.Module"]:
+    """Find and load the model of the cache.
+
+    `model` overrides the folder or hub id that the cache remembers. Raises `MismatchError` for
+    another model, `ModelError` if no model is found or its code needs `trust_remote_code`.
+    """
     from ..model.load_model import choose_device, load_model
 
     name = model or read_origin(path).get("model", manifest.model_name)
@@ -149,14 +176,17 @@ def _load(
     return source, load_model(source, choose_device(device), attention, trust_remote_code)
 
 
-def _rebuild_head(
+def _mend_head(
     path: Path,
     source: ModelSource,
     model: "torch.nn.Module",
     manifest: Manifest,
     damages: list[Damage],
 ) -> list[str]:
-    """Files of `head/` made from the model again, where they come out as they were."""
+    """Save damaged files of `head/` from the model again; restored names.
+
+    A file is replaced only by one with the recorded digest.
+    """
     from ..checks.model_checks import check_model
     from ..checks.reference_rows import save_reference_rows
     from ..tokens.token_stream import TokenStream
@@ -168,55 +198,63 @@ def _rebuild_head(
     cache = ActivationCache(path)
     lengths = cache.contexts.length
     stream = TokenStream(cache.contexts.ids, lengths, np.arange(len(lengths)))
-    canary = check_model(model, stream, manifest.capture.compute_dtype, manifest.capture.dtype)
-    _, files = cache.journal.base()
-    mended = []
+    report = check_model(model, stream, manifest.capture.compute_dtype, manifest.capture.dtype)
+    _, digests = cache.journal.base()
+    restored = []
     with tempfile.TemporaryDirectory(prefix="residua-") as folder:
-        save_head_and_tokenizer(Path(folder), source, canary, manifest.format)
-        save_reference_rows(canary.stack, stream, Path(folder))
+        save_head_and_tokenizer(Path(folder), source, report, manifest.format)
+        save_reference_rows(report.stack, stream, Path(folder))
         for name in names:
-            fresh = Path(folder) / Path(name).name
-            if fresh.is_file() and file_digest(fresh) == files.get(name):
-                _replace(fresh, path / name)
-                mended.append(name)
-    return mended
+            new_file = Path(folder) / Path(name).name
+            if new_file.is_file() and file_digest(new_file) == digests.get(name):
+                _copy_file(new_file, path / name)
+                restored.append(name)
+    return restored
 
 
 def _rewrite_shards(
     path: Path, model: "torch.nn.Module", damages: list[Damage], progress: StageProgress | None
 ) -> tuple[list[str], list[str]]:
-    """Run the damaged parts again; files that came out as they were, and files that did not."""
+    """Run the damaged parts again: shards with the recorded bytes, and shards with other bytes.
+
+    Other bytes come from other hardware or versions, within the rounding that
+    `check_reference_rows` allows.
+    """
     from ..checks.model_checks import recheck_model
 
-    wanted: dict[int, set[str]] = {}
+    # Damaged arrays of each part.
     cache = ActivationCache(path)
+    arrays_of_part: dict[int, set[str]] = {}
     for damage in filter(_is_of_part, damages):
         assert damage.array is not None
         assert damage.start is not None
         part = damage.start // cache.manifest.layout.part_rows
-        wanted.setdefault(part, set()).add(damage.array)
-    if not wanted:
+        arrays_of_part.setdefault(part, set()).add(damage.array)
+    if not arrays_of_part:
         return [], []
+
+    # The model must still compute the rows of the undamaged parts.
     stack = recheck_model(model, cache)
     check_reference_rows(stack, path, cache.manifest.capture.compute_dtype)
+
     runner = PartRunner(cache, stack, open_ancestor(cache))
     mended, changed = [], []
-    before = cache.journal.parts()
-    for number, (part, names) in enumerate(sorted(wanted.items())):
-        # In the order in which a part is written: the first reason of a quarantine holds.
+    old_records = cache.journal.parts()
+    for number, (part, names) in enumerate(sorted(arrays_of_part.items())):
+        # In the order of an extraction: the first reason of a quarantine is the recorded one.
         keys = tuple(array_key(name) for name in cache.target_names if name in names)
-        with lease_part(path / "leases", part) as mine:
-            if not mine:
+        with lease_part(path / "leases", part) as lease:
+            if not lease:
                 raise CorruptError(f"part {part} is being written by another process; wait for it")
-            with PartExtraction(runner, part, keys, mine) as extraction:
+            with PartExtraction(runner, part, keys, lease) as extraction:
                 for _ in extraction.write_batches():
                     pass
-                extraction.commit(expected=before[part])
-        after = cache.journal.parts()[part]
+                extraction.commit(expected=old_records[part])
+        new_record = cache.journal.parts()[part]
         for name in map(array_name, keys):
             file = f"arrays.zarr/{name}/{cache.array(name).layout.shard_key(part)}"
-            same = after.arrays[name] == before[part].arrays[name]
-            (mended if same else changed).append(file)
+            is_same = new_record.arrays[name] == old_records[part].arrays[name]
+            (mended if is_same else changed).append(file)
         if progress is not None:
-            progress("repair", number + 1, len(wanted))
+            progress("repair", number + 1, len(arrays_of_part))
     return mended, changed

@@ -1,15 +1,18 @@
-"""What to extract: the options of `residua extract` and of `residua.extract`."""
+"""Options of an extraction: the keywords of `residua.extract` and the options of `residua extract`.
+
+An `ExtractionRequest` is checked when it is made; `answer_request.py` answers it with a cache.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
-from ..format.compression import check_codec as check_codec
+from ..format.compression import check_codec
 from ..format.dtypes import STORED_DTYPES
-from ..format.logits_arrays import check_logits_mode as check_logits
+from ..format.logits_arrays import check_logits_mode
 from ..format.manifest import FORMAT, FORMATS
 from ..number_ranges import as_tuple, as_whole_number
-from ..tokens.positions import check_positions as check_policy
+from ..tokens.positions import check_positions
 
 WHOLE_NUMBERS = (
     "context",
@@ -20,12 +23,16 @@ WHOLE_NUMBERS = (
     "part_positions",
     "format",
 )
-"""Fields of `Request` that are whole numbers, or None."""
+"""Fields of `ExtractionRequest` that are whole numbers, or None."""
 
 
 @dataclass(frozen=True)
 class ExtractionRequest:
-    """What to extract; field names are the options of `residua extract`."""
+    """A model, texts and options of one extraction.
+
+    Field names are the keywords of `residua.extract` and the options of `residua extract`. Raises
+    `UsageError` for a value that is unknown or out of range, before any file is read.
+    """
 
     model: str
     """Folder of a model saved by transformers, or a hub id."""
@@ -52,21 +59,21 @@ class ExtractionRequest:
     max_tokens: int | None = None
     """Stop the token stream after this many tokens, at the end of a sequence."""
     max_bytes: int | None = None
-    """Stop the token stream where the cache would have more bytes."""
+    """Stop the token stream, at the end of a sequence, before the cache exceeds this size."""
     codec: str = "raw"
-    """How chunks are kept: raw, which reads fastest, or compact, for cold storage and objects."""
+    """Encoding of chunks: raw, which reads fastest, or compact, compressed for cold storage."""
     dtype: str = "auto"
     """Stored dtype: auto, float16, bfloat16 or float32."""
     seed: int = 0
     """Seed of the permutation of the documents."""
     device: str = "auto"
-    """Where the model runs: auto, cpu, cuda, cuda:1, mps."""
+    """Device of the model: auto, cpu, cuda, cuda:1, mps."""
     batch_tokens: int | None = None
-    """Tokens of one forward batch; default 4096 on CPU, on GPU what fits, at most 32768."""
+    """Tokens of one forward batch; default 4096 on CPU, on GPU as many as fit, to 32768."""
     part_positions: int | None = None
     """Positions of a part, the unit of commit and resume; default by size, 24-48 MiB per layer."""
     part: str | None = None
-    """Write only share i of n of the parts, as `i/n`, for job arrays; waits for nobody."""
+    """Write only share i of n of the parts, as `i/n`, for job arrays; no part is waited for."""
     on_error: str = "quarantine"
     """What to do with a sequence whose activations are not finite: quarantine or raise."""
     attention: str = "default"
@@ -79,7 +86,7 @@ class ExtractionRequest:
     """Format of the cache; 1 finds, finishes and extends caches of the first version."""
 
     def __post_init__(self) -> None:
-        # Numbers of numpy as Python's: they are written as JSON.
+        # Plain Python types: numpy's cannot be written as JSON.
         for name in WHOLE_NUMBERS:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, as_whole_number(value, name))
@@ -87,9 +94,11 @@ class ExtractionRequest:
             object.__setattr__(self, name, bool(getattr(self, name)))
         if self.layers is not None:
             object.__setattr__(self, "layers", as_tuple(self.layers, "layers"))
+
+        # Values of each option.
         if self.dtype not in ("auto", *STORED_DTYPES):
-            known = ", ".join(("auto", *STORED_DTYPES))
-            raise UsageError(f"dtype {self.dtype!r} is unknown; choose one of {known}")
+            choices = ", ".join(("auto", *STORED_DTYPES))
+            raise UsageError(f"dtype {self.dtype!r} is unknown; choose one of {choices}")
         if self.on_error not in ("quarantine", "raise"):
             raise UsageError(f"on_error {self.on_error!r} is unknown; choose quarantine or raise")
         for name in ("context", "max_tokens", "max_bytes", "batch_tokens", "part_positions"):
@@ -97,20 +106,20 @@ class ExtractionRequest:
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         if self.format not in FORMATS:
-            known = ", ".join(map(str, FORMATS))
-            raise UsageError(f"format {self.format!r} is unknown; formats are {known}")
+            formats = ", ".join(map(str, FORMATS))
+            raise UsageError(f"format {self.format!r} is unknown; formats are {formats}")
         if self.separator is not None:
-            object.__setattr__(self, "separator", _separator(self.separator))
-        check_policy(self.positions, self.pack)
-        check_logits(self.logits)
+            object.__setattr__(self, "separator", _separator_character(self.separator))
+        check_positions(self.positions, self.pack)
+        check_logits_mode(self.logits)
         check_codec(self.codec)
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             raise UsageError(f"layers must be numbers from 0 on, got {self.layers}")
-        self.share  # noqa: B018 (raises if it cannot be read)
+        _ = self.share  # raises `UsageError` if `part` is not of the form i/n
 
     @property
     def share(self) -> tuple[int, int]:
-        """`part` as numbers (i, n); (1, 1) without."""
+        """`part` as numbers (i, n); (1, 1), all parts, if `part` is None."""
         if self.part is None:
             return 1, 1
         try:
@@ -122,8 +131,8 @@ class ExtractionRequest:
         return number, shares
 
 
-def _separator(name: str) -> str:
-    """The separator that is meant: `tab` and `\\t` are a tab."""
+def _separator_character(name: str) -> str:
+    """The separator's one character; `tab` and `\\t` name a tab."""
     separator = {"tab": "\t", "\\t": "\t"}.get(name, name)
     if len(separator) != 1 or separator in '"\r\n':
         raise UsageError(f"separator {name!r} must be one character, or tab")

@@ -1,4 +1,9 @@
-"""Does a cache answer a request? Coverage, not equality: more layers or more tokens also do."""
+"""The identity of a requested cache, and the search for a matching cache under the root.
+
+A cache with more layers or more tokens than requested also answers the request.
+`answer_request.py` calls `read_stream`, `wanted_cache` and `match_cache` in this order; none of
+them loads the model's weights.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -31,11 +36,20 @@ from ..tokens.tokenization import tokenize
 from .request import ExtractionRequest
 
 ANSWERS = ("hit", "covers", "partial", "miss")
+"""Answers of a cache, best first."""
+DEFAULT_CONTEXT = 1024
+"""Longest sequence, in tokens, of a request that names none."""
+STREAM_FIELDS = frozenset(f"tokens.{name}" for name in ("digest", "positions", "sequences", "seed"))
+"""Identity fields that may differ where one token stream contains the other."""
+LOGITS_FIELD = "capture.logits"
+"""Identity field that may differ where the cache keeps more logits than requested."""
+Difference = tuple[str, Any, Any]
+"""An identity field with its values in the first and in the second identity."""
 
 
 @dataclass(frozen=True)
 class WantedCache:
-    """What a request asks for, known without loading the model's weights."""
+    """Identity, sequences and layers that a request asks for, known without the model's weights."""
 
     model: ModelIdentity
     tokens: TokenIdentity
@@ -43,150 +57,60 @@ class WantedCache:
     hashes: np.ndarray
     """64 bits of the sha256 of each sequence, `(sequences,)` uint64."""
     layers: tuple[int, ...] | None = None
-    """None for all layers."""
+    """Requested layers; None for all."""
     format: int = FORMAT
-    """Format of the cache: one of another format is another cache."""
+    """Format of the cache: a cache of another format is a miss."""
 
     @property
     def identity(self) -> dict[str, Any]:
+        """The JSON object whose hash is the id of the cache."""
         return identity_of(self.format, self.model, self.tokens, self.capture)
 
 
 @dataclass(frozen=True)
 class CacheMatch:
-    """The best answer that the caches under a root give."""
+    """The best answer of the caches under a root, and its gaps."""
 
     answer: str
-    """`hit`: just this; `covers`: this and more; `partial`: a part is missing; `miss`."""
+    """`hit`: exactly the request; `covers`: the request and more; `partial`: layers or sequences
+    are missing; `miss`: no cache."""
     path: Path | None = None
-    """Folder of the cache that answers; for a miss the nearest one, if there is any."""
+    """Folder of the answering cache; for a miss of the nearest one, None without any."""
     missing_layers: tuple[int, ...] = ()
+    """Requested layers that the cache lacks."""
     missing_sequences: tuple[int, ...] = ()
     """Numbers of the request's sequences that the cache lacks."""
     unfinished: bool = False
     """True if the cache's own extraction was interrupted."""
-    differences: tuple[tuple[str, Any, Any], ...] = ()
-    """For a miss: (field, asked, found) of the nearest cache."""
+    differences: tuple[Difference, ...] = ()
+    """For a miss: (field, requested value, value in the nearest cache)."""
+
+    @property
+    def is_sufficient(self) -> bool:
+        """Whether the cache answers the request without any forward pass."""
+        return self.answer in ("hit", "covers")
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object."""
+        """The match as a JSON object."""
         value = asdict(self)
         value["cache"] = self.path.name if self.path else None
         value["path"] = str(self.path) if self.path else None
         value["missing_sequences"] = len(self.missing_sequences)
-        fields = ("field", "asked", "found")
-        value["differences"] = [dict(zip(fields, d, strict=True)) for d in self.differences]
+        keys = ("field", "asked", "found")
+        value["differences"] = [
+            dict(zip(keys, difference, strict=True)) for difference in self.differences
+        ]
         return value
-
-
-def match_cache(wanted: WantedCache, root: Path) -> CacheMatch:
-    """The best answer to `wanted` among the caches under `root`; damaged caches are passed over."""
-    found = []
-    for path in list_paths(root):
-        try:
-            found.append(_answer(wanted, ActivationCache(path)))
-        except ResiduaError:
-            continue
-    return min(found, key=_preference, default=CacheMatch("miss"))
-
-
-def _preference(resolution: CacheMatch) -> tuple[int, int, int]:
-    missing = len(resolution.missing_layers), len(resolution.missing_sequences)
-    closeness = len(resolution.differences) if resolution.answer == "miss" else sum(missing)
-    return ANSWERS.index(resolution.answer), closeness, missing[0]
-
-
-def _answer(wanted: WantedCache, cache: ActivationCache) -> CacheMatch:
-    identity = wanted.identity
-    differences = differing_fields(identity, cache.manifest.identity)
-    more_logits = [name == _LOGITS and logits_mode_covers(b, a) for name, a, b in differences]
-    if any(
-        name not in _STREAM and not also
-        for (name, _, _), also in zip(differences, more_logits, strict=True)
-    ):
-        return CacheMatch("miss", cache.path, differences=differences)
-    lacking, extra = _sequences(wanted.hashes, cache.sequence_hash)
-    # Where only some positions are kept, a cache of more tokens is a new one.
-    if lacking and (extra or wanted.capture.positions != "all"):
-        return CacheMatch("miss", cache.path, differences=differences)
-    asked = range(cache.n_blocks + 1) if wanted.layers is None else wanted.layers
-    layers = tuple(layer for layer in asked if layer not in cache.layers)
-    unfinished = not cache.finished
-    if lacking or layers:
-        return CacheMatch("partial", cache.path, layers, lacking, unfinished)
-    more = extra or any(more_logits) or len(set(asked) | {cache.n_blocks}) < len(cache.layers)
-    return CacheMatch("covers" if more else "hit", cache.path, unfinished=unfinished)
-
-
-_STREAM = frozenset(f"tokens.{name}" for name in ("digest", "positions", "sequences", "seed"))
-"""Fields that may differ where one token stream holds the other."""
-_LOGITS = "capture.logits"
-
-
-def _sequences(asked: np.ndarray, held: np.ndarray) -> tuple[tuple[int, ...], bool]:
-    """Numbers of the asked sequences that are not held, and whether more are held than asked."""
-    if np.array_equal(asked, held):
-        return (), False
-    left = Counter(held.tolist())
-    lacking = []
-    for number, sequence in enumerate(asked.tolist()):
-        if left[sequence] > 0:
-            left[sequence] -= 1
-        else:
-            lacking.append(number)
-    return tuple(lacking), +left != Counter()
-
-
-def differing_fields(
-    one: dict[str, Any], other: dict[str, Any], prefix: str = ""
-) -> tuple[tuple[str, Any, Any], ...]:
-    """Fields in which two identities differ: (name, in one, in other)."""
-    differences: list[tuple[str, Any, Any]] = []
-    for name in sorted(set(one) | set(other)):
-        a, b = one.get(name), other.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            differences += differing_fields(a, b, f"{prefix}{name}.")
-        elif a != b:
-            differences.append((f"{prefix}{name}", a, b))
-    return tuple(differences)
-
-
-def named_differences(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
-    """`compare` as JSON objects with the keys `field`, `one` and `other`."""
-    names = ("field", "one", "other")
-    return [dict(zip(names, found, strict=True)) for found in differing_fields(one, other)]
-
-
-def describe(differences: Sequence[tuple[str, Any, Any]]) -> str:
-    """Differences in one line."""
-    return "; ".join(f"{name}: {_short(a)} is not {_short(b)}" for name, a, b in differences)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text[:12] if len(text) == 64 else text
-
-
-"""Called with (stage, done, total); stages are `tokenize` (documents) and `extract` (positions)."""
-DEFAULT_CONTEXT = 1024
-
-
-def choose_context(request: ExtractionRequest, source: ModelSource) -> int:
-    """Context length of the request, checked against the model's."""
-    limit = source.context
-    if request.context is None:
-        return min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    if limit is not None and request.context > limit:
-        raise UsageError(
-            f"context {request.context} is longer than this model's {limit}; choose less"
-        )
-    return request.context
 
 
 def read_stream(
     request: ExtractionRequest, source: ModelSource, progress: StageProgress | None
 ) -> TokenStream:
-    """The token stream of the request; its columns lie on the disk."""
+    """Read and tokenize the texts of `request`; token columns lie on the disk.
+
+    Raises `DataError` if no text can be read, `ModelError` if the tokenizer gives ids beyond the
+    model's vocabulary.
+    """
     scratch = scratch_folder(cache_root(request.root))
     documents = load_documents(
         request.data,
@@ -209,39 +133,168 @@ def read_stream(
         scratch=scratch,
         version=request.format,
     )
+
+    # A tokenizer of another model shows itself by ids that the embedding does not have.
     vocab = source.constant("vocab_size")
-    largest = max(int(block.max()) for block in row_blocks(stream.ids))
-    if isinstance(vocab, int) and largest >= vocab:
+    largest_id = max(int(block.max()) for block in row_blocks(stream.ids))
+    if isinstance(vocab, int) and largest_id >= vocab:
         raise ModelError(
-            f"the tokenizer gives token {largest}, but the model's vocabulary has "
+            f"the tokenizer gives token {largest_id}, but the model's vocabulary has "
             f"{vocab}; the tokenizer files do not belong to this model"
         )
     return keep_positions(request.positions, stream, documents, request.seed)
 
 
+def choose_context(request: ExtractionRequest, source: ModelSource) -> int:
+    """Context length of the request in tokens.
+
+    Default the model's, at most `DEFAULT_CONTEXT`. Raises `UsageError` beyond the model's.
+    """
+    limit = source.context
+    if request.context is None:
+        return min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if limit is not None and request.context > limit:
+        raise UsageError(
+            f"context {request.context} is longer than this model's {limit}; choose less"
+        )
+    return request.context
+
+
 def wanted_cache(
     request: ExtractionRequest, source: ModelSource, stream: TokenStream
 ) -> WantedCache:
-    """The identity that the request asks for."""
+    """The cache that `request` asks for, by the identity of model, tokens and capture."""
     digest, hashes = stream.digests()
-    tokens = TokenIdentity(
-        digest,
-        stream.positions,
-        stream.sequences,
-        tokenizer_digest(source.tokenizer_in(request.format)),
-        choose_context(request, source),
-        request.pack,
-        request.seed,
-        stream.split_by if request.format > 1 else SEQUENCE,
-    )
-    capture = CaptureIdentity(
-        source.compute_dtype,
-        request.dtype,
-        request.attention,
-        request.positions,
-        logits=request.logits,
-    )
     if stream.runs is not None:
+        # A cache of some positions has a sequence for each run of kept positions.
         hashes = hashes[stream.runs.sequence]
-    model = source.identity_in(request.format)
-    return WantedCache(model, tokens, capture, hashes, request.layers, request.format)
+    return WantedCache(
+        model=source.identity_in(request.format),
+        tokens=TokenIdentity(
+            digest=digest,
+            positions=stream.positions,
+            sequences=stream.sequences,
+            tokenizer=tokenizer_digest(source.tokenizer_in(request.format)),
+            context=choose_context(request, source),
+            packed=request.pack,
+            seed=request.seed,
+            split_by=stream.split_by if request.format > 1 else SEQUENCE,
+        ),
+        capture=CaptureIdentity(
+            compute_dtype=source.compute_dtype,
+            dtype=request.dtype,
+            attention=request.attention,
+            positions=request.positions,
+            logits=request.logits,
+        ),
+        hashes=hashes,
+        layers=request.layers,
+        format=request.format,
+    )
+
+
+def match_cache(wanted: WantedCache, root: Path) -> CacheMatch:
+    """The best match for `wanted` among the caches under `root`; damaged caches are skipped.
+
+    Best is the order of `ANSWERS`, then the fewest missing layers and sequences, or for a miss the
+    fewest differing fields.
+    """
+    matches = []
+    for path in list_paths(root):
+        try:
+            matches.append(_match_with(ActivationCache(path), wanted))
+        except ResiduaError:
+            continue
+    return min(matches, key=_rank, default=CacheMatch("miss"))
+
+
+def _rank(match: CacheMatch) -> tuple[int, int, int]:
+    """Sort key of a match, smaller is better."""
+    layers, sequences = len(match.missing_layers), len(match.missing_sequences)
+    gaps = len(match.differences) if match.answer == "miss" else layers + sequences
+    return ANSWERS.index(match.answer), gaps, layers
+
+
+def _match_with(cache: ActivationCache, wanted: WantedCache) -> CacheMatch:
+    """How `cache` answers `wanted`."""
+    differences = differing_fields(wanted.identity, cache.manifest.identity)
+    miss = CacheMatch("miss", cache.path, differences=differences)
+
+    # Identity: only the token stream may differ, and logits if the cache keeps more of them.
+    more_logits = False
+    for name, requested, stored in differences:
+        if name == LOGITS_FIELD and logits_mode_covers(stored, requested):
+            more_logits = True
+        elif name not in STREAM_FIELDS:
+            return miss
+
+    # Sequences: either stream may contain the other. Where only some positions are kept, a cache
+    # of more tokens cannot be extended.
+    missing_sequences, more_sequences = _compare_sequences(wanted.hashes, cache.sequence_hash)
+    if missing_sequences and (more_sequences or wanted.capture.positions != "all"):
+        return miss
+
+    # Layers: any of them may be missing, they are added in place.
+    layers = range(cache.n_blocks + 1) if wanted.layers is None else wanted.layers
+    missing_layers = tuple(layer for layer in layers if layer not in cache.layers)
+    unfinished = not cache.finished
+    if missing_sequences or missing_layers:
+        return CacheMatch("partial", cache.path, missing_layers, missing_sequences, unfinished)
+    more_layers = len({*layers, cache.n_blocks}) < len(cache.layers)
+    is_more = more_sequences or more_logits or more_layers
+    return CacheMatch("covers" if is_more else "hit", cache.path, unfinished=unfinished)
+
+
+def _compare_sequences(
+    requested_hashes: np.ndarray, cache_hashes: np.ndarray
+) -> tuple[tuple[int, ...], bool]:
+    """Numbers of requested sequences that the cache lacks; whether the cache has further ones.
+
+    Equal sequences are counted: the cache must have as many of them as requested.
+    """
+    if np.array_equal(requested_hashes, cache_hashes):
+        return (), False
+    unmatched = Counter(cache_hashes.tolist())
+    missing = []
+    for number, sequence_hash in enumerate(requested_hashes.tolist()):
+        if unmatched[sequence_hash] > 0:
+            unmatched[sequence_hash] -= 1
+        else:
+            missing.append(number)
+    return tuple(missing), +unmatched != Counter()
+
+
+def differing_fields(
+    first: dict[str, Any], second: dict[str, Any], prefix: str = ""
+) -> tuple[Difference, ...]:
+    """Fields in which two identities differ: (dotted name, value in first, value in second)."""
+    differences: list[Difference] = []
+    for name in sorted(set(first) | set(second)):
+        a, b = first.get(name), second.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            differences += differing_fields(a, b, f"{prefix}{name}.")
+        elif a != b:
+            differences.append((f"{prefix}{name}", a, b))
+    return tuple(differences)
+
+
+def named_differences(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
+    """`differing_fields` as JSON objects with the keys `field`, `one` and `other`."""
+    keys = ("field", "one", "other")
+    return [
+        dict(zip(keys, difference, strict=True)) for difference in differing_fields(first, second)
+    ]
+
+
+def describe(differences: Sequence[Difference]) -> str:
+    """Differences in one line, for messages."""
+    return "; ".join(
+        f"{name}: {_short_text(first)} is not {_short_text(second)}"
+        for name, first, second in differences
+    )
+
+
+def _short_text(value: Any) -> str:
+    """The value as text; of a sha256 only the beginning."""
+    text = str(value)
+    return text[:12] if len(text) == 64 else text

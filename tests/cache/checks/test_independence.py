@@ -58,49 +58,51 @@ def cache_of(
 
     `pad` puts lengths together, or apart, whatever the checks say.
     """
-    canary = check_model(model, stream, "float32", "float32", batch_tokens=batch_tokens)
+    report = check_model(model, stream, "float32", "float32", batch_tokens=batch_tokens)
     digest, hashes = stream.digests()
-    extra: dict[str, Any] = {"pad": canary.pad if pad is None else pad, "causal": canary.causal}
-    if canary.alone:
+    extra: dict[str, Any] = {"pad": report.pad if pad is None else pad, "causal": report.causal}
+    if report.alone:
         extra[BATCH] = ALONE
     manifest = Manifest(
         ModelIdentity("0" * 64, "0" * 64, type(model).__name__),
         TokenIdentity(digest, stream.positions, stream.sequences, "0" * 64, 512, False, 0),
         CaptureIdentity("float32", "float32", "default"),
         Layout(64, 1024),
-        canary.head.d_model,
-        canary.head.vocab,
-        canary.stack.depth,
+        report.head.d_model,
+        report.head.vocab,
+        report.stack.depth,
         batch_tokens,
         "tiny",
         "random",
         extra,
     )
-    path = create_cache(root, manifest, stream, hashes, canary.dtypes, canary.head.save, {})
+    path = create_cache(root, manifest, stream, hashes, report.dtypes, report.head.save, {})
     cache = ActivationCache(path)
-    write_missing_parts(cache, canary.stack)
-    return ActivationCache(path), canary
+    write_missing_parts(cache, report.stack)
+    return ActivationCache(path), report
 
 
-def worst_row(cache: ActivationCache, stack: DecoderBlocks, untouched: torch.nn.Module) -> float:
+def largest_row_change(
+    cache: ActivationCache, stack: DecoderBlocks, fresh_model: torch.nn.Module
+) -> float:
     """Largest relative change of any row from a fresh copy of the model on its sequence alone."""
     worst = 0.0
     layers = [np.asarray(cache.residual(layer)[:]) for layer in cache.layers]
     for start, length in zip(cache.sequence_start, cache.sequence_length, strict=True):
         rows = slice(int(start), int(start) + int(length))
         ids = torch.from_numpy(np.asarray(cache.tokens[rows]).astype(np.int64))[None]
-        for layer, want in enumerate(rows_alone(stack, untouched, ids)):
-            change = np.linalg.norm(layers[layer][rows] - want, axis=-1)
-            norm = np.maximum(np.linalg.norm(want, axis=-1), 1e-30)
+        for layer, expected in enumerate(layers_of_sequence_alone(stack, fresh_model, ids)):
+            change = np.linalg.norm(layers[layer][rows] - expected, axis=-1)
+            norm = np.maximum(np.linalg.norm(expected, axis=-1), 1e-30)
             worst = max(worst, float((change / norm).max()))
     return worst
 
 
-def rows_alone(
-    stack: DecoderBlocks, untouched: torch.nn.Module, ids: torch.Tensor
+def layers_of_sequence_alone(
+    stack: DecoderBlocks, fresh_model: torch.nn.Module, ids: torch.Tensor
 ) -> list[np.ndarray]:
-    """All layers of one sequence by a copy of `untouched`, which has read nothing before."""
-    model = copy.deepcopy(untouched)
+    """All layers of one sequence by a copy of `fresh_model`, which has read nothing before."""
+    model = copy.deepcopy(fresh_model)
     names = {module: name for name, module in stack.model.named_modules()}
     blocks = [model.get_submodule(names[block]) for block in stack.blocks]
     with torch.inference_mode():
@@ -108,27 +110,35 @@ def rows_alone(
     return [layer[0].float().numpy() for layer in layers]
 
 
-def check(model: torch.nn.Module, stream: TokenStream, root: Path) -> ModelReport:
+def check_every_row(model: torch.nn.Module, stream: TokenStream, root: Path) -> ModelReport:
     """Extract and compare every sequence; returns what was measured of the model."""
-    untouched = copy.deepcopy(model)
-    cache, canary = cache_of(model, stream, root)
-    assert worst_row(cache, canary.stack, untouched) <= TOLERANCE
-    return canary
+    fresh_model = copy.deepcopy(model)
+    cache, report = cache_of(model, stream, root)
+    assert largest_row_change(cache, report.stack, fresh_model) <= TOLERANCE
+    return report
 
 
 SHORT = (1, 3, 9, 15, 17, 20, 33, 40)
 ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 16}
 LONGROPE = {
-    **ROPE, "rope_type": "longrope", "short_factor": [1.0] * 8,
+    **ROPE,
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
     "long_factor": [1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0],
-}  # fmt: skip
+}
 KEPT_APART: dict[str, tuple[str, dict[str, Any]]] = {
-    "long rotary frequencies": ("phi3", {
-        "rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
-    "dynamic rotary frequencies": ("llama", {
-        "rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 4.0},
-        "max_position_embeddings": 16}),
-}  # fmt: skip
+    "long rotary frequencies": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
+    ),
+    "dynamic rotary frequencies": (
+        "llama",
+        {
+            "rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 4.0},
+            "max_position_embeddings": 16,
+        },
+    ),
+}
 """Models whose rows change with the width of the batch, whatever the mask says."""
 
 
@@ -138,9 +148,11 @@ def test_lengths_are_kept_apart_where_the_width_of_a_batch_changes_its_rows(
     name: str, tmp_path: Path
 ) -> None:
     kind, fields = KEPT_APART[name]
-    canary = check(build(kind, noise=0.3, **fields), mixed_stream(SHORT, copies=2), tmp_path)
-    assert not canary.pad
-    assert not canary.alone
+    report = check_every_row(
+        build(kind, noise=0.3, **fields), mixed_stream(SHORT, copies=2), tmp_path
+    )
+    assert not report.pad
+    assert not report.alone
 
 
 @pytest.mark.parametrize("kind", ["axk2", "glm_moe_dsa", "deepseek_v32"])
@@ -150,21 +162,21 @@ def test_sequences_run_alone_where_a_few_of_all_positions_are_chosen(
 ) -> None:
     if kind not in KINDS:
         pytest.skip("not in this version of transformers")
-    canary = check(build(kind), mixed_stream(SHORT), tmp_path)
-    assert canary.alone
-    assert canary.independence.choice == "topk 16 of 40"
+    report = check_every_row(build(kind), mixed_stream(SHORT), tmp_path)
+    assert report.alone
+    assert report.independence.choice == "topk 16 of 40"
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_choice_that_takes_all_positions_is_none(tmp_path: Path) -> None:
-    canary = check_model(build("axk2"), mixed_stream((5, 12, 16)), "float32", "float32")
-    assert canary.independence.choice is None
+    report = check_model(build("axk2"), mixed_stream((5, 12, 16)), "float32", "float32")
+    assert report.independence.choice is None
 
 
 @pytest.mark.parametrize("kind", ["mistral", "llama4_text", "gemma3_text", "mamba2", "mixtral"])
 @pytest.mark.filterwarnings("ignore")
 def test_windows_chunks_recurrences_and_experts_share_batches(kind: str, tmp_path: Path) -> None:
-    assert not check(build(kind), mixed_stream(SHORT), tmp_path).alone
+    assert not check_every_row(build(kind), mixed_stream(SHORT), tmp_path).alone
 
 
 class Late(Toy):
@@ -244,7 +256,7 @@ def test_what_begins_beyond_the_length_of_the_short_checks_is_seen() -> None:
 
 @pytest.mark.parametrize("model", [WidthMatters, BatchMatters, Remembers])
 def test_rows_are_those_of_the_sequence_alone(model: type[Toy], tmp_path: Path) -> None:
-    check(model(), mixed_stream(LATE, copies=2), tmp_path)
+    check_every_row(model(), mixed_stream(LATE, copies=2), tmp_path)
 
 
 def test_a_model_that_cannot_be_put_back_is_refused() -> None:
@@ -319,9 +331,13 @@ def test_longer_sequences_that_are_added_are_checked_again(tmp_path: Path) -> No
     assert longer.manifest.extra["extends"] == short.id
     assert longer.sequence_length.max() > 16
     assert not longer.manifest.pad
-    canary = check_model(model, mixed_stream((4,)), "float32", "float32")
-    assert worst_row(longer, canary.stack, build(
-        kind, noise=0.3, vocab_size=models.VOCAB, **fields)) <= TOLERANCE  # fmt: skip
+    report = check_model(model, mixed_stream((4,)), "float32", "float32")
+    assert (
+        largest_row_change(
+            longer, report.stack, build(kind, noise=0.3, vocab_size=models.VOCAB, **fields)
+        )
+        <= TOLERANCE
+    )
 
 
 def test_a_context_that_the_model_cannot_read_is_said(tmp_path: Path) -> None:
@@ -362,10 +378,10 @@ def test_every_class_gives_each_sequence_its_own_rows(kind: str, tmp_path: Path)
         lengths = tuple(n for n in lengths if n <= 120)
     if kind in REFUSED:
         with pytest.raises(ResiduaError):
-            check(model, mixed_stream(lengths), tmp_path)
+            check_every_row(model, mixed_stream(lengths), tmp_path)
         return
     if kind in WHOLE_CHUNKS:
         with pytest.raises(ModelError, match="shorter --context"):
-            check(model, mixed_stream(lengths), tmp_path)
+            check_every_row(model, mixed_stream(lengths), tmp_path)
         lengths = tuple(n for n in lengths if n <= WHOLE_CHUNKS[kind])
-    check(model, mixed_stream(lengths), tmp_path)
+    check_every_row(model, mixed_stream(lengths), tmp_path)

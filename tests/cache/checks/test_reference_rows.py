@@ -13,8 +13,11 @@ from ...support.local import local_client
 from ..extraction.test_extract import stop_after
 
 OPTIONS: dict[str, Any] = {
-    "context": 40, "part_positions": 512, "batch_tokens": 200, "pack": False,
-}  # fmt: skip
+    "context": 40,
+    "part_positions": 512,
+    "batch_tokens": 200,
+    "pack": False,
+}
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def compute_other_numbers(patch: pytest.MonkeyPatch, factor: float, block: int) 
     patch.setattr(GPTNeoXAttention, "forward", scaled)
 
 
-def interrupted(data: tuple[str, str], root: Path, **options: Any) -> None:
+def begin_extraction(data: tuple[str, str], root: Path, **options: Any) -> None:
     """Begin an extraction and stop it after some batches."""
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 5)
@@ -42,11 +45,11 @@ def interrupted(data: tuple[str, str], root: Path, **options: Any) -> None:
 
 
 def files(root: Path) -> dict[Path, bytes]:
-    found = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    return {path: path.read_bytes() for path in found}
+    paths = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {path: path.read_bytes() for path in paths}
 
 
-BEGUN: dict[str, dict[str, Any]] = {
+FIRST_OPTIONS: dict[str, dict[str, Any]] = {
     "resumed": {},
     "resumed by shares": {},
     "given more layers": {"layers": [1]},
@@ -58,7 +61,7 @@ BEGUN: dict[str, dict[str, Any]] = {
 """What is done to a cache -> options with which it was made before."""
 
 
-def go_on(name: str, data: tuple[str, str], root: Path) -> Any:
+def continue_cache(name: str, data: tuple[str, str], root: Path) -> Any:
     """Do to the only cache under `root` what `name` says; what comes out of it."""
     if name == "repaired":
         (path,) = (p.parent for p in root.rglob("manifest.json"))
@@ -71,15 +74,15 @@ def go_on(name: str, data: tuple[str, str], root: Path) -> Any:
     return residua.extract(*data, root=root, **OPTIONS)
 
 
-@pytest.mark.parametrize("name", BEGUN)
+@pytest.mark.parametrize("name", FIRST_OPTIONS)
 def test_a_cache_is_not_mixed_with_other_numbers(
     data: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     unfinished = name not in ("given more layers", "given more tokens", "repaired")
     if unfinished:
-        interrupted(data, tmp_path, **BEGUN[name])
+        begin_extraction(data, tmp_path, **FIRST_OPTIONS[name])
     else:
-        residua.extract(*data, root=tmp_path, **{**OPTIONS, **BEGUN[name]})
+        residua.extract(*data, root=tmp_path, **{**OPTIONS, **FIRST_OPTIONS[name]})
     if name == "repaired":
         (path,) = (p.parent for p in tmp_path.rglob("manifest.json"))
         shard = path / "arrays.zarr/residual/1/c/1/0"
@@ -89,12 +92,12 @@ def test_a_cache_is_not_mixed_with_other_numbers(
         with monkeypatch.context() as patch:
             compute_other_numbers(patch, 1.05, block)
             with pytest.raises(MismatchError, match="computes other numbers than the one that"):
-                go_on(name, data, tmp_path)
+                continue_cache(name, data, tmp_path)
         assert files(tmp_path) == before
     # Rounding is no other number, and nothing has gone wrong meanwhile.
     with monkeypatch.context() as patch:
         compute_other_numbers(patch, 1 + 1e-6, 1)
-        go_on(name, data, tmp_path)
-    done = residua.extract(*data, root=tmp_path, **OPTIONS)
-    assert done.complete
-    assert residua.verify(done.path).ok
+        continue_cache(name, data, tmp_path)
+    cache = residua.extract(*data, root=tmp_path, **OPTIONS)
+    assert cache.complete
+    assert residua.verify(cache.path).ok

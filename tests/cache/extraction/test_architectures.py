@@ -154,9 +154,13 @@ def test_unusual_models_go_through_the_whole_extraction(
     model.save_pretrained(folder)
     models.build_tokenizer().save_pretrained(folder)
     cache = residua.extract(
-        str(folder), str(texts_file), root=tmp_path / "root", context=64, max_tokens=600,
+        str(folder),
+        str(texts_file),
+        root=tmp_path / "root",
+        context=64,
+        max_tokens=600,
         dtype="float32",
-    )  # fmt: skip
+    )
     start, length = int(cache.sequence_start[2]), int(cache.sequence_length[2])
     ids = torch.from_numpy(cache.tokens[start : start + length].astype(np.int64))[None]
     with torch.inference_mode():

@@ -43,7 +43,7 @@ def scene(model_folder: Path, data: Path) -> Scene:
     return Scene(model_folder, data)
 
 
-def torture(
+def kill_and_restart(
     driver: Driver, scene: Scene, folder: Path, workers: int, kills: int, rng: random.Random
 ) -> Counter[str]:
     """Kill workers of `scene` again and again, from a fresh root whenever one is complete.
@@ -58,7 +58,7 @@ def torture(
         root = folder / f"root{rounds}"
         shutil.copytree(folder / "start", root)
         began = time.perf_counter()
-        deaths = _round(driver, scene, root, workers, seconds, rng)
+        deaths = kill_until_one_finishes(driver, scene, root, workers, seconds, rng)
         killed += deaths
         if not deaths.total():  # other work on this machine disturbed the first measurement
             seconds = min(seconds, time.perf_counter() - began)
@@ -70,7 +70,7 @@ def torture(
     return killed
 
 
-def _round(
+def kill_until_one_finishes(
     driver: Driver, scene: Scene, root: Path, workers: int, seconds: float, rng: random.Random
 ) -> Counter[str]:
     """Kill and start workers until one ends by itself; returns the number of kills by `phase`."""
@@ -118,17 +118,21 @@ SCENES: dict[str, dict[str, Any]] = {
     "unpacked": {"options": ("--no-pack",)},
     "layers": {"before": ("--layers", "1")},
     "tokens": {"before": ("--max-tokens", 1500)},
-    "layers and tokens": {"options": ("--no-pack",),
-                          "before": ("--layers", "0,2", "--max-tokens", 1100)},
-    "top logits": {"options": ("--logits", "topk:5", "--no-pack"),
-                   "before": ("--layers", "1", "--max-tokens", 1100)},
+    "layers and tokens": {
+        "options": ("--no-pack",),
+        "before": ("--layers", "0,2", "--max-tokens", 1100),
+    },
+    "top logits": {
+        "options": ("--logits", "topk:5", "--no-pack"),
+        "before": ("--layers", "1", "--max-tokens", 1100),
+    },
     "compact logits": {"options": ("--logits", "full", "--codec", "compact")},
-}  # fmt: skip
+}
 
 
 def test_a_dozen_kills_lose_nothing(driver: Driver, scene: Scene, tmp_path: Path) -> None:
-    killed = torture(driver, scene, tmp_path / "one", 1, 3, random.Random(SEED))
-    killed += torture(driver, scene, tmp_path / "three", 3, 9, random.Random(SEED + 1))
+    killed = kill_and_restart(driver, scene, tmp_path / "one", 1, 3, random.Random(SEED))
+    killed += kill_and_restart(driver, scene, tmp_path / "three", 3, 9, random.Random(SEED + 1))
     assert killed.total() >= 12
 
 
@@ -138,7 +142,7 @@ def test_a_few_kills_lose_no_logits(
 ) -> None:
     scene = Scene(model_folder, data, **SCENES[name])
     rng = random.Random(f"{SEED} {name}")
-    assert torture(driver, scene, tmp_path / "kills", 2, 4, rng).total() >= 4
+    assert kill_and_restart(driver, scene, tmp_path / "kills", 2, 4, rng).total() >= 4
 
 
 @pytest.mark.slow
@@ -152,7 +156,7 @@ def test_many_kills_lose_nothing(
     rng = random.Random(f"{SEED} {name} {workers}")
     began = time.perf_counter()
     kills = KILLS // 3 if LONG_PART in os.environ else KILLS
-    killed = torture(driver, scene, tmp_path / "kills", workers, kills, rng)
+    killed = kill_and_restart(driver, scene, tmp_path / "kills", workers, kills, rng)
     seconds = time.perf_counter() - began
     phases = ", ".join(f"{number} {name}" for name, number in killed.most_common())
     print(f"\n{name}, {workers} workers: {killed.total()} kills ({phases}) in {seconds:.0f} s")

@@ -38,7 +38,7 @@ def scene(model_folder: Path, data: Path) -> Scene:
     return Scene(model_folder, data)
 
 
-def begin(driver: Driver, command: tuple[object, ...], root: Path) -> Child:
+def stop_after_a_part(driver: Driver, command: tuple[object, ...], root: Path) -> Child:
     """A process that is stopped (SIGSTOP) after it committed a part, before it has all."""
     child = driver.start(*command)
     until(lambda: child.ended() or list(root.glob("[!.]*/journal/0*.json")))
@@ -47,7 +47,9 @@ def begin(driver: Driver, command: tuple[object, ...], root: Path) -> Child:
     return child
 
 
-def finish(driver: Driver, scene: Scene, root: Path, seen: Path, want: dict[str, bytes]) -> None:
+def assert_resumes(
+    driver: Driver, scene: Scene, root: Path, seen: Path, want: dict[str, bytes]
+) -> None:
     """The same command must go on and end with the files `want`."""
     assert driver.run(*scene.command(root))["status"] == "resumed"
     assert files(seen) == want
@@ -55,7 +57,7 @@ def finish(driver: Driver, scene: Scene, root: Path, seen: Path, want: dict[str,
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
+def undisturbed_files(
     driver: Driver, model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes]:
     return whole(driver, Scene(model_folder, data), tmp_path_factory.mktemp("undisturbed"))[0]
@@ -63,9 +65,9 @@ def undisturbed(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_with_whole_parts_and_the_command_goes_on(
-    driver: Driver, scene: Scene, tmp_path: Path, undisturbed: dict, number: signal.Signals
+    driver: Driver, scene: Scene, tmp_path: Path, undisturbed_files: dict, number: signal.Signals
 ) -> None:
-    child = begin(driver, scene.command(tmp_path), tmp_path)
+    child = stop_after_a_part(driver, scene.command(tmp_path), tmp_path)
     child.signal(number)
     child.signal(signal.SIGCONT)
     assert child.wait() == 130, child.err.read_text()
@@ -75,7 +77,7 @@ def test_a_signal_ends_the_run_with_whole_parts_and_the_command_goes_on(
     witness = Witness(tmp_path)
     witness.check()
     assert temporary(tmp_path) == []
-    finish(driver, scene, tmp_path, tmp_path, undisturbed)
+    assert_resumes(driver, scene, tmp_path, tmp_path, undisturbed_files)
     witness.check()
 
 
@@ -99,10 +101,10 @@ def fill_up(folder: Path) -> Path:
 
 
 def test_a_disk_that_fills_up_loses_nothing(
-    driver: Driver, scene: Scene, disk: Path, undisturbed: dict
+    driver: Driver, scene: Scene, disk: Path, undisturbed_files: dict
 ) -> None:
     root, seen = disk / "root", driver.see(disk / "root")
-    child = begin(driver, scene.command(root), seen)
+    child = stop_after_a_part(driver, scene.command(root), seen)
     ballast = fill_up(driver.see(disk))
     child.signal(signal.SIGCONT)
     assert child.wait() == 5, child.err.read_text()
@@ -117,7 +119,7 @@ def test_a_disk_that_fills_up_loses_nothing(
     driver.run(*scene.command(root), code=5)  # refused before anything is written
     witness.check()
     ballast.unlink()
-    finish(driver, scene, root, seen, undisturbed)
+    assert_resumes(driver, scene, root, seen, undisturbed_files)
     witness.check()
 
 
@@ -140,8 +142,11 @@ def test_a_fit_on_a_full_disk_says_so_and_leaves_no_part_of_a_file(
     assert child.json()["error"] == "NoSpaceError"
     assert "free some space and give the same command again" in child.json()["message"]
     assert child.err.read_text() == ""
-    assert [path for path in driver.see(disk).rglob("*") if path.stat().st_size and path.is_file()
-            and path != ballast] == []  # fmt: skip
+    assert [
+        path
+        for path in driver.see(disk).rglob("*")
+        if path.stat().st_size and path.is_file() and path != ballast
+    ] == []
     ballast.unlink()
     driver.run(*command)
     assert list(driver.see(disk).glob("root/probes/*/config.json"))
@@ -172,10 +177,10 @@ def test_a_cache_that_does_not_fit_is_refused_beforehand(
 
 
 def test_a_read_only_root_says_so_and_goes_on_when_it_is_writable(
-    driver: Driver, scene: Scene, disk: Path, undisturbed: dict
+    driver: Driver, scene: Scene, disk: Path, undisturbed_files: dict
 ) -> None:
     root, seen = disk / "root", driver.see(disk / "root")
-    child = begin(driver, scene.command(root), seen)
+    child = stop_after_a_part(driver, scene.command(root), seen)
     child.signal(signal.SIGTERM)
     child.signal(signal.SIGCONT)
     assert child.wait() == 130, child.err.read_text()
@@ -188,17 +193,17 @@ def test_a_read_only_root_says_so_and_goes_on_when_it_is_writable(
         assert f"{path} cannot be written (read-only file system)" in said["message"]
     witness.check()
     driver.shell("mount", "-o", "remount,rw", disk)
-    finish(driver, scene, root, seen, undisturbed)
+    assert_resumes(driver, scene, root, seen, undisturbed_files)
     driver.shell("mount", "-o", "remount,ro", disk)
     assert driver.run(*scene.command(root))["status"] == "hit"
 
 
 @pytest.mark.parametrize("gone", ["root", "cache"])
 def test_a_root_that_vanishes_ends_the_run_and_no_stump_is_left(
-    driver: Driver, scene: Scene, tmp_path: Path, undisturbed: dict, gone: str
+    driver: Driver, scene: Scene, tmp_path: Path, undisturbed_files: dict, gone: str
 ) -> None:
     root = tmp_path / "root"
-    child = begin(driver, scene.command(root), root)
+    child = stop_after_a_part(driver, scene.command(root), root)
     away = root if gone == "root" else list_paths(root)[0]
     witness = Witness(root)
     witness.check()
@@ -211,7 +216,7 @@ def test_a_root_that_vanishes_ends_the_run_and_no_stump_is_left(
     assert not away.exists()
     (tmp_path / "away").rename(away)
     witness.check()
-    finish(driver, scene, root, root, undisturbed)
+    assert_resumes(driver, scene, root, root, undisturbed_files)
     witness.check()
 
 
@@ -247,12 +252,12 @@ def test_a_cache_that_vanishes_after_its_last_part_is_said_to_have_vanished(
     with pytest.raises(NotFoundError, match="vanished"):
         done.to_dict()
 
-    def fill_and_rename(cache: ActivationCache, *rest: Any) -> int:
+    def write_and_rename(cache: ActivationCache, *rest: Any) -> int:
         written = write_missing_parts(cache, *rest)
         cache.path.rename(tmp_path / "again away")
         return written
 
-    monkeypatch.setattr(extraction, "fill", fill_and_rename)
+    monkeypatch.setattr(extraction, "write_missing_parts", write_and_rename)
     with pytest.raises(NotFoundError, match="vanished"):
         extraction.answer_request(request)
 
@@ -261,7 +266,7 @@ def test_a_root_that_is_deleted_ends_the_run_with_a_message(
     driver: Driver, scene: Scene, tmp_path: Path
 ) -> None:
     root = tmp_path / "root"
-    child = begin(driver, scene.command(root), root)
+    child = stop_after_a_part(driver, scene.command(root), root)
     shutil.rmtree(root)
     child.signal(signal.SIGCONT)
     assert child.wait() == 2, child.err.read_text()
@@ -273,9 +278,13 @@ def test_errors_of_the_disk_are_told_apart(tmp_path: Path) -> None:
     from safetensors.numpy import save_file  # raises no OSError
     from tokenizers import Tokenizer, models
 
-    for number, kind in [(errno.ENOSPC, NoSpaceError), (errno.EDQUOT, NoSpaceError),
-                         (errno.EROFS, UsageError), (errno.EACCES, UsageError),
-                         (errno.ESTALE, NotFoundError)]:  # fmt: skip
+    for number, kind in [
+        (errno.ENOSPC, NoSpaceError),
+        (errno.EDQUOT, NoSpaceError),
+        (errno.EROFS, UsageError),
+        (errno.EACCES, UsageError),
+        (errno.ESTALE, NotFoundError),
+    ]:
         with pytest.raises(kind, match=str(tmp_path)), disk_errors(tmp_path):
             raise OSError(number, "as the system says", str(tmp_path / "file"))
     with pytest.raises(NoSpaceError), disk_errors(tmp_path):

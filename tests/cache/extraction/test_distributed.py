@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from distributed import Client, LocalCluster
 
 import residua
-from residua.cache import cluster as clusters
+from residua.cache import cluster as cluster_module
 from residua.cache.errors import DataError, UsageError
 from residua.cache.extraction import distributed
 from residua.cache.extraction.answer_request import answer_request
@@ -48,24 +48,26 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def whole(
-    one_thread: None, model_folder: Path, texts_file: Path,
+def files_of_one_process(
+    one_thread: None,
+    model_folder: Path,
+    texts_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, bytes]:  # fmt: skip
+) -> dict[str, bytes]:
     """Files of a cache that one process made."""
     root = tmp_path_factory.mktemp("whole")
     answer_request(ExtractionRequest(str(model_folder), str(texts_file), root, **SIZE))
     return files(root)
 
 
-def kill_at(calls: int, client: Client, count: int) -> Any:
+def progress_that_kills(calls: int, client: Client, count: int) -> Any:
     """A progress callback that kills `count` workers once it was called often enough."""
     found: Any = client.run(os.getpid)
     pids = list(found.values())[:count]
     seen: list[tuple[str, int, int]] = []
 
-    def progress(stage: str, done: int, total: int) -> None:
-        seen.append((stage, done, total))
+    def progress(stage: str, extraction: int, total: int) -> None:
+        seen.append((stage, extraction, total))
         if len(seen) == calls:
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
@@ -74,39 +76,56 @@ def kill_at(calls: int, client: Client, count: int) -> Any:
 
 
 def test_workers_share_a_request_and_the_bytes_are_those_of_one_process(
-    client: Client, model_folder: Path, texts_file: Path, tmp_path: Path, whole: dict[str, bytes]
+    client: Client,
+    model_folder: Path,
+    texts_file: Path,
+    tmp_path: Path,
+    files_of_one_process: dict[str, bytes],
 ) -> None:
     seen: list[tuple[str, int, int]] = []
     request = ExtractionRequest(str(model_folder), str(texts_file), tmp_path, **SIZE)
-    done = answer_on_cluster(client, request, lambda *said: seen.append(said))
-    assert done.status == "extracted"
-    assert done.written == done.cache.positions
-    assert files(tmp_path) == whole
+    extraction = answer_on_cluster(client, request, lambda *said: seen.append(said))
+    assert extraction.status == "extracted"
+    assert extraction.written == extraction.cache.positions
+    assert files(tmp_path) == files_of_one_process
     assert seen == sorted(seen)
-    assert seen[-1] == ("extract", done.cache.positions, done.cache.positions)
-    assert done.stages.tokens >= done.cache.positions
+    assert seen[-1] == ("extract", extraction.cache.positions, extraction.cache.positions)
+    assert extraction.stages.tokens >= extraction.cache.positions
     again = answer_on_cluster(client, request)
     assert (again.status, again.written) == ("hit", 0)
     cache = residua.extract(
         str(model_folder), str(texts_file), root=tmp_path, client=client, **SIZE
     )
-    assert cache.id == done.cache.id
+    assert cache.id == extraction.cache.id
 
 
 @pytest.mark.slow
 def test_the_command_line_gives_the_work_to_a_scheduler(
-    cluster: LocalCluster, client: Client, model_folder: Path, texts_file: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes],
-) -> None:  # fmt: skip
+    cluster: LocalCluster,
+    client: Client,
+    model_folder: Path,
+    texts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files_of_one_process: dict[str, bytes],
+) -> None:
     monkeypatch.chdir(texts_file.parent)
     words = [f"--{name.replace('_', '-')}={value}" for name, value in SIZE.items()]
-    command = ["extract", str(model_folder), texts_file.name, "--root", str(tmp_path), *words,
-               "--scheduler", cluster.scheduler_address]  # fmt: skip
+    command = [
+        "extract",
+        str(model_folder),
+        texts_file.name,
+        "--root",
+        str(tmp_path),
+        *words,
+        "--scheduler",
+        cluster.scheduler_address,
+    ]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     assert "extracted: cache" in result.stdout
     assert "bottleneck" in result.stdout
-    assert files(tmp_path) == whole
+    assert files(tmp_path) == files_of_one_process
 
 
 def test_a_mistake_is_the_error_it_is_without_a_cluster(
@@ -130,15 +149,15 @@ def test_a_mistake_is_the_error_it_is_without_a_cluster(
 def test_no_scheduler_at_the_address_is_a_usage_error(
     address: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clusters, "ANSWER_SECONDS", 1)
-    with pytest.raises(UsageError, match=message), clusters.connected(address):
+    monkeypatch.setattr(cluster_module, "ANSWER_SECONDS", 1)
+    with pytest.raises(UsageError, match=message), cluster_module.connected(address):
         pass
 
 
 def test_a_scheduler_without_workers_is_a_usage_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clusters, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(cluster_module, "GRACE_SECONDS", 0.2)
     with (
         local_client(workers=0) as client,
         pytest.raises(UsageError, match="has no workers"),
@@ -150,16 +169,21 @@ def test_a_scheduler_without_workers_is_a_usage_error(
 @pytest.mark.long
 @pytest.mark.parametrize(("count", "back"), [(1, False), (2, False), (2, True)])
 def test_workers_that_die_are_replaced_by_others_or_by_the_driver(
-    model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    whole: dict[str, bytes], count: int, back: bool,
-) -> None:  # fmt: skip
+    model_folder: Path,
+    texts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files_of_one_process: dict[str, bytes],
+    count: int,
+    back: bool,
+) -> None:
     monkeypatch.setattr(distributed, "GRACE_SECONDS", 10.0 if back else 0.2)
     monkeypatch.setattr(distributed, "POLL_SECONDS", 0.02)
     cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0")
     with cluster, Client(cluster, set_as_default=False) as client:
-        progress = kill_at(3, client, count)
+        progress = progress_that_kills(3, client, count)
         request = ExtractionRequest(str(model_folder), str(texts_file), tmp_path, **SIZE)
-        done = answer_on_cluster(client, request, progress)
-    assert done.cache.finished
-    assert files(tmp_path) == whole
-    assert residua.verify(done.cache.path).ok
+        extraction = answer_on_cluster(client, request, progress)
+    assert extraction.cache.finished
+    assert files(tmp_path) == files_of_one_process
+    assert residua.verify(extraction.cache.path).ok

@@ -82,10 +82,12 @@ def test_a_bfloat16_model_without_a_dtype_is_kept_in_bfloat16(
     request = ExtractionRequest(
         str(folder), str(texts_file), root=tmp_path / "root", max_tokens=400
     )
-    done = answer_request(request)
-    assert done.cache.manifest.capture.compute_dtype == "bfloat16"
-    kept = {done.cache.residual_array(n).layout.logical_dtype for n in done.cache.layers}
-    assert kept == {"bfloat16"}
+    extraction = answer_request(request)
+    assert extraction.cache.manifest.capture.compute_dtype == "bfloat16"
+    dtypes = {
+        extraction.cache.residual_array(n).layout.logical_dtype for n in extraction.cache.layers
+    }
+    assert dtypes == {"bfloat16"}
     assert answer_request(request).status == "hit"
 
 
@@ -97,16 +99,16 @@ def test_float16_is_taken_where_it_loses_no_more_than_its_rounding(
     scale: float, expected: str
 ) -> None:
     rows = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * scale
-    found = value_range(rows)
+    measured_range = value_range(rows)
     if scale < 1e4:
         half = rows.numpy().astype(np.float16).astype(np.float64)
         loss = np.abs(half - rows.double().numpy()).max(-1) / rows.abs().amax(-1).numpy()
-        assert found.float16_loss == pytest.approx(loss.max(), rel=1e-6)
-        assert (found.float16_loss <= FP16_ROUNDING) == (expected == "float16")
-    assert found.absmax == float(rows.abs().max())
-    assert choose_dtype(found, "float32", "auto") == expected
-    assert choose_dtype(found, "bfloat16", "auto") == "bfloat16"
-    assert choose_dtype(found, "float32", "float16") == "float16"
+        assert measured_range.float16_loss == pytest.approx(loss.max(), rel=1e-6)
+        assert (measured_range.float16_loss <= FP16_ROUNDING) == (expected == "float16")
+    assert measured_range.absmax == float(rows.abs().max())
+    assert choose_dtype(measured_range, "float32", "auto") == expected
+    assert choose_dtype(measured_range, "bfloat16", "auto") == "bfloat16"
+    assert choose_dtype(measured_range, "float32", "float16") == "float16"
 
 
 def test_layers_of_tiny_values_lose_nothing(texts_file: Path, tmp_path: Path) -> None:
@@ -117,10 +119,10 @@ def test_layers_of_tiny_values_lose_nothing(texts_file: Path, tmp_path: Path) ->
     tensors[name] = tensors[name] * 1e-5
     save_file(tensors, path, metadata={"format": "pt"})
     cache = residua.extract(folder, texts_file, root=tmp_path / "root", max_tokens=400)
-    kept = {layer: cache.residual_array(layer).layout.logical_dtype for layer in cache.layers}
-    assert kept == {0: "float32", 1: "float16", 2: "float16", 3: "float16"}
-    want = tensors[name].numpy()[np.asarray(cache.tokens[:])]
-    np.testing.assert_array_equal(cache.residual_array(0)[:], want)
+    dtypes = {layer: cache.residual_array(layer).layout.logical_dtype for layer in cache.layers}
+    assert dtypes == {0: "float32", 1: "float16", 2: "float16", 3: "float16"}
+    expected = tensors[name].numpy()[np.asarray(cache.tokens[:])]
+    np.testing.assert_array_equal(cache.residual_array(0)[:], expected)
 
 
 @pytest.fixture
@@ -147,14 +149,14 @@ def test_a_value_too_large_for_its_dtype_costs_its_sequence_alone(
     late: tuple[Path, Path, int], tmp_path: Path
 ) -> None:
     folder, data, token = late
-    asked = ExtractionRequest(
+    request = ExtractionRequest(
         str(folder), str(data), root=tmp_path / "root", pack=False, part_positions=256
     )
-    done = answer_request(asked)
-    cache, wrong = done.cache, sequences_with(done.cache, token)
+    extraction = answer_request(request)
+    cache, wrong = extraction.cache, sequences_with(extraction.cache, token)
     assert len(wrong) == 2
     assert set(cache.quarantined) == wrong
-    assert done.to_dict()["quarantined"] == 2
+    assert extraction.to_dict()["quarantined"] == 2
     reason = cache.quarantined[min(wrong)]
     assert "layer 0 reaches 1e+05, which float16 cannot hold" in reason
     assert "--dtype bfloat16 or float32" in reason
@@ -179,10 +181,10 @@ def test_what_was_written_before_a_late_overflow_stays(
     (path,) = (tmp_path / "root").glob("[0-9a-f]*")
     before = len(ActivationCache(path).committed)
     assert 0 < before < ActivationCache(path).n_parts
-    done = answer_request(ExtractionRequest(str(folder), str(data), **options))
-    assert done.status == "resumed"
-    assert done.written < done.cache.positions
-    assert len(done.cache.quarantined) == 2
+    extraction = answer_request(ExtractionRequest(str(folder), str(data), **options))
+    assert extraction.status == "resumed"
+    assert extraction.written < extraction.cache.positions
+    assert len(extraction.cache.quarantined) == 2
 
 
 def test_a_cache_that_grows_keeps_its_quarantine(

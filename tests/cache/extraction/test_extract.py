@@ -83,11 +83,11 @@ def test_every_row_is_what_the_model_gives_for_its_sequence_alone(
         rows = cache.positions_of(np.array([number]))
         layers, logits = by_transformers(model, cache, number)
         assert len(layers) == len(cache.layers)
-        for layer, want in enumerate(layers):
+        for layer, expected in enumerate(layers):
             got = cache.residual_array(layer).take(rows)
             # Float32 sums of another batch differ in their last bits.
-            error = np.abs(got - want) - ROUNDING[dtype] * np.abs(want)
-            assert error.max() <= 1e-5 * np.abs(want).max(), (number, layer)
+            error = np.abs(got - expected) - ROUNDING[dtype] * np.abs(expected)
+            assert error.max() <= 1e-5 * np.abs(expected).max(), (number, layer)
         got = cache.logits()[rows[0] : rows[-1] + 1].compute()
         assert np.abs(got - logits).max() <= LOGITS_ERROR[dtype] * np.abs(logits).max()
         seen += len(rows)
@@ -115,9 +115,16 @@ def test_padding_is_hidden_from_a_model_that_sees_later_tokens(
 
     monkeypatch.setattr(DecoderBlocks, "residuals", counting)
     cache = residua.extract(
-        str(tmp_path / "model"), str(texts_file), root=tmp_path / "root", context=64, pack=False,
-        dtype="float32", batch_tokens=600, part_positions=1024, max_tokens=2500,
-    )  # fmt: skip
+        str(tmp_path / "model"),
+        str(texts_file),
+        root=tmp_path / "root",
+        context=64,
+        pack=False,
+        dtype="float32",
+        batch_tokens=600,
+        part_positions=1024,
+        max_tokens=2500,
+    )
     monkeypatch.undo()
     assert cache.manifest.extra["causal"] is False
     assert cache.manifest.extra["pad"] is True
@@ -133,9 +140,9 @@ def test_padding_is_hidden_from_a_model_that_sees_later_tokens(
             longer = torch.cat([ids, torch.zeros(1, 5, dtype=torch.int64)], 1)
             seen = model(input_ids=longer, output_hidden_states=True).hidden_states
         assert len(layers) == len(cache.layers)
-        for layer, want in enumerate(layers):
+        for layer, expected in enumerate(layers):
             got = torch.from_numpy(cache.residual_array(layer).take(rows))
-            assert float((got - want[0]).abs().max()) <= 1e-5 * float(want.abs().max())
+            assert float((got - expected[0]).abs().max()) <= 1e-5 * float(expected.abs().max())
         changed = max(changed, float((seen[-1][0, :length] - layers[-1][0]).abs().max()))
     assert changed > 1e-2  # padding that is seen would change the rows
 
@@ -191,9 +198,14 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 ) -> None:
     def request(name: str) -> ExtractionRequest:
         return ExtractionRequest(
-            str(model_folder), str(texts_file), tmp_path / name, context=40, pack=pack,
-            part_positions=512, batch_tokens=200,
-        )  # fmt: skip
+            str(model_folder),
+            str(texts_file),
+            tmp_path / name,
+            context=40,
+            pack=pack,
+            part_positions=512,
+            batch_tokens=200,
+        )
 
     whole = answer_request(request("whole")).cache
     for batches in (2, 7, 12):
@@ -205,14 +217,14 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert not part.complete
     with pytest.raises(IncompleteError, match="run the same `residua extract` again"):
         part.residual_array(0)
-    done = answer_request(request("broken"))
-    assert done.status == "resumed"
-    assert 0 < done.written < whole.positions
+    extraction = answer_request(request("broken"))
+    assert extraction.status == "resumed"
+    assert 0 < extraction.written < whole.positions
     for file in sorted((whole.path / "arrays.zarr").rglob("*")):
         if file.is_file():
-            twin = done.cache.path / file.relative_to(whole.path)
+            twin = extraction.cache.path / file.relative_to(whole.path)
             assert twin.read_bytes() == file.read_bytes(), file
-    assert residua.verify(done.cache.path).ok
+    assert residua.verify(extraction.cache.path).ok
 
 
 def test_resuming_with_other_weights_is_refused(
@@ -318,20 +330,20 @@ def test_rows_longer_than_the_context_are_counted(
     tokenizer = tokenizers.Tokenizer.from_file(str(model_folder / "tokenizer.json"))
     rows = [json.loads(line)["text"] for line in texts_file.read_text().splitlines()]
     extra = [max(0, len(tokenizer.encode(row).ids) - 32) for row in rows]
-    want = {"sequences": sum(n > 0 for n in extra), "tokens": sum(extra)}
-    assert want["sequences"] > 3
+    expected = {"sequences": sum(n > 0 for n in extra), "tokens": sum(extra)}
+    assert expected["sequences"] > 3
     part = tmp_path / "part.jsonl"
     part.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[:50]))
     options = {"root": tmp_path, "context": 32, "pack": False}
     first = answer_request(ExtractionRequest(str(model_folder), str(part), **options))
     found = {"sequences": sum(n > 0 for n in extra[:50]), "tokens": sum(extra[:50])}
     assert first.cut == read_json(first.cache.path / "provenance.json")["cut"] == found
-    done = answer_request(ExtractionRequest(str(model_folder), str(texts_file), **options))
-    assert done.status == "extended"
+    extraction = answer_request(ExtractionRequest(str(model_folder), str(texts_file), **options))
+    assert extraction.status == "extended"
     again = answer_request(ExtractionRequest(str(model_folder), str(texts_file), **options))
-    for one in (done, again):
-        assert one.to_dict()["cut"] == want
-    assert read_json(done.cache.path / "provenance.json")["cut"] == want
+    for one in (extraction, again):
+        assert one.to_dict()["cut"] == expected
+    assert read_json(extraction.cache.path / "provenance.json")["cut"] == expected
     packed = answer_request(
         ExtractionRequest(str(model_folder), str(texts_file), root=tmp_path, context=32)
     )

@@ -28,10 +28,14 @@ EXPECTED = json.loads((HERE / "expected.json").read_text())["caches"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "packed": {"context": 48, "layers": (0, 1, 2), "part_positions": 512},
     "rows": {
-        "context": 32, "pack": False, "logits": "topk:4", "codec": "compact", "layers": (1,),
+        "context": 32,
+        "pack": False,
+        "logits": "topk:4",
+        "codec": "compact",
+        "layers": (1,),
     },
     "sparse": {"context": 32, "pack": False, "positions": "sample:3", "layers": (1,)},
-}  # fmt: skip
+}
 """What each of the caches was asked for with."""
 
 
@@ -48,8 +52,8 @@ def root(tmp_path: Path) -> Path:
 def request_for(
     name: str, root: Path, data: str = "texts.jsonl", **options: Any
 ) -> ExtractionRequest:
-    chosen = {"batch_tokens": 256, "format": 1, **OPTIONS[name], **options}
-    return ExtractionRequest(str(HERE / "model"), str(HERE / data), root, **chosen)
+    fields = {"batch_tokens": 256, "format": 1, **OPTIONS[name], **options}
+    return ExtractionRequest(str(HERE / "model"), str(HERE / data), root, **fields)
 
 
 def cache_of(name: str, root: Path) -> ActivationCache:
@@ -62,14 +66,14 @@ def sha256(values: Any, dtype: str | None = None) -> str:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_a_cache_of_format_1_held_is_read(name: str, root: Path) -> None:
-    cache, want = cache_of(name, root), EXPECTED[name]
-    assert (cache.manifest.format, cache.id) == (1, want["id"])
-    assert (cache.positions, list(cache.layers)) == (want["positions"], want["layers"])
-    for array, digest in want["sha256"].items():
+    cache, expected = cache_of(name, root), EXPECTED[name]
+    assert (cache.manifest.format, cache.id) == (1, expected["id"])
+    assert (cache.positions, list(cache.layers)) == (expected["positions"], expected["layers"])
+    for array, digest in expected["sha256"].items():
         layer = array.removeprefix("residual/")
-        found = cache.residual(int(layer)).compute() if layer.isdigit() else cache.array(array)[:]
-        assert sha256(found, "<f4" if layer.isdigit() else None) == digest, array
-    assert cache.tokens[:16].tolist() == want["ids_head"]
+        values = cache.residual(int(layer)).compute() if layer.isdigit() else cache.array(array)[:]
+        assert sha256(values, "<f4" if layer.isdigit() else None) == digest, array
+    assert cache.tokens[:16].tolist() == expected["ids_head"]
     np.testing.assert_array_equal(cache.sequence_document, cache.sequence_hash)
     assert residua.verify(cache.path).ok
 
@@ -77,39 +81,41 @@ def test_what_a_cache_of_format_1_held_is_read(name: str, root: Path) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_request_of_format_1_finds_its_cache(name: str, root: Path) -> None:
     assert find_match(request_for(name, root)).answer == "hit"
-    done = answer_request(request_for(name, root))
-    assert (done.status, done.cache.id) == ("hit", EXPECTED[name]["id"])
+    extraction = answer_request(request_for(name, root))
+    assert (extraction.status, extraction.cache.id) == ("hit", EXPECTED[name]["id"])
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_cache_of_format_1_gets_the_layers_that_it_lacks(name: str, root: Path) -> None:
-    done = answer_request(request_for(name, root, layers=None))
-    assert (done.status, done.cache.id) == (
+    extraction = answer_request(request_for(name, root, layers=None))
+    assert (extraction.status, extraction.cache.id) == (
         "hit" if name == "packed" else "extended",
         EXPECTED[name]["id"],
     )
-    assert done.cache.layers == (0, 1, 2, 3)
+    assert extraction.cache.layers == (0, 1, 2, 3)
     fresh = answer_request(request_for(name, root.parent / "fresh", layers=None)).cache
-    assert fresh.id == done.cache.id
+    assert fresh.id == extraction.cache.id
     for layer in fresh.layers:
-        want = fresh.residual(layer).compute()
+        expected = fresh.residual(layer).compute()
         # The kept rows may come from another processor.
-        np.testing.assert_allclose(done.cache.residual(layer).compute(), want, atol=2e-3)
+        np.testing.assert_allclose(extraction.cache.residual(layer).compute(), expected, atol=2e-3)
 
 
 def test_a_cache_of_format_1_is_extended_by_tokens_as_it_was(root: Path) -> None:
     """The same documents one by one, and twenty more."""
     old = cache_of("rows", root)
-    done = answer_request(request_for("rows", root, data="more.jsonl"))
-    assert done.status == "extended"
-    assert done.cache.manifest.format == 1
-    assert done.cache.manifest.extra["extends"] == old.id
-    assert len(done.cache.sequence_length) == 60
+    extraction = answer_request(request_for("rows", root, data="more.jsonl"))
+    assert extraction.status == "extended"
+    assert extraction.cache.manifest.format == 1
+    assert extraction.cache.manifest.extra["extends"] == old.id
+    assert len(extraction.cache.sequence_length) == 60
     count = old.positions
-    np.testing.assert_array_equal(done.cache.tokens[:count], old.tokens[:])
-    np.testing.assert_array_equal(done.cache.residual_array(1)[:count], old.residual_array(1)[:])
-    assert not done.cache.has("sequences/document")
-    assert residua.verify(done.cache.path).ok
+    np.testing.assert_array_equal(extraction.cache.tokens[:count], old.tokens[:])
+    np.testing.assert_array_equal(
+        extraction.cache.residual_array(1)[:count], old.residual_array(1)[:]
+    )
+    assert not extraction.cache.has("sequences/document")
+    assert residua.verify(extraction.cache.path).ok
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -134,11 +140,14 @@ def test_repair_with_another_model_is_refused(root: Path, tmp_path: Path) -> Non
 
 
 def test_without_a_word_a_new_cache_has_the_new_format(root: Path) -> None:
-    done = answer_request(request_for("rows", root, format=2))
-    assert done.status == "extracted"
-    assert (done.cache.manifest.format, done.cache.has("sequences/document")) == (2, True)
+    extraction = answer_request(request_for("rows", root, format=2))
+    assert extraction.status == "extracted"
+    assert (extraction.cache.manifest.format, extraction.cache.has("sequences/document")) == (
+        2,
+        True,
+    )
     assert len(list_paths(root)) == 4
-    old, new = cache_of("rows", root), done.cache
+    old, new = cache_of("rows", root), extraction.cache
     np.testing.assert_array_equal(old.tokens[:], new.tokens[:])
     np.testing.assert_allclose(old.residual_array(1)[:], new.residual_array(1)[:], atol=2e-3)
 
@@ -166,6 +175,6 @@ def test_a_probe_that_was_saved_beside_format_1_says_the_same(name: str, root: P
         previous_token=ids[shift : 8 + shift],
         head=cache.head.torch("cpu"),
     )
-    want = load_file(HERE / "expected.safetensors")[name]
-    found = probe.logits(batch, 1, shift).float().numpy()
-    np.testing.assert_allclose(found, want, atol=2e-5, rtol=1e-5)
+    expected = load_file(HERE / "expected.safetensors")[name]
+    values = probe.logits(batch, 1, shift).float().numpy()
+    np.testing.assert_allclose(values, expected, atol=2e-5, rtol=1e-5)

@@ -28,29 +28,32 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dense(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory):
+def dense_cache(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory):
     return residua.extract(
         model_folder, data, root=tmp_path_factory.mktemp("dense"), pack=False, dtype="float32"
     )
 
 
-def sparse(model_folder: Path, data: Path, root: Path, positions: str, **more: Any):
+def extract_sparse(model_folder: Path, data: Path, root: Path, positions: str, **more: Any):
     options = {"pack": False, "dtype": "float32", "part_positions": 64, "batch_tokens": 300}
     return residua.extract(model_folder, data, root=root, positions=positions, **options, **more)
 
 
-def kept(cache: ActivationCache) -> list[tuple[int, int]]:
+def kept_positions(cache: ActivationCache) -> list[tuple[int, int]]:
     """(document, index in the sequence) of every row."""
     rows = cache.array("sequences/row_id")[:][cache.array("tokens/sequence")[:]]
     return list(zip(rows.tolist(), cache.array("tokens/index")[:].tolist(), strict=True))
 
 
-def wanted(policy: str, dense: ActivationCache) -> set[tuple[int, int]]:
+def expected_positions(policy: str, dense_cache: ActivationCache) -> set[tuple[int, int]]:
     """The same by plain loops over the dense cache."""
-    found = set()
-    tokenizer = dense.tokenizer()
+    expected = set()
+    tokenizer = dense_cache.tokenizer()
     for start, length, row in zip(
-        dense.sequence_start, dense.sequence_length, dense.array("sequences/row_id")[:], strict=True
+        dense_cache.sequence_start,
+        dense_cache.sequence_length,
+        dense_cache.array("sequences/row_id")[:],
+        strict=True,
     ):
         if policy == "last":
             indices = {length - 1}
@@ -61,26 +64,26 @@ def wanted(policy: str, dense: ActivationCache) -> set[tuple[int, int]]:
             offsets = tokenizer.encode(text).offsets
             at = text.rindex("house")
             indices = {i - 1 for i, (_, stop) in enumerate(offsets) if stop > at} - {-1}
-        found |= {(int(row), int(index)) for index in indices if index < length}
+        expected |= {(int(row), int(index)) for index in indices if index < length}
         assert start >= 0
-    return found
+    return expected
 
 
 @pytest.mark.parametrize("policy", ["last", "explicit", "answer"])
 def test_the_named_rows_are_kept_and_equal_the_dense_ones(
-    model_folder: Path, data: Path, tmp_path: Path, dense: ActivationCache, policy: str
+    model_folder: Path, data: Path, tmp_path: Path, dense_cache: ActivationCache, policy: str
 ) -> None:
-    cache = sparse(model_folder, data, tmp_path, policy)
-    places = kept(cache)
-    assert set(places) == wanted(policy, dense)
-    assert len(places) == cache.positions == len(set(places))
-    where = {place: row for row, place in enumerate(kept(dense))}
-    rows = np.array([where[place] for place in places])
-    np.testing.assert_array_equal(cache.tokens[:], dense.tokens.take(rows))
+    cache = extract_sparse(model_folder, data, tmp_path, policy)
+    positions = kept_positions(cache)
+    assert set(positions) == expected_positions(policy, dense_cache)
+    assert len(positions) == cache.positions == len(set(positions))
+    row_of = {place: row for row, place in enumerate(kept_positions(dense_cache))}
+    rows = np.array([row_of[place] for place in positions])
+    np.testing.assert_array_equal(cache.tokens[:], dense_cache.tokens.take(rows))
     for layer in cache.layers:
         np.testing.assert_allclose(
             cache.residual_array(layer)[:],
-            dense.residual_array(layer).take(rows),
+            dense_cache.residual_array(layer).take(rows),
             rtol=0,
             atol=2e-5,
         )
@@ -88,21 +91,23 @@ def test_the_named_rows_are_kept_and_equal_the_dense_ones(
 
 
 def test_a_sample_has_k_rows_of_each_sequence_and_is_the_same_again(
-    model_folder: Path, data: Path, tmp_path: Path, dense: ActivationCache
+    model_folder: Path, data: Path, tmp_path: Path, dense_cache: ActivationCache
 ) -> None:
-    cache = sparse(model_folder, data, tmp_path / "a", "sample:3")
-    rows, counts = np.unique([row for row, _ in kept(cache)], return_counts=True)
-    lengths = dict(zip(dense.array("sequences/row_id")[:], dense.sequence_length, strict=True))
+    cache = extract_sparse(model_folder, data, tmp_path / "a", "sample:3")
+    rows, counts = np.unique([row for row, _ in kept_positions(cache)], return_counts=True)
+    lengths = dict(
+        zip(dense_cache.array("sequences/row_id")[:], dense_cache.sequence_length, strict=True)
+    )
     assert counts.tolist() == [min(3, int(lengths[row])) for row in rows]
-    again = sparse(model_folder, data, tmp_path / "b", "sample:3")
-    assert kept(again) == kept(cache)
+    again = extract_sparse(model_folder, data, tmp_path / "b", "sample:3")
+    assert kept_positions(again) == kept_positions(cache)
     assert again.id == cache.id
 
 
 def test_rows_of_one_text_share_its_split_and_labels_follow(
     model_folder: Path, data: Path, tmp_path: Path
 ) -> None:
-    cache = sparse(model_folder, data, tmp_path, "explicit")
+    cache = extract_sparse(model_folder, data, tmp_path, "explicit")
     documents = cache.array("sequences/row_id")[:]
     for row in np.unique(documents):
         assert len(np.unique(cache.sequence_split[documents == row])) == 1
@@ -110,22 +115,24 @@ def test_rows_of_one_text_share_its_split_and_labels_follow(
 
 
 def test_probes_pair_only_neighbouring_rows(model_folder: Path, data: Path, tmp_path: Path) -> None:
-    cache = sparse(model_folder, data, tmp_path, "explicit")
+    cache = extract_sparse(model_folder, data, tmp_path, "explicit")
     probe = residua.RidgeProbe(offset=(0, 1), alpha=1.0).fit(cache)
     pairs = 0
     train = set(cache.sequences("train").tolist())
-    places = kept(cache)
+    positions = kept_positions(cache)
     sequence = cache.array("tokens/sequence")[:]
-    for row, (document, index) in enumerate(places[:-1]):
+    for row, (document, index) in enumerate(positions[:-1]):
         if int(sequence[row]) in train:
-            pairs += places[row + 1] == (document, index + 1)
+            pairs += positions[row + 1] == (document, index + 1)
     assert probe.n_[(1, 1)] == pairs
-    found = residua.evaluate(cache, [probe])
-    assert {row.offset for row in found.rows} == {0, 1}
+    expected = residua.evaluate(cache, [probe])
+    assert {row.offset for row in expected.rows} == {0, 1}
 
 
 def test_other_positions_are_another_cache(model_folder: Path, data: Path, tmp_path: Path) -> None:
-    ids = {sparse(model_folder, data, tmp_path, p).id for p in ("last", "explicit", "sample:2")}
+    ids = {
+        extract_sparse(model_folder, data, tmp_path, p).id for p in ("last", "explicit", "sample:2")
+    }
     assert len(ids) == 3
 
 

@@ -13,10 +13,16 @@ from residua.cache.store.activation_cache import ActivationCache
 from ...support.models import texts
 
 ROWS = [
-    {"text": text, "grade": n % 3, "score": n / 4 if n % 5 else None, "good": n % 2 == 0,
-     "where": ["north", "south", None][n % 3], "notes": [n]}
+    {
+        "text": text,
+        "grade": n % 3,
+        "score": n / 4 if n % 5 else None,
+        "good": n % 2 == 0,
+        "where": ["north", "south", None][n % 3],
+        "notes": [n],
+    }
     for n, text in enumerate(texts(40, seed=2))
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

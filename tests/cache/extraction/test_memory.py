@@ -15,14 +15,15 @@ from residua.cache.files.disk_columns import BLOCK
 MAKE = """
 import re, sys
 from pathlib import Path
-from residua.cache.extraction.answer_request import run
-from residua.cache.extraction.request import Request
+from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.request import ExtractionRequest
 
 model, data, root, pack, filled = sys.argv[1:]
 # A share without any part: the cache is made, with all its tables, and left empty.
 part = None if filled == "True" else "999999/999999"
-done = run(Request(model, data, Path(root), context=128, pack=pack == "True", part=part,
-                   part_positions=1 << 16, batch_tokens=4096))
+request = ExtractionRequest(model, data, Path(root), context=128, pack=pack == "True", part=part,
+                            part_positions=1 << 16, batch_tokens=4096)
+done = answer_request(request)
 assert done.cache.complete == (filled == "True")
 # Not ru_maxrss, which begins with what the parent had.
 peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
@@ -46,13 +47,13 @@ print(size, len(labels.values), peak)
 """
 
 
-def python(code: str, *args: object) -> str:
+def run_python(code: str, *args: object) -> str:
     """What `code` prints in a process of its own."""
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def write(path: Path, documents: int) -> Path:
+def write_texts(path: Path, documents: int) -> Path:
     """Texts of about 250 tokens with a label each."""
     rng = np.random.default_rng(0)
     words = "the a cat dog sat ran on under mat tree and then it was big red blue house".split()
@@ -63,13 +64,13 @@ def write(path: Path, documents: int) -> Path:
     return path
 
 
-def made(
+def positions_and_peak(
     model_folder: Path, folder: Path, documents: int, pack: bool, filled: bool
 ) -> tuple[int, int]:
     """Positions of a cache of so many documents, and the peak memory in kB that it took."""
-    data = write(folder / f"{documents}.jsonl", documents)
+    data = write_texts(folder / f"{documents}.jsonl", documents)
     root = folder / f"root-{documents}"  # one of its own: nothing to extend
-    positions, peak = python(MAKE, model_folder, data, root, pack, filled).split()
+    positions, peak = run_python(MAKE, model_folder, data, root, pack, filled).split()
     return int(positions), int(peak)
 
 
@@ -79,8 +80,8 @@ def made(
 def test_ten_times_the_tokens_take_no_more_memory(
     model_folder: Path, tmp_path: Path, pack: bool
 ) -> None:
-    few, small = made(model_folder, tmp_path, 4000, pack, filled=False)
-    many, large = made(model_folder, tmp_path, 40_000, pack, filled=False)
+    few, small = positions_and_peak(model_folder, tmp_path, 4000, pack, filled=False)
+    many, large = positions_and_peak(model_folder, tmp_path, 40_000, pack, filled=False)
     assert many > 9.5 * few
     assert few > 1.5 * BLOCK
     assert large < 1.05 * small, f"{small} kB for {few} tokens, {large} kB for {many}"
@@ -92,8 +93,8 @@ def test_four_times_the_rows_of_the_model_take_no_more_memory(
     model_folder: Path, tmp_path: Path
 ) -> None:
     """With the model's batches, the writer behind them and all commits."""
-    few, small = made(model_folder, tmp_path, 2400, pack=False, filled=True)
-    many, large = made(model_folder, tmp_path, 9600, pack=False, filled=True)
+    few, small = positions_and_peak(model_folder, tmp_path, 2400, pack=False, filled=True)
+    many, large = positions_and_peak(model_folder, tmp_path, 9600, pack=False, filled=True)
     assert many > 3.9 * few
     assert few > BLOCK
     assert large < 1.05 * small, f"{small} kB for {few} tokens, {large} kB for {many}"
@@ -121,7 +122,7 @@ def test_ten_times_the_texts_take_no_more_memory_to_read(tmp_path: Path, ending:
         else:
             lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
             path.write_bytes(gzip.compress(lines) if ending[-1] == "z" else lines)
-        size, labels, peak = python(LOAD, path, tmp_path).split()
+        size, labels, peak = run_python(LOAD, path, tmp_path).split()
         assert labels == "1"
         return int(size), int(peak)
 

@@ -21,7 +21,7 @@ def test_a_dry_run_predicts_the_bytes_within_two_percent_and_writes_nothing(
     model_folder: Path, texts_file: Path, tmp_path: Path, options: dict
 ) -> None:
     request = ExtractionRequest(str(model_folder), str(texts_file), tmp_path, context=64, **options)
-    wanted = estimate_request(replace(request, root=tmp_path / "not" / "yet"))
+    estimate = estimate_request(replace(request, root=tmp_path / "not" / "yet"))
     assert not list(tmp_path.iterdir())
     cache = answer_request(request).cache
     arrays = sum(f.stat().st_size for f in (cache.path / "arrays.zarr").rglob("c/*"))
@@ -31,9 +31,9 @@ def test_a_dry_run_predicts_the_bytes_within_two_percent_and_writes_nothing(
         for f in (cache.path / "arrays.zarr" / name).rglob("c/*")
         if f.is_file()
     )
-    predicted = sum(b for name, b in wanted.arrays.items() if name != "head")
+    predicted = sum(b for name, b in estimate.arrays.items() if name != "head")
     assert abs(predicted - arrays) <= 0.02 * arrays
-    assert wanted.largest.startswith("residual/")
+    assert estimate.largest.startswith("residual/")
 
 
 def test_dry_run_at_the_command_line(model_folder: Path, texts_file: Path, tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ def damaged(tiny_cache: ActivationCache, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_cache.path, tmp_path / tiny_cache.id))
 
 
-def flip(path: Path, place: int) -> None:
+def flip_byte(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
-    data[place % len(data)] ^= 16
+    data[offset % len(data)] ^= 16
     path.write_bytes(data)
 
 
@@ -39,46 +39,52 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    seen: list[int] = []
+    forward_tokens: list[int] = []
     original = runner.PartRunner._residuals
 
     def counting(self: runner.PartRunner, batch: Any, dtypes: Any) -> Any:
-        seen.append(int(sum(self.lengths[n] for n in batch.sequences)))
+        forward_tokens.append(int(sum(self.lengths[n] for n in batch.sequences)))
         return original(self, batch, dtypes)
 
     monkeypatch.setattr(runner.PartRunner, "_residuals", counting)
-    return seen
+    return forward_tokens
 
 
 def test_only_the_damaged_parts_are_run_again_and_give_the_same_bytes(
     tiny_cache: ActivationCache, damaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flip(damaged / "arrays.zarr/residual/1/c/2/0", 4321)
+    flip_byte(damaged / "arrays.zarr/residual/1/c/2/0", 4321)
     (damaged / "arrays.zarr/residual/3/c/2/0").unlink()
-    seen = count_forwards(monkeypatch)
-    done = repair(damaged)
-    assert done.ok
-    assert sorted(done.mended) == [f"arrays.zarr/residual/{n}/c/2/0" for n in (1, 3)]
+    forward_tokens = count_forwards(monkeypatch)
+    repaired = repair(damaged)
+    assert repaired.ok
+    assert sorted(repaired.mended) == [f"arrays.zarr/residual/{n}/c/2/0" for n in (1, 3)]
     assert files(damaged) == files(tiny_cache.path)
-    assert sum(seen) <= tiny_cache.manifest.layout.part_rows + 2 * 64
+    assert sum(forward_tokens) <= tiny_cache.manifest.layout.part_rows + 2 * 64
 
 
 @pytest.mark.parametrize(
     "name",
-    ["head/head.safetensors", "head/head.json", "head/tokenizer.json", "head/canary.safetensors",
-     "head/config.json", "arrays.zarr/residual/2/zarr.json"],
-)  # fmt: skip
+    [
+        "head/head.safetensors",
+        "head/head.json",
+        "head/tokenizer.json",
+        "head/canary.safetensors",
+        "head/config.json",
+        "arrays.zarr/residual/2/zarr.json",
+    ],
+)
 def test_the_head_and_metadata_are_mended(
     tiny_cache: ActivationCache, damaged: Path, name: str
 ) -> None:
-    flip(damaged / name, 77)
+    flip_byte(damaged / name, 77)
     assert not verify(damaged).ok
     assert repair(damaged).mended == (name,)
     assert files(damaged) == files(tiny_cache.path)
 
 
 def test_damaged_tokens_are_said_to_be_beyond_repair(damaged: Path) -> None:
-    flip(damaged / "arrays.zarr/tokens/ids/c/0", 50)
+    flip_byte(damaged / "arrays.zarr/tokens/ids/c/0", 50)
     result = CliRunner().invoke(main, ["repair", str(damaged)])
     assert result.exit_code == 4
     assert "cannot be mended: arrays.zarr/tokens/ids/c/0" in result.stdout
@@ -91,7 +97,7 @@ def test_a_whole_cache_needs_no_model(tiny_cache: ActivationCache) -> None:
 
 def test_a_model_that_is_not_found_is_asked_for(damaged: Path, model_folder: Path) -> None:
     assert ActivationCache(damaged).manifest.model_name == model_folder.name
-    flip(damaged / "arrays.zarr/residual/1/c/0/0", 5)
+    flip_byte(damaged / "arrays.zarr/residual/1/c/0/0", 5)
     (damaged / "local.json").unlink()  # as after a pull
     with pytest.raises(ModelError, match="say where the model is with --model"):
         repair(damaged)
@@ -99,7 +105,7 @@ def test_a_model_that_is_not_found_is_asked_for(damaged: Path, model_folder: Pat
 
 
 def test_another_model_does_not_repair(damaged: Path, tmp_path: Path) -> None:
-    flip(damaged / "arrays.zarr/residual/1/c/0/0", 5)
+    flip_byte(damaged / "arrays.zarr/residual/1/c/0/0", 5)
     other = save_model(tmp_path / "other", seed=11)
     with pytest.raises(MismatchError, match="is not the model of this cache"):
         repair(damaged, str(other))
@@ -119,9 +125,9 @@ def rare_token(cache: ActivationCache) -> int:
     from residua.cache.checks.model_checks import LENGTH, ROWS
 
     ids, sequence = cache.tokens[:], cache.array("tokens/sequence")[:]
-    canary = np.random.default_rng(0).integers(0, cache.vocab, (3, ROWS, LENGTH))
+    check_ids = np.random.default_rng(0).integers(0, cache.vocab, (3, ROWS, LENGTH))
     first = ids[sequence < ROWS + 1]
-    free = [t for t in np.unique(ids) if t not in canary and t not in first]
+    free = [t for t in np.unique(ids) if t not in check_ids and t not in first]
     return min(free, key=lambda t: len(np.unique(sequence[ids == t])))
 
 
