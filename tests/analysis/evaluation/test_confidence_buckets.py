@@ -13,6 +13,7 @@ from residua.analysis.evaluation.confidence_buckets import (
     EDGES,
     BucketRow,
     BucketTally,
+    ResultKey,
     bucket_of,
 )
 from residua.analysis.evaluation.evaluate import evaluate
@@ -116,7 +117,7 @@ def test_streamed_buckets_equal_the_whole_in_float64(cache, mask, rows, masked):
 
 
 def check_buckets(cache, rows: list[BucketRow], slots, confidence, table) -> None:
-    weights = resampling_counts(len(cache.split("train")), 0)
+    weights = resampling_counts(len(cache.sequences("train")), 0)
     ends = [(row.confidence_from, row.confidence_to) for row in rows]
     counts = [((confidence >= low) & (confidence < high)).sum() for low, high in BUCKETS]
     assert ends == [bucket for bucket, count in zip(BUCKETS, counts, strict=True) if count]
@@ -168,8 +169,8 @@ def test_a_bucket_holds_its_lower_end_and_the_last_one_both():
 
 
 def test_cells_take_no_more_room_than_positions():
-    tally = BucketTally([("logit", 0, 0)], units=5, positions=5)
-    assert tally.sums["logit", 0, 0].sums.shape == (5, len(COLUMNS))
+    tally = BucketTally([ResultKey("logit", 0, 0)], units=5, positions=5)
+    assert tally.sums[ResultKey("logit", 0, 0)].sums.shape == (5, len(COLUMNS))
     slots, confidence = np.array([4, 2, 0, 1, 3]), np.array([0.1, 0.95, 0.4, 0.1, 0.7])
     assert sorted(tally.cells(slots, confidence)) == list(range(5))
     assert np.array_equal(tally.cells(slots, confidence), tally.cells(slots, confidence))
@@ -198,7 +199,7 @@ def test_n_counts_targets_in_the_mask(cache, mask):
     found = evaluate(
         cache, split="train", offsets=(0, 3), where=mask, progress=lambda *done: seen.append(done)
     )
-    taken = cache.rows(cache.split("train"))
+    taken = cache.positions_of(cache.sequences("train"))
     index = np.arange(cache.positions) - np.repeat(cache.sequence_start, cache.sequence_length)
     assert found.n == mask[taken].sum() < found.positions == len(taken)
     assert seen[-1] == (found.n, found.n)
@@ -214,7 +215,7 @@ def test_a_mask_of_another_shape_or_dtype_is_refused(cache):
 
 
 def test_a_mask_without_a_pair_is_refused(cache):
-    taken = cache.rows(choose_sequences(cache, "train", 40, 0))
+    taken = cache.positions_of(choose_sequences(cache, "train", 40, 0))
     where = np.zeros(cache.positions, bool)
     with pytest.raises(UsageError, match=f"`where` holds 0 of the {len(taken)} positions"):
         evaluate(cache, split="train", max_positions=40, where=where)

@@ -9,7 +9,11 @@ from residua.analysis.evaluation.evaluate import evaluate
 from residua.analysis.evaluation.heatmap import UNDEFINED, TokenNames, heatmap, visible
 from residua.analysis.evaluation.metrics import KS, EvaluationRow
 from residua.analysis.evaluation.result import Evaluation
-from residua.analysis.evaluation.windows import choose_sequences, evaluation_windows
+from residua.analysis.evaluation.windows import (
+    EvaluationSample,
+    choose_sequences,
+    evaluation_windows,
+)
 from residua.analysis.report.tables import offset_tables
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
@@ -133,7 +137,7 @@ def test_the_bigram_has_no_row_where_it_would_read_nothing(streamed):
 
 
 def test_the_last_layer_is_the_model_itself(tiny_cache):
-    row = row_of(evaluate(tiny_cache), "logit", tiny_cache.depth, 0)
+    row = row_of(evaluate(tiny_cache), "logit", tiny_cache.n_blocks, 0)
     assert row.kl == pytest.approx(0, abs=1e-6)
     assert row.precision_at_1 == 1
     assert row.nll == pytest.approx(row.surprisal, abs=1e-6)
@@ -143,23 +147,25 @@ def test_a_window_reads_no_more_rows_than_its_limit_wherever_targets_lie(tiny_ca
     """Sources of scattered targets are rows of their own: fewer targets share a window."""
     where, offsets = np.zeros(tiny_cache.positions, bool), (0, 1, 3)
     where[::11] = True
-    sequences, targets = tiny_cache.split("train"), 0
-    for window in evaluation_windows(tiny_cache, sequences, offsets, 12, where):
+    sequences, targets = tiny_cache.sequences("train"), 0
+    sample = EvaluationSample(tiny_cache, sequences, where=where)
+    for window in evaluation_windows(sample, offsets, batch_rows=12):
         assert len(window.positions) <= 12
-        targets += len(window.place)
-    assert targets == where[tiny_cache.rows(sequences)].sum() > 12
+        targets += len(window.target_rows)
+    assert targets == where[tiny_cache.positions_of(sequences)].sum() > 12
 
 
 def test_no_pair_crosses_a_sequence(tiny_cache):
-    sequences = tiny_cache.split("train")
+    sequences = tiny_cache.sequences("train")
     lengths = tiny_cache.sequence_length[sequences]
     which = tiny_cache.array("tokens/sequence")[:]
     for offset in (0, 1, 3):
         pairs = []
-        for window in evaluation_windows(tiny_cache, sequences, (offset,), 7):
+        sample = EvaluationSample(tiny_cache, sequences)
+        for window in evaluation_windows(sample, (offset,), batch_rows=7):
             targets = window.targets(offset)
-            sources, places = window.sources(targets, offset), window.place[targets]
-            pairs += zip(window.positions[sources], window.positions[places], strict=True)
+            sources, rows = window.sources(targets, offset), window.target_rows[targets]
+            pairs += zip(window.positions[sources], window.positions[rows], strict=True)
         sources, targets = (np.array(side) for side in zip(*pairs, strict=True))
         assert np.array_equal(which[sources], which[targets])
         assert np.array_equal(targets - sources, np.full(len(pairs), offset))
@@ -238,8 +244,8 @@ def test_heatmap_cells_are_the_lens_of_one_position(tiny_cache, offset):
     start = int(tiny_cache.sequence_start[found.sequence]) + 1
     assert found.tokens == tuple(f"#{i}" for i in tiny_cache.tokens[start : start + 6])
     layer, token = 1, 3
-    q = log_softmax(tiny_cache.head.logits(tiny_cache.layer(layer)[start + token]))
-    p = log_softmax(tiny_cache.head.logits(tiny_cache.layer(2)[start + token + offset]))
+    q = log_softmax(tiny_cache.head.logits(tiny_cache.residual_array(layer)[start + token]))
+    p = log_softmax(tiny_cache.head.logits(tiny_cache.residual_array(2)[start + token + offset]))
     assert found.top[layer][token] == tuple(f"#{i}" for i in np.argsort(-q)[:5])
     assert found.targets[token] == f"#{p.argmax()}"
     np.testing.assert_allclose(found.probability[layer, token], np.exp(np.sort(q)[::-1][:5]), 1e-4)

@@ -108,10 +108,13 @@ def test_more_documents_than_units_are_put_together(
     whole = evaluate(cache, split="all", offsets=[0], layers=[0]).select("logit", 0)[0]
     monkeypatch.setattr(windows_module, "MOST_UNITS", 20)
     units = ResamplingUnits.of(cache, cache.sequences("all"), 0)
-    assert (units.count, units.slots) == (40, 20)
-    assert np.bincount(units.slot).astype(bool).sum() == 20
+    assert (units.count, units.n_resampled) == (40, 20)
+    assert np.bincount(units.unit_numbers).astype(bool).sum() == 20
     documents = cache.array("tokens/row_id")[:]
-    assert len({(d, s) for d, s in zip(documents.tolist(), units.slot.tolist(), strict=True)}) == 40
+    assert (
+        len({(d, s) for d, s in zip(documents.tolist(), units.unit_numbers.tolist(), strict=True)})
+        == 40
+    )
     grouped = evaluate(cache, split="all", offsets=[0], layers=[0]).select("logit", 0)[0]
     assert grouped.kl == pytest.approx(whole.kl, rel=1e-12)
     width = [row.kl_high - row.kl_low for row in (grouped, whole) if row.kl_high and row.kl_low]

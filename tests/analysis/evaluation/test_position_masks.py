@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import residua
-from residua.analysis.evaluation import position_masks as slices
+from residua.analysis.evaluation import position_masks
 from residua.analysis.evaluation.position_masks import name_mask, word_continuation_mask
 from residua.analysis.evaluation.token_text import plain_texts
 from residua.cache.errors import UsageError
@@ -98,7 +98,7 @@ def test_names_are_those_found_by_hand(cache):
 @pytest.mark.parametrize("of", [word_continuation_mask, name_mask])
 def test_slices_do_not_depend_on_the_blocks(cache, monkeypatch, rows, of):
     whole = of(cache)
-    monkeypatch.setattr(slices, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(position_masks, "BLOCK_ROWS", rows)
     np.testing.assert_array_equal(of(cache), whole)
 
 
@@ -138,6 +138,6 @@ def test_token_texts_of_other_tokenizers_are_plain():
 
 
 def test_the_command_line_knows_every_slice():
-    from residua.analysis.console.options import SLICES
+    from residua.analysis.console.options import MASKS
 
-    assert tuple(slices.SLICES) == SLICES
+    assert tuple(position_masks.MASKS) == MASKS
