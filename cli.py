@@ -155,12 +155,14 @@ def main() -> None:
 @click.option("--dry-run", is_flag=True, help="Print the size of the cache and write nothing.")
 @residua_command
 def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **options: Any) -> Any:
-    """Run MODEL on the texts of DATA once and keep the residual stream of every layer.
+    """Run MODEL on the texts of DATA and keep every layer.
 
-    MODEL is a folder saved by transformers or a hub id; DATA a .txt, .jsonl, .json, .csv, .tsv or
-    .parquet file, a folder saved by datasets, or a hub id (name or name:config). The same command
-    again finds the finished cache; after an interruption, the same command goes on where the
-    extraction stopped. More layers or tokens extend a cache.
+    The cache holds the residual stream of every layer at every token, and the model's head.
+
+    MODEL is a folder saved by transformers or a hub id; DATA a .txt, .jsonl, .json, .csv, .tsv
+    or .parquet file, a folder saved by datasets, or a hub id (name or name:config). The same
+    command again finds the finished cache; after an interruption, the same command goes on
+    where the extraction stopped. More layers or tokens extend a cache.
 
     \b
     residua extract gpt2 texts.jsonl --max-tokens 1000000
@@ -234,9 +236,10 @@ def list_(root: Path, quiet: bool) -> Any:
 @click.argument("cache")
 @residua_command
 def info(root: Path, quiet: bool, cache: str) -> Any:
-    """Show the contents of CACHE: model, tokens, layers, dtypes, measured errors, splits.
+    """Show the contents of CACHE and its measured errors.
 
-    CACHE is any unique prefix of an id, or a path.
+    Contents are model, tokens, layers, dtypes and splits. CACHE is any unique prefix of an id,
+    or a path.
 
     \b
     residua info 3f2a
@@ -253,7 +256,9 @@ def info(root: Path, quiet: bool, cache: str) -> Any:
 @click.argument("cache")
 @residua_command
 def verify(root: Path, quiet: bool, cache: str) -> Any:
-    """Re-read every byte of CACHE and name damaged files. Exit code 4 if there are any.
+    """Re-read every byte of CACHE and name damaged files.
+
+    The exit code is 4 if a file is damaged.
 
     \b
     residua verify 3f2a
@@ -280,7 +285,9 @@ def verify(root: Path, quiet: bool, cache: str) -> Any:
 def repair(
     root: Path, quiet: bool, cache: str, model: str | None, device: str, trust_remote_code: bool
 ) -> Any:
-    """Verify CACHE and extract its damaged parts again; whole parts are left alone.
+    """Extract the damaged parts of CACHE again.
+
+    Verifies CACHE first; whole parts are left alone.
 
     \b
     residua repair 3f2a
@@ -319,10 +326,10 @@ def repair(
 @click.option("--logits/--no-logits", default=True, help="Write the logits that the cache keeps.")
 @residua_command
 def export(root: Path, quiet: bool, cache: str, folder: Path, **options: Any) -> Any:
-    """Write CACHE into the new FOLDER as plain safetensors or .npy files, for other tools.
+    """Write CACHE as plain safetensors or .npy files into FOLDER.
 
-    One file per layer, `(positions, d_model)`, beside files of tokens, sequences, head and
-    tokenizer; index.json has the digests. Rows stream: memory stays small.
+    FOLDER must be new. One file per layer, `(positions, d_model)`, beside files of tokens,
+    sequences, head and tokenizer; index.json has the digests. Rows stream: memory stays small.
 
     \b
     residua export 3f2a layers/
@@ -348,10 +355,11 @@ def export(root: Path, quiet: bool, cache: str, folder: Path, **options: Any) ->
 @click.option("--verify/--no-verify", default=True, help="Re-read every byte before sending.")
 @residua_command
 def push(root: Path, quiet: bool, cache: str, repo: str, **options: Any) -> Any:
-    """Upload CACHE to a dataset repository of the Hugging Face hub, with a card.
+    """Upload CACHE to the Hugging Face hub, with a card.
 
-    Log in first (`hf auth login`, or set HF_TOKEN). An interrupted push goes on where it
-    stopped; a card that the repository already has is not changed.
+    USER/NAME is a dataset repository, created if needed. Log in first (`hf auth login`, or set
+    HF_TOKEN). An interrupted push goes on where it stopped; a card that the repository already
+    has is not changed.
 
     \b
     residua push 3f2a me/gpt2-residuals
@@ -373,10 +381,11 @@ def push(root: Path, quiet: bool, cache: str, repo: str, **options: Any) -> Any:
 @click.option("--revision", help="Branch, tag or commit.  [default: main]")
 @residua_command
 def pull(root: Path, quiet: bool, repo: str, expect: str | None, revision: str | None) -> Any:
-    """Download the cache of a dataset repository of the Hugging Face hub.
+    """Download a cache from the Hugging Face hub.
 
-    Every byte is checked before the cache appears under the root; a cache that is already there
-    is not downloaded. An interrupted pull goes on where it stopped.
+    USER/NAME is a dataset repository that `residua push` made. Every byte is checked before the
+    cache appears under the root; a cache that is already there is not downloaded. An
+    interrupted pull goes on where it stopped.
 
     \b
     residua pull someone/gpt2-residuals
@@ -444,11 +453,12 @@ def ridge(
     target: tuple[int, ...] | None,
     **options: Any,
 ) -> Any:
-    """Ridge maps from every layer to the last layer N tokens later, in one pass over CACHE.
+    """Fit ridge maps from every layer to the last layer.
 
-    The penalty of each (layer, offset) is chosen by exact cross-validation. Read through the
-    model's head, the map is a lens. Second moments that are kept with the cache, or with a smaller
-    cache that it extends, are not collected again.
+    All maps, to the last layer N tokens later, come from one pass over CACHE. The penalty of
+    each (layer, offset) is chosen by exact cross-validation. Read through the model's head, the
+    map is a lens. Second moments that are kept with the cache, or with a smaller cache that it
+    extends, are not collected again.
 
     \b
     residua fit ridge 3f2a --offsets 0-3
@@ -508,11 +518,12 @@ def baseline(
     across_documents: bool,
     scheduler: str | None,
 ) -> Any:
-    """Baselines that count the tokens of the train split of CACHE and read no layer.
+    """Fit baselines that count tokens and read no layer.
 
-    KIND is unigram (reads nothing), bigram (reads x[t+N]), trigram (x[t+N-1] too), lagged (x[t]
-    alone, counted at this distance), chain (x[t] alone, by bigram steps) or marginal (the
-    model's distribution at t, then N bigram steps); by default all of them.
+    Tokens are those of the train split of CACHE. KIND is unigram (reads nothing), bigram (reads
+    x[t+N]), trigram (x[t+N-1] too), lagged (x[t] alone, counted at this distance), chain (x[t]
+    alone, by bigram steps) or marginal (the model's distribution at t, then N bigram steps); by
+    default all of them.
 
     \b
     residua fit baseline 3f2a
@@ -566,11 +577,12 @@ def lens(
     seed: int,
     **options: Any,
 ) -> Any:
-    """A tuned lens: an affine translator per layer, fitted to the model's own distribution.
+    """Fit a tuned lens: affine maps by KL to the model.
 
-    Starts from ridge, minimises KL(model || lens) by natural-gradient steps, and keeps the
-    translator that is best on the validation split. With offsets above 0 the probe is a future
-    lens. After an interruption, the same command goes on where the fit stopped.
+    One map, a translator, per layer. The fit starts from ridge, minimises KL(model || lens) by
+    natural-gradient steps, and keeps the translator that is best on the validation split. With
+    offsets above 0 the probe is a future lens. After an interruption, the same command goes on
+    where the fit stopped.
 
     \b
     residua fit lens 3f2a
@@ -643,10 +655,11 @@ def vocab(
     epochs: int,
     **options: Any,
 ) -> Any:
-    """Softmax regressions from every layer to the token N later, in one stream over CACHE.
+    """Fit softmax regressions from every layer to the token.
 
-    A regression stops when its loss on the validation split no longer falls. Losses are in nats
-    per position. After an interruption, the same command goes on where the fit stopped.
+    All regressions, to the token N later, come from one stream over CACHE. A regression stops
+    when its loss on the validation split no longer falls. Losses are in nats per position.
+    After an interruption, the same command goes on where the fit stopped.
 
     \b
     residua fit vocab 3f2a --offsets 0-3
@@ -720,12 +733,12 @@ def evaluate(
     png: Path | None,
     **options: Any,
 ) -> Any:
-    """Measure PROBEs on the held-out split of CACHE, beside the logit lens and a bigram.
+    """Measure PROBEs on held-out text of CACHE.
 
-    PROBE is a folder, or a name (or unique prefix) under the root. kl is KL(model || probe) in
-    nats per position, kl_reverse is KL(probe || model); precision@k, nll and surprisal compare the
-    probe with the model's own top token. Buckets are the same measures by the model's largest
-    probability.
+    The logit lens and a bigram are measured beside them. PROBE is a folder, or a name (or
+    unique prefix) under the root. kl is KL(model || probe) in nats per position, kl_reverse is
+    KL(probe || model); precision@k, nll and surprisal compare the probe with the model's own
+    top token. Buckets are the same measures by the model's largest probability.
 
     \b
     residua evaluate 3f2a ridge-3f2a
@@ -775,10 +788,10 @@ def evaluate(
 @click.option("--max-tokens", type=int, help="Most tokens of text.  [default: all of the sample]")
 @residua_command
 def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> Any:
-    """The whole flow on a bundled small model and text: about two minutes.
+    """Run the whole flow on a bundled small model and text.
 
-    Extracts every layer, fits ridge probes for offsets 0 to 3, measures the probes on held-out
-    text, and writes a report with pictures.
+    About two minutes. Extracts every layer, fits ridge probes for offsets 0 to 3, measures the
+    probes on held-out text, and writes a report with pictures.
 
     \b
     residua quickstart

@@ -219,8 +219,14 @@ class _TokenWords:
         """
         if ids not in self._joined:
             words = words_of(self.tokenizer.decode(list(ids)))
-            inside, after = words.ends_in_word, words.state_after
-            other = TextWords(inside, inside, inside, False, after, after)
+            other = TextWords(
+                begins_in_word=words.ends_in_word,
+                ends_in_word=words.ends_in_word,
+                is_word=words.ends_in_word,
+                capitalised=False,
+                state_before_word=words.state_after,
+                state_after=words.state_after,
+            )
             self._joined[ids] = np.array([words, *[other] * (len(ids) - 1)], np.int8)
         return self._joined[ids]
 

@@ -75,7 +75,7 @@ MEASURES = {
 KL_FLOOR = 1e-3
 """Smaller KL, in nats, is drawn at this value on a logarithmic axis."""
 SCALE = ((0.0, "#ffffff"), (0.35, "#c6e5f5"), (0.7, "#4aa3d0"), (1.0, "#08457e"))
-"""Colour of a cell by probability; lightness falls evenly, so that it also prints grey."""
+"""Colour of a cell by probability; lightness falls evenly, so that grey prints are readable."""
 CELL_LETTERS = 8
 """Letters of a token shown in a cell."""
 

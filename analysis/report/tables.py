@@ -28,9 +28,9 @@ class OffsetTable:
     columns: tuple[str, ...]
     """`layer`, then `<probe> KL` and `<probe> p@1` for each probe that reads layers."""
     rows: list[tuple[float | None, ...]]
-    """One per layer, from the lowest; None where a probe does not read it."""
+    """One row per layer, lowest first; None where a probe does not read the layer."""
     caption: str
-    """N, n, and the baselines that read no layer."""
+    """Title: N, n, and the measures of baselines that read no layer."""
 
 
 def offset_tables(evaluation: Evaluation) -> list[OffsetTable]:

@@ -26,7 +26,7 @@ from ...support.synthetic import make_cache, random_head
 VOCAB, D_MODEL, LAYERS = 29, 8, 3
 
 
-def cache_of(root: Path, lengths: list[int], seed: int = 0) -> ActivationCache:
+def make_random_cache(root: Path, lengths: list[int], seed: int = 0) -> ActivationCache:
     rng = np.random.default_rng(seed)
     states = [rng.normal(0, 1, (sum(lengths), D_MODEL)) for _ in range(LAYERS)]
     return make_cache(root, states, lengths, random_head(D_MODEL, VOCAB), seed=seed)
@@ -35,16 +35,16 @@ def cache_of(root: Path, lengths: list[int], seed: int = 0) -> ActivationCache:
 @pytest.fixture(scope="module")
 def tiny_cache(tmp_path_factory) -> ActivationCache:
     lengths = np.random.default_rng(2).integers(1, 25, 80).tolist()
-    return cache_of(tmp_path_factory.mktemp("caches"), lengths)
+    return make_random_cache(tmp_path_factory.mktemp("caches"), lengths)
 
 
-class Echo:
-    """A bad lens (the head on the negated state) that keeps what it was asked."""
+class NegatedLens:
+    """A bad lens (the head on the negated state) that records the sizes of its calls."""
 
     kind = "echo"
 
     def __init__(self) -> None:
-        self.seen: list[tuple[int, int, int]] = []
+        self.calls: list[tuple[int, int, int]] = []
 
     def pairs(self) -> list[tuple[int | None, int]]:
         return [(1, 0), (1, 2)]
@@ -52,7 +52,7 @@ class Echo:
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int):
         assert batch.hidden is not None
         assert len(batch.hidden) == len(batch.last_token)
-        self.seen.append((len(batch.hidden), layer or 0, offset))
+        self.calls.append((len(batch.hidden), layer or 0, offset))
         return batch.head(-batch.hidden)
 
 
@@ -61,7 +61,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def whole(cache: ActivationCache, split: str, layer: int | None, offset: int) -> dict[str, float]:
+def measures_in_memory(
+    cache: ActivationCache, split: str, layer: int | None, offset: int
+) -> dict[str, float]:
     """The measures of the logit lens (bigram without a layer), in memory, one pair at a time."""
     model = cache.head.logits(cache.residual_array(cache.n_blocks)[:])
     probe = None if layer is None else cache.head.logits(cache.residual_array(layer)[:])
@@ -74,14 +76,13 @@ def whole(cache: ActivationCache, split: str, layer: int | None, offset: int) ->
             s = t + offset
             q = pairs[ids[s]] if probe is None else probe[start + t]
             text = int(ids[s + 1]) if s + 1 < length else None
-            one = one_pair(model[start + s], q, text)
-            for name, value in one.items():
+            for name, value in measures_of_pair(model[start + s], q, text).items():
                 found.setdefault(name, []).append(value)
     means = {name: float(np.mean(values)) for name, values in found.items()}
     return {**means, "n": len(found["kl"]), "n_text": len(found["nll_text"])}
 
 
-def one_pair(model: np.ndarray, probe: np.ndarray, text: int | None) -> dict[str, float]:
+def measures_of_pair(model: np.ndarray, probe: np.ndarray, text: int | None) -> dict[str, float]:
     log_p, log_q = log_softmax(model), log_softmax(probe)
     order, top = np.argsort(-probe, kind="stable"), int(model.argmax())
     out = {
@@ -112,17 +113,17 @@ def streamed(tiny_cache) -> Evaluation:
 )
 def test_streamed_equals_whole(tiny_cache, streamed, layer, offset):
     row = row_of(streamed, "bigram" if layer is None else "logit", layer, offset)
-    expected = whole(tiny_cache, "train", layer, offset)
+    expected = measures_in_memory(tiny_cache, "train", layer, offset)
     assert row.n == expected["n"] > 0
     assert expected["n_text"] > 0
-    for name, want in expected.items():
-        assert getattr(row, name) == pytest.approx(want, rel=1e-5, abs=1e-6), name
+    for name, value in expected.items():
+        assert getattr(row, name) == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_results_do_not_depend_on_batch_rows(tiny_cache, rows):
-    one = evaluate(tiny_cache, [Echo()], split="train", batch_rows=rows).to_dicts()
-    other = evaluate(tiny_cache, [Echo()], split="train").to_dicts()
+    one = evaluate(tiny_cache, [NegatedLens()], split="train", batch_rows=rows).to_dicts()
+    other = evaluate(tiny_cache, [NegatedLens()], split="train").to_dicts()
     assert len(one) == len(other)
     for left, right in zip(one, other, strict=True):
         for name, value in left.items():
@@ -173,15 +174,15 @@ def test_no_pair_crosses_a_sequence(tiny_cache):
 
 
 def test_a_probe_is_asked_for_whole_sequences_only(tiny_cache):
-    probe = Echo()
+    probe = NegatedLens()
     found = evaluate(tiny_cache, [probe], split="train")
     for offset in (0, 2):
-        asked = sum(rows for rows, _, n in probe.seen if n == offset)
-        assert asked == row_of(found, "echo", 1, offset).n
+        rows_read = sum(rows for rows, _, n in probe.calls if n == offset)
+        assert rows_read == row_of(found, "echo", 1, offset).n
 
 
 def test_baselines_cover_what_the_probes_read(tiny_cache):
-    found = evaluate(tiny_cache, [Echo(), Echo()])
+    found = evaluate(tiny_cache, [NegatedLens(), NegatedLens()])
     assert found.probes == ("bigram", "logit", "echo", "echo 2")
     assert {(r.probe, r.layer, r.offset) for r in found.rows} == {
         ("bigram", None, 2),
@@ -211,7 +212,7 @@ def test_progress_ends_at_the_total(tiny_cache):
 
 
 def test_the_table_has_a_row_per_layer(tiny_cache):
-    found = evaluate(tiny_cache, [Echo()], layers=(0, 1), offsets=(0, 2))
+    found = evaluate(tiny_cache, [NegatedLens()], layers=(0, 1), offsets=(0, 2))
     table = offset_tables(found)[1]
     assert table.columns == ("layer", "logit KL", "logit p@1", "echo KL", "echo p@1")
     assert [row[0] for row in table.rows] == [0, 1]
@@ -220,7 +221,7 @@ def test_the_table_has_a_row_per_layer(tiny_cache):
 
 
 def test_an_empty_split_is_a_usage_error(tmp_path):
-    tiny = cache_of(tmp_path, [5, 5])
+    tiny = make_random_cache(tmp_path, [5, 5])
     empty = next(name for name in SPLITS if not len(tiny.sequences(name)))
     with pytest.raises(UsageError, match=f"the {empty} split of this cache is empty"):
         evaluate(tiny, split=empty)
@@ -274,7 +275,7 @@ def test_heatmap_beyond_the_sequence_is_refused(tiny_cache):
 def test_token_names_keep_spaces_and_odd_bytes(tmp_path, pieces, decoder, names):
     from tokenizers import Tokenizer, decoders, models
 
-    tiny = cache_of(tmp_path, [5, 5])
+    tiny = make_random_cache(tmp_path, [5, 5])
     tokenizer = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, []))
     tokenizer.decoder = getattr(decoders, decoder)()
     tokenizer.save(str(tiny.path / "head" / "tokenizer.json"))
@@ -285,7 +286,7 @@ def test_token_names_keep_spaces_and_odd_bytes(tmp_path, pieces, decoder, names)
 def test_bytes_that_are_no_character_have_names_of_their_own(tmp_path):
     from tokenizers import Tokenizer, decoders, models
 
-    tiny = cache_of(tmp_path, [5, 5])
+    tiny = make_random_cache(tmp_path, [5, 5])
     pieces = ["â", "ã", "âĤ", "âĤ¬", "Ċ"]  # bytes E2, E3, E2 82, E2 82 AC (the euro), 0A
     tokenizer = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, []))
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
@@ -299,8 +300,25 @@ def test_names_show_spaces_and_line_breaks():
 
 
 def test_different_texts_have_different_names():
-    texts = ["\n", "\\n", "\\\\n", " ", "␣", "\\u2423", "\x80", "\udc80", "\\x80", "\\<80>",
-             "\u200c", "a\u200cb", "ab", "\u200cab", "no token", "\ufeff", ""]  # fmt: skip
+    texts = [
+        "\n",
+        "\\n",
+        "\\\\n",
+        " ",
+        "␣",
+        "\\u2423",
+        "\x80",
+        "\udc80",
+        "\\x80",
+        "\\<80>",
+        "\u200c",
+        "a\u200cb",
+        "ab",
+        "\u200cab",
+        "no token",
+        "\ufeff",
+        "",
+    ]
     names = [visible(text) for text in texts]
     assert len({*names, UNDEFINED}) == len(texts) + 1
     persian, family = "\u0645\u06cc\u200c\u062e\u0648", "\U0001f469\u200d\U0001f467"

@@ -205,8 +205,10 @@ def test_probes_of_one_kind_are_told_apart(tiny_cache, tmp_path):
     unigrams = [Unigram(0).fit(tiny_cache) for _ in range(2)]
     found = evaluate(tiny_cache, [*ridges, *saved, *unigrams], split="all", offsets=0)
     for name, told in {
-        "ridge": "alpha=1.0", "ridge 2": "alpha=100000.0", "ridge 4": str(tmp_path / "1"),
-    }.items():  # fmt: skip
+        "ridge": "alpha=1.0",
+        "ridge 2": "alpha=100000.0",
+        "ridge 4": str(tmp_path / "1"),
+    }.items():
         note = next(note for note in found.notes if note.startswith(f"{name} is "))
         assert told in note
         assert tiny_cache.id[:12] in note
