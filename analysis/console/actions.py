@@ -1,4 +1,8 @@
-"""Fits a probe as the command line does: a place that can be written, a cluster, a checkpoint."""
+"""Steps of the commands `residua fit` and `residua evaluate` that several commands share.
+
+`fit_and_save` fits a probe on a cache and saves the probe under the root; `write_outputs` writes
+the report and the pictures of an evaluation.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from ...probes.controls.control_probe import as_control
 from ...probes.saved.library import checkpoint_path, new_place
 from ...probes.saved.save import save_probe
 from ..evaluation.result import Evaluation
-from .terminal import meter
+from .terminal import Meter
 
 
 def fit_and_save(
@@ -28,19 +32,22 @@ def fit_and_save(
     resumes: bool = True,
     **options: Any,
 ) -> tuple[ActivationCache, Any, Path]:
-    """Fit `probe`, or its `control`, on the cache of that name; the cache, what was fitted, where.
+    """Fit `probe`, or its `control`, on the cache named `cache`, and save the probe.
 
-    `stage` names what the progress counts, None for fits that say so themselves. A fit that
-    `resumes` keeps a checkpoint under `root`. `options` are those of the probe's `fit`.
+    Returns the cache, the fitted probe and its folder: `out`, or a folder under `root`. `stage`
+    names the stage that progress counts, None for a fit that names its own stages. A fit that
+    `resumes` keeps a checkpoint under `root`. `scheduler` is the address of a dask scheduler;
+    `options` are those of the probe's `fit`.
     """
     source, probe = find_cache(cache, root), as_control(probe, control)
-    path = new_place(root, probe, source.id, out)
+    # Raises before the fit if the folder cannot be written.
+    folder = new_place(root, probe, source.id, out)
     if resumes:
         options["checkpoint"] = checkpoint_path(root, probe, source.id)
-    with meter(quiet) as shown, connected(scheduler) as client:
-        progress = shown.stage if stage is None else shown.of(stage)
+    with Meter(quiet) as meter, connected(scheduler) as client:
+        progress = meter.stage if stage is None else meter.progress_of(stage)
         probe.fit(source, client=client, progress=progress, **options)
-    return source, probe, save_probe(probe, path)
+    return source, probe, save_probe(probe, folder)
 
 
 def check_outputs(html: Path | None, png: Path | None) -> None:
@@ -56,7 +63,10 @@ def check_outputs(html: Path | None, png: Path | None) -> None:
 def write_outputs(
     evaluation: Evaluation, html: Path | None, png: Path | None, command: str | None = None
 ) -> list[str]:
-    """Write the report to `html` and the pictures to the folder `png`; returns the files."""
+    """Write the report to `html` and the pictures to the folder `png`; return the paths written.
+
+    The report quotes the command line `command`.
+    """
     if html is None and png is None:
         return []
     from ..report.html_report import write_pngs, write_report

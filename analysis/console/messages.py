@@ -1,11 +1,15 @@
-"""What each command says to people when it is done; `--json` prints the same as an object."""
+"""Prints the results of commands for people; `--json` prints the same results as an object.
+
+Each command of cli.py has one public function here, which takes what the command returns and prints
+tables and sentences on stdout.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...cache.number_ranges import format_ranges
-from .terminal import bandwidths, format_bytes, print_evaluation, print_table, short
+from .terminal import bandwidths, format_bytes, print_table, short_source_name
 
 if TYPE_CHECKING:
     from ...cache.extraction.repair import Repair
@@ -14,20 +18,20 @@ if TYPE_CHECKING:
     from ..evaluation.result import Evaluation
 
 
-def extracted(value: dict[str, Any]) -> None:
-    """What `residua extract` did."""
+def print_extraction(value: dict[str, Any]) -> None:
+    """Print what `residua extract` did, from the dictionary of its result."""
     print(f"{value['status']}: cache {value['cache'][:12]}")
-    print(f"  {_contents(value)}, head error {value['head_error']:.1e}")
+    print(f"  {_format_contents(value)}, head error {value['head_error']:.1e}")
     if speeds := bandwidths(value["stages"]):
         print(f"  {speeds}")
     print(f"  {value['path']}")
-    _tell_cut(value["cut"])
+    _print_cut_text(value["cut"])
     if value["split_by"] == "sequence":
         print(
             "  fewer than three documents: train, validation and test are parts of the same text, "
             "so that intervals are too narrow"
         )
-    _tell_reading(value["reading"])
+    _print_reading(value["reading"])
     if value["quarantined"]:
         print(
             f"  {value['quarantined']:,} sequences have values that are not finite, or too large "
@@ -36,12 +40,38 @@ def extracted(value: dict[str, Any]) -> None:
     if value["complete"]:
         print(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
     else:
-        done, parts = value["parts"]
-        print(f"{done} of {parts} parts are there; the other shares are still to be run")
+        committed, parts = value["parts"]
+        print(f"{committed} of {parts} parts are there; the other shares are still to be run")
 
 
-def _tell_cut(cut: dict[str, int]) -> None:
-    """Say how much text was left out, if any."""
+def print_estimate(value: dict[str, Any]) -> None:
+    """Print the estimate of `residua extract --dry-run`."""
+    print_table(
+        f"{value['positions']:,} positions, {value['files']:,} shard files",
+        ("array", "bytes"),
+        [(name, format_bytes(count)) for name, count in value["arrays"].items()],
+    )
+    print(f"{format_bytes(value['bytes'])} in all, largest {value['largest']}")
+    if value["slack"]:
+        print(
+            "compression is measured on the first rows; "
+            f"{format_bytes(value['slack'])} more are allowed"
+        )
+    if value["free"] is not None:  # an object store has no size
+        fits = "fits" if value["fits"] else "does NOT fit"
+        print(f"{fits} into {format_bytes(value['free'])} free")
+    _print_cut_text(value["cut"])
+    _print_reading(value["reading"])
+
+
+def _format_contents(value: dict[str, Any]) -> str:
+    """Positions, layers and bytes of a cache as text."""
+    layers = format_ranges(value["layers"])
+    return f"{value['positions']:,} positions, layers {layers}, {format_bytes(value['bytes'])}"
+
+
+def _print_cut_text(cut: dict[str, int]) -> None:
+    """Print how much text was cut off at the context length, if any."""
     if cut["sequences"]:
         print(
             f"  {cut['sequences']:,} documents are longer than the context: {cut['tokens']:,} of "
@@ -49,83 +79,66 @@ def _tell_cut(cut: dict[str, int]) -> None:
         )
 
 
-def _tell_reading(reading: dict[str, Any]) -> None:
-    """Say what was guessed, and which documents were left out."""
-    column, found = reading["text_column"], reading["found"]
-    if found is not None and column != "text":
-        print(f"  the texts are those of the column {column!r}, {found} (--text-column)")
+def _print_reading(reading: dict[str, Any]) -> None:
+    """Print which text column was guessed, and which documents were left out."""
+    column, guess = reading["text_column"], reading["found"]
+    if guess is not None and column != "text":
+        print(f"  the texts are those of the column {column!r}, {guess} (--text-column)")
     for reason, dropped in reading["dropped"].items():
         rows = ", ".join(map(str, dropped["rows"]))
-        more = ", ..." if len(dropped["rows"]) < dropped["documents"] else ""
+        ellipsis = ", ..." if len(dropped["rows"]) < dropped["documents"] else ""
         print(
-            f"  {dropped['documents']:,} documents are left out: {reason} (rows {rows}{more}, "
+            f"  {dropped['documents']:,} documents are left out: {reason} (rows {rows}{ellipsis}, "
             "counted from 0)"
         )
     for note in reading["notes"]:
         print(f"  {note}")
 
 
-def _contents(value: dict[str, Any]) -> str:
-    layers = format_ranges(value["layers"])
-    return f"{value['positions']:,} positions, layers {layers}, {format_bytes(value['bytes'])}"
-
-
-def estimated(value: dict[str, Any]) -> None:
-    """What `residua extract --dry-run` found."""
-    rows = [(name, format_bytes(count)) for name, count in value["arrays"].items()]
-    print_table(
-        f"{value['positions']:,} positions, {value['files']:,} shard files",
-        ("array", "bytes"),
-        rows,
-    )
-    fits = "fits" if value["fits"] else "does NOT fit"
-    print(f"{format_bytes(value['bytes'])} in all, largest {value['largest']}")
-    if value["slack"]:
-        print(
-            "compression is measured on the first rows; "
-            f"{format_bytes(value['slack'])} more are allowed"
-        )
-    if value["free"] is not None:  # an object store has no end
-        print(f"{fits} into {format_bytes(value['free'])} free")
-    _tell_cut(value["cut"])
-    _tell_reading(value["reading"])
-
-
-def differing(one: str, other: str, found: Sequence[dict[str, Any]]) -> None:
-    """The fields in which two caches differ."""
-    if found:
-        print_table("", ("field", one[:12], other[:12]), [list(row.values()) for row in found])
+def print_differences(first_id: str, second_id: str, differences: Sequence[dict[str, Any]]) -> None:
+    """Print the fields in which two caches differ (`residua diff`)."""
+    if differences:
+        rows = [list(difference.values()) for difference in differences]
+        print_table("", ("field", first_id[:12], second_id[:12]), rows)
     else:
         print("the caches have the same identity")
 
 
-def listed(root: Path, caches: Sequence[dict[str, Any]]) -> None:
-    """The caches under a root, one line each."""
+def print_caches(root: Path, caches: Sequence[dict[str, Any]]) -> None:
+    """Print the caches under a root, one line each (`residua ls`)."""
     if not caches:
         print(f"no caches under {root}; make one with residua extract MODEL DATA")
         return
     rows = [
-        (c["cache"][:12], short(c["model"]), short(c["data"]), c["positions"],
-         format_ranges(c["layers"]),
-         c["d_model"], format_bytes(c["bytes"]), c["state"])
-        for c in caches
-    ]  # fmt: skip
+        (
+            cache["cache"][:12],
+            short_source_name(cache["model"]),
+            short_source_name(cache["data"]),
+            cache["positions"],
+            format_ranges(cache["layers"]),
+            cache["d_model"],
+            format_bytes(cache["bytes"]),
+            cache["state"],
+        )
+        for cache in caches
+    ]
     columns = ("cache", "model", "data", "positions", "layers", "d_model", "size", "state")
     print_table(str(root), columns, rows)
 
 
-def details(value: dict[str, Any]) -> None:
-    """What `residua info` found."""
-    identity, canary = value["identity"], value["provenance"]["canary"]
+def print_cache(value: dict[str, Any]) -> None:
+    """Print the contents and the measured errors of a cache (`residua info`)."""
+    # The measurements on the model lie under `canary` in provenance.json.
+    identity, measured = value["identity"], value["provenance"]["canary"]
     model, tokens, capture = identity["model"], identity["tokens"], identity["capture"]
-    rows = [
+    facts = [
         ("cache", value["cache"]),
         ("path", value["path"]),
         ("state", value["state"]),
         ("size", f"{format_bytes(value['bytes'])}, {value['codec']}"),
         ("model", f"{value['model']}  ({model['architecture']}, weights {model['weights'][:12]})"),
         ("data", value["data"]),
-        *((f"{name} is at", place) for name, place in value["origin"].items()),
+        *((f"{name} is at", path) for name, path in value["origin"].items()),
         ("positions", f"{value['positions']:,} in {value['sequences']:,} sequences"),
         ("tokens", f"{'packed to' if tokens['packed'] else 'rows of at most'} {tokens['context']}"),
         ("splits", ", ".join(f"{k} {v:,}" for k, v in value["splits"].items()) + " sequences"),
@@ -134,116 +147,121 @@ def details(value: dict[str, Any]) -> None:
         ("ran in", f"{capture['compute_dtype']}, attention {capture['attention']}"),
         (
             "head error",
-            f"{canary['head_error']:.1e} of the largest logit, head on layer L vs model",
+            f"{measured['head_error']:.1e} of the largest logit, head on layer L vs model",
         ),
-        ("stored KL", f"{canary['stored_kl']:.1e} nats per position, layer L as stored"),
-        ("padding", f"{canary['padding_error']:.1e} largest change of a residual by padding"),
+        ("stored KL", f"{measured['stored_kl']:.1e} nats per position, layer L as stored"),
+        ("padding", f"{measured['padding_error']:.1e} largest change of a residual by padding"),
         ("batches", "one sequence alone" if value["alone"] else "of several sequences"),
-        ("causal", "yes" if canary["causal"] else "NO: later tokens change earlier residuals"),
+        ("causal", "yes" if measured["causal"] else "NO: later tokens change earlier residuals"),
     ]
-    width = max(len(name) for name, _ in rows)
-    for name, shown in rows:
-        print(f"{name:<{width}}  {shown}")
-    layers = value["layer_arrays"]
-    body = [(int(k), v["dtype"], v["absmax"], v["nonfinite"]) for k, v in layers.items()]
-    print_table("", ("layer", "dtype", "absmax", "non-finite"), body)
-    if "logits" in canary:  # older caches have not measured them
-        logits_errors(capture["logits"], canary["logits"])
+    width = max(len(name) for name, _ in facts)
+    for name, fact in facts:
+        print(f"{name:<{width}}  {fact}")
+    print_table(
+        "",
+        ("layer", "dtype", "absmax", "non-finite"),
+        [
+            (int(layer), array["dtype"], array["absmax"], array["nonfinite"])
+            for layer, array in value["layer_arrays"].items()
+        ],
+    )
+    if "logits" in measured:  # older caches have no such measurement
+        _print_logits_errors(capture["logits"], measured["logits"])
 
 
-def logits_errors(mode: str, measured: dict[str, Any]) -> None:
-    """What each logits mode costs; the cache's own is marked."""
+def _print_logits_errors(cache_mode: str, measured: dict[str, Any]) -> None:
+    """Print the error of each way to keep logits; the cache's own mode is marked."""
     rows = [
         (
-            f"{name} *" if name == mode else name, error["dtype"], error["bytes"],
-            error["kl_mean"], error["kl_max"], f"{error['flips']} of {measured['rows']}",
-            error["relative_error"], error["tail_mass"],
+            f"{mode} *" if mode == cache_mode else mode,
+            error["dtype"],
+            error["bytes"],
+            error["kl_mean"],
+            error["kl_max"],
+            f"{error['flips']} of {measured['rows']}",
+            error["relative_error"],
+            error["tail_mass"],
         )
-        for name, error in measured["modes"].items()
-    ]  # fmt: skip
+        for mode, error in measured["modes"].items()
+    ]
+    title = f"logits against the model's, KL in nats (* this cache: {cache_mode})"
     columns = ("logits", "dtype", "bytes", "KL mean", "KL max", "flips", "rel. error", "tail mass")
-    print_table(f"logits against the model's, KL in nats (* this cache: {mode})", columns, rows)
+    print_table(title, columns, rows)
 
 
-def verified(found: "Verification") -> None:
-    """What `residua verify` found."""
-    for damage in found.damages:
+def print_verification(verification: "Verification") -> None:
+    """Print the damage that `residua verify` found, or that the cache is whole."""
+    for damage in verification.damages:
         rows = f" rows {damage.start}-{damage.stop - 1}" if damage.stop else ""
         print(f"damaged: {damage.file}{rows}: {damage.message}")
-    state = "ok" if found.ok else f"{len(found.damages)} damaged"
-    count = len(found.missing_parts)
+    state = "ok" if verification.ok else f"{len(verification.damages)} damaged"
+    count = len(verification.missing_parts)
     missing = f", {count} parts not extracted yet" if count else ""
-    print(f"{state}: {found.shards} shards, {format_bytes(found.bytes)} read{missing}")
+    size = format_bytes(verification.bytes)
+    print(f"{state}: {verification.shards} shards, {size} read{missing}")
 
 
-def repaired(found: "Repair") -> None:
-    """What `residua repair` did."""
-    for name in found.mended:
+def print_repair(repair: "Repair") -> None:
+    """Print which files `residua repair` mended, and which damage is left."""
+    for name in repair.mended:
         print(f"mended: {name}")
-    for name in found.changed:
+    for name in repair.changed:
         print(f"written anew, not byte for byte the same: {name}")
-    for damage in found.left:
+    for damage in repair.left:
         print(f"cannot be mended: {damage.file}: {damage.message}; extract again")
-    print("ok" if found.ok else f"{len(found.left)} damaged")
+    print("ok" if repair.ok else f"{len(repair.left)} damaged")
 
 
-def exported(folder: Path, index: dict[str, Any]) -> None:
-    """What `residua export` wrote."""
+def print_export(folder: Path, index: dict[str, Any]) -> None:
+    """Print what `residua export` wrote, from its index.json."""
     total = sum(entry["bytes"] for entry in index["files"].values())
     print(f"{index['positions']:,} positions, {len(index['layers'])} layers, {format_bytes(total)}")
     print(f"  {folder} (README.md says how to open it)")
 
 
-def pushed(done: "PushedCache") -> None:
-    """What `residua push` sent."""
+def print_push(pushed: "PushedCache") -> None:
+    """Print what `residua push` sent, and where."""
     from ...cache.sharing.dataset_card import NO_LICENCE
 
-    print(f"pushed: {done.files:,} files, {format_bytes(done.bytes)}")
-    print(f"  {done.url}")
-    if done.card:
+    print(f"pushed: {pushed.files:,} files, {format_bytes(pushed.bytes)}")
+    print(f"  {pushed.url}")
+    if pushed.card:
         print(f"{NO_LICENCE}: set `license:` in the card (README.md) there")
-    print(f"next: residua pull {done.repo_id} --root another-root")
+    print(f"next: residua pull {pushed.repo_id} --root another-root")
 
 
-def pulled(value: dict[str, Any]) -> None:
-    """What `residua pull` fetched."""
+def print_pull(value: dict[str, Any]) -> None:
+    """Print which cache `residua pull` fetched, and where the cache is."""
     print(f"{value['status']}: cache {value['cache'][:12]}")
-    print(f"  {_contents(value)}")
+    print(f"  {_format_contents(value)}")
     print(f"  {value['path']}")
     print(f"next: residua info {value['cache'][:12]}")
 
 
-def fitted(
+def print_fit(
     kind: str,
-    cache: str,
-    probe: Path,
+    cache_id: str,
+    path: Path,
     metrics: Sequence[dict[str, Any]],
+    *,
     moments: dict[str, Any] | None = None,
-    readable: bool = True,
+    can_be_evaluated: bool = True,
 ) -> None:
-    """The metrics of a probe of some `kind` that was fitted on `cache`, and where it is.
+    """Print the metrics of a probe (`residua fit`) and the folder `path` that holds the probe.
 
-    `moments` says where its moments came from; only what is `readable` by the head is evaluated.
+    `moments` says where a ridge probe's moments came from. Only a map to the last layer, which the
+    head can read, `can_be_evaluated`.
     """
     columns = [name for name, value in metrics[0].items() if not isinstance(value, dict | list)]
     rows = [[row.get(name) for name in columns] for row in metrics]
-    print_table(f"{kind}, cache {cache[:12]}", columns, rows)
+    print_table(f"{kind}, cache {cache_id[:12]}", columns, rows)
     if moments is not None:
         print(
             f"moments: {format_bytes(moments['bytes'])}; {moments['kept']} found, "
-            f"{moments['extended']} "
-            f"brought up to date, {moments['computed']} computed"
+            f"{moments['extended']} brought up to date, {moments['computed']} computed"
         )
         if moments["why"]:
             print(f"  {moments['why']}")
-    _tell_shares(metrics)
-    print(f"probe: {probe}")
-    if readable:
-        print(f"next: residua evaluate {cache[:12]} {probe.name} --html report.html")
-
-
-def _tell_shares(metrics: Sequence[dict[str, Any]]) -> None:
-    """Say what the columns of pairs and of squared errors mean, where a fit has them."""
     if "crossing" in metrics[0]:
         print("crossing: share of the pairs of sequences that join two documents")
     if "top_error" in metrics[0]:
@@ -252,36 +270,52 @@ def _tell_shares(metrics: Sequence[dict[str, Any]]) -> None:
             "the largest 0.1 % of the pairs make; first_...: the pairs whose source is the first "
             "position of its sequence"
         )
+    print(f"probe: {path}")
+    if can_be_evaluated:
+        print(f"next: residua evaluate {cache_id[:12]} {path.name} --html report.html")
 
 
-def evaluated(found: "Evaluation", written: Sequence[str] = ()) -> None:
-    """KL and precision@1 by layer, precision@1 by confidence, and the files that were written."""
-    print_evaluation(found)
-    _confidences(found)
+def print_evaluation(evaluation: "Evaluation", written: Sequence[str] = ()) -> None:
+    """Print tables by layer and by confidence, and the files that `residua evaluate` wrote."""
+    print_layer_tables(evaluation)
+    _print_confidence_table(evaluation)
     for path in written:
         print(f"wrote {path}")
 
 
-def _confidences(found: "Evaluation") -> None:
-    """Precision@1 by the model's confidence, at one layer of each probe and offset."""
+def print_layer_tables(evaluation: "Evaluation") -> None:
+    """Print KL and precision@1 by layer, one table per offset, then the facts and notes."""
+    from ..report.tables import offset_tables
+
+    for table in offset_tables(evaluation):
+        print_table(table.caption, table.columns, table.rows)
+    for sentence in evaluation.facts():
+        print(sentence)
+
+
+def _print_confidence_table(evaluation: "Evaluation") -> None:
+    """Print precision@1 by the model's confidence, at the best layer of each probe and offset."""
     from ..evaluation.confidence_buckets import BUCKETS, bucket_name
-    from ..evaluation.metrics import precision
+    from ..evaluation.metrics import precision_sort_key
 
     names = [bucket_name(*bucket) for bucket in BUCKETS]
-    rows: list[Sequence[object]] = []
-    for offset in found.offsets:
-        for probe in found.probes:
-            if not (whole := found.select(probe, offset)):
+    table: list[Sequence[object]] = []
+    for offset in evaluation.offsets:
+        for probe in evaluation.probes:
+            if not (rows := evaluation.select(probe, offset)):
                 continue
-            layer = max(whole, key=precision).layer
-            parts = found.select_buckets(probe, offset)
-            shown = {row.bucket: row.precision_at_1 for row in parts if row.layer == layer}
-            rows.append((offset, probe, layer, *(shown.get(name) for name in names)))
+            layer = max(rows, key=precision_sort_key).layer
+            precision_of = {
+                row.bucket: row.precision_at_1
+                for row in evaluation.select_buckets(probe, offset)
+                if row.layer == layer
+            }
+            table.append((offset, probe, layer, *(precision_of.get(name) for name in names)))
     title = "precision@1 by the model's confidence at t+N, at the layer where it is best in all"
-    print_table(title, ("N", "probe", "layer", *names), rows)
+    print_table(title, ("N", "probe", "layer", *names), table)
 
 
-def started(value: dict[str, Any], found: "Evaluation") -> None:
-    """What the quickstart found, where things are and what to try next."""
-    print_evaluation(found)
+def print_quickstart(value: dict[str, Any], evaluation: "Evaluation") -> None:
+    """Print the tables of the quickstart, where its files are, and what to try next."""
+    print_layer_tables(evaluation)
     print(value["text"])

@@ -1,4 +1,8 @@
-"""How a command runs: --root and --json, errors as messages or objects, exit codes."""
+"""What all commands share: option types, common options, --root and --json, errors, exit codes.
+
+`residua_command` turns a function of cli.py into a command. Only light modules are imported here,
+so that `residua --help` answers at once.
+"""
 
 import json
 import sys
@@ -15,11 +19,12 @@ import click
 from ...cache.errors import Interrupted, ResiduaError, ResiduaWarning, UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+"""Settings of click for all commands."""
 JSON = "--json"
 
 
 class NumberRanges(click.ParamType):
-    """Numbers and ranges: `0-3`, `0,2,5`, `4`."""
+    """Whole numbers and ranges of them: `0-3`, `0,2,5`, `4`; the command gets a tuple."""
 
     name = "NUMBERS"
 
@@ -40,26 +45,26 @@ class NumberRanges(click.ParamType):
 NUMBERS = NumberRanges()
 
 
-class Number(click.ParamType):
+class FiniteNumber(click.ParamType):
     """A finite number."""
 
     name = "NUMBER"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         try:
-            found = float(value)
+            number = float(value)
         except ValueError:
-            found = float("nan")
-        if not isfinite(found):
+            number = float("nan")
+        if not isfinite(number):
             self.fail(f"{value!r} is no finite number", param, ctx)
-        return found
+        return number
 
 
-NUMBER = Number()
+NUMBER = FiniteNumber()
 
 
-class Place(click.ParamType):
-    """A file or folder to write; a URL for what may lie in an object store."""
+class OutputPath(click.ParamType):
+    """A file or folder to write; a URL in an object store."""
 
     name = "PATH"
 
@@ -72,7 +77,7 @@ class Place(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-PLACE = Place()
+OUTPUT_PATH = OutputPath()
 
 
 class Gibibytes(click.ParamType):
@@ -82,64 +87,85 @@ class Gibibytes(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         try:
-            found = float(value)
+            gibibytes = float(value)
         except ValueError:
-            found = 0.0
-        if not 0 < found < float("inf"):
+            gibibytes = 0.0
+        if not 0 < gibibytes < float("inf"):
             self.fail(f"{value!r} is no size in GiB; write it like 0.5 or 8", param, ctx)
-        return int(found * 2**30)
+        return int(gibibytes * 2**30)
 
 
 CONTROLS = ("shuffled", "permuted", "next-token")
-"""Names of `probes.views`, which takes too long to import for --help."""
+"""Names of the views in probes/controls/cache_views.py, a module too heavy to import for --help."""
 
-SLICES = ("continued", "names")
-"""Names of `analysis.slices`, likewise."""
+MASKS = ("continued", "names")
+"""Names of `MASKS` in analysis/evaluation/position_masks.py, likewise."""
 
-
-shared = click.option("--scheduler", metavar="ADDRESS", help="Let the workers of this dask "
-                      "scheduler, who see the root, fit, like tcp://host:8786.")  # fmt: skip
+scheduler_option = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Address of a dask scheduler, like tcp://host:8786, whose workers fit; the workers must "
+    "see the root.",
+)
 """Adds --scheduler to a fit."""
 
-
-paired = click.option(
-    "--across-documents", is_flag=True, help="Count pairs (t, t+N) of two documents of a packed "
-    "sequence, too.",
-)  # fmt: skip
+across_documents_option = click.option(
+    "--across-documents",
+    is_flag=True,
+    help="Count also pairs (t, t+N) that join two documents of a packed sequence.",
+)
 """Adds --across-documents: see `PairScope`."""
 
-dropping = click.option(
-    "--drop-first", type=int, default=0, show_default=True, help="Leave out the first K positions "
-    "of each sequence, which are attention sinks in many models.",
-)  # fmt: skip
+drop_first_option = click.option(
+    "--drop-first",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Number of first positions of each sequence to leave out as sources t: attention sinks "
+    "in many models.",
+)
 """Adds --drop-first: see `PairScope`."""
 
 
-def probing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds what every fit of a probe takes: CACHE, and options that mean the same for all."""
+def probe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the argument CACHE and the options that all fits of probes share."""
     parameters = (
         click.argument("cache"),
-        click.option("--offsets", type=NUMBERS, default="0", show_default=True,
-                     help="Predict N tokens further on; 0 is the next token."),
+        click.option(
+            "--offsets",
+            type=NUMBERS,
+            default="0",
+            show_default=True,
+            help="Offsets N: from the state at token t, predict the model at t+N; 0 is the next "
+            "token.",
+        ),
         click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]"),
-        paired,
-        dropping,
-        click.option("--memory", type=Gibibytes(), help="Memory of the fit, beside what Python "
-                     "and its libraries take.  [default: 2, at most a quarter of the machine's]"),
-        click.option("--control", type=click.Choice(CONTROLS), help="Fit a control instead: "
-                     "states of other positions, targets of other positions, or the next token's "
-                     "embedding beside the state."),
-        shared,
-        click.option("--out", type=PLACE,
-                     help="Folder of the probe.  [default: under the root]"),
-    )  # fmt: skip
-    for add in reversed(parameters):
-        function = add(function)
+        across_documents_option,
+        drop_first_option,
+        click.option(
+            "--memory",
+            type=Gibibytes(),
+            help="Memory of the fit in GiB, beside that of Python and its libraries.  [default: "
+            "2, at most a quarter of the machine's]",
+        ),
+        click.option(
+            "--control",
+            type=click.Choice(CONTROLS),
+            help="Control to fit instead of the probe: states of other positions, targets of "
+            "other positions, or the next token's embedding beside the state.",
+        ),
+        scheduler_option,
+        click.option(
+            "--out", type=OUTPUT_PATH, help="Folder of the probe.  [default: under the root]"
+        ),
+    )
+    for add_parameter in reversed(parameters):
+        function = add_parameter(function)
     return function
 
 
-class Commands(click.Group):
-    """Commands whose mistyped arguments, too, are JSON objects where --json stands among them."""
+class JsonErrorGroup(click.Group):
+    """A group of commands that prints mistyped arguments, too, as JSON objects after --json."""
 
     def main(
         self,
@@ -149,24 +175,27 @@ class Commands(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        given = sys.argv[1:] if args is None else list(args)
-        if not standalone_mode or JSON not in given:
+        arguments = sys.argv[1:] if args is None else list(args)
+        if not standalone_mode or JSON not in arguments:
             return super().main(args, prog_name, complete_var, standalone_mode, **extra)
         try:
             sys.exit(super().main(args, prog_name, complete_var, False, **extra))
         except click.ClickException as error:
-            _fail(UsageError(error.format_message()), as_json=True)
+            _exit_with(UsageError(error.format_message()), as_json=True)
 
 
 def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --root and --json, and turns errors into messages and exit codes.
+    """Add --root and --json to a command, and turn errors into messages and exit codes.
 
-    The function gets `root`, `quiet` (no progress) and its own options; what it returns is the
-    JSON object, and the callable beside it prints the same for people.
+    `function` gets `root`, `quiet` (no progress) and its own options. It returns the value that
+    --json prints as an object, and a callable that prints the same for people.
     """
 
-    @click.option("--root", help="Folder or URL (s3://...) of caches.  [default: $RESIDUA_ROOT, "
-                  "else the XDG cache folder]")  # fmt: skip
+    @click.option(
+        "--root",
+        help="Folder or URL (s3://...) of caches.  [default: $RESIDUA_ROOT, else the XDG cache "
+        "folder]",
+    )
     @click.option(JSON, "as_json", is_flag=True, help="Print one JSON object and nothing else.")
     @wraps(function)
     def run(root: str | None, as_json: bool, **options: Any) -> None:
@@ -176,17 +205,17 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
 
         try:
             try:
-                place = cache_root(root)
-                with any_disk_errors(), store_errors(place), warnings_as_lines():
-                    value, show = function(root=place, quiet=as_json, **options)
+                root_path = cache_root(root)
+                with any_disk_errors(), store_errors(root_path), warnings_as_lines():
+                    value, print_value = function(root=root_path, quiet=as_json, **options)
             except KeyboardInterrupt:
                 raise Interrupted("interrupted; the same command goes on from here") from None
         except ResiduaError as error:
-            _fail(error, as_json)
+            _exit_with(error, as_json=as_json)
         if as_json:
             click.echo(json.dumps(plain_value(value), default=str, allow_nan=False))
         else:
-            show()
+            print_value()
         sys.exit(value.pop("exit_code", 0) if isinstance(value, dict) else 0)
 
     return run
@@ -194,14 +223,16 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Print every `ResiduaWarning` as one line on stderr, without a place in the code."""
-    show = warnings.showwarning
+    """Print every `ResiduaWarning` as one line on stderr, without file and line number."""
+    show_other = warnings.showwarning
 
-    def show_line(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+    def show_line(
+        message: Warning | str, category: type[Warning], *location: Any, **extra: Any
+    ) -> None:
         if issubclass(category, ResiduaWarning):
             click.echo(f"Warning: {message}", err=True)
         else:
-            show(message, category, *rest, **more)
+            show_other(message, category, *location, **extra)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", ResiduaWarning)
@@ -209,12 +240,15 @@ def warnings_as_lines() -> Iterator[None]:
         yield
 
 
-def _fail(error: ResiduaError, as_json: bool) -> NoReturn:
-    message = str(error)
+def _exit_with(error: ResiduaError, *, as_json: bool) -> NoReturn:
+    """Print `error` as a JSON object on stdout or a message on stderr; exit with its code."""
     if as_json:
-        kind = type(error).__name__
-        value = {"error": kind, "message": message, "exit_code": error.exit_code}
+        value = {
+            "error": type(error).__name__,
+            "message": str(error),
+            "exit_code": error.exit_code,
+        }
         click.echo(json.dumps(value, allow_nan=False))
     else:
-        click.echo(f"Error: {message}", err=True)
+        click.echo(f"Error: {error}", err=True)
     sys.exit(error.exit_code)

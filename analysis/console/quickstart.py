@@ -1,10 +1,10 @@
-"""The whole flow on the sample model: extract, fit, evaluate, report."""
+"""The whole flow on the sample model, as `residua quickstart`: extract, fit, evaluate, report."""
 
 import time
 from pathlib import Path
 from typing import Any
 
-from ...cache.extraction.answer_request import answer_request as extract
+from ...cache.extraction.answer_request import answer_request
 from ...cache.extraction.request import ExtractionRequest
 from ...probes.ridge.ridge_probe import RidgeProbe
 from ...probes.saved.library import probe_path
@@ -20,39 +20,43 @@ CONTEXT = 256
 
 
 def run_quickstart(
-    out: Path, root: Path | None, max_tokens: int | None, shown: Meter
+    out: Path, root: Path | None, max_tokens: int | None, meter: Meter
 ) -> tuple[dict[str, Any], Evaluation]:
-    """Run the flow with everything under `out`; returns the JSON object and the evaluation.
+    """Run the flow with all files under `out`; return the JSON object and the evaluation.
 
-    The caches go to `root`, by default `out/caches`.
+    Caches go to `root`, by default `out/caches`. `max_tokens` limits the text.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     root = root or out / "caches"
+
+    # Model and text -> cache.
     request = ExtractionRequest(
         str(MODEL_DIR), str(TEXT_PATH), root, context=CONTEXT, max_tokens=max_tokens
     )
-    done = extract(request, shown.stage)
-    cache = done.cache
-    probe = RidgeProbe(offset=OFFSETS).fit(cache, progress=shown.of("moments"))
+    extraction = answer_request(request, meter.stage)
+    cache = extraction.cache
+
+    # Cache -> probe, then probe and cache -> report and pictures.
+    probe = RidgeProbe(OFFSETS).fit(cache, progress=meter.progress_of("moments"))
     path = save_probe(probe, probe_path(root, probe))
-    found = evaluate(cache, [probe], progress=shown.of("evaluate"))
-    files = write_outputs(found, out / "report.html", out / "pictures", "residua quickstart")
-    seconds = time.perf_counter() - began
+    evaluation = evaluate(cache, [probe], progress=meter.progress_of("evaluate"))
+    files = write_outputs(evaluation, out / "report.html", out / "pictures", "residua quickstart")
+
     value = {
-        **done.to_dict(),
+        **extraction.to_dict(),
         "probe": str(path),
-        "rows": found.to_dicts(),
+        "rows": evaluation.to_dicts(),
         "report": files[0],
         "pictures": files[1:],
-        "seconds": round(seconds, 1),
+        "seconds": round(time.perf_counter() - start, 1),
     }
-    value["text"] = _text(value, root)
-    return value, found
+    value["text"] = _closing_text(value, root)
+    return value, evaluation
 
 
-def _text(value: dict[str, Any], root: Path) -> str:
-    """Where things are and what to try next."""
-    short = value["cache"][:12]
+def _closing_text(value: dict[str, Any], root: Path) -> str:
+    """Where the files of the quickstart are, and commands to try next."""
+    cache_name = value["cache"][:12]
     return "\n".join(
         [
             f"done in {value['seconds']:.0f} s",
@@ -61,7 +65,7 @@ def _text(value: dict[str, Any], root: Path) -> str:
             f"  cache     {value['path']}  ({format_bytes(value['bytes'])})",
             f"  probe     {value['probe']}",
             "next:",
-            f"  residua info {short} --root {root}",
+            f"  residua info {cache_name} --root {root}",
             "  residua extract YOUR_MODEL YOUR_TEXTS.jsonl --max-tokens 200000",
             "  residua fit ridge CACHE --offsets 0-3",
             "  residua evaluate CACHE PROBE --html report.html",

@@ -1,22 +1,25 @@
-"""What people see in a terminal: progress with rates on stderr, tables on stdout."""
+"""What a terminal shows: progress with rates on stderr, tables on stdout.
+
+The commands of cli.py show a `Meter` while they work; messages.py prints tables with `print_table`.
+"""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from ...cache.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Task
     from rich.text import Text
 
-    from ..evaluation.result import Evaluation
-
 PIPE_WIDTH = 160
+"""Width of tables in a pipe or file, in letters."""
 UNITS = {"lens": "steps", "tokenize": "documents", "verify": "shards"}
-"""Unit of a stage's progress; positions where nothing is said."""
+"""Unit of a stage's progress; positions for other stages."""
 
 
 class Meter:
@@ -26,21 +29,21 @@ class Meter:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
-            Progress,
             ProgressColumn,
             TaskProgressColumn,
             TextColumn,
             TimeRemainingColumn,
         )
+        from rich.progress import Progress as RichProgress
         from rich.text import Text
 
-        class Rate(ProgressColumn):
+        class RateColumn(ProgressColumn):
             def render(self, task: "Task") -> "Text":
                 speed = task.finished_speed or task.speed
                 return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", "cyan")
 
-        class Noted(Progress):
-            """With notes on a line of their own: beside a bar they would not fit a terminal."""
+        class ProgressWithNotes(RichProgress):
+            """Notes have a line of their own: beside a bar they would not fit a terminal."""
 
             def get_renderables(self) -> "Iterator[RenderableType]":
                 yield from super().get_renderables()
@@ -50,14 +53,15 @@ class Meter:
 
         notes = self._notes = dict[str, Callable[[], str]]()
         console = Console(stderr=True)
-        columns = (
+        self._progress = ProgressWithNotes(
             TextColumn("{task.description:>10}"),
             BarColumn(),
             TaskProgressColumn(),
-            Rate(),
+            RateColumn(),
             TimeRemainingColumn(),
+            console=console,
+            disable=quiet or not console.is_terminal,
         )
-        self._progress = Noted(*columns, console=console, disable=quiet or not console.is_terminal)
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> "Meter":
@@ -73,26 +77,19 @@ class Meter:
         self._progress.stop()
 
     def stage(self, name: str, done: int, total: int) -> None:
-        """Stage `name` has done `done` of `total`."""
+        """Show that stage `name` has done `done` of `total`; a `StageProgress` callback."""
         if name not in self._tasks:
             unit = UNITS.get(name, "positions")
             self._tasks[name] = self._progress.add_task(name, total=total, unit=unit)
         self._progress.update(self._tasks[name], completed=done, total=total)
 
-    def note(self, name: str, say: Callable[[], str]) -> None:
-        """Show what `say` returns under the progress of stage `name`; asked at every redraw."""
-        self._notes[name] = say
-
-    def of(self, name: str) -> Callable[[int, int], None]:
-        """The callback `(done, total)` of one stage."""
+    def progress_of(self, name: str) -> Progress:
+        """The callback `(done, total)` of stage `name`."""
         return lambda done, total: self.stage(name, done, total)
 
-
-@contextmanager
-def meter(quiet: bool) -> Iterator[Meter]:
-    """A running `Meter`."""
-    with Meter(quiet) as shown:
-        yield shown
+    def note(self, name: str, text: Callable[[], str]) -> None:
+        """Show `text()` under the progress of stage `name`; called at every redraw."""
+        self._notes[name] = text
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -102,18 +99,18 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     from rich.markup import escape
     from rich.table import Table
 
-    shown = Table(title=escape(title) or None, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=escape(title) or None, box=box.SIMPLE_HEAD, title_justify="left")
     for number, name in enumerate(columns):
         numeric = all(isinstance(row[number], int | float | None) for row in rows) and bool(rows)
-        shown.add_column(escape(name), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(escape(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*(escape(format_text(cell)) for cell in row))
+        table.add_row(*(escape(format_cell(cell)) for cell in row))
     # A pipe or file has no width of its own to fold to.
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(shown)
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
-def format_text(cell: object) -> str:
-    """A cell of a table."""
+def format_cell(cell: object) -> str:
+    """A cell of a table as text: `-` for None, three digits of a float, `1,234` for an int."""
     if cell is None:
         return "-"
     if isinstance(cell, float):
@@ -126,7 +123,7 @@ def format_text(cell: object) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """Bytes for people: 1.5 MB."""
+    """A number of bytes as text: `1.5 MB` (powers of 1000)."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -136,29 +133,20 @@ def format_bytes(count: int) -> str:
 
 
 def bandwidths(stages: dict[str, Any]) -> str:
-    """`StageTimes.to_dict` as text: forward 3.1k tok/s · copy 12 GB/s; empty if none ran."""
+    """`StageTimes.to_dict` as text: `forward 3.1k tok/s · copy 12 GB/s`; empty if no stage ran."""
     if stages["bottleneck"] is None:
         return ""
-    rate = format_bytes(round(stages["forward"]["tokens_per_second"] or 0)).rstrip("B").rstrip()
-    shown = [f"forward {rate.replace(' ', '')} tok/s"]
+    tokens_per_second = round(stages["forward"]["tokens_per_second"] or 0)
+    rate = format_bytes(tokens_per_second).rstrip("B").replace(" ", "")
+    parts = [f"forward {rate} tok/s"]
     for name in ("copy", "write"):
         if bandwidth := stages[name]["bandwidth"]:
-            shown.append(f"{name} {format_bytes(round(bandwidth))}/s")
-    return f"{' · '.join(shown)} (bottleneck: {stages['bottleneck']})"
+            parts.append(f"{name} {format_bytes(round(bandwidth))}/s")
+    return f"{' · '.join(parts)} (bottleneck: {stages['bottleneck']})"
 
 
-def print_evaluation(found: "Evaluation") -> None:
-    """Print KL and precision@1 by layer, one table per offset, and what to know of them."""
-    from ..report.tables import offset_tables
-
-    for part in offset_tables(found):
-        print_table(part.caption, part.columns, part.rows)
-    for line in found.facts():
-        print(line)
-
-
-def short(name: str | None) -> str:
-    """The last part of a path; hub ids are left whole."""
+def short_source_name(name: str | None) -> str:
+    """Name of a model or data set for a table: the last part of a path, a hub id unchanged."""
     if name is None:
         return "-"
     path = Path(name)

@@ -1,26 +1,40 @@
-"""Measures by the model's own confidence: rows for buckets of its largest probability."""
+"""Measures by the model's own confidence: rows for buckets of the model's largest probability.
+
+`evaluate` adds the measures of every result to a `BucketTally`, per resampling unit (a document)
+and confidence bucket; `BucketTally.rows` makes `EvaluationRow`s over all pairs and `BucketRow`s per
+bucket. The buckets are those of Future Lens (Pal et al., 2311.04897).
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from .metrics import EvaluationRow, MetricSums
 
 EDGES = (0.0, 0.3, 0.6, 0.9, 1.0)
-"""Ends of the buckets (Future Lens): [0, 0.3), [0.3, 0.6), [0.6, 0.9) and [0.9, 1]."""
+"""Ends of the buckets: [0, 0.3), [0.3, 0.6), [0.6, 0.9) and [0.9, 1]."""
 BUCKETS = tuple(zip(EDGES[:-1], EDGES[1:], strict=True))
 """Lower and upper end of each bucket."""
 
-ResultKey = tuple[str, int | None, int]
-"""(name of the probe, layer, offset)."""
+
+class ResultKey(NamedTuple):
+    """One result of an evaluation: a probe read at a layer and an offset."""
+
+    probe: str
+    """Name of the probe."""
+    layer: int | None
+    """Layer that the probe reads; None for a probe that reads tokens alone."""
+    offset: int
 
 
 @dataclass(frozen=True)
 class BucketRow(EvaluationRow):
-    """The measures of a `Row` over the pairs whose target the model is so sure of.
+    """The measures of an `EvaluationRow` over the pairs in one confidence bucket.
 
-    Confidence is the largest probability that the model gives at t+N, where it is predicted.
+    Confidence is the largest probability that the model gives at t+N, where the probe is to predict
+    the model.
     """
 
     confidence_from: float
@@ -35,12 +49,12 @@ class BucketRow(EvaluationRow):
 
     @property
     def bucket(self) -> str:
-        """Its name: `30-60 %`."""
+        """Name of the bucket: `30-60 %`."""
         return bucket_name(self.confidence_from, self.confidence_to)
 
 
 def bucket_name(low: float, high: float) -> str:
-    """`30-60 %` from 0.3 and 0.6."""
+    """Name of a bucket: `30-60 %` from 0.3 and 0.6."""
     return f"{100 * low:.0f}-{100 * high:.0f} %"
 
 
@@ -49,66 +63,68 @@ def bucket_of(confidence: np.ndarray) -> np.ndarray:
 
     NaN is in no bucket: its number is `len(BUCKETS)`.
     """
-    inner = np.array(EDGES[1:-1], confidence.dtype)
-    found = np.searchsorted(inner, confidence, side="right")
-    return np.where(np.isnan(confidence), len(BUCKETS), found)
+    inner_edges = np.array(EDGES[1:-1], confidence.dtype)
+    numbers = np.searchsorted(inner_edges, confidence, side="right")
+    return np.where(np.isnan(confidence), len(BUCKETS), numbers)
 
 
 class BucketTally:
-    """Sums of every key per cell, a unit and a bucket; only cells that occur take room.
+    """Sums of measures for every result, per cell; a cell is a unit and a confidence bucket.
 
-    A unit is what is resampled, a document. Each key takes at most `min(5 units, positions)` rows
-    of `MetricSums`: targets without a confidence (see `bucket_of`) have a cell of their own.
+    A unit is what the bootstrap resamples, a document. Only cells that occur take a row: each key
+    has at most `min(5 * units, positions)` rows of `MetricSums`. Targets without a confidence (NaN,
+    see `bucket_of`) have a cell of their own.
     """
 
     def __init__(self, keys: Sequence[ResultKey], units: int, positions: int) -> None:
         self.units = units
-        numbers = len(BUCKETS) + 1
-        size = min(units * numbers, positions)
+        columns = len(BUCKETS) + 1
+        size = min(units * columns, positions)
         self.sums = {key: MetricSums(size) for key in keys}
-        """`(cells, columns)` by key."""
-        self._cell = np.full((units, numbers), -1)
-        self._unit, self._bucket = np.full(size, -1), np.full(size, -1)
+        """Sums `(cells, columns)` by key."""
+        self._cell_of = np.full((units, columns), -1)
+        self._unit_of_cell, self._bucket_of_cell = np.full(size, -1), np.full(size, -1)
 
-    def cells(self, slots: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-        """Cell of each position from its unit `(n,)` and the model's confidence `(n,)`."""
+    def cells(self, unit_numbers: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+        """Cell of each target from its unit `(n,)` and the model's confidence `(n,)`."""
         buckets = bucket_of(confidence)
-        self._number(slots, buckets)
-        return self._cell[slots, buckets]
+        self._number_new_cells(unit_numbers, buckets)
+        return self._cell_of[unit_numbers, buckets]
 
-    def _number(self, slots: np.ndarray, buckets: np.ndarray) -> None:
-        """Give cells that come for the first time the next numbers."""
-        new = self._cell[slots, buckets] < 0
+    def _number_new_cells(self, unit_numbers: np.ndarray, buckets: np.ndarray) -> None:
+        """Give the next numbers to cells that occur for the first time."""
+        new = self._cell_of[unit_numbers, buckets] < 0
         if not new.any():
             return
-        unit, bucket = np.unique(np.stack([slots[new], buckets[new]]), axis=1)
-        first = np.count_nonzero(self._unit >= 0)
-        numbers = np.arange(first, first + len(unit))
-        self._cell[unit, bucket] = numbers
-        self._unit[numbers], self._bucket[numbers] = unit, bucket
+        units, buckets = np.unique(np.stack([unit_numbers[new], buckets[new]]), axis=1)
+        first = np.count_nonzero(self._unit_of_cell >= 0)
+        cells = np.arange(first, first + len(units))
+        self._cell_of[units, buckets] = cells
+        self._unit_of_cell[cells], self._bucket_of_cell[cells] = units, buckets
 
     def rows(self, weights: np.ndarray) -> tuple[list[EvaluationRow], list[BucketRow]]:
-        """Rows of all keys, and of their buckets; a key or bucket without a pair has none.
+        """Rows of all keys, and of their buckets; a key or bucket without a pair has no row.
 
-        `weights` is that of `resampling`: a bucket's interval comes from the same resamples.
+        `weights` comes from `resampling_counts`: the intervals of a row and of its buckets come
+        from the same resamples.
         """
         rows: list[EvaluationRow] = []
-        parts: list[BucketRow] = []
-        for key in self.sums:
-            row = self._row(key, weights, self._unit)
-            if row is not None:
-                rows.append(row)
-                parts += self._parts(key, weights, row.n)
-        return rows, parts
-
-    def _parts(self, key: ResultKey, weights: np.ndarray, n: int) -> list[BucketRow]:
-        found = []
-        for number, (low, high) in enumerate(BUCKETS):
-            inside = np.where(self._bucket == number, self._unit, -1)
-            if (row := self._row(key, weights, inside)) is not None:
-                found.append(BucketRow(**asdict(row), confidence_from=low, confidence_to=high,
-                                       share=row.n / n))  # fmt: skip
-        return found
-
-    def _row(self, key: ResultKey, weights: np.ndarray, unit: np.ndarray) -> EvaluationRow | None:
-        return self.sums[key].by(unit, self.units).row(*key, weights)
+        bucket_rows: list[BucketRow] = []
+        for key, sums in self.sums.items():
+            row = sums.sum_by_unit(self._unit_of_cell, self.units).row(*key, weights)
+            if row is None:
+                continue
+            rows.append(row)
+            for number, (low, high) in enumerate(BUCKETS):
+                unit_of_cell = np.where(self._bucket_of_cell == number, self._unit_of_cell, -1)
+                part = sums.sum_by_unit(unit_of_cell, self.units).row(*key, weights)
+                if part is not None:
+                    bucket_rows.append(
+                        BucketRow(
+                            **asdict(part),
+                            confidence_from=low,
+                            confidence_to=high,
+                            share=part.n / row.n,
+                        )
+                    )
+        return rows, bucket_rows

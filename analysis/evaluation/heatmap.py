@@ -1,9 +1,13 @@
-"""What a lens reads in every layer at every token of one passage: numbers of the heatmap."""
+"""Lens heatmaps: the likeliest token of a lens in every layer at every token of one passage.
+
+`heatmap` computes the numbers, `Evaluation.heatmaps` chooses the passage and the lenses, and
+analysis/report/ draws the result (static_figures.py, interactive_figures.py).
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +17,7 @@ from ...cache.tokens.segments import segment_places
 from ...probes.base.readout import Readout, ReadoutBatch
 from ...probes.lens.logit_lens import LogitLens
 from ...probes.saved.save import check_belongs
-from .metrics import Reference, divergences, first_max, is_distribution
+from .metrics import Reference, divergences, is_distribution, top_token
 from .token_text import byte_text, token_text
 
 if TYPE_CHECKING:
@@ -22,91 +26,97 @@ if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
 
 TOP = 5
-"""Tokens kept per cell."""
-SEARCHED = 16
+"""Likeliest tokens of each cell."""
+SEARCHED_SEQUENCES = 16
+"""Sequences that are searched for a telling passage."""
 SEARCHED_TOKENS = 512
-"""Sequences, and tokens of each, that are searched for a telling passage."""
+"""Tokens of each of these sequences that are searched."""
 WIDTH = 24
 """Tokens of a passage."""
 UNDEFINED = "no token"
-"""Stands for the token where logits are no distribution (NaN, +inf); no label holds a space."""
+"""Label where logits are no distribution (NaN, +inf); no token's label has a space."""
 JOINERS = "\u200c\u200d"
 """Invisible letters that shape their neighbours."""
-MOST = 3
+MAX_HEATMAPS = 3
 """Most heatmaps that `heatmaps` makes."""
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """A passage as one readout sees it; cells are `(layers, tokens)`, layers from the lowest.
+    """What one lens reads in a passage; cells are `(layers, tokens)`, lowest layer first.
 
-    Where logits are no distribution the tokens are `UNDEFINED` and the numbers NaN.
+    Where logits are no distribution, tokens are `UNDEFINED` and numbers are NaN.
     """
 
     probe: str
-    """Name of the readout."""
+    """Kind of the lens, such as `logit` or `ridge`."""
     offset: int
+    """The lens predicts the model's token after t+offset."""
     split: str
+    """Split of the passage, for titles."""
     sequence: int
     """Number of the sequence in the cache."""
     start: int
     """Index of the first token in its sequence."""
     layers: tuple[int, ...]
     tokens: tuple[str, ...]
-    """Tokens t that the model read, `(tokens,)`."""
+    """Labels of the tokens t that the model read, `(tokens,)`."""
     targets: tuple[str, ...]
-    """The model's own top token at t+N, `(tokens,)`."""
+    """Labels of the model's own top token at t+N, `(tokens,)`."""
     top: tuple[tuple[tuple[str, ...], ...], ...]
-    """Likeliest tokens of the readout, `(layers, tokens, top)`."""
+    """Labels of the lens's likeliest tokens, `(layers, tokens, top)`."""
     probability: np.ndarray
     """Their probabilities, `(layers, tokens, top)` float32."""
     entropy: np.ndarray
-    """Entropy of the readout in nats, `(layers, tokens)` float32."""
+    """Entropy of the lens's distribution in nats, `(layers, tokens)` float32."""
     kl: np.ndarray
-    """KL(model || readout) in nats, `(layers, tokens)` float32."""
+    """KL(model || lens) in nats, `(layers, tokens)` float32."""
 
 
 def heatmaps(
     cache: "ActivationCache", readouts: Sequence[Readout], split: str = "test", width: int = WIDTH
 ) -> list[Heatmap]:
-    """One passage through the logit lens and the first readouts of offset 0, `MOST` in all.
+    """Heatmaps of one telling passage: the logit lens and the first lenses among `readouts`.
 
-    The passage is the one of the first sequences in which the model is sure of most that its
-    middle layer does not say yet.
+    Lenses are readouts with layers at offset 0; `MAX_HEATMAPS` heatmaps at most.
     """
     lenses = [LogitLens.of(cache, (0,))]
-    lenses += [r for r in readouts if r.kind != LogitLens.kind and _layers_of(r, 0)]
-    sequence, start = telling_passage(cache, split, width)
+    lenses += [r for r in readouts if r.kind != LogitLens.kind and _layers_at(r, 0)]
+    sequence, start = find_telling_passage(cache, split, width)
     return [
         heatmap(cache, lens, split=split, sequence=sequence, start=start, width=width)
-        for lens in lenses[:MOST]
+        for lens in lenses[:MAX_HEATMAPS]
     ]
 
 
-def telling_passage(cache: "ActivationCache", split: str, width: int) -> tuple[int, int]:
-    """Sequence and first token of the window where the model's sureness is newest.
+def find_telling_passage(cache: "ActivationCache", split: str, width: int) -> tuple[int, int]:
+    """Sequence and first token of the passage in which most is decided in the upper layers.
 
-    A token counts with the model's largest probability if the logit lens of the middle layer
-    has another top token there.
+    Each token scores the model's largest probability, if the logit lens of the middle layer has
+    another top token; the passage has the largest sum of scores among the first sequences.
     """
-    best = (-1.0, _passage(cache, split, width), 0)
+    best_score, best_sequence, best_start = -1.0, _first_long_sequence(cache, split, width), 0
     middle = cache.layers[len(cache.layers) // 2]
-    for sequence in cache.sequences(split)[:SEARCHED]:
+    for sequence in cache.sequences(split)[:SEARCHED_SEQUENCES]:
         rows = cache.positions_of(np.array([sequence]))[:SEARCHED_TOKENS]
         if len(rows) < width:
             continue
+        # The model's confidence and top token, and the top token of the middle layer.
         logits = cache.head.logits(cache.residual_array(cache.n_blocks).take(rows))
-        early = cache.head.logits(cache.residual_array(middle).take(rows)).argmax(-1)
-        top = logits.max(-1)
-        # Logits that are no distribution (NaN, +inf) make nobody sure.
-        finite = np.isfinite(top)
-        sure = np.zeros(len(rows))
-        sure[finite] = 1 / np.exp(logits[finite] - top[finite, None]).sum(-1)
-        news = np.concatenate([[0.0], np.cumsum(sure * (early != logits.argmax(-1)))])
-        windows = news[width:] - news[:-width]
-        if len(windows) and windows.max() > best[0]:
-            best = (float(windows.max()), int(sequence), int(windows.argmax()))
-    return best[1:]
+        middle_top = cache.head.logits(cache.residual_array(middle).take(rows)).argmax(-1)
+        largest = logits.max(-1)
+        # Logits that are no distribution (NaN, +inf) score 0.
+        finite = np.isfinite(largest)
+        confidence = np.zeros(len(rows))
+        confidence[finite] = 1 / np.exp(logits[finite] - largest[finite, None]).sum(-1)
+        # Sum of the scores of every window of `width` tokens.
+        scores = confidence * (middle_top != logits.argmax(-1))
+        cumulative = np.concatenate([[0.0], np.cumsum(scores)])
+        window_scores = cumulative[width:] - cumulative[:-width]
+        if len(window_scores) and window_scores.max() > best_score:
+            best_score, best_start = float(window_scores.max()), int(window_scores.argmax())
+            best_sequence = int(sequence)
+    return best_sequence, best_start
 
 
 def heatmap(
@@ -120,12 +130,13 @@ def heatmap(
     width: int = WIDTH,
     force: bool = False,
 ) -> Heatmap:
-    """Read `width` tokens of a sequence (default: the first of `split` that is long enough).
+    """Heatmap of `width` tokens of a sequence, from token `start` on, as `readout` reads them.
 
-    `readout` defaults to the logit lens; a control reads the rows of its view of the cache. The
-    passage ends before the first token whose target, at t + `offset`, is of another document.
-    Raises `NotFoundError` if the readout has no layer at this offset, `UsageError` if the sequence
-    has no token there, `MismatchError` for a readout of another model, unless `force`.
+    `readout` defaults to the logit lens, `sequence` to the first of `split` that is long enough. A
+    control reads the rows of its view of the cache. The passage ends before the first token whose
+    target, `offset` tokens later, is of another document. Raises `NotFoundError` if the readout has
+    no layer at this offset, `UsageError` if the sequence has no token at `start`, `MismatchError`
+    for a readout of another model, unless `force`.
     """
     import torch
 
@@ -133,41 +144,66 @@ def heatmap(
     width = as_whole_number(width, "width")
     readout = readout or LogitLens.of(cache, (offset,))
     check_belongs(readout, cache, force)
-    layers = _layers_of(readout, offset)
+    layers = _layers_at(readout, offset)
     if not layers:
-        has = sorted({n for la, n in readout.pairs() if la is not None})
-        says = (
-            f"it reads layers at offsets {format_ranges(has)}"
-            if has
+        layer_offsets = sorted({n for layer, n in readout.pairs() if layer is not None})
+        explanation = (
+            f"it reads layers at offsets {format_ranges(layer_offsets)}"
+            if layer_offsets
             else "it reads no layer at all"
         )
-        raise NotFoundError(f"the {readout.kind} readout reads no layer at offset {offset}: {says}")
+        raise NotFoundError(
+            f"the {readout.kind} readout reads no layer at offset {offset}: {explanation}"
+        )
     if sequence is None:
-        sequence = _passage(cache, split, start + width + offset)
+        sequence = _first_long_sequence(cache, split, start + width + offset)
     sequence = as_whole_number(sequence, "sequence")
-    first, count = _place(cache, sequence, start, width, offset)
+    first, count = _passage_positions(cache, sequence, start, width, offset)
+
     with torch.inference_mode():
-        cells = _Cells(cache, first, count, offset, readout)
-        found = [cells.read(layer) for layer in layers]
-    names, ids = TokenNames(cache), np.stack([cell[0] for cell in found])
+        reader = _PassageReader(cache, readout, first, count, offset)
+        cells = [reader.read(layer) for layer in layers]
+
+    names = TokenNames(cache)
+    top_ids = np.stack([layer_cells.top_ids for layer_cells in cells])
     return Heatmap(
-        readout.kind,
-        offset,
-        split,
-        sequence,
-        start,
-        layers,
-        tuple(names(i) for i in cache.tokens[first : first + count]),
-        tuple(names(i) for i in cells.targets.tolist()),
-        tuple(tuple(tuple(names(i) for i in cell) for cell in row) for row in ids.tolist()),
-        *(np.stack([cell[part] for cell in found]) for part in (1, 2, 3)),
+        probe=readout.kind,
+        offset=offset,
+        split=split,
+        sequence=sequence,
+        start=start,
+        layers=layers,
+        tokens=tuple(names(token) for token in cache.tokens[first : first + count]),
+        targets=tuple(names(token) for token in reader.targets.tolist()),
+        top=tuple(
+            tuple(tuple(names(token) for token in cell) for cell in layer_ids)
+            for layer_ids in top_ids.tolist()
+        ),
+        probability=np.stack([layer_cells.probability for layer_cells in cells]),
+        entropy=np.stack([layer_cells.entropy for layer_cells in cells]),
+        kl=np.stack([layer_cells.kl for layer_cells in cells]),
     )
 
 
-def _place(
+def _layers_at(readout: Readout, offset: int) -> tuple[int, ...]:
+    """Layers that `readout` reads at `offset`, ascending."""
+    return tuple(sorted({la for la, n in readout.pairs() if la is not None and n == offset}))
+
+
+def _first_long_sequence(cache: "ActivationCache", split: str, tokens: int) -> int:
+    """Number of the first sequence of `split` with `tokens` tokens, else of the longest one."""
+    numbers = cache.sequences(split)
+    if not len(numbers):
+        raise UsageError(f"the {split} split of this cache is empty")
+    lengths = cache.sequence_length[numbers]
+    long_enough = np.flatnonzero(lengths >= tokens)
+    return int(numbers[long_enough[0] if len(long_enough) else np.argmax(lengths)])
+
+
+def _passage_positions(
     cache: "ActivationCache", sequence: int, start: int, width: int, offset: int
 ) -> tuple[int, int]:
-    """First position of the passage, and how many of its tokens have a target."""
+    """First position of the passage in the cache, and the number of its tokens with a target."""
     if not 0 <= sequence < len(cache.sequence_length):
         raise UsageError(f"sequence must lie in 0-{len(cache.sequence_length) - 1}, not {sequence}")
     length = int(cache.sequence_length[sequence])
@@ -176,10 +212,11 @@ def _place(
         raise UsageError(
             f"sequence {sequence} has {length} tokens: none at {start} with offset {offset}"
         )
-    _, left = segment_places(cache, np.array([sequence]))
-    alone = np.flatnonzero(left[start : start + count] < offset)
-    if len(alone):
-        count = int(alone[0])
+    # The target must lie in the document of its token.
+    _, tokens_after = segment_places(cache, np.array([sequence]))
+    without_target = np.flatnonzero(tokens_after[start : start + count] < offset)
+    if len(without_target):
+        count = int(without_target[0])
     if count < 1:
         raise UsageError(
             f"the document at token {start} of sequence {sequence} ends within the next {offset} "
@@ -188,73 +225,79 @@ def _place(
     return int(cache.sequence_start[sequence]) + start, count
 
 
-class _Cells:
-    """One passage, read layer by layer."""
+class _LayerCells(NamedTuple):
+    """The cells of one layer of a heatmap."""
+
+    top_ids: np.ndarray
+    """Ids of the likeliest tokens, -1 where undefined, `(tokens, top)` int64."""
+    probability: np.ndarray
+    """Their probabilities, `(tokens, top)` float32."""
+    entropy: np.ndarray
+    """Entropy in nats, `(tokens,)` float32."""
+    kl: np.ndarray
+    """KL(model || lens) in nats, NaN where undefined, `(tokens,)` float32."""
+
+
+class _PassageReader:
+    """Reads a passage, `count` positions from `first` on, layer by layer through `readout`."""
 
     def __init__(
-        self, cache: "ActivationCache", first: int, count: int, offset: int, readout: Readout
+        self, cache: "ActivationCache", readout: Readout, first: int, count: int, offset: int
     ) -> None:
         import torch
 
         view = getattr(readout, "view", None)
         self.source = view(cache) if view else cache
-        self.first, self.count = first, count
-        self.readout, self.offset = readout, offset
+        self.readout, self.first, self.count, self.offset = readout, first, count, offset
         self.head = cache.head.torch()
-        self.last, self.token = (
-            torch.from_numpy(cache.tokens[place : place + count].astype(np.int64))
-            for place in (first + offset, first)
+        self.last_token, self.token = (
+            torch.from_numpy(cache.tokens[start : start + count].astype(np.int64))
+            for start in (first + offset, first)
         )
-        logits = self.head(self._hidden(cache, cache.n_blocks, offset))
-        self.reference = Reference.of(logits, torch.full_like(self.last, -1))
+        # The model's own distribution at the targets.
+        logits = self.head(self._states(cache, cache.n_blocks, first + offset))
+        self.reference = Reference.of(logits, torch.full_like(self.last_token, -1))
         self.targets = self.reference.top.masked_fill(~self.reference.defined, -1)
 
-    def read(self, layer: int) -> tuple[np.ndarray, ...]:
-        """Top ids, their probabilities, entropy and KL of one layer; `(tokens, ...)`."""
-        hidden = self._hidden(self.source, layer, 0)
-        batch = ReadoutBatch(hidden, self.last, self.head, self.token)
+    def read(self, layer: int) -> _LayerCells:
+        """The cells of one layer."""
+        batch = ReadoutBatch(
+            hidden=self._states(self.source, layer, self.first),
+            last_token=self.last_token,
+            head=self.head,
+            token=self.token,
+        )
         logits = self.readout.logits(batch, layer, self.offset).float()
-        first = first_max(logits)
-        log_q, kl, _ = divergences(self.reference, logits, first)
+        top = top_token(logits)
+        log_q, kl, _ = divergences(self.reference, logits, top)
         q = log_q.exp()
-        top = q.topk(min(TOP, q.shape[-1]), dim=-1)
+        likeliest = q.topk(min(TOP, q.shape[-1]), dim=-1)
         entropy = -(q * log_q).masked_fill_(q == 0, 0.0).sum(-1)
-        undefined = ~is_distribution(logits, first)
-        ids = top.indices.masked_fill(undefined[:, None], -1)
-        kl = kl.masked_fill(undefined | ~self.reference.defined, math.nan)
-        return tuple(value.numpy() for value in (ids, top.values, entropy, kl))
+        undefined = ~is_distribution(logits, top)
+        return _LayerCells(
+            top_ids=likeliest.indices.masked_fill(undefined[:, None], -1).numpy(),
+            probability=likeliest.values.numpy(),
+            entropy=entropy.numpy(),
+            kl=kl.masked_fill(undefined | ~self.reference.defined, math.nan).numpy(),
+        )
 
-    def _hidden(self, cache: "ActivationCache", layer: int, shift: int) -> "torch.Tensor":
+    def _states(self, cache: "ActivationCache", layer: int, start: int) -> "torch.Tensor":
+        """Residual stream of `layer` at the positions from `start` on, `(tokens, d_model)`."""
         import torch
 
-        start = self.first + shift
         # A copy: rows read through a memory map may be read-only.
         return torch.from_numpy(np.array(cache.residual_array(layer)[start : start + self.count]))
 
 
-def _layers_of(readout: Readout, offset: int) -> tuple[int, ...]:
-    return tuple(sorted({la for la, n in readout.pairs() if la is not None and n == offset}))
-
-
-def _passage(cache: "ActivationCache", split: str, tokens: int) -> int:
-    """The first sequence of `split` with that many tokens, else its longest."""
-    numbers = cache.sequences(split)
-    if not len(numbers):
-        raise UsageError(f"the {split} split of this cache is empty")
-    lengths = cache.sequence_length[numbers]
-    enough = np.flatnonzero(lengths >= tokens)
-    return int(numbers[enough[0] if len(enough) else np.argmax(lengths)])
-
-
 class TokenNames:
-    """Readable names of token ids: `␣` for a space, `\\n` for a line break, `#7` if unknown.
+    """Readable labels of token ids: `␣` for a space, `\\n` for a line break, `#7` if unknown.
 
-    Different texts have different names.
+    Different texts have different labels.
     """
 
     def __init__(self, cache: "ActivationCache") -> None:
-        has = (cache.path / "head" / "tokenizer.json").is_file()
-        self.tokenizer: Any = cache.tokenizer() if has else None
+        has_tokenizer = (cache.path / "head" / "tokenizer.json").is_file()
+        self.tokenizer: Any = cache.tokenizer() if has_tokenizer else None
 
     def __call__(self, token: int) -> str:
         if token < 0:
@@ -266,20 +309,21 @@ class TokenNames:
 
 
 def visible(text: str) -> str:
-    """A label that no other text has: spaces as `␣`, what cannot be seen and `\\` escaped.
+    """A printable label of `text` that no other text has.
 
-    Joiners inside a word (U+200C in Persian, U+200D in emoji) stay as they are. Bytes that are no
-    character, see `byte_text`, are `\\<E2>`.
+    Spaces are `␣`; `\\` and invisible letters are escaped, as in Python. Joiners inside a word
+    (U+200C in Persian, U+200D in emoji) are left alone. Bytes that are no character, see
+    `byte_text`, are `\\<E2>`.
     """
     last = len(text) - 1
     return "".join(
-        letter if letter in JOINERS and 0 < place < last else _visible_letter(letter)
-        for place, letter in enumerate(text)
+        letter if letter in JOINERS and 0 < index < last else _visible_letter(letter)
+        for index, letter in enumerate(text)
     )
 
 
 def _visible_letter(letter: str) -> str:
-    if "\udc80" <= letter <= "\udcff":
+    if "\udc80" <= letter <= "\udcff":  # a lone surrogate: U+DC00 plus the byte
         return f"\\<{ord(letter) - 0xDC00:02X}>"
     if letter == " ":
         return "␣"

@@ -1,8 +1,13 @@
-"""Measures a probe's distribution against the model's: sums per document, rows with intervals.
+"""KL, precision@k, NLL and surprisal of a probe against the model, with bootstrap intervals.
 
-Logits are a distribution where their largest one is finite: -inf excludes a token, while NaN, +inf
+`measure_distribution` gives the measures of every position, `MetricSums` adds them up per document,
+and `MetricSums.row` makes an `EvaluationRow` of means and 95 % intervals. `evaluate` reaches them
+through `BucketTally` (confidence_buckets.py).
+
+Logits are a distribution where the largest logit is finite: -inf excludes a token, while NaN, +inf
 or nothing but -inf leave the softmax undefined. Undefined positions are NaN in every sum that they
-enter, and so None in the `Row`: they never count as a hit, and are never left out of a mean.
+enter, and so None in the `EvaluationRow`: they never count as a hit, and are never left out of a
+mean.
 """
 
 import math
@@ -21,7 +26,7 @@ KS = (1, 5, 10)
 RESAMPLES = 500
 """Bootstrap resamples of the documents behind an interval."""
 TILE_BYTES = 4 << 20
-"""Float32 logits that are measured at once: what is made of them stays near the processor."""
+"""Bytes of float32 logits measured at once: intermediate results stay in the processor's cache."""
 COLUMNS = (
     "n",
     "n_undefined",
@@ -34,14 +39,14 @@ COLUMNS = (
     "nll_text",
     *(f"precision_at_{k}_text" for k in KS),
 )
-"""What is summed over positions, in this order."""
+"""Measures that are summed over positions, in the order of the columns of `MetricSums`."""
 
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """Measures of one probe at one layer and offset, means over `n` positions; nats, shares.
+    """Means of one probe's measures over `n` pairs at one layer and offset; nats, shares.
 
-    A measure is None where it is undefined at one of the positions at least; see `n_undefined`.
+    A measure is None if the measure is undefined for at least one pair; see `n_undefined`.
     """
 
     probe: str
@@ -49,18 +54,18 @@ class EvaluationRow:
     """Layer whose residual stream was read; None for a probe that reads tokens only."""
     offset: int
     n: int
-    """Number of pairs (t, t+N), the undefined ones among them."""
+    """Number of pairs (t, t+N), undefined pairs included."""
     n_undefined: int
     """Pairs at which the model's or the probe's logits are no distribution (NaN, +inf)."""
     kl: float | None
-    """KL(model || probe); infinite if the probe excludes what the model gives mass to."""
+    """KL(model || probe); infinite if the probe excludes a token that the model gives mass to."""
     kl_low: float | None
     """Lower end of the 95 % interval of `kl`; None with fewer than two documents."""
     kl_high: float | None
     kl_reverse: float | None
-    """KL(probe || model); infinite if the probe gives mass to what the model's logits exclude."""
+    """KL(probe || model); infinite if the probe gives mass to a token that the model excludes."""
     precision_at_1: float | None
-    """Share of positions where the probe's first token is the model's."""
+    """Share of pairs for which the probe's top token is the model's."""
     precision_at_1_low: float | None
     precision_at_1_high: float | None
     precision_at_5: float | None
@@ -78,22 +83,22 @@ class EvaluationRow:
     precision_at_10_text: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them: plain numbers, None also for what is infinite."""
+        """All fields as plain numbers for JSON; None for undefined and for infinite measures."""
         return plain_value(asdict(self))
 
 
-def ascending_kl(row: EvaluationRow) -> float:
-    """Key that sorts rows by KL, undefined ones last."""
+def kl_sort_key(row: EvaluationRow) -> float:
+    """Key that sorts rows by KL, undefined KL last."""
     return math.inf if row.kl is None else row.kl
 
 
-def precision(row: EvaluationRow) -> float:
-    """Key that sorts rows by precision@1, undefined ones below every number."""
+def precision_sort_key(row: EvaluationRow) -> float:
+    """Key that sorts rows by precision@1, undefined precision below every number."""
     return -1.0 if row.precision_at_1 is None else row.precision_at_1
 
 
-def shown(value: float | None, digits: int) -> str:
-    """A measure for people: `1.234`, `inf`, or `undefined`."""
+def format_measure(value: float | None, digits: int) -> str:
+    """A measure as text: `1.234`, `inf`, or `undefined`."""
     return "undefined" if value is None else f"{value:.{digits}f}"
 
 
@@ -102,30 +107,30 @@ class Reference:
     """The model's distribution at target positions, computed once and shared by all probes."""
 
     log_p: "torch.Tensor"
-    """`(n, vocab)` float32."""
+    """Logarithms of the probabilities, `(n, vocab)` float32."""
     p: "torch.Tensor"
-    """`(n, vocab)` float32."""
+    """Probabilities, `(n, vocab)` float32."""
     top: "torch.Tensor"
     """The model's top token, the lowest id on ties, `(n,)` int64."""
     text: "torch.Tensor"
-    """The text's next token, -1 at the end of a sequence, `(n,)` int64."""
+    """The text's next token, -1 at the end of the text, `(n,)` int64."""
     defined: "torch.Tensor"
     """Whether the model's logits are a distribution, `(n,)` bool."""
 
     @classmethod
     def of(cls, logits: "torch.Tensor", text: "torch.Tensor") -> "Reference":
-        """From the model's logits `(n, vocab)` and the text's next tokens `(n,)`."""
+        """The reference of the model's logits `(n, vocab)` and the text's next tokens `(n,)`."""
         logits = logits.float()
-        log_p, top = logits.log_softmax(-1), first_max(logits)
+        log_p, top = logits.log_softmax(-1), top_token(logits)
         return cls(log_p, log_p.exp(), top, text, is_distribution(logits, top))
 
     @property
     def confidence(self) -> np.ndarray:
-        """The model's largest probability, `(n,)` float32; NaN where it is undefined."""
-        return _pick(self.p, self.top).cpu().numpy()
+        """The model's largest probability, `(n,)` float32; NaN where undefined."""
+        return _value_at(self.p, self.top).cpu().numpy()
 
     def take(self, index: np.ndarray) -> "Reference":
-        """The targets `index`, `(m,)` increasing numbers; no copy if they are neighbours."""
+        """The targets `index`, `(m,)` ascending numbers; no copy if they are neighbours."""
         first, last = int(index[0]), int(index[-1])
         rows = slice(first, last + 1) if last - first + 1 == len(index) else index
         return Reference(
@@ -133,7 +138,7 @@ class Reference:
         )
 
 
-def first_max(logits: "torch.Tensor") -> "torch.Tensor":
+def top_token(logits: "torch.Tensor") -> "torch.Tensor":
     """The lowest id among the largest logits, `(n,)` int64 (torch promises the first maximum).
 
     A NaN counts as the largest.
@@ -142,28 +147,29 @@ def first_max(logits: "torch.Tensor") -> "torch.Tensor":
 
 
 def is_distribution(logits: "torch.Tensor", top: "torch.Tensor") -> "torch.Tensor":
-    """Whether the softmax of each row is defined, `(n,)` bool; `top` is that of `first_max`."""
-    return _pick(logits, top).isfinite()
+    """Whether the softmax of each row is defined, `(n,)` bool; `top` comes from `top_token`."""
+    return _value_at(logits, top).isfinite()
 
 
 def rank_of(logits: "torch.Tensor", token: "torch.Tensor") -> "torch.Tensor":
-    """Number of tokens that come before `token`, larger logits and then lower ids, `(n,)` int64.
+    """Rank of `token` by logit, 0 for the largest, `(n,)` int64; lower ids come first on ties.
 
-    A NaN comes before every number, and a token whose own logit is NaN comes last.
+    A NaN comes before every number, and a token with the logit NaN comes last.
     """
     import torch
 
-    own = logits.gather(-1, token[:, None])
-    # The complement: every comparison with NaN is false.
-    rank = logits.shape[-1] - _count(logits <= own)
-    ties = logits == own
-    if int(_count(ties).sum()) > len(token):
+    token_logit = logits.gather(-1, token[:, None])
+    # Counts the complement of `<=`, because every comparison with NaN is false.
+    rank = logits.shape[-1] - _count_true(logits <= token_logit)
+    # Every token ties with itself; only further ties are worth another pass.
+    ties = logits == token_logit
+    if int(_count_true(ties).sum()) > len(token):
         ids = torch.arange(logits.shape[-1], device=logits.device)
-        rank += _count(ties & (ids < token[:, None]))
+        rank += _count_true(ties & (ids < token[:, None]))
     return rank
 
 
-def _count(mask: "torch.Tensor") -> "torch.Tensor":
+def _count_true(mask: "torch.Tensor") -> "torch.Tensor":
     """True values per row, `(n,)` int64; numpy counts five times as fast as torch on a CPU."""
     import torch
 
@@ -175,68 +181,85 @@ def _count(mask: "torch.Tensor") -> "torch.Tensor":
 def divergences(
     reference: Reference, logits: "torch.Tensor", top: "torch.Tensor"
 ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
-    """log of the probe's probabilities, KL(model || probe) and KL(probe || model) in nats.
+    """Log-probabilities of the probe, KL(model || probe) and KL(probe || model) in nats.
 
-    `(n, vocab)` and twice `(n,)` float32, with one exp; `top` are the largest logits' tokens.
-    0 log 0 is 0, and rounding below 0 is cut. Logarithms come from logits: a probability that
-    underflows to 0 adds 0 on its own side, and what it costs the other side stays finite.
+    With p the model's and q the probe's probabilities, sums over the vocabulary:
+
+        KL(model || probe) = sum p (log p - log q),    KL(probe || model) = sum q (log q - log p)
+
+    Returns `(n, vocab)`, `(n,)` and `(n,)` float32, from one exp; `top` are the tokens of the
+    probe's largest logits, `(n,)`. 0 log 0 is 0, and rounding below 0 is cut. Logarithms come from
+    logits: a probability that underflows to 0 adds 0 to the sum that the probability weighs, and a
+    finite value to the other sum.
     """
+    # log q = logits - largest - log(total); q holds the probabilities times `total`.
     log_q = logits - logits.gather(-1, top[:, None])
-    q = log_q.exp()  # times `total`, to save a pass
+    q = log_q.exp()
     total = q.sum(-1)
     log_q.sub_(total.log()[:, None])
-    terms = reference.log_p - log_q
-    reverse = -q.mul_(terms).sum(-1).div_(total)
-    kl = terms.mul_(reference.p).sum(-1)
-    # A token without mass adds nothing, even where the other side excludes it (0 * inf).
+    # Both sums from one matrix of differences, in place.
+    difference = reference.log_p - log_q
+    reverse = -q.mul_(difference).sum(-1).div_(total)
+    kl = difference.mul_(reference.p).sum(-1)
+    # A token without mass adds nothing, even where the other side excludes the token (0 * inf).
     if not bool(kl.isfinite().all()):
-        kl = terms.masked_fill_(reference.p == 0, 0.0).sum(-1)
+        kl = difference.masked_fill_(reference.p == 0, 0.0).sum(-1)
     if not bool(reverse.isfinite().all()):
         reverse = -q.masked_fill_(log_q.exp() == 0, 0.0).sum(-1).div_(total)
     return log_q, kl.clamp_min_(0.0), reverse.clamp_min_(0.0)
 
 
 def measure_distribution(reference: Reference, logits: "torch.Tensor") -> "torch.Tensor":
-    """The values of `COLUMNS` for every position, `(n, columns)` float64; float32 log-softmax."""
+    """The measures `COLUMNS` of every position, `(n, columns)` float64.
+
+    `logits` are the probe's, `(n, vocab)`; the softmax is float32.
+    """
     import torch
 
+    # The probe's distribution, and where each reference token stands in its order.
     logits = logits.float()
-    top = first_max(logits)
+    top = top_token(logits)
     log_q, kl, reverse = divergences(reference, logits, top)
-    known = reference.text >= 0
+    has_text = reference.text >= 0
     text = reference.text.clamp_min(0)
-    rank, rank_text = rank_of(logits, reference.top), rank_of(logits, text)
+    rank, text_rank = rank_of(logits, reference.top), rank_of(logits, text)
+
+    # Columns in the order of `COLUMNS`: counts, against the model, against the text.
     zero = torch.zeros((), device=logits.device)
     against_model = [
         kl,
         reverse,
         *(rank < k for k in KS),
-        -_pick(log_q, reference.top),
-        -_pick(reference.log_p, top),
+        -_value_at(log_q, reference.top),
+        -_value_at(reference.log_p, top),
     ]
     against_text = [
-        torch.where(known, -_pick(log_q, text), zero),
-        *((rank_text < k) & known for k in KS),
+        torch.where(has_text, -_value_at(log_q, text), zero),
+        *((text_rank < k) & has_text for k in KS),
     ]
-    own = is_distribution(logits, top)
-    both = own & reference.defined
-    columns = [torch.ones_like(known), ~both, *against_model, known, *against_text]
-    found = torch.stack([column.double() for column in columns], dim=-1)
-    if not bool(both.all()):
-        first, text_first = COLUMNS.index("kl"), COLUMNS.index("nll_text")
-        found[~both, first : first + len(against_model)] = math.nan
-        found[~own & known, text_first:] = math.nan
-    return found
+    probe_defined = is_distribution(logits, top)
+    both_defined = probe_defined & reference.defined
+    columns = [torch.ones_like(has_text), ~both_defined, *against_model, has_text, *against_text]
+    measures = torch.stack([column.double() for column in columns], dim=-1)
+
+    # Undefined positions are NaN: against the text, only the probe's distribution matters.
+    if not bool(both_defined.all()):
+        first, first_text = COLUMNS.index("kl"), COLUMNS.index("nll_text")
+        measures[~both_defined, first : first + len(against_model)] = math.nan
+        measures[~probe_defined & has_text, first_text:] = math.nan
+    return measures
 
 
-def _pick(values: "torch.Tensor", token: "torch.Tensor") -> "torch.Tensor":
+def _value_at(values: "torch.Tensor", token: "torch.Tensor") -> "torch.Tensor":
+    """The value of each row at its `token` `(n,)`, from `values` `(n, vocab)`."""
     return values.gather(-1, token[:, None])[:, 0]
 
 
 class MetricSums:
-    """Running sums of `COLUMNS` per group of positions, `(groups, columns)` float64; order-free.
+    """Running sums of `COLUMNS` per group of positions, `(groups, columns)` float64.
 
-    A group is a document where a row is asked for, or else what is resampled.
+    The order of the additions does not matter. A group is a cell of a `BucketTally` while windows
+    are read, and a document when rows are made.
     """
 
     def __init__(self, groups: int) -> None:
@@ -244,36 +267,39 @@ class MetricSums:
 
     def add(
         self,
-        slots: np.ndarray,
+        groups: np.ndarray,
         reference: Reference,
         logits: "torch.Tensor",
         targets: np.ndarray | None = None,
     ) -> None:
-        """Add positions of the groups `slots` `(n,)` with the probe's `logits` `(n, vocab)`.
+        """Add positions of `groups` `(n,)` with the probe's `logits` `(n, vocab)`.
 
-        `targets` `(n,)` are their numbers in `reference`, increasing; by default all of them.
+        `targets` `(n,)` are the numbers of the positions in `reference`, ascending; default all.
         """
-        targets = np.arange(len(slots)) if targets is None else targets
-        rows = max(1, TILE_BYTES // (4 * logits.shape[-1]))
-        for start in range(0, len(slots), rows):
-            here = slice(start, start + rows)
-            found = measure_distribution(reference.take(targets[here]), logits[here])
-            np.add.at(self.sums, slots[here], found.cpu().numpy())
+        targets = np.arange(len(groups)) if targets is None else targets
+        tile_rows = max(1, TILE_BYTES // (4 * logits.shape[-1]))
+        for start in range(0, len(groups), tile_rows):
+            tile = slice(start, start + tile_rows)
+            measures = measure_distribution(reference.take(targets[tile]), logits[tile])
+            np.add.at(self.sums, groups[tile], measures.cpu().numpy())
 
     def merge(self, other: "MetricSums") -> None:
-        """Add the sums that another pass made over the same groups."""
+        """Add the sums of another pass over the same groups."""
         self.sums += other.sums
 
-    def by(self, unit: np.ndarray, units: int) -> "MetricSums":
-        """The sums per document; group i is part of `unit[i]`, or of none where that is -1."""
-        found, kept = MetricSums(units), unit >= 0
-        np.add.at(found.sums, unit[kept], self.sums[kept])
-        return found
+    def sum_by_unit(self, unit_of_group: np.ndarray, units: int) -> "MetricSums":
+        """The sums per unit; group i is part of `unit_of_group[i]`, or of no unit if that is -1."""
+        by_unit, in_unit = MetricSums(units), unit_of_group >= 0
+        np.add.at(by_unit.sums, unit_of_group[in_unit], self.sums[in_unit])
+        return by_unit
 
     def row(
         self, probe: str, layer: int | None, offset: int, weights: np.ndarray
     ) -> EvaluationRow | None:
-        """Means and 95 % intervals, with the resamples of `resampling`; None without a pair."""
+        """Means and 95 % intervals over the groups (documents); None without a pair.
+
+        `weights` comes from `resampling_counts`.
+        """
         total = dict(zip(COLUMNS, self.sums.sum(0).tolist(), strict=True))
         n, n_text, n_undefined = (int(total.pop(name)) for name in ("n", "n_text", "n_undefined"))
         if n == 0:
@@ -284,7 +310,7 @@ class MetricSums:
             for name, value in total.items()
         }
         kl_low, kl_high = self._interval("kl", weights)
-        low, high = self._interval("precision_at_1", weights)
+        precision_low, precision_high = self._interval("precision_at_1", weights)
         return EvaluationRow(
             probe=probe,
             layer=layer,
@@ -294,8 +320,8 @@ class MetricSums:
             n_text=n_text,
             kl_low=kl_low,
             kl_high=kl_high,
-            precision_at_1_low=low,
-            precision_at_1_high=high,
+            precision_at_1_low=precision_low,
+            precision_at_1_high=precision_high,
             **means,
         )
 
@@ -307,8 +333,8 @@ class MetricSums:
         n, values = self.sums[:, 0], self.sums[:, COLUMNS.index(name)]
         if np.count_nonzero(n) < 2 or not np.isfinite(values).all():
             return None, None
-        drawn = weights @ n
-        means = (weights @ values)[drawn > 0] / drawn[drawn > 0]
+        pairs = weights @ n
+        means = (weights @ values)[pairs > 0] / pairs[pairs > 0]
         low, high = np.percentile(means, (2.5, 97.5))
         return float(low), float(high)
 

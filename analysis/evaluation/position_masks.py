@@ -1,14 +1,15 @@
-"""Masks of positions for `evaluate(..., where=mask)`: where the model is inside a word or a name.
+"""Masks of positions inside words or names, for `evaluate(..., where=mask)`.
 
-A mask is over target positions: the state there predicts the *next* token, so that a position
-is in the mask if its next token is of the kind. Words are found in what the cache keeps: token
-ids, its tokenizer, and the characters that each token came from.
+A mask is over target positions. The state at a position predicts the *next* token, so a position is
+in the mask if its next token continues a word (`word_continuation_mask`) or a capitalised word
+(`name_mask`). Words are found in what the cache keeps: token ids, the tokenizer, and the characters
+that each token came from. On the command line: `residua evaluate --where continued | names`.
 """
 
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,73 +21,54 @@ if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
 
 BLOCK_ROWS = 1 << 18
-"""Positions that are looked at at once."""
-ENDS = frozenset(".!?…:。！？\n\r")
-"""After one of these, a sentence (or line) begins."""
-OPENING = frozenset("\"'“”‘’«»([{*#>-–—")
+"""Positions of one block of whole sequences."""
+SENTENCE_ENDS = frozenset(".!?…:。！？\n\r")
+"""Letters after which a sentence (or line) begins."""
+OPENING_MARKS = frozenset("\"'“”‘’«»([{*#>-–—")
 """Marks that may stand before a sentence's first word."""
-WORD = frozenset("_\ufffd")
-"""Word characters beside letters and digits; U+FFFD is a character that is cut by a sequence."""
+WORD_MARKS = frozenset("_\ufffd")
+"""Word characters beside letters and digits; U+FFFD is a character cut by a sequence's end."""
 SPANS = ("tokens/row_id", "tokens/char_start", "tokens/char_stop")
-UNKNOWN, START, INSIDE = 0, 1, 2
-"""What a token's text says of where it ends: nothing, at a sentence's start, in a sentence."""
+UNKNOWN, SENTENCE_START, IN_SENTENCE = 0, 1, 2
+"""What a token's text says about the place where the text ends: nothing, before the first word of a
+sentence, or inside a sentence."""
 
 
 def word_continuation_mask(cache: "ActivationCache") -> np.ndarray:
-    """Positions whose next token goes on with a word, `(positions,)` bool.
+    """Positions whose next token continues a word, `(positions,)` bool.
 
     That is where two tokens of a document touch between two word characters (letters, digits,
-    `_` and combining marks), or share one. In a script without spaces, nearly all tokens go on
-    with a word. Raises `UsageError` if the cache does not keep all positions with their texts'
+    `_` and combining marks), or share a character. In a script without spaces, nearly all tokens
+    continue a word. Raises `UsageError` if the cache does not keep all positions with their texts'
     characters and a tokenizer.
     """
-    return _mask(cache, lambda block: block.goes_on)
-
-
-def name_mask(cache: "ActivationCache") -> np.ndarray:
-    """Positions whose next token goes on with a capitalised word, `(positions,)` bool.
-
-    A heuristic for named entities of several tokens, for scripts with capitals: words that begin
-    with a capital letter and do not begin a sentence or a line. It finds `GPT` and `MyClass` too,
-    and misses names after a full stop, as in `Dr. Smith`. A part of `continued_words`, with
-    the same errors.
-    """
-    return _mask(cache, lambda block: block.goes_on & block.named)
-
-
-SLICES = {"continued": word_continuation_mask, "names": name_mask}
-"""Slices by name."""
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Some whole sequences."""
-
-    goes_on: np.ndarray
-    """Whether the next token goes on with the word, `(n,)` bool."""
-    named: np.ndarray
-    """Whether the token's last word is capitalised inside a sentence, `(n,)` bool."""
-
-
-def _mask(cache: "ActivationCache", of: Callable[[_Block], np.ndarray]) -> np.ndarray:
-    _check(cache)
+    check_has_words(cache)
     mask = np.zeros(cache.positions, bool)
-    for rows, block in _blocks(cache):
-        mask[rows] = of(block)
+    for block in word_blocks(cache):
+        mask[block.positions] = block.next_continues_word
     return mask
 
 
-def _text_order(cache: "ActivationCache") -> np.ndarray:
-    """Numbers of the sequences in the order in which documents go on from one to the next.
+def name_mask(cache: "ActivationCache") -> np.ndarray:
+    """Positions whose next token continues a capitalised word, `(positions,)` bool.
 
-    Each split is packed by itself, and its sequences lie between those of the others.
+    A heuristic for named entities of several tokens, for scripts with capitals: words that begin
+    with a capital letter and do not begin a sentence or a line. The mask has `GPT` and `MyClass`
+    too, and lacks names after a full stop, as in `Dr. Smith`. A part of `word_continuation_mask`,
+    with the same errors.
     """
-    if cache.manifest.tokens.split_by == DOCUMENT:
-        return np.argsort(cache.sequence_split, kind="stable")
-    return np.arange(len(cache.sequence_length))
+    check_has_words(cache)
+    mask = np.zeros(cache.positions, bool)
+    for block in word_blocks(cache):
+        mask[block.positions] = block.next_continues_word & block.in_name
+    return mask
 
 
-def _check(cache: "ActivationCache") -> None:
+MASKS = {"continued": word_continuation_mask, "names": name_mask}
+"""Functions that make a mask, by their names on the command line (`--where`)."""
+
+
+def check_has_words(cache: "ActivationCache") -> None:
     """Raise `UsageError` if words cannot be found in what the cache keeps."""
     missing = []
     if cache.has("context/ids"):
@@ -102,97 +84,178 @@ def _check(cache: "ActivationCache") -> None:
         )
 
 
-def _blocks(cache: "ActivationCache") -> Iterator[tuple[np.ndarray, _Block]]:
-    """All positions, in blocks; what one must know of those before it is carried along."""
-    words = _WordKinds(cache)
-    named, state, before = False, START, np.full((1, 3), -1)
-    ended = False
+@dataclass(frozen=True)
+class WordBlock:
+    """Words at the positions of some whole sequences; arrays `(n,)`."""
+
+    positions: np.ndarray
+    """Positions in the cache."""
+    next_continues_word: np.ndarray
+    """Whether the next token continues the word at the end of the token."""
+    in_name: np.ndarray
+    """Whether the last word up to the token's end is capitalised inside a sentence."""
+
+
+def word_blocks(cache: "ActivationCache") -> Iterator[WordBlock]:
+    """All positions in the order of the text, in blocks of whole sequences.
+
+    A word may begin in an earlier block, so the end of each block is carried to the next one.
+    """
+    words = _TokenWords(cache)
+    # Carried along: whether the last word is a name, the state of the text, the last token's span
+    # (document, first character, end), and whether that token ends inside a word.
+    in_name, state, last_span, ends_in_word = False, SENTENCE_START, np.full((1, 3), -1), False
     for sequences in cache.blocks(_text_order(cache), BLOCK_ROWS):
-        rows = cache.positions_of(sequences)
-        first = np.isin(rows, cache.sequence_start[sequences])
-        spans = cache.spans(rows)
-        kind = words.kinds(cache.tokens[rows], spans, first)
-        former = np.concatenate([before, spans[:-1]])
-        fresh = spans[:, 0] != former[:, 0]
-        touch = ~fresh & (spans[:, 1] <= former[:, 2])
-        more = touch & np.append(ended, kind[:-1, ENDING] > 0) & (kind[:, BEGINNING] > 0)
-        outside, state = _states(kind, fresh, state)
-        # A token that is nothing but more of a word begins none.
-        inner = (kind[:, WHOLE] > 0) & more
-        capital = (kind[:, CAPITAL] > 0) & (outside == INSIDE)
-        of_word = _latest(np.append(named, capital), np.append(True, ~inner))[1:]
+        positions = cache.positions_of(sequences)
+        starts_sequence = np.isin(positions, cache.sequence_start[sequences])
+        spans = cache.spans(positions)
+        token_words = words.of_tokens(cache.tokens[positions], spans, starts_sequence)
+
+        # Which tokens continue the word of the token before: same document, touching, no border.
+        previous_spans = np.concatenate([last_span, spans[:-1]])
+        new_document = spans[:, 0] != previous_spans[:, 0]
+        touches = ~new_document & (spans[:, 1] <= previous_spans[:, 2])
+        previous_ends_in_word = np.append(ends_in_word, token_words[:-1, ENDS_IN_WORD] > 0)
+        continues_word = touches & previous_ends_in_word & (token_words[:, BEGINS_IN_WORD] > 0)
+
+        # Which words are names: capitalised, and not the first of a sentence. A token that lies
+        # inside a word says nothing about how the word begins: the token before it decides.
+        states, state = _states_before_words(token_words, new_document, state)
+        inside_word = (token_words[:, IS_WORD] > 0) & continues_word
+        is_name = (token_words[:, CAPITALISED] > 0) & (states == IN_SENTENCE)
+        in_names = _fill_forward(np.append(in_name, is_name), np.append(True, ~inside_word))[1:]
+
         # The model sees no next token at the end of a sequence, though the text may go on.
-        yield rows, _Block(np.append(more[1:] & ~first[1:], False), of_word)
-        named, before, ended = of_word[-1], spans[-1:], kind[-1, ENDING] > 0
+        next_continues = np.append(continues_word[1:] & ~starts_sequence[1:], False)
+        yield WordBlock(positions, next_continues, in_names)
+        in_name, last_span = in_names[-1], spans[-1:]
+        ends_in_word = token_words[-1, ENDS_IN_WORD] > 0
 
 
-def _states(kind: np.ndarray, fresh: np.ndarray, state: int) -> tuple[np.ndarray, int]:
-    """State before the last word of each token, `(n,)`, and after all; `fresh` is a new text."""
-    said = np.column_stack([np.where(fresh, START, UNKNOWN), kind[:, BEFORE], kind[:, AFTER]])
-    flat = np.append(state, said.ravel())
-    known = _latest(flat, flat != UNKNOWN)
-    return known[2::3], int(known[-1])
+def _text_order(cache: "ActivationCache") -> np.ndarray:
+    """Numbers of the sequences in the order of the text.
+
+    Where splits are by document, each split is packed by itself, and its sequences lie between
+    those of the other splits.
+    """
+    if cache.manifest.tokens.split_by == DOCUMENT:
+        return np.argsort(cache.sequence_split, kind="stable")
+    return np.arange(len(cache.sequence_length))
 
 
-def _latest(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """The last known value up to each place; the first must be known."""
+def _states_before_words(
+    token_words: np.ndarray, new_document: np.ndarray, state: int
+) -> tuple[np.ndarray, int]:
+    """State of the text before the last word of each token, `(n,)`, and after the last token.
+
+    `state` is the state before the first token; a `new_document` begins a sentence.
+    """
+    # Three states per token in the order of the text: at its start, before its last word, after it.
+    start = np.where(new_document, SENTENCE_START, UNKNOWN)
+    per_token = np.column_stack(
+        [start, token_words[:, STATE_BEFORE_WORD], token_words[:, STATE_AFTER]]
+    )
+    in_order = np.append(state, per_token.ravel())
+    states = _fill_forward(in_order, in_order != UNKNOWN)
+    return states[2::3], int(states[-1])
+
+
+def _fill_forward(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The last known value up to each index; the first value must be known."""
     return values[np.maximum.accumulate(np.where(known, np.arange(len(values)), 0))]
 
 
-class _WordKinds:
-    """What the tokens of a cache say of words."""
+class TextWords(NamedTuple):
+    """What a text says about words at its beginning and end."""
+
+    begins_in_word: bool
+    """Whether the first character is a word character."""
+    ends_in_word: bool
+    """Whether the last character is a word character."""
+    is_word: bool
+    """Whether all characters are word characters."""
+    capitalised: bool
+    """Whether the word at the end of the text begins with a capital letter."""
+    state_before_word: int
+    """State of the text before the word at its end."""
+    state_after: int
+    """State of the text at its end."""
+
+
+BEGINS_IN_WORD, ENDS_IN_WORD, IS_WORD, CAPITALISED, STATE_BEFORE_WORD, STATE_AFTER = range(6)
+"""Columns of arrays of `TextWords`."""
+
+
+class _TokenWords:
+    """`TextWords` of the tokens of a cache, as arrays `(n, 6)` int8."""
 
     def __init__(self, cache: "ActivationCache") -> None:
         self.tokenizer = cache.tokenizer()
         texts = plain_texts(self.tokenizer, cache.vocab)
-        self.table = np.array([_kind(text) for text in texts], np.int8)
-        self._shared: dict[tuple[int, ...], np.ndarray] = {}
+        self.table = np.array([words_of(text) for text in texts], np.int8)
+        self._joined: dict[tuple[int, ...], np.ndarray] = {}
 
-    def kinds(self, ids: np.ndarray, spans: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """The kind of each token, `(n, 6)` int8; tokens that share a character get its kind.
+    def of_tokens(
+        self, ids: np.ndarray, spans: np.ndarray, starts_sequence: np.ndarray
+    ) -> np.ndarray:
+        """`TextWords` of each token, `(n, 6)`; tokens that share a character are read together.
 
-        `first` are those that begin a sequence, `(n,)` bool: nothing is shared across.
+        Tokens of two sequences (`starts_sequence`, `(n,)` bool) are never read together.
         """
-        found = self.table[ids]
-        shares = (spans[1:, 0] == spans[:-1, 0]) & (spans[1:, 1] < spans[:-1, 2]) & ~first[1:]
+        token_words = self.table[ids]
+        # Runs of neighbours with a common character, such as the bytes of one letter.
+        same_document, overlap = spans[1:, 0] == spans[:-1, 0], spans[1:, 1] < spans[:-1, 2]
+        shares = same_document & overlap & ~starts_sequence[1:]
         edges = np.flatnonzero(np.diff(np.concatenate([[False], shares, [False]]).astype(np.int8)))
-        for start, stop in edges.reshape(-1, 2):
-            found[start : stop + 1] = self._kinds_of(tuple(ids[start : stop + 1].tolist()))
-        return found
+        for start, last in edges.reshape(-1, 2):
+            run = slice(start, last + 1)
+            token_words[run] = self._of_joined_tokens(tuple(ids[run].tolist()))
+        return token_words
 
-    def _kinds_of(self, ids: tuple[int, ...]) -> np.ndarray:
-        """Kinds of tokens that are one text only together: the first has that of the text."""
-        if ids not in self._shared:
-            kind = _kind(self.tokenizer.decode(list(ids)))
-            inner, after = kind[ENDING], kind[AFTER]
-            rest = (inner, inner, inner, False, after, after)
-            self._shared[ids] = np.array([kind, *[rest] * (len(ids) - 1)], np.int8)
-        return self._shared[ids]
+    def _of_joined_tokens(self, ids: tuple[int, ...]) -> np.ndarray:
+        """`TextWords` of tokens that are one text only together: the first token has the text's.
+
+        The other tokens lie inside the text's last word, if the text ends in a word.
+        """
+        if ids not in self._joined:
+            words = words_of(self.tokenizer.decode(list(ids)))
+            other = TextWords(
+                begins_in_word=words.ends_in_word,
+                ends_in_word=words.ends_in_word,
+                is_word=words.ends_in_word,
+                capitalised=False,
+                state_before_word=words.state_after,
+                state_after=words.state_after,
+            )
+            self._joined[ids] = np.array([words, *[other] * (len(ids) - 1)], np.int8)
+        return self._joined[ids]
 
 
-BEGINNING, ENDING, WHOLE, CAPITAL, BEFORE, AFTER = range(6)
-"""Columns of a kind: begins, ends with a word character; has no others; its last word, at its end,
-begins with a capital letter; states before that word and after the token."""
-
-
-def _kind(text: str) -> tuple[bool, bool, bool, bool, int, int]:
+def words_of(text: str) -> TextWords:
+    """What `text` says about words at its beginning and end."""
     start = len(text)
-    while start and _in_word(text[start - 1]):
+    while start and _is_word_character(text[start - 1]):
         start -= 1
-    word, before = text[start:], _state(text[:start])
-    begins, whole = bool(text) and _in_word(text[0]), bool(word) and not start
-    return begins, bool(word), whole, word[:1].isupper(), before, INSIDE if word else before
+    last_word, state = text[start:], _state_after(text[:start])
+    return TextWords(
+        begins_in_word=bool(text) and _is_word_character(text[0]),
+        ends_in_word=bool(last_word),
+        is_word=bool(last_word) and not start,
+        capitalised=last_word[:1].isupper(),
+        state_before_word=state,
+        state_after=IN_SENTENCE if last_word else state,
+    )
 
 
-def _state(text: str) -> int:
-    """Whether a sentence begins after `text`, as its last marks say."""
+def _state_after(text: str) -> int:
+    """Whether a sentence begins after `text`, by the last marks of `text`."""
     for letter in reversed(text):
-        if letter in ENDS:
-            return START
-        if not (letter.isspace() or letter in OPENING):
-            return INSIDE
+        if letter in SENTENCE_ENDS:
+            return SENTENCE_START
+        if not (letter.isspace() or letter in OPENING_MARKS):
+            return IN_SENTENCE
     return UNKNOWN
 
 
-def _in_word(letter: str) -> bool:
-    return letter.isalnum() or letter in WORD or unicodedata.category(letter)[0] == "M"
+def _is_word_character(letter: str) -> bool:
+    return letter.isalnum() or letter in WORD_MARKS or unicodedata.category(letter)[0] == "M"

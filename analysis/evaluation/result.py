@@ -1,4 +1,7 @@
-"""The result of an evaluation: rows of measures and heatmaps, as plain data."""
+"""The result of an evaluation as plain data: rows of measures, notes, and on request heatmaps.
+
+`evaluate` makes an `Evaluation`; analysis/report/ draws one as HTML, pictures and tables.
+"""
 
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured, with what is needed to say on which data."""
+    """Measures of probes on held-out text, with the description of the data."""
 
     rows: list[EvaluationRow]
     """Sorted by offset, probe, layer."""
     buckets: list[BucketRow]
-    """The same by the model's confidence at t+N: each row's parts, in the same order."""
+    """The same measures by the model's confidence at t+N: the parts of each row, in row order."""
     cache_id: str
     model_name: str
     data_name: str
@@ -29,8 +32,9 @@ class Evaluation:
     n: int
     """Positions evaluated; a pair at offset N also needs t in the sequence and document of t+N."""
     positions: int
-    """Positions of the sequences taken, more than `n` where a mask chose among them."""
+    """Positions of the evaluated sequences; more than `n` where a mask leaves some out."""
     sequences: int
+    """Number of evaluated sequences."""
     layers: tuple[int, ...]
     offsets: tuple[int, ...]
     probes: tuple[str, ...]
@@ -38,23 +42,26 @@ class Evaluation:
     across_documents: bool = False
     """Whether pairs may join two documents of a sequence."""
     drop_first: int = 0
-    """Positions at the start of each sequence that were no sources."""
+    """Positions at the start of each sequence that are no sources t."""
     crossing: dict[int, float] = field(default_factory=dict)
-    """Share of the sequences' pairs that join two documents, by offset; counted or left out."""
+    """Share of the sequences' pairs that join two documents, by offset; `across_documents` says
+    whether such pairs are counted."""
     unit: str = "document"
-    """What intervals resample: `document`, or `sequence` where there is one document."""
+    """Unit that intervals resample: `document`, or `sequence` if all text is one document."""
     units: int = 0
-    """How many of them were evaluated."""
+    """Number of evaluated units."""
     shares: dict[ResultKey, ErrorShare] = field(default_factory=dict)
-    """How few pairs make most of the squared error to residual_L, for ridge and lenses."""
+    """Shares of the squared error to residual_L that few pairs make, for ridge and lenses."""
     notes: tuple[str, ...] = ()
-    """What a reader of the numbers must know, one sentence each: undefined measures, pairs that a
+    """Sentences that a reader of the numbers needs: undefined measures, layers and offsets that a
     probe lacks, few documents, a baseline that is left out."""
     cache: "ActivationCache | None" = field(default=None, repr=False, compare=False)
+    """The evaluated cache; heatmaps read it."""
     readouts: tuple[Readout, ...] = field(default=(), repr=False, compare=False)
+    """The probes, in the order of `probes`."""
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """One dictionary of plain numbers per row; None for what is infinite or undefined."""
+        """One dictionary of plain numbers per row; None for infinite and undefined measures."""
         return [row.to_dict() for row in self.rows]
 
     def bucket_dicts(self) -> list[dict[str, Any]]:
@@ -62,7 +69,7 @@ class Evaluation:
         return [row.to_dict() for row in self.buckets]
 
     def about(self) -> dict[str, Any]:
-        """What was evaluated, as plain values: split, pairs, unit of the intervals, notes."""
+        """Plain values about the data for JSON: split, pairs, unit of the intervals, notes."""
         names = ("split", "seed", "n", "positions", "sequences", "across_documents", "drop_first")
         return {
             **{name: getattr(self, name) for name in names},
@@ -77,41 +84,49 @@ class Evaluation:
         }
 
     def facts(self) -> list[str]:
-        """Sentences on pairs, intervals and squared errors, then the notes; plain text."""
-        what = "counted" if self.across_documents else "left out"
-        shares = [f"{100 * share:.1f} % at N = {n}" for n, share in self.crossing.items() if share]
+        """Plain-text sentences on pairs, intervals and squared errors, then the notes."""
         plural = "" if self.units == 1 else "s"
-        found = [f"intervals resample the {self.units:,} {self.unit}{plural} evaluated"]
+        sentences = [f"intervals resample the {self.units:,} {self.unit}{plural} evaluated"]
+
+        shares = [f"{100 * share:.1f} % at N = {n}" for n, share in self.crossing.items() if share]
         if shares:
-            found.append(f"pairs that join two documents are {what}: {', '.join(shares)}")
+            treatment = "counted" if self.across_documents else "left out"
+            sentences.append(f"pairs that join two documents are {treatment}: {', '.join(shares)}")
         if self.drop_first:
-            found.append(f"the first {self.drop_first} positions of each sequence are no sources")
-        by_probe: dict[str, ErrorShare] = {}
-        for (name, _, _), share in self.shares.items():
-            worst = by_probe.get(name)
+            sentences.append(
+                f"the first {self.drop_first} positions of each sequence are no sources"
+            )
+
+        # Of each probe, the map whose squared error depends most on few pairs.
+        worst_share: dict[str, ErrorShare] = {}
+        for key, share in self.shares.items():
+            worst = worst_share.get(key.probe)
             if worst is None or (share.top_error or 0) > (worst.top_error or 0):
-                by_probe[name] = share
-        for name, share in by_probe.items():
+                worst_share[key.probe] = share
+        for name, share in worst_share.items():
             if share.top_error is not None and share.top_target is not None:
-                found.append(
+                sentences.append(
                     f"{name}: the largest 0.1 % of the pairs make at most "
                     f"{100 * share.top_error:.1f} % of the squared error of a map, and there "
                     f"{100 * share.top_target:.1f} % of the target's variance"
                 )
-        return [*found, *(f"note: {note}" for note in self.notes)]
+        return [*sentences, *(f"note: {note}" for note in self.notes)]
 
     def select(self, probe: str, offset: int) -> list[EvaluationRow]:
         """Rows of one probe at one offset, by layer."""
         return [row for row in self.rows if row.probe == probe and row.offset == offset]
 
     def select_buckets(self, probe: str, offset: int) -> list[BucketRow]:
-        """Rows of `buckets` of one probe at one offset, by layer, then from the least sure."""
+        """Bucket rows of one probe at one offset, by layer, then by rising confidence."""
         return [row for row in self.buckets if row.probe == probe and row.offset == offset]
 
     def heatmaps(self, split: str | None = None) -> list[Heatmap]:
-        """Lens heatmaps of one passage: the logit lens and the probes that read offset 0."""
+        """Lens heatmaps of one passage of `split` (default: the evaluated split).
+
+        The logit lens and the probes that read layers at offset 0, without controls, which say
+        little about a passage; empty without a cache.
+        """
         if self.cache is None:
             return []
-        # A control says little about a passage.
-        shown = [readout for readout in self.readouts if not hasattr(readout, "view")]
-        return heatmaps(self.cache, shown, split=split or self.split)
+        lenses = [readout for readout in self.readouts if not hasattr(readout, "view")]
+        return heatmaps(self.cache, lenses, split=split or self.split)

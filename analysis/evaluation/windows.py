@@ -1,7 +1,14 @@
-"""Positions of an evaluation: which are taken, what is resampled, how they are cut for the head."""
+"""The positions of an evaluation: which sequences, which pairs (t, t+N), cut into windows.
+
+`evaluate` draws whole sequences of a split (`choose_sequences`), finds at which offsets each of
+their positions is the target t+N of a pair (`Targets`), and reads them window by window
+(`evaluation_windows`), each small enough for a `(rows, vocab)` matrix. `ResamplingUnits` numbers
+the documents, which the bootstrap resamples.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,29 +29,32 @@ if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
 
 VOCAB_BYTES = 16 << 20
-"""Largest float32 matrix `(rows, vocab)` of a window; about six of them live at a time."""
+"""Largest float32 matrix `(rows, vocab)` of a window; about six of them are in memory at a time."""
 MAX_ROWS = 4096
 """Most target rows of a window."""
 FEW_DOCUMENTS = 10
 """Fewer documents give intervals that are noticeably too narrow."""
 MOST_UNITS = 16384
-"""Most units that are resampled; more documents are put together at random into so many groups."""
+"""Most units that are resampled; more documents are grouped at random into that many units."""
 
 
 def choose_sequences(
     cache: "ActivationCache", split: str, max_positions: int, seed: int
 ) -> np.ndarray:
-    """Whole sequences of `split` in a seeded random draw, sorted for reading."""
-    sequences = cache.sequences(split)
-    if not len(sequences):
+    """Numbers of whole sequences of `split`, drawn at random by `seed`, ascending.
+
+    Up to `max_positions` positions, but one sequence at least.
+    """
+    numbers = cache.sequences(split)
+    if not len(numbers):
         raise UsageError(
             f"the {split} split of this cache is empty; extract more sequences or use split='all'"
         )
-    return draw_sequences(cache, sequences, max_positions, seed)
+    return draw_sequences(cache, numbers, max_positions, seed)
 
 
 def check_where(cache: "ActivationCache", where: np.ndarray | None) -> None:
-    """Raise `UsageError` unless `where` is None or a mask over the positions of `cache`."""
+    """Raise `UsageError` unless `where` is None or a bool mask over the positions of `cache`."""
     if where is None:
         return
     dtype, shape = getattr(where, "dtype", type(where).__name__), np.shape(where)
@@ -55,40 +65,113 @@ def check_where(cache: "ActivationCache", where: np.ndarray | None) -> None:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class EvaluationSample:
+    """The sequences of an evaluation and the pairs (t, t+N) that count."""
+
+    cache: "ActivationCache"
+    sequences: np.ndarray
+    """Numbers of whole sequences, ascending."""
+    scope: PairScope = PairScope()
+    """Whether pairs may join two documents, and how many first positions are no sources."""
+    where: np.ndarray | None = None
+    """Bool mask over the positions of the cache; only targets in the mask count."""
+
+    @cached_property
+    def targets(self) -> "Targets":
+        """The positions of the sequences as targets t+N of pairs."""
+        return Targets.of(self.cache, self.sequences, self.scope, self.where)
+
+    def crossing_shares(self, offsets: Sequence[int]) -> dict[int, float]:
+        """Share of the pairs that join two documents, by offset; 0.0 without a pair.
+
+        All pairs of a sequence are the denominator, whether or not the scope counts them.
+        """
+        targets = one_document = self.targets
+        if self.scope.across_documents:
+            inside = PairScope(across_documents=False, drop_first=self.scope.drop_first)
+            one_document = Targets.of(self.cache, self.sequences, inside, self.where)
+        shares = {}
+        for offset in offsets:
+            pairs = int((targets.in_mask & (targets.largest_offset_across >= offset)).sum())
+            same_document = one_document.in_mask & (one_document.largest_offset >= offset)
+            shares[offset] = 1 - int(same_document.sum()) / pairs if pairs else 0.0
+        return shares
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The positions of whole sequences as targets t+N of pairs; arrays `(n,)`."""
+
+    positions: np.ndarray
+    """Positions in the cache, sequence by sequence."""
+    largest_offset: np.ndarray
+    """Largest offset N at which the position is the target of a pair; negative for no pair."""
+    largest_offset_across: np.ndarray
+    """The same where pairs of two documents are allowed."""
+    in_mask: np.ndarray
+    """Whether the position is in the mask of the evaluation."""
+
+    @classmethod
+    def of(
+        cls,
+        cache: "ActivationCache",
+        sequences: np.ndarray,
+        scope: PairScope,
+        where: np.ndarray | None = None,
+    ) -> "Targets":
+        """The positions of `sequences`; pairs in `scope`, targets in the mask `where`."""
+        positions = cache.positions_of(sequences)
+        # At a larger offset N the source t = target - N is one of the first, dropped positions.
+        drop_limit = context_places(cache, positions) - scope.drop_first
+        within, across = (
+            np.minimum(segment_places(cache, sequences, across_documents)[0], drop_limit)
+            for across_documents in (scope.across_documents, True)
+        )
+        in_mask = np.ones(len(positions), bool) if where is None else where[positions]
+        return cls(positions, within, across, in_mask)
+
+    @property
+    def count(self) -> int:
+        """Number of positions that are targets at offset 0."""
+        return int((self.in_mask & (self.largest_offset >= 0)).sum())
+
+
 @dataclass(frozen=True)
 class ResamplingUnits:
-    """What the bootstrap resamples: documents, whose positions belong together."""
+    """The units of the bootstrap: documents, because positions of one document are alike."""
 
     name: str
     """`document`, or `sequence` where all positions are of one document."""
     count: int
-    """Documents (sequences) evaluated."""
-    slot: np.ndarray
-    """Number of the unit of each position of the chosen sequences, `(n,)` int64."""
-    slots: int
-    """Units that are resampled."""
+    """Number of documents (or sequences) in the evaluation."""
+    unit_numbers: np.ndarray
+    """Number of the unit of each position of the sequences, `(n,)` int64."""
+    n_resampled: int
+    """Number of units; fewer than `count` where documents are grouped."""
 
     @classmethod
     def of(cls, cache: "ActivationCache", sequences: np.ndarray, seed: int) -> "ResamplingUnits":
         """The documents of all positions of `sequences`.
 
-        More than `MOST_UNITS` are put together at random: resampling groups of documents estimates
-        the same interval, in memory that does not grow.
+        More than `MOST_UNITS` documents are grouped at random: resampling groups of documents
+        estimates the same interval, in memory that does not grow.
         """
         positions = cache.positions_of(sequences)
-        document, slot = np.unique(document_of(cache, positions), return_inverse=True)
-        name = "document"
-        if len(document) < 2:
-            name, document = "sequence", sequences
-            slot = np.repeat(np.arange(len(sequences)), cache.sequence_length[sequences])
-        slots = min(len(document), MOST_UNITS)
-        if len(document) > slots:
-            slot = (np.random.default_rng(seed).permutation(len(document)) % slots)[slot]
-        return cls(name, len(document), slot, slots)
+        documents, unit_numbers = np.unique(document_of(cache, positions), return_inverse=True)
+        name, count = "document", len(documents)
+        if count < 2:
+            name, count = "sequence", len(sequences)
+            unit_numbers = np.repeat(np.arange(count), cache.sequence_length[sequences])
+        n_resampled = min(count, MOST_UNITS)
+        if count > n_resampled:
+            group_of = np.random.default_rng(seed).permutation(count) % n_resampled
+            unit_numbers = group_of[unit_numbers]
+        return cls(name, count, unit_numbers, n_resampled)
 
     @property
     def note(self) -> str:
-        """What is to be said of the intervals; empty for many documents."""
+        """A warning about intervals from few documents; empty for many documents."""
         if self.name == "sequence":
             return (
                 "all positions are of one document: intervals resample its sequences and are too "
@@ -102,131 +185,90 @@ class ResamplingUnits:
 
 
 @dataclass(frozen=True)
-class Targets:
-    """The positions of the chosen sequences, as targets t+N of pairs; arrays `(n,)`."""
-
-    positions: np.ndarray
-    """Positions in the cache, sequence by sequence."""
-    index: np.ndarray
-    """Largest offset at which the position is the target of a pair; negative for none."""
-    index_in_sequence: np.ndarray
-    """The same, were pairs of two documents allowed."""
-    chosen: np.ndarray
-    """Whether the position is in the mask of the evaluation."""
-
-    @classmethod
-    def of(
-        cls,
-        cache: "ActivationCache",
-        sequences: np.ndarray,
-        scope: PairScope,
-        where: np.ndarray | None = None,
-    ) -> "Targets":
-        """The positions of `sequences`; pairs in `scope`, targets in the mask `where`."""
-        positions = cache.positions_of(sequences)
-        # The source t+N - N is one of the first positions if N is more than this.
-        most = context_places(cache, positions) - scope.drop_first
-        index, across = (
-            np.minimum(segment_places(cache, sequences, of)[0], most)
-            for of in (scope.across_documents, True)
-        )
-        chosen = np.ones(len(positions), bool) if where is None else where[positions]
-        return cls(positions, index, across, chosen)
-
-    @property
-    def count(self) -> int:
-        """Positions that are targets at offset 0."""
-        return int((self.chosen & (self.index >= 0)).sum())
-
-    def crossing(self, within: "Targets", offset: int) -> float:
-        """Share of the pairs of sequences that join two documents; 0.0 without a pair.
-
-        `within` are the same positions, with pairs inside one document.
-        """
-        pairs = int((self.chosen & (self.index_in_sequence >= offset)).sum())
-        inside = int((within.chosen & (within.index >= offset)).sum())
-        return 1 - inside / pairs if pairs else 0.0
-
-
-@dataclass(frozen=True)
 class EvaluationWindow:
-    """Target positions s = t+N in order, and all positions that are read for them."""
+    """Some targets t+N in order, and all positions that are read for them.
+
+    A target is named by its number in the window, 0 to targets - 1.
+    """
 
     start: int
-    """Number of the first target among all targets."""
+    """Number of the first target among all targets of the evaluation."""
     stop: int
+    """Number after the last target."""
     positions: np.ndarray
-    """Positions in the cache that are read, increasing: targets and sources, `(read,)`."""
-    number: np.ndarray
-    """Number of each of `positions` among those of the chosen sequences, `(read,)`."""
-    place: np.ndarray
-    """Where each target stands in `positions`, `(targets,)`."""
-    index: np.ndarray
-    """Largest offset at which each target is that of a pair, `(targets,)`."""
-    slot: np.ndarray
-    """Number of the unit (document) of each target, `(targets,)`."""
+    """Positions in the cache to read, ascending: targets and sources, `(read,)`."""
+    sample_index: np.ndarray
+    """Index of each of `positions` among the positions of the sample, `(read,)`."""
+    target_rows: np.ndarray
+    """Index of each target in `positions`, `(targets,)`."""
+    largest_offset: np.ndarray
+    """Largest offset at which each target is in a pair, `(targets,)`."""
+    unit_numbers: np.ndarray
+    """Number of the resampling unit (document) of each target, `(targets,)`."""
     token: "torch.Tensor"
-    """Token at each target, `(targets,)` int64."""
-    text: "torch.Tensor"
-    """Token after each target in the text, -1 at its end, `(targets,)` int64."""
-    previous: "torch.Tensor"
-    """Token before each target in the text, -1 at its start, `(targets,)` int64."""
-    read: "torch.Tensor"
     """Token at each of `positions`, `(read,)` int64."""
+    target_token: "torch.Tensor"
+    """Token at each target, `(targets,)` int64."""
+    next_token: "torch.Tensor"
+    """Token after each target in the text, -1 at the end of the text, `(targets,)` int64."""
+    previous_token: "torch.Tensor"
+    """Token before each target in the text, -1 at the start of the text, `(targets,)` int64."""
 
     def targets(self, offset: int) -> np.ndarray:
-        """Targets s that are one with their source s - offset in a pair, by number."""
-        return np.flatnonzero(self.index >= offset)
+        """Numbers of the targets that are in a pair at `offset`."""
+        return np.flatnonzero(self.largest_offset >= offset)
 
     def sources(self, targets: np.ndarray, offset: int) -> np.ndarray:
-        """Where the sources of `targets` stand in `positions`."""
-        return np.searchsorted(self.number, self.number[self.place[targets]] - offset)
+        """Indices in `positions` of the sources t of `targets`, `offset` positions before them."""
+        source_index = self.sample_index[self.target_rows[targets]] - offset
+        return np.searchsorted(self.sample_index, source_index)
 
 
 def evaluation_windows(
-    cache: "ActivationCache",
-    sequences: np.ndarray,
+    sample: EvaluationSample,
     offsets: Sequence[int],
+    *,
     batch_rows: int | None = None,
-    where: np.ndarray | None = None,
-    scope: PairScope | None = None,
     units: ResamplingUnits | None = None,
 ) -> Iterator[EvaluationWindow]:
-    """Cut the positions of `sequences` into windows, so that every target comes exactly once.
+    """Cut the targets of `sample` into windows; every target comes exactly once.
 
-    Targets are all positions that `scope` allows, or those of the mask `where` `(positions,)`.
-    `slot` is of `units`, by default the documents.
+    `batch_rows` limits the rows of a window (default: `VOCAB_BYTES` and `MAX_ROWS`). `units`
+    default to the documents.
     """
     import torch
 
-    scope, units = scope or PairScope(), units or ResamplingUnits.of(cache, sequences, 0)
-    all_targets = Targets.of(cache, sequences, scope, where)
+    cache, targets, where = sample.cache, sample.targets, sample.where
+    units = units or ResamplingUnits.of(cache, sample.sequences, 0)
+    positions, largest_offset = targets.positions, targets.largest_offset
+    tokens = cache.tokens[positions].astype(np.int64)
+    target_index = np.flatnonzero(targets.in_mask & (largest_offset >= 0))
 
     limit = batch_rows or min(MAX_ROWS, max(1, VOCAB_BYTES // (4 * cache.vocab)))
-    positions, index = all_targets.positions, all_targets.index
-    token = cache.tokens[positions].astype(np.int64)
-    targets = np.flatnonzero(all_targets.chosen & (index >= 0))
     if where is not None:
-        # Sources of scattered targets are rows of their own.
+        # Scattered targets have sources of their own, so each target reads a row per offset.
         limit = max(1, limit // len({0, *offsets}))
-    for start in range(0, len(targets), limit):
-        here = targets[start : start + limit]
-        text, previous = (
-            neighbour_tokens(cache, positions[here], step, scope.across_documents)
+
+    for start in range(0, len(target_index), limit):
+        # Targets of this window, and the sources of all their pairs, as indices in the sample.
+        window_targets = target_index[start : start + limit]
+        sources = [window_targets - offset for offset in offsets]
+        read = np.unique(np.concatenate([window_targets, *sources]))
+        read = read[read >= 0]
+        next_token, previous_token = (
+            neighbour_tokens(cache, positions[window_targets], step, sample.scope.across_documents)
             for step in (1, -1)
         )
-        read = np.unique(np.concatenate([here, *(here - offset for offset in offsets)]))
-        read = read[read >= 0]
         yield EvaluationWindow(
-            start,
-            start + len(here),
-            positions[read],
-            read,
-            np.searchsorted(read, here),
-            index[here],
-            units.slot[here],
-            torch.from_numpy(token[here]),
-            torch.from_numpy(text),
-            torch.from_numpy(previous),
-            torch.from_numpy(token[read]),
+            start=start,
+            stop=start + len(window_targets),
+            positions=positions[read],
+            sample_index=read,
+            target_rows=np.searchsorted(read, window_targets),
+            largest_offset=largest_offset[window_targets],
+            unit_numbers=units.unit_numbers[window_targets],
+            token=torch.from_numpy(tokens[read]),
+            target_token=torch.from_numpy(tokens[window_targets]),
+            next_token=torch.from_numpy(next_token),
+            previous_token=torch.from_numpy(previous_token),
         )

@@ -1,4 +1,4 @@
-"""Words, style and script of the HTML report; no numbers."""
+"""Texts, style sheet and script of the HTML report; html_report.py puts the numbers in."""
 
 GLOSSARY = {
     "layer": "0 is the embedding output, l the output of block l; the last one comes before the "

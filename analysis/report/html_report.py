@@ -1,4 +1,8 @@
-"""Writes an evaluation for people: one HTML file that needs nothing else, PNGs, terminal tables."""
+"""Writes an evaluation as one self-contained HTML file (`write_report`) or as PNGs (`write_pngs`).
+
+`residua evaluate --html --png` calls both (console/actions.py). Pictures come from
+interactive_figures.py and static_figures.py, texts from html_page.py, sentences from tables.py.
+"""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -9,7 +13,7 @@ from ...cache.files.json_files import make_folder, plain_value, write_atomically
 from ...cache.format.manifest import SHORT_ID
 from ..evaluation.confidence_buckets import BucketRow
 from ..evaluation.heatmap import Heatmap
-from ..evaluation.metrics import EvaluationRow, shown
+from ..evaluation.metrics import EvaluationRow, format_measure
 from ..evaluation.result import Evaluation
 from .html_page import (
     BUCKET_NOTE,
@@ -22,8 +26,8 @@ from .html_page import (
     STYLE,
     TABLE_NOTE,
 )
-from .probe_style import label, short_name
-from .tables import PRECISIONS, _bounds, headlines
+from .probe_style import label, short_model_name
+from .tables import PRECISIONS, format_interval, headlines
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -31,9 +35,10 @@ if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
 
 
-BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]
+PLOTLY_BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]
 """Plotly's buttons that work without a network."""
 KEY = ("probe", "layer", "offset")
+"""Columns that name the result of a row."""
 COLUMNS = {
     "probe": "probe",
     "layer": "layer",
@@ -55,42 +60,18 @@ COLUMNS = {
     "precision_at_5_text": "p@5 text",
     "precision_at_10_text": "p@10 text",
 }
+"""Columns of the table of all rows, with their headings."""
 BUCKET_COLUMNS = {
     "probe": "probe",
     "layer": "layer",
     "offset": "N",
     "bucket": "confidence",
     "share": "share",
-    **{name: says for name, says in COLUMNS.items() if "text" not in name and name not in KEY},
+    **{
+        name: heading for name, heading in COLUMNS.items() if "text" not in name and name not in KEY
+    },
 }
-"""Columns of the table by confidence."""
-
-
-def write_pngs(
-    folder: str | Path, evaluation: Evaluation, heatmaps: Sequence[Heatmap] = ()
-) -> list[Path]:
-    """Write `kl.png`, `precision_at_<k>.png`, `confidence.png` and a heatmap each, 150 dpi.
-
-    These are `heatmap_<probe>_N<offset>.png`.
-    """
-    from . import static_figures as plots
-    from .static_figures import confidence_figure
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    figures = {measure: plots.curves(evaluation, measure) for measure in ("kl", *PRECISIONS)}
-    if any(row.layer is not None for row in evaluation.buckets):
-        figures["confidence"] = confidence_figure(evaluation)
-    for number, heatmap in enumerate(heatmaps):
-        kind = "".join(c if c.isalnum() else "_" for c in heatmap.probe)
-        name = f"heatmap_{kind}_N{heatmap.offset}"
-        figures[f"{name}_{number}" if name in figures else name] = plots.heatmap_figure(heatmap)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        # No version or date in the file: equal numbers give equal bytes.
-        figure.savefig(paths[-1], dpi=150, metadata={"Software": None})
-    return paths
+"""Columns of the table of bucket rows, with their headings."""
 
 
 def write_report(
@@ -105,8 +86,8 @@ def write_report(
     """Write `evaluation` as one HTML file with plotly inside, and return its path.
 
     The file needs no network and no fonts and holds no date: the same evaluation gives the same
-    bytes. `cache` is described in it (default: the evaluated cache); `heatmaps` are the lens
-    heatmaps shown (default: those of one held-out passage); `command` is the command line to quote.
+    bytes. The file describes `cache` (default: the evaluated cache), shows `heatmaps` (default:
+    `evaluation.heatmaps()`) under `title`, and quotes the command line `command`.
     """
     from plotly.offline import get_plotlyjs
 
@@ -114,7 +95,9 @@ def write_report(
 
     cache = cache or evaluation.cache
     heatmaps = evaluation.heatmaps() if heatmaps is None else heatmaps
-    title = title or f"What {short_name(evaluation.model_name)} already says in its middle layers"
+    title = (
+        title or f"What {short_model_name(evaluation.model_name)} already says in its middle layers"
+    )
     kl = interactive.curves(evaluation, ("kl",))
     precision = interactive.curves(evaluation, PRECISIONS)
     maps = [interactive.heatmap_figure(heatmap) for heatmap in heatmaps]
@@ -145,7 +128,38 @@ def write_report(
     return path
 
 
+def write_pngs(
+    folder: str | Path, evaluation: Evaluation, heatmaps: Sequence[Heatmap] = ()
+) -> list[Path]:
+    """Write `kl.png`, `precision_at_<k>.png`, `confidence.png` and a file per heatmap, 150 dpi.
+
+    Heatmaps are named `heatmap_<probe>_N<offset>.png`. Returns the paths.
+    """
+    from . import static_figures as figures
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    # All figures by the name of their file.
+    figure_of = {measure: figures.curves(evaluation, measure) for measure in ("kl", *PRECISIONS)}
+    if any(row.layer is not None for row in evaluation.buckets):
+        figure_of["confidence"] = figures.confidence_figure(evaluation)
+    for number, heatmap in enumerate(heatmaps):
+        probe = "".join(letter if letter.isalnum() else "_" for letter in heatmap.probe)
+        name = f"heatmap_{probe}_N{heatmap.offset}"
+        name = f"{name}_{number}" if name in figure_of else name
+        figure_of[name] = figures.heatmap_figure(heatmap)
+
+    paths = []
+    for name, figure in figure_of.items():
+        paths.append(folder / f"{name}.png")
+        # No version or date in the file: equal numbers give equal bytes.
+        figure.savefig(paths[-1], dpi=150, metadata={"Software": None})
+    return paths
+
+
 def _facts(evaluation: Evaluation, cache: "ActivationCache | None", command: str | None) -> str:
+    """HTML: a table of model, data, cache and sample, then the sentences of `facts`."""
     facts = {
         "model": evaluation.model_name,
         "data": evaluation.data_name,
@@ -154,10 +168,10 @@ def _facts(evaluation: Evaluation, cache: "ActivationCache | None", command: str
     if cache is not None:
         facts["cache holds"] = f"{cache.positions:,} positions, layers 0-{cache.n_blocks}"
         facts["d_model, vocab"] = f"{cache.d_model:,}, {cache.vocab:,}"
-    chosen = evaluation.n < evaluation.positions
-    of = f" (chosen among them) of the {evaluation.positions:,}" if chosen else ""
+    masked = evaluation.n < evaluation.positions
+    of_all = f" (chosen among them) of the {evaluation.positions:,}" if masked else ""
     facts["evaluated"] = (
-        f"{evaluation.split} split, {evaluation.n:,}{of} positions of "
+        f"{evaluation.split} split, {evaluation.n:,}{of_all} positions of "
         f"{evaluation.sequences:,} sequences, seed {evaluation.seed}"
     )
     if command:
@@ -172,22 +186,25 @@ def _facts(evaluation: Evaluation, cache: "ActivationCache | None", command: str
 
 
 def _glossary() -> str:
-    words = (f"<dt>{escape(word)}</dt><dd>{escape(says)}</dd>" for word, says in GLOSSARY.items())
-    return "<dl>" + "".join(words) + "</dl>"
+    """HTML: the glossary as a definition list."""
+    entries = (f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in GLOSSARY.items())
+    return "<dl>" + "".join(entries) + "</dl>"
 
 
 def _code(name: str, value: str) -> str:
+    """HTML of a fact's value: ids and commands in a fixed-width font."""
     text = escape(value)
     return f"<code>{text}</code>" if name in ("cache", "command") else text
 
 
 def _section(title: str, note: str, figures: "Iterable[Figure]", name: str) -> str:
+    """HTML: a heading, a paragraph `note` and interactive figures, with ids from `name`."""
     divs = [
         figure.to_html(
             include_plotlyjs=False,
             full_html=False,
             div_id=f"{name}-{number}",
-            config={"displaylogo": False, "responsive": True, "modeBarButtons": [BUTTONS]},
+            config={"displaylogo": False, "responsive": True, "modeBarButtons": [PLOTLY_BUTTONS]},
         )
         for number, figure in enumerate(figures)
     ]
@@ -195,6 +212,7 @@ def _section(title: str, note: str, figures: "Iterable[Figure]", name: str) -> s
 
 
 def _table(rows: Sequence[EvaluationRow] | Sequence[BucketRow], columns: dict[str, str]) -> str:
+    """HTML: a sortable table of `rows`; `columns` are fields with their headings."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns.values())
     body = "".join(
         "<tr>" + "".join(_cell_of(row, name) for name in columns) + "</tr>" for row in rows
@@ -206,16 +224,17 @@ def _table(rows: Sequence[EvaluationRow] | Sequence[BucketRow], columns: dict[st
 
 
 def _cell_of(row: EvaluationRow, name: str) -> str:
+    """HTML of one cell; `data-v` is the value that the table is sorted by."""
     if name.endswith("_interval"):
         measure = name.removesuffix("_interval")
         low, high = getattr(row, f"{measure}_low"), getattr(row, f"{measure}_high")
-        text = _bounds(low, high, 3).strip()
+        text = format_interval(low, high, 3).strip()
         return f"<td data-v='{'' if low is None else low}'>{text}</td>"
     value = getattr(row, name)
     if isinstance(value, str):
         return f"<td class='name' data-v='{escape(label(value))}'>{escape(label(value))}</td>"
     if value is None or isinstance(value, float):
-        # What is infinite or undefined is sorted to the end.
+        # Infinite and undefined values are sorted to the end.
         number = "" if plain_value(value) is None else value
-        return f"<td data-v='{number}'>{'' if value is None else shown(value, 3)}</td>"
+        return f"<td data-v='{number}'>{'' if value is None else format_measure(value, 3)}</td>"
     return f"<td data-v='{value}'>{value:,}</td>"

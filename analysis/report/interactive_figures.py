@@ -1,4 +1,7 @@
-"""The pictures of `plots` as interactive plotly figures, for the report."""
+"""Interactive pictures of an evaluation with plotly, for the HTML report (html_report.py).
+
+The same pictures as in static_figures.py: curves by layer and lens heatmaps.
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,16 +16,16 @@ from .probe_style import (
     KL_FLOOR,
     MEASURES,
     SCALE,
-    band_of,
-    caption,
     color,
-    drawn,
     heatmap_title,
+    interval_of,
     label,
     marker,
     measure_title,
     needs_log,
-    short,
+    panel_title,
+    plotted_value,
+    shorten,
     stroke,
 )
 
@@ -38,13 +41,16 @@ LINEAR_AXIS: dict[str, Any] = {"rangemode": "tozero"}
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
 
-def escape(text: str) -> str:
-    """`text` for plotly, which reads `&`, `<` and `>` as HTML but shows `&quot;` as it stands."""
+def escape_markup(text: str) -> str:
+    """`text` with `&`, `<` and `>` escaped for plotly, which shows `&quot;` literally."""
     return escape_html(text, quote=False)
 
 
 def curves(evaluation: Evaluation, measures: Sequence[str]) -> "Figure":
-    """One panel per offset, one line per probe; buttons choose where there are more `measures`."""
+    """One panel per offset with one line per probe: a measure by layer (a plotly figure).
+
+    Buttons choose among several `measures`; the first is shown.
+    """
     from plotly.subplots import make_subplots
 
     columns = min(2, len(evaluation.offsets))
@@ -52,31 +58,35 @@ def curves(evaluation: Evaluation, measures: Sequence[str]) -> "Figure":
     figure = make_subplots(
         lines,
         columns,
-        subplot_titles=[caption(evaluation, offset) for offset in evaluation.offsets],
+        subplot_titles=[panel_title(evaluation, offset) for offset in evaluation.offsets],
         horizontal_spacing=0.09,
         vertical_spacing=0.3 / lines,
     )
-    drawn: list[str] = []
-    for place, offset in enumerate(evaluation.offsets):
-        row, column = divmod(place, columns)
-        shown = [r for r in evaluation.rows if r.offset == offset]
-        log = measures[0] == "kl" and needs_log(shown)
+
+    # Traces of all measures, panel by panel.
+    trace_measures: list[str] = []
+    for panel, offset in enumerate(evaluation.offsets):
+        line, column = divmod(panel, columns)
+        offset_rows = [row for row in evaluation.rows if row.offset == offset]
+        log = measures[0] == "kl" and needs_log(offset_rows)
         for measure in measures:
-            traces = _traces(evaluation, measure, offset, KL_FLOOR if log else 0.0)
-            figure.add_traces(traces, rows=row + 1, cols=column + 1)
-            drawn += [measure] * len(traces)
-        kind = LOG_AXIS if log else LINEAR_AXIS
-        figure.update_yaxes(kind, row=row + 1, col=column + 1)
+            traces = _probe_traces(evaluation, measure, offset, KL_FLOOR if log else 0.0)
+            figure.add_traces(traces, rows=line + 1, cols=column + 1)
+            trace_measures += [measure] * len(traces)
+        figure.update_yaxes(LOG_AXIS if log else LINEAR_AXIS, row=line + 1, col=column + 1)
+
+    # Axes, legend and buttons.
     figure.update_yaxes(title_text=MEASURES[measures[0]])
     figure.update_xaxes(title_text="layer", dtick=math.ceil(len(evaluation.layers) / 14))
     _lay_out(figure, 340 * lines + 110)
-    _name_once(figure, drawn, measures[0])
+    _show_names_once(figure, trace_measures, measures[0])
     if len(measures) > 1:
-        figure.update_layout(updatemenus=[_buttons(figure, drawn, measures)])
+        figure.update_layout(updatemenus=[_measure_buttons(figure, trace_measures, measures)])
     return figure
 
 
 def _lay_out(figure: "Figure", height: int) -> None:
+    """Set the height in pixels, fonts, margins and legend that all figures share."""
     figure.update_layout(
         height=height,
         template="plotly_white",
@@ -87,11 +97,14 @@ def _lay_out(figure: "Figure", height: int) -> None:
     )
 
 
-def _name_once(figure: "Figure", drawn: Sequence[str], first: str) -> None:
-    """Show the first measure's traces, and each probe once in the legend for every measure."""
+def _show_names_once(figure: "Figure", trace_measures: Sequence[str], first: str) -> None:
+    """Show the traces of the measure `first`, and each probe once per measure in the legend.
+
+    `trace_measures` are the measures of the traces, in their order. Bands (`fill`) have no name.
+    """
     named: set[tuple[str, str]] = set()
     traces: Any = figure.data
-    for trace, measure in zip(traces, drawn, strict=True):
+    for trace, measure in zip(traces, trace_measures, strict=True):
         key = (measure, trace.name)
         trace.visible = measure == first
         trace.showlegend = trace.fill is None and key not in named
@@ -99,37 +112,51 @@ def _name_once(figure: "Figure", drawn: Sequence[str], first: str) -> None:
             named.add(key)
 
 
-def _buttons(figure: "Figure", drawn: Sequence[str], measures: Sequence[str]) -> dict[str, Any]:
+def _measure_buttons(
+    figure: "Figure", trace_measures: Sequence[str], measures: Sequence[str]
+) -> dict[str, Any]:
+    """A menu of buttons, each of which shows the traces of one measure."""
     axes = [name for name in figure.layout.to_plotly_json() if name.startswith("yaxis")]
     choices = [
         {
             "label": measure_title(measure),
             "method": "update",
             "args": [
-                {"visible": [other == measure for other in drawn]},
+                {"visible": [trace_measure == measure for trace_measure in trace_measures]},
                 {f"{axis}.title.text": MEASURES[measure] for axis in axes},
             ],
         }
         for measure in measures
     ]
-    place = {"x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "pad": {"b": 26}}
-    return {"type": "buttons", "direction": "right", "buttons": choices, **place}
+    return {
+        "type": "buttons",
+        "direction": "right",
+        "buttons": choices,
+        "x": 0,
+        "xanchor": "left",
+        "y": 1.0,
+        "yanchor": "bottom",
+        "pad": {"b": 26},
+    }
 
 
-def _traces(evaluation: Evaluation, measure: str, offset: int, floor: float) -> "list[Scatter]":
+def _probe_traces(
+    evaluation: Evaluation, measure: str, offset: int, floor: float
+) -> "list[Scatter]":
+    """Lines and bands of all probes at one offset; values below `floor` are drawn at `floor`."""
     traces = []
     for probe in evaluation.probes:
         rows = evaluation.select(probe, offset)
         if rows and rows[0].layer is None:
-            traces.append(_level(rows[0], measure, evaluation.layers))
+            traces.append(_baseline_trace(rows[0], measure, evaluation.layers))
         elif rows:
-            traces += _line(rows, measure, floor)
-    # Bands below all lines, so that they hide none.
+            traces += _lens_traces(rows, measure, floor)
+    # Bands come first, below all lines, so that no line is hidden.
     return sorted(traces, key=lambda trace: trace.fill is None)
 
 
-def _level(row: EvaluationRow, measure: str, layers: Sequence[int]) -> "Scatter":
-    """A dashed line for a probe that reads no layer."""
+def _baseline_trace(row: EvaluationRow, measure: str, layers: Sequence[int]) -> "Scatter":
+    """A dashed horizontal line for a probe that reads no layer."""
     from plotly.graph_objects import Scatter
 
     value = plain_value(getattr(row, measure))
@@ -142,33 +169,34 @@ def _level(row: EvaluationRow, measure: str, layers: Sequence[int]) -> "Scatter"
             "dash": stroke(row.probe, ("--", "dash"))[1],
             "width": 2,
         },
-        name=escape(label(row.probe)),
+        name=escape_markup(label(row.probe)),
         legendgroup=row.probe,
-        hovertext=[_hover(row, measure)] * len(layers),
+        hovertext=[_hover_text(row, measure)] * len(layers),
         hoverinfo="text",
     )
 
 
-def _line(rows: list[EvaluationRow], measure: str, floor: float) -> "list[Scatter]":
+def _lens_traces(rows: list[EvaluationRow], measure: str, floor: float) -> "list[Scatter]":
+    """Line and interval band of the `rows` of one probe at one offset; the band first."""
     from plotly.graph_objects import Scatter
 
     probe = rows[0].probe
     layers = [row.layer or 0 for row in rows]
-    common = {"name": escape(label(probe)), "legendgroup": probe}
+    common = {"name": escape_markup(label(probe)), "legendgroup": probe}
     line = Scatter(
         x=layers,
-        y=plain_value([drawn(row, measure, floor) for row in rows]),
+        y=plain_value([plotted_value(row, measure, floor) for row in rows]),
         mode="lines+markers",
         line={"color": color(probe), "dash": stroke(probe)[1], "width": 2},
         marker={"symbol": marker(probe)[1], "size": 7},
-        hovertext=[_hover(row, measure) for row in rows],
+        hovertext=[_hover_text(row, measure) for row in rows],
         hoverinfo="text",
         **common,
     )
-    bands = [band for row in rows if (band := band_of(row, measure)) is not None]
-    if len(bands) < len(rows):
+    intervals = [bounds for row in rows if (bounds := interval_of(row, measure)) is not None]
+    if len(intervals) < len(rows):
         return [line]
-    low, high = ([max(band[end], floor) for band in bands] for end in (0, 1))
+    low, high = ([max(bounds[end], floor) for bounds in intervals] for end in (0, 1))
     band = Scatter(
         x=layers + layers[::-1],
         y=high + low[::-1],
@@ -183,21 +211,25 @@ def _line(rows: list[EvaluationRow], measure: str, floor: float) -> "list[Scatte
     return [band, line]
 
 
-def _hover(row: EvaluationRow, measure: str) -> str:
+def _hover_text(row: EvaluationRow, measure: str) -> str:
+    """Text of a point of a curve: probe, layer, value, interval, n."""
     number = getattr(row, measure)
     if number is None:
         value = f"undefined at {row.n_undefined:,} pairs"
     else:
         value = f"{number:.4g}" + (" nats" if measure == "kl" else "")
-    band = band_of(row, measure)
-    interval = f"<br>95 % interval {band[0]:.4g} to {band[1]:.4g}" if band else ""
+    bounds = interval_of(row, measure)
+    interval = f"<br>95 % interval {bounds[0]:.4g} to {bounds[1]:.4g}" if bounds else ""
     layer = "any layer" if row.layer is None else f"layer {row.layer}"
-    name = f"{escape(label(row.probe))}, {layer}, N = {row.offset}"
+    name = f"{escape_markup(label(row.probe))}, {layer}, N = {row.offset}"
     return f"<b>{name}</b><br>{measure_title(measure)} {value}{interval}<br>n = {row.n:,}"
 
 
 def heatmap_figure(heatmap: Heatmap) -> "Figure":
-    """Tokens by layers; hover shows the likeliest tokens, entropy and KL of a cell."""
+    """Tokens by layers with the likeliest token in each cell (a plotly figure).
+
+    Hovering over a cell shows its likeliest tokens, entropy and KL.
+    """
     from plotly.graph_objects import Figure
     from plotly.graph_objects import Heatmap as Cells
 
@@ -205,10 +237,12 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
     figure = Figure(
         Cells(
             z=plain_value(heatmap.probability[:, :, 0]),
-            text=[[escape(short(heatmap.top[la][t][0], 7)) for t in tokens] for la in layers],
+            text=[
+                [escape_markup(shorten(heatmap.top[la][t][0], 7)) for t in tokens] for la in layers
+            ],
             texttemplate="%{text}",
             textfont={"size": 9.5},
-            hovertext=[[_cell(heatmap, la, t) for t in tokens] for la in layers],
+            hovertext=[[_cell_text(heatmap, la, t) for t in tokens] for la in layers],
             hoverinfo="text",
             zmin=0,
             zmax=1,
@@ -218,7 +252,7 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
             ygap=1,
         )
     )
-    names = [escape(short(token)) for token in heatmap.tokens]
+    names = [escape_markup(shorten(token)) for token in heatmap.tokens]
     figure.update_xaxes(
         title_text="input token (␣ is a space)",
         tickvals=list(tokens),
@@ -228,17 +262,22 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
     numbers = [str(layer) for layer in heatmap.layers]
     figure.update_yaxes(title_text="layer", tickvals=list(layers), ticktext=numbers)
     _lay_out(figure, 24 * len(heatmap.layers) + 200)
-    figure.update_layout(title={"text": escape(heatmap_title(heatmap)), "font": {"size": 15}})
+    figure.update_layout(
+        title={"text": escape_markup(heatmap_title(heatmap)), "font": {"size": 15}}
+    )
     return figure
 
 
-def _cell(heatmap: Heatmap, layer: int, token: int) -> str:
+def _cell_text(heatmap: Heatmap, layer: int, token: int) -> str:
+    """Hover text of a cell: the model\'s token, the likeliest tokens, entropy and KL."""
     lines = [
-        f"<b>layer {heatmap.layers[layer]}, after {escape(heatmap.tokens[token])}</b>",
-        f"model: {escape(heatmap.targets[token])}",
+        f"<b>layer {heatmap.layers[layer]}, after {escape_markup(heatmap.tokens[token])}</b>",
+        f"model: {escape_markup(heatmap.targets[token])}",
     ]
-    likely = zip(heatmap.top[layer][token], heatmap.probability[layer, token], strict=True)
-    lines += [f"{number}. {escape(name)}  {p:.3f}" for number, (name, p) in enumerate(likely, 1)]
+    likeliest = zip(heatmap.top[layer][token], heatmap.probability[layer, token], strict=True)
+    lines += [
+        f"{number}. {escape_markup(name)}  {p:.3f}" for number, (name, p) in enumerate(likeliest, 1)
+    ]
     lines.append(f"entropy {heatmap.entropy[layer, token]:.3f} nats")
     lines.append(f"KL to the model {heatmap.kl[layer, token]:.3f} nats")
     return "<br>".join(lines)

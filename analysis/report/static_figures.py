@@ -1,7 +1,10 @@
-"""Pictures of an evaluation with matplotlib: curves by layer, lens heatmaps."""
+"""Pictures of an evaluation with matplotlib: curves by layer, lens heatmaps, confidence.
+
+`write_pngs` (html_report.py) saves them; interactive_figures.py draws the same with plotly.
+"""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,19 +16,19 @@ from .probe_style import (
     KL_FLOOR,
     MEASURES,
     SCALE,
-    ahead,
-    band_of,
-    caption,
     color,
-    drawn,
+    format_offset,
     heatmap_title,
+    interval_of,
     label,
     marker,
     measure_title,
     needs_log,
+    panel_title,
+    plotted_value,
     printable,
-    short,
-    short_name,
+    short_model_name,
+    shorten,
     stroke,
 )
 
@@ -38,11 +41,20 @@ LEGEND_COLUMNS = 5
 """Names side by side under a figure."""
 
 
+CONFIDENCE_MEASURE = "precision_at_1"
+"""Measure that is drawn by confidence."""
+BUCKET_COLORS = ("#8fc1e3", "#3f93cf", "#1a5fa5", "#08264d")
+"""Colours of the buckets, darker for higher confidence; lightness falls evenly."""
+BUCKET_MARKERS = ("v", "s", "o", "^")
+"""Markers of the buckets."""
+
+
 def curves(evaluation: Evaluation, measure: str) -> "Figure":
-    """One panel per offset with one line per probe, `measure` by layer (a matplotlib figure)."""
+    """One panel per offset with one line per probe: `measure` by layer (a matplotlib figure)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # Panels, two side by side.
     panels = len(evaluation.offsets)
     columns = min(2, panels)
     lines = math.ceil(panels / columns)
@@ -50,34 +62,48 @@ def curves(evaluation: Evaluation, measure: str) -> "Figure":
     FigureCanvasAgg(figure)
     grid = np.atleast_1d(figure.subplots(lines, columns)).ravel()
     for axes, offset in zip(grid, evaluation.offsets, strict=False):
-        _panel(axes, evaluation, measure, offset)
+        _draw_panel(axes, evaluation, measure, offset)
     for axes in grid[panels:]:
         axes.set_visible(False)
-    handles = {h.get_label(): h for axes in grid for h in axes.get_lines() if axes.get_visible()}
-    named = [(h, str(name)) for name, h in handles.items() if not str(name).startswith("_")]
-    keys, names = [h for h, _ in named], [name for _, name in named]
-    columns = max(1, min(len(names), LEGEND_COLUMNS))
-    figure.legend(keys, names, loc="outside lower center", ncols=columns, frameon=False)
-    name = short_name(evaluation.model_name)
-    title = f"{name}: {measure_title(measure)}, {evaluation.split} split"
+
+    # One legend for all panels; matplotlib's own labels begin with an underscore.
+    lines_by_label = {
+        str(line.get_label()): line
+        for axes in grid
+        for line in axes.get_lines()
+        if axes.get_visible()
+    }
+    labels = [name for name in lines_by_label if not name.startswith("_")]
+    figure.legend(
+        [lines_by_label[name] for name in labels],
+        labels,
+        loc="outside lower center",
+        ncols=max(1, min(len(labels), LEGEND_COLUMNS)),
+        frameon=False,
+    )
+    model = short_model_name(evaluation.model_name)
+    title = f"{model}: {measure_title(measure)}, {evaluation.split} split"
     figure.suptitle(printable(title), parse_math=False)
     return figure
 
 
-def _panel(axes: "Axes", evaluation: Evaluation, measure: str, offset: int) -> None:
+def _draw_panel(axes: "Axes", evaluation: Evaluation, measure: str, offset: int) -> None:
+    """Draw all probes at one offset: lenses as lines, baselines as horizontal lines."""
     from matplotlib.ticker import MaxNLocator
 
-    shown = [row for row in evaluation.rows if row.offset == offset]
-    log = measure == "kl" and needs_log(shown)
+    log = measure == "kl" and needs_log([r for r in evaluation.rows if r.offset == offset])
     for probe in evaluation.probes:
         rows = evaluation.select(probe, offset)
         if rows and rows[0].layer is None:
-            level = drawn(rows[0], measure)
-            style = stroke(probe, ("--", "dash"))[0]
-            axes.axhline(level, color=color(probe), linestyle=style, label=label(probe))
+            axes.axhline(
+                plotted_value(rows[0], measure),
+                color=color(probe),
+                linestyle=stroke(probe, ("--", "dash"))[0],
+                label=label(probe),
+            )
         elif rows:
-            _line(axes, rows, measure, KL_FLOOR if log else 0.0)
-    axes.set_title(caption(evaluation, offset), fontsize=10)
+            _draw_lens(axes, rows, measure, KL_FLOOR if log else 0.0)
+    axes.set_title(panel_title(evaluation, offset), fontsize=10)
     axes.set_xlabel("layer")
     axes.set_ylabel(MEASURES[measure])
     axes.grid(alpha=0.25)
@@ -88,19 +114,23 @@ def _panel(axes: "Axes", evaluation: Evaluation, measure: str, offset: int) -> N
         axes.set_ylim(bottom=0)
 
 
-def _line(axes: "Axes", rows: list[EvaluationRow], measure: str, floor: float) -> None:
+def _draw_lens(axes: "Axes", rows: list[EvaluationRow], measure: str, floor: float) -> None:
+    """Draw the `rows` of one probe at one offset by layer, with a band for the intervals."""
     probe = rows[0].probe
     layers = [row.layer or 0 for row in rows]
-    style: dict[str, Any] = {
-        "color": color(probe),
-        "label": label(probe),
-        "linestyle": stroke(probe)[0],
-    }
-    values = [drawn(row, measure, floor) for row in rows]
-    axes.plot(layers, values, marker=marker(probe)[0], markersize=4, linewidth=1.6, **style)
-    bands = [band_of(row, measure) for row in rows]
-    if all(bands):
-        low, high = np.maximum(np.array(bands), floor).T
+    axes.plot(
+        layers,
+        [plotted_value(row, measure, floor) for row in rows],
+        color=color(probe),
+        label=label(probe),
+        linestyle=stroke(probe)[0],
+        linewidth=1.6,
+        marker=marker(probe)[0],
+        markersize=4,
+    )
+    intervals = [interval_of(row, measure) for row in rows]
+    if all(intervals):
+        low, high = np.maximum(np.array(intervals), floor).T
         axes.fill_between(layers, low, high, color=color(probe), alpha=0.18, linewidth=0)
 
 
@@ -115,15 +145,25 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    shade = LinearSegmentedColormap.from_list("probability", list(SCALE))
-    first = heatmap.probability[:, :, 0]
-    image = axes.imshow(first, cmap=shade, vmin=0, vmax=1, origin="lower", aspect="auto")
-    for (row, column), value in np.ndenumerate(first):
-        text = printable(short(heatmap.top[row][column][0]))
-        ink = "white" if value > 0.75 else "#222222"
-        place = {"ha": "center", "va": "center", "fontsize": 6.5, "parse_math": False}
-        axes.text(column, row, text, color=ink, **place)
-    names = [printable(short(token)) for token in heatmap.tokens]
+
+    # Cells, coloured by the probability of their likeliest token.
+    colormap = LinearSegmentedColormap.from_list("probability", list(SCALE))
+    probability = heatmap.probability[:, :, 0]
+    image = axes.imshow(probability, cmap=colormap, vmin=0, vmax=1, origin="lower", aspect="auto")
+    for (row, column), value in np.ndenumerate(probability):
+        axes.text(
+            column,
+            row,
+            printable(shorten(heatmap.top[row][column][0])),
+            color="white" if value > 0.75 else "#222222",
+            ha="center",
+            va="center",
+            fontsize=6.5,
+            parse_math=False,
+        )
+
+    # Axes, title and colour bar.
+    names = [printable(shorten(token)) for token in heatmap.tokens]
     axes.set_xticks(range(tokens), names, rotation=45, ha="right", fontsize=8, parse_math=False)
     axes.set_yticks(range(layers), [str(layer) for layer in heatmap.layers], fontsize=8)
     axes.set_xlabel("input token (␣ is a space)")
@@ -133,75 +173,87 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
     return figure
 
 
-MEASURE = "precision_at_1"
-SHADES = ("#8fc1e3", "#3f93cf", "#1a5fa5", "#08264d")
-"""Colours of the buckets, darker where the model is surer; lightness falls evenly."""
-MARKS = ("v", "s", "o", "^")
-
-
 def confidence_figure(evaluation: Evaluation) -> "Figure":
-    """A row per probe that reads layers, a column per offset, a line per bucket by layer."""
+    """Precision@1 by layer, a line per confidence bucket (a matplotlib figure).
+
+    A row of panels per probe that reads layers, a column per offset.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layered = {row.probe for row in evaluation.buckets if row.layer is not None}
-    probes = [name for name in evaluation.probes if name in layered]
-    shape = (len(probes), len(evaluation.offsets))
-    size = (max(5.6, 2.7 * shape[1] + 0.6), 2.1 * shape[0] + 1.7)
-    figure = Figure(figsize=size, layout="constrained")
+    probes_with_layers = {row.probe for row in evaluation.buckets if row.layer is not None}
+    probes = [name for name in evaluation.probes if name in probes_with_layers]
+    lines, columns = len(probes), len(evaluation.offsets)
+    figure = Figure(
+        figsize=(max(5.6, 2.7 * columns + 0.6), 2.1 * lines + 1.7), layout="constrained"
+    )
     FigureCanvasAgg(figure)
-    grid = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for (row, column), axes in np.ndenumerate(grid):
         probe, offset = probes[row], evaluation.offsets[column]
         rows = evaluation.select_buckets(probe, offset)
-        _confidence_panel(axes, rows)
+        _draw_confidence_panel(axes, rows)
         if row == 0:
-            axes.set_title(_heading(evaluation, offset), fontsize=9)
+            axes.set_title(_confidence_title(evaluation, offset), fontsize=9)
         if column == 0:
             axes.set_ylabel(f"{printable(label(probe))}\nprecision@1", fontsize=9, parse_math=False)
-        if row == len(probes) - 1:
+        if row == lines - 1:
             axes.set_xlabel("layer")
-    lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
-    names = [name for name in map(_name, BUCKETS) if name in lines]
+
+    # One legend for all panels.
+    line_of = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+    names = [name for bucket in BUCKETS if (name := bucket_name(*bucket)) in line_of]
     figure.legend(
-        [lines[name] for name in names], names, loc="outside lower center", ncols=len(BUCKETS),
-        title="model's largest probability at t+N", frameon=False,
-    )  # fmt: skip
-    title = f"{short_name(evaluation.model_name)}: precision@1 by the model's confidence"
+        [line_of[name] for name in names],
+        names,
+        loc="outside lower center",
+        ncols=len(BUCKETS),
+        title="model's largest probability at t+N",
+        frameon=False,
+    )
+    title = f"{short_model_name(evaluation.model_name)}: precision@1 by the model's confidence"
     figure.suptitle(printable(f"{title}, {evaluation.split} split"), parse_math=False)
     return figure
 
 
-def _confidence_panel(axes: "Axes", rows: list[BucketRow]) -> None:
+def _draw_confidence_panel(axes: "Axes", rows: list[BucketRow]) -> None:
+    """Draw the bucket rows of one probe at one offset: a line per bucket, with intervals."""
     from matplotlib.ticker import MaxNLocator
 
     for number, bucket in enumerate(BUCKETS):
-        inside = [row for row in rows if (row.confidence_from, row.confidence_to) == bucket]
-        if not inside:
+        bucket_rows = [row for row in rows if (row.confidence_from, row.confidence_to) == bucket]
+        if not bucket_rows:
             continue
-        layers = [row.layer or 0 for row in inside]
-        style = {"color": SHADES[number], "marker": MARKS[number], "markersize": 3.5}
-        values = [drawn(row, MEASURE) for row in inside]
-        axes.plot(layers, values, linewidth=1.5, label=_name(bucket), **style)
-        bands = [band_of(row, MEASURE) for row in inside]
-        if all(bands):
-            low, high = np.array(bands).T
-            axes.fill_between(layers, low, high, color=SHADES[number], alpha=0.15, linewidth=0)
+        layers = [row.layer or 0 for row in bucket_rows]
+        axes.plot(
+            layers,
+            [plotted_value(row, CONFIDENCE_MEASURE) for row in bucket_rows],
+            color=BUCKET_COLORS[number],
+            label=bucket_name(*bucket),
+            linewidth=1.5,
+            marker=BUCKET_MARKERS[number],
+            markersize=3.5,
+        )
+        intervals = [interval_of(row, CONFIDENCE_MEASURE) for row in bucket_rows]
+        if all(intervals):
+            low, high = np.array(intervals).T
+            shade = BUCKET_COLORS[number]
+            axes.fill_between(layers, low, high, color=shade, alpha=0.15, linewidth=0)
     axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _heading(evaluation: Evaluation, offset: int) -> str:
-    """N, n and what part of the pairs each bucket holds."""
+def _confidence_title(evaluation: Evaluation, offset: int) -> str:
+    """Title of a column: N, n, and the share of the pairs in each bucket.
+
+    All probes share the model's confidence, so the first row of the offset speaks for all.
+    """
     first = next(row for row in evaluation.rows if row.offset == offset)
-    parts = [
-        row for row in evaluation.select_buckets(first.probe, offset) if row.layer == first.layer
-    ]
-    share = {(row.confidence_from, row.confidence_to): row.share for row in parts}
-    shares = " / ".join(f"{100 * share.get(bucket, 0.0):.0f}" for bucket in BUCKETS)
-    return f"N = {offset} ({ahead(offset)}), n = {first.n:,}\n{shares} % of the pairs"
-
-
-def _name(bucket: tuple[float, float]) -> str:
-    return bucket_name(*bucket)
+    share_of = {
+        (row.confidence_from, row.confidence_to): row.share
+        for row in evaluation.select_buckets(first.probe, offset)
+        if row.layer == first.layer
+    }
+    shares = " / ".join(f"{100 * share_of.get(bucket, 0.0):.0f}" for bucket in BUCKETS)
+    return f"N = {offset} ({format_offset(offset)}), n = {first.n:,}\n{shares} % of the pairs"

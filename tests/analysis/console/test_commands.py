@@ -19,7 +19,7 @@ def invoke(*args: object) -> Result:
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
-def parsed(*args: object, code: int = 0) -> dict[str, Any]:
+def json_of(*args: object, code: int = 0) -> dict[str, Any]:
     """The one JSON object that a command prints with --json."""
     result = invoke(*args, "--json")
     assert result.exit_code == code, result.output
@@ -60,24 +60,24 @@ def test_options_of_extract_are_the_fields_of_its_request() -> None:
 
 def test_the_whole_flow_as_json(model_folder: Path, texts_file: Path, tmp_path: Path) -> None:
     root = ("--root", tmp_path)
-    made = parsed("extract", model_folder, texts_file, "--context", 64, *root)
+    made = json_of("extract", model_folder, texts_file, "--context", 64, *root)
     assert made["status"] == "extracted"
     assert {"cache", "path", "positions", "layers", "bytes", "head_error"} <= set(made)
     assert made["layers"] == [0, 1, 2, 3]
     assert Path(made["path"], "manifest.json").is_file()
-    assert parsed("extract", model_folder, texts_file, "--context", 64, *root)["status"] == "hit"
+    assert json_of("extract", model_folder, texts_file, "--context", 64, *root)["status"] == "hit"
     short = made["cache"][:6]
-    assert parsed("ls", *root)["caches"][0]["cache"] == made["cache"]
-    assert parsed("info", short, *root)["positions"] == made["positions"]
-    assert parsed("verify", short, *root)["ok"] is True
-    fitted = parsed("fit", "ridge", short, "--offsets", "0-2", *root)
+    assert json_of("ls", *root)["caches"][0]["cache"] == made["cache"]
+    assert json_of("info", short, *root)["positions"] == made["positions"]
+    assert json_of("verify", short, *root)["ok"] is True
+    fitted = json_of("fit", "ridge", short, "--offsets", "0-2", *root)
     assert {(r["layer"], r["offset"]) for r in fitted["metrics"]} == {
         (layer, offset) for layer in range(4) for offset in range(3)
     }
-    measured = parsed("evaluate", short, Path(fitted["probe"]).name, *root)
+    measured = json_of("evaluate", short, Path(fitted["probe"]).name, *root)
     rows = measured["rows"]
     assert sum(r["n"] for r in measured["buckets"]) == sum(r["n"] for r in rows)
-    inside = parsed("evaluate", short, "--where", "continued", *root)
+    inside = json_of("evaluate", short, "--where", "continued", *root)
     assert (measured["where"], inside["where"]) == (None, "continued")
     assert 0 < inside["rows"][0]["n"] < rows[0]["n"]
     assert {row["probe"] for row in rows} == {"logit", "ridge", "bigram"}
@@ -116,10 +116,10 @@ def test_a_damaged_cache_gives_exit_code_4(tmp_path: Path, root: Path, tiny_cach
     data = bytearray(shard.read_bytes())
     data[100] ^= 1
     shard.write_bytes(data)
-    found = parsed("verify", tiny_cache.id, "--root", tmp_path, code=4)
+    found = json_of("verify", tiny_cache.id, "--root", tmp_path, code=4)
     assert found["damages"][0]["array"] == "residual/1"
     assert invoke("verify", copy).exit_code == 4
-    assert parsed("fit", "ridge", copy, "--root", tmp_path, code=4)["error"] == "CorruptError"
+    assert json_of("fit", "ridge", copy, "--root", tmp_path, code=4)["error"] == "CorruptError"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_mistakes_end_with_a_message_not_a_traceback(
 
 
 def test_errors_are_objects_with_json(root: Path) -> None:
-    found = parsed("info", "zzz", "--root", root, code=2)
+    found = json_of("info", "zzz", "--root", root, code=2)
     assert found["error"] == "NotFoundError"
     assert found["exit_code"] == 2
 
@@ -170,7 +170,7 @@ def test_errors_are_objects_with_json(root: Path) -> None:
     ],
 )
 def test_mistyped_commands_are_objects_with_json(args: list[str], message: str) -> None:
-    found = parsed(*args, code=2)
+    found = json_of(*args, code=2)
     assert found["error"] == "UsageError"
     assert message in found["message"]
     assert found["exit_code"] == 2

@@ -12,7 +12,7 @@ from residua.cli import main
 from residua.probes.lens import translator_fit as lensfit
 
 
-def run(*args: object, code: int = 0) -> dict[str, Any]:
+def json_of(*args: object, code: int = 0) -> dict[str, Any]:
     result = CliRunner().invoke(main, [*(str(arg) for arg in args), "--json"])
     assert result.exit_code == code, result.output
     return json.loads(result.stdout)
@@ -22,22 +22,51 @@ def test_a_lens_is_fitted_kept_and_evaluated(
     tiny_cache: residua.ActivationCache, tmp_path: Path
 ) -> None:
     root = tiny_cache.path.parent
-    found = run("fit", "lens", tiny_cache.id[:12], "--root", root, "--layers", "1-2",
-                "--steps", "12", "--batch", "128", "--out", tmp_path / "lens")  # fmt: skip
+    found = json_of(
+        "fit",
+        "lens",
+        tiny_cache.id[:12],
+        "--root",
+        root,
+        "--layers",
+        "1-2",
+        "--steps",
+        "12",
+        "--batch",
+        "128",
+        "--out",
+        tmp_path / "lens",
+    )
     assert [row["layer"] for row in found["metrics"]] == [1, 2]
     assert all(row["kl"] <= row["kl_logit"] for row in found["metrics"])
     assert residua.load_probe(found["probe"]).kind == "lens"
-    rows = run("evaluate", tiny_cache.id[:12], found["probe"], "--root", root)["rows"]
+    rows = json_of("evaluate", tiny_cache.id[:12], found["probe"], "--root", root)["rows"]
     assert {row["probe"] for row in rows} == {"logit", "lens"}
 
 
 def test_other_offsets_make_a_future_lens_that_goes_on_where_it_was_stopped(
     tiny_cache: residua.ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["fit", "lens", tiny_cache.id[:12], "--root", tiny_cache.path.parent, "--layers",
-               "3", "--offsets", "0-1", "--steps", "30", "--batch", "128", "--lr", "0.1",
-               "--out", tmp_path / "lens"]  # fmt: skip
-    whole = run(*command)["metrics"]
+    command = [
+        "fit",
+        "lens",
+        tiny_cache.id[:12],
+        "--root",
+        tiny_cache.path.parent,
+        "--layers",
+        "3",
+        "--offsets",
+        "0-1",
+        "--steps",
+        "30",
+        "--batch",
+        "128",
+        "--lr",
+        "0.1",
+        "--out",
+        tmp_path / "lens",
+    ]
+    whole = json_of(*command)["metrics"]
     judge = lensfit.LensFitRun._judge
 
     def stop(course: lensfit.LensFitRun) -> None:
@@ -47,12 +76,12 @@ def test_other_offsets_make_a_future_lens_that_goes_on_where_it_was_stopped(
 
     with monkeypatch.context() as patch:
         patch.setattr(lensfit.LensFitRun, "_judge", stop)
-        run(*command, code=130)
-    kept = tiny_cache.path.parent / "checkpoints"
-    assert len(list(kept.rglob("fit.json"))) == 1
-    begun: list[int] = []
-    monkeypatch.setattr(lensfit.LensFitRun, "sweep", lambda course: begun.append(1))
-    assert run(*command)["metrics"] == whole
-    assert not begun
-    assert not list(kept.iterdir())
+        json_of(*command, code=130)
+    checkpoints = tiny_cache.path.parent / "checkpoints"
+    assert len(list(checkpoints.rglob("fit.json"))) == 1
+    sweeps: list[int] = []
+    monkeypatch.setattr(lensfit.LensFitRun, "sweep", lambda course: sweeps.append(1))
+    assert json_of(*command)["metrics"] == whole
+    assert not sweeps
+    assert not list(checkpoints.iterdir())
     assert residua.load_probe(tmp_path / "lens").pairs() == [(3, 0), (3, 1)]

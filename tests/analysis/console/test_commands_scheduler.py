@@ -21,8 +21,9 @@ FITS = {
 
 @pytest.fixture(scope="module")
 def address():
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=False,
-                      dashboard_address=":0") as cluster:  # fmt: skip
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0"
+    ) as cluster:
         yield str(getattr(cluster, "scheduler_address"))  # noqa: B009, its type has it async too
 
 
@@ -32,9 +33,18 @@ def test_workers_fit_the_same_probe(
 ) -> None:
     found = []
     for name, more in (("here", []), ("there", ["--scheduler", address])):
-        command = ["fit", kind.split()[0], tiny_cache.id,
-                   "--root", str(tiny_cache.path.parent), *FITS[kind],
-                   "--out", str(tmp_path / name), *more, "--json"]  # fmt: skip
+        command = [
+            "fit",
+            kind.split()[0],
+            tiny_cache.id,
+            "--root",
+            str(tiny_cache.path.parent),
+            *FITS[kind],
+            "--out",
+            str(tmp_path / name),
+            *more,
+            "--json",
+        ]
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 0, result.output
         found.append(residua.load_probe(json.loads(result.stdout)["probe"]).state()[1])

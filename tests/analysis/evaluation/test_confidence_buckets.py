@@ -13,6 +13,7 @@ from residua.analysis.evaluation.confidence_buckets import (
     EDGES,
     BucketRow,
     BucketTally,
+    ResultKey,
     bucket_of,
 )
 from residua.analysis.evaluation.evaluate import evaluate
@@ -31,8 +32,17 @@ from residua.probes.baselines.ngrams import Bigram
 from ...support.synthetic import make_cache, random_head
 
 VOCAB, D_MODEL, LAYERS, OFFSETS = 13, 8, 3, (0, 1, 3)
-MEANS = ("kl", "kl_reverse", "precision_at_1", "precision_at_5", "precision_at_10", "nll",
-         "surprisal", "nll_text", "precision_at_1_text")  # fmt: skip
+MEANS = (
+    "kl",
+    "kl_reverse",
+    "precision_at_1",
+    "precision_at_5",
+    "precision_at_10",
+    "nll",
+    "surprisal",
+    "nll_text",
+    "precision_at_1_text",
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def plain(
+def measures_in_memory(
     cache: ActivationCache, layer: int | None, offset: int, where: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Sequence, confidence and measures of every pair of the train split, in float64.
@@ -76,13 +86,19 @@ def plain(
             p, q = log_p[s], log_q[ids[s] if layer is None else s - offset]
             order, top = np.argsort(-q, kind="stable").tolist(), int(p.argmax())
             text = int(ids[s + 1]) if s + 1 < start + length else None
-            found.append([
-                np.exp(p) @ (p - q), np.exp(q) @ (q - p),
-                *(top in order[:k] for k in (1, 5, 10)), -q[top], -p[order[0]],
-                np.nan if text is None else -q[text],
-                np.nan if text is None else text == order[0],
-                slot, np.exp(p).max(),
-            ])  # fmt: skip
+            found.append(
+                [
+                    np.exp(p) @ (p - q),
+                    np.exp(q) @ (q - p),
+                    *(top in order[:k] for k in (1, 5, 10)),
+                    -q[top],
+                    -p[order[0]],
+                    np.nan if text is None else -q[text],
+                    np.nan if text is None else text == order[0],
+                    slot,
+                    np.exp(p).max(),
+                ]
+            )
     table = dict(zip(names, np.array(found, float).reshape(-1, len(names)).T, strict=True))
     return table.pop("slot").astype(int), table.pop("confidence"), table
 
@@ -92,7 +108,9 @@ def buckets_of(found: Evaluation, layer: int | None, offset: int) -> list[Bucket
     return [row for row in found.select_buckets(probe, offset) if row.layer == layer]
 
 
-def interval(slots: np.ndarray, values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+def bootstrap_interval(
+    slots: np.ndarray, values: np.ndarray, weights: np.ndarray
+) -> tuple[float, float]:
     """Percentiles of the means of the resamples, resample by resample."""
     means = []
     for drawn in weights:
@@ -111,12 +129,12 @@ def test_streamed_buckets_equal_the_whole_in_float64(cache, mask, rows, masked):
     found = evaluate(cache, [bigram], split="train", offsets=OFFSETS, batch_rows=rows, where=where)
     everywhere = np.ones(cache.positions, bool)
     for layer, offset in [(None, 1), (None, 3), (0, 0), (1, 1), (2, 0), (2, 3)]:
-        pairs = plain(cache, layer, offset, mask if masked else everywhere)
+        pairs = measures_in_memory(cache, layer, offset, mask if masked else everywhere)
         check_buckets(cache, buckets_of(found, layer, offset), *pairs)
 
 
 def check_buckets(cache, rows: list[BucketRow], slots, confidence, table) -> None:
-    weights = resampling_counts(len(cache.split("train")), 0)
+    weights = resampling_counts(len(cache.sequences("train")), 0)
     ends = [(row.confidence_from, row.confidence_to) for row in rows]
     counts = [((confidence >= low) & (confidence < high)).sum() for low, high in BUCKETS]
     assert ends == [bucket for bucket, count in zip(BUCKETS, counts, strict=True) if count]
@@ -136,7 +154,7 @@ def check_buckets(cache, rows: list[BucketRow], slots, confidence, table) -> Non
             if len(set(slots[inside])) < 2:
                 assert low is high is None
             else:
-                want = interval(slots[inside], table[name][inside], weights)
+                want = bootstrap_interval(slots[inside], table[name][inside], weights)
                 np.testing.assert_allclose((low, high), want, 1e-5, 1e-6, err_msg=name)
 
 
@@ -168,14 +186,14 @@ def test_a_bucket_holds_its_lower_end_and_the_last_one_both():
 
 
 def test_cells_take_no_more_room_than_positions():
-    tally = BucketTally([("logit", 0, 0)], units=5, positions=5)
-    assert tally.sums["logit", 0, 0].sums.shape == (5, len(COLUMNS))
+    tally = BucketTally([ResultKey("logit", 0, 0)], units=5, positions=5)
+    assert tally.sums[ResultKey("logit", 0, 0)].sums.shape == (5, len(COLUMNS))
     slots, confidence = np.array([4, 2, 0, 1, 3]), np.array([0.1, 0.95, 0.4, 0.1, 0.7])
     assert sorted(tally.cells(slots, confidence)) == list(range(5))
     assert np.array_equal(tally.cells(slots, confidence), tally.cells(slots, confidence))
 
 
-def assert_alike(one: Evaluation, other: Evaluation) -> None:
+def assert_same_rows(one: Evaluation, other: Evaluation) -> None:
     """All rows are the same, up to rounding in float32."""
     for rows, others in ((one.rows, other.rows), (one.buckets, other.buckets)):
         for row, same in zip(rows, others, strict=True):
@@ -190,7 +208,7 @@ def test_a_full_mask_changes_nothing(cache):
     one = evaluate(cache, split="train", offsets=OFFSETS)
     other = evaluate(cache, split="train", offsets=OFFSETS, where=all_of_it)
     assert (one.n, one.positions) == (other.n, other.positions) == (one.n, one.n)
-    assert_alike(one, other)
+    assert_same_rows(one, other)
 
 
 def test_n_counts_targets_in_the_mask(cache, mask):
@@ -198,7 +216,7 @@ def test_n_counts_targets_in_the_mask(cache, mask):
     found = evaluate(
         cache, split="train", offsets=(0, 3), where=mask, progress=lambda *done: seen.append(done)
     )
-    taken = cache.rows(cache.split("train"))
+    taken = cache.positions_of(cache.sequences("train"))
     index = np.arange(cache.positions) - np.repeat(cache.sequence_start, cache.sequence_length)
     assert found.n == mask[taken].sum() < found.positions == len(taken)
     assert seen[-1] == (found.n, found.n)
@@ -214,7 +232,7 @@ def test_a_mask_of_another_shape_or_dtype_is_refused(cache):
 
 
 def test_a_mask_without_a_pair_is_refused(cache):
-    taken = cache.rows(choose_sequences(cache, "train", 40, 0))
+    taken = cache.positions_of(choose_sequences(cache, "train", 40, 0))
     where = np.zeros(cache.positions, bool)
     with pytest.raises(UsageError, match=f"`where` holds 0 of the {len(taken)} positions"):
         evaluate(cache, split="train", max_positions=40, where=where)
@@ -228,10 +246,10 @@ def test_measures_do_not_depend_on_the_tiles(cache, monkeypatch, tile):
     want = evaluate(cache, split="train", offsets=OFFSETS)
     monkeypatch.setattr(metrics, "TILE_BYTES", tile)
     found = evaluate(cache, split="train", offsets=OFFSETS)
-    assert_alike(found, want)
+    assert_same_rows(found, want)
 
 
-def reverse(model: list[float], probe: list[float]) -> float:
+def kl_reverse(model: list[float], probe: list[float]) -> float:
     reference = Reference.of(torch.tensor([model]), torch.tensor([0]))
     return float(
         measure_distribution(reference, torch.tensor([probe]))[0, COLUMNS.index("kl_reverse")]
@@ -241,14 +259,14 @@ def reverse(model: list[float], probe: list[float]) -> float:
 def test_reverse_kl_where_probabilities_are_zero():
     inf = float("inf")
     # Excluded by the probe: adds nothing. By the model, with mass of the probe: infinite.
-    assert reverse([0.0, 1.0, 2.0], [0.0, 1.0, -inf]) == pytest.approx(
+    assert kl_reverse([0.0, 1.0, 2.0], [0.0, 1.0, -inf]) == pytest.approx(
         np.log(np.exp([0, 1, 2]).sum() / np.exp([0, 1]).sum()), rel=1e-6
     )
-    assert reverse([0.0, 1.0, -inf], [0.0, 1.0, 2.0]) == inf
-    assert reverse([0.0, 1.0, -inf], [0.0, 1.0, -inf]) == pytest.approx(0, abs=1e-6)
+    assert kl_reverse([0.0, 1.0, -inf], [0.0, 1.0, 2.0]) == inf
+    assert kl_reverse([0.0, 1.0, -inf], [0.0, 1.0, -inf]) == pytest.approx(0, abs=1e-6)
     # exp(-200) is 0 in float32, its logarithm is not.
-    assert reverse([0.0, -200.0], [0.0, 0.0]) == pytest.approx(100 - np.log(2), rel=1e-6)
-    assert reverse([0.0, 0.0], [0.0, -200.0]) == pytest.approx(np.log(2), rel=1e-6)
+    assert kl_reverse([0.0, -200.0], [0.0, 0.0]) == pytest.approx(100 - np.log(2), rel=1e-6)
+    assert kl_reverse([0.0, 0.0], [0.0, -200.0]) == pytest.approx(np.log(2), rel=1e-6)
 
 
 def test_the_dictionaries_are_plain(cache, tmp_path: Path):

@@ -9,7 +9,11 @@ from residua.analysis.evaluation.evaluate import evaluate
 from residua.analysis.evaluation.heatmap import UNDEFINED, TokenNames, heatmap, visible
 from residua.analysis.evaluation.metrics import KS, EvaluationRow
 from residua.analysis.evaluation.result import Evaluation
-from residua.analysis.evaluation.windows import choose_sequences, evaluation_windows
+from residua.analysis.evaluation.windows import (
+    EvaluationSample,
+    choose_sequences,
+    evaluation_windows,
+)
 from residua.analysis.report.tables import offset_tables
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
@@ -22,7 +26,7 @@ from ...support.synthetic import make_cache, random_head
 VOCAB, D_MODEL, LAYERS = 29, 8, 3
 
 
-def cache_of(root: Path, lengths: list[int], seed: int = 0) -> ActivationCache:
+def make_random_cache(root: Path, lengths: list[int], seed: int = 0) -> ActivationCache:
     rng = np.random.default_rng(seed)
     states = [rng.normal(0, 1, (sum(lengths), D_MODEL)) for _ in range(LAYERS)]
     return make_cache(root, states, lengths, random_head(D_MODEL, VOCAB), seed=seed)
@@ -31,16 +35,16 @@ def cache_of(root: Path, lengths: list[int], seed: int = 0) -> ActivationCache:
 @pytest.fixture(scope="module")
 def tiny_cache(tmp_path_factory) -> ActivationCache:
     lengths = np.random.default_rng(2).integers(1, 25, 80).tolist()
-    return cache_of(tmp_path_factory.mktemp("caches"), lengths)
+    return make_random_cache(tmp_path_factory.mktemp("caches"), lengths)
 
 
-class Echo:
-    """A bad lens (the head on the negated state) that keeps what it was asked."""
+class NegatedLens:
+    """A bad lens (the head on the negated state) that records the sizes of its calls."""
 
     kind = "echo"
 
     def __init__(self) -> None:
-        self.seen: list[tuple[int, int, int]] = []
+        self.calls: list[tuple[int, int, int]] = []
 
     def pairs(self) -> list[tuple[int | None, int]]:
         return [(1, 0), (1, 2)]
@@ -48,7 +52,7 @@ class Echo:
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int):
         assert batch.hidden is not None
         assert len(batch.hidden) == len(batch.last_token)
-        self.seen.append((len(batch.hidden), layer or 0, offset))
+        self.calls.append((len(batch.hidden), layer or 0, offset))
         return batch.head(-batch.hidden)
 
 
@@ -57,7 +61,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def whole(cache: ActivationCache, split: str, layer: int | None, offset: int) -> dict[str, float]:
+def measures_in_memory(
+    cache: ActivationCache, split: str, layer: int | None, offset: int
+) -> dict[str, float]:
     """The measures of the logit lens (bigram without a layer), in memory, one pair at a time."""
     model = cache.head.logits(cache.residual_array(cache.n_blocks)[:])
     probe = None if layer is None else cache.head.logits(cache.residual_array(layer)[:])
@@ -70,14 +76,13 @@ def whole(cache: ActivationCache, split: str, layer: int | None, offset: int) ->
             s = t + offset
             q = pairs[ids[s]] if probe is None else probe[start + t]
             text = int(ids[s + 1]) if s + 1 < length else None
-            one = one_pair(model[start + s], q, text)
-            for name, value in one.items():
+            for name, value in measures_of_pair(model[start + s], q, text).items():
                 found.setdefault(name, []).append(value)
     means = {name: float(np.mean(values)) for name, values in found.items()}
     return {**means, "n": len(found["kl"]), "n_text": len(found["nll_text"])}
 
 
-def one_pair(model: np.ndarray, probe: np.ndarray, text: int | None) -> dict[str, float]:
+def measures_of_pair(model: np.ndarray, probe: np.ndarray, text: int | None) -> dict[str, float]:
     log_p, log_q = log_softmax(model), log_softmax(probe)
     order, top = np.argsort(-probe, kind="stable"), int(model.argmax())
     out = {
@@ -108,17 +113,17 @@ def streamed(tiny_cache) -> Evaluation:
 )
 def test_streamed_equals_whole(tiny_cache, streamed, layer, offset):
     row = row_of(streamed, "bigram" if layer is None else "logit", layer, offset)
-    expected = whole(tiny_cache, "train", layer, offset)
+    expected = measures_in_memory(tiny_cache, "train", layer, offset)
     assert row.n == expected["n"] > 0
     assert expected["n_text"] > 0
-    for name, want in expected.items():
-        assert getattr(row, name) == pytest.approx(want, rel=1e-5, abs=1e-6), name
+    for name, value in expected.items():
+        assert getattr(row, name) == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_results_do_not_depend_on_batch_rows(tiny_cache, rows):
-    one = evaluate(tiny_cache, [Echo()], split="train", batch_rows=rows).to_dicts()
-    other = evaluate(tiny_cache, [Echo()], split="train").to_dicts()
+    one = evaluate(tiny_cache, [NegatedLens()], split="train", batch_rows=rows).to_dicts()
+    other = evaluate(tiny_cache, [NegatedLens()], split="train").to_dicts()
     assert len(one) == len(other)
     for left, right in zip(one, other, strict=True):
         for name, value in left.items():
@@ -133,7 +138,7 @@ def test_the_bigram_has_no_row_where_it_would_read_nothing(streamed):
 
 
 def test_the_last_layer_is_the_model_itself(tiny_cache):
-    row = row_of(evaluate(tiny_cache), "logit", tiny_cache.depth, 0)
+    row = row_of(evaluate(tiny_cache), "logit", tiny_cache.n_blocks, 0)
     assert row.kl == pytest.approx(0, abs=1e-6)
     assert row.precision_at_1 == 1
     assert row.nll == pytest.approx(row.surprisal, abs=1e-6)
@@ -143,23 +148,25 @@ def test_a_window_reads_no_more_rows_than_its_limit_wherever_targets_lie(tiny_ca
     """Sources of scattered targets are rows of their own: fewer targets share a window."""
     where, offsets = np.zeros(tiny_cache.positions, bool), (0, 1, 3)
     where[::11] = True
-    sequences, targets = tiny_cache.split("train"), 0
-    for window in evaluation_windows(tiny_cache, sequences, offsets, 12, where):
+    sequences, targets = tiny_cache.sequences("train"), 0
+    sample = EvaluationSample(tiny_cache, sequences, where=where)
+    for window in evaluation_windows(sample, offsets, batch_rows=12):
         assert len(window.positions) <= 12
-        targets += len(window.place)
-    assert targets == where[tiny_cache.rows(sequences)].sum() > 12
+        targets += len(window.target_rows)
+    assert targets == where[tiny_cache.positions_of(sequences)].sum() > 12
 
 
 def test_no_pair_crosses_a_sequence(tiny_cache):
-    sequences = tiny_cache.split("train")
+    sequences = tiny_cache.sequences("train")
     lengths = tiny_cache.sequence_length[sequences]
     which = tiny_cache.array("tokens/sequence")[:]
     for offset in (0, 1, 3):
         pairs = []
-        for window in evaluation_windows(tiny_cache, sequences, (offset,), 7):
+        sample = EvaluationSample(tiny_cache, sequences)
+        for window in evaluation_windows(sample, (offset,), batch_rows=7):
             targets = window.targets(offset)
-            sources, places = window.sources(targets, offset), window.place[targets]
-            pairs += zip(window.positions[sources], window.positions[places], strict=True)
+            sources, rows = window.sources(targets, offset), window.target_rows[targets]
+            pairs += zip(window.positions[sources], window.positions[rows], strict=True)
         sources, targets = (np.array(side) for side in zip(*pairs, strict=True))
         assert np.array_equal(which[sources], which[targets])
         assert np.array_equal(targets - sources, np.full(len(pairs), offset))
@@ -167,15 +174,15 @@ def test_no_pair_crosses_a_sequence(tiny_cache):
 
 
 def test_a_probe_is_asked_for_whole_sequences_only(tiny_cache):
-    probe = Echo()
+    probe = NegatedLens()
     found = evaluate(tiny_cache, [probe], split="train")
     for offset in (0, 2):
-        asked = sum(rows for rows, _, n in probe.seen if n == offset)
-        assert asked == row_of(found, "echo", 1, offset).n
+        rows_read = sum(rows for rows, _, n in probe.calls if n == offset)
+        assert rows_read == row_of(found, "echo", 1, offset).n
 
 
 def test_baselines_cover_what_the_probes_read(tiny_cache):
-    found = evaluate(tiny_cache, [Echo(), Echo()])
+    found = evaluate(tiny_cache, [NegatedLens(), NegatedLens()])
     assert found.probes == ("bigram", "logit", "echo", "echo 2")
     assert {(r.probe, r.layer, r.offset) for r in found.rows} == {
         ("bigram", None, 2),
@@ -205,7 +212,7 @@ def test_progress_ends_at_the_total(tiny_cache):
 
 
 def test_the_table_has_a_row_per_layer(tiny_cache):
-    found = evaluate(tiny_cache, [Echo()], layers=(0, 1), offsets=(0, 2))
+    found = evaluate(tiny_cache, [NegatedLens()], layers=(0, 1), offsets=(0, 2))
     table = offset_tables(found)[1]
     assert table.columns == ("layer", "logit KL", "logit p@1", "echo KL", "echo p@1")
     assert [row[0] for row in table.rows] == [0, 1]
@@ -214,7 +221,7 @@ def test_the_table_has_a_row_per_layer(tiny_cache):
 
 
 def test_an_empty_split_is_a_usage_error(tmp_path):
-    tiny = cache_of(tmp_path, [5, 5])
+    tiny = make_random_cache(tmp_path, [5, 5])
     empty = next(name for name in SPLITS if not len(tiny.sequences(name)))
     with pytest.raises(UsageError, match=f"the {empty} split of this cache is empty"):
         evaluate(tiny, split=empty)
@@ -238,8 +245,8 @@ def test_heatmap_cells_are_the_lens_of_one_position(tiny_cache, offset):
     start = int(tiny_cache.sequence_start[found.sequence]) + 1
     assert found.tokens == tuple(f"#{i}" for i in tiny_cache.tokens[start : start + 6])
     layer, token = 1, 3
-    q = log_softmax(tiny_cache.head.logits(tiny_cache.layer(layer)[start + token]))
-    p = log_softmax(tiny_cache.head.logits(tiny_cache.layer(2)[start + token + offset]))
+    q = log_softmax(tiny_cache.head.logits(tiny_cache.residual_array(layer)[start + token]))
+    p = log_softmax(tiny_cache.head.logits(tiny_cache.residual_array(2)[start + token + offset]))
     assert found.top[layer][token] == tuple(f"#{i}" for i in np.argsort(-q)[:5])
     assert found.targets[token] == f"#{p.argmax()}"
     np.testing.assert_allclose(found.probability[layer, token], np.exp(np.sort(q)[::-1][:5]), 1e-4)
@@ -268,7 +275,7 @@ def test_heatmap_beyond_the_sequence_is_refused(tiny_cache):
 def test_token_names_keep_spaces_and_odd_bytes(tmp_path, pieces, decoder, names):
     from tokenizers import Tokenizer, decoders, models
 
-    tiny = cache_of(tmp_path, [5, 5])
+    tiny = make_random_cache(tmp_path, [5, 5])
     tokenizer = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, []))
     tokenizer.decoder = getattr(decoders, decoder)()
     tokenizer.save(str(tiny.path / "head" / "tokenizer.json"))
@@ -279,7 +286,7 @@ def test_token_names_keep_spaces_and_odd_bytes(tmp_path, pieces, decoder, names)
 def test_bytes_that_are_no_character_have_names_of_their_own(tmp_path):
     from tokenizers import Tokenizer, decoders, models
 
-    tiny = cache_of(tmp_path, [5, 5])
+    tiny = make_random_cache(tmp_path, [5, 5])
     pieces = ["â", "ã", "âĤ", "âĤ¬", "Ċ"]  # bytes E2, E3, E2 82, E2 82 AC (the euro), 0A
     tokenizer = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, []))
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
@@ -293,8 +300,25 @@ def test_names_show_spaces_and_line_breaks():
 
 
 def test_different_texts_have_different_names():
-    texts = ["\n", "\\n", "\\\\n", " ", "␣", "\\u2423", "\x80", "\udc80", "\\x80", "\\<80>",
-             "\u200c", "a\u200cb", "ab", "\u200cab", "no token", "\ufeff", ""]  # fmt: skip
+    texts = [
+        "\n",
+        "\\n",
+        "\\\\n",
+        " ",
+        "␣",
+        "\\u2423",
+        "\x80",
+        "\udc80",
+        "\\x80",
+        "\\<80>",
+        "\u200c",
+        "a\u200cb",
+        "ab",
+        "\u200cab",
+        "no token",
+        "\ufeff",
+        "",
+    ]
     names = [visible(text) for text in texts]
     assert len({*names, UNDEFINED}) == len(texts) + 1
     persian, family = "\u0645\u06cc\u200c\u062e\u0648", "\U0001f469\u200d\U0001f467"

@@ -27,7 +27,7 @@ from ...support.synthetic import make_cache, random_head
 WIDTH, VOCAB, DEPTH, CONTEXT = 6, 23, 2, 16
 
 
-def clustered(root: Path, documents: int = 40, size: int = 83) -> ActivationCache:
+def make_long_documents_cache(root: Path, documents: int = 40, size: int = 83) -> ActivationCache:
     """Long documents over several sequences, with borders inside; each has a shift of its own."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(size // 2, size, documents)
@@ -44,7 +44,7 @@ def clustered(root: Path, documents: int = 40, size: int = 83) -> ActivationCach
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
-    return clustered(tmp_path_factory.mktemp("clustered"))
+    return make_long_documents_cache(tmp_path_factory.mktemp("clustered"))
 
 
 def kl_by_hand(cache: ActivationCache, rows: np.ndarray, layer: int) -> np.ndarray:
@@ -98,7 +98,7 @@ def test_one_document_falls_back_to_sequences_and_says_so(tmp_path: Path) -> Non
 
 
 def test_few_documents_are_said_to_give_narrow_intervals(tmp_path: Path) -> None:
-    few = clustered(tmp_path, documents=5)
+    few = make_long_documents_cache(tmp_path, documents=5)
     assert any("only 5 documents" in note for note in evaluate(few, split="all").notes)
 
 
@@ -108,10 +108,13 @@ def test_more_documents_than_units_are_put_together(
     whole = evaluate(cache, split="all", offsets=[0], layers=[0]).select("logit", 0)[0]
     monkeypatch.setattr(windows_module, "MOST_UNITS", 20)
     units = ResamplingUnits.of(cache, cache.sequences("all"), 0)
-    assert (units.count, units.slots) == (40, 20)
-    assert np.bincount(units.slot).astype(bool).sum() == 20
+    assert (units.count, units.n_resampled) == (40, 20)
+    assert np.bincount(units.unit_numbers).astype(bool).sum() == 20
     documents = cache.array("tokens/row_id")[:]
-    assert len({(d, s) for d, s in zip(documents.tolist(), units.slot.tolist(), strict=True)}) == 40
+    assert (
+        len({(d, s) for d, s in zip(documents.tolist(), units.unit_numbers.tolist(), strict=True)})
+        == 40
+    )
     grouped = evaluate(cache, split="all", offsets=[0], layers=[0]).select("logit", 0)[0]
     assert grouped.kl == pytest.approx(whole.kl, rel=1e-12)
     width = [row.kl_high - row.kl_low for row in (grouped, whole) if row.kl_high and row.kl_low]
@@ -155,7 +158,9 @@ def test_probes_fitted_on_what_is_evaluated_are_named(cache: ActivationCache) ->
     assert not any("fitted on" in note for note in evaluate(cache, [probe], split="test").notes)
 
 
-def massive(root: Path, size: int, tokens: int = 30, sequences: int = 60) -> ActivationCache:
+def make_attention_sink_cache(
+    root: Path, size: int, tokens: int = 30, sequences: int = 60
+) -> ActivationCache:
     """A linear map under noise; the first position of each sequence is `size` in one coordinate."""
     rng = np.random.default_rng(0)
     n = sequences * tokens
@@ -169,7 +174,7 @@ def massive(root: Path, size: int, tokens: int = 30, sequences: int = 60) -> Act
 def test_first_positions_that_dominate_are_warned_of_and_can_be_left_out(tmp_path: Path) -> None:
     from sklearn.linear_model import Ridge
 
-    cache = massive(tmp_path, 1000)
+    cache = make_attention_sink_cache(tmp_path, 1000)
     with pytest.warns(UserWarning, match="drop_first=1"):
         all_rows = RidgeProbe(layers=[0]).fit(cache, keep=False)
     row = all_rows.metrics()[0]
@@ -197,8 +202,9 @@ def test_shares_of_the_error_are_those_of_the_rows_one_by_one(cache: ActivationC
     rng = np.random.default_rng(1)
     found = {
         (la, n, DEPTH): AffineMap(rng.normal(size=(WIDTH, WIDTH)), rng.normal(size=WIDTH))
-        for la in (0, 1) for n in (0, 3)
-    }  # fmt: skip
+        for la in (0, 1)
+        for n in (0, 3)
+    }
     sequences, document = cache.sequences("all"), cache.array("tokens/row_id")[:]
     for scope in (PairScope(), PairScope(True, 2)):
         shares = error_shares(cache, found, sequences, scope, max_positions=10**6)
@@ -221,7 +227,7 @@ def test_shares_of_the_error_are_those_of_the_rows_one_by_one(cache: ActivationC
 
 
 def test_a_lens_leaves_first_positions_out_too(tmp_path: Path) -> None:
-    cache = massive(tmp_path, 1000)
+    cache = make_attention_sink_cache(tmp_path, 1000)
     lens = TunedLens(layers=[0], steps=5, batch=64, drop_first=1).fit(cache)
     row = lens.metrics()[0]
     assert row["n"] == sum(cache.sequence_length[cache.sequences("train")] - 1)

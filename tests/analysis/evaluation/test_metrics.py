@@ -23,7 +23,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def plain(model: np.ndarray, probe: np.ndarray, text: np.ndarray) -> dict[str, np.ndarray]:
+def measures_in_float64(
+    model: np.ndarray, probe: np.ndarray, text: np.ndarray
+) -> dict[str, np.ndarray]:
     """Every measure of every row, one row at a time, in float64."""
     out: dict[str, list[float]] = {name: [] for name in COLUMNS}
     log_ps, log_qs = log_softmax(model.astype(float)), log_softmax(probe.astype(float))
@@ -58,14 +60,14 @@ def example() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return model, probe, text, rng.integers(0, SEQUENCES, ROWS)
 
 
-def tensors(*arrays: np.ndarray) -> list[torch.Tensor]:
+def as_tensors(*arrays: np.ndarray) -> list[torch.Tensor]:
     return [torch.tensor(array) for array in arrays]
 
 
 def test_every_measure_equals_plain_float64(example):
     model, probe, text, _ = example
-    want = plain(model, probe, text)
-    model, probe, text = tensors(model, probe, text)
+    want = measures_in_float64(model, probe, text)
+    model, probe, text = as_tensors(model, probe, text)
     found = measure_distribution(Reference.of(model, text), probe).numpy()
     for column, name in enumerate(COLUMNS):
         np.testing.assert_allclose(found[:, column], want[name], rtol=1e-5, atol=1e-5, err_msg=name)
@@ -74,11 +76,11 @@ def test_every_measure_equals_plain_float64(example):
 @pytest.mark.parametrize("rows", [1, 7, 64, ROWS])
 def test_sums_do_not_depend_on_the_batches(example, rows):
     model, probe, text, slots = example
-    want = plain(model, probe, text)
+    want = measures_in_float64(model, probe, text)
     parts = [MetricSums(SEQUENCES), MetricSums(SEQUENCES)]
     for number, start in enumerate(range(0, ROWS, rows)):
         here = slice(start, start + rows)
-        batch = tensors(model[here], probe[here], text[here])
+        batch = as_tensors(model[here], probe[here], text[here])
         parts[number % 2].add(slots[here], Reference.of(batch[0], batch[2]), batch[1])
     parts[0].merge(parts[1])
     for column, name in enumerate(COLUMNS):
@@ -88,9 +90,9 @@ def test_sums_do_not_depend_on_the_batches(example, rows):
 
 def test_row_is_the_mean_over_positions_and_over_text(example):
     model, probe, text, slots = example
-    want = plain(model, probe, text)
+    want = measures_in_float64(model, probe, text)
     sums = MetricSums(SEQUENCES)
-    batch = tensors(model, probe, text)
+    batch = as_tensors(model, probe, text)
     sums.add(slots, Reference.of(batch[0], batch[2]), batch[1])
     row = sums.row("ridge", 3, 1, resampling_counts(SEQUENCES, 0))
     assert row is not None
@@ -125,7 +127,7 @@ def test_interval_is_seeded():
 
 
 def test_one_sequence_has_no_interval(example):
-    model, probe, text = tensors(*example[:3])
+    model, probe, text = as_tensors(*example[:3])
     sums = MetricSums(3)
     sums.add(np.full(ROWS, 1), Reference.of(model, text), probe)
     row = sums.row("ridge", 0, 0, resampling_counts(3, 0))
@@ -139,7 +141,7 @@ def test_no_pair_gives_no_row():
 
 
 def test_text_that_never_goes_on_is_none(example):
-    model, probe, _ = tensors(*example[:3])
+    model, probe, _ = as_tensors(*example[:3])
     sums = MetricSums(SEQUENCES)
     sums.add(example[3], Reference.of(model, torch.full((ROWS,), -1)), probe)
     row = sums.row("ridge", 0, 0, resampling_counts(SEQUENCES, 0))

@@ -1,4 +1,4 @@
-"""Claims about slices: they are what the texts themselves say, in blocks of any size."""
+"""Claims about masks of words and names: equal to the texts read letter by letter."""
 
 import json
 import unicodedata
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import residua
-from residua.analysis.evaluation import position_masks as slices
+from residua.analysis.evaluation import position_masks
 from residua.analysis.evaluation.position_masks import name_mask, word_continuation_mask
 from residua.analysis.evaluation.token_text import plain_texts
 from residua.cache.errors import UsageError
@@ -35,20 +35,23 @@ NAMES = {
 
 @pytest.fixture(scope="module", params=["one by one", "packed"])
 def cache(request, tmp_path_factory, model_folder: Path) -> ActivationCache:
-    folder = tmp_path_factory.mktemp("slices")
+    folder = tmp_path_factory.mktemp("masks")
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     packed = request.param == "packed"
     return residua.extract(
-        str(model_folder), str(folder / "texts.jsonl"), root=folder, pack=packed,
+        str(model_folder),
+        str(folder / "texts.jsonl"),
+        root=folder,
+        pack=packed,
         context=23 if packed else 128,
-    )  # fmt: skip
+    )
 
 
 def in_word(letter: str) -> bool:
     return letter.isalnum() or letter == "_" or unicodedata.category(letter).startswith("M")
 
 
-def nexts(cache: ActivationCache) -> list[tuple[int, int, int, int, int]]:
+def following_spans(cache: ActivationCache) -> list[tuple[int, int, int, int, int]]:
     """Position, document, end of its token, first and last character of the next, by sequence."""
     spans, found = cache.spans(np.arange(cache.positions)), []
     for start, length in zip(cache.sequence_start, cache.sequence_length, strict=True):
@@ -58,14 +61,14 @@ def nexts(cache: ActivationCache) -> list[tuple[int, int, int, int, int]]:
     return found
 
 
-def texts_of(cache: ActivationCache) -> list[str]:
+def token_texts(cache: ActivationCache) -> list[str]:
     return plain_texts(cache.tokenizer(), cache.vocab)
 
 
 def test_continued_words_are_those_of_the_text(cache):
     want = np.zeros(cache.positions, bool)
-    pieces = texts_of(cache)
-    for p, document, end, first, _ in nexts(cache):
+    pieces = token_texts(cache)
+    for p, document, end, first, _ in following_spans(cache):
         text, spaced = TEXTS[document], pieces[cache.tokens[p + 1]].startswith(" ")
         inside = first < end or (0 < first == end and in_word(text[first - 1]))
         want[p] = inside and in_word(text[first]) and not spaced
@@ -75,20 +78,20 @@ def test_continued_words_are_those_of_the_text(cache):
     np.testing.assert_array_equal(found, want)
 
 
-def inside_names(cache: ActivationCache) -> np.ndarray:
+def names_by_hand(cache: ActivationCache) -> np.ndarray:
     want = np.zeros(cache.positions, bool)
     for document, words in NAMES.items():
         for word in words:
             assert TEXTS[document].count(word) == 1
             begin = TEXTS[document].index(word)
-            for p, of, end, first, _ in nexts(cache):
+            for p, of, end, first, _ in following_spans(cache):
                 goes_on = begin < first < begin + len(word) or first == begin < end
                 want[p] |= of == document and goes_on
     return want
 
 
 def test_names_are_those_found_by_hand(cache):
-    want, found = inside_names(cache), name_mask(cache)
+    want, found = names_by_hand(cache), name_mask(cache)
     assert want.sum() > 20
     np.testing.assert_array_equal(found, want)
     assert not (found & ~word_continuation_mask(cache)).any()
@@ -96,13 +99,13 @@ def test_names_are_those_found_by_hand(cache):
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 @pytest.mark.parametrize("of", [word_continuation_mask, name_mask])
-def test_slices_do_not_depend_on_the_blocks(cache, monkeypatch, rows, of):
+def test_masks_do_not_depend_on_the_blocks(cache, monkeypatch, rows, of):
     whole = of(cache)
-    monkeypatch.setattr(slices, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(position_masks, "BLOCK_ROWS", rows)
     np.testing.assert_array_equal(of(cache), whole)
 
 
-def test_a_slice_is_what_evaluation_takes(cache):
+def test_a_mask_is_what_evaluation_takes(cache):
     mask = word_continuation_mask(cache)
     found = residua.evaluate(cache, split="all", offsets=(0, 2), where=mask)
     assert found.n == mask.sum()
@@ -131,13 +134,17 @@ def test_token_texts_of_other_tokenizers_are_plain():
     assert plain_texts(word, 6) == ["[UNK]", "play", "ing", "#", "", ""]
     sentence = Tokenizer(models.BPE({"▁play": 0, "ing": 1, "<0xE6>": 2, "▁": 3}, []))
     sentence.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-         decoders.Strip(" ", 1, 0)]
-    )  # fmt: skip
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     assert plain_texts(sentence, 4) == [" play", "ing", "\ufffd", " "]
 
 
-def test_the_command_line_knows_every_slice():
-    from residua.analysis.console.options import SLICES
+def test_the_command_line_knows_every_mask():
+    from residua.analysis.console.options import MASKS
 
-    assert tuple(slices.SLICES) == SLICES
+    assert tuple(position_masks.MASKS) == MASKS

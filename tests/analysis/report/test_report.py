@@ -84,9 +84,9 @@ def test_texts_and_names_cannot_inject(tmp_path, evaluation):
     rows = [*evaluation.rows, replace(evaluation.rows[-1], probe=EVIL)]
     names = {"model_name": EVIL, "data_name": EVIL, "split": EVIL}
     evil = replace(evaluation, rows=rows, probes=(*evaluation.probes, EVIL), **names)
-    clean = write_report(tmp_path / "a.html", evaluation, heatmaps=[odd_heatmap()])
+    clean = write_report(evaluation, tmp_path / "a.html", heatmaps=[odd_heatmap()])
     path = write_report(
-        tmp_path / "b.html", evil, heatmaps=[odd_heatmap()], title=EVIL, command=EVIL
+        evil, tmp_path / "b.html", heatmaps=[odd_heatmap()], title=EVIL, command=EVIL
     )
     page = page_without_plotly(path)
     assert page.count("<script") == page_without_plotly(clean).count("<script")
@@ -97,7 +97,7 @@ def test_texts_and_names_cannot_inject(tmp_path, evaluation):
 
 def test_equal_numbers_give_equal_bytes(tmp_path, evaluation):
     maps = evaluation.heatmaps()
-    one, other = (write_report(tmp_path / n, evaluation, heatmaps=maps) for n in ("1", "2"))
+    one, other = (write_report(evaluation, tmp_path / n, heatmaps=maps) for n in ("1", "2"))
     assert one.read_bytes() == other.read_bytes()
     first, second = (write_pngs(tmp_path / n, evaluation, maps) for n in ("p", "q"))
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
@@ -205,8 +205,10 @@ def test_probes_of_one_kind_are_told_apart(tiny_cache, tmp_path):
     unigrams = [Unigram(0).fit(tiny_cache) for _ in range(2)]
     found = evaluate(tiny_cache, [*ridges, *saved, *unigrams], split="all", offsets=0)
     for name, told in {
-        "ridge": "alpha=1.0", "ridge 2": "alpha=100000.0", "ridge 4": str(tmp_path / "1"),
-    }.items():  # fmt: skip
+        "ridge": "alpha=1.0",
+        "ridge 2": "alpha=100000.0",
+        "ridge 4": str(tmp_path / "1"),
+    }.items():
         note = next(note for note in found.notes if note.startswith(f"{name} is "))
         assert told in note
         assert tiny_cache.id[:12] in note
