@@ -13,7 +13,7 @@ from ..format.dtypes import LARGEST, ValueRange, choose_dtype
 from ..format.logits_arrays import RECOMPUTE, check_kept_tokens
 from ..format.manifest import SHORT_ID
 from ..head.head import Head
-from ..head.identify_head import SMALL, identify_head, verify_head, with_scaled_tail
+from ..head.identify_head import SMALL_STD, identify_head, scale_to_std, verify_head
 from ..head.program_head import ProgramHead
 from ..head.record_head import record_head
 from ..model.blocks import DecoderBlocks, logits_of, run_model
@@ -179,7 +179,7 @@ def _head_error(
     """Error of the head on other tokens, another shape, and residuals so small that eps matters."""
     hidden, dtype = stack.residuals(fresh)[-1], lowest_dtype(stack.model)
     error = verify_head(head, hidden, logits_of(run_model(stack.model, fresh)), dtype)
-    small = with_scaled_tail(hidden, SMALL)
+    small = scale_to_std(hidden, SMALL_STD)
     tokens = other[: fresh.shape[0], : fresh.shape[1]].contiguous()
     return max(error, verify_head(head, small, stack.tail(small, tokens), dtype))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from residua.cache.checks.model_checks import ModelReport, check_model
-from residua.cache.head.identify_head import SMALL, with_scaled_tail
+from residua.cache.head.identify_head import SMALL_STD, scale_to_std
 from residua.cache.head.load_head import load_head
 
 from ...support.architectures import KINDS, VOCAB, build
@@ -44,9 +44,9 @@ def examined(model: torch.nn.Module) -> ModelReport:
 def check_small_rows(canary: ModelReport, head: Any) -> None:
     """Residual streams so small that eps is most of what the norm divides by."""
     ids = torch.from_numpy(np.random.default_rng(5).integers(3, VOCAB - 1, (2, 29)))
-    for size in (SMALL, 10 * SMALL):
+    for size in (SMALL_STD, 10 * SMALL_STD):
         with torch.inference_mode():
-            hidden = with_scaled_tail(canary.stack.residuals(ids)[-1], size)
+            hidden = scale_to_std(canary.stack.residuals(ids)[-1], size)
             want = canary.stack.tail(hidden, ids).numpy()
         rows = hidden.numpy()
         for got in (head.logits(rows), head.torch()(torch.from_numpy(rows)).numpy()):

@@ -16,7 +16,7 @@ from residua.cache.head.load_head import load_head
 from residua.cache.head.operations import OPS, NumpyOperations, TorchOperations
 from residua.cache.head.program import Node, Program
 from residua.cache.head.program_head import ProgramHead
-from residua.cache.head.record_head import NAMES, SHAPES, generalize, record_program
+from residua.cache.head.record_head import NAMES, SHAPES, merge_recordings, record_program
 
 WIDTH = 8
 GENERATOR = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def program_of(
     function: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[Program, dict[str, torch.Tensor]]:
     inputs = [torch.randn(*shape, WIDTH, generator=GENERATOR) for shape in SHAPES]
-    return generalize([record_program(function, x) for x in inputs], SHAPES)
+    return merge_recordings([record_program(function, x) for x in inputs], SHAPES)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
