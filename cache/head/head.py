@@ -32,8 +32,7 @@ TENSORS = ("norm_weight", "norm_bias", "unembedding", "bias")
 
 @dataclass(frozen=True)
 class Head:
-    """Head of a model: maps the residual stream of layer L, `(..., d_model)`, to logits
-    `(..., vocab)`."""
+    """A head by formula: maps residuals of layer L, `(..., d_model)`, to logits `(..., vocab)`."""
 
     norm: str
     """One of `NORMS`."""
@@ -126,8 +125,7 @@ class Head:
         save_head(folder, {"kind": self.kind, **self._spec()}, arrays, tensors)
 
     def with_vocab(self, vocab: int) -> "Head":
-        """The head of the first `vocab` tokens, for models that drop padding rows of the
-        unembedding."""
+        """Keep the first `vocab` rows of the unembedding: models may drop padding rows."""
         return replace(self, unembedding=self.unembedding[:vocab], bias=self.bias[:vocab])
 
 

@@ -51,7 +51,7 @@ class PartWriter:
                     for folder in reversed(path.parents[: array.ndim]):
                         folder.mkdir(exist_ok=True)
                 rows = self.stop - self.start
-                self._shards[key] = shard_writer_for(path, array.layout, rows, make=False)
+                self._shards[key] = shard_writer_for(path, array.layout, rows, make_folders=False)
         except BaseException:
             self._abandon()
             raise

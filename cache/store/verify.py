@@ -123,7 +123,7 @@ def _check_shard(path: Path, shard: _Shard) -> Iterator[Damage]:
         return Damage(file, message, shard.array, start, stop)
 
     try:
-        damaged, combined = array.shard(shard.number).check(last - first)
+        damaged, combined = array.shard(shard.number).damaged_chunks(last - first)
     except CorruptError as error:
         yield damage(str(error))
         return

@@ -17,10 +17,11 @@ from residua.cache.errors import CorruptError, UsageError
 from residua.cache.extraction.answer_request import answer_request, estimate_request, find_match
 from residua.cache.extraction.repair import repair
 from residua.cache.extraction.request import ExtractionRequest
-from residua.cache.format import compressed_shard as packed
+from residua.cache.format import compressed_shard
 from residua.cache.format.array import CacheArray
 from residua.cache.format.array_writer import create_residual
-from residua.cache.format.compressed_shard import RECENT, Recent, shard_writer_for
+from residua.cache.format.chunk_cache import ChunkCache
+from residua.cache.format.compressed_shard import DECODED_CHUNKS, shard_writer_for
 from residua.cache.format.compression import compress_chunk, decompress, shuffle_bytes
 from residua.cache.format.dtypes import encode_rows
 from residua.cache.format.layout import ArrayLayout, Layout
@@ -53,7 +54,7 @@ def write(store: Path, dtype: str, rows: np.ndarray, codec: str, order: list[int
         start, stop = LAYOUT.rows(part, len(rows))
         path = store / "residual/0" / layout.shard_key(part)
         path.parent.mkdir(parents=True)
-        writer = shard_writer_for(path, layout, stop - start, make=False)
+        writer = shard_writer_for(path, layout, stop - start, make_folders=False)
         steps = range(0, stop - start, 7)
         for step in sorted(steps, key=lambda row: order[row // 7 % len(order)]):
             writer.write(step, rows[start + step : min(start + step + 7, stop)])
@@ -143,7 +144,7 @@ def test_any_flipped_byte_of_a_shard_is_found(tmp_path: Path) -> None:
                 fresh.read(0, 1)
             continue
         chunk = int(np.searchsorted(ends, place, "right"))
-        assert fresh.shard(0).check(128)[0] == [chunk]
+        assert fresh.shard(0).damaged_chunks(128)[0] == [chunk]
         with pytest.raises(CorruptError, match="do not match their checksum"):
             fresh.take(np.array([chunk * 32 + 5]))
         other = (chunk + 1) % 4 * 32
@@ -164,29 +165,31 @@ def test_decoded_chunks_take_bounded_memory(
     rows = stored_rows("float32")
     write(tmp_path, "float32", rows, "compact", [0])
     chunk = 32 * WIDTH * 4
-    small = Recent(3 * chunk)
-    monkeypatch.setattr(packed, "RECENT", small)
+    small = ChunkCache(3 * chunk)
+    monkeypatch.setattr(compressed_shard, "DECODED_CHUNKS", small)
     arrays = [CacheArray(tmp_path / "residual/0") for _ in range(3)]
     for _ in range(2):
         for array in arrays:
             np.testing.assert_array_equal(array[:], rows)
-            assert small.bytes == sum(a.nbytes for a in small._held.values()) <= 3 * chunk
+            assert small.nbytes == sum(a.nbytes for a in small._chunks.values()) <= 3 * chunk
     calls: list[int] = []
-    monkeypatch.setattr(packed, "unpack", lambda p, out: (calls.append(1), decompress(p, out)))
+    monkeypatch.setattr(
+        compressed_shard, "decompress", lambda p, out: (calls.append(1), decompress(p, out))
+    )
     fresh = CacheArray(tmp_path / "residual/0")
     for row in range(0, 96, 4):  # three chunks, in small steps
         fresh.read(row, row + 4)
     assert len(calls) == 3
     fresh.take(np.random.default_rng(1).integers(0, ROWS, 200))
     assert len(calls) <= 3 + 10
-    assert RECENT is not small
+    assert DECODED_CHUNKS is not small
 
 
 def test_a_writer_holds_what_waits_compressed(tmp_path: Path) -> None:
     layout = create_residual(tmp_path, 0, 128, WIDTH, "float16", LAYOUT, "compact")
     rows = np.ones((128, WIDTH), np.float16)
     writer = shard_writer_for(tmp_path / "residual/0/c/0/0", layout, 128)
-    assert isinstance(writer, packed.CompressedShardWriter)
+    assert isinstance(writer, compressed_shard.CompressedShardWriter)
     writer.write(32, rows[32:])
     assert (sorted(writer._waiting), list(writer._buffers)) == ([1, 2, 3], [])
     assert sum(map(len, writer._waiting.values())) < rows[32:].nbytes
