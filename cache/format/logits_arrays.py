@@ -57,7 +57,7 @@ class TopK:
     values: "dask.array.Array"
     """Logits of the tokens `ids`, `(positions, K)` float32."""
     logsumexp: "dask.array.Array"
-    """Log-sum-exp over the whole vocabulary, `(positions,)` float32; log p = `values - logsumexp`."""
+    """Log-sum-exp over the whole vocabulary, `(positions,)`; log p is `values - logsumexp`."""
     tail: "dask.array.Array"
     """Probability of all other tokens together, `(positions,)` float32."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from residua.cache.errors import LeaseLostError
-from residua.cache.files import object_leases as objectlease
+from residua.cache.files import object_leases
 from residua.cache.files.leases import hold_lock, lease_holder, lease_part
 from residua.cache.files.object_leases import ObjectLease
 from residua.cache.files.paths import as_path, list_folder, write_object
@@ -18,9 +18,9 @@ from residua.cache.files.paths import as_path, list_folder, write_object
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The leases of a cache; they live for half a second."""
-    monkeypatch.setattr(objectlease, "EXPIRY", 0.5)
-    monkeypatch.setattr(objectlease, "BEAT", 0.05)
-    monkeypatch.setattr(objectlease, "SURE", 0.2)
+    monkeypatch.setattr(object_leases, "EXPIRY_SECONDS", 0.5)
+    monkeypatch.setattr(object_leases, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(object_leases, "TRUST_SECONDS", 0.2)
     return as_path(f"memory://leases/{uuid.uuid4().hex}")
 
 
@@ -82,7 +82,7 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(folder: Path) -> Non
 
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    stranger(folder, 0, pid=child.pid, machine=objectlease._myself()["machine"])
+    stranger(folder, 0, pid=child.pid, machine=object_leases._this_process()["machine"])
     assert acquired(folder, 0)
 
 
@@ -111,7 +111,9 @@ def test_what_was_seen_dead_but_is_held_anew_is_left_alone(
 ) -> None:
     """Between the look and the taking, the dead lease was released and another one taken."""
     stranger(folder, 0)
-    monkeypatch.setattr(objectlease, "_is_dead", lambda path, said: stranger(folder, 0) is not None)
+    monkeypatch.setattr(
+        object_leases, "_is_dead", lambda path, holder: stranger(folder, 0) is not None
+    )
     assert not acquired(folder, 0)
     assert [path.name for path in list_folder(folder)] == ["00000000.1.json"]
 
