@@ -87,7 +87,7 @@ class CacheArray:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Read rows `start:stop`, `(stop - start, ...)`; floats come as float32."""
-        if not self.layout.ours:
+        if not self.layout.is_native:
             return decode_rows(self.read_stored(start, stop), self.layout.logical_dtype)
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         self._read_into(start, stop, out)
@@ -97,7 +97,7 @@ class CacheArray:
         """Read rows `start:stop` in the stored dtype (bfloat16 as uint16), into `out` if given."""
         if out is None:
             out = np.empty((stop - start, *self.shape[1:]), self._stored)
-        if self.layout.ours:
+        if self.layout.is_native:
             self._read_into(start, stop, out)
         else:
             rows = self.layout.shard_rows
@@ -142,7 +142,7 @@ class CacheArray:
         if not rows.size:
             return np.empty((0, *self.shape[1:]), self._stored)
         # Raw chunks on disk are indexed through their maps, others decoded or fetched whole.
-        if not self.layout.ours:
+        if not self.layout.is_native:
             self._check_committed(np.unique(rows // self.layout.shard_rows).tolist())
             return np.asarray(self._open_zarr().oindex[rows])
         is_mapped = self.layout.raw and not self._remote

@@ -122,7 +122,7 @@ class ArrayLayout:
     """True if chunks are those of `compression.compress_chunk` with a crc32c."""
 
     @property
-    def ours(self) -> bool:
+    def is_native(self) -> bool:
         """Whether residua reads the shards without zarr."""
         return self.raw or self.compact
 
