@@ -21,7 +21,7 @@ import numpy as np
 import residua
 from residua.cache.format.array import CacheArray
 from residua.cache.format.array_writer import create_residual
-from residua.cache.format.compressed_shard import RECENT, shard_writer_for
+from residua.cache.format.compressed_shard import DECODED_CHUNKS, shard_writer_for
 from residua.cache.format.dtypes import encode_rows
 from residua.cache.format.layout import Layout
 from residua.sample import MODEL_DIR, TEXT_PATH
@@ -85,7 +85,7 @@ def measure(folder: Path, values: np.ndarray, dtype: str, rounds: int) -> None:
             book(f"write {codec}", lambda s=store, c=codec: write(s, rows, dtype, layout, c))
             path = store / "residual/0"
             array = CacheArray(path)
-            RECENT.limit = 8 << 20  # nothing of one epoch is left for the next
+            DECODED_CHUNKS.max_bytes = 8 << 20  # nothing of one epoch is left for the next
             book(f"read {codec}", lambda a=array: steps(a.read_stored, len(rows)))
             api = through_zarr(path)
             book(f"zarr {codec}", lambda r=api: steps(r, len(rows)))

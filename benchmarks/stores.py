@@ -66,9 +66,9 @@ def reads(root: Path, args: argparse.Namespace) -> None:
     starts = range(0, args.positions, step)
 
     def ours() -> None:
-        from residua.cache.format import remote_shard as remoteshard
+        from residua.cache.format.remote_shard import FETCHED_CHUNKS
 
-        remoteshard.forget()
+        FETCHED_CHUNKS.clear()
         array = ActivationCache(path).residual_array(0)
         for start in starts:
             array[start : start + step]

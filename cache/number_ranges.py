@@ -1,4 +1,8 @@
-"""Lists of whole numbers as people give them: `0-4, 6`, Python's ints, numpy's arrays."""
+"""Whole numbers as users write them: `0-4, 6`, one int, lists of ints, numpy arrays.
+
+`format_ranges` and `parse_ranges` are for messages and command-line options (layers, offsets);
+`as_tuple` and `as_whole_number` normalize arguments of public functions.
+"""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -8,18 +12,18 @@ from .errors import InputTypeError
 
 
 def format_ranges(numbers: Sequence[int]) -> str:
-    """`0-4, 6` for 0, 1, 2, 3, 4, 6."""
+    """Format ascending `numbers` as ranges: `0-4, 6` for 0, 1, 2, 3, 4, 6; `none` for no number."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][1] == number - 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+    return ", ".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in runs) or "none"
 
 
 def parse_ranges(text: str) -> tuple[int, ...]:
-    """The numbers of `0-3`, `0,2,5` or `4`, sorted; raises `ValueError`."""
+    """Parse `0-3`, `0,2,5` or `4` into ascending numbers; raises `ValueError` for other text."""
     numbers: set[int] = set()
     for piece in text.split(","):
         first, _, last = piece.strip().partition("-")
@@ -28,19 +32,19 @@ def parse_ranges(text: str) -> tuple[int, ...]:
 
 
 def as_tuple(value: Any, name: str = "numbers") -> tuple[int, ...]:
-    """A tuple of ints of one whole number or several, Python's or numpy's.
+    """Convert one whole number or several, of Python or numpy, to a tuple of ints.
 
-    Raises `InputTypeError` for anything else: a fraction, a mask, a string. `name` is the
-    parameter's.
+    Raises `InputTypeError` for any other value: a fraction, a mask, a string. `name` is the
+    parameter that the error names.
     """
     try:
         if isinstance(value, str | bytes):
             raise TypeError
-        given = list(value) if is_several(value) else [value]
-        # numpy has bools of its own, which some of its versions take for an index.
-        if any(type(item).__name__ in ("bool", "bool_") for item in given):
+        items = list(value) if is_several(value) else [value]
+        # By name: numpy has bools of its own, which some of its versions take for an index.
+        if any(type(item).__name__ in ("bool", "bool_") for item in items):
             raise TypeError
-        return tuple(operator.index(item) for item in given)
+        return tuple(operator.index(item) for item in items)
     except TypeError:
         raise InputTypeError(
             f"{name} must be a whole number or several, such as 3 or [0, 3], not {value!r}"
@@ -48,13 +52,16 @@ def as_tuple(value: Any, name: str = "numbers") -> tuple[int, ...]:
 
 
 def as_whole_number(value: Any, name: str) -> int:
-    """One whole number, Python's or numpy's; raises `InputTypeError` for anything else."""
+    """Convert one whole number, of Python or numpy, to an int.
+
+    Raises `InputTypeError` for any other value; `name` is the parameter that the error names.
+    """
     if is_several(value):
         raise InputTypeError(f"{name} must be one whole number, not {value!r}")
     return as_tuple(value, name)[0]
 
 
 def is_several(value: Any) -> bool:
-    """Whether `value` is a list of numbers, of whatever type, and no single one."""
-    # An array without a dimension calls itself iterable.
+    """Whether `value` is iterable (list, tuple, array, range) rather than a single number."""
+    # numpy arrays without a dimension are iterable by type.
     return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0

@@ -18,7 +18,7 @@ from ..format.dtypes import LARGEST, ValueRange, choose_dtype
 from ..format.logits_arrays import RECOMPUTE, check_kept_tokens
 from ..format.manifest import SHORT_ID
 from ..head.head import Head
-from ..head.identify_head import SMALL, identify_head, verify_head, with_scaled_tail
+from ..head.identify_head import SMALL_STD, identify_head, scale_to_std, verify_head
 from ..head.program_head import ProgramHead
 from ..head.record_head import record_head
 from ..model.blocks import DecoderBlocks, logits_of, run_model
@@ -297,7 +297,7 @@ def _head_error(head: Head, stack: DecoderBlocks, tokens: CheckTokens) -> float:
     logits = logits_of(run_model(stack.model, tokens.held_out))
     error = verify_head(head, hidden, logits, dtype)
 
-    small_hidden = with_scaled_tail(hidden, SMALL)
+    small_hidden = scale_to_std(hidden, SMALL_STD)
     rows, length = tokens.held_out.shape
     tail_tokens = tokens.random[:rows, :length].contiguous()
     small_logits = stack.tail(small_hidden, tail_tokens)

@@ -1,4 +1,8 @@
-"""Columns of numbers that do not stay in memory: written in blocks, read on slicing."""
+"""Columns of numbers longer than memory: appended or computed in blocks, read by slices.
+
+Tokenization appends token ids and sequence data to `DiskColumn`s (`cache/tokens`); derived columns
+are `ComputedColumn`s; `write_table` stores either in the cache.
+"""
 
 import os
 import tempfile
@@ -14,11 +18,14 @@ from .disk_errors import disk_errors
 from .paths import is_remote
 
 BLOCK = 1 << 18
-"""Numbers that one read or write moves, and that a column keeps in memory."""
+"""Numbers of one read or write, and of the part of a column in memory."""
 
 
 class NumberColumn(Protocol):
-    """What is read by slices: an array, a `Column`, a `ComputedColumn` one or one of a cache."""
+    """Numbers, `(n,)`, that are read by slices.
+
+    A numpy array, a `DiskColumn`, a `ComputedColumn`, or a `CacheArray`.
+    """
 
     @property
     def dtype(self) -> Any: ...
@@ -29,80 +36,87 @@ class NumberColumn(Protocol):
 
 
 class DiskColumn:
-    """Numbers of one dtype, `(n,)`, appended in order; beyond `BLOCK` they lie in a file.
+    """Numbers of one dtype, `(n,)`, appended in order; beyond `BLOCK` numbers they lie in a file.
 
-    The file is in `folder`, by default the system's for temporary files. It has no name and ends
-    with the column or the process, even a killed one. A full disk raises `NoSpaceError`.
+    The temporary file is in `folder`, by default the system's folder for such files. The file has
+    no name, and disappears with the column or the process, even a killed process. A full disk
+    raises `NoSpaceError`.
     """
 
     def __init__(self, dtype: Any, folder: Path | None = None) -> None:
         self.dtype = np.dtype(dtype)
         self._folder = Path(tempfile.gettempdir()) if folder is None else folder
         self._file: BinaryIO | None = None
-        self._filed = 0
-        self._tail = np.empty(BLOCK, self.dtype)
-        self._held = 0
+        # The column is `_file_length` numbers in the file, then `_buffer[:_buffer_length]`.
+        self._file_length = 0
+        self._buffer = np.empty(BLOCK, self.dtype)
+        self._buffer_length = 0
 
     def __len__(self) -> int:
-        return self._filed + self._held
+        return self._file_length + self._buffer_length
 
     def append(self, values: np.ndarray) -> None:
-        """Put `values`, `(n,)`, at the end."""
+        """Append `values`, `(n,)`."""
         done = 0
         while done < len(values):
-            take = min(len(values) - done, BLOCK - self._held)
-            self._tail[self._held : self._held + take] = values[done : done + take]
-            self._held += take
-            done += take
-            if self._held == BLOCK:
-                self._spill()
+            count = min(len(values) - done, BLOCK - self._buffer_length)
+            end = self._buffer_length + count
+            self._buffer[self._buffer_length : end] = values[done : done + count]
+            self._buffer_length = end
+            done += count
+            if self._buffer_length == BLOCK:
+                self._write_buffer()
 
-    def _spill(self) -> None:
+    def _write_buffer(self) -> None:
+        """Move the full buffer to the file."""
         with disk_errors(self._folder):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (next line)
                 weakref.finalize(self, self._file.close)
-            self._file.write(self._tail.data)
+            self._file.write(self._buffer.data)
             self._file.flush()
-        self._filed += self._held
-        self._held = 0
+        self._file_length += self._buffer_length
+        self._buffer_length = 0
 
     def shorten(self, count: int) -> None:
-        """Keep the first `count` numbers."""
-        filed = min(self._filed, count // BLOCK * BLOCK)
-        rest = self[filed:count]
-        self._tail[: len(rest)] = rest
-        self._filed, self._held = filed, len(rest)
+        """Remove all numbers but the first `count`."""
+        # Whole blocks stay in the file, the remaining numbers move to the buffer.
+        file_length = min(self._file_length, count // BLOCK * BLOCK)
+        remaining = self[file_length:count]
+        self._buffer[: len(remaining)] = remaining
+        self._file_length, self._buffer_length = file_length, len(remaining)
         if self._file is not None:
-            self._file.seek(filed * self.dtype.itemsize)
+            self._file.seek(file_length * self.dtype.itemsize)
 
     def __getitem__(self, key: slice) -> np.ndarray:
+        """Read a slice, from the file and then from the buffer."""
         start, stop, step = key.indices(len(self))
         out = np.empty(max(0, stop - start), self.dtype)
-        filed = max(0, min(stop, self._filed) - start)
-        if filed:
-            self._read(out[:filed], start)
-        if filed < len(out):
-            first = start + filed - self._filed
-            out[filed:] = self._tail[first : first + len(out) - filed]
+        from_file = max(0, min(stop, self._file_length) - start)
+        if from_file:
+            self._read_file(out[:from_file], start)
+        if from_file < len(out):
+            first = start + from_file - self._file_length
+            out[from_file:] = self._buffer[first : first + len(out) - from_file]
         return out[::step]
 
-    def _read(self, out: np.ndarray, start: int) -> None:
+    def _read_file(self, out: np.ndarray, start: int) -> None:
+        """Fill `out` with the numbers of the file from number `start` on."""
         assert self._file is not None
         data, done = out.data.cast("B"), 0
         while done < len(data):
-            place = start * self.dtype.itemsize + done
-            done += os.preadv(self._file.fileno(), [data[done:]], place)
+            offset = start * self.dtype.itemsize + done
+            done += os.preadv(self._file.fileno(), [data[done:]], offset)
 
 
 @dataclass(frozen=True)
 class ComputedColumn:
-    """Numbers, `(n,)`, that are worked out when a slice of them is read."""
+    """Numbers, `(n,)`, that are computed when a slice of them is read."""
 
     length: int
     dtype: np.dtype
     read: Callable[[int, int], np.ndarray]
-    """Gives the numbers from a start to an end."""
+    """`read(start, stop)` computes the numbers `start:stop`."""
 
     def __len__(self) -> int:
         return self.length
@@ -115,33 +129,34 @@ class ComputedColumn:
 def row_blocks(
     values: NumberColumn, start: int = 0, stop: int | None = None
 ) -> Iterator[np.ndarray]:
-    """`values[start:stop]` in blocks of at most `BLOCK`."""
+    """Yield `values[start:stop]` in blocks of at most `BLOCK` numbers."""
     stop = len(values) if stop is None else stop
     for first in range(start, stop, BLOCK):
         yield values[first : min(first + BLOCK, stop)]
 
 
-def take_rows(values: NumberColumn, places: np.ndarray) -> np.ndarray:
-    """The numbers at `places`, which ascend; reads blocks of at most `BLOCK`."""
-    out = np.empty(len(places), values.dtype)
+def take_rows(values: NumberColumn, indices: np.ndarray) -> np.ndarray:
+    """Read `values[indices]` for ascending `indices`, in blocks of at most `BLOCK` numbers."""
+    out = np.empty(len(indices), values.dtype)
     done = 0
-    while done < len(places):
-        first = int(places[done])
-        stop = int(np.searchsorted(places, first + BLOCK))
-        block = values[first : int(places[stop - 1]) + 1]
-        out[done:stop] = block[places[done:stop] - first]
+    while done < len(indices):
+        # One block covers all indices less than `BLOCK` beyond the next one.
+        first = int(indices[done])
+        stop = int(np.searchsorted(indices, first + BLOCK))
+        block = values[first : int(indices[stop - 1]) + 1]
+        out[done:stop] = block[indices[done:stop] - first]
         done = stop
     return out
 
 
 def scratch_folder(root: Path) -> Path | None:
-    """Where temporary files go: beside the caches under `root`, where there is a disk for them.
+    """The folder for temporary files of caches under `root`, on the same disk.
 
-    None, the system's folder for temporary files, where nothing there can be written, or where
-    they lie in an object store.
+    None, for the system's folder for temporary files, if `root` is in an object store or no folder
+    of that disk is writable.
     """
     if is_remote(root):
         return None
     existing = next((f for f in (root, *root.absolute().parents) if f.is_dir()), None)
-    usable = existing is not None and os.access(existing, os.W_OK | os.X_OK)
-    return existing if usable else None
+    is_writable = existing is not None and os.access(existing, os.W_OK | os.X_OK)
+    return existing if is_writable else None

@@ -1,4 +1,9 @@
-"""Canonical JSON files that carry their own digest and are written atomically."""
+"""Canonical JSON files with their own digest, and durable, atomic writing of files.
+
+`write_json` and `read_json` are for all files of the format (manifest, journal, head, moments);
+`plain_value` and `json_digest` serve identities and results elsewhere. cache/README.md, *JSON
+files* and *Crashes*, has the format.
+"""
 
 import hashlib
 import json
@@ -14,10 +19,11 @@ from ..errors import CorruptError, NotFoundError
 from .paths import create_object, is_remote, write_object
 
 DIGEST_KEY = "sha256"
+"""Key of the digest in a file: hex sha256 of the canonical JSON of the object without the key."""
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and no white space, UTF-8: equal values give equal bytes."""
+    """Encode `value` as JSON with sorted keys and no white space: equal values, equal bytes."""
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
@@ -25,9 +31,9 @@ def canonical_json(value: Any) -> bytes:
 
 
 def plain_value(value: Any) -> Any:
-    """`value` as JSON has it (RFC 8259): numpy's numbers and arrays, tuples and paths converted.
+    """Convert `value` to types of JSON: numpy's numbers and arrays, tuples, sets and paths too.
 
-    NaN and the infinities, for which JSON has no word, become None.
+    NaN and the infinities, which JSON (RFC 8259) lacks, become None.
     """
     if isinstance(value, np.ndarray | np.generic):
         return plain_value(value.tolist())
@@ -41,7 +47,7 @@ def plain_value(value: Any) -> Any:
 
 
 def plain_key(key: Any) -> Any:
-    """A key of a JSON object: numpy's numbers as Python's, whose JSON is the same word."""
+    """Convert a key of a JSON object: numpy's numbers to Python's, which JSON writes alike."""
     return key.item() if isinstance(key, np.generic) else key
 
 
@@ -51,10 +57,10 @@ def json_digest(value: Any) -> str:
 
 
 def write_json(path: Path, value: dict[str, Any], new: bool = False) -> None:
-    """Write `value` with its digest: temporary file, fsync, rename, fsync of the folder.
+    """Write `value` with its digest, atomically and durably.
 
-    An object of a store is written at once; if it is to be `new`, one that is there already
-    raises `FileExistsError`.
+    With `new`, an object that exists in an object store raises `FileExistsError`; on disk a lease
+    excludes other writers.
     """
     data = canonical_json({**value, DIGEST_KEY: json_digest(value)}) + b"\n"
     if new and is_remote(path):
@@ -64,7 +70,10 @@ def write_json(path: Path, value: dict[str, Any], new: bool = False) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of `write_json`; any changed byte raises `CorruptError`."""
+    """Read a file of `write_json`, without the digest.
+
+    Raises `NotFoundError` for a missing file, and `CorruptError` if a byte was changed.
+    """
     try:
         return parse_json(path.read_bytes(), path)
     except FileNotFoundError:
@@ -72,20 +81,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
-    """The value of the bytes of the file `path`; raises as `read_json` does."""
+    """Parse the bytes of the file `path` of `write_json`; raises `CorruptError` as `read_json`."""
     try:
         value = json.loads(raw)
         value.pop(DIGEST_KEY)
-        whole = canonical_json({**value, DIGEST_KEY: json_digest(value)}) + b"\n"
+        expected = canonical_json({**value, DIGEST_KEY: json_digest(value)}) + b"\n"
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CorruptError(f"{path} is not a file of this cache format: {error}") from None
-    if raw != whole:
+    if raw != expected:
         raise CorruptError(f"{path} was changed after it was written (digest differs)")
     return value
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Readers see the old file or the whole new one, also after a power cut."""
+    """Write `path` so that readers see the old file or the whole new one, even after a power cut.
+
+    Temporary file, fsync, rename, fsync of the folder; a remote object is written at once.
+    """
     if is_remote(path):
         write_object(path, data)
         return
@@ -97,14 +109,14 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        # On a full disk the beginning of a file would take what space is left.
+        # On a full disk the unfinished file would take the remaining space.
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` (or the bytes of a file) durable; object stores do so alone."""
+    """Make a rename in `folder`, or the bytes of a file, durable; nothing to do in a store."""
     if is_remote(folder):
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -115,20 +127,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make all files and folders in `folder`, and itself, durable."""
+    """Make `folder` and all files and folders in it durable."""
     for path in (*folder.rglob("*"), folder):
         sync_folder(path)
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and what is missing above it, durably: a power cut takes no name away."""
+    """Make `folder` and missing folders above it, durably: names survive a power cut."""
     if is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
         return
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        with suppress(PermissionError):  # a folder that lets us make others, but not look
+        with suppress(PermissionError):  # a folder in which we may write but not read
             sync_folder(path.parent)
 
 

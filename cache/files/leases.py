@@ -1,6 +1,10 @@
-"""Leases: who works on which part, by file locks that the kernel drops when a process dies.
+"""Leases: which process may write a part of a cache, or change the cache as a whole.
 
-In an object store, which has no locks, by objects that expire (`objectlease`).
+On disk a lease is a file under `leases/`, locked with flock: the kernel drops the lock when its
+process ends in any way, so a lock never has to expire and is never taken over. The file names the
+holder, for messages alone, and stays. In an object store, which has no locks, a lease is an object
+that expires (`object_leases.py`), so a holder must `check` it before every commit. Extraction,
+repair and growth take the lease of a part by `lease_part`; creation and new layers use `hold_lock`.
 """
 
 import fcntl
@@ -17,56 +21,57 @@ from .object_leases import object_lease, object_lease_holder
 from .paths import is_remote
 
 WAIT_SECONDS = 0.2
-"""Pause between looks at a lease in an object store that another worker has."""
+"""Pause between two attempts to take a lease in an object store."""
 
 
 class Lease(Protocol):
-    """A lease that is held."""
+    """A lease that this process holds: a `FileLease` or an `ObjectLease`."""
 
     def check(self) -> None:
-        """Raise `LeaseLostError` if another worker took it over meanwhile."""
+        """Raise `LeaseLostError` if another worker took the lease over meanwhile."""
         ...
 
 
 class FileLease:
-    """A lock that the kernel keeps: nobody takes it over."""
+    """A file lock of the kernel, which no other process can take over."""
 
     def check(self) -> None:
-        """It is held as long as the process lives."""
+        """Do nothing: the lock lasts as long as the process or the context."""
 
 
 @contextmanager
 def lease_part(folder: Path, part: int) -> Iterator[Lease | None]:
-    """Hold the lease of `part` within the context; yields None if another process has it.
+    """Hold the lease of `part` within the context; yields None if another process has the lease.
 
-    Raises `UsageError` where the file system has no locks.
+    `folder` is the cache's `leases/`. Raises `UsageError` if the file system has no locks.
     """
     if is_remote(folder):
-        with object_lease(folder, f"{part:08d}") as held:
-            yield held
+        with object_lease(folder, f"{part:08d}") as lease:
+            yield lease
         return
-    descriptor = os.open(_path(folder, part), os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(_lock_file(folder, part), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        mine = try_lock(descriptor)
-        if mine is None:
+        is_locked = try_lock(descriptor)
+        if is_locked is None:
             raise UsageError(
                 f"the file system of {folder} has no file locks, so that two processes could "
                 "write one part; choose a --root on another disk, or mount this one with locks"
             )
-        if mine:
-            _sign(descriptor)
-        yield FileLease() if mine else None
+        if is_locked:
+            _write_holder(descriptor)
+        yield FileLease() if is_locked else None
     finally:
+        # Closing the file drops the lock.
         os.close(descriptor)
 
 
 @contextmanager
 def hold_lock(folder: Path, name: str) -> Iterator[None]:
-    """Hold the lock `name` within the context; waits for a process that has it."""
+    """Hold the lock `name` within the context, after waiting for any process that has the lock."""
     if is_remote(folder):
         while True:
-            with object_lease(folder, name) as held:
-                if held is not None:
+            with object_lease(folder, name) as lease:
+                if lease is not None:
                     yield
                     return
             time.sleep(WAIT_SECONDS)
@@ -79,9 +84,10 @@ def hold_lock(folder: Path, name: str) -> Iterator[None]:
 
 
 def try_lock(descriptor: int) -> bool | None:
-    """Lock an open file or folder; False if another process holds it, None if there are no locks.
+    """Lock an open file or folder without waiting.
 
-    A process that is stopped keeps its locks; one that dies, in whatever way, loses them.
+    Returns False if another process has the lock, None if the file system has no locks. A stopped
+    process keeps its locks; a process that ends, in any way, loses them.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,22 +99,22 @@ def try_lock(descriptor: int) -> bool | None:
 
 
 def lease_holder(folder: Path, part: int) -> str:
-    """Who wrote last into the lease file of `part`, such as `process 12 on host`."""
+    """Process and host of the last holder of the lease of `part`, such as `process 12 on host`."""
     if is_remote(folder):
         return object_lease_holder(folder, f"{part:08d}")
     try:
-        pid, host = _path(folder, part).read_text().split()
+        pid, host = _lock_file(folder, part).read_text().split()
     except (OSError, ValueError):
         return "another process"
     return f"process {pid} on {host}"
 
 
-def _path(folder: Path, part: int) -> Path:
+def _lock_file(folder: Path, part: int) -> Path:
     return folder / f"{part:08d}.lock"
 
 
-def _sign(descriptor: int) -> None:
-    """Write who holds the lease into its file, for people; a full disk does not matter here."""
-    with suppress(OSError):
+def _write_holder(descriptor: int) -> None:
+    """Write process and host into the lock file, for `lease_holder`."""
+    with suppress(OSError):  # a full disk matters to messages alone
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)

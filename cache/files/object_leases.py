@@ -1,9 +1,19 @@
 """Leases in an object store, which has no locks: objects that are created once, and expire.
 
-The lease `00000007` is the object `leases/00000007.<n>.json` with the largest n. Who wants it
-creates the next n, which only one can, once the holder's object is gone or has not changed for
-`EXPIRY` seconds of the watcher's own clock; the holder changes it every `BEAT`. A holder that
-was stopped for long finds that there is a larger n, or that it cannot know, and gives up its part.
+Protocol. The lease `00000007` of a part is the object `leases/00000007.<n>.json` with the largest
+generation n. `leases.py` calls `object_lease` for remote caches.
+
+- *Taking.* A worker creates generation n + 1 by conditional creation, which succeeds for one worker
+  alone, if no generation exists or the holder of generation n is dead. The worker then lists the
+  generations again, and withdraws if its own is not the largest or the holder taken for dead has
+  changed meanwhile.
+- *Living.* The holder rewrites its object every `BEAT_SECONDS` with a growing number of beats.
+- *Dying.* A holder is dead if its process on this machine has ended, or if its object has not
+  changed for `EXPIRY_SECONDS` by the watcher's own clock; clocks are never compared.
+- *Losing.* Before every commit the holder calls `check`. If the last beat is older than
+  `TRUST_SECONDS`, or the lease ended, `check` looks for a larger generation and raises
+  `LeaseLostError`.
+- *Releasing.* The holder removes smaller generations, then its own object.
 """
 
 import json
@@ -22,141 +32,158 @@ from typing import Any
 from ..errors import LeaseLostError
 from .paths import create_object, list_folder, write_object
 
-EXPIRY = 30.0
-"""Seconds without a sign of life after which a lease may be taken over."""
-BEAT = EXPIRY / 6
-"""Seconds between two signs of life."""
-SURE = EXPIRY / 2
-"""Seconds after its last sign of life for which a holder need not look."""
+EXPIRY_SECONDS = 30.0
+"""Time without a beat after which another worker may take a lease over."""
+BEAT_SECONDS = EXPIRY_SECONDS / 6
+"""Time between two beats of a holder."""
+TRUST_SECONDS = EXPIRY_SECONDS / 2
+"""Time after its last beat for which a holder trusts that it still has the lease."""
+
+
+@contextmanager
+def object_lease(folder: Path, name: str) -> Iterator["ObjectLease | None"]:
+    """Hold the lease `name` within the context; yields None if another worker has the lease."""
+    lease = _acquire(folder, name)
+    if lease is None:
+        yield None
+        return
+    beats = threading.Thread(target=lease.keep_alive, daemon=True, name=f"lease {name}")
+    beats.start()
+    try:
+        yield lease
+    finally:
+        lease.release()
+        beats.join()
+
+
+def object_lease_holder(folder: Path, name: str) -> str:
+    """Process and host of the holder of the lease `name`, such as `process 12 on host`."""
+    generations = _generations(folder, name)
+    holder = _read_object(generations[max(generations)]) if generations else None
+    return f"process {holder['pid']} on {holder['host']}" if holder else "another process"
 
 
 @dataclass
 class ObjectLease:
-    """A lease that this process holds, until it says otherwise or is found out to be dead."""
+    """A lease that this process holds until it is released, or taken over after an expiry."""
 
     folder: Path
     name: str
     generation: int
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Random name of this holder."""
     _beats: int = 0
-    _seen: float = field(default_factory=lambda: _now())
+    _last_proof: float = field(default_factory=lambda: _now())
+    """Time at which the lease was certainly held."""
     _ended: threading.Event = field(default_factory=threading.Event)
 
     @property
     def path(self) -> Path:
-        return _path(self.folder, self.name, self.generation)
+        """The object of this generation."""
+        return self.folder / f"{self.name}.{self.generation}.json"
 
     def signature(self) -> bytes:
-        """What the object says now: who holds it, and a number that grows."""
-        who = {"token": self.token, "beats": self._beats, **_myself()}
-        return json.dumps(who, allow_nan=False).encode()
+        """Content of the object: token, number of beats, process and machine of the holder."""
+        content = {"token": self.token, "beats": self._beats, **_this_process()}
+        return json.dumps(content, allow_nan=False).encode()
 
     def check(self) -> None:
         """Raise `LeaseLostError` unless this process still holds the lease."""
-        if _now() - self._seen < SURE and not self._ended.is_set():
+        if _now() - self._last_proof < TRUST_SECONDS and not self._ended.is_set():
             return
-        found = _generations(self.folder, self.name)
-        top = max(found, default=0)
-        if top != self.generation or _token(_read(found[top])) != self.token:
+        generations = _generations(self.folder, self.name)
+        largest = max(generations, default=0)
+        is_holder = (
+            largest == self.generation
+            and _token_of(_read_object(generations[largest])) == self.token
+        )
+        if not is_holder:
             raise LeaseLostError(
                 f"another worker took {self.path.name} over, as this one gave no sign of life for "
-                f"{EXPIRY:.0f} seconds"
+                f"{EXPIRY_SECONDS:.0f} seconds"
             )
-        self._seen = _now()
+        self._last_proof = _now()
 
-    def keep(self) -> None:
-        """Give signs of life until `release`; run by a thread."""
-        while not self._ended.wait(BEAT):
+    def keep_alive(self) -> None:
+        """Write a beat every `BEAT_SECONDS` until the release; runs in a thread."""
+        while not self._ended.wait(BEAT_SECONDS):
             before = _now()
-            with suppress(Exception):  # a store that does not answer is found out by `check`
+            with suppress(Exception):  # if the store does not answer, `check` will notice
                 self.check()
                 self._beats += 1
                 write_object(self.path, self.signature())
-                self._seen = before
+                self._last_proof = before
 
     def release(self) -> None:
-        """Let others have it at once; what dead holders left goes too."""
-        with suppress(Exception):  # else it expires
+        """Free the lease at once; objects of dead holders are removed too."""
+        with suppress(Exception):  # an object that cannot be removed expires
             for generation, path in sorted(_generations(self.folder, self.name).items()):
                 if generation < self.generation:
                     path.unlink(missing_ok=True)
         self.drop()
 
     def drop(self) -> None:
-        """Remove this holder's own object, and no other."""
+        """End the beats and remove this holder's object, unless another holder replaced it."""
         self._ended.set()
         with suppress(Exception):
-            if _token(_read(self.path)) == self.token:
+            if _token_of(_read_object(self.path)) == self.token:
                 self.path.unlink(missing_ok=True)
 
 
-@contextmanager
-def object_lease(folder: Path, name: str) -> Iterator[ObjectLease | None]:
-    """Hold the lease `name` within the context; yields None if another worker has it."""
-    held = _acquire(folder, name)
-    if held is None:
-        yield None
-        return
-    beat = threading.Thread(target=held.keep, daemon=True, name=f"lease {name}")
-    beat.start()
-    try:
-        yield held
-    finally:
-        held.release()
-        beat.join()
-
-
 def _acquire(folder: Path, name: str) -> ObjectLease | None:
-    found = _generations(folder, name)
-    top = max(found, default=0)
-    before = _read(found[top]) if top else None
-    if before is not None and not _is_dead(found[top], before):
+    """Take the lease `name`; None if another worker has it or is faster."""
+    # Look: is the largest generation alive?
+    generations = _generations(folder, name)
+    largest = max(generations, default=0)
+    holder = _read_object(generations[largest]) if largest else None
+    if holder is not None and not _is_dead(generations[largest], holder):
         return None
-    lease = ObjectLease(folder, name, top + 1)
+
+    # Take: only one worker can create the next generation.
+    lease = ObjectLease(folder, name, largest + 1)
     try:
         create_object(lease.path, lease.signature())
     except FileExistsError:
         return None
-    # What was seen as dead may have been released and taken anew before ours was made.
-    now = _generations(folder, name)
-    stale = top and (top not in now or _token(_read(now[top])) != _token(before))
-    if max(now, default=0) != lease.generation or stale:
+
+    # Look again: the dead lease may have been released and taken anew before ours was created.
+    generations = _generations(folder, name)
+    has_changed = largest and (
+        largest not in generations
+        or _token_of(_read_object(generations[largest])) != _token_of(holder)
+    )
+    if max(generations, default=0) != lease.generation or has_changed:
         lease.drop()
         return None
     return lease
 
 
-def object_lease_holder(folder: Path, name: str) -> str:
-    """Who holds the lease `name`, such as `process 12 on host`."""
-    found = _generations(folder, name)
-    who = _read(found[max(found)]) if found else None
-    return f"process {who['pid']} on {who['host']}" if who else "another process"
+_last_changes: dict[str, tuple[Any, float]] = {}
+"""Path of another worker's lease object -> its last content, and when this process first saw it."""
 
 
-_watched: dict[str, tuple[Any, float]] = {}
-"""Leases of others: what their objects said last, and since when, by this process's clock."""
-
-
-def _is_dead(path: Path, said: dict[str, Any]) -> bool:
-    """Whether the holder is a dead process of this machine, or silent for too long."""
-    mine = _myself()
-    if said.get("machine") == mine["machine"] and said.get("machine"):
+def _is_dead(path: Path, holder: dict[str, Any]) -> bool:
+    """Whether the holder of the lease object `path` has ended or was silent for too long."""
+    # A process of this machine can be asked for directly.
+    this_process = _this_process()
+    if holder.get("machine") == this_process["machine"] and holder.get("machine"):
         try:
-            os.kill(int(said["pid"]), 0)
+            os.kill(int(holder["pid"]), 0)
         except ProcessLookupError:
             return True
         except (OSError, ValueError):
             pass
-    state = said.get("token"), said.get("beats")
-    known, since = _watched.get(str(path), (None, 0.0))
-    if known != state:
-        _watched[str(path)] = state, _now()
+    # Of others, measure how long the object has not changed.
+    content = holder.get("token"), holder.get("beats")
+    last_content, since = _last_changes.get(str(path), (None, 0.0))
+    if last_content != content:
+        _last_changes[str(path)] = content, _now()
         return False
-    return _now() - since > EXPIRY
+    return _now() - since > EXPIRY_SECONDS
 
 
-def _myself() -> dict[str, Any]:
-    """This process; `machine` differs after a restart and between containers."""
+def _this_process() -> dict[str, Any]:
+    """Process id, host and machine; `machine` differs after a restart and between containers."""
     machine = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -165,34 +192,31 @@ def _myself() -> dict[str, Any]:
 
 
 def _generations(folder: Path, name: str) -> dict[int, Path]:
-    """The objects of the lease `name` by their n."""
-    found = {}
+    """Generation n -> object, for the lease `name`."""
+    generations = {}
     for path in list_folder(folder):
         if match := re.fullmatch(re.escape(name) + r"\.(\d+)\.json", path.name):
-            found[int(match[1])] = path
-    return found
+            generations[int(match[1])] = path
+    return generations
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """What a lease object says; None if it is gone, nothing of use if it is not ours."""
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """Content of a lease object; None if the object is gone, empty if it is not a lease."""
     try:
-        value = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _token_of(content: dict[str, Any] | None) -> Any:
+    """Token in the content of a lease object; None without."""
+    return (content or {}).get("token")
 
 
 def _now() -> float:
-    """Seconds of a clock that goes on while the machine sleeps, where there is one."""
+    """Seconds of a clock that also runs while the machine sleeps, if the system has one."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)
-
-
-def _token(said: dict[str, Any] | None) -> Any:
-    return (said or {}).get("token")
-
-
-def _path(folder: Path, name: str, generation: int) -> Path:
-    return folder / f"{name}.{generation}.json"

@@ -1,7 +1,9 @@
-"""Where caches lie: a folder, or the URL of an object store, behind one kind of path.
+"""Paths of caches: folders on disk and URLs of object stores behind the interface of pathlib.
 
-An object store has no rename, no append and no lock. It has whole objects, which appear at once,
-and conditional creation: of several who create one name, one succeeds.
+`as_path` makes a path of a user's name; `is_remote` tells the two kinds apart. The other functions
+are operations that differ between them. An object store has no rename, no append and no lock. An
+object appears whole, at once, and can be created conditionally (`create_object`): of several
+writers that create the same object, one succeeds, which is all that leases and commits rely on.
 """
 
 import re
@@ -16,20 +18,20 @@ from urllib.request import url2pathname
 
 from ..errors import UsageError
 
-LOST = ("PreconditionFailed", "ConditionalRequestConflict")
-"""What S3 servers say to all but one of those who create an object."""
+EXISTS_CODES = ("PreconditionFailed", "ConditionalRequestConflict")
+"""Error codes of S3 servers for a conditional creation of an object that exists."""
 CREATE_ROUNDS = 8
-"""Times that two try to create one object; a store that lets both is found out at the first."""
+"""Trials of `check_creates`; a store without conditional creation fails the first."""
 TRANSFERS = 8
 """Objects that are read or written at the same time."""
 
 
 def as_path(name: str | Path) -> Path:
-    """The path that a user names: a folder, or a URL such as `s3://bucket/caches`.
+    """Convert a user's name, a folder or a URL such as `s3://bucket/caches`, to a path.
 
     URLs become paths of `universal_pathlib`, which behave like those of pathlib; options of a
     store (endpoint, credentials) come from its own environment variables and files. Raises
-    `UsageError` where the library for such URLs is not installed.
+    `UsageError` for a URL whose library is not installed, or that no library knows.
     """
     if isinstance(name, Path) and re.match(r"\w{2,}:/[^/]", str(name)):
         raise UsageError(f"{name} was a URL, and lost a slash in pathlib.Path; give it as a str")
@@ -42,7 +44,7 @@ def as_path(name: str | Path) -> Path:
     try:
         from upath import UPath
 
-        # Other processes write too: a listing is true only at the moment it is made.
+        # No cache of listings: other processes write too.
         return cast(Path, UPath(name, use_listings_cache=False))
     except ImportError as error:
         raise UsageError(
@@ -59,41 +61,45 @@ def is_remote(path: Path) -> bool:
 
 
 def store_of(path: Path) -> tuple[Any, str]:
-    """The fsspec file system of a remote `path`, and its name in it."""
-    found: Any = path
-    return found.fs, found.path
+    """The fsspec file system of a remote `path`, and the key of the object in the file system."""
+    remote: Any = path
+    return remote.fs, remote.path
 
 
 def write_object(path: Path, data: bytes) -> None:
-    """Write a remote object, whole or not at all; what was there is replaced."""
+    """Write a remote object, whole or not at all; an existing object is replaced."""
     store, key = store_of(path)
     store.pipe_file(key, data)
 
 
 def create_object(path: Path, data: bytes) -> None:
-    """Write a remote object that must not be there; raises `FileExistsError` if it is.
+    """Write a new remote object; raises `FileExistsError` if the object exists.
 
-    Of several writers at the same time one succeeds (for S3: `If-None-Match: *`). For objects of
-    one request only: Ceph's gateway overwrites where there are many.
+    Of several simultaneous writers one succeeds (for S3: `If-None-Match: *`). Only for objects
+    that one request can hold: in multipart uploads, Ceph's gateway overwrites.
     """
     store, key = store_of(path)
     try:
         store.pipe_file(key, data, mode="create")
     except OSError as error:
-        if store_error_code(error) in LOST:
+        if store_error_code(error) in EXISTS_CODES:
             raise FileExistsError(f"{path} exists") from error
         raise
 
 
 def store_error_code(error: BaseException) -> str:
-    """What an S3 server called the error, such as `NoSuchBucket`; empty if it did not say."""
+    """Error code of an S3 server, such as `NoSuchBucket`; empty for an error without a code."""
     response = getattr(error.__cause__, "response", None)
-    found = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-    return str(found or "")
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return str(code or "")
 
 
 def upload_folder(source: Path, target: Path, last: Sequence[str] = ()) -> None:
-    """Write all files under the folder `source` below `target`; those named `last` at the end."""
+    """Write all files under the local folder `source` to the remote folder `target`.
+
+    The files `last`, relative to `source`, come at the end and by conditional creation: raises
+    `FileExistsError` if such an object exists.
+    """
     files = [path for path in source.rglob("*") if path.is_file()]
     names = [path.relative_to(source).as_posix() for path in files]
 
@@ -108,28 +114,29 @@ def upload_folder(source: Path, target: Path, last: Sequence[str] = ()) -> None:
 
 
 def copy_object(source: Path, target: Path) -> None:
-    """Copy a remote object inside its store; the bytes do not pass through this machine."""
+    """Copy a remote object inside its store, without a transfer through this machine."""
     store, key = store_of(source)
     store.cp_file(key, store_of(target)[1])
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """Everything in a folder, which may be missing, as it is at this moment."""
+    """Files and folders in `folder` at this moment; empty for a missing folder."""
     try:
         if not is_remote(folder):
             return list(folder.iterdir())
         store, key = store_of(folder)
-        found = store.ls(key, detail=False, refresh=True)
+        keys = store.ls(key, detail=False, refresh=True)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    # Some stores list the folder itself, and folders with a slash at the end.
     names = {
-        name.rstrip("/").rpartition("/")[2] for name in found if name.strip("/") != key.strip("/")
+        entry.rstrip("/").rpartition("/")[2] for entry in keys if entry.strip("/") != key.strip("/")
     }
     return [folder / name for name in sorted(names)]
 
 
 def read_all(paths: Sequence[Path]) -> list[bytes]:
-    """The contents of several files; of remote ones, many at a time."""
+    """The contents of several files of one kind; remote files are read `TRANSFERS` at a time."""
     if not paths or not is_remote(paths[0]):
         return [path.read_bytes() for path in paths]
     with ThreadPoolExecutor(TRANSFERS) as pool:
@@ -137,7 +144,7 @@ def read_all(paths: Sequence[Path]) -> list[bytes]:
 
 
 def total_bytes(path: Path) -> int:
-    """Bytes of all files under the folder `path`."""
+    """Size of all files under the folder `path`, in bytes."""
     if is_remote(path):
         store, key = store_of(path)
         return sum(entry["size"] or 0 for entry in store.find(key, detail=True).values())
@@ -149,35 +156,39 @@ def total_bytes(path: Path) -> int:
 
 
 def check_creates(root: Path) -> None:
-    """Raise `UsageError` unless of two who create one object in the store of `root` one is refused.
+    """Raise `UsageError` unless the store of `root` refuses a second creation of an object.
 
-    Some stores take no notice of the condition, some have none, and some look only before they
-    write (OpenStack Swift): two workers would then write one part.
+    Some stores ignore the condition, some have none, and some check only before the write
+    (OpenStack Swift): two workers could then write the same part.
     """
     with ThreadPoolExecutor(2) as pool:
         for _ in range(CREATE_ROUNDS):
             probe = root / f".probe-{uuid.uuid4().hex}"
             try:
-                refused = [code for code in pool.map(_refusal, [probe, probe]) if code is not None]
+                refused = [
+                    code for code in pool.map(_creation_error, [probe, probe]) if code is not None
+                ]
             finally:
                 probe.unlink(missing_ok=True)
+            # Right: one of the two creations is refused, because the object exists.
             if refused != [""]:
-                said = refused[0] if refused else "it let two create one object"
+                reason = refused[0] if refused else "it let two create one object"
                 raise UsageError(
-                    f"the store of {root} does not keep the condition `If-None-Match: *` ({said}), "
-                    "so that two workers could write one part; use a store that does, or a folder"
+                    f"the store of {root} does not keep the condition `If-None-Match: *` "
+                    f"({reason}), so that two workers could write one part; use a store that does, "
+                    "or a folder"
                 )
 
 
-def _refusal(path: Path) -> str | None:
-    """None if `path` could be created, an empty word if it exists, else what the store lacks."""
+def _creation_error(path: Path) -> str | None:
+    """None if `path` was created, empty if it exists, else the feature that the store lacks."""
     try:
         create_object(path, b"")
     except FileExistsError:
         return ""
     except (OSError, NotImplementedError) as error:
-        said = f"{store_error_code(error)} {error}"
-        if not re.search("not.?(implemented|supported)", said, re.IGNORECASE):
+        message = f"{store_error_code(error)} {error}"
+        if not re.search("not.?(implemented|supported)", message, re.IGNORECASE):
             raise
-        return said
+        return message
     return None

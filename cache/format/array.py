@@ -1,6 +1,8 @@
-"""Reads one array of a cache: memory-mapped shards, raw or compact; other codecs through zarr.
+"""`CacheArray`: reader of one array of a cache, by slices or by random rows.
 
-Shards in an object store are read by ranged requests.
+Shards on disk are memory-mapped (`shard.py`, `compressed_shard.py`), shards in an object store read
+by ranged requests (`remote_shard.py`); arrays with other codecs go through zarr. `ActivationCache`
+gives these arrays; `RowLoader`, fits and exports read from them.
 """
 
 import json
@@ -26,11 +28,11 @@ OPEN_SHARDS = 64
 
 
 class CacheArray:
-    """A stored array with float rows decoded to float32; slicing along the first axis reads it.
+    """A stored array, read by slicing along the first axis; float rows come as float32.
 
-    Looks enough like an array for dask (`shape`, `dtype`, `ndim`, `__getitem__`), is safe to
-    pickle (only its path travels), and keeps no rows in memory. With a `journal`, rows of parts
-    whose records do not name the array raise `IncompleteError`.
+    Has `shape`, `dtype`, `ndim` and `__getitem__`, enough for dask; pickles as its path. With a
+    `journal`, rows of parts whose records do not name the array raise `IncompleteError`. Raises
+    `CorruptError` if `zarr.json` is missing or not of this format.
     """
 
     def __init__(self, path: Path, journal: Journal | None = None) -> None:
@@ -53,12 +55,12 @@ class CacheArray:
         self._remote = is_remote(self.path)
         self._shards: dict[int, Any] = {}
         self._checked: dict[int, np.ndarray] = {}
-        self._window: MappedRows | None = None
+        self._mapped_rows: MappedRows | None = None
         self._lock = threading.Lock()
         self._zarr: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self.path, self._journal and self._journal.folder)
+        return _unpickle, (self.path, self._journal and self._journal.folder)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -67,7 +69,7 @@ class CacheArray:
         return f"CacheArray({self.path.name}, shape={self.shape}, {self.layout.logical_dtype})"
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Rows `start:stop`, or any index of numpy's on the rows that the first axis selects."""
+        """Read rows by a number, slice, list or mask; further indices select within the rows."""
         first, *rest = key if isinstance(key, tuple) else (key,)
         if isinstance(first, slice):
             start, stop, step = first.indices(self.shape[0])
@@ -84,45 +86,47 @@ class CacheArray:
         return rows[(slice(None), *rest)] if rest else rows
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start:stop`; floats come as float32."""
-        if not self.layout.ours:
+        """Read rows `start:stop`, `(stop - start, ...)`; floats come as float32."""
+        if not self.layout.is_native:
             return decode_rows(self.read_stored(start, stop), self.layout.logical_dtype)
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        self._read(start, stop, out)
+        self._read_into(start, stop, out)
         return out
 
     def read_stored(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Rows `start:stop` as they are stored (bfloat16 as uint16), into `out` if given."""
+        """Read rows `start:stop` in the stored dtype (bfloat16 as uint16), into `out` if given."""
         if out is None:
             out = np.empty((stop - start, *self.shape[1:]), self._stored)
-        if self.layout.ours:
-            self._read(start, stop, out)
+        if self.layout.is_native:
+            self._read_into(start, stop, out)
         else:
             rows = self.layout.shard_rows
-            self._check(range(start // rows, -(-stop // rows)))
+            self._check_committed(range(start // rows, -(-stop // rows)))
             out[...] = self._open_zarr()[start:stop]
         return out
 
-    def _read(self, start: int, stop: int, out: np.ndarray) -> None:
+    def _read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Fill `out`, of the stored dtype or float32, with rows `start:stop`, shard by shard."""
         layout = self.layout
         done = 0
         while start < stop:
-            shard, inside = divmod(start, layout.shard_rows)
-            end = min(inside + stop - start, layout.shard_rows)
-            for piece in self.shard(shard).pieces(inside, end):
+            shard, first = divmod(start, layout.shard_rows)
+            end = min(first + stop - start, layout.shard_rows)
+            for piece in self.shard(shard).pieces(first, end):
                 decode_rows_into(piece, layout.logical_dtype, out[done : done + len(piece)])
                 done += len(piece)
-            start += end - inside
+            start += end - first
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Any rows, in any order; floats come as float32."""
+        """Read the rows `rows` (numbers in any order, or a mask); floats come as float32."""
         stored = self.take_stored(rows)
         out = np.empty(stored.shape, self.dtype)
         decode_rows_into(stored, self.layout.logical_dtype, out)
         return out
 
     def take_stored(self, rows: np.ndarray) -> np.ndarray:
-        """Any rows, in any order, as they are stored."""
+        """Read the rows `rows` (numbers in any order, or a mask) in the stored dtype."""
+        # Bring a mask or negative numbers to row numbers, and refuse others.
         if rows.dtype == bool:
             if rows.shape != self.shape[:1]:
                 raise IndexError(
@@ -137,69 +141,78 @@ class CacheArray:
             raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
         if not rows.size:
             return np.empty((0, *self.shape[1:]), self._stored)
-        if not self.layout.ours:
-            self._check(np.unique(rows // self.layout.shard_rows).tolist())
+        # Raw chunks on disk are indexed through their maps, others decoded or fetched whole.
+        if not self.layout.is_native:
+            self._check_committed(np.unique(rows // self.layout.shard_rows).tolist())
             return np.asarray(self._open_zarr().oindex[rows])
-        own = self.layout.raw and not self._remote
-        return self._gather(rows) if own else self._collect(rows)
+        is_mapped = self.layout.raw and not self._remote
+        return self._gather_mapped(rows) if is_mapped else self._gather_chunks(rows)
 
-    def _collect(self, rows: np.ndarray) -> np.ndarray:
-        """Rows of chunks that are fetched or decoded, each once."""
+    def _gather_chunks(self, rows: np.ndarray) -> np.ndarray:
+        """Random rows of compressed or remote chunks: every chunk is decoded once."""
         out = np.empty((len(rows), *self.shape[1:]), self._stored)
-        chunks, inside = np.divmod(rows, self.layout.chunk_rows)
+        chunks, offsets = np.divmod(rows, self.layout.chunk_rows)
+        # Group the rows by chunk: chunk number -> indices into `rows`.
         order = np.argsort(chunks, kind="stable")
         touched, first = np.unique(chunks[order], return_index=True)
-        places = dict(zip(touched.tolist(), np.split(order, first[1:]), strict=True))
+        indices_of = dict(zip(touched.tolist(), np.split(order, first[1:]), strict=True))
+        # Read the chunks shard by shard, as many at a time as the shard's reader likes.
         per_shard = self.layout.shard_rows // self.layout.chunk_rows
         for shard in np.unique(touched // per_shard).tolist():
             base = shard * per_shard
             numbers = touched[(touched >= base) & (touched < base + per_shard)] - base
             for number, values in self.shard(shard).chunks(numbers.tolist()):
-                place = places[base + number]
-                out[place] = values[inside[place]]
+                indices = indices_of[base + number]
+                out[indices] = values[offsets[indices]]
         return out
 
-    def _gather(self, rows: np.ndarray) -> np.ndarray:
-        chunks, inside = np.divmod(rows, self.layout.chunk_rows)
-        window = self._window
-        found = window.take(chunks, inside) if window else None
-        if found is not None:
-            return found
+    def _gather_mapped(self, rows: np.ndarray) -> np.ndarray:
+        """Random rows of raw chunks on disk, through `MappedRows`."""
+        chunks, offsets = np.divmod(rows, self.layout.chunk_rows)
+        # Usually all chunks are open and checked already.
+        mapped = self._mapped_rows
+        taken = mapped.take(chunks, offsets) if mapped else None
+        if taken is not None:
+            return taken
+        # Else open and check what is missing.
         touched = np.unique(chunks)
         shards = np.unique(touched * self.layout.chunk_rows // self.layout.shard_rows)
         if len(shards) <= OPEN_SHARDS:
-            window = self._cover(shards.tolist())
-            window.check(touched)
-            found = window.take(chunks, inside)
-            assert found is not None
-            return found
+            mapped = self._map_shards(shards.tolist())
+            mapped.check(touched)
+            taken = mapped.take(chunks, offsets)
+            assert taken is not None
+            return taken
+        # Rows of more shards than may be open are gathered in two halves.
         out = np.empty((len(rows), *self.shape[1:]), self._stored)
         middle = int(shards[len(shards) // 2]) * self.layout.shard_rows
         for half in (np.flatnonzero(rows < middle), np.flatnonzero(rows >= middle)):
-            out[half] = self._gather(rows[half])
+            out[half] = self._gather_mapped(rows[half])
         return out
 
-    def _cover(self, shards: list[int]) -> MappedRows:
-        """A window with all `shards`."""
-        window = self._window
-        if window is None or window.missing(shards):
-            needed = {shard: self.shard(shard) for shard in shards}
+    def _map_shards(self, shards: list[int]) -> MappedRows:
+        """`MappedRows` that cover at least `shards`."""
+        mapped = self._mapped_rows
+        if mapped is None or mapped.lacks_any(shards):
+            readers = {shard: self.shard(shard) for shard in shards}
             with self._lock:
-                window = self._window = MappedRows({**self._shards, **needed}, self.layout)
-        return window
+                mapped = MappedRows({**self._shards, **readers}, self.layout)
+                self._mapped_rows = mapped
+        return mapped
 
     def shard(self, shard: int) -> Any:
-        """The `ShardReader` of a shard, or its `RemoteShard`."""
+        """The reader of one shard, a `ShardReader` or `RemoteShard`, opened on first use."""
         with self._lock:
             reader = self._shards.get(shard)
             if reader is None:
+                # Close the shards that were opened first.
                 while len(self._shards) >= OPEN_SHARDS:
                     self._shards.pop(next(iter(self._shards)))
                 reader = self._shards[shard] = self._open_shard(shard)
             return reader
 
-    def _check(self, shards: Iterable[int]) -> None:
-        """Raise `IncompleteError` for the first of `shards` that is not committed."""
+    def _check_committed(self, shards: Iterable[int]) -> None:
+        """Raise `IncompleteError` for the first of `shards` without a record in the journal."""
         if self._journal is None:
             return
         name = f"{self.path.parent.name}/{self.path.name}"
@@ -213,28 +226,31 @@ class CacheArray:
                 )
 
     def _open_shard(self, shard: int) -> ShardReader | RemoteShard:
-        self._check([shard])
+        self._check_committed([shard])
         path = self.path / self.layout.shard_key(shard)
         if self._remote:
             return RemoteShard(path, self.layout)
-        kind = CompressedShardReader if self.layout.compact else ShardReader
-        reader = kind(path, self.layout, self._checked.get(shard))
+        # Flags of checked chunks outlive the reader: a shard that is opened again is not checked
+        # again.
+        reader_class = CompressedShardReader if self.layout.compact else ShardReader
+        reader = reader_class(path, self.layout, self._checked.get(shard))
         self._checked[shard] = reader.checked
         return reader
 
     def _open_zarr(self) -> Any:
+        """The array through zarr, for codecs that residua does not read by itself."""
         if self._zarr is None:
             import zarr
             from zarr.storage import FsspecStore
 
-            found: Any = self.path
+            location: Any = self.path
             if self._remote:
                 store, key = store_of(self.path)
-                found = FsspecStore.from_mapper(store.get_mapper(key))
-            self._zarr = zarr.open_array(found, mode="r")
+                location = FsspecStore.from_mapper(store.get_mapper(key))
+            self._zarr = zarr.open_array(location, mode="r")
         return self._zarr
 
 
-def _again(path: Path, journal: Path | None) -> CacheArray:
-    """The array that was pickled."""
+def _unpickle(path: Path, journal: Path | None) -> CacheArray:
+    """Rebuild a pickled array from its path and the folder of its journal."""
     return CacheArray(path, None if journal is None else Journal(journal))

@@ -1,7 +1,13 @@
-"""Writes arrays of a cache: zarr makes the metadata, our shard writer the data."""
+"""Creation of the arrays of a cache: zarr writes the metadata, `ShardWriter` the rows.
+
+`create_residual` and `create_logits` make empty arrays, whose shards `PartWriter` fills part by
+part; `write_table` writes a one-dimensional array (tokens, sequences) whole. Called by
+`cache/store/create_cache.py`, `extend_cache.py` and repair.
+"""
 
 import tempfile
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,53 +32,68 @@ AXES = {
 
 
 def create_residual(
-    store: Path, layer: int, positions: int, d_model: int, logical_dtype: str, layout: Layout,
+    store: Path,
+    layer: int,
+    positions: int,
+    d_model: int,
+    logical_dtype: str,
+    layout: Layout,
     codec: str = "raw",
-) -> ArrayLayout:  # fmt: skip
-    """Create the empty array `residual/<layer>`, `(positions, d_model)`."""
-    if is_remote(store):  # where zarr's many small requests would be slow
-        name = f"residual/{layer}/zarr.json"
-        with tempfile.TemporaryDirectory(prefix="residua-") as folder:
-            made = create_residual(
-                Path(folder), layer, positions, d_model, logical_dtype, layout, codec
-            )
-            write_object(store / name, (Path(folder) / name).read_bytes())
-        return made
-    return _create(
-        store,
-        f"residual/{layer}",
-        (positions, d_model),
-        STORED_DTYPES[logical_dtype],
-        layout.chunk_rows,
-        layout.part_rows,
-        ("positions", "d_model"),
-        {"logical_dtype": logical_dtype},
-        codec,
+) -> ArrayLayout:
+    """Create the empty array `residual/<layer>`, `(positions, d_model)`, in the group `store`."""
+    spec = _ArraySpec(
+        name=f"residual/{layer}",
+        shape=(positions, d_model),
+        dtype=STORED_DTYPES[logical_dtype],
+        chunk_rows=layout.chunk_rows,
+        shard_rows=layout.part_rows,
+        axes=("positions", "d_model"),
+        attributes={"logical_dtype": logical_dtype},
+        codec=codec,
     )
+    if not is_remote(store):
+        return _create_array(store, spec)
+    # zarr makes many small requests, which are slow in an object store: send one file instead.
+    with tempfile.TemporaryDirectory(prefix="residua-") as folder:
+        array = _create_array(Path(folder), spec)
+        name = f"{spec.name}/zarr.json"
+        write_object(store / name, (Path(folder) / name).read_bytes())
+    return array
 
 
 def create_logits(
     store: Path, array: LogitsArray, positions: int, layout: Layout, codec: str = "raw"
 ) -> ArrayLayout:
-    """Create an empty array of logits, one shard per part."""
-    return _create(
-        store,
-        array.name,
-        (positions,) if array.width is None else (positions, array.width),
-        STORED_DTYPES.get(array.dtype, array.dtype),
-        layout.chunk_of(array.row_bytes),
-        layout.part_rows,
-        array.axes,
-        {"logical_dtype": array.dtype},
-        codec,
+    """Create an empty array of logits in the group `store`, one shard per part."""
+    spec = _ArraySpec(
+        name=array.name,
+        shape=(positions,) if array.width is None else (positions, array.width),
+        dtype=STORED_DTYPES.get(array.dtype, array.dtype),
+        chunk_rows=layout.chunk_of(array.row_bytes),
+        shard_rows=layout.part_rows,
+        axes=array.axes,
+        attributes={"logical_dtype": array.dtype},
+        codec=codec,
     )
+    return _create_array(store, spec)
 
 
 def create_part_array(store: Path, manifest: Manifest, name: str, dtype: str) -> None:
-    """Create the empty array `name` of the parts in a logical dtype; nothing for another name."""
+    """Create the empty array `name` of the cache of `manifest` in the logical `dtype`.
+
+    Residual and logits arrays; any other name does nothing.
+    """
     positions, layout, codec = manifest.tokens.positions, manifest.layout, manifest.codec
-    if isinstance(key := array_key(name), int):
-        create_residual(store, key, positions, manifest.d_model, dtype, layout, codec)
+    if isinstance(layer := array_key(name), int):
+        create_residual(
+            store,
+            layer,
+            positions=positions,
+            d_model=manifest.d_model,
+            logical_dtype=dtype,
+            layout=layout,
+            codec=codec,
+        )
     for array in logits_arrays(manifest.capture.logits, manifest.vocab, dtype):
         if array.name == name:
             create_logits(store, array, positions, layout, codec)
@@ -81,61 +102,81 @@ def create_part_array(store: Path, manifest: Manifest, name: str, dtype: str) ->
 def write_table(
     store: Path, name: str, values: NumberColumn, attributes: dict[str, Any] | None = None
 ) -> dict[str, dict]:
-    """Create and fill the one-dimensional array `name`; returns the record of its shards."""
-    axis = AXES[name.split("/")[0]]
-    chunk = min(TABLE_CHUNK_ROWS, 1 << max(0, len(values) - 1).bit_length())
-    shard_rows = chunk * TABLE_CHUNKS_PER_SHARD
-    array = _create(
-        store, name, (len(values),), values.dtype.str, chunk, shard_rows, (axis,), attributes or {}
+    """Create and fill the one-dimensional array `name`, such as `tokens/ids`, in `store`.
+
+    Returns shard number -> `bytes` and `crc32c` of the shard, for the journal.
+    """
+    chunk_rows = min(TABLE_CHUNK_ROWS, 1 << max(0, len(values) - 1).bit_length())
+    shard_rows = chunk_rows * TABLE_CHUNKS_PER_SHARD
+    spec = _ArraySpec(
+        name=name,
+        shape=(len(values),),
+        dtype=values.dtype.str,
+        chunk_rows=chunk_rows,
+        shard_rows=shard_rows,
+        axes=(AXES[name.split("/")[0]],),
+        attributes=attributes or {},
     )
+    array = _create_array(store, spec)
     record = {}
     for shard in range(array.shards):
         start, stop = shard * shard_rows, min((shard + 1) * shard_rows, len(values))
         writer = ShardWriter(store / name / array.shard_key(shard), array, stop - start)
-        for first in range(start, stop, chunk):
-            writer.write(first - start, values[first : min(first + chunk, stop)])
+        for first in range(start, stop, chunk_rows):
+            writer.write(first - start, values[first : min(first + chunk_rows, stop)])
         record[str(shard)] = writer.commit()
     return record
 
 
-def _create(
-    store: Path,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: str,
-    chunk_rows: int,
-    shard_rows: int,
-    axes: tuple[str, ...],
-    attributes: dict[str, Any],
-    codec: str = "raw",
-) -> ArrayLayout:
+@dataclass(frozen=True)
+class _ArraySpec:
+    """A new array as its `zarr.json` will describe it."""
+
+    name: str
+    """Path inside the group."""
+    shape: tuple[int, ...]
+    dtype: str
+    """Stored dtype, as a numpy dtype string."""
+    chunk_rows: int
+    shard_rows: int
+    axes: tuple[str, ...]
+    """Names of the axes."""
+    attributes: dict[str, Any] = field(default_factory=dict)
+    codec: str = "raw"
+    """One of `compression.CODECS`."""
+
+
+def _create_array(store: Path, spec: _ArraySpec) -> ArrayLayout:
+    """Write the metadata of an array, and of the group if it is new, through zarr."""
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec
 
-    packing = _packing(np.dtype(dtype).itemsize) if codec == "compact" else ()
+    compression = (
+        _zarr_compression(np.dtype(spec.dtype).itemsize) if spec.codec == "compact" else ()
+    )
     group = zarr.open_group(store, mode="a", zarr_format=3)
     array = group.create_array(
-        name,
-        shape=shape,
-        chunks=(chunk_rows, *shape[1:]),
-        shards=(shard_rows, *shape[1:]),
-        dtype=np.dtype(dtype),
+        spec.name,
+        shape=spec.shape,
+        chunks=(spec.chunk_rows, *spec.shape[1:]),
+        shards=(spec.shard_rows, *spec.shape[1:]),
+        dtype=np.dtype(spec.dtype),
         serializer=BytesCodec(endian="little"),
-        compressors=(*packing, Crc32cCodec()),
-        dimension_names=axes,
-        attributes={**attributes},
+        compressors=(*compression, Crc32cCodec()),
+        dimension_names=spec.axes,
+        attributes={**spec.attributes},
         fill_value=0,
     )
-    return ArrayLayout.from_zarr_json(array.metadata.to_dict(), name)
+    return ArrayLayout.from_zarr_json(array.metadata.to_dict(), spec.name)
 
 
-def _packing(itemsize: int) -> tuple[Any, ...]:
-    """What `codec.pack` does, as codecs of zarr."""
+def _zarr_compression(itemsize: int) -> tuple[Any, ...]:
+    """The codecs of zarr that `compression.compress_chunk` stands for."""
     from zarr.codecs import ZstdCodec
     from zarr.codecs.numcodecs import Shuffle
     from zarr.errors import ZarrUserWarning
 
     with warnings.catch_warnings():
-        # That numcodecs' are no codecs of the specification is for the format page to say.
+        # The format page (cache/README.md) says that numcodecs' shuffle is no standard codec.
         warnings.filterwarnings("ignore", "Numcodecs codecs are not in", ZarrUserWarning)
         return Shuffle(elementsize=itemsize), ZstdCodec(level=LEVEL)

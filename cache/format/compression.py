@@ -1,7 +1,8 @@
-"""The codec of compact caches: bytes of equal significance side by side, then zstd, per chunk.
+"""Compression of one chunk in caches of `codec="compact"`: byte shuffle, then zstd.
 
-What zarr calls `numcodecs.shuffle` and `zstd`. The shuffle is done here, at twice the speed of
-numcodecs'; its result is the same.
+The codecs `numcodecs.shuffle` and `zstd` of zarr: bytes of equal significance side by side
+compress better. `shuffle_bytes` gives the bytes of numcodecs' shuffle at twice its speed. Used by
+`compressed_shard.py` and `remote_shard.py`.
 """
 
 from functools import cache
@@ -12,10 +13,11 @@ import numpy as np
 from ..errors import CorruptError, UsageError
 
 CODECS = ("raw", "compact")
+"""Values of the option `codec`: chunks uncompressed, or compressed as in this file."""
 LEVEL = 1
-"""Of zstd; higher ones gain a few percent of float16 rows for several times the time."""
+"""zstd level; higher ones gain a few percent of float16 rows for several times the time."""
 BLOCK = 1 << 16
-"""Values that are put together at a time: they stay in the processor's cache."""
+"""Values that `decompress` unshuffles at a time, few enough for the processor's cache."""
 
 
 def check_codec(codec: str) -> None:
@@ -25,21 +27,21 @@ def check_codec(codec: str) -> None:
 
 
 def is_compact(codecs: list[dict[str, Any]], itemsize: int) -> bool:
-    """Whether the inner codecs of a shard, as in `zarr.json`, are those that `pack` stands for."""
+    """Whether the inner codecs of a shard, from `zarr.json`, are those of `compress_chunk`."""
     if [codec["name"] for codec in codecs] != ["bytes", "numcodecs.shuffle", "zstd", "crc32c"]:
         return False
-    first, shuffle = (codec.get("configuration", {}) for codec in codecs[:2])
-    little = first.get("endian", "little") == "little"
-    return little and shuffle.get("elementsize", 4) == itemsize
+    to_bytes, shuffle = (codec.get("configuration", {}) for codec in codecs[:2])
+    is_little_endian = to_bytes.get("endian", "little") == "little"
+    return is_little_endian and shuffle.get("elementsize", 4) == itemsize
 
 
 def compress_chunk(rows: np.ndarray) -> bytes:
-    """The C-contiguous `rows` of a chunk, compressed; without a checksum."""
+    """Compress the C-contiguous `rows` of a chunk into one zstd frame, without a checksum."""
     return _zstd().encode(shuffle_bytes(rows))
 
 
 def shuffle_bytes(rows: np.ndarray) -> np.ndarray:
-    """All first bytes of the values, then all second ones, and so on."""
+    """Reorder bytes, `(n,)` uint8: the first byte of every value, then all second bytes, ..."""
     values = np.ascontiguousarray(rows).reshape(-1)
     planes = np.empty((values.itemsize, values.size), np.uint8)
     planes[...] = values.view(np.uint8).reshape(values.size, values.itemsize).T
@@ -47,29 +49,32 @@ def shuffle_bytes(rows: np.ndarray) -> np.ndarray:
 
 
 def decompress(payload: np.ndarray, out: np.ndarray) -> None:
-    """Fill the C-contiguous `out` with the rows that `pack` gave as `payload`.
+    """Decompress the frame `payload` of `compress_chunk` into `out`, C-contiguous.
 
-    Raises `CorruptError` if these are other bytes.
+    Raises `CorruptError` if the frame is damaged or of another size.
     """
     try:
-        found = np.frombuffer(_zstd().decode(payload), np.uint8)
+        shuffled = np.frombuffer(_zstd().decode(payload), np.uint8)
     except (RuntimeError, ValueError, MemoryError) as error:
         raise CorruptError(f"a chunk does not decompress: {error}") from None
-    if found.size != out.nbytes:
-        raise CorruptError(f"a chunk holds {found.size} bytes, not {out.nbytes}")
-    planes, values = found.reshape(out.itemsize, -1), out.reshape(-1)
-    whole = values.view(f"<u{out.itemsize}")
-    for start in range(0, whole.size, BLOCK):
-        part = slice(start, start + BLOCK)
-        target = whole[part]
-        target[...] = planes[-1, part]
+    if shuffled.size != out.nbytes:
+        raise CorruptError(f"a chunk holds {shuffled.size} bytes, not {out.nbytes}")
+
+    # Assemble each value from its bytes, from the most significant (the last plane) down.
+    planes = shuffled.reshape(out.itemsize, -1)
+    values = out.reshape(-1).view(f"<u{out.itemsize}")
+    for start in range(0, values.size, BLOCK):
+        block = slice(start, start + BLOCK)
+        target = values[block]
+        target[...] = planes[-1, block]
         for plane in planes[-2::-1]:
             target <<= 8
-            target |= plane[part]
+            target |= plane[block]
 
 
 @cache
 def _zstd() -> Any:
+    """The zstd codec; numcodecs is imported only where a cache is compressed."""
     from numcodecs.zstd import Zstd
 
     return Zstd(level=LEVEL)

@@ -1,30 +1,35 @@
-"""Between stored and logical dtypes: bfloat16 is kept as the uint16 of its upper bits."""
+"""Stored and logical dtypes of residual arrays: encoding, decoding, and the choice per layer.
+
+numpy and zarr have no bfloat16: its bits (the upper half of a float32) are stored as uint16.
+`CacheArray` decodes, `PartWriter` encodes, and the model's checks choose dtypes before extraction.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-FP16_ROUNDING = 1.001 * 2.0**-11
-"""Loss of float16, relative to a row's largest |value|, that is rounding; numbers below 6e-5, for
-which float16 has fewer bits, lose more."""
-BLOCK = 1 << 15
-"""Values decoded at a time: the passes over a block stay in the processor's cache."""
-MASK = np.int32(-0x7000_0001)
-"""Keeps sign, exponent and mantissa of a sign-extended float16 that was shifted left by 13."""
-REBIAS = np.float32(2.0**112)
-"""float32's exponent bias is 112 more than float16's."""
-TINY = np.array([1], np.int32).view(np.float32)
-"""A subnormal, to see whether this thread flushes subnormals to zero (torch can ask for that)."""
-FP16_LIMIT = 16384.0
-"""Calibrated absmax up to which a float32 or float16 layer is kept in float16."""
 STORED_DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
-"""Logical dtype of a residual array -> dtype of its bytes (zarr has no bfloat16)."""
+"""Logical dtype of a residual array -> numpy dtype of its bytes."""
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3961773e38}
 """Largest value that a dtype does not round to infinity (float16 would round 65519 down)."""
+FP16_LIMIT = 16384.0
+"""Calibrated absmax up to which a float32 or float16 layer is stored in float16."""
+FP16_ROUNDING = 1.001 * 2.0**-11
+"""Largest rounding error of float16, relative to a row's largest |value|; numbers below 6e-5, for
+which float16 has fewer bits, lose more."""
+BLOCK = 1 << 15
+"""Values that `decode_rows_into` decodes at a time, few enough for the processor's cache."""
+FLOAT16_BITS = np.int32(-0x7000_0001)
+"""Mask of sign, exponent and mantissa of a sign-extended float16 shifted left by 13."""
+FLOAT16_REBIAS = np.float32(2.0**112)
+"""Factor that rebiases the exponent: float32's bias is 112 more than float16's."""
+SUBNORMAL = np.array([1], np.int32).view(np.float32)
+"""The smallest float32; a product of it is 0 in threads that flush subnormals (torch can ask for
+that)."""
 
 
 def decode_rows(stored: np.ndarray, logical_dtype: str) -> np.ndarray:
-    """Rows as float32 (exact for float16 and bfloat16); integers are left as they are."""
+    """Decode `stored` rows to float32 (exact for float16 and bfloat16); integers stay integers."""
     if logical_dtype == "bfloat16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
     if stored.dtype.kind == "f":
@@ -33,8 +38,9 @@ def decode_rows(stored: np.ndarray, logical_dtype: str) -> np.ndarray:
 
 
 def encode_rows(values: np.ndarray, logical_dtype: str) -> np.ndarray:
-    """float32 rows in the stored dtype, rounded to nearest, ties to even."""
+    """Encode float32 rows in the stored dtype of `logical_dtype`, to nearest, ties to even."""
     if logical_dtype == "bfloat16":
+        # Adding half of the last kept bit's weight rounds; the kept bit itself decides ties.
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
@@ -42,40 +48,45 @@ def encode_rows(values: np.ndarray, logical_dtype: str) -> np.ndarray:
 
 
 def decode_rows_into(stored: np.ndarray, logical_dtype: str, out: np.ndarray) -> None:
-    """Write `stored` rows, C-contiguous, into `out` of the same shape; exact."""
+    """Decode `stored` rows into `out` of the same shape, exactly; both C-contiguous."""
     if logical_dtype not in ("bfloat16", "float16") or out.dtype != np.float32:
         out[...] = stored
         return
     flat, target = stored.reshape(-1), out.reshape(-1)
-    convert = _bfloat16 if logical_dtype == "bfloat16" else _float16
+    decode_block = _decode_bfloat16 if logical_dtype == "bfloat16" else _decode_float16
     for start in range(0, flat.size, BLOCK):
-        convert(flat[start : start + BLOCK], target[start : start + BLOCK])
+        decode_block(flat[start : start + BLOCK], target[start : start + BLOCK])
 
 
-def _bfloat16(stored: np.ndarray, out: np.ndarray) -> None:
+def _decode_bfloat16(stored: np.ndarray, out: np.ndarray) -> None:
+    """Move the bits of bfloat16 into the upper half of float32."""
     bits = out.view(np.uint32)
     bits[...] = stored
     np.left_shift(bits, 16, out=bits)
 
 
-def _float16(stored: np.ndarray, out: np.ndarray) -> None:
-    """Shift the bits into place, then let one product rebias the exponent (F. Giesen, 2012)."""
+def _decode_float16(stored: np.ndarray, out: np.ndarray) -> None:
+    """Shift the bits of float16 into those of float32, then rebias the exponent by one product.
+
+    F. Giesen, "Half to float done quic(k)", 2012; several times faster than numpy's cast.
+    """
+    # numpy's cast for infinities and NaNs of either sign, which would come out finite, and in
+    # threads that flush subnormals.
     signed = stored.view(np.int16)
-    # Infinities and NaNs, of either sign, would come out finite; numpy's cast knows them.
-    special = signed.max() >= 0x7C00 or stored.view(np.uint16).max() >= 0xFC00
-    if special or (TINY * REBIAS)[0] == 0:
+    has_nonfinite = signed.max() >= 0x7C00 or stored.view(np.uint16).max() >= 0xFC00
+    if has_nonfinite or (SUBNORMAL * FLOAT16_REBIAS)[0] == 0:
         out[...] = stored
         return
     bits = out.view(np.int32)
     bits[...] = signed
     np.left_shift(bits, 13, out=bits)
-    np.bitwise_and(bits, MASK, out=bits)
-    np.multiply(out, REBIAS, out=out)
+    np.bitwise_and(bits, FLOAT16_BITS, out=bits)
+    np.multiply(out, FLOAT16_REBIAS, out=out)
 
 
 @dataclass(frozen=True)
 class ValueRange:
-    """How large the values of an array were on the calibrated rows, and what float16 costs them."""
+    """Size of an array's values on the calibrated rows, and their error in float16."""
 
     absmax: float = 0.0
     """Largest |value|."""
@@ -83,16 +94,17 @@ class ValueRange:
     """Largest error of a row's values in float16, relative to the row's largest |value|."""
 
     def joined(self, other: "ValueRange") -> "ValueRange":
-        """The range of both."""
+        """The range of the rows of both."""
         loss = max(self.float16_loss, other.float16_loss)
         return ValueRange(max(self.absmax, other.absmax), loss)
 
 
 def choose_dtype(values: ValueRange, compute_dtype: str, policy: str) -> str:
-    """Stored dtype of a layer: never one that the calibrated values do not fit.
+    """Choose the logical dtype of a layer from its calibrated values and the user's `policy`.
 
-    Under `auto`: bfloat16 where the model ran in it, or where values are large; float32 where
-    float16 would lose more of small values than its rounding.
+    Any policy but `auto` is the dtype itself. `auto` gives bfloat16 if the model ran in bfloat16,
+    or values are too large for float16; float32 if they are too large for bfloat16, or float16
+    would lose more of a row than its rounding; else float16.
     """
     if policy != "auto":
         return policy

@@ -1,4 +1,9 @@
-"""The journal: one commit record per part, written last; rows without a record are not data."""
+"""The journal of a cache: JSON records that commit the shards of each part.
+
+A part's record is written after its shards; rows without a record are not data. `PartWriter`
+commits, `CacheArray` and `ActivationCache` ask which arrays of a part are committed, and `verify`
+compares shards with their records. cache/README.md has the format.
+"""
 
 import re
 from collections.abc import Iterable
@@ -13,7 +18,7 @@ from ..files.paths import list_folder, read_all
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What was written of one array for one part."""
+    """Size, checksum and range of one array's shard of one part."""
 
     bytes: int
     """Size of the shard file."""
@@ -27,24 +32,25 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class PartRecord:
-    """Commit record of one part: its rows and, per array, its shard."""
+    """Commit record of one part: range of rows, and one shard per array."""
 
     part: int
     start: int
     """First position of the part."""
     stop: int
-    """End of the part."""
+    """First position after the part."""
     arrays: dict[str, ShardRecord] = field(default_factory=dict)
+    """Name such as `residual/3` -> shard."""
     quarantine: dict[int, str] = field(default_factory=dict)
-    """Sequence -> why its rows in this part are not to be used."""
+    """Number of a sequence with unusable rows in this part -> reason."""
 
 
 class Journal:
     """The folder `journal/` of a cache.
 
     A part may have several records: the first, `<part>.json`, and `<part>.<n>.json` for arrays
-    that were added later. What the records of a part name is committed, and nothing else.
-    Records never change: what was read is remembered.
+    that were added later. Exactly the arrays that the records of a part name are committed.
+    Records never change on disk, so each is read once and remembered.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,7 +59,10 @@ class Journal:
         self._records: dict[str, PartRecord] = {}
 
     def commit(self, record: PartRecord) -> None:
-        """Make the arrays of `record` count; atomic and durable."""
+        """Write `record`, which commits the arrays in it; atomic and durable.
+
+        Raises `LeaseLostError` if another worker wrote the same record meanwhile.
+        """
         arrays = {name: vars(shard) for name, shard in record.arrays.items()}
         value = {"part": record.part, "rows": [record.start, record.stop], "arrays": arrays}
         if record.quarantine:
@@ -63,16 +72,20 @@ class Journal:
     def commit_base(self, arrays: dict[str, dict[str, Any]], files: dict[str, str]) -> None:
         """Record the shards of the one-dimensional arrays and the sha256 of all other files.
 
+        `arrays` is name -> shard number -> `bytes` and `crc32c`; `files` is path -> hex sha256.
         Later records, `base.<n>.json`, add to the first: the metadata of layers added later.
         """
         self._write("base", {"arrays": arrays, "files": files})
 
     def base(self) -> tuple[dict[str, dict[str, dict[str, int]]], dict[str, str]]:
-        """What `commit_base` recorded: array -> shard -> numbers, and file -> sha256."""
+        """Merge all records of `commit_base`: arrays and files as described there.
+
+        Raises `NotFoundError` if `base.json` is missing.
+        """
         arrays, files = {}, {}
         paths = [path for _, path in self._list(r"(base)(?:\.(\d+))?\.json")]
         if not paths or paths[0].name != "base.json":
-            read_json(self.folder / "base.json")  # raises
+            read_json(self.folder / "base.json")  # raises NotFoundError
         for path in paths:
             if path.name not in self._bases:
                 self._bases[path.name] = read_json(path)
@@ -83,8 +96,8 @@ class Journal:
     def _write(self, name: str, value: dict[str, Any]) -> None:
         """Write `<name>.json`, or the first free `<name>.<n>.json`.
 
-        Raises `LeaseLostError` if another worker has just written the same, which only happens
-        where leases expire.
+        Raises `LeaseLostError` if another worker wrote that file meanwhile, which can happen only
+        in object stores, where leases expire.
         """
         number = 1 + max((n for n, _ in self._list(rf"({name})(?:\.(\d+))?\.json")), default=-1)
         path = self.folder / (f"{name}.{number}.json" if number else f"{name}.json")
@@ -94,15 +107,15 @@ class Journal:
             raise LeaseLostError(f"another worker wrote {path} meanwhile") from None
 
     def parts(self) -> dict[int, PartRecord]:
-        """All committed parts, the records of a part merged."""
+        """Part -> record, for all parts with a record; the records of one part are merged."""
         paths = self.paths()
-        new = [path for path in paths if path.name not in self._records]
-        for path, raw in zip(new, read_all(new), strict=True):
+        unread = [path for path in paths if path.name not in self._records]
+        for path, raw in zip(unread, read_all(unread), strict=True):
             self._records[path.name] = parse_record(raw, path)
         return merge_records(self._records[path.name] for path in paths)
 
     def arrays_of(self, part: int) -> set[str]:
-        """Arrays that the records of `part` name; reads no other record."""
+        """Names of the committed arrays of `part`; reads the records of this part alone."""
         paths = [path for path in self.paths() if path.name.startswith(f"{part:08d}.")]
         for path in paths:
             if path.name not in self._records:
@@ -110,33 +123,37 @@ class Journal:
         return {name for path in paths for name in self._records[path.name].arrays}
 
     def paths(self) -> list[Path]:
-        """Files of the commit records, later ones of a part after the earlier."""
+        """Files of the commit records by part; later records of a part after earlier ones."""
         return [path for _, path in self._list(r"(\d{8})(?:\.(\d+))?\.json")]
 
     def _list(self, pattern: str) -> list[tuple[int, Path]]:
-        """Number n and path of the records whose names are `pattern`, sorted by name and n."""
-        found = []
+        """Number n and path of the records that match `pattern`, sorted by name and n.
+
+        The groups of `pattern` are the name, and n or nothing for the first record.
+        """
+        records = []
         for path in list_folder(self.folder):
             if match := re.fullmatch(pattern, path.name):
-                found.append((match[1], int(match[2] or 0), path))
-        return [(number, path) for _, number, path in sorted(found, key=lambda f: f[:2])]
+                records.append((match[1], int(match[2] or 0), path))
+        records.sort(key=lambda record: record[:2])
+        return [(number, path) for _, number, path in records]
 
 
 def merge_records(records: Iterable[PartRecord]) -> dict[int, PartRecord]:
-    """One record per part; where two name an array, the later one holds."""
-    found: dict[int, PartRecord] = {}
+    """Merge records into one per part; if two name the same array, the later record counts."""
+    merged: dict[int, PartRecord] = {}
     for record in records:
-        known = found.get(record.part)
-        if known is not None:
-            arrays = {**known.arrays, **record.arrays}
-            quarantine = {**known.quarantine, **record.quarantine}
+        earlier = merged.get(record.part)
+        if earlier is not None:
+            arrays = {**earlier.arrays, **record.arrays}
+            quarantine = {**earlier.quarantine, **record.quarantine}
             record = replace(record, arrays=arrays, quarantine=quarantine)
-        found[record.part] = record
-    return found
+        merged[record.part] = record
+    return merged
 
 
 def read_record(path: Path) -> PartRecord:
-    """The commit record in the file `path`; raises `CorruptError` if it is none."""
+    """Read a commit record; raises `NotFoundError` or, for any other content, `CorruptError`."""
     try:
         return parse_record(path.read_bytes(), path)
     except FileNotFoundError:
@@ -144,7 +161,7 @@ def read_record(path: Path) -> PartRecord:
 
 
 def parse_record(raw: bytes, path: Path) -> PartRecord:
-    """The commit record whose bytes are `raw`."""
+    """Parse the bytes of the commit record at `path`; raises `CorruptError` for other bytes."""
     value = parse_json(raw, path)
     try:
         arrays = {name: ShardRecord(**shard) for name, shard in value["arrays"].items()}

@@ -1,4 +1,8 @@
-"""How positions are cut into chunks, shards and parts, and how each array is stored."""
+"""Sizes of chunks, shards and parts, and the stored layout of one array.
+
+`Layout` is chosen before extraction and recorded in the manifest; `ArrayLayout` is parsed from the
+`zarr.json` of an array and tells readers and writers of shards (`shard.py`) where rows lie.
+"""
 
 import math
 from dataclasses import asdict, dataclass
@@ -12,16 +16,21 @@ from .compression import is_compact
 CHUNK_BYTES = 3 << 20
 """A residual chunk holds the largest power of two of rows that fits in this many bytes."""
 CHUNK_ROWS_MAX = 16384
+"""Most rows of a residual chunk."""
 CHUNKS_PER_SHARD = 16
+"""Chunks of a residual shard, unless `SHARD_ROWS_MAX` or a requested part size is less."""
 SHARD_ROWS_MAX = 65536
+"""Most rows of a residual shard."""
 TABLE_CHUNK_ROWS = 1 << 18
 """Rows of a chunk in the one-dimensional arrays (tokens and sequences)."""
 TABLE_CHUNKS_PER_SHARD = 16
+"""Chunks of a shard of the one-dimensional arrays."""
 CHECKSUM_BYTES = 4
+"""Size of a crc32c."""
 WIDE_SHARD_BYTES = 512 << 20
-"""Most bytes of a shard whose rows are much wider than the residual stream: all logits."""
+"""Most bytes of a shard whose rows are much wider than the residual stream: full logits."""
 ArrayKey = int | str
-"""An array of the parts: the number of a layer, or a name such as `logits/ids`."""
+"""An array that is stored part by part: a layer's number, or a name such as `logits/ids`."""
 
 
 def array_name(key: ArrayKey) -> str:
@@ -30,14 +39,14 @@ def array_name(key: ArrayKey) -> str:
 
 
 def array_key(name: str) -> ArrayKey:
-    """The key that `array_name` names."""
-    folder, _, rest = name.partition("/")
-    return int(rest) if folder == "residual" else name
+    """Inverse of `array_name`: the layer's number of `residual/<layer>`, else the name."""
+    group, _, layer = name.partition("/")
+    return int(layer) if group == "residual" else name
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows per chunk of the residual arrays of all layers, and per shard of all parts' arrays."""
+    """Rows of a chunk of the residual arrays, and rows of a shard of all arrays stored by parts."""
 
     chunk_rows: int
     """Positions of one chunk, a power of two."""
@@ -48,10 +57,11 @@ class Layout:
     def choose(
         cls, d_model: int, itemsize: int, part_positions: int | None = None, widest: int = 0
     ) -> "Layout":
-        """Chunks of 1.5-3 MiB and shards of 24-48 MiB, smaller where rows are narrow.
+        """Choose chunks of 1.5-3 MiB and shards of 24-48 MiB, smaller for narrow rows.
 
-        Arrays with rows of `widest` bytes beside the residual stream make parts smaller, so that
-        their shards have at most `WIDE_SHARD_BYTES`.
+        `itemsize` is the bytes of a residual value, `part_positions` the requested size of a part
+        in positions. If an array beside the residual stream has rows of `widest` bytes, parts are
+        so small that its shards have at most `WIDE_SHARD_BYTES`.
         """
         chunk = chunk_rows(d_model * itemsize)
         if part_positions is None:
@@ -59,13 +69,14 @@ class Layout:
             while part > chunk and part * widest > WIDE_SHARD_BYTES:
                 part //= 2
             return cls(chunk, part)
+        # Chunks no larger than the requested part, and a part of whole chunks.
         chunk = min(chunk, 1 << (max(1, part_positions).bit_length() - 1))
         return cls(chunk, max(1, part_positions // chunk) * chunk)
 
     def shrunk(self, positions: int) -> "Layout":
-        """The layout of a cache of `positions` rows: smaller where they do not fill a chunk.
+        """The layout for a cache of `positions` rows: one small chunk if they do not fill a chunk.
 
-        A chunk is padded with zeros, and there is one in every layer.
+        A chunk is padded with zeros to its full size, in every layer.
         """
         if positions >= self.chunk_rows:
             return self
@@ -73,7 +84,7 @@ class Layout:
         return Layout(rows, rows)
 
     def chunk_of(self, row_bytes: int) -> int:
-        """Rows of a chunk of an array of other rows: by the same rule, and a divisor of a part."""
+        """Rows of a chunk in an array with rows of `row_bytes`; divides the rows of a part."""
         return math.gcd(chunk_rows(row_bytes), self.part_rows)
 
     def parts(self, positions: int) -> int:
@@ -81,75 +92,87 @@ class Layout:
         return -(-positions // self.part_rows)
 
     def rows(self, part: int, positions: int) -> tuple[int, int]:
-        """First row and end of `part`."""
+        """First row of `part`, and the row after its last, in a cache of `positions` rows."""
         return part * self.part_rows, min((part + 1) * self.part_rows, positions)
 
     def to_json(self) -> dict[str, int]:
+        """The value of `layout` in `manifest.json`."""
         return asdict(self)
 
 
 def chunk_rows(row_bytes: int) -> int:
-    """The largest power of two of rows in `CHUNK_BYTES`, at least 1, at most `CHUNK_ROWS_MAX`."""
+    """Largest power of two of rows in `CHUNK_BYTES`, at least 1, at most `CHUNK_ROWS_MAX`."""
     return min(1 << (max(1, CHUNK_BYTES // row_bytes).bit_length() - 1), CHUNK_ROWS_MAX)
 
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """What `zarr.json` says of one array: enough to read its shards without zarr."""
+    """Shape, dtype, chunks and codecs of one stored array: enough to read shards without zarr."""
 
     shape: tuple[int, ...]
     stored_dtype: str
     """numpy dtype string of the bytes, little-endian."""
     logical_dtype: str
-    """What the bytes mean: equal to the stored dtype, but `bfloat16` is kept as uint16."""
+    """dtype of the values: `bfloat16` for residuals stored as uint16, else the stored dtype."""
     chunk_rows: int
     shard_rows: int
     raw: bool
     """True if chunks are uncompressed with a crc32c, so that shards can be memory-mapped."""
     compact: bool = False
-    """True if chunks are those of `codec.pack` with a crc32c."""
+    """True if chunks are those of `compression.compress_chunk` with a crc32c."""
 
     @property
-    def ours(self) -> bool:
-        """Whether shards are read without zarr."""
+    def is_native(self) -> bool:
+        """Whether residua reads the shards without zarr."""
         return self.raw or self.compact
 
     @property
     def row_items(self) -> int:
+        """Values of one row."""
         return int(np.prod(self.shape[1:], dtype=np.int64))
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row."""
         return self.row_items * np.dtype(self.stored_dtype).itemsize
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one encoded chunk, its checksum included."""
+        """Bytes of one raw chunk, its checksum included."""
         return self.chunk_rows * self.row_bytes + CHECKSUM_BYTES
 
     @property
     def shards(self) -> int:
+        """Number of shards."""
         return -(-self.shape[0] // self.shard_rows)
 
     def shard_key(self, shard: int) -> str:
-        """Path of a shard inside its array."""
+        """Path of a shard inside the array's folder, such as `c/3/0`."""
         return "/".join(["c", str(shard)] + ["0"] * (len(self.shape) - 1))
 
     @classmethod
     def from_zarr_json(cls, meta: dict[str, Any], where: str) -> "ArrayLayout":
-        """Parse the metadata of a zarr v3 array that was written by this package."""
+        """Parse the `zarr.json` of an array; `where` is named in errors.
+
+        Raises `CorruptError` unless the array is one of zarr v3 whose chunks divide its shards.
+        """
         try:
             shape = tuple(int(n) for n in meta["shape"])
-            outer = meta["chunk_grid"]["configuration"]["chunk_shape"]
             dtype = np.dtype(meta["data_type"]).newbyteorder("<")
-            codec = meta["codecs"][0]
-            sharded = codec["name"] == "sharding_indexed"
-            inner = codec["configuration"]["chunk_shape"] if sharded else outer
-            known = sharded and len(meta["codecs"]) == 1 and _is_indexed(codec["configuration"])
-            codecs = codec["configuration"]["codecs"] if known else []
-            raw, compact = _is_raw(codecs), is_compact(codecs, dtype.itemsize)
             logical = meta.get("attributes", {}).get("logical_dtype", dtype.name)
-            chunk, shard = int(inner[0]), int(outer[0])
+
+            # The outer grid is that of shards, the inner one that of their chunks.
+            shard_shape = meta["chunk_grid"]["configuration"]["chunk_shape"]
+            codec = meta["codecs"][0]
+            is_sharded = codec["name"] == "sharding_indexed"
+            chunk_shape = codec["configuration"]["chunk_shape"] if is_sharded else shard_shape
+            chunk, shard = int(chunk_shape[0]), int(shard_shape[0])
+
+            # Shards that our readers know: nothing around them, and an index as in `shard.py`.
+            is_readable = is_sharded and len(meta["codecs"]) == 1
+            is_readable = is_readable and _has_plain_index(codec["configuration"])
+            codecs = codec["configuration"]["codecs"] if is_readable else []
+            raw, compact = _is_raw(codecs), is_compact(codecs, dtype.itemsize)
             if not shape or min(shape) < 0 or chunk < 1 or shard < 1 or shard % chunk:
                 raise ValueError(f"shape {shape}, chunks of {chunk} rows, shards of {shard}")
             return cls(shape, dtype.str, logical, chunk, shard, raw, compact)
@@ -159,12 +182,13 @@ class ArrayLayout:
             ) from None
 
 
-def _is_indexed(sharding: dict[str, Any]) -> bool:
-    """Whether the index of a shard is what our readers expect."""
+def _has_plain_index(sharding: dict[str, Any]) -> bool:
+    """Whether the index of a shard lies at the end, uncompressed, with a crc32c."""
     return _is_raw(sharding["index_codecs"]) and sharding.get("index_location", "end") == "end"
 
 
 def _is_raw(codecs: list[dict[str, Any]]) -> bool:
+    """Whether bytes are little-endian and uncompressed, with a crc32c."""
     return [codec["name"] for codec in codecs] == ["bytes", "crc32c"] and (
         codecs[0].get("configuration", {}).get("endian", "little") == "little"
     )

@@ -1,9 +1,10 @@
-"""Random rows of many shards at the speed of one array: one index over all their memory maps.
+"""`MappedRows`: random rows of many memory-mapped shards, gathered by one numpy index.
 
-Grouping rows by shard costs more than copying them. Here the maps of an array's open shards are
-seen as one array of overlapping rows that begins at the lowest map and ends with the highest, so
-that the address of a row, in steps of a few bytes, is its index. What lies between the maps is
-never touched: an address comes from the index of an open shard, of a chunk that was checked.
+Grouping rows by shard costs more than copying them. Instead, the memory from the lowest map of an
+array's open shards to the end of the highest is viewed as one array of overlapping rows, one every
+few bytes, so that a row's address, divided by these bytes, is its index. Memory between the maps
+is never read: addresses come from the indexes of open shards, for chunks whose checksum matched.
+`CacheArray` (`array.py`) builds one over its open shards and replaces it when others are needed.
 """
 
 import math
@@ -17,45 +18,59 @@ from .shard import ShardReader
 
 
 class MappedRows:
-    """Open shards of one array by their number; holding a window keeps their maps alive."""
+    """Rows of the open shards of one array; `readers` is shard number -> reader.
+
+    The object keeps the readers, and so their maps, alive. Raw chunks only.
+    """
 
     def __init__(self, readers: dict[int, ShardReader], layout: ArrayLayout) -> None:
         self._readers = readers
         self._layout = layout
-        self._per_shard = layout.shard_rows // layout.chunk_rows
-        # Address of every chunk of the array, 0 where it is not open or not checked.
-        self._starts = np.zeros(layout.shards * self._per_shard, np.int64)
+        self._chunks_per_shard = layout.shard_rows // layout.chunk_rows
+
+        # Address of every chunk of the array; 0 if its shard is not open, or the chunk unchecked.
+        self._chunk_addresses = np.zeros(layout.shards * self._chunks_per_shard, np.int64)
         for shard, reader in readers.items():
-            self._starts[shard * self._per_shard :][: self._per_shard] = reader.checked_addresses()
+            first = shard * self._chunks_per_shard
+            chunks = slice(first, first + self._chunks_per_shard)
+            self._chunk_addresses[chunks] = reader.checked_addresses()
+
+        # Bytes between two overlapping rows: these divide the distance of any two stored rows.
         itemsize = np.dtype(layout.stored_dtype).itemsize
         self._step = math.gcd(itemsize, *(reader.step for reader in readers.values()))
-        self._base, self._rows = self._span()
+        self._base_address, self._rows = self._overlapping_rows()
 
-    def _span(self) -> tuple[int, np.ndarray]:
+    def _overlapping_rows(self) -> tuple[int, np.ndarray]:
         """Address of the lowest map, and rows that begin at every `step` bytes from there."""
         layout = self._layout
         lowest = min(self._readers.values(), key=lambda reader: reader.address)
         end = max(reader.address + reader.size for reader in self._readers.values())
-        first = lowest.first_row()
+        first_row = lowest.first_row()
         count = (end - lowest.address - layout.row_bytes) // self._step + 1
-        shape, strides = (count, *layout.shape[1:]), (self._step, *first.strides[1:])
-        return lowest.address, as_strided(first, shape, strides, writeable=False)
+        shape, strides = (count, *layout.shape[1:]), (self._step, *first_row.strides[1:])
+        return lowest.address, as_strided(first_row, shape, strides, writeable=False)
 
-    def missing(self, shards: Iterable[int]) -> bool:
-        """Whether one of `shards` is not in this window."""
+    def lacks_any(self, shards: Iterable[int]) -> bool:
+        """Whether a shard of `shards` is not among the open ones."""
         return any(shard not in self._readers for shard in shards)
 
-    def take(self, chunks: np.ndarray, inside: np.ndarray) -> np.ndarray | None:
-        """Row `inside[i]` of chunk `chunks[i]`, as stored; None if a chunk is not checked yet."""
-        starts = self._starts[chunks]
-        if not starts.all():
+    def take(self, chunks: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
+        """Gather row `offsets[i]` of chunk `chunks[i]` in the stored dtype, `(n, ...)`.
+
+        Chunks are numbered through the whole array. None if a chunk is unchecked or not open.
+        """
+        addresses = self._chunk_addresses[chunks]
+        if not addresses.all():
             return None
-        offsets = starts + inside * self._layout.row_bytes - self._base
-        return self._rows[offsets // self._step]
+        distances = addresses + offsets * self._layout.row_bytes - self._base_address
+        return self._rows[distances // self._step]
 
     def check(self, chunks: np.ndarray) -> None:
-        """Check those of `chunks` that were not touched yet; their shards are in this window."""
-        for chunk in chunks[self._starts[chunks] == 0].tolist():
-            shard, number = divmod(chunk, self._per_shard)
+        """Check the crc32c of unchecked chunks among `chunks`, whose shards must be open.
+
+        Raises `CorruptError` if a chunk is damaged.
+        """
+        for chunk in chunks[self._chunk_addresses[chunks] == 0].tolist():
+            shard, number = divmod(chunk, self._chunks_per_shard)
             self._readers[shard].chunk(number)
-            self._starts[chunk] = self._readers[shard].checked_addresses()[number]
+            self._chunk_addresses[chunk] = self._readers[shard].checked_addresses()[number]

@@ -1,8 +1,9 @@
 """One shard file: streaming writer and memory-mapped reader of zarr's `sharding_indexed` codec.
 
-A shard is its chunks (rows, then a crc32c), each at a fixed place, and an index at the end:
-for every chunk offset and length as little-endian uint64 (all ones where there is no chunk),
-then the crc32c of the index. Files are byte-identical to those of zarr-python.
+A shard is a sequence of chunks (rows, then a crc32c), each at a fixed offset, and an index at the
+end: for every chunk offset and length as little-endian uint64 (all ones for an absent chunk), then
+the crc32c of the index. Files are byte-identical to those of zarr-python. `PartWriter` writes
+shards, `CacheArray` reads them; `compressed_shard.py` has the subclasses for compressed chunks.
 """
 
 import errno
@@ -23,92 +24,99 @@ from ..files.json_files import sync_folder
 from ..files.paths import is_remote, write_object
 from .layout import CHECKSUM_BYTES, ArrayLayout
 
-MISSING = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-
-
-def combine(checksums: Iterable[bytes]) -> int:
-    """One number for a shard: the crc32c of its chunks' checksums, in order."""
-    return google_crc32c.value(b"".join(checksums))
+ABSENT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+"""Offset and length in the index of a chunk that the shard lacks."""
 
 
 class ShardWriter:
-    """Writes one shard; rows may come in any order, a chunk is kept in memory until it is full.
+    """Writes one shard of `rows` rows, which may come in any order.
 
-    Rows that come in order need one chunk of memory. `commit` makes the file appear under its
-    name, whole and durable; `abandon`, or a crash, leaves nothing under that name. With `make`
-    the folders above the file are made. On its way to an object store the shard is kept in an
-    unnamed temporary file, and in memory while it is sent.
+    A chunk is buffered in memory until all rows of the chunk have come; rows in order need the
+    memory of one chunk. `commit` makes the file appear under its name, whole and durable;
+    `abandon`, or a crash, leaves nothing under that name. With `make_folders` the folders above
+    the file are made. A shard for an object store is buffered in an unnamed temporary file, and in
+    memory during the transfer.
     """
 
-    def __init__(self, path: Path, layout: ArrayLayout, rows: int, make: bool = True) -> None:
+    def __init__(
+        self, path: Path, layout: ArrayLayout, rows: int, make_folders: bool = True
+    ) -> None:
         self.path = path
         self.layout = layout
         self.rows = rows
         self._chunks = -(-rows // layout.chunk_rows)
         self._buffers: dict[int, np.ndarray] = {}
-        self._missing = [self._rows_of(chunk) for chunk in range(self._chunks)]
+        # Rows of each chunk that have not come yet; the last chunk may be shorter.
+        self._missing_rows = [
+            min(layout.chunk_rows, rows - first) for first in range(0, rows, layout.chunk_rows)
+        ]
         self._checksums: dict[int, bytes] = {}
-        self._offsets = np.full((layout.shard_rows // layout.chunk_rows, 2), MISSING, "<u8")
+        self._index = np.full((layout.shard_rows // layout.chunk_rows, 2), ABSENT, "<u8")
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = self._open(make)
+        self._file = self._open_file(make_folders)
 
-    def _open(self, make: bool) -> BinaryIO:
+    def _open_file(self, make_folders: bool) -> BinaryIO:
         if is_remote(self.path):
             return tempfile.TemporaryFile(prefix="residua-")
-        if make:
+        if make_folders:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         return open(self._temporary, "wb")
 
-    def _rows_of(self, chunk: int) -> int:
-        return min(self.layout.chunk_rows, self.rows - chunk * self.layout.chunk_rows)
-
     def write(self, row: int, values: np.ndarray) -> None:
-        """Put `values`, `(rows, ...)` in the stored dtype, at `row` of this shard."""
-        size = self.layout.chunk_rows
+        """Put `values`, `(n, ...)` in the stored dtype, at rows `row` to `row + n` of this shard.
+
+        Each row must come exactly once.
+        """
         done = 0
         while done < len(values):
-            chunk, inside = divmod(row + done, size)
-            take = min(len(values) - done, size - inside)
-            buffer = self._buffer(chunk)
-            buffer[inside : inside + take] = values[done : done + take]
-            self._missing[chunk] -= take
-            if self._missing[chunk] == 0:
-                self._flush(chunk)
-            done += take
+            number, offset = divmod(row + done, self.layout.chunk_rows)
+            count = min(len(values) - done, self.layout.chunk_rows - offset)
+            self._buffer_of(number)[offset : offset + count] = values[done : done + count]
+            self._missing_rows[number] -= count
+            if self._missing_rows[number] == 0:
+                self._write_chunk(number)
+            done += count
 
-    def _buffer(self, chunk: int) -> np.ndarray:
-        buffer = self._buffers.get(chunk)
+    def _buffer_of(self, number: int) -> np.ndarray:
+        """Rows of an unfinished chunk, zero where no row has come."""
+        buffer = self._buffers.get(number)
         if buffer is None:
             shape = (self.layout.chunk_rows, *self.layout.shape[1:])
             buffer = np.zeros(shape, self.layout.stored_dtype)
-            self._buffers[chunk] = buffer
+            self._buffers[number] = buffer
         return buffer
 
-    def _flush(self, chunk: int) -> None:
-        data = self._buffers.pop(chunk).reshape(-1).view(np.uint8)
+    def _write_chunk(self, number: int) -> None:
+        """Write a finished chunk and free its buffer."""
+        data = self._buffers.pop(number).reshape(-1).view(np.uint8)
         checksum = google_crc32c.value(data).to_bytes(CHECKSUM_BYTES, "little")
-        # Chunks lie in order of their number, so that equal rows give equal files.
-        offset = chunk * self.layout.chunk_bytes
+        # The number alone determines the offset, so that equal rows give equal files.
+        offset = number * self.layout.chunk_bytes
         self._file.seek(offset)
         self._file.write(data.data)
         self._file.write(checksum)
-        self._offsets[chunk] = offset, self.layout.chunk_bytes
-        self._checksums[chunk] = checksum
+        self._index[number] = offset, self.layout.chunk_bytes
+        self._checksums[number] = checksum
 
     def commit(self) -> dict[str, int]:
-        """Close the shard; returns its `bytes` and the `crc32c` of its chunks' checksums."""
+        """Write the index and publish the file.
+
+        Returns `bytes`, the size of the file, and `crc32c`, that of the chunks' checksums. Raises
+        `AssertionError` if rows are missing.
+        """
         if len(self._checksums) != self._chunks:
             raise AssertionError(f"{self.path}: only {len(self._checksums)} of {self._chunks}")
-        index = self._offsets.tobytes()
+        index = self._index.tobytes()
         checksum = google_crc32c.value(index)
         self._file.seek(0, os.SEEK_END)
         self._file.write(index + checksum.to_bytes(CHECKSUM_BYTES, "little"))
         size = self._file.tell()
-        self._deliver()
-        return {"bytes": size, "crc32c": combine(self._checksums[c] for c in range(self._chunks))}
+        self._publish()
+        checksums = (self._checksums[number] for number in range(self._chunks))
+        return {"bytes": size, "crc32c": combine_checksums(checksums)}
 
-    def _deliver(self) -> None:
-        """Make the whole shard appear under its name, durably."""
+    def _publish(self) -> None:
+        """Make the complete file appear under its name, durably."""
         self._file.flush()
         if is_remote(self.path):
             self._file.seek(0)
@@ -118,24 +126,130 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.path)
-        # The folders of a chunk key (`c/0` in `c` in the array's) may be new too.
+        # The folders of the shard's key (`c/0` in `c` in the array's folder) may be new too.
         for folder in self.path.parents[: len(self.layout.shape) + 1]:
             sync_folder(folder)
 
     def abandon(self) -> None:
-        """Drop what was written; nothing to do after `commit`."""
+        """Close and remove the unfinished file; does nothing after `commit`."""
         try:
-            with suppress(OSError):  # closing writes what is buffered, which a full disk refuses
+            with suppress(OSError):  # closing writes buffered bytes, which a full disk refuses
                 self._file.close()
         finally:
             if not is_remote(self.path):
                 self._temporary.unlink(missing_ok=True)
 
 
-def _map(path: Path) -> np.ndarray:
-    """The bytes of a file; a plain array, as every slice of a np.memmap costs microseconds.
+class ShardReader:
+    """Reads one shard through a memory map; a chunk's crc32c is checked on first use.
 
-    Each map holds a file descriptor: where they run out, the soft limit is raised to the hard.
+    `checked`, one flag per chunk, is that of an earlier reader of the shard: chunks that the
+    earlier reader checked are not checked again. Raises `CorruptError` if the file is missing,
+    empty, cut short, or has a damaged index.
+    """
+
+    def __init__(self, path: Path, layout: ArrayLayout, checked: np.ndarray | None = None) -> None:
+        self.path = path
+        self.layout = layout
+        try:
+            self._bytes = _map_file(path)
+        except FileNotFoundError:
+            raise CorruptError(f"{path} is missing; `residua verify` says what is lost") from None
+        except ValueError:
+            raise CorruptError(f"{path} is empty") from None
+        self._index = parse_index(self._bytes[-index_bytes(layout) :].tobytes(), layout, path)
+        self.checked = np.zeros(len(self._index), bool) if checked is None else checked
+        """One flag per chunk: the crc32c was checked and matched."""
+        self._views: list[np.ndarray | None] = [None] * len(self._index)
+        self.address = self._bytes.ctypes.data
+        """Address of the map in memory."""
+        offsets = self._index[self._index[:, 0] != ABSENT, 0]
+        self.step = math.gcd(layout.row_bytes, *offsets.tolist())
+        """Largest number of bytes that divides the offset of every row."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self._bytes)
+
+    def first_row(self) -> np.ndarray:
+        """First row of the file, `(1, ...)`, without a check of the checksum."""
+        row = self._bytes[: self.layout.row_bytes].view(self.layout.stored_dtype)
+        return row.reshape(1, *self.layout.shape[1:])
+
+    def checked_addresses(self) -> np.ndarray:
+        """Address in memory of each chunk's rows, `(chunks,)`; 0 for unchecked chunks."""
+        return np.where(self.checked, self._index[:, 0].astype(np.int64) + self.address, 0)
+
+    def chunk(self, number: int) -> np.ndarray:
+        """All rows of one chunk, `(chunk_rows, ...)`, as a read-only view of the file."""
+        rows = self._views[number]
+        if rows is None:
+            layout = self.layout
+            payload = self.payload(number, check=not self.checked[number])
+            rows = payload.view(layout.stored_dtype)
+            rows = rows.reshape(layout.chunk_rows, *layout.shape[1:])
+            self._views[number] = rows
+            self.checked[number] = True
+        return rows
+
+    def payload(self, number: int, check: bool = True) -> np.ndarray:
+        """Stored bytes of one chunk, without the crc32c after them.
+
+        Raises `CorruptError` if the chunk is absent or, with `check`, does not match the crc32c.
+        """
+        layout = self.layout
+        offset, size = (int(value) for value in self._index[number])
+        has_wrong_size = size < CHECKSUM_BYTES or (layout.raw and size != layout.chunk_bytes)
+        if has_wrong_size or offset + size > len(self._bytes):
+            raise CorruptError(f"{self.path}: chunk {number} is not in this shard")
+        data = self._bytes[offset : offset + size - CHECKSUM_BYTES]
+        checksum = self._bytes[offset + size - CHECKSUM_BYTES : offset + size]
+        if check and google_crc32c.value(data) != int.from_bytes(checksum.tobytes(), "little"):
+            first = number * layout.chunk_rows
+            raise CorruptError(
+                f"{self.path}: rows {first}-{first + layout.chunk_rows - 1} of this shard "
+                "do not match their checksum; run `residua verify`"
+            )
+        return data
+
+    def damaged_chunks(self, rows: int) -> tuple[list[int], int]:
+        """Check all chunks of a shard of `rows` rows, those checked before too.
+
+        Returns the numbers of damaged chunks, and the crc32c that `commit` gives for this file.
+        """
+        damaged, checksums = [], []
+        for number in range(-(-rows // self.layout.chunk_rows)):
+            try:
+                self.payload(number)
+            except CorruptError:
+                damaged.append(number)
+            end = int(self._index[number].sum())
+            checksums.append(self._bytes[end - CHECKSUM_BYTES : end].tobytes())
+        return damaged, combine_checksums(checksums)
+
+    def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Yield rows `start:stop` of this shard in order, as views of chunks."""
+        size = self.layout.chunk_rows
+        while start < stop:
+            number, offset = divmod(start, size)
+            count = min(stop - start, size - offset)
+            yield self.chunk(number)[offset : offset + count]
+            start += count
+
+    def read(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Copy rows `start:stop` of this shard into `out`, in the stored dtype."""
+        done = 0
+        for piece in self.pieces(start, stop):
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+
+
+def _map_file(path: Path) -> np.ndarray:
+    """The bytes of a file as a memory map, `(size,)` uint8.
+
+    A plain array, as every slice of an `np.memmap` costs microseconds. Each map holds a file
+    descriptor: if no descriptor is free, the soft limit is raised to the hard limit.
     """
     try:
         return np.asarray(np.memmap(path, np.uint8, mode="r"))
@@ -148,12 +262,15 @@ def _map(path: Path) -> np.ndarray:
 
 
 def index_bytes(layout: ArrayLayout) -> int:
-    """Bytes of a shard's index and its checksum, at the end of the file."""
+    """Size in bytes of the index and its checksum, at the end of a shard's file."""
     return layout.shard_rows // layout.chunk_rows * 16 + CHECKSUM_BYTES
 
 
 def parse_index(tail: bytes, layout: ArrayLayout, path: Path) -> np.ndarray:
-    """Offset and length of every chunk, `(chunks, 2)` uint64, from the end of a shard's file."""
+    """Offset and length of every chunk, `(chunks, 2)` uint64, from the last bytes of a shard.
+
+    Raises `CorruptError` if the index does not match its checksum.
+    """
     if len(tail) < index_bytes(layout):
         raise CorruptError(f"{path} is cut short: it has no whole index")
     index, checksum = tail[:-CHECKSUM_BYTES], int.from_bytes(tail[-CHECKSUM_BYTES:], "little")
@@ -162,103 +279,6 @@ def parse_index(tail: bytes, layout: ArrayLayout, path: Path) -> np.ndarray:
     return np.frombuffer(index, "<u8").reshape(-1, 2)
 
 
-class ShardReader:
-    """Rows of one shard through a memory map; a chunk's crc32c is checked on first touch.
-
-    `checked`, one flag per chunk, remembers over several readers of a shard what was checked.
-    """
-
-    def __init__(self, path: Path, layout: ArrayLayout, checked: np.ndarray | None = None) -> None:
-        self.path = path
-        self.layout = layout
-        try:
-            self._bytes = _map(path)
-        except FileNotFoundError:
-            raise CorruptError(f"{path} is missing; `residua verify` says what is lost") from None
-        except ValueError:
-            raise CorruptError(f"{path} is empty") from None
-        self._offsets = self._read_index()
-        self.checked = np.zeros(len(self._offsets), bool) if checked is None else checked
-        """Flags of the chunks whose crc32c was found right."""
-        self._views: list[np.ndarray | None] = [None] * len(self._offsets)
-        self.address = self._bytes.ctypes.data
-        present = self._offsets[self._offsets[:, 0] != MISSING, 0]
-        self.step = math.gcd(layout.row_bytes, *present.tolist())
-        """Divides the offsets of all chunks and the bytes of a row."""
-
-    def _read_index(self) -> np.ndarray:
-        return parse_index(
-            self._bytes[-index_bytes(self.layout) :].tobytes(), self.layout, self.path
-        )
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return len(self._bytes)
-
-    def first_row(self) -> np.ndarray:
-        """The row at the beginning of the file, `(1, ...)`, unchecked."""
-        row = self._bytes[: self.layout.row_bytes].view(self.layout.stored_dtype)
-        return row.reshape(1, *self.layout.shape[1:])
-
-    def checked_addresses(self) -> np.ndarray:
-        """Where in memory each chunk begins, 0 for those that were not checked yet."""
-        return np.where(self.checked, self._offsets[:, 0].astype(np.int64) + self.address, 0)
-
-    def chunk(self, chunk: int) -> np.ndarray:
-        """All rows of one chunk, `(chunk_rows, ...)`, as a read-only view of the file."""
-        view = self._views[chunk]
-        if view is None:
-            view = self._views[chunk] = self._open(chunk, not self.checked[chunk])
-            self.checked[chunk] = True
-        return view
-
-    def _open(self, chunk: int, check: bool = True) -> np.ndarray:
-        layout = self.layout
-        data = self.payload(chunk, check)
-        return data.view(layout.stored_dtype).reshape(layout.chunk_rows, *layout.shape[1:])
-
-    def payload(self, chunk: int, check: bool = True) -> np.ndarray:
-        """The bytes of one chunk as stored, without the crc32c that they are checked against."""
-        layout = self.layout
-        offset, size = (int(value) for value in self._offsets[chunk])
-        wrong = size < CHECKSUM_BYTES or (layout.raw and size != layout.chunk_bytes)
-        if wrong or offset + size > len(self._bytes):
-            raise CorruptError(f"{self.path}: chunk {chunk} is not in this shard")
-        data = self._bytes[offset : offset + size - CHECKSUM_BYTES]
-        end = self._bytes[offset + size - CHECKSUM_BYTES : offset + size]
-        if check and google_crc32c.value(data) != int.from_bytes(end.tobytes(), "little"):
-            first = chunk * layout.chunk_rows
-            raise CorruptError(
-                f"{self.path}: rows {first}-{first + layout.chunk_rows - 1} of this shard "
-                "do not match their checksum; run `residua verify`"
-            )
-        return data
-
-    def check(self, rows: int) -> tuple[list[int], int]:
-        """Re-read a shard of `rows`: numbers of its damaged chunks, and what `commit` returned."""
-        damaged, checksums = [], []
-        for chunk in range(-(-rows // self.layout.chunk_rows)):
-            try:
-                self.payload(chunk)
-            except CorruptError:
-                damaged.append(chunk)
-            end = int(self._offsets[chunk].sum())
-            checksums.append(self._bytes[end - CHECKSUM_BYTES : end].tobytes())
-        return damaged, combine(checksums)
-
-    def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Rows `start:stop` of this shard as views of its chunks, in order."""
-        size = self.layout.chunk_rows
-        while start < stop:
-            chunk, inside = divmod(start, size)
-            take = min(stop - start, size - inside)
-            yield self.chunk(chunk)[inside : inside + take]
-            start += take
-
-    def read(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Copy rows `start:stop` of this shard into `out`, in the stored dtype."""
-        done = 0
-        for piece in self.pieces(start, stop):
-            out[done : done + len(piece)] = piece
-            done += len(piece)
+def combine_checksums(checksums: Iterable[bytes]) -> int:
+    """The crc32c of a shard: that of its chunks' checksums, in order of the chunks."""
+    return google_crc32c.value(b"".join(checksums))

@@ -1,10 +1,12 @@
-"""The head: final norm, unembedding, bias, scale and softcap, kept as data in `head/`.
+"""`Head`: final norm, unembedding, bias, scale and softcap of a model, kept as data in `head/`.
 
     z = norm(h) * weight + norm_bias            h, z (..., d_model)
     logits = softcap(scale * (z Wᵀ + bias))     (..., vocab);  softcap(x) = c tanh(x / c)
 
 `norm` is `layernorm` (subtract the mean, divide by sqrt(variance + eps)), `rmsnorm` (divide by
 sqrt(mean square + eps)) or `none`. Evaluated in float32 by numpy or torch; never by model code.
+Heads are read off a model by `identify_head.py` and loaded from disk by `load_head.py`; models with
+another formula have a `ProgramHead` (`program_head.py`).
 """
 
 import hashlib
@@ -23,70 +25,75 @@ if TYPE_CHECKING:
 
 
 NORMS = ("layernorm", "rmsnorm", "none")
+"""Kinds of the final norm."""
 TENSORS = ("norm_weight", "norm_bias", "unembedding", "bias")
 """Fields of `Head` that are arrays, and their names in `head.safetensors`."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """Maps the residual stream of layer L to logits; `(..., d_model)` -> `(..., vocab)`."""
+    """A head by formula: maps residuals of layer L, `(..., d_model)`, to logits `(..., vocab)`."""
 
     norm: str
     """One of `NORMS`."""
     eps: float
     """Added to the variance or mean square before the root."""
     norm_weight: np.ndarray
-    """`(d_model,)` float32, the gain after the norm (ones if there is none)."""
+    """Gain after the norm, `(d_model,)` float32; ones for a model without a gain."""
     norm_bias: np.ndarray
-    """`(d_model,)` float32 (zeros if there is none)."""
+    """Bias after the gain, `(d_model,)` float32; zeros for a model without this bias."""
     unembedding: np.ndarray
-    """`(vocab, d_model)` float32."""
+    """Unembedding matrix W, `(vocab, d_model)` float32."""
     bias: np.ndarray
-    """`(vocab,)` float32 (zeros if there is none)."""
+    """Bias of the unembedding, `(vocab,)` float32; zeros for a model without this bias."""
     scale: float = 1.0
+    """Factor of the logits before the softcap."""
     softcap: float | None = None
+    """Bound c of the logits, c tanh(x / c); None for a model without a softcap."""
 
     kind = "explicit"
-    """`explicit` here; `program` for heads that are kept as operations (`programhead`)."""
+    """`explicit`, or `program` in the subclass `ProgramHead`."""
 
     @property
     def d_model(self) -> int:
+        """Width of the residual stream."""
         return self.unembedding.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensors in float32."""
+        """Size of the tensors in float32, in bytes."""
         return sum(getattr(self, name).nbytes for name in TENSORS)
 
     @property
     def vocab(self) -> int:
+        """Number of logits."""
         return self.unembedding.shape[0]
 
     @cached_property
     def digest(self) -> str:
-        """Hex sha256 of everything that the head computes with: equal heads read equal streams."""
+        """Hex sha256 of formula and tensors: heads of one digest give the same logits."""
         hasher = hashlib.sha256(json.dumps(self._spec(), sort_keys=True, allow_nan=False).encode())
         for name in TENSORS:
             hasher.update(np.ascontiguousarray(getattr(self, name), np.float32).tobytes())
         return hasher.hexdigest()
 
     def __dask_tokenize__(self) -> str:
+        """Name of the head for dask, which would otherwise hash the pickled tensors."""
         return self.digest
 
     def normalize(self, hidden: np.ndarray) -> np.ndarray:
-        """The final norm with its gain and bias, in float32; `(..., d_model)`."""
+        """Apply the final norm with gain and bias to `hidden`, `(..., d_model)`, in float32."""
         hidden = np.asarray(hidden, np.float32)
         if self.norm == "layernorm":
             hidden = hidden - hidden.mean(-1, keepdims=True, dtype=np.float32)
         if self.norm != "none":
-            square = np.einsum("...i,...i->...", hidden, hidden)[..., None] / np.float32(
-                self.d_model
-            )
-            hidden = hidden / np.sqrt(square + np.float32(self.eps))
+            width = np.float32(self.d_model)
+            mean_square = np.einsum("...i,...i->...", hidden, hidden)[..., None] / width
+            hidden = hidden / np.sqrt(mean_square + np.float32(self.eps))
         return hidden * self.norm_weight + self.norm_bias
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
-        """Logits in float32, `(..., vocab)`."""
+        """Logits `(..., vocab)` in float32 of residuals `hidden`, `(..., d_model)`."""
         out = self.normalize(hidden) @ self.unembedding.T
         out += self.bias
         if self.scale != 1.0:
@@ -97,28 +104,33 @@ class Head:
         return out
 
     def torch(self, device: str = "cpu") -> "TorchHead":
-        """The same head for torch tensors, differentiable."""
+        """The head on torch tensors of `device`, differentiable in the hidden states."""
         return TorchHead(self, device)
 
     def describe(self) -> dict[str, Any]:
-        """The head in a few words."""
+        """Kind, norm, eps, scale and softcap, for reports."""
         return {"kind": self.kind, **self._spec()}
 
     def _spec(self) -> dict[str, Any]:
+        """Fields of `head.json` that determine the computation, next to the tensors."""
         return {"norm": self.norm, "eps": self.eps, "scale": self.scale, "softcap": self.softcap}
 
     def save(self, folder: Path, tensors: dict[str, "torch.Tensor"] | None = None) -> None:
-        """Write `head.safetensors`, then `head.json`; `tensors` in the model's own dtype win."""
+        """Write `head.safetensors`, then `head.json`.
+
+        If `tensors` are given, these (in the model's dtype) are written instead of the float32
+        arrays.
+        """
         arrays = {name: getattr(self, name) for name in TENSORS}
         save_head(folder, {"kind": self.kind, **self._spec()}, arrays, tensors)
 
     def with_vocab(self, vocab: int) -> "Head":
-        """The first `vocab` rows of the unembedding, where a model drops padding rows."""
+        """Keep the first `vocab` rows of the unembedding: models may drop padding rows."""
         return replace(self, unembedding=self.unembedding[:vocab], bias=self.bias[:vocab])
 
 
 class TorchHead:
-    """`Head` on torch tensors; gradients flow to the hidden states."""
+    """A `Head` on torch tensors; gradients flow to the hidden states."""
 
     def __init__(self, head: Head, device: str = "cpu") -> None:
         import torch
@@ -134,7 +146,7 @@ class TorchHead:
         self.bias = move(head.bias)
 
     def normalize(self, hidden: "torch.Tensor") -> "torch.Tensor":
-        """The final norm with its gain and bias of rows of any dtype; `(..., d_model)` float32."""
+        """Apply the final norm with gain and bias: `(..., d_model)` of any dtype to float32."""
         hidden = hidden.float()
         if self.head.norm == "layernorm":
             hidden = hidden - hidden.mean(-1, keepdim=True)
@@ -143,7 +155,7 @@ class TorchHead:
         return hidden * self.norm_weight + self.norm_bias
 
     def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
-        """Logits, `(..., vocab)`."""
+        """Logits `(..., vocab)` in float32 of residuals `hidden`, `(..., d_model)`."""
         import torch
 
         out = torch.nn.functional.linear(self.normalize(hidden), self.unembedding, self.bias)

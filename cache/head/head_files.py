@@ -1,4 +1,8 @@
-"""The files of a head: head.json and head.safetensors."""
+"""Files of a head, `head.json` and `head.safetensors`: writing both, reading the tensors.
+
+Used by `Head.save`, `ProgramHead.save` and `load_head`. `head.json` carries the sha256 of
+`head.safetensors`.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 
 
 _SAFETENSORS_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+"""dtype of safetensors -> numpy dtype of the bytes; numpy has no bfloat16."""
 
 
 def save_head(
@@ -24,7 +29,10 @@ def save_head(
     arrays: Mapping[str, np.ndarray],
     tensors: "dict[str, torch.Tensor] | None",
 ) -> None:
-    """Write `head.safetensors`, then `head.json` with its digest."""
+    """Write `head.safetensors`, then `head.json` with the fields of `spec` and the digest.
+
+    `arrays` are written, or, if given, `tensors` of the same names in the model's dtype.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "head.safetensors"
     if tensors is None:
@@ -32,29 +40,32 @@ def save_head(
 
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
     else:
-        from safetensors.torch import save_file as save_torch
+        from safetensors.torch import save_file as save_torch_file
 
-        save_torch(
-            {name: tensors[name].detach().cpu().contiguous().clone() for name in arrays}, path
-        )
+        # Clones: safetensors refuses tensors that share memory.
+        copies = {name: tensors[name].detach().cpu().contiguous().clone() for name in arrays}
+        save_torch_file(copies, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     write_json(folder / "head.json", {**spec, "tensors": digest})
 
 
-def read_head_tensors(raw: bytes, where: Path) -> dict[str, np.ndarray]:
-    """float32 tensors of a safetensors file; numpy alone cannot read its bfloat16."""
+def read_head_tensors(raw: bytes, folder: Path) -> dict[str, np.ndarray]:
+    """Decode the bytes of `head.safetensors` into float32 arrays by name.
+
+    `folder` is named in errors. Raises `CorruptError` for a malformed file or another dtype.
+    """
     from safetensors import SafetensorError, deserialize
 
     try:
         entries = deserialize(raw)
     except SafetensorError as error:
-        raise CorruptError(f"{where / 'head.safetensors'}: {error}") from None
-    out = {}
+        raise CorruptError(f"{folder / 'head.safetensors'}: {error}") from None
+    tensors = {}
     for name, entry in entries:
         dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise CorruptError(f"{where}: tensor {name} has dtype {entry['dtype']}")
+            raise CorruptError(f"{folder}: tensor {name} has dtype {entry['dtype']}")
         stored = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
         logical = "bfloat16" if entry["dtype"] == "BF16" else stored.dtype.name
-        out[name] = decode_rows(stored, logical)
-    return out
+        tensors[name] = decode_rows(stored, logical)
+    return tensors

@@ -1,4 +1,7 @@
-"""Reads a saved head of either kind: a formula (`Head`) or recorded operations (`ProgramHead`)."""
+"""Loading of a saved head of either kind: a formula (`Head`) or a program (`ProgramHead`).
+
+`ActivationCache.head` calls `load_head` on the cache's folder `head/`.
+"""
 
 import hashlib
 from pathlib import Path
@@ -11,7 +14,10 @@ from .program_head import ProgramHead
 
 
 def load_head(folder: Path) -> Head:
-    """The head in `folder`; raises `CorruptError` if a byte differs from what was written."""
+    """Load the head from `head.json` and `head.safetensors` in `folder`.
+
+    Raises `CorruptError` if either file was changed after writing, or has another format.
+    """
     spec = read_json(folder / "head.json")
     raw = (folder / "head.safetensors").read_bytes()
     if hashlib.sha256(raw).hexdigest() != spec.get("tensors"):

@@ -1,9 +1,12 @@
-"""A head as a small program of whitelisted operations: data on disk, run by numpy or torch.
+"""Head programs: lists of whitelisted operations (`operations.py`), run by numpy or torch.
 
-The input is `(batch, length, d_model)`, the output `(batch, length, vocab)`. A value is a number, a
-string, null, a list of values, or one of three objects: `{"node": i}` the result of node i (0 is
-the input, 1 the first node), `{"tensor": name}` a tensor of `head.safetensors`, `{"size": [k, b, l,
-o]}` the integer k batchᵇ lengthˡ + o.
+A program is data in `head.json`, made by `record_head.py` and run by `program_head.py`. Files come
+from strangers: `Program.from_json` accepts only known operations with well-formed arguments.
+
+The input is `(batch, length, d_model)`, the output `(batch, length, vocab)`. An argument is a
+number, a string, null, a list of arguments, or one of three objects: `{"node": i}`, the result of
+node i (0 is the input, 1 the first node); `{"tensor": name}`, a tensor of `head.safetensors`;
+`{"size": [k, b, l, o]}`, the integer k batchᵇ lengthˡ + o.
 """
 
 import math
@@ -15,12 +18,16 @@ from ..errors import CorruptError
 from .operations import OPS, NumpyOperations, TorchOperations
 
 NODE_LIMIT = 10_000
+"""Most nodes of a program."""
 SIZE_LIMIT = 1 << 40
+"""Bound of the numbers of a `size` argument."""
+LIST_DEPTH_LIMIT = 2
+"""Most lists around an argument: no operation takes lists of lists of lists."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One operation and its arguments by name."""
+    """One operation, a key of `operations.OPS`, and its arguments by name."""
 
     op: str
     args: Mapping[str, Any]
@@ -39,40 +46,53 @@ class Program:
         xp: NumpyOperations | TorchOperations,
         limit: int | None = None,
     ) -> Any:
-        """The result for `x` `(batch, length, d_model)`; no value may have over `limit` numbers."""
+        """Run the program on `x`, `(batch, length, d_model)`, with the backend `xp`.
+
+        `tensors` are those of `head.safetensors` by name, as arrays of the backend. Raises
+        `ValueError` if the result of a node has more than `limit` numbers.
+        """
         sizes = (int(x.shape[0]), int(x.shape[1]))
-        values: list[Any] = [x]
-        last = self._last_uses()
+        results: list[Any] = [x]
+        last_uses = self._last_uses()
         for number, node in enumerate(self.nodes, 1):
-            args = {k: _evaluate(v, values, tensors, sizes) for k, v in node.args.items()}
-            values.append(OPS[node.op].run(xp, **args))
-            if limit is not None and math.prod(values[-1].shape) > limit:
-                raise ValueError(f"node {number} gives {tuple(values[-1].shape)}")
-            for done in last.get(number, ()):
-                values[done] = None
-        return values[-1]
+            args = {k: _evaluate(v, results, tensors, sizes) for k, v in node.args.items()}
+            results.append(OPS[node.op].run(xp, **args))
+            if limit is not None and math.prod(results[-1].shape) > limit:
+                raise ValueError(f"node {number} gives {tuple(results[-1].shape)}")
+            # Free results that no later node reads.
+            for unused in last_uses.get(number, ()):
+                results[unused] = None
+        return results[-1]
 
     def _last_uses(self) -> dict[int, list[int]]:
-        """Node -> values that nobody needs after it, so that memory stays small."""
-        last = {ref: n for n, node in enumerate(self.nodes, 1) for ref in references(node.args)}
-        out: dict[int, list[int]] = {}
-        for ref, number in last.items():
-            out.setdefault(number, []).append(ref)
-        return out
+        """Node number -> results that no later node reads."""
+        last_reader = {
+            ref: number
+            for number, node in enumerate(self.nodes, 1)
+            for ref in references(node.args)
+        }
+        last_uses: dict[int, list[int]] = {}
+        for ref, number in last_reader.items():
+            last_uses.setdefault(number, []).append(ref)
+        return last_uses
 
     def to_json(self) -> list[dict[str, Any]]:
+        """The value of `nodes` in `head.json`."""
         return [{"op": node.op, "args": dict(node.args)} for node in self.nodes]
 
     @classmethod
     def from_json(cls, entries: Any, names: set[str]) -> "Program":
-        """A checked program; `names` are the tensors there are. Raises `CorruptError`."""
+        """Check and load the `nodes` of a `head.json` whose tensors are called `names`.
+
+        Raises `CorruptError` for an unknown operation or an argument of another form.
+        """
         if not isinstance(entries, list) or not 0 < len(entries) <= NODE_LIMIT:
             raise CorruptError(f"a head program has 1 to {NODE_LIMIT} nodes in a list")
-        return cls(tuple(_check_node(entry, n, names) for n, entry in enumerate(entries)))
+        return cls(tuple(_parse_node(entry, n, names) for n, entry in enumerate(entries)))
 
 
 def references(value: Any) -> Iterator[int]:
-    """Numbers of the nodes that `value` mentions."""
+    """Numbers of the nodes whose results an argument, or a mapping of arguments, reads."""
     if isinstance(value, dict) and set(value) == {"node"}:
         yield value["node"]
     elif isinstance(value, dict):
@@ -84,22 +104,24 @@ def references(value: Any) -> Iterator[int]:
 
 
 def _evaluate(
-    value: Any, values: list[Any], tensors: Mapping[str, Any], sizes: tuple[int, int]
+    value: Any, results: list[Any], tensors: Mapping[str, Any], sizes: tuple[int, int]
 ) -> Any:
+    """The array or number that an argument stands for; `sizes` are batch and length."""
     if isinstance(value, list):
-        return [_evaluate(item, values, tensors, sizes) for item in value]
+        return [_evaluate(item, results, tensors, sizes) for item in value]
     if not isinstance(value, dict):
         return value
     if "node" in value:
-        return values[value["node"]]
+        return results[value["node"]]
     if "tensor" in value:
         return tensors[value["tensor"]]
-    factor, batch, length, offset = value["size"]
-    return factor * sizes[0] ** batch * sizes[1] ** length + offset
+    factor, batch_power, length_power, offset = value["size"]
+    batch, length = sizes
+    return factor * batch**batch_power * length**length_power + offset
 
 
-def _check_node(entry: Any, number: int, names: set[str]) -> Node:
-    """The node of a JSON object; `number` values are there before it."""
+def _parse_node(entry: Any, number: int, names: set[str]) -> Node:
+    """The node of a JSON object that may read the results 0 to `number`."""
     if not isinstance(entry, dict) or set(entry) != {"op", "args"}:
         raise CorruptError(f"node {number + 1} of the head program is not an operation")
     op = OPS.get(entry["op"]) if isinstance(entry["op"], str) else None
@@ -109,14 +131,18 @@ def _check_node(entry: Any, number: int, names: set[str]) -> Node:
     if not isinstance(args, dict) or not op.required <= set(args) <= op.allowed:
         raise CorruptError(f"operation {entry['op']} of the head program has wrong arguments")
     for value in args.values():
-        _check_value(value, number, names, 0)
+        _check_value(value, number, names)
     return Node(entry["op"], args)
 
 
-def _check_value(value: Any, number: int, names: set[str], depth: int) -> None:
+def _check_value(value: Any, number: int, names: set[str], depth: int = 0) -> None:
+    """Raise `CorruptError` unless `value` is an argument of the forms above.
+
+    `number` is the last result that can be read, `depth` the count of lists around the value.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return
-    if isinstance(value, list) and depth < 2:
+    if isinstance(value, list) and depth < LIST_DEPTH_LIMIT:
         for item in value:
             _check_value(item, number, names, depth + 1)
         return
@@ -131,6 +157,10 @@ def _check_value(value: Any, number: int, names: set[str], depth: int) -> None:
     raise CorruptError(f"node {number + 1} of the head program has a wrong value")
 
 
-def _is_size(value: list[Any]) -> bool:
-    plain = len(value) == 4 and all(type(v) is int for v in value)
-    return plain and value[1] in (0, 1) and value[2] in (0, 1) and max(map(abs, value)) < SIZE_LIMIT
+def _is_size(numbers: list[Any]) -> bool:
+    """Whether `numbers` are k, b, l, o with powers b and l of 0 or 1."""
+    if len(numbers) != 4 or any(type(number) is not int for number in numbers):
+        return False
+    _, batch_power, length_power, _ = numbers
+    has_powers = batch_power in (0, 1) and length_power in (0, 1)
+    return has_powers and max(map(abs, numbers)) < SIZE_LIMIT

@@ -1,4 +1,8 @@
-"""A head that is an op program: for models whose tail is more than norm, linear, scale, softcap."""
+"""`ProgramHead`: a model's head kept as a program of array operations and its tensors.
+
+For models whose tail is not norm, linear map, scale, softcap (`head.py`). Programs are recorded by
+`record_head.py`, read from disk by `load_head.py`, and run here by numpy or torch.
+"""
 
 import hashlib
 import json
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _ExplicitOnly:
-    """An attribute that only an explicit head has."""
+    """An attribute of explicit heads alone: reading it raises `UsageError`."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -33,7 +37,7 @@ class _ExplicitOnly:
 
 
 class ProgramHead(Head):
-    """A head kept as operations and tensors; `(..., d_model)` -> `(..., vocab)`."""
+    """A head as operations and tensors; maps `(..., d_model)` to logits `(..., vocab)`."""
 
     kind = "program"
     norm, eps, norm_weight, norm_bias, unembedding, bias, scale, softcap, normalize, with_vocab = (  # pyright: ignore[reportAssignmentType]
@@ -62,11 +66,12 @@ class ProgramHead(Head):
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensors in bytes."""
         return sum(array.nbytes for array in self.tensors.values())
 
     @cached_property
     def digest(self) -> str:
-        """Hex sha256 of everything that the head computes with: equal heads read equal streams."""
+        """Hex sha256 of program and tensors: heads of one digest give the same logits."""
         hasher = hashlib.sha256(json.dumps(self._spec(), sort_keys=True, allow_nan=False).encode())
         for name in sorted(self.tensors):
             array = np.ascontiguousarray(self.tensors[name], np.float32)
@@ -75,43 +80,53 @@ class ProgramHead(Head):
         return hasher.hexdigest()
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
-        """Logits in float32, `(..., vocab)`."""
+        """Logits `(..., vocab)` in float32 of residuals `hidden`, `(..., d_model)`."""
         hidden = np.asarray(hidden, np.float32)
         rows = hidden.reshape(1, -1, self.d_model)
         out = self.program.run(rows, self.tensors, NumpyOperations())
         return np.asarray(out, np.float32).reshape(*hidden.shape[:-1], self.vocab)
 
     def torch(self, device: str = "cpu") -> "TorchHead":
-        """The same head for torch tensors, differentiable."""
+        """The head on torch tensors of `device`, differentiable in the hidden states."""
         return TorchProgramHead(self, device)
 
     def describe(self) -> dict[str, Any]:
-        """The head in a few words."""
+        """Kind and number of operations, for reports."""
         return {"kind": self.kind, "operations": len(self.program.nodes)}
 
     def _spec(self) -> dict[str, Any]:
+        """Fields of `head.json` that determine the computation, next to the tensors."""
         return {"d_model": self.d_model, "vocab": self.vocab, "nodes": self.program.to_json()}
 
     def save(self, folder: Path, tensors: "dict[str, torch.Tensor] | None" = None) -> None:
-        """Write `head.safetensors`, then `head.json`; `tensors` in the model's own dtype win."""
+        """Write `head.safetensors`, then `head.json`.
+
+        If `tensors` are given, these (in the model's dtype) are written instead of the float32
+        arrays.
+        """
         save_head(folder, {"kind": self.kind, **self._spec()}, self.tensors, tensors)
 
     @classmethod
     def from_parts(cls, spec: dict[str, Any], tensors: dict[str, np.ndarray]) -> "ProgramHead":
-        """The head of a checked `head.json`; raises `CorruptError` on anything that cannot run."""
+        """Build the head of a `head.json` and its tensors.
+
+        Raises `CorruptError` if the program is malformed, fails, or gives another shape.
+        """
         program = Program.from_json(spec.get("nodes"), set(tensors))
         d_model, vocab = spec.get("d_model"), spec.get("vocab")
         if type(d_model) is not int or type(vocab) is not int or d_model < 1 or vocab < 1:
             raise CorruptError("a head program needs d_model and vocab")
         head = cls(program, tensors, d_model, vocab)
-        # A forged program must not fill the memory: no model's tail grows its values this much.
-        limit = 64 * (2 * max(d_model, vocab) + max((a.size for a in tensors.values()), default=0))
+        # Try the program on two positions. A forged one must not fill the memory: `limit` bounds
+        # every result far above what any model's tail makes of two positions.
+        largest_tensor = max((array.size for array in tensors.values()), default=0)
+        limit = 64 * (2 * max(d_model, vocab) + largest_tensor)
         try:
             with np.errstate(all="ignore"):
                 out = program.run(
                     np.ones((1, 2, d_model), np.float32), tensors, NumpyOperations(), limit
                 )
-        except Exception as error:  # whatever a damaged program does, it is damage
+        except Exception as error:  # a damaged program can raise any error
             raise CorruptError(f"the head program does not run: {error}") from None
         if np.shape(out) != (1, 2, vocab):
             raise CorruptError(f"the head program gives {np.shape(out)}, not (1, 2, {vocab})")
@@ -119,7 +134,7 @@ class ProgramHead(Head):
 
 
 class TorchProgramHead(TorchHead):
-    """`ProgramHead` on torch tensors; gradients flow to the hidden states."""
+    """A `ProgramHead` on torch tensors; gradients flow to the hidden states."""
 
     norm_weight, norm_bias, unembedding, bias, normalize = (  # pyright: ignore[reportAssignmentType]
         _ExplicitOnly() for _ in range(5)
@@ -136,7 +151,7 @@ class TorchProgramHead(TorchHead):
         }
 
     def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
-        """Logits, `(..., vocab)`."""
+        """Logits `(..., vocab)` of residuals `hidden`, `(..., d_model)`."""
         rows = hidden.float().reshape(1, -1, hidden.shape[-1])
         out = self._program.run(rows, self._tensors, TorchOperations())
         return out.reshape(*hidden.shape[:-1], -1)

@@ -59,7 +59,9 @@ class PartWriter:
                     for folder in reversed(shard.parents[: array.ndim]):
                         folder.mkdir(exist_ok=True)
                 n_rows = self.stop - self.start
-                self._shards[key] = shard_writer_for(shard, array.layout, n_rows, make=False)
+                self._shards[key] = shard_writer_for(
+                    shard, array.layout, n_rows, make_folders=False
+                )
         except BaseException:
             self._abandon()
             raise

@@ -143,7 +143,7 @@ def _check_shard(path: Path, shard: _RecordedShard) -> Iterator[Damage]:
         return Damage(file, message, shard.array, start, stop)
 
     try:
-        damaged_chunks, crc32c = array.shard(shard.number).check(end - first)
+        damaged_chunks, crc32c = array.shard(shard.number).damaged_chunks(end - first)
     except CorruptError as error:
         yield damage(str(error))
         return

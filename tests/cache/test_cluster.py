@@ -28,7 +28,7 @@ KINDS = ("unigram", "bigram", "trigram", "lagged", "chain", "marginal")
 
 
 @pytest.fixture(scope="module")
-def some(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 40, 80).tolist()
     states = [rng.normal(size=(sum(lengths), 8)) for _ in range(3)]
@@ -36,31 +36,31 @@ def some(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
 
 
 @pytest.fixture(scope="module")
-def threads() -> Iterator[Client]:
+def two_workers() -> Iterator[Client]:
     """Two workers in this process."""
     with local_client() as client:
         yield client
 
 
-def same(one: Any, other: Any, rtol: float) -> None:
-    here, there = one.state()[1], other.state()[1]
-    assert here.keys() == there.keys()
-    for name, values in here.items():
-        np.testing.assert_allclose(there[name], values, rtol=rtol, atol=rtol, err_msg=name)
+def assert_same_state(alone: Any, shared: Any, rtol: float) -> None:
+    expected, actual = alone.state()[1], shared.state()[1]
+    assert expected.keys() == actual.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(actual[name], values, rtol=rtol, atol=rtol, err_msg=name)
 
 
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("kind", FITS)
-def test_controls(some: ActivationCache, threads: Client, kind: str, control: str) -> None:
+def test_controls(cache: ActivationCache, two_workers: Client, kind: str, control: str) -> None:
     probe, options = FITS[kind]
-    alone = ControlProbe(probe, control).fit(some, **options)
-    shared = ControlProbe(probe, control).fit(some, client=threads, **options)
-    same(alone, shared, 0 if kind == "vocab" else 1e-5)
+    alone = ControlProbe(probe, control).fit(cache, **options)
+    shared = ControlProbe(probe, control).fit(cache, client=two_workers, **options)
+    assert_same_state(alone, shared, 0 if kind == "vocab" else 1e-5)
 
 
 @pytest.mark.parametrize("workers", [1, 2, pytest.param(200, marks=pytest.mark.slow)])
 def test_baselines(
-    some: ActivationCache, threads: Client, workers: int, monkeypatch: pytest.MonkeyPatch
+    cache: ActivationCache, two_workers: Client, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if there are more threads than sequences."""
     from residua.probes.baselines import token_counts as counts
@@ -69,44 +69,44 @@ def test_baselines(
     for alone, shared in zip(
         unfitted_baselines(KINDS, (0, 1, 2)), unfitted_baselines(KINDS, (0, 1, 2)), strict=True
     ):
-        same(alone.fit(some), shared.fit(some, client=threads), 0)
+        assert_same_state(alone.fit(cache), shared.fit(cache, client=two_workers), 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FITS)
 def test_processes_find_a_cache_that_was_opened_by_a_relative_path(
-    some: ActivationCache, kind: str, monkeypatch: pytest.MonkeyPatch
+    cache: ActivationCache, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers stay in the folder in which they started."""
     probe, options = FITS[kind]
-    alone = ControlProbe(probe, "next-token").fit(some, **options)
+    alone = ControlProbe(probe, "next-token").fit(cache, **options)
     with local_client(processes=True) as client:
-        monkeypatch.chdir(some.path.parent)
-        near = ActivationCache(some.path.name)
-        assert not near.path.is_absolute()
-        shared = ControlProbe(probe, "next-token").fit(near, client=client, **options)
-        same(alone, shared, 0 if kind == "vocab" else 1e-5)
-        for one, other in zip(
+        monkeypatch.chdir(cache.path.parent)
+        reopened = ActivationCache(cache.path.name)
+        assert not reopened.path.is_absolute()
+        shared = ControlProbe(probe, "next-token").fit(reopened, client=client, **options)
+        assert_same_state(alone, shared, 0 if kind == "vocab" else 1e-5)
+        for alone, shared in zip(
             unfitted_baselines(KINDS, (1,)), unfitted_baselines(KINDS, (1,)), strict=True
         ):
-            same(one.fit(some), other.fit(near, client=client), 0)
+            assert_same_state(alone.fit(cache), shared.fit(reopened, client=client), 0)
 
 
-def test_results_come_in_order_and_what_is_left_is_cancelled(threads: Client) -> None:
-    found = results(threads, pow, [(2, n) for n in range(9)])
-    assert list(found) == [2**n for n in range(9)]
-    failing = results(threads, divmod, [(1, 1), (1, 0), (2, 1)])
+def test_results_come_in_order_and_what_is_left_is_cancelled(two_workers: Client) -> None:
+    powers = results(two_workers, pow, [(2, n) for n in range(9)])
+    assert list(powers) == [2**n for n in range(9)]
+    failing = results(two_workers, divmod, [(1, 1), (1, 0), (2, 1)])
     assert next(failing) == (1, 0)
     with pytest.raises(ZeroDivisionError):
         next(failing)
-    assert not threads.futures
+    assert not two_workers.futures
 
 
-def test_a_cache_is_pickled_as_its_path(some: ActivationCache) -> None:
+def test_a_cache_is_pickled_as_its_path(cache: ActivationCache) -> None:
     import pickle
 
-    vars(some).pop("committed", None)
-    data = pickle.dumps(some)
-    assert len(data) < 200 + len(os.fsencode(some.path))
-    again = pickle.loads(data)
-    assert (again.id, again.path) == (some.id, Path(some.path).absolute())
+    vars(cache).pop("committed", None)
+    data = pickle.dumps(cache)
+    assert len(data) < 200 + len(os.fsencode(cache.path))
+    unpickled = pickle.loads(data)
+    assert (unpickled.id, unpickled.path) == (cache.id, Path(cache.path).absolute())

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.cache.documents import text_file as textfile
+from residua.cache.documents import text_file
 from residua.cache.documents.text_file import SEPARATOR, TextFile
 from residua.cache.errors import NoSpaceError
-from residua.cache.files import disk_columns as columns
+from residua.cache.files import disk_columns
 from residua.cache.files.disk_columns import (
     ComputedColumn,
     DiskColumn,
@@ -23,9 +23,9 @@ from residua.cache.tokens.token_stream import KeptRuns, TokenStream, concatenate
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks so small that everything spills."""
-    monkeypatch.setattr(columns, "BLOCK", 8)
+    monkeypatch.setattr(disk_columns, "BLOCK", 8)
     monkeypatch.setattr("residua.cache.tokens.token_stream.BLOCK", 8)
-    monkeypatch.setattr(textfile, "BLOCK_BYTES", 5)
+    monkeypatch.setattr(text_file, "BLOCK_BYTES", 5)
 
 
 def column_of(values: np.ndarray, folder: Path, seed: int = 0) -> DiskColumn:
@@ -52,14 +52,14 @@ def test_a_column_reads_as_the_array_that_it_was_made_of(tmp_path: Path, count: 
     )
 
 
-@pytest.mark.parametrize("kept", [0, 3, 8, 13, 24, 29, 30])
-def test_a_column_that_was_shortened_goes_on_from_there(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("count", [0, 3, 8, 13, 24, 29, 30])
+def test_a_column_that_was_shortened_goes_on_from_there(tmp_path: Path, count: int) -> None:
     values = np.arange(30, dtype="<i4")
     column = column_of(values, tmp_path)
-    column.shorten(kept)
-    np.testing.assert_array_equal(column[:], values[:kept])
+    column.shorten(count)
+    np.testing.assert_array_equal(column[:], values[:count])
     column.append(values)
-    np.testing.assert_array_equal(column[:], np.concatenate([values[:kept], values]))
+    np.testing.assert_array_equal(column[:], np.concatenate([values[:count], values]))
 
 
 def test_numbers_are_taken_block_by_block(tmp_path: Path) -> None:
@@ -67,35 +67,35 @@ def test_numbers_are_taken_block_by_block(tmp_path: Path) -> None:
     column = column_of(values, tmp_path)
     read: list[int] = []
 
-    def look(start: int, stop: int) -> np.ndarray:
+    def read_counted(start: int, stop: int) -> np.ndarray:
         read.append(stop - start)
         return column[start:stop]
 
-    places = np.array([0, 3, 3, 9, 50, 51, 99])
+    indices = np.array([0, 3, 3, 9, 50, 51, 99])
     np.testing.assert_array_equal(
-        take_rows(ComputedColumn(100, values.dtype, look), places), values[places]
+        take_rows(ComputedColumn(100, values.dtype, read_counted), indices), values[indices]
     )
     assert max(read) <= 8
 
 
 def test_columns_have_no_name_on_the_disk(tmp_path: Path) -> None:
     column = column_of(np.arange(100), tmp_path)
-    file = TextFile(write(tmp_path / "a.txt", "one\ntwo"), True, tmp_path)
+    file = TextFile(write_text(tmp_path / "a.txt", "one\ntwo"), True, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert len(column) == 100
     assert [file[0], file[1]] == ["one", "two"]
 
 
 def test_a_full_disk_is_said_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = Path("/dev/full")
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: full.open("wb", 0))  # noqa: SIM115
+    full_device = Path("/dev/full")
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: full_device.open("wb", 0))  # noqa: SIM115
     with pytest.raises(NoSpaceError, match=f"the disk of {tmp_path} is full"):
         DiskColumn("<i8", tmp_path).append(np.arange(20))
 
 
 def test_temporary_files_lie_beside_the_caches_where_they_may(tmp_path: Path) -> None:
     assert scratch_folder(tmp_path / "not" / "yet") == tmp_path
-    file = write(tmp_path / "file", "")
+    file = write_text(tmp_path / "file", "")
     assert scratch_folder(file / "below") == tmp_path
     assert scratch_folder(Path("/proc/self/root-of-nothing")) is None
 
@@ -116,7 +116,7 @@ def streams(folder: Path) -> tuple[TokenStream, TokenStream]:
     return memory, disk
 
 
-def whole(stream: TokenStream) -> dict[str, list]:
+def contents_of(stream: TokenStream) -> dict[str, list]:
     """Everything that a cache keeps of a stream."""
     digest, hashes = stream.digests()
     return {name: values[:].tolist() for name, values in index_arrays(stream, hashes).items()} | {
@@ -127,16 +127,23 @@ def whole(stream: TokenStream) -> dict[str, list]:
 def test_a_stream_on_the_disk_is_the_stream_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = [np.array(n) for n in ([0, 1, 2, 3], [5], [9, 2, 3, 11], list(range(12)))]
-    found = []
+    selections = [np.array(n) for n in ([0, 1, 2, 3], [5], [9, 2, 3, 11], list(range(12)))]
+    contents = []
     for size in (8, 1 << 18):
-        monkeypatch.setattr(columns, "BLOCK", size)
+        monkeypatch.setattr(disk_columns, "BLOCK", size)
         monkeypatch.setattr("residua.cache.tokens.token_stream.BLOCK", size)
         for stream in streams(tmp_path):
-            picks = [whole(stream.select(numbers)) for numbers in chosen]
+            selected = [contents_of(stream.select(numbers)) for numbers in selections]
             dense = TokenStream(stream.ids, stream.lengths, stream.row_ids, stream.of_tokens)
-            found.append([whole(stream), *picks, whole(dense), whole(concatenate(dense, dense))])
-    assert all(one == found[0] for one in found)
+            contents.append(
+                [
+                    contents_of(stream),
+                    *selected,
+                    contents_of(dense),
+                    contents_of(concatenate(dense, dense)),
+                ]
+            )
+    assert all(content == contents[0] for content in contents)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -145,7 +152,7 @@ def test_a_stream_on_the_disk_is_the_stream_in_memory(
     "\ufeffa\rb\r\nc\u0085\n\n  \nd", SEPARATOR, "x" * 23,
 ])  # fmt: skip
 def test_blocks_of_a_text_file_may_end_anywhere(tmp_path: Path, text: str, packed: bool) -> None:
-    path = write(tmp_path / "a.txt", text)
+    path = write_text(tmp_path / "a.txt", text)
     with open(path, encoding="utf-8-sig") as file:
         plain = file.read()
     if SEPARATOR in plain:
@@ -153,10 +160,10 @@ def test_blocks_of_a_text_file_may_end_anywhere(tmp_path: Path, text: str, packe
     else:
         pieces = [plain] if packed else plain.split("\n")
     file = TextFile(path, not packed)
-    wanted = [piece for piece in pieces if piece.strip()]
-    assert [file[number] for number in range(len(file))] == wanted
+    expected = [piece for piece in pieces if piece.strip()]
+    assert [file[number] for number in range(len(file))] == expected
 
 
-def write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
     path.write_bytes(text.encode())
     return path

@@ -32,12 +32,12 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     base = tmp_path / "disk"
     base.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        found = Disk(base.resolve(), patch)
-        yield found
-    assert not found.faults
+        watched_disk = Disk(base.resolve(), patch)
+        yield watched_disk
+    assert not watched_disk.faults
 
 
-def ask(model: Path, data: Path, root: Path, **options: Any) -> ExtractionRequest:
+def request_for(model: Path, data: Path, root: Path, **options: Any) -> ExtractionRequest:
     return ExtractionRequest(str(model), str(data), root, **{**OPTIONS, **options})
 
 
@@ -49,7 +49,9 @@ def ask(model: Path, data: Path, root: Path, **options: Any) -> ExtractionReques
 def test_an_extraction_is_whole_after_a_power_cut(
     disk: Disk, model_folder: Path, texts_file: Path, options: dict[str, Any]
 ) -> None:
-    cache = answer_request(ask(model_folder, texts_file, disk.base / "caches", **options)).cache
+    cache = answer_request(
+        request_for(model_folder, texts_file, disk.base / "caches", **options)
+    ).cache
     assert not disk.lost()
     appeared = [name for event, name in disk.events if event == "rename"]
     shards = [name for name in appeared if "/residual/" in name and "/c/" in name]
@@ -58,14 +60,14 @@ def test_an_extraction_is_whole_after_a_power_cut(
     assert len(records) == cache.n_parts
 
 
-@pytest.mark.parametrize("more", ["layers", "tokens"])
+@pytest.mark.parametrize("growth", ["layers", "tokens"])
 def test_a_cache_that_grows_is_whole_after_a_power_cut(
-    disk: Disk, model_folder: Path, texts_file: Path, more: str
+    disk: Disk, model_folder: Path, texts_file: Path, growth: str
 ) -> None:
-    less: dict[str, Any] = {"layers": (1,)} if more == "layers" else {"max_tokens": 1300}
-    answer_request(ask(model_folder, texts_file, disk.base, **less))
+    options: dict[str, Any] = {"layers": (1,)} if growth == "layers" else {"max_tokens": 1300}
+    answer_request(request_for(model_folder, texts_file, disk.base, **options))
     assert not disk.lost()
-    assert answer_request(ask(model_folder, texts_file, disk.base)).status == "extended"
+    assert answer_request(request_for(model_folder, texts_file, disk.base)).status == "extended"
     assert not disk.lost()
 
 
@@ -79,17 +81,17 @@ def test_where_there_are_no_links_copied_shards_are_synced(
             raise OSError("no links here")
         link(source, target)
 
-    few = answer_request(ask(model_folder, texts_file, disk.base, max_tokens=1300)).cache
+    first = answer_request(request_for(model_folder, texts_file, disk.base, max_tokens=1300)).cache
     monkeypatch.setattr(os, "link", no_links)
-    more = answer_request(ask(model_folder, texts_file, disk.base)).cache
-    assert more.manifest.extra["extends"] == few.id
+    longer = answer_request(request_for(model_folder, texts_file, disk.base)).cache
+    assert longer.manifest.extra["extends"] == first.id
     assert not disk.lost()
 
 
 def test_a_repaired_cache_is_whole_after_a_power_cut(
     disk: Disk, model_folder: Path, texts_file: Path
 ) -> None:
-    cache = answer_request(ask(model_folder, texts_file, disk.base)).cache
+    cache = answer_request(request_for(model_folder, texts_file, disk.base)).cache
     shard = cache.path / "arrays.zarr/residual/1/c/1/0"
     for file in (shard, cache.path / "arrays.zarr/residual/2/zarr.json"):
         data = bytearray(file.read_bytes())
@@ -103,7 +105,7 @@ def test_a_repaired_cache_is_whole_after_a_power_cut(
 def test_kept_moments_and_saved_probes_are_whole_after_a_power_cut(
     disk: Disk, model_folder: Path, texts_file: Path
 ) -> None:
-    cache = answer_request(ask(model_folder, texts_file, disk.base / "caches")).cache
+    cache = answer_request(request_for(model_folder, texts_file, disk.base / "caches")).cache
     probe = RidgeProbe(layers=[0], folds=2).fit(cache, keep=True)
     assert list((cache.path / "moments").iterdir())
     assert not disk.lost()
@@ -115,7 +117,7 @@ def test_kept_moments_and_saved_probes_are_whole_after_a_power_cut(
 def test_an_export_is_whole_after_a_power_cut(
     disk: Disk, model_folder: Path, texts_file: Path
 ) -> None:
-    cache = answer_request(ask(model_folder, texts_file, disk.base / "caches")).cache
+    cache = answer_request(request_for(model_folder, texts_file, disk.base / "caches")).cache
     for name, format in (("tensors", "safetensors"), ("arrays", "numpy")):
         export(cache, disk.base / "exports" / name, layers=[1], format=format)
         assert not disk.lost()
@@ -124,7 +126,7 @@ def test_an_export_is_whole_after_a_power_cut(
 def test_a_lens_for_other_tools_is_whole_after_a_power_cut(
     disk: Disk, model_folder: Path, texts_file: Path
 ) -> None:
-    cache = answer_request(ask(model_folder, texts_file, disk.base / "caches")).cache
+    cache = answer_request(request_for(model_folder, texts_file, disk.base / "caches")).cache
     eye = np.eye(cache.d_model, dtype=np.float32)
     maps = {(layer, 0): AffineMap(eye, eye[0]) for layer in range(cache.n_blocks)}
     write_tuned_lens(TunedLens.of(maps), disk.base / "lens", cache)
@@ -132,9 +134,9 @@ def test_a_lens_for_other_tools_is_whole_after_a_power_cut(
 
 
 def test_a_checkpoint_is_whole_after_a_power_cut(disk: Disk) -> None:
-    place = Checkpoint(disk.base / "fits" / "one", {"of": 1})
+    checkpoint = Checkpoint(disk.base / "fits" / "one", {"of": 1})
     for step in (1, 2):
-        place.save({"step": step}, {"a": torch.full((3,), float(step))})
+        checkpoint.save({"step": step}, {"a": torch.full((3,), float(step))})
         assert not disk.lost()
 
 
@@ -144,20 +146,20 @@ def test_a_fit_leaves_checkpoints_that_are_whole_after_a_power_cut(
 ) -> None:
     folder = disk.base / "fit"
     lost: list[str] = []
-    seen = []
+    checkpoints = []
 
-    def look(*_: Any) -> None:
-        if found := list(folder.rglob("fit.json")):
-            seen.extend(found)
+    def check_disk(*_: Any) -> None:
+        if files := list(folder.rglob("fit.json")):
+            checkpoints.extend(files)
             lost.extend(disk.lost())
 
     if kind == "lens":
         probe: Any = TunedLens(layers=[1], steps=30, batch=64, lr=0.1)
-        probe.fit(tiny_cache, checkpoint=folder, progress=look)
+        probe.fit(tiny_cache, checkpoint=folder, progress=check_disk)
     else:
         probe = VocabProbe(0, [1], epochs=1, batch=512, lr=0.05)
-        probe.fit(tiny_cache, checkpoint=folder, checkpoint_seconds=0, progress=look)
-    assert seen
+        probe.fit(tiny_cache, checkpoint=folder, checkpoint_seconds=0, progress=check_disk)
+    assert checkpoints
     assert not lost
 
 

@@ -15,7 +15,7 @@ from ...support.servers import Server, answers, serving, until
 CLIENTS = Path(__file__).parents[2] / "support" / "clients.py"
 
 
-def start(server: Server, *words: str) -> subprocess.Popen[str]:
+def start_client(server: Server, *words: str) -> subprocess.Popen[str]:
     """One of clients.py, on `server`."""
     return subprocess.Popen(
         [sys.executable, str(CLIENTS), *words],
@@ -24,37 +24,37 @@ def start(server: Server, *words: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def files() -> Any:
+def s3_files() -> Any:
     return fsspec.filesystem("s3", use_listings_cache=False)
 
 
-def uploads(server: Server, prefix: str) -> list[tuple[str, str]]:
+def unfinished_uploads(server: Server, prefix: str) -> list[tuple[str, str]]:
     """Key and id of each upload under `prefix` that was begun and not ended."""
-    found = server.client().list_multipart_uploads(Bucket=server.bucket, Prefix=prefix)
-    return [(each["Key"], each["UploadId"]) for each in found.get("Uploads", [])]
+    listing = server.client().list_multipart_uploads(Bucket=server.bucket, Prefix=prefix)
+    return [(upload["Key"], upload["UploadId"]) for upload in listing.get("Uploads", [])]
 
 
 def test_a_second_create_is_refused(s3_server: Server, s3_root: str):
-    files().pipe_file(f"{s3_root}/part", b"first", mode="create")
+    s3_files().pipe_file(f"{s3_root}/part", b"first", mode="create")
     with pytest.raises(OSError, match="pre-conditions|Errno 22") as caught:
-        files().pipe_file(f"{s3_root}/part", b"second", mode="create")
+        s3_files().pipe_file(f"{s3_root}/part", b"second", mode="create")
     assert caught.value.__cause__.response["Error"]["Code"] == "PreconditionFailed"  # type: ignore[union-attr]
-    assert files().cat_file(f"{s3_root}/part") == b"first"
+    assert s3_files().cat_file(f"{s3_root}/part") == b"first"
 
 
 def test_of_two_creates_at_once_one_is_refused(s3_server: Server, s3_root: str):
     prefix = s3_root.removeprefix(f"s3://{s3_server.bucket}/")
-    racers = {byte: start(s3_server, "create", s3_server.bucket, byte) for byte in "ab"}
+    racers = {byte: start_client(s3_server, "create", s3_server.bucket, byte) for byte in "ab"}
     for number in range(20):
         for racer in racers.values():
             assert racer.stdin
             racer.stdin.write(f"{prefix}/{number}\n")
             racer.stdin.flush()
-        said = {byte: racer.stdout.readline().strip() for byte, racer in racers.items()}  # type: ignore[union-attr]
-        winners = [byte for byte, status in said.items() if status == "200"]
-        assert set(said.values()) <= {"200", "409", "412"}
-        assert len(winners) == 1 or (winners and not s3_server.atomic), said
-        stored = files().cat_file(f"{s3_root}/{number}").decode()
+        statuses = {byte: racer.stdout.readline().strip() for byte, racer in racers.items()}  # type: ignore[union-attr]
+        winners = [byte for byte, status in statuses.items() if status == "200"]
+        assert set(statuses.values()) <= {"200", "409", "412"}
+        assert len(winners) == 1 or (winners and not s3_server.atomic), statuses
+        stored = s3_files().cat_file(f"{s3_root}/{number}").decode()
         assert stored in [byte * 1000 for byte in winners]
     for racer in racers.values():
         racer.communicate()
@@ -62,36 +62,36 @@ def test_of_two_creates_at_once_one_is_refused(s3_server: Server, s3_root: str):
 
 def test_a_killed_upload_leaves_nothing_to_see(s3_server: Server, s3_root: str):
     prefix = s3_root.removeprefix(f"s3://{s3_server.bucket}/")
-    writer = start(s3_server, "upload", f"{s3_root}/shard")
+    writer = start_client(s3_server, "upload", f"{s3_root}/shard")
     assert writer.stdout
     assert writer.stdout.readline() == "written\n"
     writer.send_signal(signal.SIGKILL)
     writer.communicate()
-    assert files().find(s3_root) == []
-    assert not files().exists(f"{s3_root}/shard")
-    ((key, upload),) = uploads(s3_server, prefix)
+    assert s3_files().find(s3_root) == []
+    assert not s3_files().exists(f"{s3_root}/shard")
+    ((key, upload),) = unfinished_uploads(s3_server, prefix)
     assert key == f"{prefix}/shard"
     client = s3_server.client()
     client.abort_multipart_upload(Bucket=s3_server.bucket, Key=key, UploadId=upload)
-    assert uploads(s3_server, prefix) == []
+    assert unfinished_uploads(s3_server, prefix) == []
 
 
 def test_an_uploaded_file_is_read_by_any_range(s3_root: str):
     data = bytes(range(256)) * (6 << 12)
-    with files().open(f"{s3_root}/shard", "wb", block_size=5 << 20) as file:
+    with s3_files().open(f"{s3_root}/shard", "wb", block_size=5 << 20) as file:
         file.write(data)
     size = len(data)
     for first, last in ((0, 10), (5 << 20, (5 << 20) + 3), (size - 7, size), (-16, None)):
-        assert files().cat_file(f"{s3_root}/shard", start=first, end=last) == data[first:last]
+        assert s3_files().cat_file(f"{s3_root}/shard", start=first, end=last) == data[first:last]
 
 
 def test_a_listing_shows_what_was_just_put_and_deleted(s3_root: str):
     for number in range(20):
-        files().pipe_file(f"{s3_root}/{number}", b"x")
-        assert len(files().find(s3_root)) == number + 1
+        s3_files().pipe_file(f"{s3_root}/{number}", b"x")
+        assert len(s3_files().find(s3_root)) == number + 1
     for number in range(20):
-        files().rm_file(f"{s3_root}/{number}")
-        assert len(files().find(s3_root)) == 19 - number
+        s3_files().rm_file(f"{s3_root}/{number}")
+        assert len(s3_files().find(s3_root)) == 19 - number
 
 
 def test_a_reader_may_not_write(s3_server: Server, s3_root: str):
@@ -99,7 +99,7 @@ def test_a_reader_may_not_write(s3_server: Server, s3_root: str):
     reader = fsspec.filesystem("s3", key=key, secret=secret)
     with pytest.raises(PermissionError):
         reader.pipe_file(f"{s3_root}/part", b"x")
-    assert files().find(s3_root) == []
+    assert s3_files().find(s3_root) == []
 
 
 def test_a_wrong_secret_is_refused(s3_server: Server, s3_root: str):
@@ -121,10 +121,10 @@ def test_a_server_ends_with_the_process_that_asked_for_it(tmp_path: Path):
         "    print(server.endpoint, flush=True)\n"
         "    time.sleep(600)\n"
     )
-    asker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert asker.stdout
-    url = asker.stdout.readline().strip()
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    url = parent.stdout.readline().strip()
     assert answers(url)
-    asker.kill()
-    asker.communicate()
+    parent.kill()
+    parent.communicate()
     until(lambda: not answers(url), 20, tmp_path)

@@ -53,29 +53,29 @@ KEYS = [
 
 
 @pytest.fixture(scope="module", params=["float32", "float16", "bfloat16", "zstd"])
-def pair(request, tmp_path_factory) -> tuple[CacheArray, np.ndarray]:
+def array_and_values(request, tmp_path_factory) -> tuple[CacheArray, np.ndarray]:
     """An array and the same rows in memory, as they are after rounding to its dtype."""
     values = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
     path = tmp_path_factory.mktemp(request.param)
     if request.param == "zstd":
-        return CacheArray(compressed(path / "0", values.astype(np.float16))), values.astype(
+        return CacheArray(write_zstd_array(path / "0", values.astype(np.float16))), values.astype(
             np.float16
         ).astype(np.float32)
     cache = small_cache(path, values, request.param)
-    return cache.residual_array(0), rounded(values, request.param)
+    return cache.residual_array(0), rounded_to(values, request.param)
 
 
 def small_cache(root: Path, values: np.ndarray, dtype: str) -> ActivationCache:
     return make_cache(root, [values], [len(values)], random_head(WIDTH, 11), dtype=dtype)
 
 
-def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+def rounded_to(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "bfloat16":
         return (encode_rows(values, dtype).astype(np.uint32) << 16).view(np.float32)
     return values.astype(dtype).astype(np.float32)
 
 
-def compressed(path: Path, values: np.ndarray) -> Path:
+def write_zstd_array(path: Path, values: np.ndarray) -> Path:
     array = zarr.create_array(
         path,
         shape=values.shape,
@@ -89,8 +89,8 @@ def compressed(path: Path, values: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
-def test_indexing_equals_numpys(pair, key):
-    array, values = pair
+def test_indexing_equals_numpys(array_and_values, key):
+    array, values = array_and_values
     got = array[key]
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, values[key])
@@ -105,14 +105,14 @@ def test_one_dimensional_arrays_index_like_numpys(tmp_path):
 
 
 @pytest.mark.parametrize("key", [ROWS, -ROWS - 1, [0, ROWS], [-ROWS - 1]], ids=str)
-def test_rows_out_of_range_raise(pair, key):
+def test_rows_out_of_range_raise(array_and_values, key):
     with pytest.raises(IndexError):
-        pair[0][key]
+        array_and_values[0][key]
 
 
 @pytest.mark.parametrize("size", [ROWS - 1, ROWS + 1])
-def test_a_boolean_index_of_another_length_raises_as_numpys_does(pair, size):
-    array, values = pair
+def test_a_boolean_index_of_another_length_raises_as_numpys_does(array_and_values, size):
+    array, values = array_and_values
     mask = np.zeros(size, bool)
     with pytest.raises(IndexError):
         values[mask]
@@ -121,31 +121,31 @@ def test_a_boolean_index_of_another_length_raises_as_numpys_does(pair, size):
 
 
 @pytest.mark.parametrize("key", [[[1, 300], [599, 2]], [[1], [300]], [[1]]], ids=str)
-def test_an_index_of_two_dimensions_is_refused(pair, key):
+def test_an_index_of_two_dimensions_is_refused(array_and_values, key):
     """Rows of rows would be an array of three dimensions, which no reader expects."""
-    array, values = pair
+    array, values = array_and_values
     assert values[key].ndim == 3
     for index in (key, np.array(key)):
         with pytest.raises(IndexError, match="must be a list of integers"):
             array[index]
 
 
-def test_it_looks_like_an_array(pair):
-    array, values = pair
+def test_it_looks_like_an_array(array_and_values):
+    array, values = array_and_values
     assert (array.shape, array.ndim, array.dtype) == (values.shape, 2, values.dtype)
     assert len(array) == ROWS
 
 
-def test_only_the_path_is_pickled(pair):
-    array, values = pair
+def test_only_the_path_is_pickled(array_and_values):
+    array, values = array_and_values
     array[:]
     data = pickle.dumps(array)
     assert len(data) < 600
     np.testing.assert_array_equal(pickle.loads(data)[5:90], values[5:90])
 
 
-def test_compressed_arrays_are_read_through_zarr_and_raw_ones_are_not(pair):
-    array, values = pair
+def test_compressed_arrays_are_read_through_zarr_and_raw_ones_are_not(array_and_values):
+    array, values = array_and_values
     np.testing.assert_array_equal(array[:], values)
     assert (array._zarr is not None) == (not array.layout.raw)
 
@@ -161,18 +161,18 @@ def test_zarr_python_reads_what_a_cache_holds(tmp_path):
     np.testing.assert_array_equal(np.asarray(stored[:]), encode_rows(values, "bfloat16"))
 
 
-def test_few_maps_are_kept_open(pair, monkeypatch):
-    array, values = pair
+def test_few_maps_are_kept_open(array_and_values, monkeypatch):
+    array, values = array_and_values
     if not array.layout.raw:
         pytest.skip("no maps")
     monkeypatch.setattr(array_module, "OPEN_SHARDS", 1)
-    fresh = CacheArray(array.path)
-    np.testing.assert_array_equal(fresh[::200], values[::200])
-    assert len(fresh._shards) == 1
+    unread_array = CacheArray(array.path)
+    np.testing.assert_array_equal(unread_array[::200], values[::200])
+    assert len(unread_array._shards) == 1
 
 
-def test_threads_may_share_an_array(pair, monkeypatch):
-    array, values = pair
+def test_threads_may_share_an_array(array_and_values, monkeypatch):
+    array, values = array_and_values
     monkeypatch.setattr(array_module, "OPEN_SHARDS", 1)
     wrong: list[int] = []
 

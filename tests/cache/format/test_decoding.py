@@ -6,12 +6,12 @@ import torch
 
 from residua.cache.format.dtypes import BLOCK, decode_rows, decode_rows_into
 
-EVERY = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
+ALL_BITS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 
 
-def stored(dtype: str) -> np.ndarray:
+def all_values_of(dtype: str) -> np.ndarray:
     """Every value of a 16-bit dtype, as it is stored."""
-    return EVERY.view(np.float16) if dtype == "float16" else EVERY
+    return ALL_BITS.view(np.float16) if dtype == "float16" else ALL_BITS
 
 
 def decoded(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -23,29 +23,29 @@ def decoded(values: np.ndarray, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [(-1, 8), (-1,), (4, -1)])
 def test_every_bit_pattern_is_decoded_exactly(dtype, shape):
-    values = stored(dtype).reshape(shape)
-    got, want = decoded(values, dtype), decode_rows(values, dtype)
-    np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+    values = all_values_of(dtype).reshape(shape)
+    got, expected = decoded(values, dtype), decode_rows(values, dtype)
+    np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
 
 
-@pytest.mark.parametrize("place", [0, BLOCK - 1, BLOCK, BLOCK + 5])
+@pytest.mark.parametrize("index", [0, BLOCK - 1, BLOCK, BLOCK + 5])
 @pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan, 65504.0, -65504.0])
-def test_a_special_value_anywhere_in_a_block_survives(place, special):
+def test_a_special_value_anywhere_in_a_block_survives(index, special):
     values = np.ones(BLOCK + 6, np.float16)
-    values[place] = special
+    values[index] = special
     np.testing.assert_array_equal(decoded(values, "float16"), values.astype(np.float32))
 
 
 def test_subnormals_survive_a_thread_that_flushes_them_to_zero():
     values = np.arange(1, 1024, dtype=np.uint16).view(np.float16)
-    want = values.astype(np.float32)
+    expected = values.astype(np.float32)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     try:
         got = decoded(values, "float16")
     finally:
         torch.set_flush_denormal(False)
-    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_other_dtypes_are_copied():

@@ -35,28 +35,32 @@ TENSORS = ("norm_weight", "norm_bias", "unembedding", "bias")
 NAN_BITS = [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF]
 
 
-def float32(bits: list[int] | np.ndarray) -> np.ndarray:
+def float32_of_bits(bits: list[int] | np.ndarray) -> np.ndarray:
     return np.array(bits, np.uint32).view(np.float32)
 
 
-def by_torch(values: np.ndarray) -> np.ndarray:
+def bfloat16_bits_by_torch(values: np.ndarray) -> np.ndarray:
     return torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
 
 
 @pytest.mark.parametrize("values", [
-    float32(SPECIAL_BITS),
-    float32(np.random.default_rng(0).integers(0, 1 << 32, 1 << 18)),
-    float32(np.arange(1 << 16) << 16 | 0x8000),
+    float32_of_bits(SPECIAL_BITS),
+    float32_of_bits(np.random.default_rng(0).integers(0, 1 << 32, 1 << 18)),
+    float32_of_bits(np.arange(1 << 16) << 16 | 0x8000),
     np.random.default_rng(1).normal(size=(300, 7)).astype(np.float32),
 ], ids=["special", "random bits", "every tie", "normal"])  # fmt: skip
 def test_bfloat16_is_rounded_as_torch_rounds_it(values):
-    kept = values[~np.isnan(values)]
-    np.testing.assert_array_equal(encode_rows(kept, "bfloat16"), by_torch(kept))
+    finite_or_infinite = values[~np.isnan(values)]
+    np.testing.assert_array_equal(
+        encode_rows(finite_or_infinite, "bfloat16"), bfloat16_bits_by_torch(finite_or_infinite)
+    )
 
 
 def test_nan_becomes_the_quiet_nan_of_bfloat16():
-    np.testing.assert_array_equal(encode_rows(float32(NAN_BITS), "bfloat16"), np.uint16(0x7FC0))
-    mixed = float32([NAN_BITS[2], SPECIAL_BITS[7], 0x3F800000])
+    np.testing.assert_array_equal(
+        encode_rows(float32_of_bits(NAN_BITS), "bfloat16"), np.uint16(0x7FC0)
+    )
+    mixed = float32_of_bits([NAN_BITS[2], SPECIAL_BITS[7], 0x3F800000])
     np.testing.assert_array_equal(encode_rows(mixed, "bfloat16"), [0x7FC0, 0x7F80, 0x3F80])
 
 
@@ -64,10 +68,10 @@ def test_every_bfloat16_survives_decoding_and_encoding():
     bits = np.arange(1 << 16).astype(np.uint16)
     values = decode_rows(bits, "bfloat16")
     assert values.dtype == np.float32
-    numbers = ~np.isnan(values)
-    np.testing.assert_array_equal(encode_rows(values[numbers], "bfloat16"), bits[numbers])
-    want = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
-    np.testing.assert_array_equal(values, want)
+    is_number = ~np.isnan(values)
+    np.testing.assert_array_equal(encode_rows(values[is_number], "bfloat16"), bits[is_number])
+    expected = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(values, expected)
 
 
 def test_every_float16_survives_decoding_and_encoding():
@@ -111,9 +115,9 @@ def test_any_changed_byte_of_a_json_file_is_found(tmp_path):
     file = tmp_path / "a.json"
     write_json(file, {"absmax": 4.1234567, "name": "x", "part": 0})
     raw = file.read_bytes()
-    for place in range(len(raw)):
-        for value in {raw[place] ^ 1, raw[place] ^ 128, *b'e "0'} - {raw[place]}:
-            file.write_bytes(raw[:place] + bytes([value]) + raw[place + 1 :])
+    for offset in range(len(raw)):
+        for value in {raw[offset] ^ 1, raw[offset] ^ 128, *b'e "0'} - {raw[offset]}:
+            file.write_bytes(raw[:offset] + bytes([value]) + raw[offset + 1 :])
             with pytest.raises(CorruptError):
                 read_json(file)
 
@@ -171,14 +175,14 @@ def test_the_example_on_the_format_page_reads_what_activation_cache_reads(tmp_pa
         str(out),
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    got = np.load(out)
-    np.testing.assert_array_equal(got["hidden"], cache.residual_array(cache.n_blocks)[:])
-    np.testing.assert_array_equal(got["ids"], cache.tokens[:])
-    np.testing.assert_array_equal(got["start"], cache.sequence_start)
-    np.testing.assert_array_equal(got["end"], cache.sequence_start + cache.sequence_length)
-    np.testing.assert_allclose(got["logits"], cache.logits().compute(), rtol=1e-4, atol=1e-4)
+    process = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    example = np.load(out)
+    np.testing.assert_array_equal(example["hidden"], cache.residual_array(cache.n_blocks)[:])
+    np.testing.assert_array_equal(example["ids"], cache.tokens[:])
+    np.testing.assert_array_equal(example["start"], cache.sequence_start)
+    np.testing.assert_array_equal(example["end"], cache.sequence_start + cache.sequence_length)
+    np.testing.assert_allclose(example["logits"], cache.logits().compute(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_format_page_names_every_file_and_every_manifest_field(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from residua.cache.errors import CorruptError, IncompleteError, UsageError
 from residua.cache.files.json_files import write_json
 from residua.cache.format.journal import Journal, PartRecord, ShardRecord
-from residua.cache.store import create_cache as create
+from residua.cache.store import create_cache as create_module
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.create_cache import create_cache
 from residua.cache.store.part_writer import PartWriter
@@ -39,7 +39,7 @@ def uncommit(cache: ActivationCache, part: int) -> ActivationCache:
     return ActivationCache(cache.path)
 
 
-def hidden_or_temporary(folder: Path) -> list[str]:
+def temporary_files(folder: Path) -> list[str]:
     return [p.name for p in folder.rglob("*") if p.name.startswith(".") or p.suffix == ".tmp"]
 
 
@@ -48,7 +48,7 @@ def test_a_committed_cache_is_complete(tiny_cache):
     assert sorted(tiny_cache.committed) == [0, 1, 2]
     records = tiny_cache.committed
     assert [(r.start, r.stop) for r in records.values()] == [(0, 256), (256, 512), (512, 600)]
-    assert hidden_or_temporary(tiny_cache.path) == []
+    assert temporary_files(tiny_cache.path) == []
 
 
 @pytest.mark.parametrize("part", range(3))
@@ -68,7 +68,7 @@ def test_a_part_without_its_record_is_not_data(tiny_cache, part):
 def test_rows_without_a_record_cannot_be_read_from_the_stored_array_either(tiny_cache, codec):
     path = tiny_cache.path / "arrays.zarr/residual/0"
     if codec == "zstd":
-        _compress(path)
+        rewrite_compressed(path)
     record = tiny_cache.committed[1]
     cache = uncommit(tiny_cache, 1)
     (path / "c/1/0").unlink(missing_ok=True)  # zarr reads zeros
@@ -85,7 +85,7 @@ def test_rows_without_a_record_cannot_be_read_from_the_stored_array_either(tiny_
         array[300]  # a part that was committed since is looked for on the disk
 
 
-def _compress(path: Path) -> None:
+def rewrite_compressed(path: Path) -> None:
     """The array at `path` in the same shards, compressed."""
     import zarr
     from zarr.codecs import ZstdCodec
@@ -117,26 +117,26 @@ def test_a_part_abandoned_before_commit_leaves_no_file(tiny_cache):
         shutil.rmtree(cache.path / "arrays.zarr/residual" / layer / "c/2")
     with PartWriter(cache.path, cache.manifest.layout, 2, (0, 1)) as writer:
         writer.write(0, 512, np.zeros((88, 4), np.float32))
-    assert hidden_or_temporary(cache.path) == []
+    assert temporary_files(cache.path) == []
     assert not list((cache.path / "arrays.zarr/residual").glob("*/c/2/0"))
     assert 2 not in cache.journal.parts()
 
 
 def test_what_a_killed_writer_leaves_is_not_data(tiny_cache):
     cache = uncommit(tiny_cache, 2)
-    killed = PartWriter(cache.path, cache.manifest.layout, 2, (0, 1))
-    for shard in killed._shards.values():
+    killed_writer = PartWriter(cache.path, cache.manifest.layout, 2, (0, 1))
+    for shard in killed_writer._shards.values():
         shard._file.close()
     (cache.path / "journal" / ".00000002.json.99.tmp").write_bytes(b"{")
-    assert hidden_or_temporary(cache.path) != []
+    assert temporary_files(cache.path) != []
     assert sorted(cache.journal.parts()) == [0, 1]
     with PartWriter(cache.path, cache.manifest.layout, 2, (0, 1)) as writer:
         for layer in (0, 1):
             writer.write(layer, 512, np.full((88, 4), layer, np.float32))
         writer.commit()
-    again = ActivationCache(cache.path)
-    assert again.complete
-    np.testing.assert_array_equal(again.residual_array(1)[:], 1)
+    reopened = ActivationCache(cache.path)
+    assert reopened.complete
+    np.testing.assert_array_equal(reopened.residual_array(1)[:], 1)
 
 
 def test_a_second_record_of_a_part_adds_arrays(tmp_path):
@@ -206,7 +206,7 @@ def test_a_cache_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(create, "create_residual", fail)
+    monkeypatch.setattr(create_module, "create_residual", fail)
     with pytest.raises(OSError, match="disk is gone"):
         small_cache(tmp_path)
     assert list(tmp_path.iterdir()) == []

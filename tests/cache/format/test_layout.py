@@ -13,7 +13,7 @@ from residua.cache.format.layout import (
     Layout,
 )
 
-RULE = [
+DEFAULT_SIZES = [
     (64, 2, 16384, 65536),
     (128, 2, 8192, 65536),
     (256, 2, 4096, 65536),
@@ -30,7 +30,7 @@ RULE = [
     (1024, 4, 512, 8192),
     (8192, 4, 64, 1024),
 ]
-META = {
+ZARR_JSON = {
     "shape": [600, 8],
     "data_type": "uint16",
     "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [256, 8]}},
@@ -55,7 +55,7 @@ META = {
 }
 
 
-@pytest.mark.parametrize(("d_model", "itemsize", "chunk_rows", "part_rows"), RULE)
+@pytest.mark.parametrize(("d_model", "itemsize", "chunk_rows", "part_rows"), DEFAULT_SIZES)
 def test_the_rule_gives_these_sizes(d_model, itemsize, chunk_rows, part_rows):
     assert Layout.choose(d_model, itemsize).to_json() == {
         "chunk_rows": chunk_rows,
@@ -77,24 +77,24 @@ def test_a_chunk_is_the_largest_power_of_two_of_rows_that_fits(d_model, itemsize
 @pytest.mark.parametrize("part_positions", [1, 2, 3, 63, 64, 100, 1000, 5000, 16384, 100_000])
 @pytest.mark.parametrize("d_model", [64, 768, 8192])
 def test_part_positions_are_rounded_down_to_whole_chunks(d_model, part_positions):
-    layout, free = Layout.choose(d_model, 2, part_positions), Layout.choose(d_model, 2)
+    layout, default_layout = Layout.choose(d_model, 2, part_positions), Layout.choose(d_model, 2)
     assert 1 <= layout.part_rows <= part_positions
     assert layout.part_rows % layout.chunk_rows == 0
     assert part_positions - layout.part_rows < layout.chunk_rows
-    assert layout.chunk_rows <= free.chunk_rows
+    assert layout.chunk_rows <= default_layout.chunk_rows
     assert layout.chunk_rows & (layout.chunk_rows - 1) == 0
 
 
 @pytest.mark.parametrize("part_positions", [None, 1, 100, 5000])
 @pytest.mark.parametrize("positions", [1, 2, 3, 64, 100, 1023, 1024, 1025, 2048, 10**6])
 def test_a_cache_smaller_than_a_chunk_has_a_small_one(positions, part_positions):
-    whole = Layout.choose(768, 2, part_positions)
-    layout = whole.shrunk(positions)
+    full_layout = Layout.choose(768, 2, part_positions)
+    layout = full_layout.shrunk(positions)
     assert layout.shrunk(positions) == layout
-    if positions >= whole.chunk_rows:
-        assert layout == whole
+    if positions >= full_layout.chunk_rows:
+        assert layout == full_layout
     else:
-        assert layout.chunk_rows == layout.part_rows <= whole.chunk_rows
+        assert layout.chunk_rows == layout.part_rows <= full_layout.chunk_rows
         assert positions <= layout.chunk_rows < 2 * positions
         assert layout.parts(positions) == 1
 
@@ -110,32 +110,33 @@ def test_parts_cover_every_row_once(positions):
 
 
 def test_metadata_give_everything_that_reading_needs():
-    layout = ArrayLayout.from_zarr_json(META, "here")
+    layout = ArrayLayout.from_zarr_json(ZARR_JSON, "here")
     assert layout == ArrayLayout((600, 8), "<u2", "bfloat16", 64, 256, True)
     assert (layout.row_bytes, layout.chunk_bytes, layout.shards) == (16, 64 * 16 + 4, 3)
     assert layout.shard_key(2) == "c/2/0"
-    flat = ArrayLayout((600,), "<i4", "int32", 64, 256, True)
-    assert (flat.row_bytes, flat.shard_key(1)) == (4, "c/1")
+    table_layout = ArrayLayout((600,), "<i4", "int32", 64, 256, True)
+    assert (table_layout.row_bytes, table_layout.shard_key(1)) == (4, "c/1")
 
 
 def test_without_the_attribute_the_stored_dtype_is_meant():
-    layout = ArrayLayout.from_zarr_json({**META, "attributes": {}}, "here")
+    layout = ArrayLayout.from_zarr_json({**ZARR_JSON, "attributes": {}}, "here")
     assert layout.logical_dtype == np.dtype(layout.stored_dtype).name == "uint16"
 
 
 @pytest.mark.parametrize("change", [
     {"codecs": [{"name": "bytes"}, {"name": "crc32c"}]},
-    {"codecs": [*META["codecs"], {"name": "zstd"}]},
+    {"codecs": [*ZARR_JSON["codecs"], {"name": "zstd"}]},
     {"codecs": [{"name": "sharding_indexed", "configuration": {
-        **META["codecs"][0]["configuration"], "index_location": "start"}}]},
+        **ZARR_JSON["codecs"][0]["configuration"], "index_location": "start"}}]},
     {"codecs": [{"name": "sharding_indexed", "configuration": {
-        **META["codecs"][0]["configuration"], "codecs": [{"name": "bytes"}, {"name": "zstd"}]}}]},
+        **ZARR_JSON["codecs"][0]["configuration"],
+        "codecs": [{"name": "bytes"}, {"name": "zstd"}]}}]},
     {"codecs": [{"name": "sharding_indexed", "configuration": {
-        **META["codecs"][0]["configuration"],
+        **ZARR_JSON["codecs"][0]["configuration"],
         "codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "crc32c"}]}}]},
 ], ids=["no shards", "shard codec", "index first", "zstd", "big endian"])  # fmt: skip
 def test_only_plain_shards_are_mapped(change):
-    assert not ArrayLayout.from_zarr_json({**META, **change}, "here").raw
+    assert not ArrayLayout.from_zarr_json({**ZARR_JSON, **change}, "here").raw
 
 
 @pytest.mark.parametrize("change", [
@@ -146,4 +147,4 @@ def test_only_plain_shards_are_mapped(change):
 ], ids=str)  # fmt: skip
 def test_impossible_metadata_are_corrupt(change):
     with pytest.raises(CorruptError, match="here is not the metadata of an array"):
-        ArrayLayout.from_zarr_json({**META, **change}, "here")
+        ArrayLayout.from_zarr_json({**ZARR_JSON, **change}, "here")

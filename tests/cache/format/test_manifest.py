@@ -29,7 +29,7 @@ IDENTITY = [
     for part in ("model", "tokens", "capture")
     for field in fields(getattr(MANIFEST, part))
 ]
-REST: dict[str, Any] = {
+OTHER_FIELDS: dict[str, Any] = {
     "layout": Layout(32, 64),
     "d_model": 16,
     "vocab": 21,
@@ -41,7 +41,7 @@ REST: dict[str, Any] = {
 }
 
 
-def other(value: Any) -> Any:
+def different_value(value: Any) -> Any:
     """A value of the same type that differs; a word where there was none."""
     if value is None:
         return "f" * 64
@@ -55,18 +55,21 @@ def with_field(part: str, name: str, value: Any) -> Manifest:
 
 @pytest.mark.parametrize(("part", "name"), IDENTITY)
 def test_the_id_changes_with_every_field_of_the_identity(part, name):
-    assert with_field(part, name, other(getattr(getattr(MANIFEST, part), name))).id != MANIFEST.id
+    assert (
+        with_field(part, name, different_value(getattr(getattr(MANIFEST, part), name))).id
+        != MANIFEST.id
+    )
 
 
-@pytest.mark.parametrize("name", sorted(REST))
+@pytest.mark.parametrize("name", sorted(OTHER_FIELDS))
 def test_the_id_does_not_change_with_layout_names_and_sizes(name):
-    changed = replace(MANIFEST, **{name: REST[name]})
+    changed = replace(MANIFEST, **{name: OTHER_FIELDS[name]})
     assert changed != MANIFEST
     assert changed.id == MANIFEST.id
 
 
 def test_every_field_is_either_identity_or_not():
-    assert {"format", "model", "tokens", "capture", *REST} == {
+    assert {"format", "model", "tokens", "capture", *OTHER_FIELDS} == {
         field.name for field in fields(Manifest)
     }
 
@@ -76,7 +79,7 @@ def test_the_id_is_the_digest_of_the_identity_in_the_file(tmp_path):
     value = read_json(tmp_path / "manifest.json")
     assert value["id"] == MANIFEST.id == json_digest(value["identity"])
     assert value["identity"]["format"] == 2
-    assert set(value) == {"id", "identity", *REST}
+    assert set(value) == {"id", "identity", *OTHER_FIELDS}
 
 
 def test_the_id_of_format_2_is_fixed():
@@ -98,7 +101,7 @@ def test_a_manifest_that_is_read_equals_the_one_that_was_written(tmp_path):
     assert "split_by" not in read_json(tmp_path / "first.json")["identity"]["tokens"]
 
 
-def rewritten(path: Path, **changes: Any) -> Path:
+def write_changed_manifest(path: Path, **changes: Any) -> Path:
     """The manifest with `changes`, its digest valid."""
     MANIFEST.write(path)
     write_json(path, {**read_json(path), **changes})
@@ -107,13 +110,15 @@ def rewritten(path: Path, **changes: Any) -> Path:
 
 def test_an_unknown_format_says_what_to_do(tmp_path):
     identity = {**MANIFEST.identity, "format": 3}
-    path = rewritten(tmp_path / "manifest.json", identity=identity, id=json_digest(identity))
+    path = write_changed_manifest(
+        tmp_path / "manifest.json", identity=identity, id=json_digest(identity)
+    )
     with pytest.raises(CorruptError, match="has format 3, this version reads 1, 2; install"):
         Manifest.read(path)
 
 
 def test_an_identity_that_does_not_give_the_id_is_corrupt(tmp_path):
-    path = rewritten(tmp_path / "manifest.json", id="0" * 64)
+    path = write_changed_manifest(tmp_path / "manifest.json", id="0" * 64)
     with pytest.raises(CorruptError, match="does not match the identity"):
         Manifest.read(path)
 
@@ -122,7 +127,7 @@ def test_an_identity_that_does_not_give_the_id_is_corrupt(tmp_path):
     "changes", [{"surprise": 1}, {"identity": {"format": 1}}, {"layout": {}}, {"identity": None}]
 )
 def test_unknown_or_missing_fields_are_corrupt(tmp_path, changes):
-    path = rewritten(tmp_path / "manifest.json", **changes)
+    path = write_changed_manifest(tmp_path / "manifest.json", **changes)
     with pytest.raises(CorruptError, match="not a manifest of this format"):
         Manifest.read(path)
 

@@ -27,7 +27,9 @@ SHAPES = [
 ]
 
 
-def by_zarr(path: Path, values: np.ndarray, chunk_rows: int, shard_rows: int) -> ArrayLayout:
+def write_with_zarr(
+    path: Path, values: np.ndarray, chunk_rows: int, shard_rows: int
+) -> ArrayLayout:
     """Let zarr-python write `values`."""
     array = zarr.create_array(
         path,
@@ -44,7 +46,7 @@ def by_zarr(path: Path, values: np.ndarray, chunk_rows: int, shard_rows: int) ->
     return ArrayLayout.from_zarr_json(array.metadata.to_dict(), str(path))
 
 
-def by_us(
+def write_with_shard_writer(
     path: Path, values: np.ndarray, layout: ArrayLayout, order: np.random.Generator | None = None
 ) -> None:
     """Write `values` shard by shard, in pieces in random order if `order` is given."""
@@ -74,11 +76,11 @@ def shard_bytes(path: Path, layout: ArrayLayout) -> list[bytes]:
 
 
 @pytest.fixture
-def written(tmp_path) -> tuple[Path, ArrayLayout, np.ndarray]:
+def written_shard(tmp_path) -> tuple[Path, ArrayLayout, np.ndarray]:
     """One shard of 200 rows in chunks of 64, by us."""
     values = random_values((200, 5), "<f4")
-    layout = by_zarr(tmp_path / "zarr", values, 64, 256)
-    by_us(tmp_path / "ours", values, layout)
+    layout = write_with_zarr(tmp_path / "zarr", values, 64, 256)
+    write_with_shard_writer(tmp_path / "ours", values, layout)
     return tmp_path / "ours" / layout.shard_key(0), layout, values
 
 
@@ -87,40 +89,40 @@ def test_our_shards_are_byte_identical_to_those_of_zarr_python(
     tmp_path, shape, chunk_rows, shard_rows, dtype
 ):
     values = random_values(shape, dtype)
-    layout = by_zarr(tmp_path / "zarr", values, chunk_rows, shard_rows)
+    layout = write_with_zarr(tmp_path / "zarr", values, chunk_rows, shard_rows)
     assert layout.raw
-    by_us(tmp_path / "ours", values, layout)
+    write_with_shard_writer(tmp_path / "ours", values, layout)
     assert shard_bytes(tmp_path / "ours", layout) == shard_bytes(tmp_path / "zarr", layout)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_written_in_any_order_give_the_same_bytes(tmp_path, seed):
     values = random_values((600, 8), "<f4")
-    layout = by_zarr(tmp_path / "zarr", values, 64, 256)
-    by_us(tmp_path / "ours", values, layout, np.random.default_rng(seed))
+    layout = write_with_zarr(tmp_path / "zarr", values, 64, 256)
+    write_with_shard_writer(tmp_path / "ours", values, layout, np.random.default_rng(seed))
     assert shard_bytes(tmp_path / "ours", layout) == shard_bytes(tmp_path / "zarr", layout)
 
 
 def test_zarr_python_reads_our_shards(tmp_path):
     values = random_values((600, 8), "<f4")
-    layout = by_zarr(tmp_path / "array", np.zeros_like(values), 64, 256)
-    by_us(tmp_path / "array", values, layout, np.random.default_rng(0))
+    layout = write_with_zarr(tmp_path / "array", np.zeros_like(values), 64, 256)
+    write_with_shard_writer(tmp_path / "array", values, layout, np.random.default_rng(0))
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "array", mode="r")[:], values)
 
 
 @pytest.mark.parametrize(("shape", "chunk_rows", "shard_rows", "dtype"), SHAPES)
 def test_our_reader_reads_shards_of_zarr_python(tmp_path, shape, chunk_rows, shard_rows, dtype):
     values = random_values(shape, dtype)
-    layout = by_zarr(tmp_path, values, chunk_rows, shard_rows)
+    layout = write_with_zarr(tmp_path, values, chunk_rows, shard_rows)
     for shard in range(layout.shards):
-        want = values[shard * shard_rows : (shard + 1) * shard_rows]
-        out = np.empty_like(want)
-        ShardReader(tmp_path / layout.shard_key(shard), layout).read(0, len(want), out)
-        np.testing.assert_array_equal(out, want)
+        expected = values[shard * shard_rows : (shard + 1) * shard_rows]
+        out = np.empty_like(expected)
+        ShardReader(tmp_path / layout.shard_key(shard), layout).read(0, len(expected), out)
+        np.testing.assert_array_equal(out, expected)
 
 
-def test_a_shard_is_chunks_then_index_then_checksum(written):
-    file, layout, values = written
+def test_a_shard_is_chunks_then_index_then_checksum(written_shard):
+    file, layout, values = written_shard
     raw, chunk_bytes = file.read_bytes(), 64 * 5 * 4 + 4
     assert layout.chunk_bytes == chunk_bytes
     assert len(raw) == 4 * chunk_bytes + 4 * 16 + 4
@@ -132,39 +134,41 @@ def test_a_shard_is_chunks_then_index_then_checksum(written):
     assert not tail[8:].any()
 
 
-def test_the_number_of_a_commit_is_the_number_of_a_check(tmp_path, written):
-    _, layout, values = written
+def test_the_number_of_a_commit_is_the_number_of_a_check(tmp_path, written_shard):
+    _, layout, values = written_shard
     writer = ShardWriter(tmp_path / "shard", layout, 200)
     writer.write(0, values)
     record = writer.commit()
     assert record["bytes"] == (tmp_path / "shard").stat().st_size
-    assert ShardReader(tmp_path / "shard", layout).check(200) == ([], record["crc32c"])
+    assert ShardReader(tmp_path / "shard", layout).damaged_chunks(200) == ([], record["crc32c"])
 
 
 @pytest.mark.parametrize("chunk", range(4))
-def test_a_flipped_byte_is_found_on_first_touch_and_the_message_names_the_rows(written, chunk):
-    file, layout, _ = written
+def test_a_flipped_byte_is_found_on_first_touch_and_the_message_names_the_rows(
+    written_shard, chunk
+):
+    file, layout, _ = written_shard
     raw = bytearray(file.read_bytes())
     raw[chunk * layout.chunk_bytes + 17] ^= 4
     file.write_bytes(raw)
     reader = ShardReader(file, layout)
-    for other in set(range(4)) - {chunk}:
-        reader.chunk(other)
+    for sound_chunk in set(range(4)) - {chunk}:
+        reader.chunk(sound_chunk)
     with pytest.raises(CorruptError, match=f"rows {chunk * 64}-{chunk * 64 + 63} of this shard"):
         reader.chunk(chunk)
-    assert reader.check(200)[0] == [chunk]
+    assert reader.damaged_chunks(200)[0] == [chunk]
 
 
-@pytest.mark.parametrize("keep", [0, 3, 67, 68, 500, -1])
-def test_a_cut_shard_is_corrupt(written, keep):
-    file, layout, _ = written
-    file.write_bytes(file.read_bytes()[:keep])
+@pytest.mark.parametrize("length", [0, 3, 67, 68, 500, -1])
+def test_a_cut_shard_is_corrupt(written_shard, length):
+    file, layout, _ = written_shard
+    file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(CorruptError, match=r"empty|cut short|index of the shard"):
         ShardReader(file, layout)
 
 
-def test_a_missing_shard_is_corrupt_not_zeros(written):
-    file, layout, _ = written
+def test_a_missing_shard_is_corrupt_not_zeros(written_shard):
+    file, layout, _ = written_shard
     file.unlink()
     with pytest.raises(CorruptError, match="is missing"):
         ShardReader(file, layout)
@@ -172,13 +176,13 @@ def test_a_missing_shard_is_corrupt_not_zeros(written):
 
 def test_a_chunk_without_rows_cannot_be_read(tmp_path):
     values = random_values((70, 3), "<u2")
-    layout = by_zarr(tmp_path, values, 16, 64)
+    layout = write_with_zarr(tmp_path, values, 16, 64)
     with pytest.raises(CorruptError, match="chunk 1 is not in this shard"):
         ShardReader(tmp_path / layout.shard_key(1), layout).chunk(1)
 
 
-def test_a_shard_has_its_name_only_after_commit(tmp_path, written):
-    _, layout, values = written
+def test_a_shard_has_its_name_only_after_commit(tmp_path, written_shard):
+    _, layout, values = written_shard
     path = tmp_path / "new" / "shard"
     writer = ShardWriter(path, layout, 200)
     writer.write(0, values)
@@ -188,16 +192,16 @@ def test_a_shard_has_its_name_only_after_commit(tmp_path, written):
     assert [p.name for p in path.parent.iterdir()] == ["shard"]
 
 
-def test_abandon_leaves_nothing(tmp_path, written):
-    _, layout, values = written
+def test_abandon_leaves_nothing(tmp_path, written_shard):
+    _, layout, values = written_shard
     writer = ShardWriter(tmp_path / "new" / "shard", layout, 200)
     writer.write(0, values[:100])
     writer.abandon()
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_shard_with_rows_missing_is_never_committed(tmp_path, written):
-    _, layout, values = written
+def test_a_shard_with_rows_missing_is_never_committed(tmp_path, written_shard):
+    _, layout, values = written_shard
     writer = ShardWriter(tmp_path / "new" / "shard", layout, 200)
     writer.write(0, values[:199])
     with pytest.raises(AssertionError):

@@ -16,7 +16,7 @@ from residua.cache.head.load_head import load_head
 from residua.cache.head.operations import OPS, NumpyOperations, TorchOperations
 from residua.cache.head.program import Node, Program
 from residua.cache.head.program_head import ProgramHead
-from residua.cache.head.record_head import NAMES, SHAPES, generalize, record_program
+from residua.cache.head.record_head import NAMES, SHAPES, merge_recordings, record_program
 
 WIDTH = 8
 GENERATOR = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def program_of(
     function: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[Program, dict[str, torch.Tensor]]:
     inputs = [torch.randn(*shape, WIDTH, generator=GENERATOR) for shape in SHAPES]
-    return generalize([record_program(function, x) for x in inputs], SHAPES)
+    return merge_recordings([record_program(function, x) for x in inputs], SHAPES)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -69,18 +69,20 @@ def test_numpy_and_torch_run_what_was_recorded_at_any_shape(name: str) -> None:
     arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
     for shape in ((5, 9), (1, 1), (1, 40)):
         x = torch.randn(*shape, WIDTH, generator=GENERATOR)
-        want = FUNCTIONS[name](x)
+        expected = FUNCTIONS[name](x)
         by_torch = program.run(x, tensors, TorchOperations())
         by_numpy = program.run(x.numpy(), arrays, NumpyOperations())
         assert by_numpy.dtype == np.float32
-        torch.testing.assert_close(by_torch, want, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(torch.from_numpy(np.array(by_numpy)), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(by_torch, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.from_numpy(np.array(by_numpy)), expected, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_every_operation_is_recorded_by_some_test() -> None:
-    seen = {node.op for f in FUNCTIONS.values() for node in program_of(f)[0].nodes}
+    recorded_ops = {node.op for f in FUNCTIONS.values() for node in program_of(f)[0].nodes}
     # Where torch has no kernel of its own, its RMS norm is recorded as what it consists of.
-    assert set(OPS) - seen <= {"rms_norm"}
+    assert set(OPS) - recorded_ops <= {"rms_norm"}
     assert set(NAMES.values()) <= set(OPS)
 
 
@@ -108,7 +110,7 @@ def test_what_is_no_program_is_refused(
         program_of(function)
 
 
-def head() -> ProgramHead:
+def small_program_head() -> ProgramHead:
     def tail(x: torch.Tensor) -> torch.Tensor:
         return F.linear(F.gelu(F.layer_norm(x @ MATRIX, (WIDTH,), GAIN, SHIFT)), MATRIX[:5])
 
@@ -118,14 +120,18 @@ def head() -> ProgramHead:
 
 def test_a_program_head_is_the_same_after_the_disk(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(2, 7, WIDTH)).astype(np.float32)
-    head().save(tmp_path)
+    small_program_head().save(tmp_path)
     loaded = load_head(tmp_path)
     assert isinstance(loaded, ProgramHead)
-    assert loaded == head()
-    assert loaded.digest == head().digest
-    assert (loaded.d_model, loaded.vocab, loaded.nbytes) == (WIDTH, 5, head().nbytes)
-    np.testing.assert_allclose(loaded.logits(rows), head().logits(rows), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(loaded.logits(rows[1, 3]), head().logits(rows)[1, 3], rtol=1e-5)
+    assert loaded == small_program_head()
+    assert loaded.digest == small_program_head().digest
+    assert (loaded.d_model, loaded.vocab, loaded.nbytes) == (WIDTH, 5, small_program_head().nbytes)
+    np.testing.assert_allclose(
+        loaded.logits(rows), small_program_head().logits(rows), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        loaded.logits(rows[1, 3]), small_program_head().logits(rows)[1, 3], rtol=1e-5
+    )
     hidden = torch.from_numpy(rows).requires_grad_()
     out = loaded.torch()(hidden)
     np.testing.assert_allclose(out.detach().numpy(), loaded.logits(rows), rtol=1e-4, atol=1e-5)
@@ -134,8 +140,8 @@ def test_a_program_head_is_the_same_after_the_disk(tmp_path: Path) -> None:
 
 
 def test_bfloat16_tensors_are_kept_as_they_are(tmp_path: Path) -> None:
-    tensors = {k: torch.from_numpy(a).bfloat16() for k, a in head().tensors.items()}
-    head().save(tmp_path, tensors)
+    tensors = {k: torch.from_numpy(a).bfloat16() for k, a in small_program_head().tensors.items()}
+    small_program_head().save(tmp_path, tensors)
     loaded = load_head(tmp_path)
     assert isinstance(loaded, ProgramHead)
     for name, tensor in tensors.items():
@@ -145,27 +151,27 @@ def test_bfloat16_tensors_are_kept_as_they_are(tmp_path: Path) -> None:
 def test_what_a_program_head_lacks_is_said() -> None:
     for name in ("unembedding", "norm", "eps", "normalize", "scale"):
         with pytest.raises(UsageError, match=f"op program and has no {name}"):
-            getattr(head(), name)
+            getattr(small_program_head(), name)
     with pytest.raises(UsageError, match="has no unembedding"):
-        _ = head().torch().unembedding
-    assert head().describe()["kind"] == "program"
-    assert "operations" in repr(head())
+        _ = small_program_head().torch().unembedding
+    assert small_program_head().describe()["kind"] == "program"
+    assert "operations" in repr(small_program_head())
 
 
-def spoil(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def forge_head_json(folder: Path, forge: Callable[[dict[str, Any]], None]) -> None:
     """Change `head.json` and make its digest right again: a forged file, not a damaged one."""
     spec = json.loads((folder / "head.json").read_bytes())
     spec.pop(DIGEST_KEY)
-    change(spec)
+    forge(spec)
     write_json(folder / "head.json", spec)
 
 
-BOMB = [{"op": "cat", "args": {"tensors": [{"node": n}] * 64, "dim": 2}} for n in range(9)]
+MEMORY_BOMB = [{"op": "cat", "args": {"tensors": [{"node": n}] * 64, "dim": 2}} for n in range(9)]
 """Would double the memory six times per node."""
 
 
 @pytest.mark.parametrize(
-    "change",
+    "forge",
     [
         lambda s: s["nodes"][0].update(op="__import__"),
         lambda s: s["nodes"][0].update(op="system"),
@@ -187,7 +193,7 @@ BOMB = [{"op": "cat", "args": {"tensors": [{"node": n}] * 64, "dim": 2}} for n i
             op="pad", args={"self": {"node": 0}, "pad": [1 << 50, 0], "value": 0.0}
         ),
         lambda s: s["nodes"][0].update(op="sum", args={"self": {"node": 0}, "dim": "all"}),
-        lambda s: s.update(nodes=BOMB),
+        lambda s: s.update(nodes=MEMORY_BOMB),
         lambda s: s.update(nodes=[]),
         lambda s: s.update(nodes="mm"),
         lambda s: s.pop("nodes"),
@@ -197,9 +203,9 @@ BOMB = [{"op": "cat", "args": {"tensors": [{"node": n}] * 64, "dim": 2}} for n i
         lambda s: s.update(tensors="0" * 64),
     ],
 )
-def test_a_forged_program_is_refused(change: Callable[[dict], None], tmp_path: Path) -> None:
-    head().save(tmp_path)
-    spoil(tmp_path, change)
+def test_a_forged_program_is_refused(forge: Callable[[dict], None], tmp_path: Path) -> None:
+    small_program_head().save(tmp_path)
+    forge_head_json(tmp_path, forge)
     with pytest.raises(CorruptError):
         load_head(tmp_path)
 

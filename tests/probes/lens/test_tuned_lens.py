@@ -15,7 +15,7 @@ from sklearn.exceptions import NotFittedError
 import residua
 from residua.cache.errors import MismatchError, NotFoundError, UsageError
 from residua.cache.head.program_head import ProgramHead
-from residua.cache.head.record_head import SHAPES, generalize, record_program
+from residua.cache.head.record_head import SHAPES, merge_recordings, record_program
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.base.readout import ReadoutBatch
 from residua.probes.lens import fit_groups as lensgroups
@@ -120,7 +120,7 @@ def test_a_lens_of_a_program_head_is_fitted(tmp_path: Path) -> None:
     explicit = random_head(WIDTH, VOCAB)
     unembedding = torch.from_numpy(explicit.unembedding)
     inputs = [torch.randn(*shape, WIDTH) for shape in SHAPES]
-    program, tensors = generalize(
+    program, tensors = merge_recordings(
         [record_program(lambda x: x.tanh() @ unembedding.T, x) for x in inputs], SHAPES
     )
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
