@@ -348,7 +348,7 @@ def ridge(
     from residua.analysis.console.messages import fitted
     from residua.probes.ridge.ridge_probe import RidgeProbe
 
-    ridge = RidgeProbe(offset=offsets, layers=layers, alpha=alpha, folds=folds, products=products,
+    ridge = RidgeProbe(offsets=offsets, layers=layers, alpha=alpha, folds=folds, products=products,
                        target=target, across_documents=across_documents,
                        drop_first=drop_first)  # fmt: skip
     source, probe, path = fit_and_save(
@@ -388,13 +388,13 @@ def baseline(
     from residua.cache.cluster import connected
     from residua.cache.store.catalog import find_cache
     from residua.probes.baselines.token_counts import unfitted_baselines
-    from residua.probes.saved.library import new_place
+    from residua.probes.saved.library import new_probe_path
     from residua.probes.saved.save import save_probe
 
     source, found = find_cache(cache, root), []
     with connected(scheduler) as client:
         for probe in unfitted_baselines(kinds or BASELINES, offsets, across_documents):
-            path = new_place(root, probe, source.id)
+            path = new_probe_path(root, probe, source.id)
             save_probe(probe.fit(source, client=client), path)
             found.append({"kind": probe.kind, "probe": str(path), "metrics": probe.metrics()})
 
@@ -432,7 +432,7 @@ def lens(
     from residua.probes.lens.tuned_lens import FutureLens, TunedLens
 
     kind = TunedLens if offsets == (0,) else FutureLens
-    lens = kind(offset=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed,
+    lens = kind(offsets=offsets, layers=layers, lr=lr, steps=steps, batch=batch, seed=seed,
                 across_documents=across_documents, drop_first=drop_first)  # fmt: skip
     source, probe, path = fit_and_save(lens, cache, root, quiet, **options)
     metrics = probe.metrics()
@@ -471,7 +471,7 @@ def vocab(
     from residua.analysis.console.messages import fitted
     from residua.probes.vocabulary.vocab_probe import VocabProbe
 
-    vocab = VocabProbe(offset=offsets, layers=layers, loss=loss, form=form, rank=rank, lr=lr,
+    vocab = VocabProbe(offsets=offsets, layers=layers, loss=loss, form=form, rank=rank, lr=lr,
                        epochs=epochs, across_documents=across_documents,
                        drop_first=drop_first)  # fmt: skip
     source, probe, path = fit_and_save(vocab, cache, root, quiet, stage="positions", **options)

@@ -9,7 +9,7 @@ from ...cache.files.disk_errors import check_target
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.catalog import find_cache
 from ...probes.controls.control_probe import as_control
-from ...probes.saved.library import checkpoint_path, new_place
+from ...probes.saved.library import checkpoint_path, new_probe_path
 from ...probes.saved.save import save_probe
 from ..evaluation.result import Evaluation
 from .terminal import meter
@@ -34,7 +34,7 @@ def fit_and_save(
     `resumes` keeps a checkpoint under `root`. `options` are those of the probe's `fit`.
     """
     source, probe = find_cache(cache, root), as_control(probe, control)
-    path = new_place(root, probe, source.id, out)
+    path = new_probe_path(root, probe, source.id, out)
     if resumes:
         options["checkpoint"] = checkpoint_path(root, probe, source.id)
     with meter(quiet) as shown, connected(scheduler) as client:

@@ -33,7 +33,7 @@ def run_quickstart(
     )
     done = extract(request, shown.stage)
     cache = done.cache
-    probe = RidgeProbe(offset=OFFSETS).fit(cache, progress=shown.of("moments"))
+    probe = RidgeProbe(offsets=OFFSETS).fit(cache, progress=shown.of("moments"))
     path = save_probe(probe, probe_path(root, probe))
     found = evaluate(cache, [probe], progress=shown.of("evaluate"))
     files = write_outputs(found, out / "report.html", out / "pictures", "residua quickstart")

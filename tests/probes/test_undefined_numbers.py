@@ -250,14 +250,14 @@ def test_plain_is_json_whatever_it_is_given():
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_lenses_that_hold_no_finite_number_are_refused_by_name(cache, tmp_path, value):
     tensors = {}
-    for layer in range(cache.depth):
+    for layer in range(cache.n_blocks):
         tensors |= {
             f"{layer}.weight": torch.zeros(WIDTH, WIDTH),
             f"{layer}.bias": torch.zeros(WIDTH),
         }
     tensors["1.weight"][2, 3] = value
     torch.save(tensors, tmp_path / "params.pt")
-    config = {"d_model": WIDTH, "num_hidden_layers": cache.depth, "bias": True}
+    config = {"d_model": WIDTH, "num_hidden_layers": cache.n_blocks, "bias": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         UsageError, match=r"tensor 1\.weight holds 1 values of 64 that are not fini"

@@ -191,11 +191,11 @@ def test_every_way_of_reading_gives_what_the_disk_gives(
 def test_probes_fitted_from_the_store_are_those_of_the_disk(
     far: ActivationCache, local: ActivationCache
 ) -> None:
-    near, there = (residua.RidgeProbe(offset=[0, 1]).fit(cache) for cache in (local, far))
+    near, there = (residua.RidgeProbe(offsets=[0, 1]).fit(cache) for cache in (local, far))
     for pair, found in near.maps_.items():
         np.testing.assert_allclose(there.maps_[pair].weight, found.weight, rtol=1e-5, atol=1e-6)
-    again = residua.RidgeProbe(offset=[0, 1]).fit(far, keep=True)
-    kept = residua.RidgeProbe(offset=[0, 1]).fit(far)
+    again = residua.RidgeProbe(offsets=[0, 1]).fit(far, keep=True)
+    kept = residua.RidgeProbe(offsets=[0, 1]).fit(far)
     assert again.moments_["computed"] or again.moments_["kept"]
     assert (kept.moments_["computed"], kept.moments_["kept"]) == (0, len(near.maps_))
     weight = near.maps_[1, 1].weight

@@ -135,12 +135,12 @@ def test_a_bounded_trigram_keeps_the_most_frequent_contexts(tiny_cache):
 
 @pytest.mark.parametrize("offset", [1, 2, 5])
 def test_the_marginalised_bigram_sums_out_the_tokens_between(tiny_cache, offset):
-    hidden = torch.from_numpy(tiny_cache.layer(1)[:9])
+    hidden = torch.from_numpy(tiny_cache.residual_array(1)[:9])
     head = tiny_cache.head.torch()
     probe = MarginalBigram((offset,)).fit(tiny_cache)
-    assert probe.pairs() == [(tiny_cache.depth, offset)]
+    assert probe.pairs() == [(tiny_cache.n_blocks, offset)]
     batch = ReadoutBatch(hidden, torch.zeros(9, dtype=torch.int64), head)
-    found = np.exp(probe.logits(batch, tiny_cache.depth, offset).double().numpy())
+    found = np.exp(probe.logits(batch, tiny_cache.n_blocks, offset).double().numpy())
     model = head(hidden).double().softmax(-1).numpy()
     want = model @ np.linalg.matrix_power(bigram_of(tiny_cache), offset)
     np.testing.assert_allclose(found, want, rtol=2e-5)
@@ -158,7 +158,7 @@ def test_the_chain_is_a_power_of_the_bigram(tiny_cache, offset):
 def test_every_distribution_is_positive_and_sums_to_one(tiny_cache, kind):
     (probe,) = unfitted_baselines([kind], (2,))
     tokens = torch.arange(VOCAB)
-    hidden = torch.from_numpy(tiny_cache.layer(1)[:VOCAB])
+    hidden = torch.from_numpy(tiny_cache.residual_array(1)[:VOCAB])
     batch = ReadoutBatch(hidden, tokens, tiny_cache.head.torch(), tokens, tokens.flip(0))
     out = probe.fit(tiny_cache).logits(batch, None, 2).double().numpy()
     assert np.isfinite(out).all()
@@ -175,7 +175,7 @@ def test_a_saved_baseline_is_the_same(tiny_cache, kind, tmp_path):
     assert again.pairs() == probe.pairs()
     assert again.metrics() == probe.metrics()
     tokens = torch.arange(VOCAB)
-    hidden = torch.from_numpy(tiny_cache.layer(1)[:VOCAB])
+    hidden = torch.from_numpy(tiny_cache.residual_array(1)[:VOCAB])
     batch = ReadoutBatch(hidden, tokens, tiny_cache.head.torch(), tokens, tokens)
     torch.testing.assert_close(again.logits(batch, None, 2), probe.logits(batch, None, 2))
 

@@ -22,7 +22,7 @@ from residua.cache.store.part_writer import PartWriter
 from residua.cache.tokens.token_stream import from_sequences
 from residua.cli import main
 from residua.probes.moments.collect_moments import collect_moments
-from residua.probes.moments.kept_moments import find_kept, folder_of, moment_entries
+from residua.probes.moments.kept_moments import find_kept, moment_entries, moments_folder
 from residua.probes.moments.moment_set import MomentSet
 from residua.probes.moments.obtain_moments import MomentSources, extend, obtain_moments
 from residua.probes.moments.pass_plan import MomentRequest
@@ -97,12 +97,12 @@ def supplied(
     source: ActivationCache, request: MomentRequest, **options: Any
 ) -> tuple[MomentSet, MomentSources]:
     """All moments of `request`, and where they came from."""
-    account = MomentSources()
+    sources = MomentSources()
     options = {"keep": True, **options}
-    found = list(obtain_moments(ActivationCache(source.path), request, account=account, **options))
+    found = list(obtain_moments(ActivationCache(source.path), request, sources=sources, **options))
     pairs = {pair: parts for one in found for pair, parts in one.pairs.items()}
     assert sorted(pairs) == sorted(request.pairs)
-    return found[0].with_pairs(pairs), account
+    return replace(found[0], pairs=pairs), sources
 
 
 def assert_same(found: MomentSet, expected: MomentSet, rtol: float = 1e-12) -> None:
@@ -138,8 +138,8 @@ def test_only_what_is_missing_is_computed(tmp_path: Path) -> None:
     source = Grown(tmp_path).first
     supplied(source, replace(asked(source), layers=(0, 1), offsets=(0,)))
     supplied(source, replace(asked(source), layers=(1,), offsets=(3,)))
-    found, account = supplied(source, asked(source))
-    assert (account.kept, account.computed) == (3, 6)
+    found, sources = supplied(source, asked(source))
+    assert (sources.kept, sources.computed) == (3, 6)
     assert_same(found, fresh(source, asked(source)))
     assert supplied(source, asked(source))[1].computed == 0
 
@@ -151,8 +151,8 @@ def test_other_requests_are_kept_apart(tmp_path: Path, other: dict[str, Any]) ->
     source = Grown(tmp_path).first
     request = replace(asked(source), **other)
     assert supplied(source, request)[1].computed == 9
-    found, account = supplied(source, asked(source))
-    assert account.computed == 9
+    found, sources = supplied(source, asked(source))
+    assert sources.computed == 9
     assert_same(found, fresh(source, asked(source)))
     assert supplied(source, request)[1].kept == 9
 
@@ -167,15 +167,15 @@ def test_a_cache_that_has_grown_needs_only_its_new_rows(tmp_path: Path) -> None:
     made = Grown(tmp_path)
     supplied(made.first, asked(made.first))
     bigger = made.grow(made.first, 80)
-    found, account = supplied(bigger, asked(bigger))
+    found, sources = supplied(bigger, asked(bigger))
     new = bigger.sequences("train")[bigger.sequences("train") >= 60]
-    assert (account.extended, account.computed) == (9, 0)
-    assert account.positions == bigger.sequence_length[new].sum()
+    assert (sources.extended, sources.computed) == (9, 0)
+    assert sources.positions == bigger.sequence_length[new].sum()
     assert_same(found, fresh(bigger, asked(bigger)))
     assert supplied(bigger, asked(bigger))[1].kept == 9
     largest = made.grow(bigger, 100)
-    found, account = supplied(largest, asked(largest))
-    assert account.extended == 9
+    found, sources = supplied(largest, asked(largest))
+    assert sources.extended == 9
     assert_same(found, fresh(largest, asked(largest)))
 
 
@@ -188,10 +188,10 @@ def test_a_small_cache_that_has_grown_into_other_parts_needs_only_its_new_rows(
     supplied(made.first, asked(made.first))
     bigger = made.grow(made.first, 80, layout=Layout(*rows))
     assert bigger.manifest.layout != made.first.manifest.layout
-    found, account = supplied(bigger, asked(bigger))
+    found, sources = supplied(bigger, asked(bigger))
     new = bigger.sequences("train")[bigger.sequences("train") >= 60]
-    assert (account.extended, account.computed) == (9, 0)
-    assert account.positions == bigger.sequence_length[new].sum()
+    assert (sources.extended, sources.computed) == (9, 0)
+    assert sources.positions == bigger.sequence_length[new].sum()
     assert_same(found, fresh(bigger, asked(bigger)), rtol=1e-9)
     expected = collect_moments(bigger, None, OFFSETS, None, folds=FOLDS)
     assert_same(
@@ -203,8 +203,8 @@ def test_a_small_cache_that_has_grown_into_other_parts_needs_only_its_new_rows(
         other = Grown(tmp_path / f"{row}", seed=0)
         supplied(other.first, asked(other.first))
         moved = other.grow(other.first, 80, changed, Layout(*rows))
-        found, account = supplied(moved, asked(moved))
-        assert (account.extended, account.computed) == (6, 3)
+        found, sources = supplied(moved, asked(moved))
+        assert (sources.extended, sources.computed) == (6, 3)
         assert_same(found, fresh(moved, asked(moved)))
 
 
@@ -212,8 +212,8 @@ def test_growth_skips_a_cache_without_moments(tmp_path: Path) -> None:
     made = Grown(tmp_path)
     supplied(made.first, replace(asked(made.first), layers=(1,)))
     largest = made.grow(made.grow(made.first, 80), 100)
-    found, account = supplied(largest, asked(largest))
-    assert (account.extended, account.computed) == (3, 6)
+    found, sources = supplied(largest, asked(largest))
+    assert (sources.extended, sources.computed) == (3, 6)
     assert_same(found, fresh(largest, asked(largest)))
 
 
@@ -241,8 +241,8 @@ def test_other_rows_are_not_taken_for_the_old_ones(tmp_path: Path, row: int) -> 
     changed = [layer.copy() for layer in made.layers]
     changed[1][range(made.first.positions)[row], 2] += 1
     bigger = made.grow(made.first, 100, changed)
-    found, account = supplied(bigger, asked(bigger))
-    assert (account.extended, account.computed) == (6, 3)
+    found, sources = supplied(bigger, asked(bigger))
+    assert (sources.extended, sources.computed) == (6, 3)
     assert_same(found, fresh(bigger, asked(bigger)))
 
 
@@ -256,11 +256,11 @@ def test_splits_that_moved_are_counted_anew(tmp_path: Path) -> None:
     moved = bigger.sequence_split[:3] != made.first.sequence_split
     assert moved.any()
     for split in ("train", "validation", "test"):
-        found, account = supplied(bigger, replace(request, split=split))
+        found, sources = supplied(bigger, replace(request, split=split))
         same = np.array_equal(made.first.sequences(split), np.flatnonzero(
             bigger.sequence_split[:3] == ("train", "validation", "test").index(split)
         ))  # fmt: skip
-        assert account.extended == (9 if same else 0)
+        assert sources.extended == (9 if same else 0)
         assert_same(found, fresh(bigger, replace(request, split=split)))
 
 
@@ -270,8 +270,8 @@ def test_moments_of_rows_that_were_written_anew_are_dropped(tmp_path: Path) -> N
     changed = [layer + (number == 1) for number, layer in enumerate(made.layers)]
     write_part(made.first, 0, changed)
     source = ActivationCache(made.first.path)
-    found, account = supplied(source, asked(source))
-    assert account.kept == 6
+    found, sources = supplied(source, asked(source))
+    assert sources.kept == 6
     assert_same(found, fresh(source, asked(source)))
     assert supplied(source, asked(source))[1].kept == 9
 
@@ -284,8 +284,8 @@ def test_damaged_moments_are_computed_again(tmp_path: Path, name: str) -> None:
     raw = bytearray((entry.path / name).read_bytes())
     raw[-9] ^= 1
     (entry.path / name).write_bytes(raw)
-    found, account = supplied(source, asked(source))
-    assert account.computed > 0
+    found, sources = supplied(source, asked(source))
+    assert sources.computed > 0
     assert_same(found, fresh(source, asked(source)))
     assert supplied(source, asked(source))[1].kept == 9
 
@@ -297,8 +297,8 @@ def test_damaged_moments_of_the_old_cache_cost_a_whole_pass(tmp_path: Path) -> N
     (entry.path / "moments.safetensors").write_bytes(b"")
     bigger = made.grow(made.first, 100)
     seen: list[tuple[int, int]] = []
-    found, account = supplied(bigger, asked(bigger), progress=lambda *at: seen.append(at))
-    assert (account.extended, account.computed) == (0, 9)
+    found, sources = supplied(bigger, asked(bigger), progress=lambda *at: seen.append(at))
+    assert (sources.extended, sources.computed) == (0, 9)
     assert seen[-1][0] == seen[-1][1]
     assert_same(found, fresh(bigger, asked(bigger)))
 
@@ -306,8 +306,8 @@ def test_damaged_moments_of_the_old_cache_cost_a_whole_pass(tmp_path: Path) -> N
 def test_a_fit_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     source = Grown(tmp_path).first
     part = next(obtain_moments(source, asked(source), keep=True, memory=1))
-    found, account = supplied(source, asked(source))
-    assert (account.kept, account.computed) == (len(part.pairs), 9 - len(part.pairs))
+    found, sources = supplied(source, asked(source))
+    assert (sources.kept, sources.computed) == (len(part.pairs), 9 - len(part.pairs))
     assert_same(found, fresh(source, asked(source)))
 
 
@@ -318,13 +318,13 @@ def test_writers_may_race(tmp_path: Path) -> None:
     for one in found[1:]:
         assert_same(one, found[0])
     assert len(list(moment_entries(source))) == 1
-    assert not list(folder_of(source).glob(".*"))
+    assert not list(moments_folder(source).glob(".*"))
     assert set(find_kept(source, asked(source))) == set(asked(source).pairs)
 
 
 def test_what_a_dead_writer_left_is_removed(tmp_path: Path) -> None:
     source = Grown(tmp_path).first
-    left = folder_of(source) / ".abc.tmp"
+    left = moments_folder(source) / ".abc.tmp"
     left.mkdir()
     (left / "moments.safetensors").write_bytes(b"half")
     supplied(source, asked(source))
@@ -333,8 +333,8 @@ def test_what_a_dead_writer_left_is_removed(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_fitted_all_the_same(tmp_path: Path) -> None:
     source = Grown(tmp_path).first
-    shutil.rmtree(folder_of(source))
-    folder_of(source).touch()
+    shutil.rmtree(moments_folder(source))
+    moments_folder(source).touch()
     probe = RidgeProbe(OFFSETS, folds=FOLDS).fit(source)
     assert "cannot be written to" in probe.moments_["why"]
     assert probe.moments_["saved"] == 0
@@ -374,7 +374,7 @@ def test_kept_moments_are_what_the_format_page_says(tmp_path: Path) -> None:
     source = Grown(tmp_path).first
     request = replace(asked(source), targets=(1, DEPTH))
     expected, _ = supplied(source, request)
-    (folder,) = folder_of(source).iterdir()
+    (folder,) = moments_folder(source).iterdir()
     about = json.loads((folder / "moments.json").read_bytes())
     tensors = load_file(folder / "moments.safetensors")
     assert set(about["tensors"]) == set(tensors)

@@ -13,7 +13,7 @@ from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.moments.collect_moments import collect_moments, collect_passes, moments_of_rows
 from residua.probes.moments.moment_set import MomentSet
 from residua.probes.moments.moments import Accumulator, Moments, merge_all
-from residua.probes.moments.pass_plan import CachePass, MomentRequest, divide_passes
+from residua.probes.moments.pass_plan import CachePass, MomentRequest, divide_pass
 from residua.probes.ridge.ridge_probe import RidgeProbe
 
 from ...support.synthetic import make_cache, random_head
@@ -162,12 +162,12 @@ def test_passes_fit_the_memory_budget() -> None:
     asked = MomentRequest(tuple(range(13)), (0, 1, 2, 3), (6, 12))
     plan = CachePass(asked, 0, 2048, 8, 2)
     for budget in (1 << 29, 1 << 30, 2 << 30):
-        passes = divide_passes(plan, budget, 768)
+        passes = divide_pass(plan, budget, 768)
         assert all(part.bytes(768) <= budget for part in passes)
         assert sorted(p for part in passes for p in part.request.pairs) == sorted(asked.pairs)
-    assert divide_passes(plan, 1 << 40, 768) == [plan]
+    assert divide_pass(plan, 1 << 40, 768) == [plan]
     smallest = replace(asked, layers=(0,), offsets=(0,), targets=(6,))
-    assert replace(plan, tasks=1, rows=512, request=smallest) in divide_passes(plan, 1, 768)
+    assert replace(plan, tasks=1, block_rows=512, request=smallest) in divide_pass(plan, 1, 768)
 
 
 def test_any_pairs_are_asked_for_exactly_once() -> None:
@@ -175,9 +175,9 @@ def test_any_pairs_are_asked_for_exactly_once() -> None:
     asked = MomentRequest(tuple(range(5)), (0, 1, 2), (3, 4))
     for share in (0.1, 0.5, 0.9, 1.0):
         pairs = [pair for pair in asked.pairs if rng.random() < share]
-        found = [pair for part in asked.of_pairs(pairs) for pair in part.pairs]
+        found = [pair for part in asked.for_pairs(pairs) for pair in part.pairs]
         assert sorted(found) == sorted(pairs)
-    assert asked.of_pairs(asked.pairs) == [asked]
+    assert asked.for_pairs(asked.pairs) == [asked]
 
 
 def test_moments_do_not_depend_on_chunk_order() -> None:

@@ -378,7 +378,7 @@ def test_another_head_is_refused(noisy: ActivationCache, tmp_path: Path) -> None
 
 
 def test_sklearn_conventions_hold(noisy: ActivationCache) -> None:
-    params: dict[str, Any] = {"offset": (0, 2), "layers": [1], "alphas": ALPHAS, "folds": 3}
+    params: dict[str, Any] = {"offsets": (0, 2), "layers": [1], "alphas": ALPHAS, "folds": 3}
     probe = RidgeProbe(**params)
     assert all(probe.get_params()[key] is value for key, value in params.items())
     copied: Any = clone(probe.fit(noisy))
@@ -394,7 +394,7 @@ def test_sklearn_conventions_hold(noisy: ActivationCache) -> None:
 def test_fitting_again_forgets_the_first_fit(noisy: ActivationCache) -> None:
     probe = RidgeProbe((0, 1), layers=[0]).fit(noisy)
     before = readings(probe, noisy)[0]
-    probe.set_params(alpha=1e6, offset=0).fit(noisy)
+    probe.set_params(alpha=1e6, offsets=0).fit(noisy)
     assert probe.pairs() == [(0, 0)]
     assert not torch.allclose(readings(probe, noisy)[0], before)
 
@@ -413,14 +413,14 @@ def test_which_map_must_be_clear(noisy: ActivationCache) -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"offset": 50}, r"layer \d, offset 50: there is no pair"),
+        ({"offsets": 50}, r"layer \d, offset 50: there is no pair"),
         ({"layers": [9]}, "layer 9 is not in this cache; it holds 0-2"),
         ({"alpha": 1.0, "alphas": [1.0]}, "give alpha"),
         ({"alpha": -1.0}, "finite and 0 or more"),
         ({"alphas": []}, "finite and 0 or more"),
         ({"folds": 1}, "at least 2 folds"),
         ({"products": "float8"}, "products must be one of"),
-        ({"offset": []}, "at least one layer, one offset and one target"),
+        ({"offsets": []}, "at least one layer, one offset and one target"),
     ],
 )
 def test_requests_that_cannot_be_right_are_refused(

@@ -144,7 +144,7 @@ def test_a_repository_of_another_probe_is_left_alone(
     other = small_cache(tmp_path / "other", seed=1)
     with pytest.raises(MismatchError, match="holds a probe of head"):
         residua.push_to_hub(TunedLens(steps=0).fit(other), REPO)
-    future = FutureLens(offset=1, steps=0).fit(small_cache(tmp_path / "here"))
+    future = FutureLens(offsets=1, steps=0).fit(small_cache(tmp_path / "here"))
     with pytest.raises(MismatchError, match="holds a probe of kind 'lens'"):
         residua.push_to_hub(future, REPO)
     assert residua.load_from_hub(REPO).metrics() == lens.metrics()
