@@ -1,7 +1,8 @@
 """Run a frozen language model once, keep its residual streams, fit every probe from the cache."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .cache.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .analysis.evaluation.evaluate import evaluate as evaluate
@@ -40,50 +41,4 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> module; imported on first use, so that `import residua` stays light.
-_PUBLIC = {
-    "ActivationCache": ".cache.store.activation_cache",
-    "Bigram": ".probes.baselines.ngrams",
-    "BigramChain": ".probes.baselines.marginal_bigram",
-    "ControlProbe": ".probes.controls.control_probe",
-    "Evaluation": ".analysis.evaluation.result",
-    "FutureLens": ".probes.lens.tuned_lens",
-    "Head": ".cache.head.head",
-    "LaggedBigram": ".probes.baselines.ngrams",
-    "LogitLens": ".probes.lens.logit_lens",
-    "MarginalBigram": ".probes.baselines.marginal_bigram",
-    "ResiduaError": ".cache.errors",
-    "RidgeProbe": ".probes.ridge.ridge_probe",
-    "RowLoader": ".cache.store.row_loader",
-    "Trigram": ".probes.baselines.ngrams",
-    "Unigram": ".probes.baselines.ngrams",
-    "TunedLens": ".probes.lens.tuned_lens",
-    "VocabProbe": ".probes.vocabulary.vocab_probe",
-    "evaluate": ".analysis.evaluation.evaluate",
-    "export": ".cache.sharing.export",
-    "extract": ".cache.extraction.extract",
-    "find_cache": ".cache.store.catalog",
-    "pull_probe": ".probes.saved.hub",
-    "load_head": ".cache.head.load_head",
-    "load_probe": ".probes.saved.save",
-    "pull_cache": ".cache.sharing.hub",
-    "push_cache": ".cache.sharing.hub",
-    "push_probe": ".probes.saved.hub",
-    "read_tuned_lens": ".probes.lens.tuned_lens_files",
-    "repair": ".cache.extraction.repair",
-    "save_probe": ".probes.saved.save",
-    "verify": ".cache.store.verify",
-    "write_report": ".analysis.report.html_report",
-    "write_tuned_lens": ".probes.lens.tuned_lens_files",
-}
-__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'residua' has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name], __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from residua.tests.architectures import KINDS
-from residua.tests.conformance import TOLERANCE, Verdict, judge
+from residua.tests.support.architectures import KINDS
+from residua.tests.support.conformance import TOLERANCE, Verdict, judge
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 HEADER = """# Architectures

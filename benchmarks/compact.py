@@ -107,7 +107,7 @@ def main() -> None:
             args.model, args.text, root=folder, max_tokens=args.tokens, context=256,
             dtype="float32",
         )  # fmt: skip
-        layers = [cache.layer(layer)[:] for layer in (cache.depth // 2, cache.depth)]
+        layers = [cache.residual_array(layer)[:] for layer in (cache.n_blocks // 2, cache.n_blocks)]
         values = np.concatenate(layers)
         print(f"{len(values)} x {cache.d_model}, CPU s/GB, raw -> compact")
         for dtype in DTYPES:

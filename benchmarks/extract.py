@@ -78,7 +78,7 @@ def prepare(args: argparse.Namespace, root: Path, model: torch.nn.Module, tokens
 def bare(cache: ActivationCache, model: Any) -> None:
     """The whole model over the batches of the extraction; nothing is kept."""
     starts, lengths = cache.sequence_start, cache.sequence_length
-    for part in range(cache.parts):
+    for part in range(cache.n_parts):
         plan = plan_batches(
             starts, lengths, cache.manifest.layout, part, cache.manifest.batch_tokens
         )

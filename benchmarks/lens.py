@@ -76,9 +76,11 @@ class Held:
 
     def __init__(self, cache: ActivationCache, positions: int) -> None:
         self.cache = cache
-        rows = cache.rows(cache.split("test"))[:positions]
-        self.hidden = [torch.from_numpy(cache.layer(la)[rows]) for la in range(cache.depth)]
-        self.last = torch.from_numpy(cache.layer(cache.depth)[rows])
+        rows = cache.positions_of(cache.sequences("test"))[:positions]
+        self.hidden = [
+            torch.from_numpy(cache.residual_array(la)[rows]) for la in range(cache.n_blocks)
+        ]
+        self.last = torch.from_numpy(cache.residual_array(cache.n_blocks)[rows])
         self.head = cache.head.torch()
 
     @torch.no_grad()
@@ -94,12 +96,12 @@ class Held:
         return (sums / len(self.last)).tolist()
 
     def of(self, lens: TunedLens) -> list[float]:
-        found = [lens.map(layer, 0) for layer in range(self.cache.depth)]
+        found = [lens.map(layer, 0) for layer in range(self.cache.n_blocks)]
         return self.kl([(torch.from_numpy(m.weight), torch.from_numpy(m.bias)) for m in found])
 
     def logit(self) -> list[float]:
         one, none = torch.eye(self.cache.d_model), torch.zeros(self.cache.d_model)
-        return self.kl([(one, none)] * self.cache.depth)
+        return self.kl([(one, none)] * self.cache.n_blocks)
 
 
 class Recipe:
@@ -159,14 +161,14 @@ def baselines(cache: ActivationCache, args: argparse.Namespace, held: Held) -> l
 
     model = AutoModelForCausalLM.from_pretrained(args.model).eval().requires_grad_(False)
     recipes = [
-        Recipe(name, model, cache.depth, cache.d_model, args.steps) for name in ("sgd", "muon")
+        Recipe(name, model, cache.n_blocks, cache.d_model, args.steps) for name in ("sgd", "muon")
     ]
-    train, length = cache.split("train"), cache.sequence_length
+    train, length = cache.sequences("train"), cache.sequence_length
     whole = train[length[train] == length.max()]
     each, forward, found = args.batch // int(length.max()), 0.0, []
     for step in range(args.steps):
         chosen = whole[np.arange(step * each, (step + 1) * each) % len(whole)]
-        ids = cache.tokens.take(cache.rows(chosen)).reshape(each, -1).astype(np.int64)
+        ids = cache.tokens.take(cache.positions_of(chosen)).reshape(each, -1).astype(np.int64)
         start = time.process_time()
         with torch.no_grad():
             out = model(input_ids=torch.from_numpy(ids), output_hidden_states=True)
@@ -186,7 +188,7 @@ def ours(cache: ActivationCache, steps: int, held: Held, **about: Any) -> dict[s
     # An earlier fit left its moments there.
     shutil.rmtree(cache.path / "moments", ignore_errors=True)
     start = time.process_time()
-    lens = TunedLens(layers=range(cache.depth), steps=steps).fit(cache)
+    lens = TunedLens(layers=range(cache.n_blocks), steps=steps).fit(cache)
     cpu = time.process_time() - start
     row = {"fit": "residua", "steps": steps, "cpu": cpu, **about, "layers": held.of(lens)}
     row["validation"] = lens.metrics()
@@ -201,8 +203,8 @@ class Part(ActivationCache):
         super().__init__(path)
         self.tokens_taken = tokens
 
-    def split(self, name: str) -> np.ndarray:
-        found = super().split(name)
+    def sequences(self, name: str) -> np.ndarray:
+        found = super().sequences(name)
         if name != "train":
             return found
         return found[: np.searchsorted(self.sequence_length[found].cumsum(), self.tokens_taken) + 1]
@@ -278,7 +280,7 @@ def main() -> None:
             args.model, texts, root=root, context=args.context, max_tokens=args.tokens
         )
         cached = time.process_time() - start
-        train = int(cache.sequence_length[cache.split("train")].sum())
+        train = int(cache.sequence_length[cache.sequences("train")].sum())
         held = Held(cache, args.positions)
         logit = " ".join(f"{kl:.4f}" for kl in held.logit())
         print(f"{cache.positions} positions cached in {cached:.1f} CPU s, {train} to train on; "

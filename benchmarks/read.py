@@ -24,7 +24,7 @@ import numpy as np
 from residua.cache.format.array import CacheArray
 from residua.cache.format.dtypes import decode_rows, encode_rows
 from residua.cache.store.activation_cache import ActivationCache
-from residua.tests.synthetic import make_cache, random_head
+from residua.tests.support.synthetic import make_cache, random_head
 
 TARGETS = {"sequential": 0.80, "blocks": 0.80, "rows": 0.65}
 STEP, SLAB, BATCH = 4096, 128, 256
@@ -132,7 +132,7 @@ def loaders(cache: ActivationCache, path: Path) -> tuple[Callable[[], None], Cal
     from residua.cache.store.row_loader import RowLoader
 
     torch.set_num_threads(1)
-    layout = cache.layer(0).layout
+    layout = cache.residual_array(0).layout
     rows = np.memmap(path, layout.stored_dtype, mode="r", shape=layout.shape)
     bfloat16 = layout.logical_dtype == "bfloat16"
     order = np.random.default_rng(0).permutation(cache.positions)
@@ -162,7 +162,7 @@ def main() -> None:
     args = arguments()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         cache = synthetic(Path(folder), args)
-        array = cache.layer(0)
+        array = cache.residual_array(0)
         size = args.positions * array.layout.row_bytes
         print(f"{args.positions} x {args.d_model} {args.dtype}, {size / 1e6:.0f} MB, warm")
         print(f"{'':22s}{'first':>8s}{'later':>8s}{'target':>8s}   later, GB/s: memmap, ours")

@@ -36,7 +36,7 @@ from residua.probes.base.resources import available_cores
 from residua.probes.moments.collect_moments import collect_passes
 from residua.probes.moments.pass_plan import BLOCK_ROWS, MomentRequest
 from residua.probes.ridge.ridge_probe import RidgeProbe
-from residua.tests.synthetic import make_cache, random_head
+from residua.tests.support.synthetic import make_cache, random_head
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 CHILD = """
@@ -92,13 +92,13 @@ def synthetic(root: Path, args: argparse.Namespace, times: int = 1) -> Activatio
 
 def in_memory(cache: ActivationCache, layer: int, offset: int, folds: int) -> Rows:
     """Pairs and folds of the train split as float64 rows, ready for scikit-learn."""
-    split = cache.split("train")
+    split = cache.sequences("train")
     lengths = cache.sequence_length[split]
-    rows = cache.rows(split)
+    rows = cache.positions_of(split)
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(rows)) - 1
     fold = np.repeat(cache.sequence_folds(folds)[split], lengths)
     keep = left >= offset
-    x, y = (cache.layer(n)[:].astype(np.float64) for n in (layer, cache.depth))
+    x, y = (cache.residual_array(n)[:].astype(np.float64) for n in (layer, cache.n_blocks))
     return x[rows[keep]], y[rows[keep] + offset], fold[keep]
 
 

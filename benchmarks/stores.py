@@ -25,8 +25,8 @@ from residua import extract
 from residua.cache.files.paths import as_path, store_of, upload_folder
 from residua.cache.store.activation_cache import ActivationCache
 from residua.sample import MODEL_DIR, TEXT_PATH
-from residua.tests.servers import serving
-from residua.tests.synthetic import make_cache, random_head
+from residua.tests.support.servers import serving
+from residua.tests.support.synthetic import make_cache, random_head
 
 
 def arguments() -> argparse.Namespace:
@@ -69,17 +69,17 @@ def reads(root: Path, args: argparse.Namespace) -> None:
         from residua.cache.format import remote_shard as remoteshard
 
         remoteshard.forget()
-        array = ActivationCache(path).layer(0)
+        array = ActivationCache(path).residual_array(0)
         for start in starts:
             array[start : start + step]
 
     def zarrs() -> None:
-        array = ActivationCache(path).layer(0)._open_zarr()
+        array = ActivationCache(path).residual_array(0)._open_zarr()
         for start in starts:
             array[start : start + step].astype(np.float32)
 
     def bare() -> None:
-        layout = ActivationCache(path).layer(0).layout
+        layout = ActivationCache(path).residual_array(0).layout
         store, key = store_of(path / "arrays.zarr" / "residual" / "0")
         per_shard = layout.shard_rows // layout.chunk_rows
         for start in starts:

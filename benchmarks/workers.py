@@ -38,7 +38,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from residua.cache.model.transformers_guard import guard_transformers
-    from residua.tests.models import VOCAB, build_tokenizer, texts
+    from residua.tests.support.models import VOCAB, build_tokenizer, texts
 
     torch.manual_seed(0)
     config = GPT2Config(

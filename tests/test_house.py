@@ -1,10 +1,16 @@
 """The shape of the house: imports run one way, heavy libraries have one door, names are listed."""
 
 import ast
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import GenericAlias, UnionType
+
+import pytest
 
 import residua
 
@@ -23,12 +29,84 @@ DOORS = {
     "click": {"cli.py", "analysis/console/options.py"},
 }
 """Library -> files that may import it; the sample's training script stands outside."""
+FLOORS = (
+    "",
+    "analysis",
+    "analysis.console",
+    "analysis.report",
+    "analysis.evaluation",
+    "probes",
+    "probes.controls",
+    "probes.baselines",
+    "probes.lens",
+    "probes.vocabulary",
+    "probes.ridge",
+    "probes.moments",
+    "probes.training",
+    "probes.saved",
+    "probes.base",
+    "cache.extraction",
+    "cache.checks",
+    "cache.forward",
+    "cache.sharing",
+    "cache.store",
+    "cache.head",
+    "cache.model",
+    "cache.tokens",
+    "cache.documents",
+    "cache.format",
+    "cache.files",
+    "cache",
+)
+"""Folders from the top down; files import from their own folder and from those further down."""
 HEAVY = ("torch", "transformers", "zarr", "dask", "sklearn", "datasets", "matplotlib", "plotly")
 
 
 def sources() -> list[Path]:
     files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
     return [*files, ROOT / "cli.py", ROOT / "__init__.py"]
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of a module below the package, such as `cache.store.verification`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports, lazily and for types too.
+
+    `__init__.py` of folders stand outside: they name what their files define.
+    """
+    names = {module_name(path) for path in sources() if path.name != "__init__.py"}
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for path in sources():
+        if path.name == "__init__.py":
+            continue
+        package = ["residua", *path.relative_to(ROOT).parts[:-1]]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else []
+                module = ".".join([*base, *([node.module] if node.module else [])])
+                module = module.removeprefix("residua").removeprefix(".")
+                targets = {module, *(f"{module}.{alias.name}".strip(".") for alias in node.names)}
+                graph[module_name(path)] |= targets & names
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Nodes that reach themselves."""
+
+    def reach(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = list(graph.get(start, ()))
+        while todo:
+            if (node := todo.pop()) not in seen:
+                seen.add(node)
+                todo += graph.get(node, ())
+        return seen
+
+    return sorted(node for node in graph if node in reach(node))
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
@@ -52,6 +130,87 @@ def test_imports_run_one_way() -> None:
                 assert order[parts[1]] <= order[room], f"{path}:{line} imports {name}"
 
 
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    assert circles(module_graph()) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def test_folders_import_one_way() -> None:
+    """From upper floors to lower ones, in the order of `FLOORS`."""
+    floor = {folder: number for number, folder in enumerate(FLOORS)}
+    for module, targets in module_graph().items():
+        folder = module.rpartition(".")[0]
+        for target in targets:
+            lower = target.rpartition(".")[0]
+            assert floor[folder] <= floor[lower], f"{module} imports {target}"
+
+
+def test_every_folder_has_a_floor_a_sentence_and_public_names() -> None:
+    folders = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {""} == set(FLOORS)
+    for folder in folders:
+        tree = ast.parse((folder / "__init__.py").read_text())
+        sentence = ast.get_docstring(tree) or ""
+        assert sentence.endswith("."), folder
+        assert "\n" not in sentence, folder
+        name = ".".join(["residua", *folder.relative_to(ROOT).parts])
+        package = import_module(name)
+        assert package.__all__ or folder.name in ROOMS, name
+        files = {path.stem for path in folder.glob("*.py")}
+        # A file of that name would hide the name once the file was imported.
+        assert not files & set(package.__all__), name
+        for public in package.__all__:
+            value = getattr(package, public)
+            documented = not callable(value) or isinstance(value, UnionType | GenericAlias)
+            assert documented or value.__doc__, f"{name}.{public}"
+
+
+def test_folders_are_small_enough_to_be_read() -> None:
+    for room in ROOMS:
+        for folder in {path.parent for path in (ROOT / room).rglob("*.py")}:
+            assert len(list(folder.glob("*.py"))) <= 15, folder
+
+
+def test_a_class_name_means_one_class() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{path}:{node.lineno}")
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def test_no_call_has_seven_positional_arguments() -> None:
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                assert len(node.args) < 7, f"{path}:{node.lineno}"
+
+
+@pytest.mark.slow
+def test_the_wheel_has_every_module_and_all_can_be_imported(tmp_path: Path) -> None:
+    """A folder that pyproject.toml forgets breaks installs, not the checkout."""
+    names = ("cache", "probes", "analysis", "sample", "cli.py", "__init__.py", "py.typed",
+             "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")  # fmt: skip
+    for name in names:
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, tmp_path / name)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", "wheels", "."]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    modules = [f"residua.{module_name(path)}".rstrip(".") for path in sources()]
+    code = (
+        "import sys, importlib\n"
+        f"sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        f"for name in {modules!r}:\n"
+        f"    assert importlib.import_module(name).__file__.startswith({str(tmp_path)!r}), name\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+
+
 def test_libraries_are_imported_only_at_their_doors() -> None:
     for path in sources():
         here = path.relative_to(ROOT).as_posix()
@@ -63,8 +222,9 @@ def test_libraries_are_imported_only_at_their_doors() -> None:
 def test_the_packages_import_relatively_and_the_command_line_absolutely() -> None:
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("residua"):
-                assert path.name == "cli.py", f"{path}:{node.lineno}"
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                package = (node.module or "").partition(".")[0]
+                assert package != "residua" or path.name == "cli.py", f"{path}:{node.lineno}"
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -78,7 +238,8 @@ def test_reading_a_cache_needs_no_torch(tiny_cache: residua.ActivationCache) -> 
         "import sys\n"
         "from residua.cache.store.activation_cache import ActivationCache\n"
         f"cache = ActivationCache({str(tiny_cache.path)!r})\n"
-        "cache.layer(1)[:5]; cache.head.logits(cache.layer(cache.depth)[:5])\n"
+        "cache.residual_array(1)[:5]\n"
+        "cache.head.logits(cache.residual_array(cache.n_blocks)[:5])\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'zarr') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
