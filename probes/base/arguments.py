@@ -23,16 +23,16 @@ def is_dask(values: Any) -> bool:
     return hasattr(values, "dask") and hasattr(values, "chunks")
 
 
-def as_array(values: Any, name: str, known: bool = True, kinds: str = NUMBERS) -> Any:
+def as_array(values: Any, name: str, known_length: bool = True, kinds: str = NUMBERS) -> Any:
     """`values` as a numpy or lazy dask array; tensors of torch become numpy.
 
-    Lists and data frames are returned unchanged: scikit-learn converts them. `name` stands in
+    Lists and data frames are returned unchanged: scikit-learn converts them. `name` appears in
     messages. Raises `InputTypeError` for masked arrays, lazy objects other than dask arrays and
     dtypes that are not of `kinds`; `UsageError` for chunks of unknown size if the number of rows
-    must be `known`.
+    must be known (`known_length`).
     """
     if is_dask(values):
-        return _checked_dask_array(values, name, known, kinds)
+        return _checked_dask_array(values, name, known_length, kinds)
     if hasattr(values, "__dask_graph__"):
         raise InputTypeError(
             f"{name} is a {_type_name(values)}; give a dask array: "
@@ -55,7 +55,7 @@ def as_array(values: Any, name: str, known: bool = True, kinds: str = NUMBERS) -
     return values
 
 
-def _checked_dask_array(values: Any, name: str, known: bool, kinds: str) -> Any:
+def _checked_dask_array(values: Any, name: str, known_length: bool, kinds: str) -> Any:
     """A dask array of plain numpy blocks; raises as `as_array` does."""
     meta = values._meta
     if isinstance(meta, np.ma.MaskedArray):
@@ -69,7 +69,7 @@ def _checked_dask_array(values: Any, name: str, known: bool, kinds: str) -> Any:
         values = values.map_blocks(_small_floats_as_float32, dtype=np.float32)
     if values.dtype.kind not in kinds:
         raise InputTypeError(_dtype_message(name, values.dtype, kinds))
-    if known and np.isnan(values.shape).any():
+    if known_length and np.isnan(values.shape).any():
         raise UsageError(
             f"{name} has chunks of unknown size, shape {values.shape}: call "
             f"{name}.compute_chunk_sizes() first"

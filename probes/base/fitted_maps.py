@@ -76,16 +76,16 @@ class FittedMaps(FittedProbe, Generic[Key]):
         ]
         if len(matches) == 1:
             return matches[0]
-        # Spell the keys that exist, and what must be named to choose among them.
         has_targets = any(len(key) == 3 for key in maps)
-        numbers = "(layer, offset, target)" if has_targets else "(layer, offset)"
-        fitted = f"fitted {numbers} are {', '.join(map(str, maps))}"
+        keys = ", ".join(map(str, maps))
         if not matches:
             request = f"layer {layer}, offset {offset}"
             request += "" if target is None else f", target {target}"
-            raise NotFoundError(f"no {self.map_name} for {request}; {fitted}")
-        and_target = ", and a target" if has_targets else ""
-        raise UsageError(f"name a layer and an offset{and_target}; {fitted}")
+            raise NotFoundError(f"no {self.map_name} for {request}; fitted are {keys}")
+        names = "(layer, offset, target)" if has_targets else "(layer, offset)"
+        raise UsageError(
+            f"name a layer and an offset{', and a target' * has_targets}; fitted {names} are {keys}"
+        )
 
     def _on_device(self, key: Key, device: str) -> "tuple[torch.Tensor, torch.Tensor]":
         """Weight and bias of an affine map as float32 tensors on `device`, copied there once."""

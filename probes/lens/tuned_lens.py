@@ -190,7 +190,7 @@ class TunedLens(FittedMaps[LayerOffset], Params):
         """
         pair = self._find_key(layer, offset)
         is_torch = type(h).__module__.partition(".")[0] == "torch"
-        rows = h if is_torch else as_array(h, "h", known=False)
+        rows = h if is_torch else as_array(h, "h", known_length=False)
         if np.shape(rows)[-1:] != (self.n_features_in_,):
             raise UsageError(
                 f"expected rows (..., {self.n_features_in_}), found shape {np.shape(rows)}"

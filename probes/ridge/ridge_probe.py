@@ -313,7 +313,7 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
     ) -> Any:
         """The predicted residual_L[t+N] of rows `(n, d_in)`, `(n, d_out)`; dask stays lazy."""
         affine = self.map(layer, offset, target)
-        X = as_array(X, "X", known=False)
+        X = as_array(X, "X", known_length=False)
         if not is_dask(X):
             X = validated(self, X, reset=False, dtype=(np.float64, np.float32))
         elif X.ndim != 2 or X.shape[1] != len(affine.weight):
@@ -356,7 +356,7 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
         else:
             if y is None:
                 raise UsageError("score of rows X needs their targets: score(X, y)")
-            y = as_array(y, "y", known=False)
+            y = as_array(y, "y", known_length=False)
             # Squares of half precision would overflow.
             y = y.astype(np.float64) if is_dask(y) else np.asarray(y, np.float64)
             predicted = self.predict(X, key[0], key[1], self.target_[key])

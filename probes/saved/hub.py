@@ -44,7 +44,7 @@ Fitted from cached residual streams, without the model, by residua {residua}.
 ```python
 import residua
 
-probe = residua.load_from_hub("{repo_id}")
+probe = residua.pull_probe("{repo_id}")
 residua.evaluate(cache, [probe]).to_dicts()  # a cache of the same model: others are refused
 ```
 

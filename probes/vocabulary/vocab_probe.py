@@ -335,7 +335,7 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
                 predictions.append(read(logits))
             return np.concatenate(predictions) if predictions else read(torch.empty(0, classes))
 
-        X = as_array(X, "X", known=False)
+        X = as_array(X, "X", known_length=False)
         if is_dask(X):
             self._check_width(X)
             dtype = np.dtype(np.float32) if per_class else self.classes_.dtype
@@ -373,7 +373,7 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
 
             if y is None:
                 raise UsageError("score of rows X needs their labels: score(X, y)")
-            y = as_array(y, "y", known=False, kinds=LABELS)
+            y = as_array(y, "y", known_length=False, kinds=LABELS)
             predicted = np.asarray(self.predict(X, *pair))
             return accuracy_score(np.asarray(y), predicted, sample_weight=sample_weight)
         if self.form == "head" and self.head_ is None:

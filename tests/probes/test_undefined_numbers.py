@@ -268,7 +268,7 @@ def test_lenses_that_hold_no_finite_number_are_refused_by_name(cache, tmp_path, 
         TunedLens.of({(1, 0): bad})
 
 
-def fitted(kind: str, cache: ActivationCache) -> Any:
+def fit_kind(kind: str, cache: ActivationCache) -> Any:
     if kind == "ridge":
         return residua.RidgeProbe(layers=[1], alpha=1.0, folds=1).fit(cache, keep=False)
     if kind == "lens":
@@ -283,7 +283,7 @@ def fitted(kind: str, cache: ActivationCache) -> Any:
 def test_probes_that_hold_no_finite_number_are_neither_saved_loaded_nor_evaluated(
     cache, tmp_path, kind, monkeypatch
 ):
-    probe = fitted(kind, cache)
+    probe = fit_kind(kind, cache)
     inner = getattr(probe, "probe_", probe)
     weight: Any = inner.map(1, 0)
     weight = weight["weight"].numpy() if isinstance(weight, dict) else weight.weight

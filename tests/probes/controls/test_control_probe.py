@@ -58,7 +58,7 @@ def rows_of(cache: ActivationCache, offset: int, split: str = "train") -> np.nda
     return cache.positions_of(numbers)[left >= offset]
 
 
-def in_memory(cache: ActivationCache, control: str, layer: int, offset: int, split="train"):
+def changed_rows(cache: ActivationCache, control: str, layer: int, offset: int, split="train"):
     """Rows and targets of a control, from whole arrays."""
     rows = rows_of(cache, offset, split)
     arrays = [cache.residual_array(la)[:] for la in cache.layers]
@@ -79,7 +79,7 @@ def in_memory(cache: ActivationCache, control: str, layer: int, offset: int, spl
 def test_the_fit_is_that_of_the_changed_rows_in_memory(tiny_cache, control, layer, offset):
     probe = ControlProbe(RidgeProbe(offsets=offset, layers=[layer], alpha=5.0), control)
     fitted = probe.fit(tiny_cache).probe_.map(layer, offset)
-    want = Ridge(alpha=5.0).fit(*in_memory(tiny_cache, control, layer, offset))
+    want = Ridge(alpha=5.0).fit(*changed_rows(tiny_cache, control, layer, offset))
     np.testing.assert_allclose(fitted.weight[:, :D], want.coef_.T, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(fitted.bias[:D], want.intercept_, rtol=1e-4, atol=1e-5)
     assert not fitted.weight[:, D:].any()
@@ -152,7 +152,7 @@ def test_evaluation_changes_the_rows_as_the_fit_does(tiny_cache, control, rows):
     probe = ControlProbe(RidgeProbe(offsets=2, layers=[1], alpha=0.1), control).fit(tiny_cache)
     plain = RidgeProbe(offsets=2, layers=[1], alpha=0.1).fit(tiny_cache)
     found = evaluate(tiny_cache, [plain, probe], split="test", batch_rows=rows)
-    x, _ = in_memory(tiny_cache, "next-token" if "next" in control else control, 1, 2, "test")
+    x, _ = changed_rows(tiny_cache, "next-token" if "next" in control else control, 1, 2, "test")
     fitted = probe.probe_.map(1, 2)
     logits = tiny_cache.head.logits((x @ fitted.weight + fitted.bias)[:, :D].astype(np.float32))
     q = torch.from_numpy(logits).log_softmax(-1)

@@ -63,7 +63,7 @@ def lens(curved: ActivationCache) -> TunedLens:
     return TunedLens(**FAST).fit(curved)
 
 
-def held_out(found: ActivationCache, probes: list[Any], **options: Any) -> dict[Any, float]:
+def validation_kl(found: ActivationCache, probes: list[Any], **options: Any) -> dict[Any, float]:
     rows = residua.evaluate(found, probes, split="validation", **options).rows
     return {(row.probe, row.layer, row.offset): defined(row.kl) for row in rows}
 
@@ -71,7 +71,7 @@ def held_out(found: ActivationCache, probes: list[Any], **options: Any) -> dict[
 def test_a_lens_is_better_than_ridge_and_never_worse_than_the_logit_lens(
     curved: ActivationCache, lens: TunedLens
 ) -> None:
-    kl = held_out(curved, [RidgeProbe().fit(curved), lens])
+    kl = validation_kl(curved, [RidgeProbe().fit(curved), lens])
     for layer in range(curved.n_blocks):
         assert kl["lens", layer, 0] < 0.95 * kl["ridge", layer, 0]
         assert kl["lens", layer, 0] < kl["logit", layer, 0]
@@ -80,7 +80,7 @@ def test_a_lens_is_better_than_ridge_and_never_worse_than_the_logit_lens(
 
 
 def test_metrics_are_what_evaluation_finds(curved: ActivationCache, lens: TunedLens) -> None:
-    kl = held_out(curved, [RidgeProbe().fit(curved), lens])
+    kl = validation_kl(curved, [RidgeProbe().fit(curved), lens])
     for row in lens.metrics()[:-1]:
         for name, probe in {"kl": "lens", "kl_logit": "logit", "kl_ridge": "ridge"}.items():
             np.testing.assert_allclose(row[name], kl[probe, row["layer"], 0], rtol=1e-4)
@@ -110,7 +110,7 @@ def test_offsets_are_fitted_by_the_same_steps(curved: ActivationCache, lens: Tun
     assert future.pairs() == [(layer, offset) for layer in range(3) for offset in (0, 2)]
     for layer in range(curved.n_blocks):
         np.testing.assert_allclose(future.map(layer, 0).weight, lens.map(layer).weight, atol=1e-4)
-    kl = held_out(curved, [future])
+    kl = validation_kl(curved, [future])
     for row in future.metrics():
         found = kl["future", row["layer"], row["offset"]]
         np.testing.assert_allclose(row["kl"], found, rtol=1e-4, atol=1e-6)
