@@ -113,7 +113,7 @@ def test_it_reaches_the_minimum_of_the_same_loss(echo: ActivationCache) -> None:
     assert least <= ours <= least + 2e-3
 
 
-def same_parameters(one: VocabProbe, other: VocabProbe) -> bool:
+def same(one: VocabProbe, other: VocabProbe) -> bool:
     return one.metrics() == other.metrics() and all(
         torch.equal(value, other.fitted_[pair].parameters[name])
         for pair, fitted in one.fitted_.items()
@@ -125,7 +125,7 @@ def test_pairs_together_equal_each_alone(echo: ActivationCache) -> None:
     options: dict[str, Any] = {"epochs": 2, "batch": 256, "lr": 0.01}
     together = VocabProbe((0, 2), [0, 1], **options).fit(echo)
     passes = VocabProbe((0, 2), [0, 1], **options).fit(echo, memory=1)
-    assert same_parameters(together, passes)
+    assert same(together, passes)
     alone = VocabProbe(2, [1], **options).fit(echo)
     for name, value in alone.map().items():
         assert torch.equal(value, together.map(1, 2)[name])
@@ -139,7 +139,7 @@ def test_the_number_of_threads_changes_nothing(
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found.append(VocabProbe((0, 2), [0, 1], **options).fit(echo))
-    assert same_parameters(*found)
+    assert same(*found)
 
 
 def test_the_sweep_is_reported_and_used(echo: ActivationCache) -> None:
