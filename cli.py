@@ -471,7 +471,7 @@ def ridge(
     from residua.probes.ridge.ridge_probe import RidgeProbe
 
     ridge = RidgeProbe(
-        offsets,
+        offsets=offsets,
         layers=layers,
         alpha=alpha,
         folds=folds,
@@ -533,13 +533,13 @@ def baseline(
     from residua.cache.cluster import connected
     from residua.cache.store.catalog import find_cache
     from residua.probes.baselines.token_counts import unfitted_baselines
-    from residua.probes.saved.library import new_place
+    from residua.probes.saved.library import new_probe_path
     from residua.probes.saved.save import save_probe
 
     source, fits = find_cache(cache, root), []
     with connected(scheduler) as client:
         for probe in unfitted_baselines(kinds or BASELINES, offsets, across_documents):
-            path = new_place(root, probe, source.id)
+            path = new_probe_path(root, probe, source.id)
             save_probe(probe.fit(source, client=client), path)
             fits.append({"kind": probe.kind, "probe": str(path), "metrics": probe.metrics()})
 
@@ -594,7 +594,7 @@ def lens(
 
     lens_class = TunedLens if offsets == (0,) else FutureLens
     lens = lens_class(
-        offsets,
+        offsets=offsets,
         layers=layers,
         lr=lr,
         steps=steps,
@@ -670,7 +670,7 @@ def vocab(
     from residua.probes.vocabulary.vocab_probe import VocabProbe
 
     vocab = VocabProbe(
-        offsets,
+        offsets=offsets,
         layers=layers,
         loss=loss,
         form=form,

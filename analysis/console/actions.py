@@ -13,7 +13,7 @@ from ...cache.files.disk_errors import check_target
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.catalog import find_cache
 from ...probes.controls.control_probe import as_control
-from ...probes.saved.library import checkpoint_path, new_place
+from ...probes.saved.library import checkpoint_path, new_probe_path
 from ...probes.saved.save import save_probe
 from ..evaluation.result import Evaluation
 from .terminal import Meter
@@ -41,7 +41,7 @@ def fit_and_save(
     """
     source, probe = find_cache(cache, root), as_control(probe, control)
     # Raises before the fit if the folder cannot be written.
-    folder = new_place(root, probe, source.id, out)
+    folder = new_probe_path(root, probe, source.id, out)
     if resumes:
         options["checkpoint"] = checkpoint_path(root, probe, source.id)
     with Meter(quiet) as meter, connected(scheduler) as client:

@@ -37,7 +37,7 @@ def run_quickstart(
     cache = extraction.cache
 
     # Cache -> probe, then probe and cache -> report and pictures.
-    probe = RidgeProbe(OFFSETS).fit(cache, progress=meter.progress_of("moments"))
+    probe = RidgeProbe(offsets=OFFSETS).fit(cache, progress=meter.progress_of("moments"))
     path = save_probe(probe, probe_path(root, probe))
     evaluation = evaluate(cache, [probe], progress=meter.progress_of("evaluate"))
     files = write_outputs(evaluation, out / "report.html", out / "pictures", "residua quickstart")

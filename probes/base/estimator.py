@@ -1,4 +1,8 @@
-"""What probes take from scikit-learn; where it is not installed, enough to read and use them."""
+"""Base classes of scikit-learn that probes inherit from, or stand-ins where it is not installed.
+
+With the stand-ins, saved probes are read and used, and caches are fitted; fitting arrays needs
+scikit-learn. `RidgeProbe` and `VocabProbe` take their bases from here.
+"""
 
 # pyright: reportAssignmentType=false, reportRedeclaration=false
 from typing import Any
@@ -7,30 +11,26 @@ import numpy as np
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
-    from sklearn.exceptions import NotFittedError
-    from sklearn.utils.validation import check_is_fitted, validate_data
+    from sklearn.utils.validation import validate_data
 except ImportError:
-    from .params import NotFitted as NotFittedError
     from .params import Params as BaseEstimator
 
     class ClassifierMixin:
-        """Nothing: the probes have scores of their own."""
+        """Stand-in without methods: the probes have scores of their own."""
 
     class MultiOutputMixin:
-        """Nothing."""
+        """Stand-in without methods."""
 
     class RegressorMixin:
-        """Nothing."""
-
-    def check_is_fitted(estimator: Any, attributes: str) -> None:
-        """Raise `NotFittedError` unless `estimator` has the fitted attribute `attributes`."""
-        if not hasattr(estimator, attributes):
-            raise NotFittedError(f"this {type(estimator).__name__} is not fitted; call fit first")
+        """Stand-in without methods: the probes have scores of their own."""
 
     def validate_data(
         estimator: Any, X: Any, y: Any = None, *, reset: bool = True, dtype: Any = None, **_: Any
     ) -> Any:
-        """Rows `(n, d)` of finite numbers, of the width that was fitted; raises `ValueError`."""
+        """`X` as finite rows `(n, d)` of the fitted width d; raises `ValueError`.
+
+        Rows of a dtype that is not among `dtype` are cast to the first of these.
+        """
         if y is not None:
             raise ValueError("fitting arrays needs scikit-learn: pip install scikit-learn")
         rows = np.asarray(X)
@@ -45,8 +45,6 @@ __all__ = [
     "BaseEstimator",
     "ClassifierMixin",
     "MultiOutputMixin",
-    "NotFittedError",
     "RegressorMixin",
-    "check_is_fitted",
     "validate_data",
 ]

@@ -1,4 +1,8 @@
-"""What evaluation asks of anything that predicts tokens from a cache: the `Readout` protocol."""
+"""`Readout`: what evaluation asks of anything that predicts tokens from a cache.
+
+All probes, lenses and baselines are readouts; `analysis/evaluation/evaluate.py` hands each a
+`ReadoutBatch` per (layer, offset) and measures the logits that come back.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -15,16 +19,16 @@ LayerOffset = tuple[int, int]
 
 @dataclass(frozen=True)
 class ReadoutBatch:
-    """Positions t of whole sequences for which (t, t+N) is a pair: in one sequence and document."""
+    """Positions t of whole sequences for which (t, t+N) lies in one sequence and one document."""
 
     hidden: "torch.Tensor | None"
-    """Residual stream of the asked layer at t, `(n, d_model)` float32; None without a layer."""
+    """Residual stream of the layer at t, `(n, d_model)` float32; None without a layer."""
     last_token: "torch.Tensor"
     """Token at t+N, the last one the model read before the token to be predicted, `(n,)` int64."""
     head: TorchHead
     """The cache's head."""
     token: "torch.Tensor | None" = None
-    """Token at t, the last one that the state has seen, `(n,)` int64."""
+    """Token at t, the last one that the residual stream has seen, `(n,)` int64."""
     previous_token: "torch.Tensor | None" = None
     """Token at t+N-1, -1 where t+N is the first of its text, `(n,)` int64."""
     position: "torch.Tensor | None" = None
@@ -40,7 +44,7 @@ class Readout(Protocol):
         ...
 
     def pairs(self) -> list[tuple[int | None, int]]:
-        """The (layer, offset) pairs it can read; layer None if it reads no residual stream."""
+        """The (layer, offset) pairs that can be read; layer None without a residual stream."""
         ...
 
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":

@@ -1,4 +1,4 @@
-"""Cores, BLAS threads and memory that a fit may use, and its progress."""
+"""Cores, BLAS threads and memory that a fit may use, and a progress count for its threads."""
 
 import os
 import threading
@@ -8,9 +8,35 @@ from typing import Any
 from ...cache.cluster import threads_of
 from ...cache.progress import Progress
 
+MEMORY = 2 << 30
+"""Largest default budget of a fit, in bytes; less on machines with less than four times that."""
+
+
+def default_memory() -> int:
+    """Default budget of a fit in bytes: `MEMORY`, or a quarter of a smaller machine's memory."""
+    return min(MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+
+
+def available_cores(client: Any = None) -> int:
+    """Threads of the cluster of `client` (of `dask.distributed`), or cores of this process."""
+    from dask.system import CPU_COUNT
+
+    return CPU_COUNT if client is None else max(1, sum(threads_of(client).values()))
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Limit BLAS to one thread in the whole process, while each core works on its own task.
+
+    The thread that waits for the tasks must enter the context: a limit set in the thread of a
+    task is undone by the first task that ends.
+    """
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, user_api="blas")
+
 
 class ProgressCounter:
-    """Counts positions of several threads and tells a callback."""
+    """Adds up the positions of several threads and reports (done, total) to a callback."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.total = total
@@ -19,34 +45,8 @@ class ProgressCounter:
         self._lock = threading.Lock()
 
     def add(self, positions: int) -> None:
+        """Count `positions` more; called from any thread."""
         with self._lock:
             self.done += positions
             if self._progress is not None:
                 self._progress(self.done, self.total)
-
-
-def one_blas_thread() -> AbstractContextManager[Any]:
-    """Limit BLAS to one thread in the whole process, while each core works on its own task.
-
-    To be entered by the thread that waits for the tasks: what a task's thread asks for is undone
-    by the first task that ends.
-    """
-    from threadpoolctl import threadpool_limits
-
-    return threadpool_limits(1, user_api="blas")
-
-
-def available_cores(client: Any = None) -> int:
-    """Threads of the cluster of `client`, or cores that this process may use."""
-    from dask.system import CPU_COUNT
-
-    return CPU_COUNT if client is None else max(1, sum(threads_of(client).values()))
-
-
-MEMORY = 2 << 30
-"""Default budget in bytes, where a quarter of the machine's memory is not less."""
-
-
-def default_memory() -> int:
-    """`MEMORY`, or a quarter of the machine's memory if that is less; bytes."""
-    return min(MEMORY, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)

@@ -1,4 +1,8 @@
-"""Marginalised bigrams: a bigram taken several steps further, over the tokens that are not seen."""
+"""Marginalised bigrams: a distribution over one token, taken N bigram steps further.
+
+`MarginalBigram` begins with the model's distribution at t, `BigramChain` with the bigram row of
+x[t]; both sum out the tokens between and read none of them. Counts are those of `Bigram`.
+"""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -8,7 +12,7 @@ import numpy as np
 from ...cache.errors import UsageError
 from ..base.readout import ReadoutBatch
 from .ngrams import Bigram
-from .token_counts import row_sums, tokens_of
+from .token_counts import row_sums, token_array
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +25,12 @@ class MarginalBigram(Bigram):
     """The model's distribution at t, taken N bigram steps further: sum_x p_t(x) P(. | x) at N = 1.
 
     p_t is the head on the last layer at t, P the `Bigram` of the train split; step by step the
-    tokens x[t+1] to x[t+N] are summed out, so that it reads none of them. The fair floor for
-    probes at offsets N >= 1: they beat it only by what the state knows of later tokens beyond the
+    tokens x[t+1] to x[t+N] are summed out, and none of them is read. The fair floor for probes at
+    offsets N >= 1: they beat this baseline only by what the state knows of later tokens beyond the
     next one (marginalisation over next tokens: Mehra et al., 2502.09419).
 
-    Its pairs are those of the last layer. A row takes as many products a step as there are
-    distinct pairs. float32.
+    The layer of its pairs is the last one. A row takes one product per distinct pair in each step.
+    float32.
     """
 
     kind = "marginal"
@@ -52,45 +56,51 @@ class MarginalBigram(Bigram):
         if batch.hidden is None:
             raise UsageError("the marginalised bigram reads the last layer; this batch has none")
         p = batch.head(batch.hidden).softmax(-1).cpu().numpy()
-        out = np.log(self.further(p, offset))
-        return torch.from_numpy(out).to(batch.hidden.device)
+        log_p = np.log(self.distribution_after(p, offset))
+        return torch.from_numpy(log_p).to(batch.hidden.device)
 
-    def further(self, p: np.ndarray, steps: int) -> np.ndarray:
-        """Distributions `p` `(n, vocab)` of a token to those `steps` tokens later, float32."""
+    def distribution_after(self, p: np.ndarray, steps: int) -> np.ndarray:
+        """p P^steps: from distributions `p` `(n, vocab)` of a token to the token `steps` later.
+
+        float32.
+        """
         self.check_fitted()
-        seen, share, unigram = self._transition()
+        counted, share, unigram = self._transition()
         for _ in range(steps):
-            # P = seen + share unigram': the smoothing is of rank one, and never made dense.
-            p = np.ascontiguousarray((seen.T @ p.T).T) + np.outer(p @ share, unigram)
+            # P = counted + share unigram': the smoothing is of rank one, and never made dense.
+            p = np.ascontiguousarray((counted.T @ p.T).T) + np.outer(p @ share, unigram)
         return p
 
     def _transition(self) -> "tuple[csr_matrix, np.ndarray, np.ndarray]":
-        """c(a, b) / (c(a) + T(a)), T(a) / (c(a) + T(a)) and the unigram; float32."""
-        if not hasattr(self, "_parts"):
+        """P in parts: c(a, b) / (c(a) + T(a)), T(a) / (c(a) + T(a)), and the unigram; float32."""
+        if not hasattr(self, "_transition_parts"):
             from scipy.sparse import csr_matrix
 
             types = np.diff(self.counts_.indptr)
             count = row_sums(self.counts_)
             share = np.where(count > 0, types / np.maximum(count + types, 1), 1.0)
             values = self.counts_.data / np.repeat(count + types, types)
-            parts = values.astype(np.float32), self.counts_.indices, self.counts_.indptr
-            seen = csr_matrix(parts, shape=self.counts_.shape)
-            self._parts = seen, share.astype(np.float32), self.unigram_.astype(np.float32)
-        return self._parts
+            entries = values.astype(np.float32), self.counts_.indices, self.counts_.indptr
+            self._transition_parts = (
+                csr_matrix(entries, shape=self.counts_.shape),
+                share.astype(np.float32),
+                self.unigram_.astype(np.float32),
+            )
+        return self._transition_parts
 
-    def _tensors(self) -> dict[str, np.ndarray]:
-        return {**super()._tensors(), "depth": np.array([self.depth_])}
+    def _saved_tensors(self) -> dict[str, np.ndarray]:
+        return {**super()._saved_tensors(), "depth": np.array([self.depth_])}
 
-    def _read(self, tensors: dict[str, np.ndarray]) -> None:
-        super()._read(tensors)
+    def _restore_tensors(self, tensors: dict[str, np.ndarray]) -> None:
+        super()._restore_tensors(tensors)
         self.depth_ = int(tensors["depth"][0])
 
 
 class BigramChain(MarginalBigram):
     """The bigram from x[t] alone, N + 1 steps on: the row of x[t] in the (N+1)-th power of P.
 
-    What `LaggedBigram` counts at a distance, a chain of neighbours computes; the two differ by
-    what text is beyond a Markov chain. Only the rows that are asked for are computed.
+    `LaggedBigram` counts at a distance, the chain multiplies counts of neighbours; the two differ
+    by how far the text is from a Markov chain. Only the rows of a batch are computed.
     """
 
     kind = "chain"
@@ -109,6 +119,7 @@ class BigramChain(MarginalBigram):
         """Log-probabilities of the token N+1 after `batch.token`, `(n, vocab)` float32."""
         import torch
 
-        tokens, row = np.unique(tokens_of(batch.token), return_inverse=True)
-        p = self.further(np.exp(self.log_probabilities(tokens)), offset)
+        # Each distinct token is computed once.
+        tokens, row = np.unique(token_array(batch.token), return_inverse=True)
+        p = self.distribution_after(np.exp(self.log_probabilities(tokens)), offset)
         return torch.from_numpy(np.log(p)[row]).to(batch.last_token.device)

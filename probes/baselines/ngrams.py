@@ -1,4 +1,13 @@
-"""The bigram baselines: the next token from one token alone, counted in the train split."""
+"""n-gram baselines: the next token from no, one or two tokens, counted in the train split.
+
+    Unigram             P(next)                             reads nothing
+    LaggedBigram        P(x[t+N+1] | x[t])                  reads the token at t
+    Bigram              P(x[t+N+1] | x[t+N])                reads the token at t+N
+    CrossFittedBigram   the same for texts of the train split, each counted without itself
+    Trigram             P(x[t+N+1] | x[t+N-1], x[t+N])      reads the two tokens before
+
+Counting, smoothing (Witten and Bell) and saving lie in `token_counts.py`.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,14 +23,14 @@ from .token_counts import (
     column_sums,
     count_followers,
     count_pairs,
-    count_table,
-    empty_counts,
-    over_train,
-    pack_counts,
-    tokens_of,
-    total_count,
-    unigram,
-    unpack_counts,
+    count_train_split,
+    empty_table,
+    pack_table,
+    sum_tables,
+    table_of_keys,
+    token_array,
+    unigram_probabilities,
+    unpack_table,
     witten_bell,
 )
 
@@ -67,9 +76,9 @@ class Bigram(CountBaseline):
 
         The workers of `client` (of `dask.distributed`), if given, share the sequences.
         """
-        self._start(cache)
+        self._begin_fit(cache)
         self.counts_ = count_pairs(cache, 1, client, self.across_documents)
-        self.unigram_ = unigram(column_sums(self.counts_))
+        self.unigram_ = unigram_probabilities(column_sums(self.counts_))
         return self
 
     def log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
@@ -81,45 +90,47 @@ class Bigram(CountBaseline):
         """Log-probabilities of the token after `batch.last_token`, `(n, vocab)` float32."""
         import torch
 
-        out = self.log_probabilities(tokens_of(batch.last_token))
+        out = self.log_probabilities(token_array(batch.last_token))
         return torch.from_numpy(out).to(batch.last_token.device)
 
-    def _size(self, offset: int) -> dict[str, int]:
+    def _table_size(self, offset: int) -> dict[str, int]:
         return {"n": int(self.counts_.sum()), "distinct": self.counts_.nnz}
 
-    def _tensors(self) -> dict[str, np.ndarray]:
-        return pack_counts("pairs", self.counts_)
+    def _saved_tensors(self) -> dict[str, np.ndarray]:
+        return pack_table("pairs", self.counts_)
 
-    def _read(self, tensors: dict[str, np.ndarray]) -> None:
-        self.counts_ = unpack_counts("pairs", tensors, len(self.unigram_))
+    def _restore_tensors(self, tensors: dict[str, np.ndarray]) -> None:
+        self.counts_ = unpack_table("pairs", tensors, len(self.unigram_))
 
 
 class CrossFittedBigram(Bigram):
     """A `Bigram` for positions of the train split: counted on the train documents of other folds.
 
-    Documents are dealt into `FOLDS` by their number; what it says at a position comes from all
-    train documents but those of the position's own fold, so that no text is predicted from
-    itself. Copies of one text under two numbers may meet. Five tables of counts.
+    Documents are cut into `FOLDS` by their number. A position is predicted from the counts of all
+    train documents outside its own fold, so that no text is predicted from itself; copies of one
+    text under two numbers may lie in two folds. Memory: five tables of counts.
     """
 
     def fit(self, cache: "ActivationCache", *, client: Any = None) -> "CrossFittedBigram":
         """Count the tokens of the train split, fold by fold, in one pass."""
-        self._start(cache)
-        of_fold = [empty_counts(cache.vocab, cache.vocab) for _ in range(FOLDS)]
+        self._begin_fit(cache)
+        # Count the pairs of each fold of documents.
+        zero = empty_table(cache.vocab, cache.vocab)
+        fold_tables = [zero] * FOLDS
         contexts = contexts_of(cache, cache.sequences("train"))
-        for ids, left, document in context_blocks(cache, contexts):
-            first = np.flatnonzero(left >= 1)
-            keys, fold = ids[first] * cache.vocab + ids[first + 1], document[first] % FOLDS
-            for number in np.unique(fold).tolist():
-                found = count_table(keys[fold == number], (cache.vocab, cache.vocab))
-                of_fold[number] = of_fold[number] + found
-        self.counts_ = total_count(of_fold, empty_counts(cache.vocab, cache.vocab))
-        self.unigram_ = unigram(column_sums(self.counts_))
-        # Tables of the other folds, and not the total less one: what was never seen has no entry.
-        none = empty_counts(cache.vocab, cache.vocab)
-        self._others = [
-            total_count((own for other, own in enumerate(of_fold) if other != number), none)
-            for number in range(FOLDS)
+        for ids, following, document in context_blocks(cache, contexts):
+            first = np.flatnonzero(following >= 1)
+            keys, folds = ids[first] * cache.vocab + ids[first + 1], document[first] % FOLDS
+            for fold in np.unique(folds).tolist():
+                table = table_of_keys(keys[folds == fold], (cache.vocab, cache.vocab))
+                fold_tables[fold] = fold_tables[fold] + table
+        self.counts_ = sum_tables(fold_tables, zero)
+        self.unigram_ = unigram_probabilities(column_sums(self.counts_))
+        # For each fold, the sum of the other tables. The total less its own table would have
+        # entries of zero, which smoothing would count as pairs seen.
+        self._other_folds = [
+            sum_tables((table for other, table in enumerate(fold_tables) if other != fold), zero)
+            for fold in range(FOLDS)
         ]
         self._cache = cache
         return self
@@ -129,24 +140,26 @@ class CrossFittedBigram(Bigram):
         import torch
 
         self.check_fitted()
-        tokens, positions = tokens_of(batch.last_token), tokens_of(batch.position)
-        fold = document_of(self._cache, positions) % FOLDS
-        out = np.empty((len(tokens), len(self.unigram_)), np.float32)
-        for number in np.unique(fold).tolist():
-            here, others = fold == number, self._others[number]
-            seen = column_sums(others)
-            # Without another document, nothing is known of the text: every token is as likely.
-            prior = unigram(seen) if seen.any() else np.full(len(seen), 1 / len(seen))
-            out[here] = bigram_log_probabilities(tokens[here], others, prior)
-        return torch.from_numpy(out).to(batch.last_token.device)
+        tokens, positions = token_array(batch.last_token), token_array(batch.position)
+        folds = document_of(self._cache, positions) % FOLDS
+        logits = np.empty((len(tokens), len(self.unigram_)), np.float32)
+        for fold in np.unique(folds).tolist():
+            in_fold, table = folds == fold, self._other_folds[fold]
+            counts = column_sums(table)
+            # Without a document in another fold, every token is equally likely.
+            uniform = np.full(len(counts), 1 / len(counts))
+            prior = unigram_probabilities(counts) if counts.any() else uniform
+            logits[in_fold] = bigram_log_probabilities(tokens[in_fold], table, prior)
+        return torch.from_numpy(logits).to(batch.last_token.device)
 
 
 class LaggedBigram(CountBaseline):
-    """P(x[t+N+1] | x[t]): what the token at t alone says of the one that follows t+N.
+    """P(x[t+N+1] | x[t]): the token after t+N, from the token at t alone.
 
-    Counted at distance N+1 for each offset, and interpolated with the same unigram as `Bigram`.
-    It sees the last token that the state at t has seen and nothing after it: the fair bigram for
-    a probe at offset N, which beats it only by what the state holds beyond its own token.
+    Pairs are counted at distance N+1 for each offset, and interpolated with the same unigram as
+    `Bigram`. The baseline reads the last token that the state at t has seen and nothing after t:
+    the fair bigram for a probe at offset N, which beats this baseline only by what the state holds
+    beyond its own token.
     """
 
     kind = "lagged"
@@ -165,8 +178,8 @@ class LaggedBigram(CountBaseline):
 
         The workers of `client` (of `dask.distributed`), if given, share the sequences.
         """
-        self._start(cache)
-        self.unigram_ = unigram(count_followers(cache, client, self.across_documents))
+        self._begin_fit(cache)
+        self.unigram_ = unigram_probabilities(count_followers(cache, client, self.across_documents))
         self.counts_ = {
             n: count_pairs(cache, n + 1, client, self.across_documents) for n in self._offsets()
         }
@@ -178,24 +191,29 @@ class LaggedBigram(CountBaseline):
 
         self.check_fitted()
         self._check_offset(offset)
-        out = bigram_log_probabilities(tokens_of(batch.token), self.counts_[offset], self.unigram_)
+        out = bigram_log_probabilities(
+            token_array(batch.token), self.counts_[offset], self.unigram_
+        )
         return torch.from_numpy(out).to(batch.last_token.device)
 
-    def _size(self, offset: int) -> dict[str, int]:
+    def _table_size(self, offset: int) -> dict[str, int]:
         return {"n": int(self.counts_[offset].sum()), "distinct": self.counts_[offset].nnz}
 
-    def _tensors(self) -> dict[str, np.ndarray]:
-        return {k: v for n, c in self.counts_.items() for k, v in pack_counts(str(n), c).items()}
+    def _saved_tensors(self) -> dict[str, np.ndarray]:
+        tensors = {}
+        for offset, table in self.counts_.items():
+            tensors |= pack_table(str(offset), table)
+        return tensors
 
-    def _read(self, tensors: dict[str, np.ndarray]) -> None:
+    def _restore_tensors(self, tensors: dict[str, np.ndarray]) -> None:
         vocab = len(self.unigram_)
-        self.counts_ = {n: unpack_counts(str(n), tensors, vocab) for n in self._offsets()}
+        self.counts_ = {n: unpack_table(str(n), tensors, vocab) for n in self._offsets()}
 
 
 def bigram_log_probabilities(
     tokens: np.ndarray, counts: "csr_matrix", unigram: np.ndarray
 ) -> np.ndarray:
-    """log P(. | token) of `tokens`, `(n, vocab)` float32."""
+    """log P(. | token) of `tokens` `(n,)`, `(n, vocab)` float32; the formula is in `Bigram`."""
     prior = np.tile(np.log(unigram).astype(np.float32), (len(tokens), 1))
     return witten_bell(counts[tokens], prior)
 
@@ -204,7 +222,8 @@ class Unigram(CountBaseline):
     """P(b) = (c(b) + T / vocab) / (n + T): the marginal of the train split, for every offset.
 
     `c` counts the tokens that follow another one in their document, which are those that a model
-    predicts; `T` of them are distinct. What a probe says that has learnt nothing of its input.
+    predicts; `T` of them are distinct, `n` is their number. The prediction of a probe that has
+    learnt nothing from its input.
     """
 
     kind = "unigram"
@@ -220,9 +239,9 @@ class Unigram(CountBaseline):
 
     def fit(self, cache: "ActivationCache", *, client: Any = None) -> "Unigram":
         """Count the tokens of the train split in one pass, on the workers of `client` if given."""
-        self._start(cache)
+        self._begin_fit(cache)
         self.counts_ = count_followers(cache, client, self.across_documents)
-        self.unigram_ = unigram(self.counts_)
+        self.unigram_ = unigram_probabilities(self.counts_)
         return self
 
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
@@ -233,18 +252,18 @@ class Unigram(CountBaseline):
         row = torch.from_numpy(np.log(self.unigram_).astype(np.float32))
         return row.to(batch.last_token.device).expand(len(batch.last_token), -1)
 
-    def _size(self, offset: int) -> dict[str, int]:
+    def _table_size(self, offset: int) -> dict[str, int]:
         return {"n": int(self.counts_.sum()), "distinct": int(np.count_nonzero(self.counts_))}
 
-    def _tensors(self) -> dict[str, np.ndarray]:
+    def _saved_tensors(self) -> dict[str, np.ndarray]:
         return {"count": self.counts_}
 
-    def _read(self, tensors: dict[str, np.ndarray]) -> None:
+    def _restore_tensors(self, tensors: dict[str, np.ndarray]) -> None:
         self.counts_ = tensors["count"]
 
 
 CONTEXTS = 1 << 20
-"""Default of the pairs of tokens that are contexts."""
+"""Default number of pairs of tokens that have counts of their own in a `Trigram`."""
 
 
 class Trigram(CountBaseline):
@@ -252,9 +271,9 @@ class Trigram(CountBaseline):
 
         P(c | a, b) = (c(a, b, c) + T(a, b) P(c | b)) / (c(a, b) + T(a, b))
 
-    The `contexts` most frequent pairs (a, b) have counts of their own, the others leave P(c | b)
-    alone. Memory: 12 bytes for each distinct triple of these, 20 for each of their pairs, 12 for
-    each distinct pair; all twice while they are added up. Two passes over the tokens.
+    The `contexts` most frequent pairs (a, b) have counts of their own; for all others P(c | a, b)
+    is P(c | b). Memory: 12 bytes for each distinct triple of these contexts, 20 for each context,
+    12 for each distinct pair; all twice while tables are added up. Two passes over the tokens.
 
     A baseline for offsets N >= 1. At N >= 2 it reads two tokens that a probe of the residual
     stream at t does not see, at N = 1 one.
@@ -285,80 +304,86 @@ class Trigram(CountBaseline):
 
         The workers of `client` (of `dask.distributed`), if given, share the sequences.
         """
-        self._start(cache)
+        self._begin_fit(cache)
         if self.contexts < 1:
             raise UsageError(f"contexts must be at least 1, not {self.contexts}")
         self.pairs_ = count_pairs(cache, 1, client, self.across_documents)
-        self.unigram_ = unigram(column_sums(self.pairs_))
-        self.contexts_ = most_frequent(self.pairs_, self.contexts)
-        counts = over_train(_triples_of, cache, client, self.contexts_, self.across_documents)
-        self.counts_ = total_count(counts, empty_counts(len(self.contexts_), cache.vocab))
+        self.unigram_ = unigram_probabilities(column_sums(self.pairs_))
+        self.contexts_ = most_frequent_pairs(self.pairs_, self.contexts)
+        tables = count_train_split(
+            _count_triples_in, cache, client, self.contexts_, self.across_documents
+        )
+        self.counts_ = sum_tables(tables, empty_table(len(self.contexts_), cache.vocab))
         return self
 
     def log_probabilities(self, previous: np.ndarray, last: np.ndarray) -> np.ndarray:
         """log P(. | previous, last) of tokens `(n,)`, `(n, vocab)` float32; previous may be -1."""
         self.check_fitted()
-        out = bigram_log_probabilities(last, self.pairs_, self.unigram_)
-        row, known = find_pairs(self.contexts_, len(self.unigram_), previous, last)
-        out[known] = witten_bell(self.counts_[row[known]], out[known])
-        return out
+        logits = bigram_log_probabilities(last, self.pairs_, self.unigram_)
+        row, is_context = context_rows(self.contexts_, len(self.unigram_), previous, last)
+        logits[is_context] = witten_bell(self.counts_[row[is_context]], logits[is_context])
+        return logits
 
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Log-probabilities of the token after `batch.last_token`, `(n, vocab)` float32."""
         import torch
 
-        out = self.log_probabilities(tokens_of(batch.previous_token), tokens_of(batch.last_token))
+        out = self.log_probabilities(
+            token_array(batch.previous_token), token_array(batch.last_token)
+        )
         return torch.from_numpy(out).to(batch.last_token.device)
 
-    def _size(self, offset: int) -> dict[str, int]:
+    def _table_size(self, offset: int) -> dict[str, int]:
         return {"n": int(self.counts_.sum()), "distinct": self.counts_.nnz}
 
-    def _tensors(self) -> dict[str, np.ndarray]:
-        contexts = {"contexts": self.contexts_}
+    def _saved_tensors(self) -> dict[str, np.ndarray]:
         return {
-            **contexts,
-            **pack_counts("triples", self.counts_),
-            **pack_counts("pairs", self.pairs_),
+            "contexts": self.contexts_,
+            **pack_table("triples", self.counts_),
+            **pack_table("pairs", self.pairs_),
         }
 
-    def _read(self, tensors: dict[str, np.ndarray]) -> None:
+    def _restore_tensors(self, tensors: dict[str, np.ndarray]) -> None:
         vocab = len(self.unigram_)
         self.contexts_ = tensors["contexts"]
-        self.counts_ = unpack_counts("triples", tensors, vocab)
-        self.pairs_ = unpack_counts("pairs", tensors, vocab)
+        self.counts_ = unpack_table("triples", tensors, vocab)
+        self.pairs_ = unpack_table("pairs", tensors, vocab)
 
 
-def most_frequent(pairs: "csr_matrix", number: int) -> np.ndarray:
+def most_frequent_pairs(pairs: "csr_matrix", number: int) -> np.ndarray:
     """Keys a * vocab + b of the `number` most frequent pairs, ascending; ties by the lower key."""
     followers = np.diff(pairs.indptr)
     keys = np.repeat(np.arange(len(followers)), followers) * len(followers) + pairs.indices
-    rank = np.lexsort((keys, np.negative(pairs.data)))
-    return np.sort(keys[rank[:number]])
+    order = np.lexsort((keys, np.negative(pairs.data)))
+    return np.sort(keys[order[:number]])
 
 
-def find_pairs(
+def context_rows(
     contexts: np.ndarray, vocab: int, a: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """Number of the context (a, b) of each pair, `(n,)`, and whether it is one."""
+    """Index in `contexts` of the pairs (a, b), `(n,)`, and whether each pair is a context.
+
+    The index of a pair that is none has no meaning; a is -1 at the start of a text.
+    """
     keys = a * vocab + b
     row = np.searchsorted(contexts, keys)
     row[row == len(contexts)] = 0
     return row, (contexts[row] == keys) & (a >= 0)
 
 
-def _triples_of(
+def _count_triples_in(
     cache: "ActivationCache", numbers: np.ndarray, contexts: np.ndarray, across_documents: bool
 ) -> "csr_matrix":
     """How often each token followed each of the pairs `contexts`, `(contexts, vocab)`.
 
-    In the sequences `numbers` that the model read.
+    Counted in the sequences `numbers` that the model read.
     """
 
-    def blocks() -> "Iterator[csr_matrix]":
-        for ids, left, _ in context_blocks(cache, numbers, across_documents, BLOCK_TOKENS):
-            first = np.flatnonzero(left >= 2)
-            row, known = find_pairs(contexts, cache.vocab, ids[first], ids[first + 1])
-            keys = row[known] * cache.vocab + ids[first + 2][known]
-            yield count_table(keys, (len(contexts), cache.vocab))
+    def block_tables() -> "Iterator[csr_matrix]":
+        for ids, following, _ in context_blocks(cache, numbers, across_documents, BLOCK_TOKENS):
+            first = np.flatnonzero(following >= 2)
+            row, is_context = context_rows(contexts, cache.vocab, ids[first], ids[first + 1])
+            keys = row[is_context] * cache.vocab + ids[first + 2][is_context]
+            yield table_of_keys(keys, (len(contexts), cache.vocab))
 
-    return total_count(blocks(), empty_counts(len(contexts), cache.vocab))
+    return sum_tables(block_tables(), empty_table(len(contexts), cache.vocab))

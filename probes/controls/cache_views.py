@@ -1,7 +1,9 @@
-"""Views of a cache in which what a probe reads, or what it is to predict, is another thing.
+"""Views of a cache with inputs or targets replaced, on which `ControlProbe` fits probes.
 
-A view is a cache to every fit. Its layers 0 to L are what probes read. The layer that they are to
-predict has a number of its own, `depth` = L + 1, so that each side can be changed alone.
+Every fit and every evaluation takes a view for a cache. Layers 0 to L of a view are inputs. The
+target layer is numbered L + 1 (`n_blocks` of the view), although its rows come from layer L: so
+inputs and targets can be replaced separately. Nothing is copied; rows are replaced as they are
+read.
 """
 
 from dataclasses import replace
@@ -22,10 +24,14 @@ if TYPE_CHECKING:
     from ...cache.format.journal import PartRecord
 
 SHARED = ("head", "layers", "sequence_hash", "sequence_length", "sequence_split", "sequence_start")
+"""Attributes that a view takes over from its cache."""
 
 
 class CacheView(ActivationCache):
-    """A cache whose last layer has another number to those who predict it; nothing else differs."""
+    """A cache with its last layer numbered L + 1 as the target; no row is replaced.
+
+    Subclasses override `_input` or `_target`.
+    """
 
     name = "same"
 
@@ -41,81 +47,82 @@ class CacheView(ActivationCache):
 
     @property
     def id(self) -> str:
+        """Id of the cache with the view and its seed."""
         return f"{self.base.id}+{self.name}-{self.seed}"
 
     @property
-    def depth(self) -> int:
-        """Number of the layer to predict, one more than the cache's last one."""
+    def n_blocks(self) -> int:
+        """Number of the target layer: L + 1, one more than the cache's last layer."""
         return self.base.n_blocks + 1
 
     @cached_property
     def committed(self) -> "dict[int, PartRecord]":
-        """Committed parts; the layer to predict is the last one."""
-        own, last = f"residual/{self.depth}", f"residual/{self.base.n_blocks}"
+        """Committed parts, with the shards of layer L also under the number of the target layer."""
+        target, last = f"residual/{self.n_blocks}", f"residual/{self.base.n_blocks}"
         return {
-            part: replace(record, arrays={**record.arrays, own: record.arrays[last]})
+            part: replace(record, arrays={**record.arrays, target: record.arrays[last]})
             for part, record in self.base.committed.items()
         }
 
     def array(self, name: str) -> "CacheArray":
-        """A stored array by its name, as it is in the cache."""
-        last = name == f"residual/{self.depth}"
-        return self.base.array(f"residual/{self.base.n_blocks}" if last else name)
+        """A stored array by name, its rows not replaced; layer L for the target layer."""
+        is_target = name == f"residual/{self.n_blocks}"
+        return self.base.array(f"residual/{self.base.n_blocks}" if is_target else name)
 
-    def layer(self, layer: int) -> Any:
-        """What a probe of `layer` reads; for `depth`, what it is to predict."""
-        return self._target if layer == self.depth else self._source(layer)
+    def residual_array(self, layer: int) -> Any:
+        """Rows that probes of `layer` read; for layer L + 1, the rows that they predict."""
+        return self._target if layer == self.n_blocks else self._input(layer)
+
+    def _input(self, layer: int) -> Any:
+        return self.base.residual_array(layer)
 
     @cached_property
     def _target(self) -> Any:
         return self.base.residual_array(self.base.n_blocks)
 
-    def _source(self, layer: int) -> Any:
-        return self.base.residual_array(layer)
-
 
 class ShuffledStates(CacheView):
-    """Probes read the state of another position, and are to predict what follows this one."""
+    """Inputs are the states of other positions; targets stay."""
 
     name = "shuffled"
 
     @cached_property
-    def _order(self) -> PositionShuffle:
+    def _shuffle(self) -> PositionShuffle:
         return PositionShuffle(self.base, self.seed)
 
-    def _source(self, layer: int) -> Any:
-        return ShuffledRows(self.base.residual_array(layer), self._order)
+    def _input(self, layer: int) -> Any:
+        return ShuffledRows(self.base.residual_array(layer), self._shuffle)
 
 
 class PermutedLabels(CacheView):
-    """Probes read the state of this position, and are to predict what follows another one."""
+    """Targets, states and tokens, are those of other positions; inputs stay."""
 
     name = "permuted"
 
     @cached_property
-    def _order(self) -> PositionShuffle:
+    def _shuffle(self) -> PositionShuffle:
         return PositionShuffle(self.base, self.seed)
 
     @cached_property
     def _target(self) -> Any:
-        return ShuffledRows(self.base.residual_array(self.base.n_blocks), self._order)
+        return ShuffledRows(self.base.residual_array(self.base.n_blocks), self._shuffle)
 
     @cached_property
     def tokens(self) -> Any:
         """Token ids as labels: those of other positions, `(positions,)` int32."""
-        return ShuffledRows(self.base.tokens, self._order)
+        return ShuffledRows(self.base.tokens, self._shuffle)
 
     def following_tokens(self, positions: np.ndarray, across_documents: bool = False) -> np.ndarray:
         """Tokens that follow in the text as labels: those of other positions, `(n,)` int64."""
         if not is_sparse(self.base):
             return super().following_tokens(positions, across_documents)
-        return self.base.following_tokens(self._order(positions), across_documents)
+        return self.base.following_tokens(self._shuffle(positions), across_documents)
 
 
 class NextToken(CacheView):
-    """Probes read [residual_l[t]; residual_0[t+1]], the state and the next token's embedding.
+    """Inputs are [residual_l[t]; residual_0[t+1]], the state and the next token's embedding.
 
-    The layer to predict has d_model zeros behind it, so that all rows are equally wide.
+    The target has d_model zeros appended, so that all rows are equally wide.
     """
 
     name = "next-token"
@@ -132,26 +139,33 @@ class NextToken(CacheView):
 
     @cached_property
     def _target(self) -> Any:
-        return ConcatenatedRows(self.base.residual_array(self.base.n_blocks), None, self._following)
+        last = self.base.residual_array(self.base.n_blocks)
+        return ConcatenatedRows(last, None, self._next_positions)
 
-    def _source(self, layer: int) -> Any:
-        return ConcatenatedRows(
-            self.base.residual_array(layer), self.base.residual_array(0), self._following
-        )
+    def _input(self, layer: int) -> Any:
+        state, embedding = self.base.residual_array(layer), self.base.residual_array(0)
+        return ConcatenatedRows(state, embedding, self._next_positions)
 
-    def _following(self, rows: np.ndarray) -> np.ndarray:
-        """The next position of each of `rows`; itself at the end of a sequence."""
-        sequence = np.searchsorted(self.sequence_start, rows, "right") - 1
+    def _next_positions(self, positions: np.ndarray) -> np.ndarray:
+        """The position after each of `positions`; the last one of a sequence gives itself."""
+        sequence = np.searchsorted(self.sequence_start, positions, "right") - 1
         ends = self.sequence_start[sequence] + self.sequence_length[sequence]
-        return np.minimum(rows + 1, ends - 1)
+        return np.minimum(positions + 1, ends - 1)
 
 
 CONTROLS = {view.name: view for view in (ShuffledStates, PermutedLabels, NextToken)}
-"""Views by name."""
+"""Views by the name of their control."""
+
+
+def view_of(cache: ActivationCache, control: str, seed: int) -> CacheView:
+    """The view of `cache` for a `control`; raises `UsageError` for an unknown name."""
+    if control not in CONTROLS:
+        raise UsageError(f"control must be one of {', '.join(CONTROLS)}, not {control!r}")
+    return CONTROLS[control](cache, seed)
 
 
 class ViewRows:
-    """What fits read of a `CacheArray`, for rows that come from elsewhere."""
+    """The reading side of a `CacheArray`, for rows that a subclass computes from `source`."""
 
     def __init__(self, source: Any) -> None:
         self.path, self.layout = source.path, source.layout
@@ -176,11 +190,11 @@ class ViewRows:
         return self.take(np.arange(start, stop))
 
     def read_stored(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Rows `start:stop` in the dtype of `layout`, into `out` if given."""
-        found = self.take_stored(np.arange(start, stop))
+        """Rows `start:stop` in the dtype of `layout`, written into `out` if given."""
+        rows = self.take_stored(np.arange(start, stop))
         if out is None:
-            return found
-        out[...] = found
+            return rows
+        out[...] = rows
         return out
 
     def take(self, rows: np.ndarray) -> np.ndarray:
@@ -193,25 +207,25 @@ class ViewRows:
 
 
 class ShuffledRows(ViewRows):
-    """Rows of other positions."""
+    """Rows of `source`, each from the position that `shuffle` gives."""
 
-    def __init__(self, source: Any, order: PositionShuffle) -> None:
+    def __init__(self, source: Any, shuffle: PositionShuffle) -> None:
         super().__init__(source)
-        self._source, self._order = source, order
+        self._source, self._shuffle = source, shuffle
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        return self._source.take(self._order(_numbers(rows)))
+        return self._source.take(self._shuffle(_row_numbers(rows)))
 
     def take_stored(self, rows: np.ndarray) -> np.ndarray:
-        return self._source.take_stored(self._order(_numbers(rows)))
+        return self._source.take_stored(self._shuffle(_row_numbers(rows)))
 
 
 class ConcatenatedRows(ViewRows):
-    """Rows of an array beside others (zeros for None) of following positions; float32."""
+    """Rows of `source` beside rows of `appended` (zeros for None) one position later; float32."""
 
-    def __init__(self, source: Any, other: Any, following: Any) -> None:
+    def __init__(self, source: Any, appended: Any, next_positions: Any) -> None:
         super().__init__(source)
-        self._source, self._other, self._following = source, other, following
+        self._source, self._appended, self._next_positions = source, appended, next_positions
         self.shape = (source.shape[0], 2 * source.shape[1])
         self.dtype = np.dtype(np.float32)
         self.layout = replace(
@@ -219,20 +233,20 @@ class ConcatenatedRows(ViewRows):
         )
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        rows = _numbers(rows)
-        out = np.zeros((len(rows), self.shape[1]), np.float32)
+        rows = _row_numbers(rows)
+        joined = np.zeros((len(rows), self.shape[1]), np.float32)
         width = self.shape[1] // 2
-        out[:, :width] = self._source.take(rows)
-        if self._other is not None:
-            out[:, width:] = self._other.take(self._following(rows))
-        return out
+        joined[:, :width] = self._source.take(rows)
+        if self._appended is not None:
+            joined[:, width:] = self._appended.take(self._next_positions(rows))
+        return joined
 
     def take_stored(self, rows: np.ndarray) -> np.ndarray:
         return self.take(rows)
 
 
-def _numbers(rows: np.ndarray) -> np.ndarray:
-    """Numbers of rows, of a mask too."""
+def _row_numbers(rows: np.ndarray) -> np.ndarray:
+    """Row numbers; a mask is turned into the numbers that it selects."""
     return np.flatnonzero(rows) if rows.dtype == bool else rows
 
 
@@ -240,7 +254,7 @@ class HeadOfFirstHalf:
     """A head that reads the first `d_model` columns of rows `(..., 2 d_model)`."""
 
     kind = "program"
-    """To fits: no unembedding of its own, its logits are differentiated as they are."""
+    """Makes fits use autograd through `torch()`, as for heads that are programs."""
 
     def __init__(self, head: Any, d_model: int) -> None:
         self._head, self.vocab, self.digest = head, head.vocab, head.digest
@@ -262,16 +276,9 @@ class TorchHeadOfFirstHalf:
     """`HeadOfFirstHalf` on torch tensors."""
 
     def __init__(self, head: Any, d_model: int) -> None:
-        self._torch, self._width = head, d_model
+        self._torch_head, self._width = head, d_model
         self.head = HeadOfFirstHalf(head.head, d_model)
 
     def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """Logits, `(..., vocab)`."""
-        return self._torch(hidden[..., : self._width])
-
-
-def view_of(cache: ActivationCache, control: str, seed: int) -> CacheView:
-    """The view of `cache` with the name `control`."""
-    if control not in CONTROLS:
-        raise UsageError(f"control must be one of {', '.join(CONTROLS)}, not {control!r}")
-    return CONTROLS[control](cache, seed)
+        return self._torch_head(hidden[..., : self._width])

@@ -1,4 +1,8 @@
-"""Control probes: any probe of the residual stream, fitted on a cache with one thing changed."""
+"""Control probes: any probe of the residual stream, fitted on a cache with one thing changed.
+
+`ControlProbe` fits a copy of the probe on a `CacheView` (`cache_views.py`), in which inputs or
+targets are replaced; positions meet by the permutation of `position_shuffle.py`.
+"""
 
 from dataclasses import replace
 from inspect import signature
@@ -9,6 +13,7 @@ import numpy as np
 from ...cache.errors import UsageError
 from ...cache.number_ranges import as_tuple, as_whole_number
 from ...cache.store.activation_cache import ActivationCache
+from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
 from ..base.readout import ReadoutBatch
 from .cache_views import (
@@ -24,21 +29,24 @@ if TYPE_CHECKING:
     import torch
 
 
-class ControlProbe(Params):
+class ControlProbe(FittedProbe, Params):
     """`probe` fitted, by its own code, on a cache in which one thing is changed by `control`.
 
-    - `shuffled`: it reads the state of a position of another sequence, in the fit and when it is
-      evaluated. What it says without knowing its input: only the marginal of states is left.
-    - `permuted`: it is fitted to the targets of positions of other sequences, and evaluated on the
-      right states and targets. What a fit finds where there is nothing to be found (a control task
-      in the sense of Hewitt and Liang, 2019).
-    - `next-token`: it reads [residual_l[t]; residual_0[t+1]], the state beside the embedding
-      output of the next token; for offsets N >= 1. Where a state adds little to that, a probe of
-      the state is about the next token.
+    - `shuffled`: the probe reads the state of a position of another sequence, in the fit and in
+      evaluation. Measures a probe without knowledge of its input: only the marginal of states is
+      left.
+    - `permuted`: the probe is fitted to the targets of positions of other sequences, and evaluated
+      on the right states and targets. Measures what a fit finds in labels without a signal (a
+      control task in the sense of Hewitt and Liang, 2019).
+    - `next-token`: the probe reads [residual_l[t]; residual_0[t+1]], the state beside the embedding
+      output of the next token; for offsets N >= 1. Where a state adds little to that embedding, a
+      probe of the state is about the next token.
 
     Nothing is written: the cache is read through a thin view, out of core; `seed` decides which
-    positions meet (see `PositionShuffle`). In tables it is called `ridge/shuffled`.
+    positions meet (see `PositionShuffle`). In tables the name is, for example, `ridge/shuffled`.
     """
+
+    fitted_attribute = "probe_"
 
     def __init__(self, probe: Any, control: str = "shuffled", seed: int = 0) -> None:
         self.probe = probe
@@ -56,7 +64,7 @@ class ControlProbe(Params):
             raise UsageError("a control is fitted on a cache: it needs the sequences of the rows")
         if options.get("keep"):
             raise UsageError("moments of a control are not kept with the cache; leave keep out")
-        self._check()
+        self._check_params()
         view = view_of(X, self.control, as_whole_number(self.seed, "seed"))
         probe = type(self.probe)(**self.probe.get_params(deep=False))
         if "keep" in signature(probe.fit).parameters:
@@ -67,30 +75,24 @@ class ControlProbe(Params):
         self.n_features_in_ = X.d_model
         return self
 
-    def _check(self) -> None:
+    def _check_params(self) -> None:
+        """Raise `UsageError` for a control that the probe cannot have."""
         if self.control not in CONTROLS:
             raise UsageError(f"control must be one of {', '.join(CONTROLS)}, not {self.control!r}")
         params = self.probe.get_params()
         if params.get("target") is not None:
             raise UsageError("a control predicts the last layer; leave target out")
-        offsets = as_tuple(params["offset"], "offset")
+        offsets = as_tuple(params["offsets"], "offsets")
         if self.control == NextToken.name and min(offsets, default=0) < 1:
             raise UsageError(
                 "the next token is what is to be predicted at offset 0: the control next-token is "
                 f"for offsets of 1 or more, not {list(offsets)}"
             )
 
-    def check_fitted(self) -> None:
-        """Raise scikit-learn's `NotFittedError` before `fit`."""
-        if not hasattr(self, "probe_"):
-            from ..base.estimator import NotFittedError
-
-            raise NotFittedError("this ControlProbe is not fitted; call fit(cache) first")
-
     def view(self, cache: ActivationCache) -> CacheView:
-        """`cache` as this probe is to read it when it is evaluated."""
-        kind = CacheView if self.control == PermutedLabels.name else CONTROLS[self.control]
-        return kind(cache, self.seed)
+        """`cache` as this probe reads it in evaluation: with the right targets."""
+        view_class = CacheView if self.control == PermutedLabels.name else CONTROLS[self.control]
+        return view_class(cache, self.seed)
 
     def pairs(self) -> list[tuple[int | None, int]]:
         """The fitted (layer, offset) pairs."""
@@ -106,7 +108,7 @@ class ControlProbe(Params):
         return self.probe_.logits(batch, layer, offset)
 
     def score(self, X: ActivationCache, y: None = None, **options: Any) -> float:
-        """The probe's `score` on a cache, as this control reads it."""
+        """The probe's `score` on the view of a cache."""
         self.check_fitted()
         if not isinstance(X, ActivationCache):
             raise UsageError("a control is scored on a cache: it needs the sequences of the rows")
@@ -118,29 +120,26 @@ class ControlProbe(Params):
         return self.probe_.metrics()
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What `save_probe` writes: a JSON object and tensors."""
+        """A JSON object and tensors for `save_probe`; `restore` is the inverse."""
         self.check_fitted()
-        fitted, tensors = self.probe_.state()
-        about = {"cache": self.cache_id_, "geometry": self.geometry_, "split": self.split_}
-        about |= {"d_model": self.n_features_in_, "pairs": fitted["pairs"], "fitted": fitted}
-        return about, tensors
+        config, tensors = self.probe_.state()
+        return {**self._origin(), "pairs": config["pairs"], "fitted": config}, tensors
 
     @classmethod
     def restore(
         cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
     ) -> "ControlProbe":
-        """The control that `state` described."""
+        """The fitted control that `state` described; `params["probe"]` is a kind and its params."""
         from ..saved.kinds import probe_class
 
-        inner = probe_class(params["probe"]["kind"])
-        given = params["probe"]["params"]
-        probe = cls(inner(**given), params["control"], params["seed"])
-        probe.probe_ = inner.restore(given, config["fitted"], tensors)
-        probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
-        probe.split_, probe.n_features_in_ = config["split"], config["d_model"]
-        return probe
+        base_class = probe_class(params["probe"]["kind"])
+        base_params = params["probe"]["params"]
+        control = cls(base_class(**base_params), params["control"], params["seed"])
+        control.probe_ = base_class.restore(base_params, config["fitted"], tensors)
+        control._restore_origin(config)
+        return control
 
 
 def as_control(probe: Any, control: str | None) -> Any:
-    """`probe`, or its `ControlProbe` where a control is named."""
+    """`probe` itself, or its `ControlProbe` if a control is named."""
     return probe if control is None else ControlProbe(probe, control)

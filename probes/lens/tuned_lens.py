@@ -1,4 +1,8 @@
-"""Tuned lens: translators of the residual stream, fitted by KL to the model; also N tokens on."""
+"""Tuned lens and future lens: affine translators of each layer, fitted by KL to the model.
+
+`TunedLens.fit` hands a cache to `fit_groups.py`, which starts from ridge (`ridge/solver.py`) and
+takes natural-gradient steps (`translator_fit.py`); this file keeps, applies and saves the maps.
+"""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -7,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...cache.errors import NotFoundError, ResiduaWarning, UsageError
+from ...cache.errors import ResiduaWarning, UsageError
 from ...cache.number_ranges import as_tuple, as_whole_number
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import PairScope, crossing_shares
 from ..base.arguments import as_array, warn_unvalidated
+from ..base.fitted_maps import FittedMaps
 from ..base.params import Params
 from ..base.readout import LayerOffset, ReadoutBatch
 from ..ridge.solver import AffineMap
@@ -21,28 +26,32 @@ if TYPE_CHECKING:
     import torch
 
 
-class TunedLens(Params):
+class TunedLens(FittedMaps[LayerOffset], Params):
     """Translators h + A h + b for every layer, so that head(translated) is close to the model.
 
-    Minimises KL(model || lens), in nats, to the model's distribution at t + `offset` (Belrose et
-    al., 2303.08112; several offsets make a future lens, Pal et al., 2311.04897), on the train
-    split of a cache. Each layer and offset is fitted for itself: from ridge or the logit lens,
-    whichever is better on the validation split, by `steps` steps of `batch` positions along the
-    natural gradient, damped by `damping` of its mean curvature. `lr` is a share of the full step;
-    None: the best of a short sweep. The best translator found on the validation split is kept, so
-    that none is worse there than the logit lens; where that split has no pair at an offset,
-    translators are fitted unvalidated, with a `ResiduaWarning`. `layers` defaults to all. At offset
-    0 the last layer is the model itself: its translator is the identity. Pairs (t, t+N) stay inside
-    one document unless `across_documents`; the `drop_first` first positions of each sequence,
-    attention sinks in many models, are not fitted.
-    Memory: that of the moments of as many layers and offsets as `memory` in `fit` has room for.
+    Minimises KL(model || lens), in nats, to the model's distribution at t+N on the train split of
+    a cache, for each N of `offsets` (Belrose et al., 2303.08112; several offsets make a future
+    lens, Pal et al., 2311.04897). Each (layer, offset) is fitted on its own: from ridge or the
+    logit lens, whichever is better on the validation split, by `steps` steps of `batch` positions
+    along the natural gradient, damped by `damping` of its mean curvature. `lr` is a share of the
+    full step; None takes the best of a short sweep.
+
+    The translator with the least KL on the validation split is returned, so that none is worse on
+    that split than the logit lens. Where the split has no pair at an offset, translators are
+    fitted unvalidated, with a `ResiduaWarning`. `layers` defaults to all. At offset 0 the last
+    layer is the model itself: its translator is the identity.
+
+    Pairs (t, t+N) stay inside one document unless `across_documents`; the `drop_first` first
+    positions of each sequence, attention sinks in many models, are not fitted. Memory: the moments
+    of as many layers and offsets as fit `memory` in `fit`.
     """
 
     kind = "lens"
+    map_name = "translator"
 
     def __init__(
         self,
-        offset: int | Sequence[int] = 0,
+        offsets: int | Sequence[int] = 0,
         layers: Sequence[int] | None = None,
         lr: float | None = None,
         steps: int = 400,
@@ -52,7 +61,7 @@ class TunedLens(Params):
         across_documents: bool = False,
         drop_first: int = 0,
     ) -> None:
-        self.offset = offset
+        self.offsets = offsets
         self.layers = layers
         self.lr = lr
         self.steps = steps
@@ -74,15 +83,17 @@ class TunedLens(Params):
     ) -> "TunedLens":
         """Fit the cache `X`; the model is not needed.
 
-        With `checkpoint`, a folder, a fit that was killed goes on from its last look at the
-        validation split, to the same translators. `client` (of `dask.distributed`) shares the
-        layers among its workers, `memory` in bytes bounds each. `progress` is called with (stage,
-        done, total), stages `moments` (positions) and `lens` (steps).
+        With `checkpoint`, a folder, a killed fit that is started again continues from its last
+        measurement on the validation split, to the same translators. `client` (of
+        `dask.distributed`) shares the layers among its workers, `memory` in bytes bounds each.
+        `progress` is called with (stage, done, total), stages `moments` (positions) and `lens`
+        (steps).
         """
         from ..ridge.error_share import error_shares, warn_of_domination
         from .fit_groups import fit_translator_groups
         from .translator_fit import LensFitSettings
 
+        # Check the parameters.
         if not isinstance(X, ActivationCache):
             raise UsageError("a tuned lens is fitted on a cache: it needs the head beside the rows")
         scope = PairScope(self.across_documents, self.drop_first).check()
@@ -91,12 +102,20 @@ class TunedLens(Params):
             as_whole_number(getattr(self, name), name) for name in ("steps", "batch", "seed")
         )
         settings = LensFitSettings(
-            lr, steps, batch, float(self.damping), seed, scope.across_documents, scope.drop_first
+            lr=lr,
+            steps=steps,
+            batch=batch,
+            damping=float(self.damping),
+            seed=seed,
+            across_documents=scope.across_documents,
+            drop_first=scope.drop_first,
         )
         layers = X.layers if self.layers is None else as_tuple(self.layers, "layers")
-        offsets = as_tuple(self.offset, "offset")
+        offsets = as_tuple(self.offsets, "offsets")
         folder = None if checkpoint is None else Path(checkpoint)
-        found = fit_translator_groups(
+
+        # Fit the translators.
+        fits = fit_translator_groups(
             X,
             layers,
             offsets,
@@ -106,30 +125,32 @@ class TunedLens(Params):
             folder=folder,
             report=progress,
         )
-        self._keep({pair: fitted.map for pair, fitted in found.items()}, X.d_model)
-        shares = {(la, n, X.n_blocks): fitted.map for (la, n), fitted in found.items()}
-        shares = error_shares(X, shares, X.sequences("train"), scope)
+        self._set_maps({pair: fit.map for pair, fit in fits.items()}, X.d_model)
+
+        # Measure how few rows make most of their squared error, and which pairs join documents.
+        maps = {(la, n, X.n_blocks): fit.map for (la, n), fit in fits.items()}
+        shares = error_shares(X, maps, X.sequences("train"), scope)
         crossing = crossing_shares(X, X.sequences("train"), offsets, scope)
         self._rows = {
             pair: {
-                **fitted.row,
+                **fit.row,
                 "crossing": crossing[pair[1]],
-                **(shares[*pair, X.n_blocks].columns()),
+                **shares[*pair, X.n_blocks].columns(),
             }
-            for pair, fitted in found.items()
+            for pair, fit in fits.items()
         }
         warn_of_domination(shares)
         self.cache_id_, self.geometry_, self.split_ = X.id, X.head.digest, "train"
-        self._warn_of_kl()
+        self._warn_of_missing_kl()
         return self
 
-    def _warn_of_kl(self) -> None:
+    def _warn_of_missing_kl(self) -> None:
         """Warn of translators that were chosen without a KL on the validation split."""
-        checked = {pair: row for pair, row in self._rows.items() if row["kl"] is None}
-        unvalidated = [pair for pair, row in checked.items() if not row["n_validation"]]
+        without_kl = {pair: row for pair, row in self._rows.items() if row["kl"] is None}
+        unvalidated = [pair for pair, row in without_kl.items() if not row["n_validation"]]
         if unvalidated:
             warn_unvalidated(unvalidated, "they start from ridge and end with their last step")
-        if undefined := [pair for pair in checked if pair not in unvalidated]:
+        if undefined := [pair for pair in without_kl if pair not in unvalidated]:
             warnings.warn(
                 f"the KL on the validation split is not finite for (layer, offset) {undefined}: "
                 "their translators are those of the logit lens",
@@ -137,66 +158,55 @@ class TunedLens(Params):
                 stacklevel=3,
             )
 
-    def _keep(self, maps: Mapping[LayerOffset, AffineMap], d_model: int) -> None:
+    def _set_maps(self, maps: Mapping[LayerOffset, AffineMap], d_model: int) -> None:
+        """Replace the fit before by `maps`, of no cache yet."""
         self.maps_ = {pair: maps[pair] for pair in sorted(maps)}
         self.n_features_in_ = d_model
         self._rows: dict[LayerOffset, dict[str, Any]] = {}
-        self._tensors: dict[tuple[LayerOffset, str], tuple[torch.Tensor, torch.Tensor]] = {}
-        self.cache_id_: str | None = None
-        self.geometry_: str | None = None
-        self.split_: str | None = None
+        self._device_copies = {}
+        self.cache_id_ = self.geometry_ = self.split_ = None
 
     @classmethod
     def of(cls, maps: Mapping[LayerOffset, AffineMap], geometry: str | None = None) -> "TunedLens":
         """A lens of maps `x @ weight + bias` that were fitted elsewhere, by (layer, offset).
 
-        Raises `UsageError` for a map that holds NaN or an infinity.
+        `geometry` is the digest of their head. Raises `UsageError` for a map that holds NaN or an
+        infinity.
         """
-        for (layer, offset), found in maps.items():
-            check_finite({f"{layer}.{offset}.weight": found.weight}, "the lens")
-            check_finite({f"{layer}.{offset}.bias": found.bias}, "the lens")
+        for (layer, offset), affine in maps.items():
+            check_finite({f"{layer}.{offset}.weight": affine.weight}, "the lens")
+            check_finite({f"{layer}.{offset}.bias": affine.bias}, "the lens")
         offsets = sorted({offset for _, offset in maps})
-        lens = cls(offset=offsets[0] if len(offsets) == 1 else offsets)
-        lens._keep(maps, len(next(iter(maps.values())).bias))
+        lens = cls(offsets=offsets[0] if len(offsets) == 1 else offsets)
+        lens._set_maps(maps, len(next(iter(maps.values())).bias))
         lens.geometry_ = geometry
         return lens
 
-    def pairs(self) -> list[tuple[int | None, int]]:
-        """The fitted (layer, offset) pairs."""
-        self.check_fitted()
-        return list(self.maps_)
-
     def map(self, layer: int, offset: int | None = None) -> AffineMap:
-        """The map `x @ weight + bias` of a layer; the offset may be left out where it is one."""
-        return self.maps_[self._pair(layer, offset)]
+        """The map `x @ weight + bias` of a layer; `offset` is needed if several were fitted."""
+        key = self._find_key(layer, offset)
+        return self.maps_[key]
 
-    def _pair(self, layer: int | None, offset: int | None) -> LayerOffset:
-        self.check_fitted()
-        found = [p for p in self.maps_ if p[0] == layer and offset in (None, p[1])]
-        if len(found) == 1:
-            return found[0]
-        fitted = ", ".join(f"({la}, {n})" for la, n in self.maps_)
-        if not found:
-            raise NotFoundError(
-                f"no translator for layer {layer}, offset {offset}; fitted are {fitted}"
-            )
-        raise UsageError(f"name an offset; fitted (layer, offset) are {fitted}")
+    def residual_map(self, layer: int | None, offset: int) -> AffineMap | None:
+        """The map from (layer, offset) to the last layer."""
+        key = self._find_key(layer, offset)
+        return self.maps_[key]
 
     def transform_hidden(self, h: Any, layer: int, offset: int | None = None) -> Any:
         """The translated residual stream of rows `(..., d_model)` of numpy, dask or torch.
 
         Rows of any dtype are cast to the translator's.
         """
-        pair = self._pair(layer, offset)
+        pair = self._find_key(layer, offset)
         is_torch = type(h).__module__.partition(".")[0] == "torch"
-        rows = h if is_torch else as_array(h, "h", known=False)
+        rows = h if is_torch else as_array(h, "h", known_length=False)
         if np.shape(rows)[-1:] != (self.n_features_in_,):
             raise UsageError(
                 f"expected rows (..., {self.n_features_in_}), found shape {np.shape(rows)}"
             )
         if not is_torch:
             return self.maps_[pair](rows)
-        weight, bias = self._torch(pair, str(h.device))
+        weight, bias = self._on_device(pair, str(h.device))
         return h.to(weight.dtype) @ weight + bias
 
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
@@ -205,77 +215,59 @@ class TunedLens(Params):
             raise UsageError("a lens reads a layer; this batch has none")
         return batch.head(self.transform_hidden(batch.hidden, layer, offset))
 
-    def _torch(self, pair: LayerOffset, device: str) -> "tuple[torch.Tensor, torch.Tensor]":
-        import torch
-
-        if (pair, device) not in self._tensors:
-            found = self.maps_[pair].astype(np.float32)
-            # Copies: torch aligns its own memory, on which the last bits of a product depend.
-            weight, bias = (torch.tensor(a, device=device) for a in (found.weight, found.bias))
-            self._tensors[pair, device] = weight, bias
-        return self._tensors[pair, device]
-
-    def residual_map(self, layer: int | None, offset: int) -> AffineMap | None:
-        """The map to the last layer of a (layer, offset)."""
-        return self.maps_[self._pair(layer, offset)]
-
     def metrics(self) -> list[dict[str, Any]]:
         """One row per (layer, offset): KL on the validation split before and after, in nats.
 
-        `kl_logit` is the logit lens's, `kl_ridge` ridge's, `kl` the lens's own; `start` says which
-        it began from, `lr` the step length, `steps` those that the kept translator had taken,
-        `sweep` the KL that each rate reached in the sweep, `backs` how often the rate was halved,
-        `crossing` the share of the pairs of its sequences that join two documents (left out unless
-        `across_documents`), the others the shares of `ErrorShare`. A KL is None where it is not
-        finite, or where the split has no pair (`n_validation` is 0).
+        `kl_logit` is the KL of the logit lens, `kl_ridge` of ridge, `kl` of the translator;
+        `start` says which of the two the fit began from, `lr` the step length, `steps` the steps
+        up to the returned translator, `sweep` the KL that each rate reached in the sweep, `backs`
+        how often the rate was halved, `crossing` the share of the pairs of its sequences that join
+        two documents (left out unless `across_documents`); the rest are the shares of
+        `ErrorShare`. A KL is None where it is not finite, or where the split has no pair
+        (`n_validation` is 0).
         """
         self.check_fitted()
         return [
             {"layer": pair[0], "offset": pair[1], **self._rows.get(pair, {})} for pair in self.maps_
         ]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), **({"_tensors": {}} if hasattr(self, "_tensors") else {})}
-
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What `save_probe` writes: a JSON object and tensors."""
-        rows = self.metrics()
-        about = {"cache": self.cache_id_, "geometry": self.geometry_, "split": self.split_}
+        """A JSON object and tensors for `save_probe`; `restore` is the inverse."""
+        config = {**self._origin(), "pairs": self.metrics()}
         tensors = {}
-        for (layer, offset), found in self.maps_.items():
-            tensors[f"{layer}.{offset}.weight"] = found.weight
-            tensors[f"{layer}.{offset}.bias"] = found.bias
-        return {**about, "d_model": self.n_features_in_, "pairs": rows}, tensors
+        for (layer, offset), affine in self.maps_.items():
+            tensors[f"{layer}.{offset}.weight"] = affine.weight
+            tensors[f"{layer}.{offset}.bias"] = affine.bias
+        return config, tensors
 
     @classmethod
     def restore(
         cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
     ) -> "TunedLens":
-        """The lens that `state` described."""
+        """The fitted lens that `state` described."""
         lens = cls(**params)
         rows = {(row["layer"], row["offset"]): row for row in config["pairs"]}
         maps = {
             (la, n): AffineMap(tensors[f"{la}.{n}.weight"], tensors[f"{la}.{n}.bias"])
             for la, n in rows
         }
-        lens._keep(maps, config["d_model"])
+        lens._set_maps(maps, config["d_model"])
         lens._rows = {
-            pair: {k: v for k, v in row.items() if k not in ("layer", "offset")}
+            pair: {name: value for name, value in row.items() if name not in ("layer", "offset")}
             for pair, row in rows.items()
         }
-        lens.cache_id_, lens.geometry_ = config["cache"], config["geometry"]
-        lens.split_ = config["split"]
+        lens._restore_origin(config)
         return lens
 
 
 class FutureLens(TunedLens):
-    """A tuned lens for several offsets: what the model will say up to 8 tokens further on."""
+    """A tuned lens for several offsets: predicts the model's distribution up to 8 tokens on."""
 
     kind = "future"
 
     def __init__(
         self,
-        offset: int | Sequence[int] = tuple(range(9)),
+        offsets: int | Sequence[int] = tuple(range(9)),
         layers: Sequence[int] | None = None,
         lr: float | None = None,
         steps: int = 400,
@@ -286,5 +278,13 @@ class FutureLens(TunedLens):
         drop_first: int = 0,
     ) -> None:
         super().__init__(
-            offset, layers, lr, steps, batch, damping, seed, across_documents, drop_first
+            offsets=offsets,
+            layers=layers,
+            lr=lr,
+            steps=steps,
+            batch=batch,
+            damping=damping,
+            seed=seed,
+            across_documents=across_documents,
+            drop_first=drop_first,
         )

@@ -1,7 +1,14 @@
-"""Collects the moments of a cache for all layers, offsets and folds: out of core, in parallel."""
+"""Collects the moments of a cache for all layers, offsets and folds: out of core, in parallel.
+
+collect_moments     all moments at once
+collect_passes      group after group, each within the memory (see `pass_plan.py`)
+collect_pass        one pass: blocks of rows -> `ShiftedSums` per task -> `MomentSet`
+moments_of_rows     the moments of two arrays, numpy or dask, without a cache
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -19,11 +26,11 @@ from .shifted_sums import ShiftedSums
 
 OFFSETS = (0, 1, 2, 3)
 TAIL_ROWS = 512
-"""Rows of a block of rows near the ends of sequences: few, so that they are read soon."""
+"""Rows of a block of sources near the ends of sequences: few, so that they are read soon."""
 SHIFT_ROWS = 256
-"""Random rows whose median rows are shifted by."""
+"""Random rows with the median that rows are shifted by."""
 Shift = dict[int, np.ndarray]
-"""What the rows of each layer are shifted by, `(d_model,)` float64."""
+"""Constant that is subtracted from the rows of each layer, `(d_model,)` float64."""
 
 
 def collect_moments(
@@ -43,17 +50,24 @@ def collect_moments(
 
     Targets are layers; the default is the last one. Pairs stay inside one document unless
     `across_documents`; the `drop_first` first positions of each sequence are in none. `options` are
-    those of `collect_passes`. The
-    result holds all matrices at once; where they are too many, fit from `collect_passes`, as
-    `RidgeProbe` does. Raises `NotFoundError` for a layer the cache does not hold.
+    those of `collect_passes`. The result holds all matrices at once; where they are too many, fit
+    from `collect_passes`, as `RidgeProbe` does. Raises `NotFoundError` for a layer that the cache
+    does not hold.
     """
-    asked = MomentRequest.of(
-        cache, layers, offsets, targets, folds=folds, split=split, products=products,
-        across_documents=across_documents, drop_first=drop_first,
-    )  # fmt: skip
-    found = list(collect_passes(cache, asked, **options))
-    pairs = {pair: parts for part in found for pair, parts in part.pairs.items()}
-    return found[0].with_pairs({pair: pairs[pair] for pair in asked.pairs})
+    request = MomentRequest.of(
+        cache,
+        layers,
+        offsets,
+        targets,
+        folds=folds,
+        split=split,
+        products=products,
+        across_documents=across_documents,
+        drop_first=drop_first,
+    )
+    groups = list(collect_passes(cache, request, **options))
+    pairs = {pair: parts for group in groups for pair, parts in group.pairs.items()}
+    return replace(groups[0], pairs={pair: pairs[pair] for pair in request.pairs})
 
 
 def collect_passes(
@@ -70,162 +84,187 @@ def collect_passes(
     `progress(done_positions, total_positions)` counts the positions of all passes.
     """
     plans = plan_passes(cache, request, client=client, **options)
-    count = ProgressCounter(sum(plan.positions(cache) for plan in plans), progress)
+    counter = ProgressCounter(sum(plan.positions(cache) for plan in plans), progress)
     for plan in plans:
-        yield run_pass(cache, plan, client, count)
+        yield collect_pass(cache, plan, client, counter)
 
 
-def run_pass(
+def collect_pass(
     cache: ActivationCache,
     plan: CachePass,
     client: Any = None,
-    count: "ProgressCounter | None" = None,
+    counter: ProgressCounter | None = None,
 ) -> MomentSet:
-    """The moments of one pass."""
-    numbers = plan.sequences(cache)
-    shift = shifts(cache, numbers, {*plan.request.layers, *plan.request.targets})
-    sums = run_tasks(cache, plan, shift, client, count or ProgressCounter(0, None))
-    return MomentSet.of(cache, plan.request, sums.moments(shift), sequences_digest(numbers))
+    """The moments of one pass: all tasks are summed up, in the order of their sequences."""
+    sequences = plan.sequences(cache)
+    shift = median_rows(cache, sequences, {*plan.request.layers, *plan.request.targets})
+    counter = counter or ProgressCounter(0, None)
+    with one_blas_thread():
+        if client is None:
+            sums = _sums_of_threads(cache, plan, shift, counter)
+        else:
+            sums = _sums_of_cluster(cache, plan, shift, counter, client)
+    return MomentSet.of(cache, plan.request, sums.moments(shift), sequences_digest(sequences))
 
 
-def shifts(cache: ActivationCache, numbers: np.ndarray, layers: set[int]) -> Shift:
-    """Medians of `SHIFT_ROWS` random rows of the sequences `numbers`, rounded to float32.
+def median_rows(cache: ActivationCache, sequences: np.ndarray, layers: set[int]) -> Shift:
+    """Medians of `SHIFT_ROWS` random rows of `sequences`, rounded to float32.
 
     A median is within one standard deviation of the mean, and stays among most rows where some
     are massive: pairs at an offset may have none of those (first tokens are never targets).
     """
-    lengths = cache.sequence_length[numbers]
-    ends, draw = np.cumsum(lengths), np.random.default_rng(0)
+    lengths = cache.sequence_length[sequences]
+    ends, rng = np.cumsum(lengths), np.random.default_rng(0)
     if not len(ends):
         return {layer: np.zeros(cache.d_model) for layer in layers}
-    chosen = np.sort(draw.integers(0, ends[-1], min(SHIFT_ROWS, int(ends[-1]))))
-    sequence = np.searchsorted(ends, chosen, side="right")
-    rows = cache.sequence_start[numbers][sequence] + chosen - (ends - lengths)[sequence]
+    # Numbers of random positions, counted through the sequences, as rows of the cache.
+    numbers = np.sort(rng.integers(0, ends[-1], min(SHIFT_ROWS, int(ends[-1]))))
+    index = np.searchsorted(ends, numbers, side="right")
+    rows = cache.sequence_start[sequences][index] + numbers - (ends - lengths)[index]
     medians = {layer: np.median(cache.residual_array(layer)[rows], axis=0) for layer in layers}
     # Subtracting a float32 from float32 rows near it is exact.
-    return {layer: found.astype(np.float32).astype(np.float64) for layer, found in medians.items()}
+    return {
+        layer: median.astype(np.float32).astype(np.float64) for layer, median in medians.items()
+    }
 
 
-def run_tasks(
-    cache: ActivationCache, plan: CachePass, shift: Shift, client: Any, count: "ProgressCounter"
+def _sums_of_threads(
+    cache: ActivationCache, plan: CachePass, shift: Shift, counter: ProgressCounter
 ) -> ShiftedSums:
-    """The sums of all tasks, added in the order of their sequences."""
+    """The sums of all tasks, one thread each."""
     from dask.base import compute
     from dask.delayed import delayed
 
-    with one_blas_thread():
-        if client is not None:
-            return add_up(run_on(client, cache, plan, shift, count))
-        calls = [
-            partial(sum_run, cache, plan, shift, task, count.add) for task in range(plan.tasks)
-        ]
-        work = [delayed(call, pure=False)() for call in calls]
-        return add_up(iter(compute(*work, scheduler="threads", num_workers=plan.tasks)))
+    calls = [partial(sum_task, cache, plan, shift, task, counter.add) for task in range(plan.tasks)]
+    tasks = [delayed(call, pure=False)() for call in calls]
+    return reduce(ShiftedSums.add, compute(*tasks, scheduler="threads", num_workers=plan.tasks))
 
 
-def run_on(
-    client: Any, cache: ActivationCache, plan: CachePass, shift: Shift, count: "ProgressCounter"
-) -> Iterator[ShiftedSums]:
-    """The sums of each task from the cluster of `client`, whose workers open the cache."""
+def _sums_of_cluster(
+    cache: ActivationCache, plan: CachePass, shift: Shift, counter: ProgressCounter, client: Any
+) -> ShiftedSums:
+    """The sums of all tasks from the workers of `client`, which open the cache themselves."""
     calls = [(cache, plan, shift, task) for task in range(plan.tasks)]
-    # In order: sums then do not depend on which worker was first.
-    for task, sums in enumerate(results(client, sum_run_alone, calls)):
-        yield sums
-        count.add(int(cache.sequence_length[plan.run(cache, task)].sum()))
+
+    def counted_sums() -> Iterator[ShiftedSums]:
+        for task, sums in enumerate(results(client, sum_task_on_worker, calls)):
+            yield sums
+            counter.add(int(cache.sequence_length[plan.task_sequences(cache, task)].sum()))
+
+    # In the order of tasks: sums then do not depend on which worker was first.
+    return reduce(ShiftedSums.add, counted_sums())
 
 
-def add_up(sums: Iterator[ShiftedSums]) -> ShiftedSums:
-    """All `sums`, added to the first."""
-    total = next(sums)
-    for other in sums:
-        total.add(other)
-    return total
-
-
-def sum_run_alone(cache: ActivationCache, plan: CachePass, shift: Shift, task: int) -> ShiftedSums:
-    """`sum_run` in a worker process, which it leaves with one BLAS thread per task."""
+def sum_task_on_worker(
+    cache: ActivationCache, plan: CachePass, shift: Shift, task: int
+) -> ShiftedSums:
+    """`sum_task` in a worker process, which keeps one BLAS thread per task from then on."""
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1, user_api="blas")
-    return sum_run(cache, plan, shift, task)
+    return sum_task(cache, plan, shift, task)
 
 
-def sum_run(
+def sum_task(
     cache: ActivationCache,
     plan: CachePass,
     shift: Shift,
     task: int,
     report: Callable[[int], None] = lambda positions: None,
 ) -> ShiftedSums:
-    """Add up one contiguous run of sequences; reads every layer once per block."""
-    asked = plan.request
-    sums = ShiftedSums(asked.layers, asked.offsets, asked.targets, asked.folds, cache.d_model)
-    for fold, kind, rows in blocks_of(cache, plan, plan.run(cache, task), report):
-        add_block(cache, asked, shift, fold, kind, rows, sums)
+    """Sums over one contiguous run of sequences; `report` is told the positions of each block."""
+    request = plan.request
+    sums = ShiftedSums(
+        request.layers, request.offsets, request.targets, request.folds, cache.d_model
+    )
+    for block in source_blocks(cache, plan, plan.task_sequences(cache, task), report):
+        add_block(sums, block, cache, request, shift)
     return sums
 
 
-def blocks_of(
-    cache: ActivationCache, plan: CachePass, numbers: np.ndarray, report: Callable[[int], None]
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Fold, kind and positions of every block of source rows of the sequences `numbers`."""
-    asked = plan.request
-    kinds = len(asked.offsets)
-    held: dict[int, list[np.ndarray]] = {}
-    folds = cache.sequence_folds(asked.folds, asked.split)
-    for window in cache.blocks(numbers, plan.rows * asked.folds):
+@dataclass(frozen=True)
+class SourceBlock:
+    """Source positions of one fold and one reach (see `shifted_sums.py`)."""
+
+    fold: int
+    reach: int
+    rows: np.ndarray
+    """Positions in the cache, `(n,)`."""
+
+
+def source_blocks(
+    cache: ActivationCache, plan: CachePass, sequences: np.ndarray, report: Callable[[int], None]
+) -> Iterator[SourceBlock]:
+    """All source positions of `sequences`, in blocks of one fold and one reach.
+
+    Positions wait until their block is full; the last blocks are shorter.
+    """
+    request = plan.request
+    reaches = len(request.offsets)
+    waiting: dict[int, np.ndarray] = {}
+    folds = cache.sequence_folds(request.folds, request.split)
+    for window in cache.blocks(sequences, plan.block_rows * request.folds):
+        # Fold and reach of every position; -1 for positions without a target at any offset.
         rows, lengths = cache.positions_of(window), cache.sequence_length[window]
-        left = asked.scope.lefts(cache, window)
-        kind = np.searchsorted(asked.offsets, left, side="right") - 1
+        following = request.scope.lefts(cache, window)
+        reach = np.searchsorted(request.offsets, following, side="right") - 1
         fold = np.repeat(folds[window], lengths)
-        keys = np.where(kind < 0, -1, fold * kinds + kind)
+        keys = np.where(reach < 0, -1, fold * reaches + reach)
+        # Yield full blocks, and let the rest wait.
         for key in np.unique(keys[keys >= 0]).tolist():
-            size = plan.rows if key % kinds == kinds - 1 else min(plan.rows, TAIL_ROWS)
-            waiting = np.concatenate([*held.pop(key, []), rows[keys == key]])
-            full = len(waiting) // size * size
+            is_full_reach = key % reaches == reaches - 1
+            size = plan.block_rows if is_full_reach else min(plan.block_rows, TAIL_ROWS)
+            before = [waiting[key]] if key in waiting else []
+            joined = np.concatenate([*before, rows[keys == key]])
+            full = len(joined) // size * size
             for start in range(0, full, size):
-                yield key // kinds, key % kinds, waiting[start : start + size]
-            held[key] = [waiting[full:]]
+                yield SourceBlock(key // reaches, key % reaches, joined[start : start + size])
+            waiting[key] = joined[full:]
         report(len(rows))
-    for key, (waiting,) in held.items():
-        if len(waiting):
-            yield key // kinds, key % kinds, waiting
+    for key, remaining in waiting.items():
+        if len(remaining):
+            yield SourceBlock(key // reaches, key % reaches, remaining)
 
 
 def add_block(
-    cache: ActivationCache,
-    asked: MomentRequest,
-    shift: Shift,
-    fold: int,
-    kind: int,
-    rows: np.ndarray,
     sums: ShiftedSums,
+    block: SourceBlock,
+    cache: ActivationCache,
+    request: MomentRequest,
+    shift: Shift,
 ) -> None:
-    """Add the pairs of the source `rows`, all of one fold and kind."""
-    offsets = asked.offsets[: kind + 1]
-    ends = np.concatenate([rows + offset for offset in offsets])
-    needed, where = np.unique(ends, return_inverse=True) if len(offsets) > 1 else (ends, None)
+    """Add the pairs of the sources of `block` to `sums`; reads every layer once."""
+    rows, offsets = block.rows, request.offsets[: block.reach + 1]
+    # Targets t+N of all offsets overlap: read each position once.
+    targets = np.concatenate([rows + offset for offset in offsets])
+    distinct, index = (
+        np.unique(targets, return_inverse=True) if len(offsets) > 1 else (targets, None)
+    )
+    # Targets y, by offset and target layer.
     ys: list[list[np.ndarray]] = [[] for _ in offsets]
-    for target, layer in enumerate(asked.targets):
-        read = shifted(cache, layer, needed, shift, asked.products)
+    for target, layer in enumerate(request.targets):
+        distinct_rows = shifted_rows(cache, layer, distinct, shift, request.products)
         for offset in range(len(offsets)):
             part = slice(offset * len(rows), (offset + 1) * len(rows))
-            ys[offset].append(read if where is None else read[where[part]])
-            sums.add_targets(fold, offset, target, ys[offset][target])
-    sums.n[fold, kind] += len(rows)
-    for number, layer in enumerate(asked.layers):
-        sums.add_rows(fold, kind, number, shifted(cache, layer, rows, shift, asked.products), ys)
+            y = distinct_rows if index is None else distinct_rows[index[part]]
+            ys[offset].append(y)
+            sums.add_targets(block.fold, offset, target, y)
+    # Sources x of every layer, with all targets.
+    sums.n[block.fold, block.reach] += len(rows)
+    for number, layer in enumerate(request.layers):
+        x = shifted_rows(cache, layer, rows, shift, request.products)
+        sums.add_rows(block.fold, block.reach, number, x, ys)
 
 
-def shifted(
+def shifted_rows(
     cache: ActivationCache, layer: int, rows: np.ndarray, shift: Shift, products: str
 ) -> np.ndarray:
-    """Rows of a layer, shifted, in the dtype of the products."""
-    read = cache.residual_array(layer)[rows]
+    """Rows of a layer less its shift, `(n, d_model)` in the dtype of the products."""
+    states = cache.residual_array(layer)[rows]
     if products == "float32":
-        read -= shift[layer].astype(np.float32)
-        return read
-    return read - shift[layer]
+        states -= shift[layer].astype(np.float32)
+        return states
+    return states - shift[layer]
 
 
 def moments_of_rows(
@@ -240,11 +279,13 @@ def moments_of_rows(
     edges = np.cumsum([0] + [len(x) // folds + (fold < len(x) % folds) for fold in range(folds)])
     totals = []
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        # The moments of each block of rows, ...
         cuts = [*range(start, stop, rows), stop] if stop > start else [start, start]
         parts: list[Any] = [
             delayed(Moments.of, pure=False)(x[a:b], y[a:b], products)
             for a, b in zip(cuts[:-1], cuts[1:], strict=True)
         ]
+        # ... merged eight by eight until those of the fold are left.
         while len(parts) > 1:
             groups = [parts[i : i + 8] for i in range(0, len(parts), 8)]
             parts = [delayed(merge_all, pure=False)(group) for group in groups]
@@ -256,7 +297,7 @@ def moments_of_rows(
 
 
 def check_rows(x: Any, y: Any, folds: int) -> Any:
-    """`y` as `(n, d_out)`; raises `UsageError` if it does not go with `x` `(n, d_in)`."""
+    """`y` as `(n, d_out)`; raises `UsageError` if `x` is not `(n, d_in)` with as many rows."""
     if y is None or not all(hasattr(rows, "shape") for rows in (x, y)):
         raise UsageError("fit takes a cache, or two arrays: rows X (n, d_in) and targets y")
     if x.ndim != 2 or y.ndim not in (1, 2) or x.shape[0] != y.shape[0]:

@@ -1,7 +1,7 @@
-"""Moments kept with a cache: found again, completed, and brought up to date when it has grown.
+"""Moments kept in the folder of a cache: found, loaded and saved again by `obtain_moments.py`.
 
-Each folder `<cache>/moments/<name>/` was written by `MomentSet.save`; it is whole or not there at
-all, and never rewritten. The format page has the rules.
+Each folder `<cache>/moments/<name>/` was written by `MomentSet.save`; a folder is whole or absent,
+and never rewritten. The rules are in the format page, `cache/README.md`.
 """
 
 import os
@@ -9,7 +9,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,84 +26,91 @@ from .pass_plan import MomentRequest
 from .row_identity import layer_digest, same_documents, same_rows, same_sequences, sequences_digest
 from .shifted_sums import LayerOffsetTarget
 
-EXTENDS = "extends"
-"""Key of the manifest's `extra`: id of the cache whose rows come first."""
+SHARE = 4
+"""By default, kept moments take at most 1/SHARE of the bytes of the residual streams."""
+SPARE_BYTES = 64 << 20
+"""Free space that is left on the disk."""
 
 
 @dataclass(frozen=True)
 class MomentEntry:
-    """One folder of kept moments."""
+    """One folder of kept moments, with the content of its `moments.json`."""
 
     path: Path
-    about: dict[str, Any]
-    """Its `moments.json`."""
+    table: dict[str, Any]
+    """Content of `moments.json`."""
 
     @property
     def pairs(self) -> list[LayerOffsetTarget]:
-        """The (layer, offset, target) that it has."""
-        return [(row["layer"], row["offset"], row["target"]) for row in self.about["pairs"]]
-
-    def discard(self) -> None:
-        """Remove a folder that is damaged or of other rows, where that is possible."""
-        remove_moments(self.path)
+        """Every (layer, offset, target) of the folder."""
+        return [(row["layer"], row["offset"], row["target"]) for row in self.table["pairs"]]
 
 
-Source = dict[LayerOffsetTarget, MomentEntry]
-"""Where the moments of each pair lie."""
+EntryOf = dict[LayerOffsetTarget, MomentEntry]
+"""The folder that has the moments of a (layer, offset, target)."""
 
 
 @dataclass(frozen=True)
 class Inherited:
     """Moments of the first sequences of a cache, kept with the cache that it extends."""
 
-    first: int
-    """Number of the first sequence that they do not count."""
-    source: Source
+    sequences: int
+    """Number of first sequences that they count."""
+    entry_of: EntryOf
 
 
-def folder_of(cache: ActivationCache) -> Path:
-    """Where the moments of a cache are kept."""
+def moments_folder(cache: ActivationCache) -> Path:
+    """Folder of all kept moments of a cache."""
     return cache.path / "moments"
 
 
 def moment_entries(cache: ActivationCache) -> Iterator[MomentEntry]:
-    """All folders of kept moments that can be read, whatever they are of."""
-    for path in list_folder(folder_of(cache)):
+    """All folders of kept moments with a readable `moments.json`, also of other rows."""
+    for path in list_folder(moments_folder(cache)):
         if path.name.startswith("."):
             continue
         with suppress(OSError, CorruptError):  # damaged, or removed meanwhile
             yield MomentEntry(path, read_json(path / TABLE))
 
 
-def find_kept(cache: ActivationCache, request: MomentRequest) -> Source:
-    """Where the moments lie that are those of `request` and of the rows that `cache` has now."""
-    found: Source = {}
-    numbers = sequences_digest(cache.sequences(request.split))
-    asked, content = set(request.pairs), dict[int, str]()
+def find_kept(cache: ActivationCache, request: MomentRequest) -> EntryOf:
+    """The folders with moments of `request` that count the rows that `cache` has now."""
+    entry_of: EntryOf = {}
+    sequences = sequences_digest(cache.sequences(request.split))
+    requested, layer_digests = set(request.pairs), dict[int, str]()
     for entry in moment_entries(cache):
-        about = entry.about
-        same = (
-            about["cache"] == cache.id
-            and (about["split"], about["folds"]) == (request.split, request.folds)
-            # Exact products also serve who asks for quick ones.
-            and about["products"] in (request.products, "float64")
-            and about["sequences"] == numbers
-            and same_pairs(cache, about, request)
-        )
-        for pair in asked.intersection(entry.pairs) if same else ():
-            for layer in (pair[0], pair[2]):
-                content.setdefault(layer, layer_digest(cache, layer))
-            if all(about["content"][str(la)] == content[la] for la in (pair[0], pair[2])):
-                found[pair] = entry
-    return found
+        # The folder must count the same pairs of the same sequences, ...
+        table = entry.table
+        if not (
+            table["cache"] == cache.id
+            and (table["split"], table["folds"]) == (request.split, request.folds)
+            # Exact products also serve a request for quick ones.
+            and table["products"] in (request.products, "float64")
+            and table["sequences"] == sequences
+            and counts_same_pairs(cache, table, request)
+        ):
+            continue
+        # ... and the rows of both layers must be the same.
+        for pair in requested.intersection(entry.pairs):
+            layers = pair[0], pair[2]
+            for layer in layers:
+                layer_digests.setdefault(layer, layer_digest(cache, layer))
+            if all(table["content"][str(layer)] == layer_digests[layer] for layer in layers):
+                entry_of[pair] = entry
+    return entry_of
 
 
-def same_pairs(cache: ActivationCache, about: dict[str, Any], request: MomentRequest) -> bool:
-    """Whether moments count the pairs of `request`: where no sequence has two documents, all do."""
-    across, drop_first = scope_of(about)
+def counts_same_pairs(
+    cache: ActivationCache, table: dict[str, Any], request: MomentRequest
+) -> bool:
+    """Whether kept moments count the pairs (t, t+N) of `request`.
+
+    `across_documents` makes no difference in a cache without two documents in one sequence.
+    """
+    across_documents, drop_first = scope_of(table)
     if drop_first != request.drop_first:
         return False
-    return across == request.across_documents or not has_borders(cache)
+    return across_documents == request.across_documents or not has_borders(cache)
 
 
 def inherited_moments(
@@ -111,108 +118,128 @@ def inherited_moments(
 ) -> Iterator[Inherited]:
     """Moments of `lacking` pairs kept with the caches that this one extends, the latest first."""
     lacking = set(lacking)
-    for old in cache_lineage(cache):
+    for base in cache_lineage(cache):
+        # The cache must begin with the sequences and documents of the base, ...
         layers = {layer for pair in lacking for layer in (pair[0], pair[2])}
-        if not layers <= set(old.layers):
+        if not layers <= set(base.layers):
             continue
-        if not same_sequences(old, cache, request.split, request.folds):
+        if not same_sequences(base, cache, request.split, request.folds):
             continue
-        if not same_documents(old, cache, request.across_documents):
+        if not same_documents(base, cache, request.across_documents):
             continue
-        source = {p: entry for p, entry in find_kept(old, request).items() if p in lacking}
-        used = {layer for pair in source for layer in (pair[0], pair[2])}
-        same = {layer for layer in used if same_rows(old, cache, layer)}
-        source = {p: entry for p, entry in source.items() if {p[0], p[2]} <= same}
-        if source:
-            yield Inherited(len(old.sequence_length), source)
-        lacking -= set(source)
+        # ... and with its rows, in both layers of a pair.
+        entry_of = {pair: e for pair, e in find_kept(base, request).items() if pair in lacking}
+        layers = {layer for pair in entry_of for layer in (pair[0], pair[2])}
+        equal_layers = {layer for layer in layers if same_rows(base, cache, layer)}
+        entry_of = {p: entry for p, entry in entry_of.items() if {p[0], p[2]} <= equal_layers}
+        if entry_of:
+            yield Inherited(len(base.sequence_length), entry_of)
+        lacking -= set(entry_of)
 
 
-def load_kept(source: Source, pairs: Iterable[LayerOffsetTarget]) -> MomentSet:
-    """The moments of `pairs`; raises `CorruptError`, and removes the folder, if it is damaged."""
-    of_entry: dict[Path, list[LayerOffsetTarget]] = {}
+def load_kept(entry_of: EntryOf, pairs: Iterable[LayerOffsetTarget]) -> MomentSet:
+    """The moments of `pairs`; removes a damaged folder, and raises `CorruptError`."""
+    pairs_of_folder: dict[Path, list[LayerOffsetTarget]] = {}
     for pair in pairs:
-        of_entry.setdefault(source[pair].path, []).append(pair)
-    found: list[MomentSet] = []
-    for path, chosen in of_entry.items():
+        pairs_of_folder.setdefault(entry_of[pair].path, []).append(pair)
+    sets: list[MomentSet] = []
+    for path, folder_pairs in pairs_of_folder.items():
         try:
-            with fetched(path) as here:
-                found.append(MomentSet.load(here, chosen))
+            with local_folder(path) as folder:
+                sets.append(MomentSet.load(folder, folder_pairs))
         except (CorruptError, NotFoundError) as error:
-            source[chosen[0]].discard()
+            remove_moments(path)
             raise CorruptError(str(error)) from error
-    merged = {pair: parts for one in found for pair, parts in one.pairs.items()}
-    return found[0].with_pairs(merged)
+    joined = {pair: folds for moments in sets for pair, folds in moments.pairs.items()}
+    return replace(sets[0], pairs=joined)
 
 
 def save_moments(cache: ActivationCache, moments: MomentSet) -> int:
-    """Keep `moments` with the cache; returns their bytes. Raises `OSError` where it cannot.
+    """Keep `moments` with the cache and return their bytes; raises `OSError` if writing fails.
 
-    Writers may race: the folder that is there first stays. What lies there of rows that the
-    cache no longer has is removed.
+    Of writers that race, the first to finish wins. Folders that count rows which the cache no
+    longer has are removed.
     """
-    folder = folder_of(cache)
-    about = [sorted(moments.pairs), moments.sequences, sorted(moments.content.items())]
-    about += [moments.across_documents, moments.drop_first]
-    name = f"{moments.split}-{moments.folds}-{moments.products}-{json_digest(about)[:16]}"
+    # The name of a folder is a digest of its content's identity.
+    folder = moments_folder(cache)
+    identity = [
+        sorted(moments.pairs),
+        moments.sequences,
+        sorted(moments.content.items()),
+        moments.across_documents,
+        moments.drop_first,
+    ]
+    name = f"{moments.split}-{moments.folds}-{moments.products}-{json_digest(identity)[:16]}"
+    # In an object store, the table is uploaded last: without a table a folder does not count.
     if is_remote(folder):
-        with TemporaryDirectory(prefix="residua-") as made, suppress(FileExistsError):
-            moments.save(made)
-            upload_folder(Path(made), folder / name, last=[TABLE])
+        with TemporaryDirectory(prefix="residua-") as staging, suppress(FileExistsError):
+            moments.save(staging)
+            upload_folder(Path(staging), folder / name, last=[TABLE])
         return moments.bytes
+    # On a disk, write to a locked staging folder and rename it.
     make_folder(folder)
     sweep_moments(cache)
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
-    temporary.mkdir()
-    descriptor = os.open(temporary, os.O_RDONLY)
+    staging = folder / f".{uuid.uuid4().hex}.tmp"
+    staging.mkdir()
+    descriptor = os.open(staging, os.O_RDONLY)
     try:
         try_lock(descriptor)
-        moments.save(temporary)
-        sync_folder(temporary)
+        moments.save(staging)
+        sync_folder(staging)
         try:
-            os.rename(temporary, folder / name)
+            os.rename(staging, folder / name)
         except OSError:
             if not (folder / name / TABLE).is_file():
                 raise
         sync_folder(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         os.close(descriptor)
     return moments.bytes
 
 
 def sweep_moments(cache: ActivationCache) -> None:
-    """Remove what writers that died left, what is damaged, and moments of rows that are gone."""
-    for left in folder_of(cache).glob(".*.tmp"):
+    """Remove staging folders of dead writers, damaged folders, and moments of changed rows."""
+    # A staging folder that can be locked has no living writer.
+    for staging in moments_folder(cache).glob(".*.tmp"):
         with suppress(OSError):
-            descriptor = os.open(left, os.O_RDONLY)
+            descriptor = os.open(staging, os.O_RDONLY)
             if try_lock(descriptor):
-                shutil.rmtree(left, ignore_errors=True)
+                shutil.rmtree(staging, ignore_errors=True)
             os.close(descriptor)
-    for path in folder_of(cache).glob("[!.]*"):
+    for path in moments_folder(cache).glob("[!.]*"):
         try:
             entry = MomentEntry(path, read_json(path / TABLE))
         except (CorruptError, NotFoundError):
             shutil.rmtree(path, ignore_errors=True)
             continue
-        about = entry.about
-        content = {int(layer): value for layer, value in about["content"].items()}
-        now = {layer for layer in content if layer in cache.layers}
-        now = {layer for layer in now if content[layer] == layer_digest(cache, layer)}
-        numbers = sequences_digest(cache.sequences(about["split"]))
-        other = about["cache"] != cache.id or about["sequences"] != numbers
-        if other or not any({pair[0], pair[2]} <= now for pair in entry.pairs):
-            entry.discard()
+        # A folder stays while the rows of at least one of its pairs are those of the cache.
+        table = entry.table
+        digests = {int(layer): digest for layer, digest in table["content"].items()}
+        current = {
+            layer
+            for layer, digest in digests.items()
+            if layer in cache.layers and digest == layer_digest(cache, layer)
+        }
+        sequences = sequences_digest(cache.sequences(table["split"]))
+        is_other = table["cache"] != cache.id or table["sequences"] != sequences
+        if is_other or not any({pair[0], pair[2]} <= current for pair in entry.pairs):
+            remove_moments(path)
 
 
-def kept_bytes(cache: ActivationCache) -> int:
-    """Bytes of all files of kept moments."""
-    return total_bytes(folder_of(cache))
+def remove_moments(path: Path) -> None:
+    """Remove a folder of kept moments; one that cannot be removed stays."""
+    if not is_remote(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        for file in list_folder(path):
+            file.unlink(missing_ok=True)
 
 
 @contextmanager
-def fetched(path: Path) -> Iterator[Path]:
-    """A folder of kept moments on a disk: itself, or a copy if it lies in an object store."""
+def local_folder(path: Path) -> Iterator[Path]:
+    """A folder of kept moments on a disk: `path`, or a temporary copy from an object store."""
     if not is_remote(path):
         yield path
         return
@@ -223,33 +250,17 @@ def fetched(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def remove_moments(path: Path) -> None:
-    """Remove a folder, where that is possible."""
-    if not is_remote(path):
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    with suppress(OSError):
-        for file in list_folder(path):
-            file.unlink(missing_ok=True)
-
-
-SHARE = 4
-"""Unless asked for, kept moments take at most 1/SHARE of the bytes of the residual streams."""
-SPARE_BYTES = 64 << 20
-"""Free space that is left on the disk."""
-
-
 def reason_not_to_keep(cache: ActivationCache, size: int, keep: bool | None) -> str:
     """Why moments of `size` bytes are not kept with the cache; empty if they are.
 
-    Raises `UsageError` or `NoSpaceError` where `keep` asks for what cannot be.
+    With `keep` True, a reason is raised as `UsageError` or `NoSpaceError`.
     """
     if keep is False:
         return "not asked for"
-    if not is_remote(cache.path) and (message := _no_room(cache, size, bool(keep))):
-        return message
+    if not is_remote(cache.path) and (reason := _disk_reason(cache, size, bool(keep))):
+        return reason
     limit = residual_bytes(cache) // SHARE
-    if keep is None and kept_bytes(cache) + size > limit:
+    if keep is None and total_bytes(moments_folder(cache)) + size > limit:
         return (
             f"moments of {size / 1e6:.1f} MB would take more than 1/{SHARE} of the residual "
             "streams: not kept unless asked for"
@@ -257,18 +268,18 @@ def reason_not_to_keep(cache: ActivationCache, size: int, keep: bool | None) -> 
     return ""
 
 
-def _no_room(cache: ActivationCache, size: int, asked: bool) -> str:
-    """Why the disk of `cache` does not take `size` bytes more; raises where they are asked for."""
-    folder = folder_of(cache) if folder_of(cache).exists() else cache.path
+def _disk_reason(cache: ActivationCache, size: int, must_keep: bool) -> str:
+    """Why the disk of `cache` cannot take `size` bytes more, raised if `must_keep`."""
+    folder = moments_folder(cache) if moments_folder(cache).exists() else cache.path
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         message = f"moments cannot be kept: {folder} cannot be written to"
-        if asked:
+        if must_keep:
             raise UsageError(f"{message}; fit without keeping them, or change its permissions")
         return message
     free = shutil.disk_usage(folder).free
     if size + SPARE_BYTES > free:
         message = f"moments of {size / 1e9:.2f} GB do not fit the {free / 1e9:.2f} GB free"
-        if asked:
+        if must_keep:
             raise NoSpaceError(f"{message} at {folder}; fit without keeping them, or make room")
         return message
     return ""

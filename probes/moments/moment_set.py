@@ -1,4 +1,8 @@
-"""Moments of many (layer, offset, target), per fold: merged, saved and read back."""
+"""`MomentSet`: the moments of many (layer, offset, target) per fold; merged, saved, read back.
+
+A pass over a cache gives a `MomentSet` (`collect_moments.py`), `RidgeProbe.fit` takes one, and
+`kept_moments.py` keeps them with a cache. On disk: `moments.json` and `moments.safetensors`.
+"""
 
 import hashlib
 import json
@@ -23,18 +27,21 @@ if TYPE_CHECKING:
 
 
 TABLE, TENSORS = "moments.json", "moments.safetensors"
+"""Files of a saved set."""
 
 
 @dataclass(frozen=True, eq=False)
 class MomentSet:
-    """Moments per (layer, offset, target) and fold: they give every ridge fit without a pass."""
+    """Moments per (layer, offset, target) and fold; every ridge fit follows from them alone."""
 
     pairs: Mapping[LayerOffsetTarget, tuple[Moments, ...]]
     """Moments of each fold, by (layer, offset, target layer)."""
     cache_id: str | None = None
+    """Id of the cache; None for arrays and for moments of several caches."""
     geometry: str | None = None
-    """Digest of the cache's head."""
+    """sha256 of the cache's head, `Head.digest`."""
     split: str | None = None
+    """Split that was counted."""
     products: str | None = None
     """dtype of the products of blocks."""
     sequences: Mapping[str, Any] | None = None
@@ -56,13 +63,20 @@ class MomentSet:
         pairs: Mapping[LayerOffsetTarget, tuple[Moments, ...]],
         sequences: Mapping[str, Any],
     ) -> "MomentSet":
-        """What a pass over `cache` found for `request`."""
+        """The set of `pairs` that a pass over `sequences` of `cache` gave for `request`."""
         layers = sorted({*request.layers, *request.targets})
-        content = {layer: layer_digest(cache, layer) for layer in layers}
         return cls(
-            pairs, cache.id, cache.head.digest, request.split, request.products, sequences,
-            content, cache.n_blocks, bool(request.across_documents), int(request.drop_first),
-        )  # fmt: skip
+            pairs,
+            cache_id=cache.id,
+            geometry=cache.head.digest,
+            split=request.split,
+            products=request.products,
+            sequences=sequences,
+            content={layer: layer_digest(cache, layer) for layer in layers},
+            depth=cache.n_blocks,
+            across_documents=bool(request.across_documents),
+            drop_first=int(request.drop_first),
+        )
 
     @property
     def folds(self) -> int:
@@ -71,25 +85,25 @@ class MomentSet:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all matrices; those that pairs share count once."""
+        """Bytes of all tensors; a tensor that several pairs share counts once."""
         return sum(array.nbytes for array in self._tensors().values())
 
     def parts(self, layer: int, offset: int, target: int | None = None) -> tuple[Moments, ...]:
-        """Moments of each fold; the target may be left out where there is one."""
-        found = [p for p in self.pairs if p[:2] == (layer, offset) and target in (None, p[2])]
-        if len(found) != 1:
+        """Moments of each fold; the target may be left out if the set has only one."""
+        matches = [p for p in self.pairs if p[:2] == (layer, offset) and target in (None, p[2])]
+        if len(matches) != 1:
             raise NotFoundError(
-                f"{len(found)} moments of layer {layer}, offset {offset}, target {target}; "
+                f"{len(matches)} moments of layer {layer}, offset {offset}, target {target}; "
                 f"(layer, offset, target) are {', '.join(map(str, self.pairs))}"
             )
-        return self.pairs[found[0]]
+        return self.pairs[matches[0]]
 
     def total(self, layer: int, offset: int, target: int | None = None) -> Moments:
         """The moments of all folds."""
         return merge_all(self.parts(layer, offset, target))
 
     def merge(self, other: "MomentSet") -> "MomentSet":
-        """The moments of both sets of pairs, which must have no pair in common.
+        """The moments of both sets, which must not count a pair of positions twice.
 
         Raises `MismatchError` unless both have the same layers, offsets, targets, folds and head.
         """
@@ -104,45 +118,56 @@ class MomentSet:
                 f"moments of {sorted(self.pairs)} and of {sorted(other.pairs)} (layer, offset, "
                 "target) do not belong together; collect both alike"
             )
-        pairs = merged(self.pairs, other.pairs.__getitem__)
-        same = self.cache_id == other.cache_id
-        products = self.products if self.products == other.products else None
+        pairs = merge_pairs(self.pairs, other.pairs.__getitem__)
         return replace(
-            self, pairs=pairs, cache_id=self.cache_id if same else None, products=products,
-            sequences=None, content={},
-        )  # fmt: skip
-
-    def with_pairs(self, pairs: Mapping[LayerOffsetTarget, tuple[Moments, ...]]) -> "MomentSet":
-        """Other moments of the same rows."""
-        return replace(self, pairs=pairs)
+            self,
+            pairs=pairs,
+            cache_id=self.cache_id if self.cache_id == other.cache_id else None,
+            products=self.products if self.products == other.products else None,
+            sequences=None,
+            content={},
+        )
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        found = {}
+        """All arrays by their names in the file; targets share the moments of x."""
+        tensors = {}
         for (layer, offset, target), parts in self.pairs.items():
             for fold, moments in enumerate(parts):
-                x, y = f"{layer}.{offset}.{fold}", f"{layer}.{offset}.{target}.{fold}"
-                found[f"{x}.mean_x"], found[f"{x}.xx"] = moments.mean_x, moments.xx
-                found[f"{y}.mean_y"], found[f"{y}.xy"] = moments.mean_y, moments.xy
-        return found
+                x, y = _tensor_prefixes(layer, offset, target, fold)
+                tensors[f"{x}.mean_x"], tensors[f"{x}.xx"] = moments.mean_x, moments.xx
+                tensors[f"{y}.mean_y"], tensors[f"{y}.xy"] = moments.mean_y, moments.xy
+        return tensors
 
     def save(self, path: str | Path) -> None:
         """Write `moments.safetensors` (float64), then `moments.json`, into the folder `path`."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         digests = write_tensors(folder / TENSORS, self._tensors())
-        table = [
-            {"layer": layer, "offset": offset, "target": target,
-             "n": [m.n for m in parts], "yy": [m.yy for m in parts]}
+        rows = [
+            {
+                "layer": layer,
+                "offset": offset,
+                "target": target,
+                "n": [moments.n for moments in parts],
+                "yy": [moments.yy for moments in parts],
+            }
             for (layer, offset, target), parts in self.pairs.items()
-        ]  # fmt: skip
-        about = {
-            "cache": self.cache_id, "geometry": self.geometry, "split": self.split,
-            "folds": self.folds, "products": self.products, "sequences": self.sequences,
-            "depth": self.depth, "across_documents": self.across_documents,
+        ]
+        table = {
+            "cache": self.cache_id,
+            "geometry": self.geometry,
+            "split": self.split,
+            "folds": self.folds,
+            "products": self.products,
+            "sequences": self.sequences,
+            "depth": self.depth,
+            "across_documents": self.across_documents,
             "drop_first": self.drop_first,
-            "content": {str(layer): value for layer, value in self.content.items()},
-        }  # fmt: skip
-        write_json(folder / TABLE, {**about, "pairs": table, "tensors": digests})
+            "content": {str(layer): digest for layer, digest in self.content.items()},
+            "pairs": rows,
+            "tensors": digests,
+        }
+        write_json(folder / TABLE, table)
 
     @classmethod
     def load(
@@ -150,65 +175,82 @@ class MomentSet:
     ) -> "MomentSet":
         """Read a folder of `save`, or some `pairs` of it; a changed byte raises `CorruptError`."""
         folder = Path(path)
-        about = read_json(folder / TABLE)
-        table = {(row["layer"], row["offset"], row["target"]): row for row in about["pairs"]}
-        chosen = table if pairs is None else pairs
-        with reading(folder / TENSORS, about["tensors"]) as read:
-            found = {pair: tuple(_parts(pair, table[pair], read)) for pair in chosen}
-        content = {int(layer): value for layer, value in about["content"].items()}
+        table = read_json(folder / TABLE)
+        row_of = {(row["layer"], row["offset"], row["target"]): row for row in table["pairs"]}
+        across_documents, drop_first = scope_of(table)
+        with tensor_reader(folder / TENSORS, table["tensors"]) as read:
+            moments = {
+                pair: tuple(_read_folds(pair, row_of[pair], read))
+                for pair in (row_of if pairs is None else pairs)
+            }
         return cls(
-            found, about["cache"], about["geometry"], about["split"], about["products"],
-            about["sequences"], content, about["depth"], *scope_of(about),
-        )  # fmt: skip
-
-
-def scope_of(about: Mapping[str, Any]) -> tuple[bool, int]:
-    """`across_documents` and `drop_first` of a `moments.json`; older ones count all pairs."""
-    return bool(about.get("across_documents", True)), int(about.get("drop_first", 0))
-
-
-def merged(
-    pairs: Mapping[LayerOffsetTarget, tuple[Moments, ...]],
-    others: Callable[[LayerOffsetTarget], tuple[Moments, ...]],
-) -> dict[LayerOffsetTarget, tuple[Moments, ...]]:
-    """The moments of `pairs` merged, fold by fold, with those that `others` gives for each."""
-    xx: dict[tuple[int, int, int], np.ndarray] = {}
-    found = {}
-    for pair, mine in pairs.items():
-        parts = [a.merge(b) for a, b in zip(mine, others(pair), strict=True)]
-        found[pair] = tuple(
-            # Targets share the second moments of x.
-            replace(part, xx=xx.setdefault((*pair[:2], fold), part.xx))
-            for fold, part in enumerate(parts)
+            moments,
+            cache_id=table["cache"],
+            geometry=table["geometry"],
+            split=table["split"],
+            products=table["products"],
+            sequences=table["sequences"],
+            content={int(layer): digest for layer, digest in table["content"].items()},
+            depth=table["depth"],
+            across_documents=across_documents,
+            drop_first=drop_first,
         )
-    return found
 
 
-def _parts(
+def scope_of(table: Mapping[str, Any]) -> tuple[bool, int]:
+    """`across_documents` and `drop_first` of a `moments.json`; old files count all pairs."""
+    return bool(table.get("across_documents", True)), int(table.get("drop_first", 0))
+
+
+def merge_pairs(
+    pairs: Mapping[LayerOffsetTarget, tuple[Moments, ...]],
+    other_folds: Callable[[LayerOffsetTarget], tuple[Moments, ...]],
+) -> dict[LayerOffsetTarget, tuple[Moments, ...]]:
+    """The moments of `pairs` merged, fold by fold, with `other_folds(pair)`.
+
+    Targets of one (layer, offset) share one matrix xx again, as they did before.
+    """
+    shared_xx: dict[tuple[int, int, int], np.ndarray] = {}
+    merged: dict[LayerOffsetTarget, tuple[Moments, ...]] = {}
+    for (layer, offset, target), folds in pairs.items():
+        both = zip(folds, other_folds((layer, offset, target)), strict=True)
+        merged[layer, offset, target] = tuple(
+            replace(moments, xx=shared_xx.setdefault((layer, offset, fold), moments.xx))
+            for fold, moments in enumerate([a.merge(b) for a, b in both])
+        )
+    return merged
+
+
+def _read_folds(
     pair: LayerOffsetTarget, row: dict[str, Any], read: Callable[[str], np.ndarray]
 ) -> Iterator[Moments]:
-    layer, offset, target = pair
+    """The moments of each fold from a `row` of `moments.json` and the tensors that `read` gives."""
     for fold, (n, yy) in enumerate(zip(row["n"], row["yy"], strict=True)):
-        x, y = f"{layer}.{offset}.{fold}", f"{layer}.{offset}.{target}.{fold}"
+        x, y = _tensor_prefixes(*pair, fold)
         yield Moments(
             n, read(f"{x}.mean_x"), read(f"{y}.mean_y"), read(f"{x}.xx"), read(f"{y}.xy"), yy
         )
 
 
+def _tensor_prefixes(layer: int, offset: int, target: int, fold: int) -> tuple[str, str]:
+    """Beginnings of the names of the tensors of x and of y."""
+    return f"{layer}.{offset}.{fold}", f"{layer}.{offset}.{target}.{fold}"
+
+
 @contextmanager
-def reading(file: Path, digests: Mapping[str, str]) -> Iterator[Callable[[str], np.ndarray]]:
-    """A function that reads tensors of a file by name, each once and checked by its sha256."""
+def tensor_reader(file: Path, digests: Mapping[str, str]) -> Iterator[Callable[[str], np.ndarray]]:
+    """A function that reads tensors of a file by name, each once, and checks its sha256."""
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, np.ndarray] = {}
+    cached: dict[str, np.ndarray] = {}
 
     def read(name: str) -> np.ndarray:
-        if name not in found:
+        if name not in cached:
             tensor = tensors.get_tensor(name)
             if hashlib.sha256(tensor.data).hexdigest() != digests[name]:
                 raise SafetensorError(f"digest of {name}")
-            found[name] = tensor
-        return found[name]
+            cached[name] = tensor
+        return cached[name]
 
     try:
         with safe_open(file, "numpy") as tensors:
@@ -218,9 +260,9 @@ def reading(file: Path, digests: Mapping[str, str]) -> Iterator[Callable[[str], 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Write a safetensors file of float64, durable; returns the sha256 of each tensor.
+    """Write a safetensors file of float64, with fsync; returns the sha256 of each tensor.
 
-    `safetensors.numpy.save_file` makes a second copy of all tensors in memory, this one of none.
+    `safetensors.numpy.save_file` would make a second copy of all tensors in memory.
     """
     header, end = {}, 0
     for name, array in tensors.items():

@@ -1,7 +1,9 @@
-"""Moments: the sufficient statistics of pairs (x, y), which merge in any order.
+"""Moments: count, means and centred second moments of pairs (x, y), which merge in any order.
 
-A block's products are centred by the block's own mean and merged by the parallel update of Chan,
-Golub and LeVeque (1979); every accumulator is float64.
+They are the sufficient statistics of linear regression (`ridge/solver.py`). Products of a block
+are centred by the block's own mean and merged by the parallel update of Chan, Golub and LeVeque
+(1979, "Updating formulae and a pairwise algorithm for computing sample variances"); every
+accumulator is float64.
 """
 
 from collections.abc import Sequence
@@ -10,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...cache.errors import UsageError
-from ...cache.files.json_files import file_digest as file_digest
 
 PRODUCTS = ("float64", "float32")
 """Dtypes of block products; float32 takes half the time, at a relative error of about 1e-6."""
@@ -41,7 +42,10 @@ class Moments:
 
     @classmethod
     def of(cls, x: np.ndarray, y: np.ndarray, products: str = "float64") -> "Moments":
-        """The moments of rows `x` `(n, d_in)` and `y` `(n, d_out)`, by two passes in memory."""
+        """The moments of rows `x` `(n, d_in)` and `y` `(n, d_out)`: first the means, then the rest.
+
+        `products` is the dtype of the products, one of `PRODUCTS`.
+        """
         if len(x) == 0:
             return cls.zero(x.shape[1], y.shape[1])
         mean_x, x = centred(x, products)
@@ -62,8 +66,11 @@ class Moments:
             raise UsageError(f"cannot take {other.n} pairs away from {self.n}")
         if n == 0:
             return Moments.zero(len(self.mean_x), len(self.mean_y))
+        # The mean of the total is the weighted mean of both parts, solved for the remaining one.
         mean_x = self.mean_x + (self.mean_x - other.mean_x) * (other.n / n)
         mean_y = self.mean_y + (self.mean_y - other.mean_y) * (other.n / n)
+        # Chan et al. (1979), solved for the remaining pairs: their scatter is the total's, less
+        # the other's, less the scatter between the two means, n other.n / (n + other.n) d d'.
         root = np.sqrt(n * other.n / self.n)
         dx, dy = (mean_x - other.mean_x) * root, (mean_y - other.mean_y) * root
         xx = self.xx - other.xx - np.outer(dx, dx)
@@ -87,15 +94,21 @@ class Accumulator:
         return self
 
     def add(self, block: Moments) -> None:
-        """Add the pairs that `block` sums up."""
+        """Add the pairs of `block`, by the update of Chan et al. (1979).
+
+        With d the difference of the means and a, b the counts, the scatter of both is the sum of
+        their scatters and of a b / (a + b) d d'; the mean moves by d b / (a + b).
+        """
         if block.n == 0:
             return
         total = self.n + block.n
         dx, dy = block.mean_x - self.mean_x, block.mean_y - self.mean_y
         root = np.sqrt(self.n * block.n / total)
+        # Scatter inside each of the two.
         self.xx += block.xx
         self.xy += block.xy
         self.yy += block.yy
+        # Scatter between their means.
         if self.n:
             # The root on both sides keeps `xx` symmetric to the last bit.
             self.xx += np.outer(dx * root, dx * root)

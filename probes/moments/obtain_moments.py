@@ -1,6 +1,10 @@
-"""Supplies the moments that a fit asks for: kept ones first, then from as few rows as can be."""
+"""Moments that a fit asks for: read where they are kept, else collected in as few passes as can be.
 
-from collections.abc import Iterator
+`RidgeProbe.fit` and the tuned lens (`lens/fit_groups.py`) call `obtain_moments`. The steps lie in
+`kept_moments.py` (find, load, save), `pass_plan.py` (plan) and `collect_moments.py` (collect).
+"""
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +14,7 @@ from ...cache.progress import Progress
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.lineage import cache_lineage
 from ..base.resources import ProgressCounter, default_memory
-from .collect_moments import collect_passes, run_pass
+from .collect_moments import collect_pass, collect_passes
 from .kept_moments import (
     Inherited,
     find_kept,
@@ -19,7 +23,7 @@ from .kept_moments import (
     reason_not_to_keep,
     save_moments,
 )
-from .moment_set import MomentSet, merged
+from .moment_set import MomentSet, merge_pairs
 from .pass_plan import SOLVE_MATRICES, CachePass, MomentRequest, plan_passes
 from .row_identity import layer_digest, same_documents, same_rows, same_sequences, sequences_digest
 from .shifted_sums import LayerOffsetTarget
@@ -27,14 +31,14 @@ from .shifted_sums import LayerOffsetTarget
 
 @dataclass
 class MomentSources:
-    """Where the moments of a fit came from."""
+    """Where the moments of a fit came from; counts of (layer, offset, target)."""
 
     kept: int = 0
-    """(layer, offset, target) that were found with the cache."""
+    """Read from the cache's folder of kept moments."""
     extended: int = 0
-    """Those found with a cache that this one extends: only new sequences were read."""
+    """Read from a cache that this one extends, and completed by a pass over the new sequences."""
     computed: int = 0
-    """Those that took all sequences."""
+    """Collected by a pass over all sequences."""
     positions: int = 0
     """Positions read, by all passes together."""
     bytes: int = 0
@@ -42,7 +46,7 @@ class MomentSources:
     saved: int = 0
     """Bytes that were written into the cache."""
     why: str = ""
-    """Why moments that were computed are not kept; empty if they are."""
+    """Why collected moments are not kept; empty if they are."""
 
 
 def obtain_moments(
@@ -53,155 +57,138 @@ def obtain_moments(
     memory: int | None = None,
     client: Any = None,
     progress: Progress | None = None,
-    account: MomentSources | None = None,
+    sources: MomentSources | None = None,
 ) -> Iterator[MomentSet]:
-    """The moments of `request` in groups, within `memory` bytes.
+    """The moments of `request` in groups that fit `memory` bytes; `sources` is filled in.
 
-    Those kept with the cache are read. Those kept with a cache that this one extends are brought
-    up to date by a pass over the new sequences. The rest takes a pass over all. New ones are
-    kept if `keep`, by default where `why_not` says nothing against it; a disk that fills up or
-    fails meanwhile does not end the fit. Raises `UsageError` or `NoSpaceError` at once where
-    `keep` cannot be.
+    New moments are kept with the cache if `keep`, by default where `reason_not_to_keep` gives no
+    reason; a disk that fills up or fails meanwhile does not end the fit. Raises `UsageError` or
+    `NoSpaceError` before the first pass where `keep` is impossible.
     """
-    account = MomentSources() if account is None else account
+    sources = MomentSources() if sources is None else sources
     memory = memory or default_memory()
-    account.bytes = request.bytes(cache.d_model)
-    source = find_kept(cache, request)
-    for found in kept(request, source, memory, cache.d_model):
-        account.kept += len(found.pairs)
-        yield found
-        del found
-    lacking = set(request.pairs) - set(source)
+    sources.bytes = request.bytes(cache.d_model)
+
+    # Read the moments that are kept with the cache, as many at a time as can be solved.
+    entry_of = find_kept(cache, request)
+    kept_pairs = [pair for pair in request.pairs if pair in entry_of]
+    for pairs in _solvable_groups(kept_pairs, request.folds, memory, cache.d_model):
+        try:
+            moments = load_kept(entry_of, pairs)
+        except CorruptError:  # the damaged folder was removed: collect its moments again, below
+            for pair in pairs:
+                del entry_of[pair]
+            continue
+        sources.kept += len(moments.pairs)
+        yield moments
+        del moments
+    lacking = set(request.pairs) - set(entry_of)
     if not lacking:
         return
-    size = sum(group.bytes(cache.d_model) for group in request.of_pairs(lacking))
-    account.why = reason_not_to_keep(cache, size, keep)
-    work = passes(cache, request, lacking, memory, client)
-    count = ProgressCounter(sum(plan.positions(cache) for plan, _ in work), progress)
-    while work:
-        plan, old = work.pop(0)
-        found = run_pass(cache, plan, client, count)
-        account.positions += plan.positions(cache)
-        if old is not None:
-            try:
-                found = add_inherited(cache, found, old)
-            except CorruptError:
-                again = plan_full_passes(cache, request, set(found.pairs), memory, client)
-                count.total += sum(other.positions(cache) for other in again)
-                work += [(other, None) for other in again]
-                continue
-            account.extended += len(found.pairs)
+
+    # Decide before any pass whether the other moments will be kept.
+    size = sum(part.bytes(cache.d_model) for part in request.for_pairs(lacking))
+    sources.why = reason_not_to_keep(cache, size, keep)
+
+    def plan_pairs(pairs: Iterable[LayerOffsetTarget], first_sequence: int = 0) -> list[CachePass]:
+        return [
+            plan
+            for part in request.for_pairs(pairs)
+            for plan in plan_passes(
+                cache, part, first_sequence=first_sequence, memory=memory, client=client
+            )
+        ]
+
+    # Plan passes over the new sequences alone where a cache that this one extends has moments of
+    # the others, and over all sequences for the rest.
+    passes: list[tuple[CachePass, Inherited | None]] = []
+    for inherited in inherited_moments(cache, request, lacking):
+        lacking = lacking - set(inherited.entry_of)
+        plans = plan_pairs(inherited.entry_of, inherited.sequences)
+        passes += [(plan, inherited) for plan in plans]
+    passes += [(plan, None) for plan in plan_pairs(lacking)]
+
+    # Run the passes; complete, keep and hand over the moments of each.
+    counter = ProgressCounter(sum(plan.positions(cache) for plan, _ in passes), progress)
+    while passes:
+        plan, inherited = passes.pop(0)
+        moments = collect_pass(cache, plan, client, counter)
+        sources.positions += plan.positions(cache)
+        if inherited is None:
+            sources.computed += len(moments.pairs)
         else:
-            account.computed += len(found.pairs)
-        _keep(cache, found, account)
-        yield found
-        del found
+            try:
+                moments = _add_inherited(cache, moments, inherited)
+            except CorruptError:  # the inherited moments are damaged: read all sequences instead
+                plans = plan_pairs(moments.pairs)
+                counter.total += sum(plan.positions(cache) for plan in plans)
+                passes += [(plan, None) for plan in plans]
+                continue
+            sources.extended += len(moments.pairs)
+        if not sources.why:
+            try:
+                sources.saved += save_moments(cache, moments)
+            except OSError as error:
+                sources.why = f"moments could not be written: {error.strerror or error}"
+        yield moments
+        # Free the matrices before the next pass allocates its own.
+        del moments
 
 
-def kept(
-    request: MomentRequest, source: dict[LayerOffsetTarget, Any], memory: int, d_model: int
-) -> Iterator[MomentSet]:
-    """The moments that `source` names, in groups; takes damaged ones out of `source`."""
-    for group in groups(request, source, memory, d_model):
-        try:
-            found = load_kept(source, group)
-        except CorruptError:  # what can be computed again is no loss; the folder is gone
-            for pair in group:
-                del source[pair]
-            continue
-        yield found
-        del found
+def _solvable_groups(
+    pairs: list[LayerOffsetTarget], folds: int, memory: int, d_model: int
+) -> Iterator[list[LayerOffsetTarget]]:
+    """`pairs` in groups: the moments of each, and the work of one solution, fit the memory."""
+    matrix = 8 * d_model**2
+    group_size = max(1, (memory - matrix * SOLVE_MATRICES) // (2 * matrix * folds))
+    for start in range(0, len(pairs), group_size):
+        yield pairs[start : start + group_size]
 
 
-def passes(
-    cache: ActivationCache,
-    request: MomentRequest,
-    lacking: set[LayerOffsetTarget],
-    memory: int,
-    client: Any,
-) -> list[tuple[CachePass, Inherited | None]]:
-    """Passes for the `lacking` pairs: over new sequences where old moments go on, else over all."""
-    work: list[tuple[CachePass, Inherited | None]] = []
-    for old in inherited_moments(cache, request, lacking):
-        lacking = lacking - set(old.source)
-        for group in request.of_pairs(old.source):
-            plans = plan_passes(cache, group, first=old.first, memory=memory, client=client)
-            work += [(plan, old) for plan in plans]
-    return work + [
-        (plan, None) for plan in plan_full_passes(cache, request, lacking, memory, client)
-    ]
+def _add_inherited(cache: ActivationCache, new: MomentSet, inherited: Inherited) -> MomentSet:
+    """The moments of all sequences: those of the `new` ones merged with `inherited` moments."""
+    pairs = merge_pairs(new.pairs, lambda pair: load_kept(inherited.entry_of, [pair]).pairs[pair])
+    return replace(new, pairs=pairs, sequences=sequences_digest(cache.sequences(str(new.split))))
 
 
 def extend(moments: MomentSet, cache: ActivationCache, **options: Any) -> MomentSet:
-    """`moments` of a cache that `cache` extends, brought up to date by its new sequences alone.
+    """`moments` of a cache that `cache` extends, completed by a pass over its new sequences.
 
     `options` are those of `collect_passes`. Raises `MismatchError` unless `cache` begins with the
-    rows that were counted.
+    rows that `moments` count.
     """
-    old = next((one for one in cache_lineage(cache) if one.id == moments.cache_id), None)
+    # Check that the cache begins with the same sequences, documents and rows.
+    base = next((old for old in cache_lineage(cache) if old.id == moments.cache_id), None)
     layers, split = set(moments.content), str(moments.split)
     if (
-        old is None
-        or moments.sequences != sequences_digest(old.sequences(split))
-        or moments.content != {layer: layer_digest(old, layer) for layer in layers}
-        or not same_sequences(old, cache, split, moments.folds)
-        or not same_documents(old, cache, moments.across_documents)
-        or not all(same_rows(old, cache, layer) for layer in layers)
+        base is None
+        or moments.sequences != sequences_digest(base.sequences(split))
+        or moments.content != {layer: layer_digest(base, layer) for layer in layers}
+        or not same_sequences(base, cache, split, moments.folds)
+        or not same_documents(base, cache, moments.across_documents)
+        or not all(same_rows(base, cache, layer) for layer in layers)
     ):
         raise MismatchError(
             f"cache {cache.id[:SHORT_ID]} does not begin with the rows of these moments, of cache "
             f"{str(moments.cache_id)[:SHORT_ID]}; collect them anew"
         )
+    # Collect the moments of the new sequences, and merge them with those of the others.
     request = MomentRequest(
-        (), (), (), moments.folds, split, str(moments.products), moments.across_documents,
-        moments.drop_first,
-    )  # fmt: skip
-    options["first"], pairs, found = len(old.sequence_length), {}, moments
-    for group in request.of_pairs(moments.pairs):
-        for found in collect_passes(cache, group, **options):
-            pairs |= merged(found.pairs, moments.pairs.__getitem__)
+        layers=(),
+        offsets=(),
+        targets=(),
+        folds=moments.folds,
+        split=split,
+        products=str(moments.products),
+        across_documents=moments.across_documents,
+        drop_first=moments.drop_first,
+    )
+    options["first_sequence"] = len(base.sequence_length)
+    pairs, extended = {}, moments
+    for part in request.for_pairs(moments.pairs):
+        for extended in collect_passes(cache, part, **options):
+            pairs |= merge_pairs(extended.pairs, moments.pairs.__getitem__)
     content = {layer: layer_digest(cache, layer) for layer in layers}
     return replace(
-        found, pairs=pairs, sequences=sequences_digest(cache.sequences(split)), content=content
+        extended, pairs=pairs, sequences=sequences_digest(cache.sequences(split)), content=content
     )
-
-
-def plan_full_passes(
-    cache: ActivationCache,
-    request: MomentRequest,
-    pairs: set[LayerOffsetTarget],
-    memory: int,
-    client: Any,
-) -> list[CachePass]:
-    """Passes over all sequences for `pairs`."""
-    asked = request.of_pairs(pairs)
-    return [
-        plan for group in asked for plan in plan_passes(cache, group, memory=memory, client=client)
-    ]
-
-
-def add_inherited(cache: ActivationCache, new: MomentSet, old: Inherited) -> MomentSet:
-    """The moments of new sequences together with those of the old ones."""
-    numbers = sequences_digest(cache.sequences(str(new.split)))
-    pairs = merged(new.pairs, lambda pair: load_kept(old.source, [pair]).pairs[pair])
-    return replace(new, pairs=pairs, sequences=numbers)
-
-
-def groups(
-    request: MomentRequest, source: dict[LayerOffsetTarget, Any], memory: int, d_model: int
-) -> Iterator[list[LayerOffsetTarget]]:
-    """The pairs of `source`, as many at a time as `memory` can hold while they are solved."""
-    matrix = 8 * d_model**2
-    room = max(1, (memory - matrix * SOLVE_MATRICES) // (2 * matrix * request.folds))
-    pairs = [pair for pair in request.pairs if pair in source]
-    for start in range(0, len(pairs), room):
-        yield pairs[start : start + room]
-
-
-def _keep(cache: ActivationCache, moments: MomentSet, account: MomentSources) -> None:
-    if account.why:
-        return
-    try:
-        account.saved += save_moments(cache, moments)
-    except OSError as error:
-        account.why = f"moments could not be written: {error.strerror or error}"

@@ -1,4 +1,8 @@
-"""Plans passes over a cache: which layers, offsets and targets at a time, within the memory."""
+"""Plans passes over a cache: which layers, offsets and targets at a time fit the memory.
+
+A `MomentRequest` says which moments a fit needs; `plan_passes` turns it into `CachePass`es, which
+`collect_moments.py` runs.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,22 +23,23 @@ BLOCK_ROWS = 4096
 SMALL_ROWS = 512
 """Rows of a block below which products are slow."""
 SOLVE_MATRICES = 14
-"""Matrices of float64 that the solution of one (layer, offset) works on at a time."""
+"""Float64 matrices `(d_model, d_model)` that the solution of one (layer, offset) works on."""
 
 
 @dataclass(frozen=True)
 class MomentRequest:
-    """Which moments are wanted."""
+    """Which moments a fit needs: every (layer, offset, target), per fold of a split."""
 
     layers: tuple[int, ...]
     """Layers of x."""
     offsets: tuple[int, ...]
-    """Ascending."""
+    """Offsets N of the pairs (t, t+N), ascending."""
     targets: tuple[int, ...]
     """Layers of y."""
     folds: int = 5
     split: str = "train"
     products: str = "float64"
+    """dtype of the products of blocks, one of `PRODUCTS`."""
     across_documents: bool = False
     """Whether pairs may join two documents of a sequence."""
     drop_first: int = 0
@@ -49,18 +54,20 @@ class MomentRequest:
         targets: Sequence[int] | None,
         **options: Any,
     ) -> "MomentRequest":
-        """A request of `cache`, by default of all layers, with the last one as the target."""
+        """A checked request of `cache`; None means all layers, and the last layer as the target."""
+        if layers is None:
+            layers = cache.layers
+        if targets is None:
+            targets = (cache.n_blocks,)
         return cls(
-            cache.layers if layers is None else tuple(dict.fromkeys(as_tuple(layers, "layers"))),
+            tuple(dict.fromkeys(as_tuple(layers, "layers"))),
             tuple(sorted(set(as_tuple(offsets, "offsets")))),
-            (cache.n_blocks,)
-            if targets is None
-            else tuple(dict.fromkeys(as_tuple(targets, "targets"))),
+            tuple(dict.fromkeys(as_tuple(targets, "targets"))),
             **options,
         ).check(cache)
 
     def check(self, cache: ActivationCache) -> "MomentRequest":
-        """Raise a `UsageError` for a request that cannot be right."""
+        """Raise `UsageError` for a request that cannot be right, `NotFoundError` for a layer."""
         for layer in (*self.layers, *self.targets):
             cache.residual_array(layer)
         if not self.layers or not self.offsets or not self.targets or min(self.offsets) < 0:
@@ -79,7 +86,7 @@ class MomentRequest:
 
     @property
     def scope(self) -> PairScope:
-        """Which pairs are counted."""
+        """Which pairs (t, t+N) are counted."""
         return PairScope(self.across_documents, self.drop_first)
 
     @property
@@ -87,28 +94,35 @@ class MomentRequest:
         """All (layer, offset, target)."""
         return [(la, n, m) for la in self.layers for n in self.offsets for m in self.targets]
 
-    def of_pairs(self, pairs: Iterable[LayerOffsetTarget]) -> "list[MomentRequest]":
-        """Requests that want `pairs`, each exactly once."""
-        offsets: dict[tuple[int, int], tuple[int, ...]] = {}
+    def for_pairs(self, pairs: Iterable[LayerOffsetTarget]) -> "list[MomentRequest]":
+        """Requests that together have `pairs`, each exactly once.
+
+        A request has every combination of its layers, offsets and targets; any set of pairs is cut
+        into few of them.
+        """
+        # The offsets of each (layer, target).
+        offsets_of: dict[tuple[int, int], tuple[int, ...]] = {}
         for layer, offset, target in sorted(pairs):
-            offsets[layer, target] = (*offsets.get((layer, target), ()), offset)
-        layers: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
-        for (layer, target), chosen in offsets.items():
-            layers[target, chosen] = (*layers.get((target, chosen), ()), layer)
-        targets: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
-        for (target, chosen), found in layers.items():
-            targets[found, chosen] = (*targets.get((found, chosen), ()), target)
+            offsets_of[layer, target] = (*offsets_of.get((layer, target), ()), offset)
+        # Layers that need the same offsets of a target go together, ...
+        layers_of: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
+        for (layer, target), offsets in offsets_of.items():
+            layers_of[target, offsets] = (*layers_of.get((target, offsets), ()), layer)
+        # ... and then targets that are needed of the same layers and offsets.
+        targets_of: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]] = {}
+        for (target, offsets), layers in layers_of.items():
+            targets_of[layers, offsets] = (*targets_of.get((layers, offsets), ()), target)
         return [
-            replace(self, layers=found, offsets=chosen, targets=several)
-            for (found, chosen), several in targets.items()
+            replace(self, layers=layers, offsets=offsets, targets=targets)
+            for (layers, offsets), targets in targets_of.items()
         ]
 
     def matrices(self) -> int:
-        """Matrices `(d_model, d_model)` of the moments, of all folds."""
+        """Number of matrices `(d_model, d_model)` of the moments, of all folds."""
         return len(self.layers) * len(self.offsets) * (1 + len(self.targets)) * self.folds
 
     def bytes(self, d_model: int) -> int:
-        """Bytes of the moments, but for the means."""
+        """Bytes of the moments, without the means."""
         return 8 * d_model**2 * self.matrices()
 
 
@@ -117,42 +131,42 @@ class CachePass:
     """One pass over the split, for as many layers and offsets as the memory allows."""
 
     request: MomentRequest
-    first: int
-    """Sequences before this one are left out."""
-    rows: int
-    """Rows of a block."""
+    first_sequence: int
+    """Number of the first sequence that is read."""
+    block_rows: int
+    """Rows of a block of products."""
     tasks: int
-    """Contiguous runs of sequences, worked on at the same time."""
+    """Contiguous runs of sequences that are summed up at the same time."""
     cores: int
-    """Solutions worked on at the same time afterwards."""
+    """Solutions that are computed at the same time afterwards."""
 
     def bytes(self, d_model: int) -> int:
         """Most memory at a time: sums and blocks of all tasks, or moments and their solutions."""
-        asked, sums = self.request, self.request.bytes(d_model)
+        request, sums = self.request, self.request.bytes(d_model)
         # Several targets share the spectra of all folds.
-        matrices = SOLVE_MATRICES + asked.folds * (len(asked.targets) > 1)
-        sources = len(asked.layers) * len(asked.offsets)
-        solving = 8 * matrices * d_model**2 * min(self.cores, sources)
-        return max(max(self.tasks, 2) * sums + self.blocks(d_model), sums + solving)
+        matrices = SOLVE_MATRICES + request.folds * (len(request.targets) > 1)
+        solutions = len(request.layers) * len(request.offsets)
+        solving = 8 * matrices * d_model**2 * min(self.cores, solutions)
+        return max(max(self.tasks, 2) * sums + self.block_bytes(d_model), sums + solving)
 
-    def blocks(self, d_model: int) -> int:
+    def block_bytes(self, d_model: int) -> int:
         """Bytes of the blocks and products that all tasks work on."""
         itemsize = np.dtype(self.request.products).itemsize
         arrays = 1 + len(self.request.offsets) * len(self.request.targets)
-        # Rows as they are stored, read and gathered, beside those of the products.
-        rows = self.rows * d_model * (itemsize * arrays + 16)
-        return self.tasks * (rows + 2 * itemsize * d_model**2)
+        # 16 bytes an entry for rows as stored, as float32, and as gathered.
+        block = self.block_rows * d_model * (itemsize * arrays + 16)
+        return self.tasks * (block + 2 * itemsize * d_model**2)
 
     def sequences(self, cache: ActivationCache) -> np.ndarray:
         """Numbers of the sequences of this pass."""
         numbers = cache.sequences(self.request.split)
-        return numbers[np.searchsorted(numbers, self.first) :]
+        return numbers[np.searchsorted(numbers, self.first_sequence) :]
 
     def positions(self, cache: ActivationCache) -> int:
         """Positions that this pass reads."""
         return int(cache.sequence_length[self.sequences(cache)].sum())
 
-    def run(self, cache: ActivationCache, task: int) -> np.ndarray:
+    def task_sequences(self, cache: ActivationCache, task: int) -> np.ndarray:
         """Sequences of one task; all tasks have about the same number of positions."""
         numbers = self.sequences(cache)
         ends = np.cumsum(cache.sequence_length[numbers])
@@ -162,48 +176,17 @@ class CachePass:
         return numbers[start : stop if task + 1 < self.tasks else None]
 
 
-def divide_passes(plan: CachePass, memory: int, d_model: int) -> list[CachePass]:
-    """Passes within `memory` bytes: fewer layers, then targets, offsets and tasks each.
-
-    Blocks are made smaller first, down to `SMALL_ROWS`, where they would take a quarter of it.
-    """
-    while plan.rows > SMALL_ROWS and plan.blocks(d_model) > memory // 4:
-        plan = replace(plan, rows=max(SMALL_ROWS, plan.rows // 2))
-    sizes = {name: len(getattr(plan.request, name)) for name in ("layers", "targets", "offsets")}
-    tasks = plan.tasks
-
-    def part(starts: dict[str, int]) -> CachePass:
-        chosen = {n: getattr(plan.request, n)[at : at + sizes[n]] for n, at in starts.items()}
-        return replace(plan, request=replace(plan.request, **chosen), tasks=tasks)
-
-    def fits() -> bool:
-        return part(dict.fromkeys(sizes, 0)).bytes(d_model) <= memory
-
-    for name in sizes:
-        while sizes[name] > 1 and not fits():
-            sizes[name] -= 1
-    while tasks > 1 and not fits():
-        tasks -= 1
-    asked = plan.request
-    return [
-        part({"layers": i, "targets": k, "offsets": j})
-        for i in range(0, len(asked.layers), sizes["layers"])
-        for j in range(0, len(asked.offsets), sizes["offsets"])
-        for k in range(0, len(asked.targets), sizes["targets"])
-    ]
-
-
 def plan_passes(
     cache: ActivationCache,
     request: MomentRequest,
     *,
-    first: int = 0,
+    first_sequence: int = 0,
     memory: int | None = None,
     rows: int | None = None,
     tasks: int | None = None,
     client: Any = None,
 ) -> list[CachePass]:
-    """Passes that stay within `memory` bytes each; sequences before number `first` are left out.
+    """Passes that stay within `memory` bytes each, over sequences from `first_sequence` on.
 
     A budget that is too small for one (layer, offset, target) with all its folds is exceeded.
     `tasks` runs of sequences are summed up at the same time, by default one per core (of the
@@ -211,9 +194,43 @@ def plan_passes(
     """
     whole = CachePass(
         request,
-        first,
+        first_sequence,
         rows or cache.block_rows(BLOCK_ROWS),
         tasks or available_cores(client),
         available_cores(),
     )
-    return divide_passes(whole, memory or default_memory(), cache.d_model)
+    return divide_pass(whole, memory or default_memory(), cache.d_model)
+
+
+def divide_pass(plan: CachePass, memory: int, d_model: int) -> list[CachePass]:
+    """Passes within `memory` bytes: fewer layers, then targets, offsets and tasks each."""
+    # Smaller blocks first, down to `SMALL_ROWS`, where blocks would take a quarter of the memory.
+    while plan.block_rows > SMALL_ROWS and plan.block_bytes(d_model) > memory // 4:
+        plan = replace(plan, block_rows=max(SMALL_ROWS, plan.block_rows // 2))
+
+    sizes = {name: len(getattr(plan.request, name)) for name in ("layers", "targets", "offsets")}
+    tasks = plan.tasks
+
+    def part(starts: dict[str, int]) -> CachePass:
+        """The pass over `sizes` layers, targets and offsets from `starts` on."""
+        numbers = {
+            name: getattr(plan.request, name)[start : start + sizes[name]]
+            for name, start in starts.items()
+        }
+        return replace(plan, request=replace(plan.request, **numbers), tasks=tasks)
+
+    def fits() -> bool:
+        return part(dict.fromkeys(sizes, 0)).bytes(d_model) <= memory
+
+    # Take fewer of each until the first part fits.
+    for name in sizes:
+        while sizes[name] > 1 and not fits():
+            sizes[name] -= 1
+    while tasks > 1 and not fits():
+        tasks -= 1
+    return [
+        part({"layers": layer, "targets": target, "offsets": offset})
+        for layer in range(0, len(plan.request.layers), sizes["layers"])
+        for offset in range(0, len(plan.request.offsets), sizes["offsets"])
+        for target in range(0, len(plan.request.targets), sizes["targets"])
+    ]

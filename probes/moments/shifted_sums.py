@@ -1,16 +1,17 @@
-"""Sums of shifted rows and of their products: what a pass over a cache adds up, in float64.
+"""Sums of shifted rows and of their products: the accumulator of one pass over a cache, float64.
 
 Rows are shifted by a constant near their mean, the same in the whole pass: sums of several runs
 are then added entry by entry, and the mean is taken out at the end without cancellation.
 
 The sources of a pair at offset N are the rows with at least N rows after them in their segment, the
-part of a sequence that comes from one document.
-A pass keeps its rows apart by *kind*: rows of kind i have a target at the first i+1 offsets and at
-no further one. Second moments of x at an offset are those of its kind and of all later ones, so
-that no offset needs a product of its own, and nothing is ever subtracted.
+part of a sequence that comes from one document. A pass keeps its rows apart by *reach*: rows of
+reach i have a target at exactly the first i+1 offsets. Second moments of x at an offset are the
+sums over its reach and all larger ones, so that no offset needs a product of its own, and nothing
+is ever subtracted.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from .moments import Moments, sum_of_squares
 LayerOffsetTarget = tuple[int, int, int]
 """(layer, offset, target layer)."""
 FIELDS = ("n", "x", "xx", "y", "yy", "xy")
+"""Arrays of `ShiftedSums`."""
 
 
 class ShiftedSums:
@@ -33,69 +35,79 @@ class ShiftedSums:
         d_model: int,
     ) -> None:
         self.layers, self.offsets, self.targets = tuple(layers), tuple(offsets), tuple(targets)
-        kinds = folds, len(offsets)
-        self.n = np.zeros(kinds, np.int64)
-        """Rows x, by fold and kind."""
-        self.x = np.zeros((*kinds, len(layers), d_model))
-        self.xx = np.zeros((*kinds, len(layers), d_model, d_model))
-        self.y = np.zeros((*kinds, len(targets), d_model))
-        """Of the targets, by fold, offset and layer."""
-        self.yy = np.zeros((*kinds, len(targets)))
-        self.xy = np.zeros((*kinds, len(targets), len(layers), d_model, d_model))
+        reaches = folds, len(offsets)
+        self.n = np.zeros(reaches, np.int64)
+        """Number of rows x, by fold and reach."""
+        self.x = np.zeros((*reaches, len(layers), d_model))
+        """Sum of x, by fold, reach and layer."""
+        self.xx = np.zeros((*reaches, len(layers), d_model, d_model))
+        """Sum of x x', by fold, reach and layer."""
+        self.y = np.zeros((*reaches, len(targets), d_model))
+        """Sum of y, by fold, offset and target layer."""
+        self.yy = np.zeros((*reaches, len(targets)))
+        """Sum of |y|^2, by fold, offset and target layer."""
+        self.xy = np.zeros((*reaches, len(targets), len(layers), d_model, d_model))
+        """Sum of x y', by fold, offset, target layer and layer."""
 
     def add_targets(self, fold: int, offset: int, target: int, y: np.ndarray) -> None:
-        """Add shifted rows `y` `(n, d_model)`; offset and target are places in their lists."""
+        """Add shifted rows `y` `(n, d_model)`; `offset` and `target` are indices."""
         self.y[fold, offset, target] += y.sum(axis=0)
         self.yy[fold, offset, target] += sum_of_squares(y)
 
     def add_rows(
-        self, fold: int, kind: int, layer: int, x: np.ndarray, ys: Sequence[Sequence[np.ndarray]]
+        self, fold: int, reach: int, layer: int, x: np.ndarray, ys: Sequence[Sequence[np.ndarray]]
     ) -> None:
-        """Add shifted rows `x` `(n, d_model)` of one kind with `ys`, by offset and target."""
+        """Add shifted rows `x` `(n, d_model)` with their targets `ys`, by offset and target layer.
+
+        `reach` and `layer` are indices.
+        """
         product = np.empty((x.shape[1], x.shape[1]), x.dtype)
-        self.x[fold, kind, layer] += x.sum(axis=0)
+        self.x[fold, reach, layer] += x.sum(axis=0)
         # numpy takes the symmetric product (SYRK), half the work of a GEMM.
-        self.xx[fold, kind, layer] += np.matmul(x.T, x, out=product)
+        self.xx[fold, reach, layer] += np.matmul(x.T, x, out=product)
         for offset, targets in enumerate(ys):
             for target, y in enumerate(targets):
                 self.xy[fold, offset, target, layer] += np.matmul(x.T, y, out=product)
 
-    def add(self, other: "ShiftedSums") -> None:
-        """Add the sums of other rows, shifted by the same constants."""
+    def add(self, other: Self) -> Self:
+        """Add the sums of other rows, shifted by the same constants, in place."""
         for name in FIELDS:
-            mine = getattr(self, name)
-            mine += getattr(other, name)
+            total = getattr(self, name)
+            total += getattr(other, name)
+        return self
 
     def moments(self, shift: dict[int, np.ndarray]) -> dict[LayerOffsetTarget, tuple[Moments, ...]]:
-        """Moments per fold; `shift` is what rows were shifted by. Uses up these sums."""
-        for kind in range(len(self.offsets) - 2, -1, -1):
+        """Moments per fold, of rows that were shifted by `shift`. Overwrites these sums."""
+        # Sources at an offset: the rows of its reach and of all larger ones.
+        for reach in range(len(self.offsets) - 2, -1, -1):
             for sums in (self.n, self.x, self.xx):
-                sums[:, kind] += sums[:, kind + 1]
+                sums[:, reach] += sums[:, reach + 1]
         pairs: dict[LayerOffsetTarget, list[Moments]] = {}
         for fold in range(len(self.n)):
-            for pair, found in self._of_fold(fold, shift):
-                pairs.setdefault(pair, []).append(found)
-        return {pair: tuple(parts) for pair, parts in pairs.items()}
+            for pair, moments in self._fold_moments(fold, shift):
+                pairs.setdefault(pair, []).append(moments)
+        return {pair: tuple(folds) for pair, folds in pairs.items()}
 
-    def _of_fold(
+    def _fold_moments(
         self, fold: int, shift: dict[int, np.ndarray]
     ) -> Iterator[tuple[LayerOffsetTarget, Moments]]:
+        """Centred moments of every pair in a fold: sum x y' - n mean(x) mean(y)', shifted rows."""
         for i, layer in enumerate(self.layers):
             for j, offset in enumerate(self.offsets):
                 n = int(self.n[fold, j])
-                dx, mean_x = centre(self.x[fold, j, i], n, shift[layer])
+                dx, mean_x = root_n_mean(self.x[fold, j, i], n, shift[layer])
                 xx = self.xx[fold, j, i]
                 xx -= np.outer(dx, dx)
                 for k, target in enumerate(self.targets):
-                    dy, mean_y = centre(self.y[fold, j, k], n, shift[target])
+                    dy, mean_y = root_n_mean(self.y[fold, j, k], n, shift[target])
                     xy = self.xy[fold, j, k, i]
                     xy -= np.outer(dx, dy)
                     yy = max(float(self.yy[fold, j, k] - dy @ dy), 0.0)
                     yield (layer, offset, target), Moments(n, mean_x, mean_y, xx, xy, yy)
 
 
-def centre(total: np.ndarray, n: int, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance of the mean from `shift` times the root of n, and the mean itself."""
+def root_n_mean(total: np.ndarray, n: int, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """sqrt(n) times the mean of n shifted rows with the sum `total`, and the mean of the rows."""
     if n == 0:
         return np.zeros_like(total), np.zeros_like(total)
     return total / np.sqrt(n), shift + total / n

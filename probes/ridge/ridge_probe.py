@@ -1,4 +1,9 @@
-"""Ridge probe: a linear map from a layer's residual stream to a later one's, N tokens on."""
+"""Ridge regression from a layer's residual stream to a later layer's, N tokens on: `RidgeProbe`.
+
+A fit goes through three files: `moments/obtain_moments.py` (second moments of the cache, kept or
+collected in one pass), `solver.py` (penalty by cross-validation, then the map), `error_share.py`
+(warns where few rows make most of the error).
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,7 +19,8 @@ from ...cache.progress import Progress
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import crossing_shares
 from ..base.arguments import as_array, is_dask, validated
-from ..base.estimator import BaseEstimator, MultiOutputMixin, RegressorMixin, check_is_fitted
+from ..base.estimator import BaseEstimator, MultiOutputMixin, RegressorMixin
+from ..base.fitted_maps import FittedMaps, MapKey
 from ..base.readout import ReadoutBatch
 from ..base.resources import available_cores, one_blas_thread
 from ..moments.collect_moments import check_rows, collect_moments, moments_of_rows
@@ -31,19 +37,16 @@ if TYPE_CHECKING:
     import torch
 
 
-MapKey = tuple[int, ...]
-"""(layer, offset), and the target layer where several were asked for."""
-
-
-class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
+class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstimator):
     """Predicts residual_L[t+N] from residual_l[t] by ridge regression, for every layer and offset.
 
-    `alpha` is scikit-learn's penalty (squared error + alpha |weight|^2, free intercept); without
-    it, exact cross-validation over `folds` chooses one per (layer, offset) out of `alphas`
-    (default: `GRID` times the mean eigenvalue of the second moments). `layers` defaults to all.
-    `products="float32"` halves the time of the pass, at a relative error of about 1e-6 in the
-    moments: on the sample model the penalties stay the same, R2 moves by 3e-7 and weights by 1e-4.
-    Read through the head, it is a lens (offset 0) or a future lens.
+    `offsets` are the N, one or several. `alpha` is scikit-learn's penalty (squared error + alpha
+    |weight|^2, free intercept); without `alpha`, exact cross-validation over `folds` chooses one
+    per (layer, offset) out of `alphas` (default: `GRID` times the mean eigenvalue of the second
+    moments). `layers` defaults to all. `products="float32"` halves the time of the pass, at a
+    relative error of about 1e-6 in the moments: on the sample model the penalties stay the same,
+    R2 moves by 3e-7 and weights by 1e-4. Read through the head, the probe is a lens (offset 0) or
+    a future lens.
 
     Pairs (t, t+N) stay inside one document unless `across_documents`. The `drop_first` first
     positions of each sequence are no sources: in many models they are attention sinks, whose
@@ -58,7 +61,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     def __init__(
         self,
-        offset: int | Sequence[int] = 0,
+        offsets: int | Sequence[int] = 0,
         layers: Sequence[int] | None = None,
         alpha: float | None = None,
         alphas: Sequence[float] | np.ndarray | None = None,
@@ -68,7 +71,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         across_documents: bool = False,
         drop_first: int = 0,
     ) -> None:
-        self.offset = offset
+        self.offsets = offsets
         self.layers = layers
         self.alpha = alpha
         self.alphas = alphas
@@ -94,68 +97,175 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         the budget in bytes for a cache's moments, `client` one of `dask.distributed`. Moments
         that were kept with the cache, or with one that it extends, are used again; `keep` says
         whether new ones are kept (default: where they take at most a quarter of its bytes).
-        `moments_` says what happened.
+        `moments_` tells where the moments came from, see `MomentSources`.
         """
-        self._check()
-        if isinstance(X, ActivationCache):
-            layers = None if self.layers is None else as_tuple(self.layers, "layers")
-            targets = None if self.target is None else as_tuple(self.target, "target")
-            request = MomentRequest.of(
-                X, layers, as_tuple(self.offset, "offset"), targets,
-                folds=as_whole_number(self.folds, "folds"), products=self.products,
-                across_documents=self.across_documents, drop_first=self.drop_first,
-            )  # fmt: skip
-            keep = None if keep is None else bool(keep)
-            account = MomentSources()
-            groups = obtain_moments(
-                X, request, keep=keep, memory=memory, client=client, progress=progress,
-                account=account,
-            )  # fmt: skip
-            self._fit_all(groups, np.float32)
-            self.moments_ = vars(account).copy()
-            self._describe(X, request)
-            return self
+        self._check_params()
         if isinstance(X, MomentSet):
-            return self._fit_all([self._chosen(X)], np.float32)
-        return self._fit_rows(X, y, client)
+            return self._fit_moments([self._select_targets(X)], np.float32)
+        if not isinstance(X, ActivationCache):
+            return self._fit_rows(X, y, client)
 
-    def _describe(self, cache: ActivationCache, request: MomentRequest) -> None:
-        """Note which pairs join two documents, and how few rows make most of the error."""
-        sequences = cache.sequences(request.split)
-        inside = None
-        if not request.across_documents:
-            inside = {key[1]: self.n_[key] for key in self.maps_}
-        crossing = crossing_shares(cache, sequences, request.offsets, request.scope, inside)
-        pair_of = {(key[0], key[1], self.target_[key]): key for key in self.maps_}
-        maps = {pair: self.maps_[key] for pair, key in pair_of.items()}
-        found = error_shares(cache, maps, sequences, request.scope)
-        self.shares_ = {
-            key: {"crossing": crossing[key[1]], **found[pair].columns()}
-            for pair, key in pair_of.items()
+        request = MomentRequest.of(
+            X,
+            None if self.layers is None else as_tuple(self.layers, "layers"),
+            as_tuple(self.offsets, "offsets"),
+            None if self.target is None else as_tuple(self.target, "target"),
+            folds=as_whole_number(self.folds, "folds"),
+            products=self.products,
+            across_documents=self.across_documents,
+            drop_first=self.drop_first,
+        )
+        sources = MomentSources()
+        moments = obtain_moments(
+            X,
+            request,
+            keep=None if keep is None else bool(keep),
+            memory=memory,
+            client=client,
+            progress=progress,
+            sources=sources,
+        )
+        self._fit_moments(moments, np.float32)
+        self.moments_ = vars(sources).copy()
+        self._measure_shares(X, request)
+        return self
+
+    def _check_params(self) -> None:
+        """Raise `UsageError` for penalties, folds or products that cannot be right."""
+        if self.alpha is not None and self.alphas is not None:
+            raise UsageError("give alpha (one penalty) or alphas (penalties to choose from)")
+        penalties = [self.alpha] if self.alphas is None else list(self.alphas)
+        if not penalties or any(
+            a is not None and not (np.isfinite(a) and a >= 0) for a in penalties
+        ):
+            raise UsageError(f"penalties must be finite and 0 or more, not {penalties}")
+        if self.folds < (2 if self.alpha is None else 1):
+            raise UsageError(f"choosing a penalty needs at least 2 folds, not {self.folds}")
+        if self.products not in PRODUCTS:
+            raise UsageError(
+                f"products must be one of {', '.join(PRODUCTS)}, not {self.products!r}"
+            )
+
+    def _select_targets(self, moments: MomentSet) -> MomentSet:
+        """`moments` of the probe's targets alone; raises `UsageError` if they do not suit it."""
+        for name in ("across_documents", "drop_first"):
+            if getattr(moments, name) != getattr(self, name):
+                raise UsageError(
+                    f"these moments were collected with {name}={getattr(moments, name)}, the probe "
+                    f"has {name}={getattr(self, name)}; give both the same"
+                )
+        available = {pair[2] for pair in moments.pairs}
+        if self.target is None and len(available) > 1:
+            raise UsageError(f"these moments have the targets {sorted(available)}: give target=")
+        targets = available if self.target is None else set(as_tuple(self.target, "target"))
+        if not targets <= available:
+            raise NotFoundError(
+                f"these moments have the targets {sorted(available)}, not {targets}"
+            )
+        pairs = {pair: folds for pair, folds in moments.pairs.items() if pair[2] in targets}
+        return replace(moments, pairs=pairs)
+
+    def _fit_moments(self, groups: Iterable[MomentSet], dtype: Any) -> "RidgeProbe":
+        """Solve one group of moments after the other; maps are rounded to `dtype` if given."""
+        self._clear()
+        fits: dict[LayerOffsetTarget, RidgeFit] = {}
+        for moments in groups:
+            self.cache_id_, self.geometry_ = moments.cache_id, moments.geometry
+            self.split_, self.depth_ = moments.split, moments.depth
+            for pair, fit in self._solve(moments).items():
+                rounded = fit.map if dtype is None else fit.map.astype(dtype)
+                fits[pair] = replace(fit, map=rounded)
+            # Free these matrices before the next pass allocates its own.
+            del moments
+        if not fits:
+            raise UsageError("there are no moments to fit")
+        for pair in sorted(fits):
+            self._set_fit(pair, fits[pair])
+        self.n_features_in_ = len(self.maps_[next(iter(self.maps_))].weight)
+        return self
+
+    def _solve(self, moments: MomentSet) -> dict[LayerOffsetTarget, RidgeFit]:
+        """The fits of all pairs, on all cores; targets of one (layer, offset) share its spectra."""
+        from dask.base import compute
+        from dask.delayed import delayed
+
+        pairs_of_source: dict[tuple[int, int], list[LayerOffsetTarget]] = {}
+        for pair in moments.pairs:
+            pairs_of_source.setdefault(pair[:2], []).append(pair)
+        tasks: list[Any] = []
+        for (layer, offset), pairs in pairs_of_source.items():
+            folds, source = [moments.pairs[p] for p in pairs], f"layer {layer}, offset {offset}"
+            call = partial(fit_targets, folds, self.alpha, self.alphas, source)
+            tasks.append(delayed(call, pure=False)())
+        with one_blas_thread():
+            fits = compute(*tasks, scheduler="threads", num_workers=available_cores())
+        return {
+            pair: fit
+            for pairs, fits_of_source in zip(pairs_of_source.values(), fits, strict=True)
+            for pair, fit in zip(pairs, fits_of_source, strict=True)
         }
-        warn_of_domination(found)
+
+    def _clear(self) -> None:
+        """Forget the fit before."""
+        self.maps_: dict[MapKey, AffineMap] = {}
+        self.alpha_: dict[MapKey, float] = {}
+        self.alphas_: dict[MapKey, np.ndarray] = {}
+        self.cv_mse_path_: dict[MapKey, np.ndarray] = {}
+        self.r2_: dict[MapKey, float] = {}
+        self.mse_: dict[MapKey, float] = {}
+        self.n_: dict[MapKey, int] = {}
+        self.target_: dict[MapKey, int] = {}
+        self.shares_: dict[MapKey, dict[str, float | None]] = {}
+        self._is_flat = False
+        self._device_copies = {}
+
+    def _set_fit(self, pair: LayerOffsetTarget, fit: RidgeFit) -> None:
+        """Enter a fit into the fitted dictionaries."""
+        key = self._key_of(pair)
+        self.maps_[key], self.target_[key] = fit.map, pair[2]
+        self.alpha_[key] = fit.alpha
+        self.alphas_[key] = fit.alphas
+        self.cv_mse_path_[key] = fit.path
+        self.r2_[key], self.mse_[key], self.n_[key] = fit.r2, fit.mse, fit.n
+
+    def _key_of(self, pair: LayerOffsetTarget) -> MapKey:
+        """Key of a fit: with the target layer only if `target` is a list."""
+        return pair if is_several(self.target) else pair[:2]
+
+    def _measure_shares(self, cache: ActivationCache, request: MomentRequest) -> None:
+        """Set `shares_`: pairs that join two documents, and how few rows make most of the error."""
+        sequences = cache.sequences(request.split)
+        pairs_inside_documents = None
+        if not request.across_documents:
+            pairs_inside_documents = {key[1]: self.n_[key] for key in self.maps_}
+        crossing = crossing_shares(
+            cache, sequences, request.offsets, request.scope, pairs_inside_documents
+        )
+        key_of_pair = {(key[0], key[1], self.target_[key]): key for key in self.maps_}
+        maps = {pair: self.maps_[key] for pair, key in key_of_pair.items()}
+        shares = error_shares(cache, maps, sequences, request.scope)
+        self.shares_ = {
+            key: {"crossing": crossing[key[1]], **shares[pair].columns()}
+            for pair, key in key_of_pair.items()
+        }
+        warn_of_domination(shares)
 
     def _fit_rows(self, X: Any, y: Any, client: Any) -> "RidgeProbe":
-        X, y = self._rows(X, y)
-        flat = y.ndim == 1
-        pair = tuple(
-            as_tuple(given)[0] if given is not None else 0
-            for given in (self.layers, self.offset, self.target)
+        """Fit one map to rows; it has the first of `layers`, `offsets` and `target` as its key."""
+        X, y = self._check_rows(X, y)
+        is_flat = y.ndim == 1
+        layer, offset, target = (
+            as_tuple(numbers)[0] if numbers is not None else 0
+            for numbers in (self.layers, self.offsets, self.target)
         )
         folds = moments_of_rows(X, y, as_whole_number(self.folds, "folds"), self.products, client)
-        self._fit_all([MomentSet({pair: folds})], None)  # pyright: ignore[reportArgumentType]
-        self._is_flat = flat
+        self._fit_moments([MomentSet({(layer, offset, target): folds})], None)
+        self._is_flat = is_flat
         self._set_coefficients()
         return self
 
-    def _set_coefficients(self) -> None:
-        """`coef_` `(d_out, d_in)` and `intercept_` as scikit-learn's linear models have them."""
-        found = self.map()
-        self.coef_ = found.weight[:, 0] if self._is_flat else found.weight.T
-        self.intercept_ = found.bias[0] if self._is_flat else found.bias
-
-    def _rows(self, X: Any, y: Any) -> tuple[Any, Any]:
-        """`X` and `y` as arrays that fit together; dask's are left lazy."""
+    def _check_rows(self, X: Any, y: Any) -> tuple[Any, Any]:
+        """`X` and `y` as arrays of equal length; dask arrays stay lazy. Raises `UsageError`."""
         X, y = as_array(X, "X"), as_array(y, "y")
         if not is_dask(X):
             try:
@@ -169,136 +279,47 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         check_rows(X, y, self.folds)
         return X, y
 
-    def _chosen(self, moments: MomentSet) -> MomentSet:
-        """The moments of the targets asked for; raises `UsageError` if they are of other pairs."""
-        for name in ("across_documents", "drop_first"):
-            if getattr(moments, name) != getattr(self, name):
-                raise UsageError(
-                    f"these moments were collected with {name}={getattr(moments, name)}, the probe "
-                    f"has {name}={getattr(self, name)}; give both the same"
-                )
-        there = {pair[2] for pair in moments.pairs}
-        if self.target is None and len(there) > 1:
-            raise UsageError(f"these moments have the targets {sorted(there)}: give target=")
-        asked = there if self.target is None else set(as_tuple(self.target, "target"))
-        if not asked <= there:
-            raise NotFoundError(f"these moments have the targets {sorted(there)}, not {asked}")
-        return moments.with_pairs({p: m for p, m in moments.pairs.items() if p[2] in asked})
-
-    def _check(self) -> None:
-        if self.alpha is not None and self.alphas is not None:
-            raise UsageError("give alpha (one penalty) or alphas (penalties to choose from)")
-        given = [self.alpha] if self.alphas is None else list(self.alphas)
-        if not given or any(a is not None and not (np.isfinite(a) and a >= 0) for a in given):
-            raise UsageError(f"penalties must be finite and 0 or more, not {given}")
-        if self.folds < (2 if self.alpha is None else 1):
-            raise UsageError(f"choosing a penalty needs at least 2 folds, not {self.folds}")
-        if self.products not in PRODUCTS:
-            raise UsageError(
-                f"products must be one of {', '.join(PRODUCTS)}, not {self.products!r}"
-            )
-
-    def _fit_all(self, passes: Iterable[MomentSet], dtype: Any) -> "RidgeProbe":
-        self._clear()
-        found: dict[MapKey, RidgeFit] = {}
-        for moments in passes:
-            self.cache_id_, self.geometry_ = moments.cache_id, moments.geometry
-            self.split_, self.depth_ = moments.split, moments.depth
-            for pair, fitted in self._solve(moments).items():
-                rounded = fitted.map if dtype is None else fitted.map.astype(dtype)
-                found[pair] = replace(fitted, map=rounded)
-            # Else these matrices would stay while the next pass makes its own.
-            del moments
-        if not found:
-            raise UsageError("there are no moments to fit")
-        for pair in sorted(found):
-            self._keep(pair, found[pair])
-        self.n_features_in_ = len(self.maps_[next(iter(self.maps_))].weight)
-        return self
-
-    def _clear(self) -> None:
-        self.maps_: dict[MapKey, AffineMap] = {}
-        self.alpha_: dict[MapKey, float] = {}
-        self.alphas_: dict[MapKey, np.ndarray] = {}
-        self.cv_mse_path_: dict[MapKey, np.ndarray] = {}
-        self.r2_: dict[MapKey, float] = {}
-        self.mse_: dict[MapKey, float] = {}
-        self.n_: dict[MapKey, int] = {}
-        self.target_: dict[MapKey, int] = {}
-        self.shares_: dict[MapKey, dict[str, float | None]] = {}
-        self._is_flat = False
-        self._tensors: dict[tuple[MapKey, str], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def _solve(self, moments: MomentSet) -> dict[LayerOffsetTarget, RidgeFit]:
-        from dask.base import compute
-        from dask.delayed import delayed
-
-        sources: dict[tuple[int, int], list[LayerOffsetTarget]] = {}
-        for pair in moments.pairs:
-            sources.setdefault(pair[:2], []).append(pair)
-        work: list[Any] = []
-        for (layer, offset), pairs in sources.items():
-            folds, what = [moments.pairs[p] for p in pairs], f"layer {layer}, offset {offset}"
-            call = partial(fit_targets, folds, self.alpha, self.alphas, what)
-            work.append(delayed(call, pure=False)())
-        with one_blas_thread():
-            found = compute(*work, scheduler="threads", num_workers=available_cores())
-        fits = zip(sources.values(), found, strict=True)
-        return {p: fit for pairs, some in fits for p, fit in zip(pairs, some, strict=True)}
-
-    def _keep(self, pair: MapKey, found: RidgeFit) -> None:
-        key = pair if is_several(self.target) else pair[:2]
-        self.maps_[key], self.target_[key] = found.map, pair[2]
-        self.alpha_[key] = found.alpha
-        self.alphas_[key] = found.alphas
-        self.cv_mse_path_[key] = found.path
-        self.r2_[key], self.mse_[key], self.n_[key] = found.r2, found.mse, found.n
-
-    def pairs(self) -> list[tuple[int | None, int]]:
-        """The fitted (layer, offset) pairs."""
-        check_is_fitted(self, "maps_")
-        return list(dict.fromkeys((key[0], key[1]) for key in self.maps_))
+    def _set_coefficients(self) -> None:
+        """Set `coef_` `(d_out, d_in)` and `intercept_` as scikit-learn's linear models do."""
+        affine = self.map()
+        self.coef_ = affine.weight[:, 0] if self._is_flat else affine.weight.T
+        self.intercept_ = affine.bias[0] if self._is_flat else affine.bias
 
     def map(
         self, layer: int | None = None, offset: int | None = None, target: int | None = None
     ) -> AffineMap:
-        """The map of a (layer, offset, target); what only one was fitted of may be left out."""
-        key = self._pair(layer, offset, target)
+        """The map of a (layer, offset, target); a number may be left out if only one was fitted."""
+        key = self._find_key(layer, offset, target)
         return self.maps_[key]
 
-    def _pair(self, layer: int | None, offset: int | None, target: int | None = None) -> MapKey:
-        check_is_fitted(self, "maps_")
-        found = [
-            key
-            for key, to in self.target_.items()
-            if layer in (None, key[0]) and offset in (None, key[1]) and target in (None, to)
-        ]
-        if len(found) == 1:
-            return found[0]
-        several = is_several(self.target)
-        names = "(layer, offset, target)" if several else "(layer, offset)"
-        fitted = ", ".join(map(str, self.maps_))
-        if not found:
-            wanted = f"layer {layer}, offset {offset}"
-            wanted += f", target {target}" if target is not None else ""
-            raise NotFoundError(f"no map for {wanted}; fitted are {fitted}")
-        raise UsageError(
-            f"name a layer and an offset{', and a target' * several}; fitted {names} are {fitted}"
-        )
+    def residual_map(self, layer: int | None, offset: int) -> AffineMap | None:
+        """The map from (layer, offset) to the last layer; None if another layer is predicted."""
+        key = self._key_to_last_layer(layer, offset)
+        return self.maps_[key] if self.target_[key] == self.depth_ else None
+
+    def _key_to_last_layer(self, layer: int | None, offset: int) -> MapKey:
+        """Key of the map to layer L; with a single target, of the map to that target."""
+        return self._find_key(layer, offset, self.depth_ if is_several(self.target) else None)
+
+    def _target_of(self, key: MapKey) -> int:
+        return self.target_[key]
 
     def predict(
-        self, X: Any, layer: int | None = None, offset: int | None = None,
+        self,
+        X: Any,
+        layer: int | None = None,
+        offset: int | None = None,
         target: int | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """The predicted residual_L[t+N] of rows `(n, d_in)`, `(n, d_out)`; dask stays lazy."""
-        found = self.map(layer, offset, target)
-        X = as_array(X, "X", known=False)
+        affine = self.map(layer, offset, target)
+        X = as_array(X, "X", known_length=False)
         if not is_dask(X):
             X = validated(self, X, reset=False, dtype=(np.float64, np.float32))
-        elif X.ndim != 2 or X.shape[1] != len(found.weight):
-            raise UsageError(f"expected rows (n, {len(found.weight)}), found shape {X.shape}")
-        out = found(X)
-        return out[:, 0] if self._is_flat else out
+        elif X.ndim != 2 or X.shape[1] != len(affine.weight):
+            raise UsageError(f"expected rows (n, {len(affine.weight)}), found shape {X.shape}")
+        predicted = affine(X)
+        return predicted[:, 0] if self._is_flat else predicted
 
     def score(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -316,30 +337,36 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         `X` is a cache, of which `split` is read (on the cluster of `client`, if given), or rows
         with their targets `y`.
         """
-        key = self._pair(layer, offset, target)
+        key = self._find_key(layer, offset, target)
         if isinstance(X, ActivationCache):
-            asked = [[key[0]], [key[1]], [self.target_[key]]]
             moments = collect_moments(
-                X, *asked, folds=1, split=split, client=client,
-                across_documents=self.across_documents, drop_first=self.drop_first,
-            ).total(*key[:2])  # fmt: skip
+                X,
+                [key[0]],
+                [key[1]],
+                [self.target_[key]],
+                folds=1,
+                split=split,
+                client=client,
+                across_documents=self.across_documents,
+                drop_first=self.drop_first,
+            ).total(*key[:2])
             if moments.n == 0:
                 raise UsageError(f"split {split!r} has no pair at offset {key[1]}")
-            sse, spread = held_out_sse(self.maps_[key], moments), moments.yy
+            sse, variance = held_out_sse(self.maps_[key], moments), moments.yy
         else:
             if y is None:
                 raise UsageError("score of rows X needs their targets: score(X, y)")
-            y = as_array(y, "y", known=False)
+            y = as_array(y, "y", known_length=False)
             # Squares of half precision would overflow.
             y = y.astype(np.float64) if is_dask(y) else np.asarray(y, np.float64)
             predicted = self.predict(X, key[0], key[1], self.target_[key])
             if y.shape[1:] != predicted.shape[1:] or not _same_length(y, predicted):
                 raise UsageError(f"expected targets y {predicted.shape}, found {y.shape}")
             sse = float(((y - predicted) ** 2).sum())
-            spread = float(((y - y.mean(axis=0)) ** 2).sum())
-        if not (np.isfinite(sse) and np.isfinite(spread)):
+            variance = float(((y - y.mean(axis=0)) ** 2).sum())
+        if not (np.isfinite(sse) and np.isfinite(variance)):
             raise UsageError("the rows or targets hold values that are not finite")
-        return 1 - sse / spread if spread else float(sse == 0)
+        return 1 - sse / variance if variance else float(sse == 0)
 
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Logits `(n, vocab)` that the head gives for the predicted residual; float32."""
@@ -347,26 +374,13 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
         if batch.hidden is None:
             raise UsageError("the ridge probe reads a layer; this batch has none")
-        several = is_several(self.target)
-        pair = self._pair(layer, offset, self.depth_ if several else None)
-        if self.depth_ not in (None, self.target_[pair]):
+        key = self._key_to_last_layer(layer, offset)
+        if self.depth_ not in (None, self.target_[key]):
             raise UsageError(
-                f"this map predicts layer {self.target_[pair]}; the head reads layer {self.depth_}"
+                f"this map predicts layer {self.target_[key]}; the head reads layer {self.depth_}"
             )
-        device = str(batch.hidden.device)
-        if (pair, device) not in self._tensors:
-            found = self.maps_[pair].astype(np.float32)
-            # Copies: torch aligns its own memory, on which the last bits of a product depend.
-            weight, bias = (torch.tensor(a, device=device) for a in (found.weight, found.bias))
-            self._tensors[pair, device] = weight, bias
-        weight, bias = self._tensors[pair, device]
+        weight, bias = self._on_device(key, str(batch.hidden.device))
         return batch.head(torch.addmm(bias, batch.hidden.to(weight.dtype), weight))
-
-    def residual_map(self, layer: int | None, offset: int) -> AffineMap | None:
-        """The map to the last layer of a (layer, offset), None where it is to another one."""
-        several = isinstance(self.target, Iterable)
-        pair = self._pair(layer, offset, self.depth_ if several else None)
-        return self.maps_[pair] if self.target_[pair] == self.depth_ else None
 
     def metrics(self) -> list[dict[str, Any]]:
         """One row per (layer, offset): penalty, cross-validated R2 and error, number of pairs.
@@ -375,7 +389,7 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         the pairs of its sequences that join two documents (left out unless `across_documents`),
         and the shares of `ErrorShare`.
         """
-        check_is_fitted(self, "maps_")
+        self.check_fitted()
         rows = [
             {
                 "layer": key[0],
@@ -391,54 +405,56 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
         ]
         return plain_value(rows)
 
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = dict(super().__getstate__())  # pyright: ignore
-        if "_tensors" in state:
-            state["_tensors"] = {}
-        return state
-
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """What `save_probe` writes: a JSON object and tensors."""
+        """A JSON object and tensors for `save_probe`; `restore` is the inverse."""
         rows = self.metrics()
         for row, target in zip(rows, self.target_.values(), strict=True):
             row["target"] = target
-        about = {"cache": self.cache_id_, "geometry": self.geometry_, "split": self.split_}
-        about |= {"d_model": self.n_features_in_, "flat": self._is_flat, "depth": self.depth_}
-        about |= {"of_rows": hasattr(self, "coef_"), "moments": getattr(self, "moments_", None)}
-        about["feature_names"] = feature_names(self)
+        config = {
+            **self._origin(),
+            "flat": self._is_flat,
+            "depth": self.depth_,
+            "of_rows": hasattr(self, "coef_"),
+            "moments": getattr(self, "moments_", None),
+            "feature_names": feature_names(self),
+            "pairs": rows,
+        }
         tensors = {}
-        for key, found in self.maps_.items():
+        for key, affine in self.maps_.items():
             name = ".".join(map(str, key))
-            tensors[f"{name}.weight"], tensors[f"{name}.bias"] = found.weight, found.bias
+            tensors[f"{name}.weight"], tensors[f"{name}.bias"] = affine.weight, affine.bias
             tensors[f"{name}.alphas"] = self.alphas_[key]
             tensors[f"{name}.path"] = self.cv_mse_path_[key]
-        return {**about, "pairs": rows}, tensors
+        return config, tensors
 
     @classmethod
     def restore(
         cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
     ) -> "RidgeProbe":
-        """The probe that `state` described."""
+        """The fitted probe that `state` described; old files lack some keys of `config`."""
         probe = cls(**params)
         probe._clear()
-        probe.cache_id_, probe.geometry_ = config["cache"], config["geometry"]
-        probe.split_, probe._is_flat = config["split"], config["flat"]
-        probe.n_features_in_, probe.depth_ = config["d_model"], config.get("depth")
-        several = is_several(probe.target)
+        probe._restore_origin(config)
+        probe._is_flat, probe.depth_ = config["flat"], config.get("depth")
         for row in config["pairs"]:
-            # Probes of the first version knew no target but layer L.
+            # Probes of the first version had no target but layer L.
             pair = row["layer"], row["offset"], row.get("target", probe.depth_)
-            name = ".".join(map(str, pair if several else pair[:2]))
+            key = probe._key_of(pair)
+            name = ".".join(map(str, key))
             weight, bias, alphas, path = (
-                tensors[f"{name}.{kind}"] for kind in ("weight", "bias", "alphas", "path")
+                tensors[f"{name}.{part}"] for part in ("weight", "bias", "alphas", "path")
             )
-            r2 = np.nan if row["r2"] is None else row["r2"]
-            found = AffineMap(weight, bias)
-            probe._keep(pair, RidgeFit(found, row["alpha"], alphas, path, r2, row["n"]))
+            fit = RidgeFit(
+                map=AffineMap(weight, bias),
+                alpha=row["alpha"],
+                alphas=alphas,
+                path=path,
+                r2=np.nan if row["r2"] is None else row["r2"],
+                n=row["n"],
+            )
+            probe._set_fit(pair, fit)
             if "crossing" in row:
-                key = pair if several else pair[:2]
                 probe.shares_[key] = {name: row[name] for name in ("crossing", *SHARES)}
-        # What the first version did not write is left out.
         if config.get("moments") is not None:
             probe.moments_ = config["moments"]
         if config.get("of_rows"):
@@ -448,6 +464,6 @@ class RidgeProbe(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
 
 def _same_length(y: Any, predicted: Any) -> bool:
-    """Whether both have as many rows, as far as chunks of unknown size let it be known."""
+    """Whether both have as many rows; True where chunks of unknown size hide the number."""
     lengths = y.shape[0], predicted.shape[0]
     return bool(np.isnan(lengths).any()) or lengths[0] == lengths[1]

@@ -1,4 +1,8 @@
-"""Ridge regression from moments: one solution by Cholesky, a whole penalty path by one `eigh`."""
+"""Ridge regression from moments: a map by Cholesky, a whole penalty path by one `eigh` per fold.
+
+`RidgeProbe` calls `fit_targets`, the tuned lens `fit_ridge`: cross-validation over the folds of
+the moments chooses the penalty (`cross_validate`), then `solve` gives the map of all pairs.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +17,17 @@ from ..moments.moments import Moments, merge_all
 GRID = np.logspace(-7, 2, 19)
 """Default penalties, in units of the mean eigenvalue of the second moments."""
 Penalties = Sequence[float] | np.ndarray | None
+"""Penalties to choose from; None for `GRID`."""
 Spectrum = tuple[np.ndarray, np.ndarray]
 """Eigenvalues, ascending, and eigenvectors of second moments."""
 
 
 @dataclass(frozen=True, eq=False)
 class AffineMap:
-    """`x @ weight + bias`; both arrays lie row by row (C order), whatever order they come in.
+    """The map x @ weight + bias, with both arrays copied to C order.
 
-    The last bits of a product depend on the order of its factors, and a file keeps only one: so a
-    map that was saved and loaded predicts what the fitted one does.
+    The last bits of a product depend on the memory order of its factors, and a file keeps only
+    one order: so a loaded map predicts exactly what the fitted map did.
     """
 
     weight: np.ndarray
@@ -40,16 +45,17 @@ class AffineMap:
         return rows.astype(self.weight.dtype, copy=False) @ self.weight + self.bias
 
     def astype(self, dtype: Any) -> "AffineMap":
-        """The same map, rounded to `dtype`."""
+        """The map rounded to `dtype`."""
         return AffineMap(self.weight.astype(dtype, copy=False), self.bias.astype(dtype, copy=False))
 
 
 @dataclass(frozen=True, eq=False)
 class RidgeFit:
-    """What cross-validation chose, and the map that all pairs give with it."""
+    """The penalty that cross-validation chose, and the map of all pairs with this penalty."""
 
     map: AffineMap
     alpha: float
+    """The chosen penalty."""
     alphas: np.ndarray
     """Penalties tried, `(penalties,)`."""
     path: np.ndarray
@@ -57,6 +63,7 @@ class RidgeFit:
     r2: float
     """Share of the held-out variance, of all outputs together, that is predicted."""
     n: int
+    """Number of pairs."""
 
     @property
     def mse(self) -> float:
@@ -67,7 +74,7 @@ class RidgeFit:
 def fit_targets(
     targets: Sequence[Sequence[Moments]], alpha: float | None, alphas: Penalties, what: str
 ) -> list[RidgeFit]:
-    """`fit_ridge` of several targets of the same rows x, whose spectra are computed once."""
+    """`fit_ridge` of several targets of the same rows x, which share the spectra of the folds."""
     spectra: dict[int, Spectrum] | None = {} if len(targets) > 1 else None
     return [fit_ridge(folds, alpha, alphas, what, spectra) for folds in targets]
 
@@ -81,33 +88,38 @@ def fit_ridge(
 ) -> RidgeFit:
     """Choose a penalty by exact cross-validation over `folds`, then fit all pairs with it.
 
-    `what` names the pairs in messages; `spectra`, if given, keeps those of the training moments
-    per fold for further targets. Raises `UsageError` if the pairs cannot be fitted.
+    `alpha` fixes the penalty, `alphas` are the ones to choose from; `what` names the pairs in
+    messages. `spectra`, if given, receives the spectrum of each fold's training moments, for
+    further targets. Raises `UsageError` if the pairs cannot be fitted.
     """
     total = merge_all(folds)
     if total.n == 0:
         raise UsageError(f"{what}: there is no pair; are all documents shorter than the offset?")
     if not (np.isfinite(total.yy) and np.isfinite(np.trace(total.xx))):
         raise UsageError(f"{what}: the rows hold values that are not finite")
+    # Error of every penalty on the held-out folds.
     tried = np.array([alpha]) if alpha is not None else penalties(total, alphas)
-    path, held = cross_validate(folds, tried, spectra)
-    if held and not np.isfinite(path).any():
+    path, held_out = cross_validate(folds, tried, spectra)
+    if held_out and not np.isfinite(path).any():
         raise UsageError(f"{what}: no penalty gives a finite error; scale the rows down")
-    if not held and alpha is None:
+    if not held_out and alpha is None:
         raise UsageError(
             f"{what}: choosing a penalty needs pairs in at least two folds; "
             "give alpha=, or use more sequences"
         )
-    # numpy's argmin would choose NaN.
-    best = int(np.argmin(np.where(np.isfinite(path), path, np.inf))) if held else 0
-    chosen = float(tried[best])
-    sse = path[best] * held * len(total.mean_y)
-    r2 = (1 - sse / total.yy if total.yy else float(sse == 0)) if held else np.nan
-    return RidgeFit(solve(total, chosen), chosen, tried, path, float(r2), total.n)
+    # The best penalty; numpy's argmin alone would choose NaN.
+    best = int(np.argmin(np.where(np.isfinite(path), path, np.inf))) if held_out else 0
+    best_alpha = float(tried[best])
+    # R2 of all outputs together: 1 - held-out squared error / variance.
+    r2 = np.nan
+    if held_out:
+        sse = path[best] * held_out * len(total.mean_y)
+        r2 = 1 - sse / total.yy if total.yy else float(sse == 0)
+    return RidgeFit(solve(total, best_alpha), best_alpha, tried, path, float(r2), total.n)
 
 
 def penalties(total: Moments, alphas: Penalties) -> np.ndarray:
-    """The given penalties, or `GRID` times the mean eigenvalue."""
+    """`alphas` as an array; by default `GRID` times the mean eigenvalue of the moments of x."""
     if alphas is not None:
         return np.asarray(alphas, np.float64)
     return GRID * (np.trace(total.xx) / len(total.xx) or 1.0)
@@ -116,14 +128,15 @@ def penalties(total: Moments, alphas: Penalties) -> np.ndarray:
 def cross_validate(
     folds: Sequence[Moments], alphas: np.ndarray, spectra: dict[int, Spectrum] | None = None
 ) -> tuple[np.ndarray, int]:
-    """Mean squared error per penalty over all held-out pairs, and the number of those pairs."""
-    sse, held = np.zeros(len(alphas)), 0
+    """Mean squared error per penalty over all held-out pairs, and the number of these pairs."""
+    sse, held_out = np.zeros(len(alphas)), 0
     for number, fold in enumerate(folds):
-        # Merging the others is as quick as total minus fold, and cannot cancel.
+        # Train on all other folds. Merging them is as quick as total minus fold, and cannot cancel.
         others = [other for index, other in enumerate(folds) if index != number]
         if fold.n == 0 or not any(other.n for other in others):
             continue
         train = merge_all(others)
+        # A path over several penalties needs the spectrum, which targets share.
         spectrum = None
         if len(alphas) > 1:
             spectrum = None if spectra is None else spectra.get(number)
@@ -132,61 +145,77 @@ def cross_validate(
                 spectrum = values, vectors
             if spectra is not None:
                 spectra[number] = spectrum
-        sse += path_sse(train, fold, alphas, spectrum)
-        held += fold.n
+        sse += path_errors(train, fold, alphas, spectrum)
+        held_out += fold.n
     width = len(folds[0].mean_y)
-    return (sse / (held * width) if held else np.full(len(alphas), np.nan)), held
+    mean = sse / (held_out * width) if held_out else np.full(len(alphas), np.nan)
+    return mean, held_out
 
 
-def path_sse(
-    train: Moments, held: Moments, alphas: np.ndarray, spectrum: Spectrum | None = None
+def path_errors(
+    train: Moments, held_out: Moments, alphas: np.ndarray, spectrum: Spectrum | None = None
 ) -> np.ndarray:
-    """Squared error on `held` of the ridge solutions of `train`, one per penalty.
+    """Squared error on `held_out` of the ridge solutions of `train`, one per penalty.
 
-    With Q, lam the eigenvectors and values of the training moments (the `spectrum`), a solution
-    is Q diag(1 / (lam + alpha)) Q'Sxy, so each penalty costs O(d^2). Computed in float64 as a
-    difference of sums: exact down to about 1e-14 of the sum of squares of y.
+    With Q, lam the eigenvectors and values of the training moments (the `spectrum`), a solution is
+    W = Q G C with G = diag(1 / (lam + alpha)) and C = Q'Sxy. Its squared error on the held-out
+    moments H is
+
+        Hyy - 2 tr(W'Hxy) + tr(W'Hxx W) + n |b|^2,
+
+    b the error at the held-out mean. Both traces are sums over the gains g of G, so that each
+    penalty costs O(d^2). Computed in float64 as a difference of sums: exact down to about 1e-14 of
+    the sum of squares of y.
     """
     if spectrum is None:
-        return np.array([held_out_sse(solve(train, float(alpha)), held) for alpha in alphas])
+        return np.array([held_out_sse(solve(train, float(alpha)), held_out) for alpha in alphas])
     values, vectors = spectrum
     cross = vectors.T @ train.xy
-    linear = np.einsum("ij,ij->i", cross, vectors.T @ held.xy)
-    quadratic = vectors.T @ held.xx @ vectors
+    # tr(W'Hxy) = g . linear, tr(W'Hxx W) = g' quadratic g.
+    linear = np.einsum("ij,ij->i", cross, vectors.T @ held_out.xy)
+    quadratic = vectors.T @ held_out.xx @ vectors
     quadratic *= cross @ cross.T
-    shift_x = vectors.T @ (held.mean_x - train.mean_x)
-    shift_y = held.mean_y - train.mean_y
-    out = np.empty(len(alphas))
+    # Differences of the held-out means from those of training.
+    shift_x = vectors.T @ (held_out.mean_x - train.mean_x)
+    shift_y = held_out.mean_y - train.mean_y
+    errors = np.empty(len(alphas))
     for index, alpha in enumerate(alphas):
         gain = inverse(values, float(alpha), train.n)
         bias = shift_y - (gain * shift_x) @ cross
-        out[index] = held.yy - 2 * gain @ linear + gain @ quadratic @ gain + held.n * bias @ bias
-    return np.maximum(out, 0.0)
+        errors[index] = (
+            held_out.yy - 2 * gain @ linear + gain @ quadratic @ gain + held_out.n * bias @ bias
+        )
+    return np.maximum(errors, 0.0)
 
 
-def held_out_sse(found: AffineMap, held: Moments) -> float:
-    """Squared error of a map over the pairs that `held` sums up."""
-    weight = found.weight.astype(np.float64, copy=False)
-    bias = held.mean_y - held.mean_x @ weight - found.bias
-    explained = np.einsum("ij,ij->", weight, held.xx @ weight - 2 * held.xy)
-    return max(float(held.yy + explained + held.n * bias @ bias), 0.0)
+def held_out_sse(affine: AffineMap, held_out: Moments) -> float:
+    """Squared error of a map over the pairs of `held_out`: Hyy - 2 tr(W'Hxy) + tr(W'Hxx W) + n b'b.
+
+    W is the weight, b the error at the mean, Hxx, Hxy, Hyy the centred moments.
+    """
+    weight = affine.weight.astype(np.float64, copy=False)
+    bias = held_out.mean_y - held_out.mean_x @ weight - affine.bias
+    explained = np.einsum("ij,ij->", weight, held_out.xx @ weight - 2 * held_out.xy)
+    return max(float(held_out.yy + explained + held_out.n * bias @ bias), 0.0)
 
 
 def inverse(values: np.ndarray, alpha: float, n: int) -> np.ndarray:
-    """1 / (values + alpha), and 0 for values that are rounding: the solution of least norm.
+    """1 / (values + alpha) of eigenvalues, 0 where these are rounding: solution of least norm.
 
-    `n` centred rows have rank below n; what they give in other directions is rounding, which a
-    tiny `alpha` would blow up.
+    `n` centred rows have rank below n; eigenvalues in other directions are rounding, which a tiny
+    `alpha` would blow up.
     """
     shifted = np.maximum(values, 0.0) + alpha
+    # Eigenvalues below the rounding of the largest one are none, unless alpha is larger.
     floor = max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
-    known = shifted > (floor if alpha <= floor else 0.0)
-    known[: max(0, len(values) - n + 1)] = False
-    return np.divide(1.0, shifted, out=np.zeros_like(shifted), where=known)
+    is_reliable = shifted > (floor if alpha <= floor else 0.0)
+    is_reliable[: max(0, len(values) - n + 1)] = False
+    return np.divide(1.0, shifted, out=np.zeros_like(shifted), where=is_reliable)
 
 
 def solve(moments: Moments, alpha: float) -> AffineMap:
     """The map that minimises SSE + alpha |weight|^2; the bias is not penalised."""
+    # Cholesky where the rows have full rank, else eigenvalues, which give the least norm.
     weight = cholesky(moments, alpha) if moments.n > len(moments.xx) else None
     if weight is None:
         values, vectors = np.linalg.eigh(moments.xx)
@@ -196,7 +225,10 @@ def solve(moments: Moments, alpha: float) -> AffineMap:
 
 
 def cholesky(moments: Moments, alpha: float) -> np.ndarray | None:
-    """Solve by Cholesky with a unit diagonal (massive columns do no harm); None if singular."""
+    """(xx + alpha 1)^-1 xy by Cholesky of the matrix scaled to a unit diagonal; None if singular.
+
+    The scaling makes the result independent of massive columns.
+    """
     diagonal = np.diagonal(moments.xx) + alpha
     if not np.all(diagonal > 0):
         return None
@@ -204,6 +236,7 @@ def cholesky(moments: Moments, alpha: float) -> np.ndarray | None:
     matrix = moments.xx * scale[:, None] * scale
     np.fill_diagonal(matrix, 1.0)
     potrf, pocon, potrs = get_lapack_funcs(("potrf", "pocon", "potrs"), (matrix,))
+    # Singular: the factorisation fails, or the reciprocal condition number is rounding.
     norm = np.abs(matrix).sum(axis=0).max()
     factor, failed = potrf(matrix, lower=True)
     if failed or pocon(factor, norm, uplo="L")[0] < len(matrix) * np.finfo(np.float64).eps:

@@ -1,4 +1,7 @@
-"""Shares fitted probes through model repositories of the Hugging Face hub: push, load, card."""
+"""Fitted probes in model repositories of the Hugging Face hub: push, pull, and the model card.
+
+A repository holds the files of `save_probe` and a README.md with the metrics of the fit.
+"""
 
 import tempfile
 from collections.abc import Sequence
@@ -41,7 +44,7 @@ Fitted from cached residual streams, without the model, by residua {residua}.
 ```python
 import residua
 
-probe = residua.load_from_hub("{repo_id}")
+probe = residua.pull_probe("{repo_id}")
 residua.evaluate(cache, [probe]).to_dicts()  # a cache of the same model: others are refused
 ```
 
@@ -60,21 +63,26 @@ def push_probe(
     revision: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a fitted `probe`, or a folder of `save_probe`, to a model repository; its address.
+    """Upload a fitted `probe`, or a folder of `save_probe`, and return the repository's address.
 
-    The repository is made if needed. With the `cache` that it was fitted on, the card names the
-    model and the texts; a card that is there already stays. Raises `MismatchError` if the
-    repository holds a probe of another kind or model.
+    The repository is created if needed. With the `cache` of the fit, the card names the model and
+    the texts; an existing card is not replaced. Raises `MismatchError` if the repository holds a
+    probe of another kind or model.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(probe) if isinstance(probe, str | Path) else save_probe(probe, temporary)
         load_probe(folder)
         config = read_json(folder / "config.json")
-        where = {"repo_id": repo_id, "repo_type": "model", "revision": revision, "token": token}
+        repository = {
+            "repo_id": repo_id,
+            "repo_type": "model",
+            "revision": revision,
+            "token": token,
+        }
         with hub_errors(repo_id, "model"):
             import huggingface_hub as hub
 
-            # None, not False: where it is public or not by default, that default holds.
+            # None, not False: an organisation may have private repositories by default.
             url = hub.create_repo(
                 repo_id, repo_type="model", private=private or None, exist_ok=True, token=token
             )
@@ -82,21 +90,21 @@ def push_probe(
                 hub.create_branch(
                     repo_id, repo_type="model", branch=revision, exist_ok=True, token=token
                 )
-            _check_remote(config, where)
+            _check_replaces(config, repository)
             hub.upload_folder(
                 folder_path=folder,
                 commit_message=f"{config['kind']} of cache {str(config['cache'])[:12]}",
                 allow_patterns=list(FILES),
-                **where,
+                **repository,
             )
-            if not hub.file_exists(filename=CARD_FILE, **where):
+            if not hub.file_exists(filename=CARD_FILE, **repository):
                 text = probe_card(config, repo_id, cache).encode()
-                hub.upload_file(path_or_fileobj=text, path_in_repo=CARD_FILE, **where)
+                hub.upload_file(path_or_fileobj=text, path_in_repo=CARD_FILE, **repository)
     return str(url)
 
 
 def pull_probe(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Any:
-    """Download and load a probe of `push_probe`; every byte is checked, nothing is executed."""
+    """Download and load a probe that `push_probe` uploaded; bytes are checked, nothing is run."""
     with hub_errors(repo_id, "model"):
         import huggingface_hub as hub
 
@@ -106,38 +114,44 @@ def pull_probe(repo_id: str, *, revision: str | None = None, token: str | None =
     return load_probe(folder)
 
 
-def _check_remote(config: dict[str, Any], where: dict[str, Any]) -> None:
-    """Raise `MismatchError` if the repository holds a probe that this one does not replace."""
+def _check_replaces(config: dict[str, Any], repository: dict[str, Any]) -> None:
+    """Raise `MismatchError` if `repository` holds a probe of another kind or head than `config`."""
     import huggingface_hub as hub
 
-    if not hub.file_exists(filename="config.json", **where):
+    if not hub.file_exists(filename="config.json", **repository):
         return
-    found = read_json(Path(hub.hf_hub_download(filename="config.json", **where)))
+    existing = read_json(Path(hub.hf_hub_download(filename="config.json", **repository)))
     for name, word in {"kind": "kind", "geometry": "head"}.items():
-        if found.get(name) != config[name]:
+        if existing.get(name) != config[name]:
             raise MismatchError(
-                f"{where['repo_id']} holds a probe of {word} {found.get(name)!r}, this one has "
-                f"{config[name]!r}; push it to a repository or a revision of its own"
+                f"{repository['repo_id']} holds a probe of {word} {existing.get(name)!r}, "
+                f"this one has {config[name]!r}; push it to a repository or a revision of its own"
             )
 
 
 def probe_card(config: dict[str, Any], repo_id: str, cache: "ActivationCache | None" = None) -> str:
     """README.md for `repo_id`, with YAML front matter; the licence is left to the user."""
-    name = of = ""
+    base_model = model_and_data = ""
     if cache is not None:
         model, data = cache.manifest.model_name, cache.manifest.data_name
-        of = f" of {public_name(model)} on {public_name(data)}"
-        name = f"base_model: {model}\n" if public_name(model) == model and "/" in model else ""
+        model_and_data = f" of {public_name(model)} on {public_name(data)}"
+        if public_name(model) == model and "/" in model:
+            base_model = f"base_model: {model}\n"
     fields = {key: config[key] for key in ("kind", "cache", "split", "d_model", "residua")}
     params = ", ".join(f"{k} {v}" for k, v in config["params"].items() if v is not None)
     return CARD.format(
-        **fields, of=of, base_model=name, repo_id=repo_id, params=params,
-        geometry=config["geometry"], table=table(config["pairs"]),
-    )  # fmt: skip
+        **fields,
+        of=model_and_data,
+        base_model=base_model,
+        repo_id=repo_id,
+        params=params,
+        geometry=config["geometry"],
+        table=metrics_table(config["pairs"]),
+    )
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Metrics as Markdown, one line per (layer, offset); lists are left out."""
+def metrics_table(rows: Sequence[dict[str, Any]]) -> str:
+    """`rows` of `metrics()` as a Markdown table, layer and offset first; lists are left out."""
     names = dict.fromkeys(k for row in rows for k in row if not isinstance(row[k], list))
     columns = sorted(names, key=lambda name: (name != "layer", name != "offset"))
     lines = [columns, ["---:"] * len(columns)]

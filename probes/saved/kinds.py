@@ -1,11 +1,7 @@
-"""Kinds of probes by the name that a saved probe carries."""
+"""Kinds of probes: the name that a saved probe carries, and the class that it stands for."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 KINDS = {
     "bigram": ("..baselines.ngrams", "Bigram"),
@@ -19,15 +15,15 @@ KINDS = {
     "unigram": ("..baselines.ngrams", "Unigram"),
     "vocab": ("..vocabulary.vocab_probe", "VocabProbe"),
 }
-"""Module and class of each kind of probe; imported when one is loaded."""
+"""Kind -> module and class; a module is imported when a probe of its kind is needed."""
 
 
 def is_known(kind: Any) -> bool:
-    """Whether `kind` is one of `KINDS`, or one of them with a control: `ridge/shuffled`."""
+    """Whether `kind` is a key of `KINDS`, alone or with a control behind it: `ridge/shuffled`."""
     return isinstance(kind, str) and kind.partition("/")[0] in KINDS
 
 
 def probe_class(kind: str) -> Any:
-    """The class of a known kind of probe."""
+    """The class of a known kind; `ControlProbe` for a kind with a control."""
     module, name = ("..controls.control_probe", "ControlProbe") if "/" in kind else KINDS[kind]
     return getattr(import_module(module, __package__), name)

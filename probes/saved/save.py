@@ -1,17 +1,27 @@
-"""Probes on disk: a folder with `probe.safetensors` and `config.json`, never a pickle."""
+"""Saves and loads fitted probes: a folder with `probe.safetensors` and `config.json`, no pickle.
+
+Every kind of probe offers `kind`, `get_params`, `state` and `restore` (see `SavedProbe`);
+`kinds.py` maps a kind to its class, `library.py` names folders under a root, `hub.py` shares
+them. Tensors are checked by sha256 when they are read, and must be finite.
+"""
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ... import __version__
 from ...cache.errors import CorruptError, MismatchError, UsageError
-from ...cache.files.json_files import make_folder, read_json, write_atomically, write_json
-from ...cache.files.json_files import plain_value as plain_json
+from ...cache.files.json_files import (
+    make_folder,
+    plain_value,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from ...cache.files.paths import as_path
 from .kinds import KINDS, is_known, probe_class
 
@@ -20,15 +30,15 @@ if TYPE_CHECKING:
 
 
 FILES = ("config.json", "probe.safetensors")
-"""What a saved probe consists of."""
+"""Files of a saved probe."""
 
 
 class SavedProbe(Protocol):
-    """What a probe offers to be kept on disk; `restore(params, config, tensors)` reads it back."""
+    """A probe that can be saved; `restore(params, config, tensors)` of its class reads it back."""
 
     @property
     def kind(self) -> str:
-        """One of `KINDS`, or one with a control: `ridge/shuffled`."""
+        """A key of `KINDS`, alone or with a control behind it: `ridge/shuffled`."""
         ...
 
     def get_params(self) -> dict[str, Any]:
@@ -41,7 +51,7 @@ class SavedProbe(Protocol):
 
 
 def save_probe(probe: SavedProbe, folder: str | Path) -> Path:
-    """Write a fitted `probe` (see `SavedProbe`) to `folder`; tensors first, then `config.json`.
+    """Write a fitted `probe` to `folder` and return the path; tensors first, then `config.json`.
 
     Raises `UsageError` for a probe that holds NaN or an infinity.
     """
@@ -53,26 +63,28 @@ def save_probe(probe: SavedProbe, folder: str | Path) -> Path:
     check_finite(tensors, f"the {probe.kind} probe")
     path = as_path(folder)
     make_folder(path)
-    data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()})
+    data = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
     write_atomically(path / "probe.safetensors", data)
     about = {
         "kind": probe.kind,
-        "params": plain_params(probe.get_params()),
-        "param_types": types_of(probe.get_params()),
-        "residua": __version__,
+        "params": saved_params(probe),
+        "param_types": param_types(probe),
+        "residua": package_version(),
         "tensors": hashlib.sha256(data).hexdigest(),
     }
-    write_json(path / "config.json", {**plain_params(config), **about})
+    write_json(path / "config.json", {**plain_value(config), **about})
     return path
 
 
 def load_probe(folder: str | Path) -> Any:
-    """Read a probe of `save_probe`, without its cache; any changed byte raises `CorruptError`.
+    """Read a probe that `save_probe` wrote, without its cache.
 
-    Raises `UsageError` for a probe of another version, or one that holds NaN or an infinity.
+    Raises `CorruptError` for any changed byte, `UsageError` for a probe of an unknown kind or
+    with NaN or an infinity.
     """
     from safetensors.numpy import load
 
+    # Read both files, and check that the tensors are those of the config.
     config, file = read_json(as_path(folder) / "config.json"), as_path(folder) / "probe.safetensors"
     data = file.read_bytes() if file.is_file() else b""
     if hashlib.sha256(data).hexdigest() != config.get("tensors"):
@@ -82,45 +94,98 @@ def load_probe(folder: str | Path) -> Any:
             f"{folder} holds a probe of kind {config.get('kind')!r}, written by residua "
             f"{config.get('residua')}; this version knows {', '.join(KINDS)}"
         )
-    kind = probe_class(config["kind"])
-    params = typed(config["params"], config.get("param_types", {}))
     # Copies: arrays of their own, aligned as numpy and torch align those of a fit.
-    tensors = {name: value.copy() for name, value in load(data).items()}
+    tensors = {name: tensor.copy() for name, tensor in load(data).items()}
     check_finite(tensors, str(file))
-    return kind.restore(_known_scope(kind, params), config, tensors)
+    # Give the class its parameters, in their types and under today's names.
+    kind = probe_class(config["kind"])
+    params = with_param_types(config["params"], config.get("param_types", {}))
+    return kind.restore(constructor_params(kind, params), config, tensors)
 
 
-def _known_scope(kind: Any, params: dict[str, Any]) -> dict[str, Any]:
-    """`params` with `across_documents`: probes that do not say were fitted to all pairs."""
-    if isinstance(inner := params.get("probe"), dict):
-        known = _known_scope(probe_class(inner["kind"]), inner["params"])
-        return {**params, "probe": {**inner, "params": known}}
+def package_version() -> str:
+    """Version of the installed package; `unknown` where only its source files are there."""
+    try:
+        return version("residua")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def saved_params(probe: Any) -> dict[str, Any]:
+    """Constructor parameters of `probe` as in `config.json`; a probe inside as kind and params."""
+
+    def saved_value(value: Any) -> Any:
+        if hasattr(value, "get_params"):
+            return {"kind": value.kind, "params": saved_params(value)}
+        return plain_value(value)
+
+    params = probe.get_params()
+    return {_saved_name(probe, name): saved_value(value) for name, value in params.items()}
+
+
+def _saved_name(probe: Any, name: str) -> str:
+    """Key in `config.json` of a parameter: its first name, where it was renamed later."""
+    return getattr(probe, "names_on_disk", {}).get(name, name)
+
+
+def constructor_params(kind: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `saved_params`: keywords for the class `kind`, also of a probe inside.
+
+    Probes that were saved without `across_documents` were fitted to all pairs.
+    """
+    today = {saved: name for name, saved in getattr(kind, "names_on_disk", {}).items()}
+    params = {today.get(name, name): value for name, value in params.items()}
+    if isinstance(base := params.get("probe"), dict):
+        base_params = constructor_params(probe_class(base["kind"]), base["params"])
+        return {**params, "probe": {**base, "params": base_params}}
     if "across_documents" in signature(kind).parameters:
         return {"across_documents": True, **params}
     return params
 
 
-def check_geometry(probe: Any, cache: "ActivationCache") -> None:
-    """Raise `MismatchError` unless `cache` has the residual geometry that `probe` was fitted on."""
-    if probe.n_features_in_ != cache.d_model:
-        raise MismatchError(
-            f"the probe reads residual streams of width {probe.n_features_in_}, this cache has "
-            f"width {cache.d_model}; use a cache of the same model or fit a new probe"
-        )
-    found = cache.head.digest
-    # A probe of arrays knows no head; its width is all there is to compare.
-    if probe.geometry_ is not None and probe.geometry_ != found:
-        raise MismatchError(
-            f"the probe was fitted on a cache with head {probe.geometry_[:12]}, this cache has "
-            f"head {found[:12]}; use a cache of the same model or fit a new probe"
-        )
+def param_types(probe: Any) -> dict[str, Any]:
+    """Types of the parameters that JSON would change, by their key in `config.json`."""
+    types: dict[str, Any] = {}
+    for parameter, value in probe.get_params().items():
+        name = _saved_name(probe, parameter)
+        if hasattr(value, "get_params"):
+            types[name] = param_types(value)
+        elif isinstance(value, np.ndarray):
+            types[name] = f"array {value.dtype.str}"
+        elif isinstance(value, np.generic):
+            types[name] = f"number {value.dtype.str}"
+        elif isinstance(value, tuple | range):
+            types[name] = type(value).__name__
+    return types
+
+
+def with_param_types(params: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
+    """Saved `params` in the types that `param_types` recorded before they became JSON."""
+    typed_params = dict(params)
+    for name, type_name in types.items():
+        value = params[name]
+        if isinstance(type_name, dict):
+            base_params = with_param_types(value["params"], type_name)
+            typed_params[name] = {**value, "params": base_params}
+        elif type_name == "tuple":
+            typed_params[name] = tuple(value)
+        elif type_name == "range":
+            step = value[1] - value[0] if len(value) > 1 else 1
+            stop = value[-1] + (1 if step > 0 else -1) if value else 0
+            typed_params[name] = range(value[0], stop, step) if value else range(0)
+        else:
+            container, dtype = type_name.split()
+            typed_params[name] = (
+                np.array(value, dtype) if container == "array" else np.dtype(dtype).type(value)
+            )
+    return typed_params
 
 
 def check_belongs(probe: Any, cache: "ActivationCache", force: bool = False) -> None:
     """Raise unless `probe` can be read on `cache`: of the same model, and with finite tensors.
 
-    `force` leaves out the head's digest, not the width. Readouts that know of no cache (a logit
-    lens, one of a user's own) are of any model. Raises `MismatchError` or `UsageError`.
+    `force` accepts another head, never another width. Readouts without a cache of their own (a
+    logit lens, a user's readout) belong to every model. Raises `MismatchError` or `UsageError`.
     """
     if hasattr(probe, "geometry_") and hasattr(probe, "n_features_in_"):
         try:
@@ -137,10 +202,40 @@ def check_belongs(probe: Any, cache: "ActivationCache", force: bool = False) -> 
     check_finite(dict(_tensors_of(probe)), f"the {probe.kind} probe")
 
 
+def check_geometry(probe: Any, cache: "ActivationCache") -> None:
+    """Raise `MismatchError` unless `cache` has the width and the head that `probe` was fitted on.
+
+    A probe of arrays has no head: only the width is compared.
+    """
+    if probe.n_features_in_ != cache.d_model:
+        raise MismatchError(
+            f"the probe reads residual streams of width {probe.n_features_in_}, this cache has "
+            f"width {cache.d_model}; use a cache of the same model or fit a new probe"
+        )
+    digest = cache.head.digest
+    if probe.geometry_ is not None and probe.geometry_ != digest:
+        raise MismatchError(
+            f"the probe was fitted on a cache with head {probe.geometry_[:12]}, this cache has "
+            f"head {digest[:12]}; use a cache of the same model or fit a new probe"
+        )
+
+
+def _tensors_of(probe: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and values of every fitted tensor that reads residual streams; no copies."""
+    probe = getattr(probe, "probe_", probe)
+    for key, affine in getattr(probe, "maps_", {}).items():
+        name = ".".join(map(str, key))
+        yield f"{name}.weight", affine.weight
+        yield f"{name}.bias", affine.bias
+    for (layer, offset), fitted in getattr(probe, "fitted_", {}).items():
+        for name, tensor in fitted.parameters.items():
+            yield f"{layer}.{offset}.{name}", tensor.numpy()
+
+
 def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
     """Raise `UsageError` that names the first of `tensors` with NaN or an infinity."""
     for name, tensor in tensors.items():
-        # Penalties without held-out pairs have no error: that is what the NaN of a path says.
+        # NaN on a penalty path is legitimate: without held-out pairs, penalties have no error.
         if name.endswith(".path") or tensor.dtype.kind != "f":
             continue
         count = tensor.size - int(np.count_nonzero(np.isfinite(tensor)))
@@ -149,18 +244,6 @@ def check_finite(tensors: Mapping[str, np.ndarray], where: str) -> None:
                 f"{where}: tensor {name} holds {count} values of {tensor.size} that are not finite "
                 "(NaN or infinite); the fit diverged: fit it again, with a smaller step (lr)"
             )
-
-
-def _tensors_of(probe: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters that `probe` reads residual streams with, by name; no copies."""
-    probe = getattr(probe, "probe_", probe)
-    for pair, found in getattr(probe, "maps_", {}).items():
-        name = ".".join(map(str, pair))
-        yield f"{name}.weight", found.weight
-        yield f"{name}.bias", found.bias
-    for pair, fitted in getattr(probe, "fitted_", {}).items():
-        for name, tensor in fitted.parameters.items():
-            yield f"{pair[0]}.{pair[1]}.{name}", tensor.numpy()
 
 
 def feature_names(probe: Any) -> list[str] | None:
@@ -173,46 +256,3 @@ def set_feature_names(probe: Any, names: list[str] | None) -> None:
     """Give a restored `probe` the names of `feature_names`."""
     if names is not None:
         probe.feature_names_in_ = np.array(names, object)
-
-
-def types_of(params: dict[str, Any]) -> dict[str, Any]:
-    """Types of those parameters that JSON would change: name -> type, and dtype of numpy's."""
-    types: dict[str, Any] = {}
-    for name, value in params.items():
-        if hasattr(value, "get_params"):
-            types[name] = types_of(value.get_params())
-        elif isinstance(value, np.ndarray):
-            types[name] = f"array {value.dtype.str}"
-        elif isinstance(value, np.generic):
-            types[name] = f"number {value.dtype.str}"
-        elif isinstance(value, tuple | range):
-            types[name] = type(value).__name__
-    return types
-
-
-def typed(params: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
-    """Parameters as they were before `plain`, by the `types` of `types_of`."""
-    found = dict(params)
-    for name, kind in types.items():
-        value = params[name]
-        if isinstance(kind, dict):
-            found[name] = {**value, "params": typed(value["params"], kind)}
-        elif kind == "tuple":
-            found[name] = tuple(value)
-        elif kind == "range":
-            step = value[1] - value[0] if len(value) > 1 else 1
-            last = value[-1] + (1 if step > 0 else -1) if value else 0
-            found[name] = range(value[0], last, step) if value else range(0)
-        else:
-            form, dtype = kind.split()
-            found[name] = np.array(value, dtype) if form == "array" else np.dtype(dtype).type(value)
-    return found
-
-
-def plain_params(value: Any) -> Any:
-    """`value` as JSON has it, and a probe as its kind and parameters."""
-    if hasattr(value, "get_params"):
-        return {"kind": value.kind, "params": plain_params(value.get_params())}
-    if isinstance(value, dict):
-        return {key: plain_params(item) for key, item in value.items()}
-    return plain_json(value)

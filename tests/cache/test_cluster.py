@@ -20,9 +20,12 @@ from ..support.local import local_client
 from ..support.synthetic import make_cache, random_head
 
 FITS: dict[str, Any] = {
-    "ridge": (residua.RidgeProbe(offset=(1, 2)), {}),
-    "lens": (residua.FutureLens(offset=(1, 2), steps=4, batch=128), {}),
-    "vocab": (residua.VocabProbe(offset=(1, 2), epochs=1, lr=0.01, batch=128), {"memory": 1 << 20}),
+    "ridge": (residua.RidgeProbe(offsets=(1, 2)), {}),
+    "lens": (residua.FutureLens(offsets=(1, 2), steps=4, batch=128), {}),
+    "vocab": (
+        residua.VocabProbe(offsets=(1, 2), epochs=1, lr=0.01, batch=128),
+        {"memory": 1 << 20},
+    ),
 }
 KINDS = ("unigram", "bigram", "trigram", "lagged", "chain", "marginal")
 

@@ -342,7 +342,7 @@ def test_moments_are_not_kept_where_numpys_false_says_so(tmp_path):
 
 
 def test_evaluation_takes_one_of_each(cache):
-    ridge = RidgeProbe(offset=1, layers=1, alpha=1.0).fit(cache, keep=False)
+    ridge = RidgeProbe(offsets=1, layers=1, alpha=1.0).fit(cache, keep=False)
     one = evaluate(cache, ridge, offsets=1, layers=np.int64(1)).to_dicts()
     assert one == evaluate(cache, [ridge], offsets=[1], layers=[1]).to_dicts()
     assert json.loads(json.dumps(one, allow_nan=False)) == one
@@ -411,7 +411,7 @@ def test_a_probe_of_another_width_or_vocabulary_is_refused_even_if_forced(cache)
 
 
 def test_what_no_probe_was_fitted_for_is_named_with_what_there_is(cache):
-    ridge = RidgeProbe(offset=[0, 1], layers=[1, 2], alpha=1.0).fit(cache, keep=False)
+    ridge = RidgeProbe(offsets=[0, 1], layers=[1, 2], alpha=1.0).fit(cache, keep=False)
     lens = TunedLens(layers=[1], steps=0).fit(cache)
     with pytest.raises(NotFoundError, match="for offset 5: ridge has layers 1-2, offsets 0-1"):
         evaluate(cache, ridge, offsets=[0, 5])
@@ -453,10 +453,10 @@ def test_a_heatmap_of_a_control_is_what_it_reads(cache, control):
     found = heatmap(cache, probe, offset=1, split="train", width=5)
     start = int(cache.sequence_start[found.sequence])
     rows, view = np.arange(start, start + 5), probe.view(cache)
-    model = cache.head.logits(cache.layer(cache.depth)[rows + 1])
+    model = cache.head.logits(cache.residual_array(cache.n_blocks)[rows + 1])
     log_p = torch.from_numpy(model).double().log_softmax(-1).numpy()
     for place, layer in enumerate(found.layers):
-        predicted = view.layer(layer).take(rows) @ probe.probe_.map(layer, 1).weight
+        predicted = view.residual_array(layer).take(rows) @ probe.probe_.map(layer, 1).weight
         predicted += probe.probe_.map(layer, 1).bias
         log_q = torch.from_numpy(cache.head.logits(predicted[:, :WIDTH])).double().log_softmax(-1)
         log_q = log_q.numpy()

@@ -92,7 +92,7 @@ def big(
     shutil.rmtree(found.path)  # gigabytes that later tests have no use for
 
 
-def limited(cache: ActivationCache, work: str) -> Any:
+def run_with_limited_memory(cache: ActivationCache, work: str) -> Any:
     """What `work` puts into `found`, in a process with `LIMIT` bytes of private memory."""
     command = [sys.executable, "-c", CHILD, str(cache.path), str(LIMIT), work]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -113,7 +113,7 @@ def test_a_cache_eight_times_the_memory_is_fitted(
     big: ActivationCache, maps: list[np.ndarray], tmp_path: Path
 ) -> None:
     file = tmp_path / "maps.npy"
-    r2 = limited(
+    r2 = run_with_limited_memory(
         big,
         "from residua.probes.ridge.ridge_probe import RidgeProbe\n"
         "fit = RidgeProbe(folds=3, products='float32').fit(source, memory=24 << 20, keep=False)\n"
@@ -129,7 +129,7 @@ def test_a_lens_is_fitted_to_a_cache_eight_times_the_memory(
     big: ActivationCache, maps: list[np.ndarray], tmp_path: Path
 ) -> None:
     file = tmp_path / "map.npy"
-    (row,) = limited(
+    (row,) = run_with_limited_memory(
         big,
         "from residua.probes.lens.tuned_lens import TunedLens\n"
         "fit = TunedLens(layers=[3], steps=30, batch=512, lr=0.1).fit(source, memory=24 << 20)\n"
@@ -147,7 +147,7 @@ def test_a_vocabulary_probe_is_fitted_to_a_cache_eight_times_the_memory(
     big: ActivationCache,
 ) -> None:
     """The model's top token is that of a linear map of the rows: found to a few percent."""
-    (row,) = limited(
+    (row,) = run_with_limited_memory(
         big,
         "from residua.probes.vocabulary.vocab_probe import VocabProbe\n"
         "fit = VocabProbe(0, [3], epochs=1, batch=4096, lr=0.02)\n"
@@ -161,7 +161,7 @@ def test_a_vocabulary_probe_is_fitted_to_a_cache_eight_times_the_memory(
 def test_a_cache_eight_times_the_memory_is_evaluated(big: ActivationCache) -> None:
     import residua
 
-    found = limited(
+    found = run_with_limited_memory(
         big,
         "from residua.analysis.evaluation.evaluate import evaluate\n"
         "found = evaluate(source, split='train', offsets=(0, 1), max_positions=100_000).to_dicts()",

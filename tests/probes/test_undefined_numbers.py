@@ -250,14 +250,14 @@ def test_plain_is_json_whatever_it_is_given():
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_lenses_that_hold_no_finite_number_are_refused_by_name(cache, tmp_path, value):
     tensors = {}
-    for layer in range(cache.depth):
+    for layer in range(cache.n_blocks):
         tensors |= {
             f"{layer}.weight": torch.zeros(WIDTH, WIDTH),
             f"{layer}.bias": torch.zeros(WIDTH),
         }
     tensors["1.weight"][2, 3] = value
     torch.save(tensors, tmp_path / "params.pt")
-    config = {"d_model": WIDTH, "num_hidden_layers": cache.depth, "bias": True}
+    config = {"d_model": WIDTH, "num_hidden_layers": cache.n_blocks, "bias": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         UsageError, match=r"tensor 1\.weight holds 1 values of 64 that are not fini"
@@ -268,7 +268,7 @@ def test_lenses_that_hold_no_finite_number_are_refused_by_name(cache, tmp_path, 
         TunedLens.of({(1, 0): bad})
 
 
-def fitted(kind: str, cache: ActivationCache) -> Any:
+def fit_kind(kind: str, cache: ActivationCache) -> Any:
     if kind == "ridge":
         return residua.RidgeProbe(layers=[1], alpha=1.0, folds=1).fit(cache, keep=False)
     if kind == "lens":
@@ -283,7 +283,7 @@ def fitted(kind: str, cache: ActivationCache) -> Any:
 def test_probes_that_hold_no_finite_number_are_neither_saved_loaded_nor_evaluated(
     cache, tmp_path, kind, monkeypatch
 ):
-    probe = fitted(kind, cache)
+    probe = fit_kind(kind, cache)
     inner = getattr(probe, "probe_", probe)
     weight: Any = inner.map(1, 0)
     weight = weight["weight"].numpy() if isinstance(weight, dict) else weight.weight

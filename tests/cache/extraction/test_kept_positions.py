@@ -116,7 +116,7 @@ def test_rows_of_one_text_share_its_split_and_labels_follow(
 
 def test_probes_pair_only_neighbouring_rows(model_folder: Path, data: Path, tmp_path: Path) -> None:
     cache = extract_sparse(model_folder, data, tmp_path, "explicit")
-    probe = residua.RidgeProbe(offset=(0, 1), alpha=1.0).fit(cache)
+    probe = residua.RidgeProbe(offsets=(0, 1), alpha=1.0).fit(cache)
     pairs = 0
     train = set(cache.sequences("train").tolist())
     positions = kept_positions(cache)

@@ -213,14 +213,14 @@ def test_probes_fitted_from_the_store_are_those_of_the_disk(
     remote_cache: ActivationCache, local_cache: ActivationCache
 ) -> None:
     local_probe, remote_probe = (
-        residua.RidgeProbe(offset=[0, 1]).fit(cache) for cache in (local_cache, remote_cache)
+        residua.RidgeProbe(offsets=[0, 1]).fit(cache) for cache in (local_cache, remote_cache)
     )
     for pair, affine in local_probe.maps_.items():
         np.testing.assert_allclose(
             remote_probe.maps_[pair].weight, affine.weight, rtol=1e-5, atol=1e-6
         )
-    again = residua.RidgeProbe(offset=[0, 1]).fit(remote_cache, keep=True)
-    refitted = residua.RidgeProbe(offset=[0, 1]).fit(remote_cache)
+    again = residua.RidgeProbe(offsets=[0, 1]).fit(remote_cache, keep=True)
+    refitted = residua.RidgeProbe(offsets=[0, 1]).fit(remote_cache)
     assert again.moments_["computed"] or again.moments_["kept"]
     assert (refitted.moments_["computed"], refitted.moments_["kept"]) == (0, len(local_probe.maps_))
     weight = local_probe.maps_[1, 1].weight

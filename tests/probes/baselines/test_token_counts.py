@@ -43,7 +43,7 @@ def texts(cache: ActivationCache, split: str = "train") -> list[list[int]]:
     return [cache.tokens[start[n] : start[n] + length[n]].tolist() for n in cache.sequences(split)]
 
 
-def counted(cache: ActivationCache, size: int, lag: int = 1) -> Counter[tuple[int, ...]]:
+def count_ngrams(cache: ActivationCache, size: int, lag: int = 1) -> Counter[tuple[int, ...]]:
     """Runs of `size` tokens, the last of them `lag` after the one before."""
     found: Counter[tuple[int, ...]] = Counter()
     for ids in texts(cache):
@@ -75,7 +75,7 @@ def unigram_of(cache: ActivationCache) -> np.ndarray:
 def bigram_of(cache: ActivationCache, lag: int = 1) -> np.ndarray:
     """P(b | a), `(vocab, vocab)` float64."""
     unigram = unigram_of(cache)
-    rows = witten_bell(counted(cache, 2, lag), lambda context: unigram)
+    rows = witten_bell(count_ngrams(cache, 2, lag), lambda context: unigram)
     return np.array([rows.get((a,), unigram) for a in range(VOCAB)])
 
 
@@ -101,7 +101,7 @@ def test_the_lagged_bigram_counts_at_its_distance(tiny_cache, offset, monkeypatc
     probe = LaggedBigram((offset,)).fit(tiny_cache)
     table = probe.counts_[offset].tocoo()
     where = zip(table.row.tolist(), table.col.tolist(), strict=True)
-    numbers = counted(tiny_cache, 2, offset + 1)
+    numbers = count_ngrams(tiny_cache, 2, offset + 1)
     assert dict(zip(where, table.data.tolist(), strict=True)) == dict(numbers)
     found = probabilities(probe, token=list(range(VOCAB)))
     np.testing.assert_allclose(found, bigram_of(tiny_cache, offset + 1), rtol=1e-5)
@@ -110,7 +110,7 @@ def test_the_lagged_bigram_counts_at_its_distance(tiny_cache, offset, monkeypatc
 def test_the_trigram_is_witten_bell_over_the_bigram(tiny_cache, monkeypatch):
     monkeypatch.setattr(counts, "BLOCK_TOKENS", 50)
     bigram = bigram_of(tiny_cache)
-    rows = witten_bell(counted(tiny_cache, 3), lambda context: bigram[context[1]])
+    rows = witten_bell(count_ngrams(tiny_cache, 3), lambda context: bigram[context[1]])
     assert len(rows) < VOCAB**2  # some contexts were never seen
     a, b = (side.ravel().tolist() for side in np.indices((VOCAB, VOCAB)))
     want = [rows[c] if c in rows else bigram[c[1]] for c in zip(a, b, strict=True)]
@@ -121,7 +121,7 @@ def test_the_trigram_is_witten_bell_over_the_bigram(tiny_cache, monkeypatch):
 
 
 def test_a_bounded_trigram_keeps_the_most_frequent_contexts(tiny_cache):
-    pairs, bigram = counted(tiny_cache, 2), bigram_of(tiny_cache)
+    pairs, bigram = count_ngrams(tiny_cache, 2), bigram_of(tiny_cache)
     kept = sorted(pairs, key=lambda pair: (-pairs[pair], pair))[:7]
     probe = Trigram(contexts=7).fit(tiny_cache)
     assert probe.contexts_.tolist() == sorted(a * VOCAB + b for a, b in kept)
@@ -135,12 +135,12 @@ def test_a_bounded_trigram_keeps_the_most_frequent_contexts(tiny_cache):
 
 @pytest.mark.parametrize("offset", [1, 2, 5])
 def test_the_marginalised_bigram_sums_out_the_tokens_between(tiny_cache, offset):
-    hidden = torch.from_numpy(tiny_cache.layer(1)[:9])
+    hidden = torch.from_numpy(tiny_cache.residual_array(1)[:9])
     head = tiny_cache.head.torch()
     probe = MarginalBigram((offset,)).fit(tiny_cache)
-    assert probe.pairs() == [(tiny_cache.depth, offset)]
+    assert probe.pairs() == [(tiny_cache.n_blocks, offset)]
     batch = ReadoutBatch(hidden, torch.zeros(9, dtype=torch.int64), head)
-    found = np.exp(probe.logits(batch, tiny_cache.depth, offset).double().numpy())
+    found = np.exp(probe.logits(batch, tiny_cache.n_blocks, offset).double().numpy())
     model = head(hidden).double().softmax(-1).numpy()
     want = model @ np.linalg.matrix_power(bigram_of(tiny_cache), offset)
     np.testing.assert_allclose(found, want, rtol=2e-5)
@@ -158,7 +158,7 @@ def test_the_chain_is_a_power_of_the_bigram(tiny_cache, offset):
 def test_every_distribution_is_positive_and_sums_to_one(tiny_cache, kind):
     (probe,) = unfitted_baselines([kind], (2,))
     tokens = torch.arange(VOCAB)
-    hidden = torch.from_numpy(tiny_cache.layer(1)[:VOCAB])
+    hidden = torch.from_numpy(tiny_cache.residual_array(1)[:VOCAB])
     batch = ReadoutBatch(hidden, tokens, tiny_cache.head.torch(), tokens, tokens.flip(0))
     out = probe.fit(tiny_cache).logits(batch, None, 2).double().numpy()
     assert np.isfinite(out).all()
@@ -175,7 +175,7 @@ def test_a_saved_baseline_is_the_same(tiny_cache, kind, tmp_path):
     assert again.pairs() == probe.pairs()
     assert again.metrics() == probe.metrics()
     tokens = torch.arange(VOCAB)
-    hidden = torch.from_numpy(tiny_cache.layer(1)[:VOCAB])
+    hidden = torch.from_numpy(tiny_cache.residual_array(1)[:VOCAB])
     batch = ReadoutBatch(hidden, tokens, tiny_cache.head.torch(), tokens, tokens)
     torch.testing.assert_close(again.logits(batch, None, 2), probe.logits(batch, None, 2))
 
@@ -189,7 +189,7 @@ def test_evaluation_gives_each_the_tokens_it_may_see(tiny_cache, rows):
     assert [name for name in found.probes if name != "logit"] == list(KINDS)
     bigram, unigram = bigram_of(tiny_cache), unigram_of(tiny_cache)
     lagged, cube = bigram_of(tiny_cache, 3), np.linalg.matrix_power(bigram, 3)
-    triples = witten_bell(counted(tiny_cache, 3), lambda context: bigram[context[1]])
+    triples = witten_bell(count_ngrams(tiny_cache, 3), lambda context: bigram[context[1]])
     want = defaultdict(list)
     for ids in texts(tiny_cache):
         for t in range(len(ids) - offset - 1):

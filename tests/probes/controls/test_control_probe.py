@@ -58,7 +58,7 @@ def rows_of(cache: ActivationCache, offset: int, split: str = "train") -> np.nda
     return cache.positions_of(numbers)[left >= offset]
 
 
-def in_memory(cache: ActivationCache, control: str, layer: int, offset: int, split="train"):
+def changed_rows(cache: ActivationCache, control: str, layer: int, offset: int, split="train"):
     """Rows and targets of a control, from whole arrays."""
     rows = rows_of(cache, offset, split)
     arrays = [cache.residual_array(la)[:] for la in cache.layers]
@@ -77,9 +77,9 @@ def in_memory(cache: ActivationCache, control: str, layer: int, offset: int, spl
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("offset", [1, 3])
 def test_the_fit_is_that_of_the_changed_rows_in_memory(tiny_cache, control, layer, offset):
-    probe = ControlProbe(RidgeProbe(offset=offset, layers=[layer], alpha=5.0), control)
+    probe = ControlProbe(RidgeProbe(offsets=offset, layers=[layer], alpha=5.0), control)
     fitted = probe.fit(tiny_cache).probe_.map(layer, offset)
-    want = Ridge(alpha=5.0).fit(*in_memory(tiny_cache, control, layer, offset))
+    want = Ridge(alpha=5.0).fit(*changed_rows(tiny_cache, control, layer, offset))
     np.testing.assert_allclose(fitted.weight[:, :D], want.coef_.T, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(fitted.bias[:D], want.intercept_, rtol=1e-4, atol=1e-5)
     assert not fitted.weight[:, D:].any()
@@ -91,8 +91,8 @@ def test_the_fit_is_that_of_the_changed_rows_in_memory(tiny_cache, control, laye
 def test_rows_of_a_view_are_the_same_however_they_are_read(tmp_path, control, dtype):
     tiny = cache_of(tmp_path, dtype=dtype)
     view = view_of(tiny, control, 0)
-    for layer in (*view.layers, view.depth):
-        array = view.layer(layer)
+    for layer in (*view.layers, view.n_blocks):
+        array = view.residual_array(layer)
         whole = array[:]
         assert whole.shape == array.shape == (tiny.positions, view.d_model)
         assert whole.dtype == array.dtype == np.float32
@@ -106,7 +106,7 @@ def test_rows_of_a_view_are_the_same_however_they_are_read(tmp_path, control, dt
         assert stored.nbytes == 30 * array.layout.row_bytes
         if dtype != "bfloat16" or array.layout.logical_dtype == "float32":
             np.testing.assert_array_equal(stored.astype(np.float32), whole[30:60])
-    np.testing.assert_array_equal(view.residual(1).compute(), view.layer(1)[:])
+    np.testing.assert_array_equal(view.residual(1).compute(), view.residual_array(1)[:])
 
 
 def test_a_view_changes_one_thing_only(tiny_cache):
@@ -114,30 +114,32 @@ def test_a_view_changes_one_thing_only(tiny_cache):
     for control, changed in {"shuffled": same, "permuted": {3}, "next-token": set()}.items():
         view = view_of(tiny_cache, control, 0)
         for layer in range(4):
-            plain = tiny_cache.layer(min(layer, 2))[:]
-            found = view.layer(layer)[:, :D]
+            plain = tiny_cache.residual_array(min(layer, 2))[:]
+            found = view.residual_array(layer)[:, :D]
             assert np.array_equal(found, plain) == (layer not in changed)
         assert np.array_equal(view.tokens[:], tiny_cache.tokens[:]) == (control != "permuted")
         assert view.id != tiny_cache.id
         for name in ("train", "test"):
-            assert np.array_equal(view.sequences(name), tiny_cache.split(name))
+            assert np.array_equal(view.sequences(name), tiny_cache.sequences(name))
 
 
 @pytest.mark.parametrize("control", ["shuffled", "permuted"])
 def test_a_probe_finds_nothing_where_nothing_is(tiny_cache, control):
-    probe = RidgeProbe(offset=1, layers=[1]).fit(tiny_cache)
+    probe = RidgeProbe(offsets=1, layers=[1]).fit(tiny_cache)
     assert probe.score(tiny_cache, split="test") > 0.3
-    found = ControlProbe(RidgeProbe(offset=1, layers=[1]), control).fit(tiny_cache)
+    found = ControlProbe(RidgeProbe(offsets=1, layers=[1]), control).fit(tiny_cache)
     assert abs(found.score(tiny_cache, layer=1, offset=1, split="test")) < 0.02
     assert abs(found.metrics()[0]["r2"]) < 0.02
 
 
 @pytest.mark.parametrize("control", ["shuffled", "permuted"])
 def test_its_distribution_is_that_of_the_mean(tiny_cache, control):
-    found = ControlProbe(RidgeProbe(offset=1, layers=[1]), control).fit(tiny_cache)
-    mean = tiny_cache.layer(2)[rows_of(tiny_cache, 1) + 1].mean(0)
+    found = ControlProbe(RidgeProbe(offsets=1, layers=[1]), control).fit(tiny_cache)
+    mean = tiny_cache.residual_array(2)[rows_of(tiny_cache, 1) + 1].mean(0)
     constant = torch.from_numpy(tiny_cache.head.logits(mean[None])).log_softmax(-1)
-    model = torch.from_numpy(tiny_cache.head.logits(tiny_cache.layer(2)[:])).log_softmax(-1)
+    model = torch.from_numpy(tiny_cache.head.logits(tiny_cache.residual_array(2)[:])).log_softmax(
+        -1
+    )
     targets = rows_of(tiny_cache, 1, "test") + 1
     want = (model.exp() * (model - constant))[targets].sum(-1).mean()
     row = next(r for r in evaluate(tiny_cache, [found]).rows if r.probe == f"ridge/{control}")
@@ -147,15 +149,17 @@ def test_its_distribution_is_that_of_the_mean(tiny_cache, control):
 @pytest.mark.parametrize("rows", [7, 4096])
 @pytest.mark.parametrize("control", CONTROLS)
 def test_evaluation_changes_the_rows_as_the_fit_does(tiny_cache, control, rows):
-    probe = ControlProbe(RidgeProbe(offset=2, layers=[1], alpha=0.1), control).fit(tiny_cache)
-    plain = RidgeProbe(offset=2, layers=[1], alpha=0.1).fit(tiny_cache)
+    probe = ControlProbe(RidgeProbe(offsets=2, layers=[1], alpha=0.1), control).fit(tiny_cache)
+    plain = RidgeProbe(offsets=2, layers=[1], alpha=0.1).fit(tiny_cache)
     found = evaluate(tiny_cache, [plain, probe], split="test", batch_rows=rows)
-    x, _ = in_memory(tiny_cache, "next-token" if "next" in control else control, 1, 2, "test")
+    x, _ = changed_rows(tiny_cache, "next-token" if "next" in control else control, 1, 2, "test")
     fitted = probe.probe_.map(1, 2)
     logits = tiny_cache.head.logits((x @ fitted.weight + fitted.bias)[:, :D].astype(np.float32))
     q = torch.from_numpy(logits).log_softmax(-1)
     targets = rows_of(tiny_cache, 2, "test") + 2
-    p = torch.from_numpy(tiny_cache.head.logits(tiny_cache.layer(2)[targets])).log_softmax(-1)
+    p = torch.from_numpy(tiny_cache.head.logits(tiny_cache.residual_array(2)[targets])).log_softmax(
+        -1
+    )
     row = next(r for r in found.rows if r.probe == probe.kind)
     assert row.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     alone = evaluate(tiny_cache, [plain], split="test", batch_rows=rows)
@@ -163,7 +167,7 @@ def test_evaluation_changes_the_rows_as_the_fit_does(tiny_cache, control, rows):
 
 
 def test_the_next_token_explains_at_least_as_much(tiny_cache):
-    probe = RidgeProbe(offset=[1, 2], layers=[1], alpha=1e-6)
+    probe = RidgeProbe(offsets=[1, 2], layers=[1], alpha=1e-6)
     both = ControlProbe(probe, "next-token").fit(tiny_cache)
     probe.fit(tiny_cache)
     for offset in (1, 2):
@@ -176,13 +180,13 @@ def test_the_next_token_explains_at_least_as_much(tiny_cache):
 def test_the_last_token_of_a_sequence_has_no_next_one(tiny_cache):
     view = NextToken(tiny_cache)
     ends = tiny_cache.sequence_start + tiny_cache.sequence_length - 1
-    found = view.layer(1)[ends]
-    np.testing.assert_array_equal(found[:, D:], tiny_cache.layer(0)[ends])
+    found = view.residual_array(1)[ends]
+    np.testing.assert_array_equal(found[:, D:], tiny_cache.residual_array(0)[ends])
 
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_a_saved_control_is_the_same(tiny_cache, control, tmp_path):
-    probe = ControlProbe(RidgeProbe(offset=1, layers=[1]), control, seed=3).fit(tiny_cache)
+    probe = ControlProbe(RidgeProbe(offsets=1, layers=[1]), control, seed=3).fit(tiny_cache)
     path = residua.save_probe(probe, probe_path(tmp_path, probe))
     assert path.parent == tmp_path / "probes"
     assert path.name.startswith(f"{control}-ridge-{tiny_cache.id[:12]}-")
@@ -199,7 +203,7 @@ def test_a_saved_control_is_the_same(tiny_cache, control, tmp_path):
 
 
 def test_the_probe_that_is_given_stays_as_it_is(tiny_cache):
-    given = RidgeProbe(offset=1, layers=[1])
+    given = RidgeProbe(offsets=1, layers=[1])
     probe = ControlProbe(given).fit(tiny_cache)
     assert not hasattr(given, "maps_")
     assert probe.get_params() == {"probe": given, "control": "shuffled", "seed": 0}
@@ -211,12 +215,12 @@ def test_nothing_is_written_into_the_cache(tmp_path):
     tiny = cache_of(tmp_path)
     before = sorted(path for path in tiny.path.rglob("*"))
     for control in CONTROLS:
-        ControlProbe(RidgeProbe(offset=1), control).fit(tiny)
+        ControlProbe(RidgeProbe(offsets=1), control).fit(tiny)
     assert sorted(path for path in tiny.path.rglob("*")) == before
 
 
 def test_mistakes_are_said(tiny_cache):
-    ridge = RidgeProbe(offset=(0, 1))
+    ridge = RidgeProbe(offsets=(0, 1))
     with pytest.raises(UsageError, match="for offsets of 1 or more"):
         ControlProbe(ridge, "next-token").fit(tiny_cache)
     with pytest.raises(UsageError, match="control must be one of"):
@@ -235,7 +239,7 @@ def test_mistakes_are_said(tiny_cache):
 
 def test_names_for_people(tiny_cache, tmp_path):
     assert label("ridge/shuffled 2") == "ridge lens, shuffled states 2"
-    probe = ControlProbe(RidgeProbe(offset=0, layers=[1])).fit(tiny_cache)
+    probe = ControlProbe(RidgeProbe(offsets=0, layers=[1])).fit(tiny_cache)
     page = write_report(evaluate(tiny_cache, [probe]), tmp_path / "report.html").read_text()
     assert "ridge lens, shuffled states" in page
     assert (stroke("ridge"), stroke("ridge/shuffled 2")) == (("-", "solid"), (":", "dot"))
@@ -267,7 +271,7 @@ def test_a_view_travels_to_another_process(tiny_cache):
         view = kind(tiny_cache, 2)
         again = pickle.loads(pickle.dumps(view))
         assert again.id == view.id
-        np.testing.assert_array_equal(again.layer(1)[:9], view.layer(1)[:9])
+        np.testing.assert_array_equal(again.residual_array(1)[:9], view.residual_array(1)[:9])
 
 
 def best_constant(cache: ActivationCache, mean: torch.Tensor) -> torch.Tensor:
@@ -291,13 +295,15 @@ def best_constant(cache: ActivationCache, mean: torch.Tensor) -> torch.Tensor:
 def test_probes_fitted_by_kl_end_at_the_best_constant(tiny_cache, control, kind):
     """The mean of what the model says in the train split, or the nearest that the head can say."""
     probe = {
-        "vocab": VocabProbe(offset=1, layers=[1], loss="kl", epochs=12, batch=256, lr=0.01),
-        "head": VocabProbe(offset=1, layers=[1], loss="kl", form="head", epochs=12, lr=0.01),
-        "lens": TunedLens(offset=1, layers=[1], steps=600, batch=512, lr=1.0),
+        "vocab": VocabProbe(offsets=1, layers=[1], loss="kl", epochs=12, batch=256, lr=0.01),
+        "head": VocabProbe(offsets=1, layers=[1], loss="kl", form="head", epochs=12, lr=0.01),
+        "lens": TunedLens(offsets=1, layers=[1], steps=600, batch=512, lr=1.0),
     }[kind]
     plain = type(probe)(**probe.get_params()).fit(tiny_cache)
     found = ControlProbe(probe, control).fit(tiny_cache)
-    model = torch.from_numpy(tiny_cache.head.logits(tiny_cache.layer(2)[:])).log_softmax(-1)
+    model = torch.from_numpy(tiny_cache.head.logits(tiny_cache.residual_array(2)[:])).log_softmax(
+        -1
+    )
     mean = model.exp()[rows_of(tiny_cache, 1) + 1].mean(0)
     constant = mean.log() if kind == "vocab" else best_constant(tiny_cache, mean)
     targets = rows_of(tiny_cache, 1, "test") + 1
@@ -308,18 +314,18 @@ def test_probes_fitted_by_kl_end_at_the_best_constant(tiny_cache, control, kind)
     }
     assert kl[found.kind] == pytest.approx(want, rel=0.05)
     assert kl[plain.kind] < 0.9 * want
-    again = type(found).restore(plain_params(found), *found.state())
+    again = type(found).restore(constructor_params(found), *found.state())
     row = evaluate(tiny_cache, [again], split="test").select(found.kind, 1)[0]
     assert row.kl == pytest.approx(kl[found.kind], rel=1e-6)
 
 
-def plain_params(probe: ControlProbe) -> dict:
-    return save.plain_params(probe.get_params())
+def constructor_params(probe: ControlProbe) -> dict:
+    return save.constructor_params(ControlProbe, save.saved_params(probe))
 
 
 @pytest.mark.parametrize("form", ["full", "head"])
 def test_vocabulary_probes_gain_from_the_next_token(tiny_cache, form):
-    given = {"offset": 1, "layers": [1], "loss": "kl", "form": form, "epochs": 12, "lr": 0.01}
+    given = {"offsets": 1, "layers": [1], "loss": "kl", "form": form, "epochs": 12, "lr": 0.01}
     plain = VocabProbe(**given).fit(tiny_cache)
     both = ControlProbe(VocabProbe(**given), "next-token").fit(tiny_cache)
     kl = {
@@ -333,8 +339,8 @@ def test_vocabulary_probes_gain_from_the_next_token(tiny_cache, form):
 def test_on_the_sample_model_controls_say_what_the_unigram_says(tmp_path):
     sample = residua.extract(str(MODEL_DIR), str(TEXT_PATH), root=tmp_path)
     layer = sample.n_blocks
-    ridge = RidgeProbe(offset=(1, 2), layers=[layer])
-    vocab = VocabProbe(offset=1, layers=[layer], loss="text", epochs=3, lr=1e-3)
+    ridge = RidgeProbe(offsets=(1, 2), layers=[layer])
+    vocab = VocabProbe(offsets=1, layers=[layer], loss="text", epochs=3, lr=1e-3)
     probes: list = [Unigram((1,)).fit(sample)]
     for control in ("shuffled", "permuted"):
         found = ControlProbe(ridge, control).fit(sample)

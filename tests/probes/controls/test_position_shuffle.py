@@ -40,7 +40,7 @@ def test_each_position_meets_one_of_another_sequence_of_its_split(tiny_cache, mo
     monkeypatch.setattr(shuffle, "SLABS", 100)
     found = PositionShuffle(tiny_cache)
     for name in SPLITS:
-        rows = tiny_cache.rows(tiny_cache.split(name))
+        rows = tiny_cache.positions_of(tiny_cache.sequences(name))
         there = found(rows)
         assert np.isin(there, rows).all()
         assert (sequence_of(tiny_cache, rows) != sequence_of(tiny_cache, there)).all()
@@ -50,7 +50,7 @@ def test_each_position_meets_one_of_another_sequence_of_its_split(tiny_cache, mo
 
 
 def test_blocks_do_not_change_who_meets_whom(tiny_cache):
-    rows = tiny_cache.rows(tiny_cache.split("all"))
+    rows = tiny_cache.positions_of(tiny_cache.sequences("all"))
     found = PositionShuffle(tiny_cache)
     parts = [found(rows[i : i + 37]) for i in range(0, len(rows), 37)]
     assert np.array_equal(np.concatenate(parts), found(rows))
@@ -59,7 +59,7 @@ def test_blocks_do_not_change_who_meets_whom(tiny_cache):
 
 
 def test_the_seed_decides(tiny_cache):
-    rows = tiny_cache.rows(tiny_cache.split("train"))
+    rows = tiny_cache.positions_of(tiny_cache.sequences("train"))
     first = PositionShuffle(tiny_cache, 1)(rows)
     assert np.array_equal(first, PositionShuffle(tiny_cache, 1)(rows))
     assert not np.array_equal(first, PositionShuffle(tiny_cache, 2)(rows))

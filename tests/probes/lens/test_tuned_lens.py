@@ -63,7 +63,7 @@ def lens(curved: ActivationCache) -> TunedLens:
     return TunedLens(**FAST).fit(curved)
 
 
-def held_out(found: ActivationCache, probes: list[Any], **options: Any) -> dict[Any, float]:
+def validation_kl(found: ActivationCache, probes: list[Any], **options: Any) -> dict[Any, float]:
     rows = residua.evaluate(found, probes, split="validation", **options).rows
     return {(row.probe, row.layer, row.offset): defined(row.kl) for row in rows}
 
@@ -71,7 +71,7 @@ def held_out(found: ActivationCache, probes: list[Any], **options: Any) -> dict[
 def test_a_lens_is_better_than_ridge_and_never_worse_than_the_logit_lens(
     curved: ActivationCache, lens: TunedLens
 ) -> None:
-    kl = held_out(curved, [RidgeProbe().fit(curved), lens])
+    kl = validation_kl(curved, [RidgeProbe().fit(curved), lens])
     for layer in range(curved.n_blocks):
         assert kl["lens", layer, 0] < 0.95 * kl["ridge", layer, 0]
         assert kl["lens", layer, 0] < kl["logit", layer, 0]
@@ -80,7 +80,7 @@ def test_a_lens_is_better_than_ridge_and_never_worse_than_the_logit_lens(
 
 
 def test_metrics_are_what_evaluation_finds(curved: ActivationCache, lens: TunedLens) -> None:
-    kl = held_out(curved, [RidgeProbe().fit(curved), lens])
+    kl = validation_kl(curved, [RidgeProbe().fit(curved), lens])
     for row in lens.metrics()[:-1]:
         for name, probe in {"kl": "lens", "kl_logit": "logit", "kl_ridge": "ridge"}.items():
             np.testing.assert_allclose(row[name], kl[probe, row["layer"], 0], rtol=1e-4)
@@ -106,11 +106,11 @@ def test_without_steps_a_lens_is_its_start(curved: ActivationCache) -> None:
 
 
 def test_offsets_are_fitted_by_the_same_steps(curved: ActivationCache, lens: TunedLens) -> None:
-    future = FutureLens(offset=(0, 2), **FAST).fit(curved)
+    future = FutureLens(offsets=(0, 2), **FAST).fit(curved)
     assert future.pairs() == [(layer, offset) for layer in range(3) for offset in (0, 2)]
     for layer in range(curved.n_blocks):
         np.testing.assert_allclose(future.map(layer, 0).weight, lens.map(layer).weight, atol=1e-4)
-    kl = held_out(curved, [future])
+    kl = validation_kl(curved, [future])
     for row in future.metrics():
         found = kl["future", row["layer"], row["offset"]]
         np.testing.assert_allclose(row["kl"], found, rtol=1e-4, atol=1e-6)
@@ -242,12 +242,12 @@ def test_numpy_and_torch_rows_are_translated_alike(lens: TunedLens) -> None:
 
 
 def test_parameters_are_those_of_scikit_learn() -> None:
-    lens = TunedLens(offset=(0, 1), lr=0.2)
+    lens = TunedLens(offsets=(0, 1), lr=0.2)
     copy: Any = clone(lens)  # pyright: ignore[reportArgumentType]
     assert copy is not lens
     assert copy.get_params() == lens.get_params()
     assert copy.set_params(steps=7).steps == 7
-    assert repr(copy) == "TunedLens(offset=(0, 1), lr=0.2, steps=7)"
+    assert repr(copy) == "TunedLens(offsets=(0, 1), lr=0.2, steps=7)"
     with pytest.raises(UsageError, match="no parameter 'rate'"):
         lens.set_params(rate=1)
     with pytest.raises(NotFittedError, match="TunedLens is not fitted"):
@@ -258,11 +258,11 @@ def test_parameters_are_those_of_scikit_learn() -> None:
     ("params", "message"),
     [
         ({"layers": [7]}, "layer 7 is not in this cache"),
-        ({"offset": -1}, "offsets are 0 or more"),
+        ({"offsets": -1}, "offsets are 0 or more"),
         ({"layers": []}, "at least one layer"),
         ({"steps": -1}, "steps and seed must be 0 or more"),
         ({"lr": 0.0}, "lr and damping must be positive"),
-        ({"offset": 100}, "layer 0, offset 100: there is no pair"),
+        ({"offsets": 100}, "layer 0, offset 100: there is no pair"),
     ],
 )
 def test_a_request_that_cannot_be_right_says_why(

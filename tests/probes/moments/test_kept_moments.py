@@ -22,7 +22,7 @@ from residua.cache.store.part_writer import PartWriter
 from residua.cache.tokens.token_stream import from_sequences
 from residua.cli import main
 from residua.probes.moments.collect_moments import collect_moments
-from residua.probes.moments.kept_moments import find_kept, folder_of, moment_entries
+from residua.probes.moments.kept_moments import find_kept, moment_entries, moments_folder
 from residua.probes.moments.moment_set import MomentSet
 from residua.probes.moments.obtain_moments import MomentSources, extend, obtain_moments
 from residua.probes.moments.pass_plan import MomentRequest
@@ -42,7 +42,7 @@ def random_layers(rng: np.random.Generator, rows: int) -> list[np.ndarray]:
     ]
 
 
-class Grown:
+class GrowingCache:
     """A cache, and how to make those that begin with its sequences."""
 
     def __init__(self, root: Path, first: int = 60, sequences: int = 100, seed: int = 0) -> None:
@@ -89,20 +89,20 @@ def write_part(source: ActivationCache, part: int, layers: list[np.ndarray]) -> 
         writer.commit()
 
 
-def asked(source: ActivationCache, **options: Any) -> MomentRequest:
+def request_for(source: ActivationCache, **options: Any) -> MomentRequest:
     return MomentRequest.of(source, None, OFFSETS, None, folds=FOLDS, **options)
 
 
-def supplied(
+def obtain_all(
     source: ActivationCache, request: MomentRequest, **options: Any
 ) -> tuple[MomentSet, MomentSources]:
     """All moments of `request`, and where they came from."""
-    account = MomentSources()
+    sources = MomentSources()
     options = {"keep": True, **options}
-    found = list(obtain_moments(ActivationCache(source.path), request, account=account, **options))
+    found = list(obtain_moments(ActivationCache(source.path), request, sources=sources, **options))
     pairs = {pair: parts for one in found for pair, parts in one.pairs.items()}
     assert sorted(pairs) == sorted(request.pairs)
-    return found[0].with_pairs(pairs), account
+    return replace(found[0], pairs=pairs), sources
 
 
 def assert_same(found: MomentSet, expected: MomentSet, rtol: float = 1e-12) -> None:
@@ -114,7 +114,7 @@ def assert_same(found: MomentSet, expected: MomentSet, rtol: float = 1e-12) -> N
                 np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
 
 
-def fresh(source: ActivationCache, request: MomentRequest) -> MomentSet:
+def collect_anew(source: ActivationCache, request: MomentRequest) -> MomentSet:
     return collect_moments(
         source, request.layers, request.offsets, request.targets,
         folds=request.folds, split=request.split, products=request.products,
@@ -122,7 +122,7 @@ def fresh(source: ActivationCache, request: MomentRequest) -> MomentSet:
 
 
 def test_a_second_fit_reads_no_row(tmp_path: Path) -> None:
-    source = Grown(tmp_path).first
+    source = GrowingCache(tmp_path).first
     first = RidgeProbe(OFFSETS, folds=FOLDS).fit(source, keep=True)
     again = RidgeProbe(OFFSETS, folds=FOLDS).fit(ActivationCache(source.path))
     assert (first.moments_["computed"], again.moments_["computed"]) == (9, 0)
@@ -135,48 +135,48 @@ def test_a_second_fit_reads_no_row(tmp_path: Path) -> None:
 
 
 def test_only_what_is_missing_is_computed(tmp_path: Path) -> None:
-    source = Grown(tmp_path).first
-    supplied(source, replace(asked(source), layers=(0, 1), offsets=(0,)))
-    supplied(source, replace(asked(source), layers=(1,), offsets=(3,)))
-    found, account = supplied(source, asked(source))
-    assert (account.kept, account.computed) == (3, 6)
-    assert_same(found, fresh(source, asked(source)))
-    assert supplied(source, asked(source))[1].computed == 0
+    source = GrowingCache(tmp_path).first
+    obtain_all(source, replace(request_for(source), layers=(0, 1), offsets=(0,)))
+    obtain_all(source, replace(request_for(source), layers=(1,), offsets=(3,)))
+    found, sources = obtain_all(source, request_for(source))
+    assert (sources.kept, sources.computed) == (3, 6)
+    assert_same(found, collect_anew(source, request_for(source)))
+    assert obtain_all(source, request_for(source))[1].computed == 0
 
 
 @pytest.mark.parametrize(
     "other", [{"folds": FOLDS + 1}, {"split": "validation"}, {"products": "float32"}]
 )
 def test_other_requests_are_kept_apart(tmp_path: Path, other: dict[str, Any]) -> None:
-    source = Grown(tmp_path).first
-    request = replace(asked(source), **other)
-    assert supplied(source, request)[1].computed == 9
-    found, account = supplied(source, asked(source))
-    assert account.computed == 9
-    assert_same(found, fresh(source, asked(source)))
-    assert supplied(source, request)[1].kept == 9
+    source = GrowingCache(tmp_path).first
+    request = replace(request_for(source), **other)
+    assert obtain_all(source, request)[1].computed == 9
+    found, sources = obtain_all(source, request_for(source))
+    assert sources.computed == 9
+    assert_same(found, collect_anew(source, request_for(source)))
+    assert obtain_all(source, request)[1].kept == 9
 
 
 def test_exact_moments_serve_who_asks_for_quick_ones(tmp_path: Path) -> None:
-    source = Grown(tmp_path).first
-    supplied(source, asked(source))
-    assert supplied(source, asked(source, products="float32"))[1].kept == 9
+    source = GrowingCache(tmp_path).first
+    obtain_all(source, request_for(source))
+    assert obtain_all(source, request_for(source, products="float32"))[1].kept == 9
 
 
 def test_a_cache_that_has_grown_needs_only_its_new_rows(tmp_path: Path) -> None:
-    made = Grown(tmp_path)
-    supplied(made.first, asked(made.first))
+    made = GrowingCache(tmp_path)
+    obtain_all(made.first, request_for(made.first))
     bigger = made.grow(made.first, 80)
-    found, account = supplied(bigger, asked(bigger))
+    found, sources = obtain_all(bigger, request_for(bigger))
     new = bigger.sequences("train")[bigger.sequences("train") >= 60]
-    assert (account.extended, account.computed) == (9, 0)
-    assert account.positions == bigger.sequence_length[new].sum()
-    assert_same(found, fresh(bigger, asked(bigger)))
-    assert supplied(bigger, asked(bigger))[1].kept == 9
+    assert (sources.extended, sources.computed) == (9, 0)
+    assert sources.positions == bigger.sequence_length[new].sum()
+    assert_same(found, collect_anew(bigger, request_for(bigger)))
+    assert obtain_all(bigger, request_for(bigger))[1].kept == 9
     largest = made.grow(bigger, 100)
-    found, account = supplied(largest, asked(largest))
-    assert account.extended == 9
-    assert_same(found, fresh(largest, asked(largest)))
+    found, sources = obtain_all(largest, request_for(largest))
+    assert sources.extended == 9
+    assert_same(found, collect_anew(largest, request_for(largest)))
 
 
 @pytest.mark.parametrize("rows", [(64, 64), (32, 512), (128, 1024)])
@@ -184,15 +184,15 @@ def test_a_small_cache_that_has_grown_into_other_parts_needs_only_its_new_rows(
     tmp_path: Path, rows: tuple[int, int]
 ) -> None:
     """Caches that fill no part have smaller parts than those that they grow into."""
-    made = Grown(tmp_path)
-    supplied(made.first, asked(made.first))
+    made = GrowingCache(tmp_path)
+    obtain_all(made.first, request_for(made.first))
     bigger = made.grow(made.first, 80, layout=Layout(*rows))
     assert bigger.manifest.layout != made.first.manifest.layout
-    found, account = supplied(bigger, asked(bigger))
+    found, sources = obtain_all(bigger, request_for(bigger))
     new = bigger.sequences("train")[bigger.sequences("train") >= 60]
-    assert (account.extended, account.computed) == (9, 0)
-    assert account.positions == bigger.sequence_length[new].sum()
-    assert_same(found, fresh(bigger, asked(bigger)), rtol=1e-9)
+    assert (sources.extended, sources.computed) == (9, 0)
+    assert sources.positions == bigger.sequence_length[new].sum()
+    assert_same(found, collect_anew(bigger, request_for(bigger)), rtol=1e-9)
     expected = collect_moments(bigger, None, OFFSETS, None, folds=FOLDS)
     assert_same(
         extend(collect_moments(made.first, None, OFFSETS, None, folds=FOLDS), bigger), expected
@@ -200,25 +200,25 @@ def test_a_small_cache_that_has_grown_into_other_parts_needs_only_its_new_rows(
     for row in (0, made.first.positions - 1):
         changed = [layer.copy() for layer in made.layers]
         changed[1][row, 2] += 1
-        other = Grown(tmp_path / f"{row}", seed=0)
-        supplied(other.first, asked(other.first))
+        other = GrowingCache(tmp_path / f"{row}", seed=0)
+        obtain_all(other.first, request_for(other.first))
         moved = other.grow(other.first, 80, changed, Layout(*rows))
-        found, account = supplied(moved, asked(moved))
-        assert (account.extended, account.computed) == (6, 3)
-        assert_same(found, fresh(moved, asked(moved)))
+        found, sources = obtain_all(moved, request_for(moved))
+        assert (sources.extended, sources.computed) == (6, 3)
+        assert_same(found, collect_anew(moved, request_for(moved)))
 
 
 def test_growth_skips_a_cache_without_moments(tmp_path: Path) -> None:
-    made = Grown(tmp_path)
-    supplied(made.first, replace(asked(made.first), layers=(1,)))
+    made = GrowingCache(tmp_path)
+    obtain_all(made.first, replace(request_for(made.first), layers=(1,)))
     largest = made.grow(made.grow(made.first, 80), 100)
-    found, account = supplied(largest, asked(largest))
-    assert (account.extended, account.computed) == (3, 6)
-    assert_same(found, fresh(largest, asked(largest)))
+    found, sources = obtain_all(largest, request_for(largest))
+    assert (sources.extended, sources.computed) == (3, 6)
+    assert_same(found, collect_anew(largest, request_for(largest)))
 
 
 def test_moments_in_memory_are_extended(tmp_path: Path) -> None:
-    made = Grown(tmp_path)
+    made = GrowingCache(tmp_path)
     old = collect_moments(made.first, None, OFFSETS, [1, 2], folds=FOLDS)
     bigger = made.grow(made.grow(made.first, 80), 100)
     found = extend(old, bigger)
@@ -236,105 +236,105 @@ def test_moments_in_memory_are_extended(tmp_path: Path) -> None:
 @pytest.mark.parametrize("row", [0, -1])
 def test_other_rows_are_not_taken_for_the_old_ones(tmp_path: Path, row: int) -> None:
     """One number of layer 1 differs: in a whole part, or in the one in which the old rows end."""
-    made = Grown(tmp_path)
-    supplied(made.first, asked(made.first))
+    made = GrowingCache(tmp_path)
+    obtain_all(made.first, request_for(made.first))
     changed = [layer.copy() for layer in made.layers]
     changed[1][range(made.first.positions)[row], 2] += 1
     bigger = made.grow(made.first, 100, changed)
-    found, account = supplied(bigger, asked(bigger))
-    assert (account.extended, account.computed) == (6, 3)
-    assert_same(found, fresh(bigger, asked(bigger)))
+    found, sources = obtain_all(bigger, request_for(bigger))
+    assert (sources.extended, sources.computed) == (6, 3)
+    assert_same(found, collect_anew(bigger, request_for(bigger)))
 
 
 def test_splits_that_moved_are_counted_anew(tmp_path: Path) -> None:
     """Three sequences have one of every split, which no longer holds among a hundred."""
-    made = Grown(tmp_path, first=3)
-    request = replace(asked(made.first), folds=1)
+    made = GrowingCache(tmp_path, first=3)
+    request = replace(request_for(made.first), folds=1)
     for split in ("train", "validation", "test"):
-        supplied(made.first, replace(request, split=split))
+        obtain_all(made.first, replace(request, split=split))
     bigger = made.grow(made.first, 100)
     moved = bigger.sequence_split[:3] != made.first.sequence_split
     assert moved.any()
     for split in ("train", "validation", "test"):
-        found, account = supplied(bigger, replace(request, split=split))
+        found, sources = obtain_all(bigger, replace(request, split=split))
         same = np.array_equal(made.first.sequences(split), np.flatnonzero(
             bigger.sequence_split[:3] == ("train", "validation", "test").index(split)
         ))  # fmt: skip
-        assert account.extended == (9 if same else 0)
-        assert_same(found, fresh(bigger, replace(request, split=split)))
+        assert sources.extended == (9 if same else 0)
+        assert_same(found, collect_anew(bigger, replace(request, split=split)))
 
 
 def test_moments_of_rows_that_were_written_anew_are_dropped(tmp_path: Path) -> None:
-    made = Grown(tmp_path)
-    supplied(made.first, asked(made.first))
+    made = GrowingCache(tmp_path)
+    obtain_all(made.first, request_for(made.first))
     changed = [layer + (number == 1) for number, layer in enumerate(made.layers)]
     write_part(made.first, 0, changed)
     source = ActivationCache(made.first.path)
-    found, account = supplied(source, asked(source))
-    assert account.kept == 6
-    assert_same(found, fresh(source, asked(source)))
-    assert supplied(source, asked(source))[1].kept == 9
+    found, sources = obtain_all(source, request_for(source))
+    assert sources.kept == 6
+    assert_same(found, collect_anew(source, request_for(source)))
+    assert obtain_all(source, request_for(source))[1].kept == 9
 
 
 @pytest.mark.parametrize("name", ["moments.safetensors", "moments.json"])
 def test_damaged_moments_are_computed_again(tmp_path: Path, name: str) -> None:
-    source = Grown(tmp_path).first
-    supplied(source, asked(source))
+    source = GrowingCache(tmp_path).first
+    obtain_all(source, request_for(source))
     (entry,) = moment_entries(source)
     raw = bytearray((entry.path / name).read_bytes())
     raw[-9] ^= 1
     (entry.path / name).write_bytes(raw)
-    found, account = supplied(source, asked(source))
-    assert account.computed > 0
-    assert_same(found, fresh(source, asked(source)))
-    assert supplied(source, asked(source))[1].kept == 9
+    found, sources = obtain_all(source, request_for(source))
+    assert sources.computed > 0
+    assert_same(found, collect_anew(source, request_for(source)))
+    assert obtain_all(source, request_for(source))[1].kept == 9
 
 
 def test_damaged_moments_of_the_old_cache_cost_a_whole_pass(tmp_path: Path) -> None:
-    made = Grown(tmp_path)
-    supplied(made.first, asked(made.first))
+    made = GrowingCache(tmp_path)
+    obtain_all(made.first, request_for(made.first))
     (entry,) = moment_entries(made.first)
     (entry.path / "moments.safetensors").write_bytes(b"")
     bigger = made.grow(made.first, 100)
     seen: list[tuple[int, int]] = []
-    found, account = supplied(bigger, asked(bigger), progress=lambda *at: seen.append(at))
-    assert (account.extended, account.computed) == (0, 9)
+    found, sources = obtain_all(bigger, request_for(bigger), progress=lambda *at: seen.append(at))
+    assert (sources.extended, sources.computed) == (0, 9)
     assert seen[-1][0] == seen[-1][1]
-    assert_same(found, fresh(bigger, asked(bigger)))
+    assert_same(found, collect_anew(bigger, request_for(bigger)))
 
 
 def test_a_fit_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
-    source = Grown(tmp_path).first
-    part = next(obtain_moments(source, asked(source), keep=True, memory=1))
-    found, account = supplied(source, asked(source))
-    assert (account.kept, account.computed) == (len(part.pairs), 9 - len(part.pairs))
-    assert_same(found, fresh(source, asked(source)))
+    source = GrowingCache(tmp_path).first
+    part = next(obtain_moments(source, request_for(source), keep=True, memory=1))
+    found, sources = obtain_all(source, request_for(source))
+    assert (sources.kept, sources.computed) == (len(part.pairs), 9 - len(part.pairs))
+    assert_same(found, collect_anew(source, request_for(source)))
 
 
 def test_writers_may_race(tmp_path: Path) -> None:
-    source = Grown(tmp_path).first
+    source = GrowingCache(tmp_path).first
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: supplied(source, asked(source))[0], range(4)))
+        found = list(pool.map(lambda _: obtain_all(source, request_for(source))[0], range(4)))
     for one in found[1:]:
         assert_same(one, found[0])
     assert len(list(moment_entries(source))) == 1
-    assert not list(folder_of(source).glob(".*"))
-    assert set(find_kept(source, asked(source))) == set(asked(source).pairs)
+    assert not list(moments_folder(source).glob(".*"))
+    assert set(find_kept(source, request_for(source))) == set(request_for(source).pairs)
 
 
 def test_what_a_dead_writer_left_is_removed(tmp_path: Path) -> None:
-    source = Grown(tmp_path).first
-    left = folder_of(source) / ".abc.tmp"
+    source = GrowingCache(tmp_path).first
+    left = moments_folder(source) / ".abc.tmp"
     left.mkdir()
     (left / "moments.safetensors").write_bytes(b"half")
-    supplied(source, asked(source))
+    obtain_all(source, request_for(source))
     assert not left.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_fitted_all_the_same(tmp_path: Path) -> None:
-    source = Grown(tmp_path).first
-    shutil.rmtree(folder_of(source))
-    folder_of(source).touch()
+    source = GrowingCache(tmp_path).first
+    shutil.rmtree(moments_folder(source))
+    moments_folder(source).touch()
     probe = RidgeProbe(OFFSETS, folds=FOLDS).fit(source)
     assert "cannot be written to" in probe.moments_["why"]
     assert probe.moments_["saved"] == 0
@@ -343,7 +343,7 @@ def test_a_cache_that_cannot_be_written_is_fitted_all_the_same(tmp_path: Path) -
 
 
 def test_moments_are_small_beside_the_cache_unless_asked_for(tmp_path: Path) -> None:
-    source = Grown(tmp_path).first
+    source = GrowingCache(tmp_path).first
     big = RidgeProbe(range(9), folds=9).fit(source)
     assert "more than 1/4 of the residual streams" in big.moments_["why"]
     assert not list(moment_entries(source))
@@ -366,15 +366,15 @@ def test_an_extraction_of_more_tokens_extends_the_moments(
     assert probe.moments_["extended"] == 2 * len(bigger.layers)
     assert 0 < probe.moments_["positions"] <= bigger.positions - first.positions
     request = MomentRequest.of(bigger, None, (0, 2), None, folds=FOLDS)
-    assert_same(supplied(bigger, request)[0], fresh(bigger, request))
+    assert_same(obtain_all(bigger, request)[0], collect_anew(bigger, request))
 
 
 def test_kept_moments_are_what_the_format_page_says(tmp_path: Path) -> None:
     """Read with nothing of this package."""
-    source = Grown(tmp_path).first
-    request = replace(asked(source), targets=(1, DEPTH))
-    expected, _ = supplied(source, request)
-    (folder,) = folder_of(source).iterdir()
+    source = GrowingCache(tmp_path).first
+    request = replace(request_for(source), targets=(1, DEPTH))
+    expected, _ = obtain_all(source, request)
+    (folder,) = moments_folder(source).iterdir()
     about = json.loads((folder / "moments.json").read_bytes())
     tensors = load_file(folder / "moments.safetensors")
     assert set(about["tensors"]) == set(tensors)
@@ -399,7 +399,7 @@ def test_kept_moments_are_what_the_format_page_says(tmp_path: Path) -> None:
 
 
 def test_the_command_keeps_and_finds_moments(tmp_path: Path) -> None:
-    source = Grown(tmp_path).first
+    source = GrowingCache(tmp_path).first
     command = ["fit", "ridge", source.id, "--root", str(tmp_path), "--offsets", "0-1", "--target",
                "1,2", "--memory", "0.1", "--json"]  # fmt: skip
     found = []

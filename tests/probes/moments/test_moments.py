@@ -13,7 +13,7 @@ from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.moments.collect_moments import collect_moments, collect_passes, moments_of_rows
 from residua.probes.moments.moment_set import MomentSet
 from residua.probes.moments.moments import Accumulator, Moments, merge_all
-from residua.probes.moments.pass_plan import CachePass, MomentRequest, divide_passes
+from residua.probes.moments.pass_plan import CachePass, MomentRequest, divide_pass
 from residua.probes.ridge.ridge_probe import RidgeProbe
 
 from ...support.synthetic import make_cache, random_head
@@ -58,7 +58,7 @@ def pairs_by_hand(
     return np.concatenate(xs), np.concatenate(ys)
 
 
-def direct(x: np.ndarray, y: np.ndarray) -> Moments:
+def moments_in_memory(x: np.ndarray, y: np.ndarray) -> Moments:
     """Two passes of plain numpy in float64."""
     n, (d_in, d_out) = len(x), (x.shape[1], y.shape[1])
     if n == 0:
@@ -89,7 +89,7 @@ def assert_sets_close(found: MomentSet, expected: MomentSet, rtol: float) -> Non
             assert_close(mine, theirs, rtol)
 
 
-def whole(cache: ActivationCache, **options: Any) -> MomentSet:
+def collect_all(cache: ActivationCache, **options: Any) -> MomentSet:
     return collect_moments(cache, None, OFFSETS, folds=FOLDS, split="all", **options)
 
 
@@ -98,7 +98,7 @@ def whole(cache: ActivationCache, **options: Any) -> MomentSet:
 def test_moments_equal_numpy_in_memory(ragged: ActivationCache, layer: int, offset: int) -> None:
     found = collect_moments(ragged, [layer], [offset], folds=FOLDS, split="all")
     for fold, moments in enumerate(found.parts(layer, offset)):
-        expected = direct(*pairs_by_hand(ragged, layer, offset, fold))
+        expected = moments_in_memory(*pairs_by_hand(ragged, layer, offset, fold))
         assert_close(moments, expected, 1e-10)
         np.testing.assert_array_equal(moments.xx, moments.xx.T)
 
@@ -106,7 +106,7 @@ def test_moments_equal_numpy_in_memory(ragged: ActivationCache, layer: int, offs
 def test_moments_of_the_train_split_hold_no_other_sequence(ragged: ActivationCache) -> None:
     found = collect_moments(ragged, [1], [1], folds=FOLDS)
     for fold, moments in enumerate(found.parts(1, 1)):
-        assert_close(moments, direct(*pairs_by_hand(ragged, 1, 1, fold, "train")), 1e-10)
+        assert_close(moments, moments_in_memory(*pairs_by_hand(ragged, 1, 1, fold, "train")), 1e-10)
     assert found.split == "train"
     assert found.total(1, 1).n < ragged.positions - len(ragged.sequence_length)
 
@@ -122,29 +122,33 @@ def test_moments_equal_numpy_for_random_lengths(seed: int, tmp_path: Path) -> No
     )
     for (layer, offset, _), parts in found.pairs.items():
         for fold, moments in enumerate(parts):
-            assert_close(moments, direct(*pairs_by_hand(tiny, layer, offset, fold)), 1e-10)
+            assert_close(
+                moments, moments_in_memory(*pairs_by_hand(tiny, layer, offset, fold)), 1e-10
+            )
 
 
 def test_second_moments_merged_from_many_blocks_are_symmetric_to_the_last_bit(
     ragged: ActivationCache,
 ) -> None:
-    for parts in whole(ragged, rows=7, tasks=3).pairs.values():
+    for parts in collect_all(ragged, rows=7, tasks=3).pairs.values():
         for moments in parts:
             np.testing.assert_array_equal(moments.xx, moments.xx.T)
 
 
 @pytest.mark.parametrize("options", [{"rows": 1}, {"rows": 7}, {"rows": 10**6}])
 def test_moments_do_not_depend_on_block_size(ragged: ActivationCache, options: dict) -> None:
-    assert_sets_close(whole(ragged, **options), whole(ragged), 1e-12)
+    assert_sets_close(collect_all(ragged, **options), collect_all(ragged), 1e-12)
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 64])
 def test_moments_do_not_depend_on_the_number_of_tasks(ragged: ActivationCache, tasks: int) -> None:
-    assert_sets_close(whole(ragged, rows=16, tasks=tasks), whole(ragged, rows=16, tasks=5), 1e-12)
+    assert_sets_close(
+        collect_all(ragged, rows=16, tasks=tasks), collect_all(ragged, rows=16, tasks=5), 1e-12
+    )
 
 
 def test_the_same_request_gives_the_same_bits(ragged: ActivationCache) -> None:
-    first, second = whole(ragged, rows=16, tasks=4), whole(ragged, rows=16, tasks=4)
+    first, second = collect_all(ragged, rows=16, tasks=4), collect_all(ragged, rows=16, tasks=4)
     for pair, parts in first.pairs.items():
         for mine, theirs in zip(parts, second.pairs[pair], strict=True):
             np.testing.assert_array_equal(mine.xx, theirs.xx)
@@ -152,32 +156,32 @@ def test_the_same_request_gives_the_same_bits(ragged: ActivationCache) -> None:
 
 
 def test_moments_do_not_depend_on_layer_groups(ragged: ActivationCache) -> None:
-    asked = MomentRequest.of(ragged, None, OFFSETS, None, folds=FOLDS, split="all")
-    groups = list(collect_passes(ragged, asked, memory=1))
+    request = MomentRequest.of(ragged, None, OFFSETS, None, folds=FOLDS, split="all")
+    groups = list(collect_passes(ragged, request, memory=1))
     assert len(groups) == (DEPTH + 1) * len(OFFSETS)
-    assert_sets_close(whole(ragged, memory=1, tasks=2), whole(ragged, tasks=2), 1e-12)
+    assert_sets_close(collect_all(ragged, memory=1, tasks=2), collect_all(ragged, tasks=2), 1e-12)
 
 
 def test_passes_fit_the_memory_budget() -> None:
-    asked = MomentRequest(tuple(range(13)), (0, 1, 2, 3), (6, 12))
-    plan = CachePass(asked, 0, 2048, 8, 2)
+    request = MomentRequest(tuple(range(13)), (0, 1, 2, 3), (6, 12))
+    plan = CachePass(request, 0, 2048, 8, 2)
     for budget in (1 << 29, 1 << 30, 2 << 30):
-        passes = divide_passes(plan, budget, 768)
+        passes = divide_pass(plan, budget, 768)
         assert all(part.bytes(768) <= budget for part in passes)
-        assert sorted(p for part in passes for p in part.request.pairs) == sorted(asked.pairs)
-    assert divide_passes(plan, 1 << 40, 768) == [plan]
-    smallest = replace(asked, layers=(0,), offsets=(0,), targets=(6,))
-    assert replace(plan, tasks=1, rows=512, request=smallest) in divide_passes(plan, 1, 768)
+        assert sorted(p for part in passes for p in part.request.pairs) == sorted(request.pairs)
+    assert divide_pass(plan, 1 << 40, 768) == [plan]
+    smallest = replace(request, layers=(0,), offsets=(0,), targets=(6,))
+    assert replace(plan, tasks=1, block_rows=512, request=smallest) in divide_pass(plan, 1, 768)
 
 
 def test_any_pairs_are_asked_for_exactly_once() -> None:
     rng = np.random.default_rng(9)
-    asked = MomentRequest(tuple(range(5)), (0, 1, 2), (3, 4))
+    request = MomentRequest(tuple(range(5)), (0, 1, 2), (3, 4))
     for share in (0.1, 0.5, 0.9, 1.0):
-        pairs = [pair for pair in asked.pairs if rng.random() < share]
-        found = [pair for part in asked.of_pairs(pairs) for pair in part.pairs]
+        pairs = [pair for pair in request.pairs if rng.random() < share]
+        found = [pair for part in request.for_pairs(pairs) for pair in part.pairs]
         assert sorted(found) == sorted(pairs)
-    assert asked.of_pairs(asked.pairs) == [asked]
+    assert request.for_pairs(request.pairs) == [request]
 
 
 def test_moments_do_not_depend_on_chunk_order() -> None:
@@ -195,7 +199,7 @@ def test_update_and_merge_in_any_order_give_the_same() -> None:
     x[:, 2] *= 1e4
     x[::16, 4] += 1e4
     y += 100
-    expected = direct(x, y)
+    expected = moments_in_memory(x, y)
     for _ in range(30):
         cuts = np.sort(rng.integers(0, 401, rng.integers(1, 12)))
         pieces = np.split(np.arange(400), cuts)
@@ -249,7 +253,7 @@ def test_float32_products_bear_massive_first_tokens(tmp_path: Path) -> None:
     found = collect_moments(massive, [0], [1], folds=1, split="all", products="float32").total(0, 1)
     source = np.flatnonzero(np.arange(1280) % 32 < 31)
     x, y = layers[0][source].astype(float), layers[1][source + 1].astype(float)
-    expected = direct(x, y)
+    expected = moments_in_memory(x, y)
     spread = np.sqrt(np.diagonal(expected.xx))
     assert np.abs(found.xx - expected.xx).max() / spread.max() ** 2 < 1e-6
     np.testing.assert_allclose(found.xx / spread / spread[:, None],
@@ -298,7 +302,7 @@ def test_an_accumulator_adds_up_blocks() -> None:
     total = Accumulator(6, 3)
     for start in range(0, 101, 10):
         total.update(x[start : start + 10], y[start : start + 10])
-    assert_close(total.result(), direct(x, y), 1e-9)
+    assert_close(total.result(), moments_in_memory(x, y), 1e-9)
 
 
 @pytest.mark.parametrize("where", ["first", "last", "everywhere"])
@@ -316,13 +320,13 @@ def test_a_massive_column_costs_no_accuracy(where: str, tmp_path: Path) -> None:
         source = np.flatnonzero(np.tile(np.arange(16), 20) + offset < 16)
         x, y = layers[0][source].astype(float), layers[1][source + offset].astype(float)
         total = found.total(0, offset)
-        assert_close(total, direct(x, y), 1e-12)
+        assert_close(total, moments_in_memory(x, y), 1e-12)
         singular = np.linalg.svd(x - x.mean(0), compute_uv=False)
         np.testing.assert_allclose(np.linalg.eigvalsh(total.xx)[::-1], singular**2, rtol=1e-8)
 
 
 def test_float32_products_are_right_to_float32(ragged: ActivationCache) -> None:
-    found, exact = whole(ragged, products="float32"), whole(ragged)
+    found, exact = collect_all(ragged, products="float32"), collect_all(ragged)
     assert found.parts(0, 1)[0].xx.dtype == np.float64
     assert_sets_close(found, exact, 5e-6)
     assert any(np.any(found.pairs[p][0].xx != exact.pairs[p][0].xx) for p in exact.pairs)
@@ -350,12 +354,14 @@ def test_a_dask_cluster_gives_what_this_process_gives(
         ) as cluster,
         Client(cluster) as client,
     ):
-        found = whole(ragged, client=client, rows=16, progress=lambda *done: seen.append(done))
+        found = collect_all(
+            ragged, client=client, rows=16, progress=lambda *done: seen.append(done)
+        )
         probe = RidgeProbe((0, 2), folds=FOLDS).fit(ragged, client=client, keep=False)
         x, y = ragged.residual(0), ragged.residual(1)
         rows = RidgeProbe(folds=FOLDS).fit(x, y, client=client)
         pools: Any = client.run(threadpool_info) if processes else {}
-    assert_sets_close(found, whole(ragged, tasks=2, rows=16), 1e-9)
+    assert_sets_close(found, collect_all(ragged, tasks=2, rows=16), 1e-9)
     assert seen[-1] == (ragged.positions, ragged.positions)
     alone = RidgeProbe((0, 2), folds=FOLDS).fit(ragged, keep=False)
     for pair, fitted in alone.maps_.items():
@@ -375,7 +381,7 @@ def test_rows_of_arrays_fall_into_the_folds_of_kfold() -> None:
     x, y = rng.normal(size=(103, 4)), rng.normal(size=(103, 3))
     found = moments_of_rows(x, y, 5, "float64")
     for moments, (_, held) in zip(found, KFold(5).split(x), strict=True):
-        assert_close(moments, direct(x[held], y[held]), 1e-12)
+        assert_close(moments, moments_in_memory(x[held], y[held]), 1e-12)
 
 
 def test_dask_rows_give_what_numpy_rows_give() -> None:
@@ -394,13 +400,13 @@ def test_dask_rows_give_what_numpy_rows_give() -> None:
 
 def test_progress_counts_every_position_once_per_pass(ragged: ActivationCache) -> None:
     seen: list[tuple[int, int]] = []
-    whole(ragged, rows=8, progress=lambda done, total: seen.append((done, total)))
+    collect_all(ragged, rows=8, progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
     assert seen[-1] == (ragged.positions, ragged.positions)
 
 
 def test_saved_moments_come_back_bit_by_bit(ragged: ActivationCache, tmp_path: Path) -> None:
-    found = whole(ragged)
+    found = collect_all(ragged)
     found.save(tmp_path / "moments")
     loaded = MomentSet.load(tmp_path / "moments")
     assert (loaded.cache_id, loaded.split) == (ragged.id, "all")
@@ -450,7 +456,9 @@ def test_blas_has_one_thread_in_every_task_and_gets_its_own_back(ragged: Activat
     with threadpool_limits(2, user_api="blas"):
         before = blas_threads()
         for _ in range(3):
-            whole(ragged, rows=16, tasks=4, progress=lambda *done: seen.append(blas_threads()))
+            collect_all(
+                ragged, rows=16, tasks=4, progress=lambda *done: seen.append(blas_threads())
+            )
         assert blas_threads() == before
     assert len(seen) > 4
     assert set.union(*seen) <= {1}
@@ -477,9 +485,9 @@ def test_memory_stays_within_the_budget(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < budget + FIXED
-    asked = MomentRequest.of(big, None, (0, 1), None)
+    request = MomentRequest.of(big, None, (0, 1), None)
     tracemalloc.start()
-    for part in collect_passes(big, asked, memory=4 * budget):
+    for part in collect_passes(big, request, memory=4 * budget):
         del part
     wider = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

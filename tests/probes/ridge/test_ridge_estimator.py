@@ -27,21 +27,21 @@ def test_every_check_of_sklearn_passes(params: dict[str, Any]) -> None:
     assert len(results) > 40
 
 
-def rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def random_rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     x = rng.normal(2, 3, (120, 5))
     return x, x @ rng.normal(size=(5, 3)) + rng.normal(0, 2, (120, 3))
 
 
 def test_a_pipeline_equals_that_of_sklearns_ridge() -> None:
-    x, y = rows()
+    x, y = random_rows()
     found = make_pipeline(StandardScaler(), RidgeProbe(alpha=5.0)).fit(x, y)
     expected = make_pipeline(StandardScaler(), Ridge(alpha=5.0)).fit(x, y)
     np.testing.assert_allclose(found.predict(x), expected.predict(x), rtol=1e-9)
 
 
 def test_a_grid_search_chooses_what_it_chooses_for_sklearns_ridge() -> None:
-    x, y = rows()
+    x, y = random_rows()
     grid = {"alpha": np.logspace(-2, 4, 13)}
     options: dict[str, Any] = {"cv": KFold(4), "scoring": "neg_mean_squared_error"}
     found = GridSearchCV(RidgeProbe(folds=1), grid, **options).fit(x, y)
@@ -54,7 +54,7 @@ def test_a_grid_search_chooses_what_it_chooses_for_sklearns_ridge() -> None:
 def test_dask_arrays_stay_lazy_and_give_the_same() -> None:
     import dask.array
 
-    x, y = rows()
+    x, y = random_rows()
     lazy = [dask.array.asarray(v).rechunk((37, 2)) for v in (x, y)]
     probe, expected = RidgeProbe().fit(*lazy), RidgeProbe().fit(x, y)
     np.testing.assert_allclose(probe.coef_, expected.coef_, rtol=1e-9)
@@ -69,7 +69,7 @@ def test_dask_arrays_stay_lazy_and_give_the_same() -> None:
 def test_frames_give_their_names() -> None:
     import pandas
 
-    x, y = rows()
+    x, y = random_rows()
     frame = pandas.DataFrame(x, columns=pandas.Index(list("abcde")))
     probe: Any = RidgeProbe(alpha=1.0).fit(frame, y)
     assert list(probe.feature_names_in_) == list("abcde")

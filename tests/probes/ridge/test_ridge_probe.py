@@ -160,9 +160,11 @@ def test_the_head_reads_maps_to_the_last_layer_only(noisy: ActivationCache) -> N
     both = RidgeProbe(0, [0], target=[1, DEPTH]).fit(noisy)
     lens = RidgeProbe(0, [0]).fit(noisy)
     assert both.pairs() == lens.pairs() == [(0, 0)]
-    torch.testing.assert_close(readings(both, noisy)[0], readings(lens, noisy)[0])
+    torch.testing.assert_close(
+        logits_of_all_pairs(both, noisy)[0], logits_of_all_pairs(lens, noisy)[0]
+    )
     with pytest.raises(UsageError, match="predicts layer 1; the head reads layer 2"):
-        readings(RidgeProbe(0, [0], target=1).fit(noisy), noisy)
+        logits_of_all_pairs(RidgeProbe(0, [0], target=1).fit(noisy), noisy)
 
 
 def test_moments_of_several_targets_are_chosen_from(noisy: ActivationCache) -> None:
@@ -186,7 +188,9 @@ def test_a_probe_of_the_first_version_still_loads(noisy: ActivationCache, tmp_pa
     loaded = RidgeProbe.restore(params, old, tensors)
     for pair, found in probe.maps_.items():
         np.testing.assert_array_equal(loaded.maps_[pair].weight, found.weight)
-    for mine, theirs in zip(readings(loaded, noisy), readings(probe, noisy), strict=True):
+    for mine, theirs in zip(
+        logits_of_all_pairs(loaded, noisy), logits_of_all_pairs(probe, noisy), strict=True
+    ):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -305,7 +309,7 @@ def test_the_default_grid_is_relative_to_the_mean_eigenvalue() -> None:
     np.testing.assert_allclose(probe.alphas_[0, 0], GRID * mean, rtol=1e-12)
 
 
-def readings(probe: RidgeProbe, cache: ActivationCache) -> list[torch.Tensor]:
+def logits_of_all_pairs(probe: RidgeProbe, cache: ActivationCache) -> list[torch.Tensor]:
     hidden = torch.from_numpy(cache.residual_array(0)[:20])
     batch = ReadoutBatch(hidden, torch.zeros(20, dtype=torch.int64), cache.head.torch())
     return [probe.logits(batch, layer, offset) for layer, offset in probe.pairs()]
@@ -313,7 +317,9 @@ def readings(probe: RidgeProbe, cache: ActivationCache) -> list[torch.Tensor]:
 
 def test_logits_are_the_head_of_the_prediction(noisy: ActivationCache) -> None:
     probe = RidgeProbe((0, 1), folds=FOLDS).fit(noisy)
-    for (layer, offset), found in zip(probe.pairs(), readings(probe, noisy), strict=True):
+    for (layer, offset), found in zip(
+        probe.pairs(), logits_of_all_pairs(probe, noisy), strict=True
+    ):
         predicted = probe.predict(noisy.residual_array(0)[:20], layer, offset)
         assert found.dtype == torch.float32
         np.testing.assert_allclose(found, noisy.head.logits(predicted), rtol=1e-4, atol=1e-4)
@@ -322,7 +328,9 @@ def test_logits_are_the_head_of_the_prediction(noisy: ActivationCache) -> None:
 def test_a_saved_probe_reads_the_same(noisy: ActivationCache, tmp_path: Path) -> None:
     probe = RidgeProbe((0, 1), layers=range(2), alphas=ALPHAS, folds=FOLDS).fit(noisy)
     loaded = load_probe(save_probe(probe, tmp_path / "probe"))
-    for mine, theirs in zip(readings(loaded, noisy), readings(probe, noisy), strict=True):
+    for mine, theirs in zip(
+        logits_of_all_pairs(loaded, noisy), logits_of_all_pairs(probe, noisy), strict=True
+    ):
         torch.testing.assert_close(mine, theirs)
     assert loaded.metrics() == probe.metrics()
     assert (loaded.cache_id_, loaded.geometry_) == (noisy.id, noisy.head.digest)
@@ -378,7 +386,7 @@ def test_another_head_is_refused(noisy: ActivationCache, tmp_path: Path) -> None
 
 
 def test_sklearn_conventions_hold(noisy: ActivationCache) -> None:
-    params: dict[str, Any] = {"offset": (0, 2), "layers": [1], "alphas": ALPHAS, "folds": 3}
+    params: dict[str, Any] = {"offsets": (0, 2), "layers": [1], "alphas": ALPHAS, "folds": 3}
     probe = RidgeProbe(**params)
     assert all(probe.get_params()[key] is value for key, value in params.items())
     copied: Any = clone(probe.fit(noisy))
@@ -393,10 +401,10 @@ def test_sklearn_conventions_hold(noisy: ActivationCache) -> None:
 
 def test_fitting_again_forgets_the_first_fit(noisy: ActivationCache) -> None:
     probe = RidgeProbe((0, 1), layers=[0]).fit(noisy)
-    before = readings(probe, noisy)[0]
-    probe.set_params(alpha=1e6, offset=0).fit(noisy)
+    before = logits_of_all_pairs(probe, noisy)[0]
+    probe.set_params(alpha=1e6, offsets=0).fit(noisy)
     assert probe.pairs() == [(0, 0)]
-    assert not torch.allclose(readings(probe, noisy)[0], before)
+    assert not torch.allclose(logits_of_all_pairs(probe, noisy)[0], before)
 
 
 def test_which_map_must_be_clear(noisy: ActivationCache) -> None:
@@ -413,14 +421,14 @@ def test_which_map_must_be_clear(noisy: ActivationCache) -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"offset": 50}, r"layer \d, offset 50: there is no pair"),
+        ({"offsets": 50}, r"layer \d, offset 50: there is no pair"),
         ({"layers": [9]}, "layer 9 is not in this cache; it holds 0-2"),
         ({"alpha": 1.0, "alphas": [1.0]}, "give alpha"),
         ({"alpha": -1.0}, "finite and 0 or more"),
         ({"alphas": []}, "finite and 0 or more"),
         ({"folds": 1}, "at least 2 folds"),
         ({"products": "float8"}, "products must be one of"),
-        ({"offset": []}, "at least one layer, one offset and one target"),
+        ({"offsets": []}, "at least one layer, one offset and one target"),
     ],
 )
 def test_requests_that_cannot_be_right_are_refused(

@@ -100,8 +100,8 @@ def test_the_client_has_what_is_called(name: str) -> None:
 
 
 def test_a_loaded_probe_is_the_one_that_was_pushed(hub: LocalHub, lens: TunedLens) -> None:
-    assert residua.push_to_hub(lens, REPO) == f"https://huggingface.co/{REPO}"
-    found = residua.load_from_hub(REPO)
+    assert residua.push_probe(lens, REPO) == f"https://huggingface.co/{REPO}"
+    found = residua.pull_probe(REPO)
     assert found.metrics() == lens.metrics()
     assert np.array_equal(found.map(1).weight, lens.map(1).weight)
     names = {path.name for path in (hub.root / REPO / "main").iterdir()}
@@ -111,16 +111,16 @@ def test_a_loaded_probe_is_the_one_that_was_pushed(hub: LocalHub, lens: TunedLen
 def test_a_saved_folder_is_pushed_to_a_revision(
     hub: LocalHub, lens: TunedLens, tmp_path: Path
 ) -> None:
-    residua.push_to_hub(save_probe(lens, tmp_path / "saved"), REPO, revision="small")
-    assert residua.load_from_hub(REPO, revision="small").metrics() == lens.metrics()
+    residua.push_probe(save_probe(lens, tmp_path / "saved"), REPO, revision="small")
+    assert residua.pull_probe(REPO, revision="small").metrics() == lens.metrics()
     with pytest.raises(NotFoundError, match="no model repository 'someone/other'"):
-        residua.load_from_hub("someone/other")
+        residua.pull_probe("someone/other")
 
 
 def test_the_card_says_what_it_is_and_stays_as_it_was_edited(
     hub: LocalHub, lens: TunedLens, tmp_path: Path
 ) -> None:
-    residua.push_to_hub(
+    residua.push_probe(
         lens, REPO, cache=residua.ActivationCache(next((tmp_path / "here").iterdir()))
     )
     path = hub.root / REPO / "main" / CARD_FILE
@@ -133,32 +133,32 @@ def test_the_card_says_what_it_is_and_stays_as_it_was_edited(
     found = dict(zip(columns, next(line for line in lines if line[0] == "1"), strict=True))
     assert float(found["kl"]) == pytest.approx(lens.metrics()[1]["kl"], rel=1e-3)
     path.write_text("edited")
-    residua.push_to_hub(lens, REPO)
+    residua.push_probe(lens, REPO)
     assert path.read_text() == "edited"
 
 
 def test_a_repository_of_another_probe_is_left_alone(
     hub: LocalHub, lens: TunedLens, tmp_path: Path
 ) -> None:
-    residua.push_to_hub(lens, REPO)
+    residua.push_probe(lens, REPO)
     other = small_cache(tmp_path / "other", seed=1)
     with pytest.raises(MismatchError, match="holds a probe of head"):
-        residua.push_to_hub(TunedLens(steps=0).fit(other), REPO)
-    future = FutureLens(offset=1, steps=0).fit(small_cache(tmp_path / "here"))
+        residua.push_probe(TunedLens(steps=0).fit(other), REPO)
+    future = FutureLens(offsets=1, steps=0).fit(small_cache(tmp_path / "here"))
     with pytest.raises(MismatchError, match="holds a probe of kind 'lens'"):
-        residua.push_to_hub(future, REPO)
-    assert residua.load_from_hub(REPO).metrics() == lens.metrics()
+        residua.push_probe(future, REPO)
+    assert residua.pull_probe(REPO).metrics() == lens.metrics()
 
 
 def test_a_damaged_probe_is_neither_pushed_nor_loaded(
     hub: LocalHub, lens: TunedLens, tmp_path: Path
 ) -> None:
-    residua.push_to_hub(lens, REPO)
+    residua.push_probe(lens, REPO)
     for folder in (save_probe(lens, tmp_path / "saved"), hub.root / REPO / "main"):
         raw = bytearray((folder / "probe.safetensors").read_bytes())
         raw[-1] ^= 1
         (folder / "probe.safetensors").write_bytes(raw)
     with pytest.raises(CorruptError):
-        residua.push_to_hub(tmp_path / "saved", REPO)
+        residua.push_probe(tmp_path / "saved", REPO)
     with pytest.raises(CorruptError):
-        residua.load_from_hub(REPO)
+        residua.pull_probe(REPO)

@@ -20,7 +20,7 @@ from ...support.evaluations import assert_same_rows
 BLOCKED = "import sys; sys.modules['sklearn'] = None\nimport json, numpy as np, residua\n"
 
 
-def without(code: str) -> Any:
+def run_without_sklearn(code: str) -> Any:
     """What `code` prints, as JSON, in a process that cannot import scikit-learn."""
     found = subprocess.run(
         [sys.executable, "-c", BLOCKED + code], capture_output=True, text=True, check=False
@@ -29,7 +29,7 @@ def without(code: str) -> Any:
     return json.loads(found.stdout)
 
 
-def fitted(cache: ActivationCache) -> list[Any]:
+def fitted_probes(cache: ActivationCache) -> list[Any]:
     fast: dict[str, Any] = {"layers": [1], "lr": 1e-2, "epochs": 1, "batch": 64}
     return [
         RidgeProbe([0, 1]).fit(cache),
@@ -43,14 +43,14 @@ def fitted(cache: ActivationCache) -> list[Any]:
 
 
 def test_saved_probes_say_the_same(tiny_cache: ActivationCache, tmp_path: Path) -> None:
-    probes = fitted(tiny_cache)
+    probes = fitted_probes(tiny_cache)
     folders = [str(save_probe(probe, tmp_path / str(n))) for n, probe in enumerate(probes)]
     code = (
         f"cache = residua.ActivationCache({str(tiny_cache.path)!r})\n"
         f"probes = [residua.load_probe(folder) for folder in {folders}]\n"
         "print(json.dumps(residua.evaluate(cache, probes).to_dicts()))"
     )
-    assert_same_rows(without(code), residua.evaluate(tiny_cache, probes))
+    assert_same_rows(run_without_sklearn(code), residua.evaluate(tiny_cache, probes))
 
 
 def test_predictions_are_the_same_and_wrong_rows_are_refused(
@@ -65,7 +65,7 @@ def test_predictions_are_the_same_and_wrong_rows_are_refused(
         "try:\n    probe.predict(rows[:, 1:])\nexcept residua.ResiduaError as error:\n"
         "    print(json.dumps([probe.predict(rows).tolist(), str(error)]))"
     )
-    found, message = without(code)
+    found, message = run_without_sklearn(code)
     # The arrays are the same; their product may be rounded otherwise, where memory lies otherwise.
     np.testing.assert_allclose(found, probe.predict(rows), rtol=1e-5, atol=1e-5)
     assert "expected finite rows" in message
@@ -81,7 +81,7 @@ def test_fits_of_a_cache_need_no_sklearn_and_those_of_arrays_say_so(
         "except residua.ResiduaError as error:\n"
         "    print(json.dumps([probe.map(1, 0).weight.tolist(), str(error)]))"
     )
-    found, message = without(code)
+    found, message = run_without_sklearn(code)
     want = RidgeProbe(layers=[1]).fit(tiny_cache).map(1, 0).weight
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
     assert "needs scikit-learn" in message
@@ -94,6 +94,6 @@ def test_a_probe_that_is_not_fitted_says_so() -> None:
         "except ValueError as error:\n"
         "    print(json.dumps([type(error).__name__, str(error)]))"
     )
-    kind, message = without(code)
+    kind, message = run_without_sklearn(code)
     assert kind == "NotFittedError"
     assert "call fit first" in message

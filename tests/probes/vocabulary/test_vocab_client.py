@@ -29,7 +29,7 @@ from ...support.local import local_client
 from ...support.synthetic import make_cache, random_head
 from .test_vocab_probe import planted, same
 
-OPTIONS: dict[str, Any] = {"offset": (0, 2), "layers": [0, 1], "epochs": 1, "batch": 256}
+OPTIONS: dict[str, Any] = {"offsets": (0, 2), "layers": [0, 1], "epochs": 1, "batch": 256}
 
 
 class Killed(Exception):
