@@ -4,7 +4,8 @@
     python benchmarks/architectures.py llama gpt2   # some, to the terminal
 
 Models are built from shrunk configurations with noise on every parameter and scalar constants off
-their defaults (`tests/architectures.py`); how each is judged: `tests/conformance.py`.
+their defaults (`tests/support/architectures.py`); how each is judged:
+`tests/support/conformance.py`.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from residua.tests.architectures import KINDS
-from residua.tests.conformance import TOLERANCE, Verdict, judge
+from residua.tests.support.conformance import TOLERANCE, Verdict, check_architecture
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 HEADER = """# Architectures
@@ -98,7 +99,7 @@ def main() -> None:
     verdicts = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in kinds or KINDS:
-            verdicts.append(judge(kind, Path(folder) / kind))
+            verdicts.append(check_architecture(kind, Path(folder) / kind))
             print(row(verdicts[-1]), flush=True)
     text = page(verdicts, time.perf_counter() - began)
     if not kinds:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.number_ranges import as_whole_number, format_ranges
-from ...cache.tokens.segments import segment_places
+from ...cache.tokens.segments import segment_indices
 from ...probes.base.readout import Readout, ReadoutBatch
 from ...probes.lens.logit_lens import LogitLens
 from ...probes.saved.save import check_belongs
@@ -176,7 +176,7 @@ def _place(
         raise UsageError(
             f"sequence {sequence} has {length} tokens: none at {start} with offset {offset}"
         )
-    _, left = segment_places(cache, np.array([sequence]))
+    _, left = segment_indices(cache, np.array([sequence]))
     alone = np.flatnonzero(left[start : start + count] < offset)
     if len(alone):
         count = int(alone[0])

@@ -9,10 +9,10 @@ import numpy as np
 from ...cache.errors import UsageError
 from ...cache.tokens.segments import (
     PairScope,
-    context_places,
+    context_indices,
     document_of,
     neighbour_tokens,
-    segment_places,
+    segment_indices,
 )
 
 if TYPE_CHECKING:
@@ -128,9 +128,9 @@ class Targets:
         """The positions of `sequences`; pairs in `scope`, targets in the mask `where`."""
         positions = cache.positions_of(sequences)
         # The source t+N - N is one of the first positions if N is more than this.
-        most = context_places(cache, positions) - scope.drop_first
+        most = context_indices(cache, positions) - scope.drop_first
         index, across = (
-            np.minimum(segment_places(cache, sequences, of)[0], most)
+            np.minimum(segment_indices(cache, sequences, of)[0], most)
             for of in (scope.across_documents, True)
         )
         chosen = np.ones(len(positions), bool) if where is None else where[positions]

@@ -181,7 +181,7 @@ def _head_error(
     error = verify_head(head, hidden, logits_of(run_model(stack.model, fresh)), dtype)
     small = with_scaled_tail(hidden, SMALL)
     tokens = other[: fresh.shape[0], : fresh.shape[1]].contiguous()
-    return max(error, verify_head(head, small, stack.tail(small, tokens), dtype))
+    return max(error, verify_head(head, small, stack.run_tail(small, tokens), dtype))
 
 
 def recheck_model(model: torch.nn.Module, cache: ActivationCache) -> DecoderBlocks:

@@ -40,7 +40,7 @@ class Reading:
 
     text_column: str | None = None
     """Column of the texts; None where there are no columns."""
-    found: str | None = None
+    column_reason: str | None = None
     """How the column was found, None if it was asked for."""
     notes: list[str] = field(default_factory=list)
     """Other decisions, in words."""
@@ -56,13 +56,13 @@ class Reading:
         dropped = {name: vars(found) for name, found in sorted(self.dropped.items())}
         return {
             "text_column": self.text_column,
-            "found": self.found,
+            "found": self.column_reason,
             "notes": list(dict.fromkeys(self.notes)),
             "dropped": dropped,
         }
 
 
-def reason_against(text: str | None) -> str | None:
+def reason_to_drop(text: str | None) -> str | None:
     """Why a document is left out, None if it is not."""
     if text is None:
         return "missing"
@@ -113,11 +113,11 @@ class Documents:
         """The documents `numbers`; None for one that is missing."""
         return [self._texts[number] for number in numbers]
 
-    def has(self, column: str) -> bool:
+    def has_column(self, column: str) -> bool:
         """Whether there is such a column."""
         return False
 
-    def column(self, numbers: list[int], column: str) -> list[Any]:
+    def column_values(self, numbers: list[int], column: str) -> list[Any]:
         """Values of a column beside the documents `numbers`; raises `DataError` without it."""
         raise DataError(f"the data have no column {column!r}, which this choice of positions reads")
 
@@ -162,25 +162,25 @@ class DatasetDocuments(Documents):
 
     def texts(self, numbers: list[int]) -> list[str | None]:
         return [
-            decoded_text(text, self._data, f"row {number}")
+            decode_text(text, self._data, f"row {number}")
             for number, text in zip(
                 numbers, self._read(numbers, [self._name])[self._name], strict=True
             )
         ]
 
-    def has(self, column: str) -> bool:
+    def has_column(self, column: str) -> bool:
         return column in self._rows.features
 
-    def column(self, numbers: list[int], column: str) -> list[Any]:
-        if not self.has(column):
-            return super().column(numbers, column)
+    def column_values(self, numbers: list[int], column: str) -> list[Any]:
+        if not self.has_column(column):
+            return super().column_values(numbers, column)
         return self._read(numbers, [column])[column]
 
     def labels(self, numbers: np.ndarray) -> Labels:
         columns = [
             column
             for column, feature in self._rows.features.items()
-            if column != self._name and is_plain(feature)
+            if column != self._name and is_label_feature(feature)
         ]
         kinds: dict[str, Counter[str]] = {column: Counter() for column in columns}
         if not columns:
@@ -198,13 +198,13 @@ class DatasetDocuments(Documents):
         return label_arrays(records, kinds)
 
 
-def is_plain(feature: Any) -> bool:
+def is_label_feature(feature: Any) -> bool:
     """Whether a column of `datasets` holds numbers, truth values or words."""
     kind = str(getattr(feature, "dtype", ""))
     return kind in ("bool", "string", "large_string") or kind.startswith(("int", "uint", "float"))
 
 
-def decoded_text(text: Any, data: str, place: str) -> str | None:
+def decode_text(text: Any, data: str, place: str) -> str | None:
     """A text that may be stored as bytes; raises `DataError` if they are not UTF-8."""
     if not isinstance(text, bytes):
         return text

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-LABELS = "sequences/labels/"
+LABEL_PREFIX = "sequences/labels/"
 """What the names of the arrays of labels begin with."""
 MISSING, EMPTY, TRUTH, WORD = "missing", "empty", "truth values", "words"
 INTEGER, LONG, HUGE = "whole numbers", "whole numbers beyond 2^53", "whole numbers beyond 64 bits"
@@ -69,7 +69,7 @@ def _kind_of_integer(value: int) -> str:
     return LONG if -(1 << 63) <= value < 1 << 63 else HUGE
 
 
-def choose_label_dtype(kinds: Counter[str]) -> str | None:
+def label_dtype(kinds: Counter[str]) -> str | None:
     """`int64`, `float64`, `uint8` (truth values) or `words`; None where there can be no label."""
     found = {kind for kind, count in kinds.items() if count}
     lacks = bool(found & {MISSING, EMPTY})
@@ -123,7 +123,7 @@ def label_arrays(records: Callable[[], Iterator[Mapping[str, Any]]], kinds: Kind
     `kinds` decides the dtypes; a value of a kind that it lacks is an error of the program.
     """
     labels = Labels()
-    dtypes = {column: choose_label_dtype(found) for column, found in kinds.items()}
+    dtypes = {column: label_dtype(found) for column, found in kinds.items()}
     kept = {column: dtype for column, dtype in dtypes.items() if dtype is not None}
     names = label_names(kept)
     builders: dict[str, _CodedLabels | _NumberLabels] = {
@@ -285,4 +285,4 @@ def _coded(
 
 ANSWER, ANSWER_START, EXPLICIT = "answer", "answer_start", "positions"
 """Columns of the data that `answer` and `explicit` read."""
-COLUMNS = (ANSWER, ANSWER_START, EXPLICIT)
+POSITION_COLUMNS = (ANSWER, ANSWER_START, EXPLICIT)

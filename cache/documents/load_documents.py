@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .documents import DatasetDocuments, Documents, is_plain
-from .row_files import FORMATS
-from .row_source import RowFile, ending_of
+from .documents import DatasetDocuments, Documents, is_label_feature
+from .row_files import ROW_FORMATS
+from .row_source import RowFile, file_ending
 from .row_table import RowTable
 from .text_column import ColumnSample, check_column_exists, choose_text_column
 from .text_file import SEPARATOR, TextFile
 
-FILES = {".txt": "text", **FORMATS}
+FILE_FORMATS = {".txt": "text", **ROW_FORMATS}
 """Ending -> format of the files that are read."""
 SAMPLE_ROWS = 200
 
@@ -38,12 +38,12 @@ def load_documents(
     path = Path(data).expanduser()
     if split is not None and path.is_file():
         raise DataError(f"--split is for data sets that have several; {data} is one file")
-    format_ = FILES.get(ending_of(path)) if path.is_file() else None
+    format_ = FILE_FORMATS.get(file_ending(path)) if path.is_file() else None
     if separator is not None and format_ not in ("csv", "tsv"):
         raise DataError(f"--separator is for .csv and .tsv files, not for {data}")
     if path.is_file():
         if format_ is None:
-            known = ", ".join(FILES)
+            known = ", ".join(FILE_FORMATS)
             raise DataError(
                 f"{path.name} has no known ending; expected one of {known} (or .gz of one)"
             )
@@ -63,7 +63,7 @@ def load_documents(
         return RowTable(RowFile(path, format_, separator, scratch), text_column, labels)
     if path.is_dir():
         return _load_folder(path, split, text_column)
-    if ending_of(path) in FILES or data.startswith((".", "/", "~")) or data.count("/") > 1:
+    if file_ending(path) in FILE_FORMATS or data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise DataError(f"{data} does not exist; give a file, a saved data set or a hub id")
     return _table(_load_hub(data, split), text_column, data)
 
@@ -133,7 +133,7 @@ def _table(rows: Any, text_column: str | None, data: str) -> DatasetDocuments:
     name, found = choose_text_column(columns, text_column, data)
     check_column_exists(columns, name, data)
     table = DatasetDocuments(rows, name, data)
-    table.reading.found = found
+    table.reading.column_reason = found
     return table
 
 
@@ -149,7 +149,7 @@ def _sample(rows: Any, name: str, feature: Any) -> ColumnSample:
         return ColumnSample.of_type("bytes")
     if kind == "null":
         return ColumnSample()
-    if is_plain(feature):
+    if is_label_feature(feature):
         return ColumnSample.of_type("a number")
     column = ColumnSample.of_type("a list or object" if kind in ("list", "dict", "") else kind)
     column.add_layout(repr(feature))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files.disk_errors import disk_errors
-from .labels import COLUMNS
+from .labels import POSITION_COLUMNS
 from .row_source import Row, RowFile
 from .text_column import ColumnSample
 from .text_lines import BLOCK_BYTES, COMPRESSIONS, open_bytes
@@ -56,7 +56,7 @@ def parquet_rows(file: RowFile, text_column: str | None, others: bool) -> Iterat
         chosen = [
             name
             for name, kind in kinds.items()
-            if name == text_column or (others and (kind in plain or name in COLUMNS))
+            if name == text_column or (others and (kind in plain or name in POSITION_COLUMNS))
         ]
         number = 0
         for batch in opened.iter_batches(PARQUET_ROWS, columns=chosen):

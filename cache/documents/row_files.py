@@ -14,7 +14,7 @@ from .parquet_rows import parquet_rows, parquet_sample
 from .row_source import Row, RowFile
 from .text_column import ColumnSample
 
-FORMATS = {
+ROW_FORMATS = {
     ".jsonl": "json",
     ".ndjson": "json",
     ".json": "json",

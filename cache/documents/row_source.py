@@ -28,14 +28,14 @@ class RowFile:
     @property
     def ending(self) -> str:
         """The ending of the name in lower case, without that of a compression."""
-        return ending_of(self.path)
+        return file_ending(self.path)
 
     def fail(self, place: str, reason: str) -> NoReturn:
         """Raise the error of a place that cannot be read, like `line 3`."""
         raise DataError(f"{self.path} cannot be read as {self.format}: {place}: {reason}") from None
 
 
-def ending_of(path: Path) -> str:
+def file_ending(path: Path) -> str:
     """The ending of a name in lower case, without that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return next((s for s in reversed(suffixes) if s not in COMPRESSIONS), "")

@@ -13,12 +13,12 @@ import numpy as np
 
 from ..errors import DataError
 from ..files.disk_errors import disk_errors
-from .documents import Documents, Reading, decoded_text
+from .documents import Documents, Reading, decode_text
 from .labels import (
-    COLUMNS,
     EXPLICIT,
     MISSING,
     OTHER,
+    POSITION_COLUMNS,
     Labels,
     kind_of_cell,
     kind_of_value,
@@ -118,7 +118,7 @@ class RowTable(Documents):
 
     def _add_text(self, row: dict[str, Any], name: str, place: str) -> None:
         self._is_there |= name in row
-        text = decoded_text(row.get(name), self._data, place)
+        text = decode_text(row.get(name), self._data, place)
         if text is not None and not isinstance(text, str):
             raise DataError(
                 f"{self._data}, {place}: the text column {name!r} holds {kind_of(text)}, expected "
@@ -139,12 +139,12 @@ class RowTable(Documents):
             for number in numbers
         ]
 
-    def has(self, column: str) -> bool:
+    def has_column(self, column: str) -> bool:
         return column in self._kinds
 
-    def column(self, numbers: list[int], column: str) -> list[Any]:
-        if not self.has(column):
-            return super().column(numbers, column)
+    def column_values(self, numbers: list[int], column: str) -> list[Any]:
+        if not self.has_column(column):
+            return super().column_values(numbers, column)
         return [record.get(column) for record in self._read(numbers)]
 
     def _read(self, numbers: list[int] | np.ndarray) -> Iterator[dict[str, Any]]:
@@ -159,7 +159,7 @@ class RowTable(Documents):
 
 def _is_kept(column: str, value: Any) -> bool:
     """Whether a value is a label's or decides which positions are kept."""
-    return value is None or isinstance(value, str | int | float) or column in COLUMNS
+    return value is None or isinstance(value, str | int | float) or column in POSITION_COLUMNS
 
 
 def _check_only(

@@ -143,7 +143,7 @@ def shorten_to_fit(
     ratios: Mapping[str, float] | None = None,
 ) -> TokenStream:  # fmt: skip
     """The longest beginning of `stream`, in whole sequences, whose cache has `limit` bytes."""
-    ends = np.cumsum(stream.kept)
+    ends = np.cumsum(stream.row_counts)
 
     def size(sequences: int) -> int:
         positions = int(ends[sequences - 1])
@@ -161,7 +161,7 @@ def shorten_to_fit(
             f"max_bytes {limit:,} is less than the cache of one sequence needs, {size(1):,} bytes; "
             "allow more, or take fewer layers or smaller parts (--part-positions)"
         )
-    return stream if low == len(ends) else stream.head(low)
+    return stream if low == len(ends) else stream.first_sequences(low)
 
 
 LOGITS_BATCH_BYTES = 128 << 20

@@ -152,7 +152,7 @@ def save_head_and_tokenizer(
 ) -> None:
     """The head, the tokenizer and copies of the configuration, in the format `version`."""
     canary.head.save(folder, canary.tensors)
-    source.tokenizer_in(version).save(str(folder / "tokenizer.json"))
+    source.tokenizer_for_format(version).save(str(folder / "tokenizer.json"))
     for name in ("config.json", "tokenizer_config.json"):
         if (source.folder / name).is_file():
             (folder / name).write_bytes(_without_paths((source.folder / name).read_bytes()))

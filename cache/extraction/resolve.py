@@ -199,7 +199,7 @@ def read_stream(
     )
     stream = tokenize(
         documents,
-        source.tokenizer_in(request.format),
+        source.tokenizer_for_format(request.format),
         context=choose_context(request, source),
         pack=request.pack,
         separator=source.separator,
@@ -209,7 +209,7 @@ def read_stream(
         scratch=scratch,
         version=request.format,
     )
-    vocab = source.constant("vocab_size")
+    vocab = source.config_value("vocab_size")
     largest = max(int(block.max()) for block in row_blocks(stream.ids))
     if isinstance(vocab, int) and largest >= vocab:
         raise ModelError(
@@ -228,7 +228,7 @@ def wanted_cache(
         digest,
         stream.positions,
         stream.sequences,
-        tokenizer_digest(source.tokenizer_in(request.format)),
+        tokenizer_digest(source.tokenizer_for_format(request.format)),
         choose_context(request, source),
         request.pack,
         request.seed,
@@ -243,5 +243,5 @@ def wanted_cache(
     )
     if stream.runs is not None:
         hashes = hashes[stream.runs.sequence]
-    model = source.identity_in(request.format)
+    model = source.identity_for_format(request.format)
     return WantedCache(model, tokens, capture, hashes, request.layers, request.format)

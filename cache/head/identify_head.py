@@ -148,7 +148,7 @@ def observe(
     seen: list[tuple[Any, Any]] = []
     handle = unembed.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     try:
-        logits = stack.tail(hidden, ids)
+        logits = stack.run_tail(hidden, ids)
     finally:
         handle.remove()
     if len(seen) != 1:

@@ -199,7 +199,9 @@ def record_head(
             torch.roll(t, (number, number), (0, 1))[:batch, :length].clone() for t in (ids, other)
         )
         tapes.append(
-            record_program(lambda h, tokens=tokens: stack.tail(h, tokens), stack.residuals(own)[-1])
+            record_program(
+                lambda h, tokens=tokens: stack.run_tail(h, tokens), stack.residuals(own)[-1]
+            )
         )
     return generalize(tapes, SHAPES)
 

@@ -38,7 +38,7 @@ class DecoderBlocks:
         self.blocks = blocks
         """One entry per call; a block that runs in a loop is there several times."""
         self.axes = axes
-        self.picks = picks
+        self.stream_indices = picks
         """Which of the tensors of this shape carry the stream; several lie side by side."""
 
     @property
@@ -47,7 +47,7 @@ class DecoderBlocks:
 
     @property
     def d_model(self) -> int:
-        return self.axes.width * len(self.picks)
+        return self.axes.width * len(self.stream_indices)
 
     def residuals(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Layers 0..L for `ids` `(batch, length)`: L + 1 tensors `(batch, length, d_model)`."""
@@ -75,13 +75,13 @@ class DecoderBlocks:
             raise ModelError(f"{self.name}: {len(taken)} residual streams, not {self.depth + 1}")
         return taken
 
-    def tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def run_tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits of the model with layer L replaced by `hidden`, `(batch, length, d_model)`."""
-        with self.replaced(self.depth, hidden):
+        with self.replace_layer(self.depth, hidden):
             return logits_of(run_model(self.model, ids))
 
     @contextmanager
-    def replaced(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
+    def replace_layer(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
         """Within the context, one forward pass has `hidden` as its layer `layer` (1..L)."""
         calls = 0
 
@@ -103,19 +103,19 @@ class DecoderBlocks:
     def _take(self, output: Any, ids: torch.Tensor) -> torch.Tensor:
         shape = self.axes.shape(*ids.shape)
         found = [t for t in tensors_of(output) if tuple(t.shape) == shape]
-        if len(found) <= max(self.picks):
+        if len(found) <= max(self.stream_indices):
             raise ModelError(
                 f"{self.name}: a block gives or takes no tensor of shape {shape} for "
                 f"{ids.shape[0]} x {ids.shape[1]} tokens"
             )
-        streams = [self.axes.unpack(found[pick]) for pick in self.picks]
+        streams = [self.axes.unpack(found[pick]) for pick in self.stream_indices]
         return streams[0] if len(streams) == 1 else torch.cat(streams, -1)
 
     def _put(self, output: Any, hidden: torch.Tensor) -> Any:
         """`output` with its residual stream replaced by `hidden`."""
         shape = self.axes.shape(*hidden.shape[:2])
-        parts = hidden.split(self.axes.width, -1) if len(self.picks) > 1 else (hidden,)
-        streams = {p: self.axes.pack(t) for p, t in zip(self.picks, parts, strict=True)}
+        parts = hidden.split(self.axes.width, -1) if len(self.stream_indices) > 1 else (hidden,)
+        streams = {p: self.axes.pack(t) for p, t in zip(self.stream_indices, parts, strict=True)}
         seen = iter(range(1 << 30))
         return replace_tensors(
             output,

@@ -76,7 +76,7 @@ def _reason_against(
 ) -> str | None:
     """Why the stack is not the model's, or None if its last layer alone gives the logits."""
     try:
-        got = stack.tail(stack.residuals(ids)[-1], other)
+        got = stack.run_tail(stack.residuals(ids)[-1], other)
     except (ModelError, RuntimeError, ValueError, TypeError) as error:
         if is_out_of_memory(error):
             raise
@@ -118,7 +118,7 @@ def _roles(
         [
             axes
             for a, b in zip(one, two, strict=False)
-            if (axes := ResidualAxes.between(a, b, tuple(ids.shape), tuple(fewer.shape)))  # pyright: ignore[reportArgumentType]
+            if (axes := ResidualAxes.infer(a, b, tuple(ids.shape), tuple(fewer.shape)))  # pyright: ignore[reportArgumentType]
         ]
         for one, two in shapes
     ]

@@ -18,7 +18,7 @@ class ResidualAxes:
 
     batch: int
     position: int
-    rest: tuple[int, ...]
+    width_sizes: tuple[int, ...]
     """Sizes of the other axes, in their order."""
     streams: int = 1
     """Copies of the sequence one after the other on the position axis."""
@@ -27,15 +27,15 @@ class ResidualAxes:
 
     @property
     def width(self) -> int:
-        return math.prod(self.rest) * self.streams
+        return math.prod(self.width_sizes) * self.streams
 
     @property
-    def plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether the tensor is `(batch, length, width)` as it stands."""
-        return self == ResidualAxes(0, 1, self.rest) and len(self.rest) == 1
+        return self == ResidualAxes(0, 1, self.width_sizes) and len(self.width_sizes) == 1
 
     @classmethod
-    def between(
+    def infer(
         cls,
         one: tuple[int, ...],
         two: tuple[int, ...],
@@ -64,7 +64,7 @@ class ResidualAxes:
 
     def shape(self, batch: int, length: int) -> tuple[int, ...]:
         """Shape of the model's tensor for `batch` sequences of `length` tokens."""
-        sizes = list(self.rest)
+        sizes = list(self.width_sizes)
         for axis, size in sorted(
             [(self.batch, batch), (self.position, length * self.streams + self.offset)]
         ):
@@ -73,7 +73,7 @@ class ResidualAxes:
 
     def unpack(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """The model's tensor as `(batch, length, width)`."""
-        if self.plain:
+        if self.is_plain:
             return tensor
         rows = tensor.movedim((self.batch, self.position), (0, 1))
         if self.offset:
@@ -84,16 +84,16 @@ class ResidualAxes:
 
     def pack(self, rows: "torch.Tensor") -> "torch.Tensor":
         """`(batch, length, width)` as the model's tensor; rows before the first token are zero."""
-        if self.plain:
+        if self.is_plain:
             return rows
         import torch
 
         batch, length, _ = rows.shape
         if self.streams > 1:
-            rows = rows.reshape(batch, length, self.streams, *self.rest).movedim(2, 1)
-        rows = rows.reshape(batch, self.streams * length, *self.rest)
+            rows = rows.reshape(batch, length, self.streams, *self.width_sizes).movedim(2, 1)
+        rows = rows.reshape(batch, self.streams * length, *self.width_sizes)
         if self.offset:
-            rows = torch.nn.functional.pad(rows, [0, 0] * len(self.rest) + [self.offset, 0])
+            rows = torch.nn.functional.pad(rows, [0, 0] * len(self.width_sizes) + [self.offset, 0])
         return rows.movedim((0, 1), (self.batch, self.position))
 
 

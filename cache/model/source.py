@@ -16,7 +16,7 @@ from ..errors import ModelError
 from ..files.json_files import file_digest, json_digest
 from ..format.manifest import ModelIdentity
 from .safetensors_header import RUNNING_DTYPES, read_header
-from .weight_digests import known_digests, known_tensor_digests
+from .weight_digests import remembered_file_digests, remembered_tensor_digests
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -93,7 +93,7 @@ class ModelSource:
             raise ModelError(f"{self.folder}/config.json is not a JSON object")
         return value
 
-    def constant(self, name: str) -> Any:
+    def config_value(self, name: str) -> Any:
         """A value of the configuration, also from the text part of a composite model."""
         return self.config.get(name, (self.config.get("text_config") or {}).get(name))
 
@@ -105,7 +105,7 @@ class ModelSource:
         """
         if self.loaded_dtype is not None:
             return self.loaded_dtype
-        found = self.constant("dtype") or self.constant("torch_dtype")
+        found = self.config_value("dtype") or self.config_value("torch_dtype")
         found = found.get("") if isinstance(found, dict) else found
         return str(found or self._checkpoint_dtype()).removeprefix("torch.")
 
@@ -136,7 +136,7 @@ class ModelSource:
     def context(self) -> int | None:
         """Longest context of the model, if its configuration says so."""
         for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-            if isinstance(value := self.constant(name), int) and value > 0:
+            if isinstance(value := self.config_value(name), int) and value > 0:
                 return max(1, value - self._reserved_positions())
         return None
 
@@ -147,7 +147,7 @@ class ModelSource:
         """
         if self.config.get("model_type") not in POSITIONS_AFTER_PADDING:
             return 0
-        padding = self.constant("pad_token_id")
+        padding = self.config_value("pad_token_id")
         return 2 if padding is None else int(padding) + 1
 
     @cached_property
@@ -160,7 +160,7 @@ class ModelSource:
         for path in self.weight_files:
             read_header(path)  # a file that cannot be read is said before one is hashed
         tensors: dict[str, str] = {}
-        for file, digests in known_tensor_digests(self.weight_files).items():
+        for file, digests in remembered_tensor_digests(self.weight_files).items():
             if twice := sorted(tensors.keys() & digests.keys()):
                 raise ModelError(f"{file} holds tensor {twice[0]!r}, which another file holds too")
             tensors |= digests
@@ -238,10 +238,10 @@ class ModelSource:
         for path in weights:
             read_header(path)
         return ModelIdentity(
-            json_digest(known_digests(weights)), self._config_digest, self._architecture
+            json_digest(remembered_file_digests(weights)), self._config_digest, self._architecture
         )
 
-    def identity_in(self, version: int) -> ModelIdentity:
+    def identity_for_format(self, version: int) -> ModelIdentity:
         """The identity in the format `version`."""
         return self.identity_of_files if version == 1 else self.identity
 
@@ -263,7 +263,7 @@ class ModelSource:
         path = self.folder / "tokenizer.json"
         return read_tokenizer_file(path) if path.is_file() else self.tokenizer
 
-    def tokenizer_in(self, version: int) -> "Tokenizer":
+    def tokenizer_for_format(self, version: int) -> "Tokenizer":
         """The tokenizer that makes the tokens of a cache in the format `version`."""
         return self.tokenizer_file if version == 1 else self.tokenizer
 
@@ -277,9 +277,9 @@ class ModelSource:
             if isinstance(token, str) and (number := self.tokenizer.token_to_id(token)) is not None:
                 return number
         for name in ("bos_token_id", "eos_token_id"):
-            value = self.constant(name)
+            value = self.config_value(name)
             value = value[0] if isinstance(value, list) and value else value
-            if isinstance(value, int) and 0 <= value < (self.constant("vocab_size") or 1 << 62):
+            if isinstance(value, int) and 0 <= value < (self.config_value("vocab_size") or 1 << 62):
                 return value
         return None
 

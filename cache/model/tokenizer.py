@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError, ResiduaError
 from ..files.json_files import json_digest, read_json, write_json
 from .transformers_guard import guard_transformers
-from .weight_digests import known_digests, memo_path
+from .weight_digests import memo_path, remembered_file_digests
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,7 +65,7 @@ def _memo(folder: Path, trust_remote_code: bool) -> Path:
     """Where the tokenizer of just these files, code and libraries is remembered."""
     files = sorted({path for pattern in PATTERNS for path in folder.glob(pattern)})
     about = {
-        "files": known_digests(path for path in files if path.is_file()),
+        "files": remembered_file_digests(path for path in files if path.is_file()),
         "code": trust_remote_code,
         "versions": [version("transformers"), version("tokenizers")],
     }

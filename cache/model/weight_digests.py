@@ -33,12 +33,12 @@ def memo_path() -> Path:
     return folder / "residua-digests" / "digests.json"
 
 
-def known_digests(files: Iterable[Path]) -> dict[str, str]:
+def remembered_file_digests(files: Iterable[Path]) -> dict[str, str]:
     """Name -> hex sha256 of each of `files`; those that did not change are not read."""
     return {path.name: found for path, found in _remembered("files", files, file_digest).items()}
 
 
-def known_tensor_digests(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
+def remembered_tensor_digests(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
     """Each of the safetensors `files` -> tensor -> its digest, see `tensor_digests`."""
     return _remembered("tensors", files, tensor_digests)
 

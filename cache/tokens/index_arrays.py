@@ -53,8 +53,8 @@ def index_arrays(stream: TokenStream, hashes: np.ndarray) -> dict[str, NumberCol
     }
     if stream.format > 1:
         values["sequences/document"] = stream.sequence_documents[runs.sequence]
-    values |= {n: _of_kept(stream, found, places) for n, found in stream.of_tokens.items()}
-    values |= {name: found[runs.sequence] for name, found in stream.of_sequences.items()}
+    values |= {n: _of_kept(stream, found, places) for n, found in stream.token_arrays.items()}
+    values |= {name: found[runs.sequence] for name, found in stream.sequence_arrays.items()}
     if stream.runs is not None:
         values |= {
             "sequences/context": runs.sequence,
@@ -62,8 +62,8 @@ def index_arrays(stream: TokenStream, hashes: np.ndarray) -> dict[str, NumberCol
             "contexts/start": stream.starts,
             "contexts/length": stream.lengths,
         }
-        if stream.format > 1 and DOCUMENT_OF_TOKENS in stream.of_tokens:
-            values["context/row_id"] = stream.of_tokens[DOCUMENT_OF_TOKENS]
+        if stream.format > 1 and DOCUMENT_OF_TOKENS in stream.token_arrays:
+            values["context/row_id"] = stream.token_arrays[DOCUMENT_OF_TOKENS]
     return {name: _as_stored(name, found) for name, found in values.items()}
 
 

@@ -62,7 +62,7 @@ def _choose(
             yield from _answers(stream, documents, rows, sequences)
     else:
         for rows, sequences in _batches(stream, documents):
-            wanted, lengths = documents.column(rows, EXPLICIT), stream.lengths[sequences]
+            wanted, lengths = documents.column_values(rows, EXPLICIT), stream.lengths[sequences]
             yield from (_named(w, int(n)) for w, n in zip(wanted, lengths, strict=True))
 
 
@@ -91,16 +91,16 @@ def _answers(
     stream: TokenStream, documents: Documents, rows: list[int], sequences: slice
 ) -> Iterator[np.ndarray]:
     """Positions that predict the tokens of each row's answer."""
-    answers = [_answer(answer) for answer in documents.column(rows, ANSWER)]
+    answers = [_answer(answer) for answer in documents.column_values(rows, ANSWER)]
     places = (
-        [_character(place) for place in documents.column(rows, ANSWER_START)]
-        if documents.has(ANSWER_START)
+        [_character(place) for place in documents.column_values(rows, ANSWER_START)]
+        if documents.has_column(ANSWER_START)
         else [
             (text or "").rfind(answer)
             for text, answer in zip(documents.texts(rows), answers, strict=True)
         ]
     )
-    first, stop = stream.of_tokens["tokens/char_start"], stream.of_tokens["tokens/char_stop"]
+    first, stop = stream.token_arrays["tokens/char_start"], stream.token_arrays["tokens/char_stop"]
     starts, lengths = stream.starts[sequences].tolist(), stream.lengths[sequences].tolist()
     for start, length, answer, place in zip(starts, lengths, answers, places, strict=True):
         inside = slice(start, start + length)

@@ -91,14 +91,14 @@ class PairScope:
             )
         return PairScope(bool(self.across_documents), int(self.drop_first))
 
-    def lefts(self, cache: SequenceIndex, sequences: np.ndarray) -> np.ndarray:
+    def largest_offsets(self, cache: SequenceIndex, sequences: np.ndarray) -> np.ndarray:
         """How many positions follow each one that it may be paired with, `(n,)` int64.
 
         For the rows of whole `sequences`, in their order; -1 for a position that is no source.
         """
-        _, left = segment_places(cache, sequences, self.across_documents)
+        _, left = segment_indices(cache, sequences, self.across_documents)
         if self.drop_first:
-            left[context_places(cache, cache.positions_of(sequences)) < self.drop_first] = -1
+            left[context_indices(cache, cache.positions_of(sequences)) < self.drop_first] = -1
         return left
 
 
@@ -107,7 +107,7 @@ def is_sparse(cache: SequenceIndex) -> bool:
     return cache.has("context/ids")
 
 
-def segment_places(
+def segment_indices(
     cache: SequenceIndex, sequences: np.ndarray, across_documents: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Index of each position in its segment, and how many positions follow it there; int64.
@@ -128,7 +128,7 @@ def segment_places(
     return index, np.repeat(sizes, sizes) - 1 - index
 
 
-def context_places(cache: SequenceIndex, positions: np.ndarray) -> np.ndarray:
+def context_indices(cache: SequenceIndex, positions: np.ndarray) -> np.ndarray:
     """Index of each of `positions` in the sequence that the model read, `(n,)` int64."""
     if is_sparse(cache):
         return cache.token_index.take(positions).astype(np.int64)
@@ -161,7 +161,7 @@ def neighbour_tokens(
     if sparse:
         contexts, number = cache.contexts, cache.sequence_context[sequence]
         ids, first = contexts.ids, contexts.start[number]
-        end, place = first + contexts.length[number], first + context_places(cache, positions)
+        end, place = first + contexts.length[number], first + context_indices(cache, positions)
     else:
         ids, first, place = cache.tokens, cache.sequence_start[sequence], positions
         end = first + cache.sequence_length[sequence]
@@ -220,7 +220,7 @@ def context_blocks(
         first = stop
 
 
-def contexts_of(cache: SequenceIndex, sequences: np.ndarray) -> np.ndarray:
+def context_numbers(cache: SequenceIndex, sequences: np.ndarray) -> np.ndarray:
     """Numbers of the contexts that hold `sequences`, ascending, each once."""
     return np.unique(cache.sequence_context[sequences]) if is_sparse(cache) else sequences
 
@@ -235,13 +235,13 @@ def context_documents(cache: SequenceIndex) -> np.ndarray:
     return found
 
 
-def has_borders(cache: SequenceIndex) -> bool:
+def has_document_borders(cache: SequenceIndex) -> bool:
     """Whether a sequence of `cache` holds two documents; reads `tokens/row_id` until one does."""
     if cache.document_numbers is None:
         return False
     blocks = cache.blocks(np.arange(len(cache.sequence_length)), BLOCK_POSITIONS)
     return any(
-        len(np.flatnonzero(segment_places(cache, some)[0] == 0)) > len(some) for some in blocks
+        len(np.flatnonzero(segment_indices(cache, some)[0] == 0)) > len(some) for some in blocks
     )
 
 
@@ -279,7 +279,7 @@ def crossing_shares(
     if counted is None:
         within = PairScope(False, scope.drop_first)
         for some in cache.blocks(sequences, BLOCK_POSITIONS):
-            left = within.lefts(cache, some)
+            left = within.largest_offsets(cache, some)
             for offset in offsets:
                 inside[offset] += int(np.count_nonzero(left >= offset))
     found: dict[int, Any] = {}

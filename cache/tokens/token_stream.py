@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..documents.documents import Reading
-from ..documents.labels import LABELS, join_labels
+from ..documents.labels import LABEL_PREFIX, join_labels
 from ..files.disk_columns import BLOCK, DiskColumn, NumberColumn, row_blocks
 from ..format.manifest import DOCUMENT, FORMAT, SEQUENCE
 from .splits import assign_splits, split_in_order
@@ -44,15 +44,15 @@ class TokenStream:
     """Tokens of each sequence, `(sequences,)` int64."""
     row_ids: np.ndarray
     """Number of the source document in which each sequence starts, `(sequences,)` int64."""
-    of_tokens: dict[str, NumberColumn] = field(default_factory=dict)
+    token_arrays: dict[str, NumberColumn] = field(default_factory=dict)
     """Further arrays of one number per token: array name -> `(tokens,)`."""
-    of_sequences: dict[str, np.ndarray] = field(default_factory=dict)
+    sequence_arrays: dict[str, np.ndarray] = field(default_factory=dict)
     """Further arrays of one number per sequence, the labels: array name -> `(sequences,)`."""
     categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """What the codes of a label stand for: array name -> words."""
     runs: KeptRuns | None = None
     """Kept positions; None if all are."""
-    cut: np.ndarray | None = None
+    cut_tokens: np.ndarray | None = None
     """Tokens that each sequence lost at its end to the context, `(sequences,)`; None if packed."""
     scratch: Path | None = None
     """Folder of temporary files; None for the system's."""
@@ -79,7 +79,7 @@ class TokenStream:
         return len(self.lengths if self.runs is None else self.runs.length)
 
     @property
-    def kept(self) -> np.ndarray:
+    def row_counts(self) -> np.ndarray:
         """Rows of the cache that each sequence that the model reads gives, `(sequences,)`."""
         if self.runs is None:
             return self.lengths
@@ -90,7 +90,7 @@ class TokenStream:
     @property
     def cut_counts(self) -> dict[str, int]:
         """How many `sequences` were longer than the context, and `tokens` that were cut off."""
-        cut = np.zeros(0, np.int64) if self.cut is None else self.cut
+        cut = np.zeros(0, np.int64) if self.cut_tokens is None else self.cut_tokens
         return {"sequences": int((cut > 0).sum()), "tokens": int(cut.sum())}
 
     def with_runs(self, runs: KeptRuns) -> "TokenStream":
@@ -112,7 +112,7 @@ class TokenStream:
         firsts = numbers[np.concatenate([[0], breaks])] if len(numbers) else numbers
         lasts = numbers[np.concatenate([breaks, [len(numbers)]]) - 1] if len(numbers) else numbers
         ranges = np.stack([self.starts[firsts], self.starts[lasts] + self.lengths[lasts]], -1)
-        names = {"ids": self.ids, **self.of_tokens}
+        names = {"ids": self.ids, **self.token_arrays}
         columns = {name: DiskColumn(values.dtype, self.scratch) for name, values in names.items()}
         for name, column in columns.items():
             for start, stop in ranges.tolist():
@@ -124,14 +124,14 @@ class TokenStream:
             lengths=self.lengths[numbers],
             row_ids=self.row_ids[numbers],
             of_tokens={**columns},
-            of_sequences={name: values[numbers] for name, values in self.of_sequences.items()},
+            of_sequences={name: values[numbers] for name, values in self.sequence_arrays.items()},
             runs=self._runs_of(numbers),
-            cut=None if self.cut is None else self.cut[numbers],
+            cut_tokens=None if self.cut_tokens is None else self.cut_tokens[numbers],
             splits=None if self.splits is None else self.splits[numbers],
             documents=None if self.documents is None else self.documents[numbers],
         )
 
-    def head(self, count: int) -> "TokenStream":
+    def first_sequences(self, count: int) -> "TokenStream":
         """The first `count` sequences; those of fewer than three documents are split anew."""
         stream = self.select(np.arange(count))
         if stream.split_by == SEQUENCE and stream.format > 1:
@@ -191,7 +191,7 @@ class TokenStream:
 
     def _borders(self) -> Iterator[np.ndarray]:
         """Where another document begins inside each sequence: indices, `(borders,)` int64."""
-        rows = self.of_tokens.get(DOCUMENT_OF_TOKENS)
+        rows = self.token_arrays.get(DOCUMENT_OF_TOKENS)
         none = np.zeros(0, "<i8")
         for first, last, _ in self._groups():
             start = int(self.starts[first])
@@ -254,12 +254,14 @@ def concatenate(*streams: TokenStream) -> TokenStream:
     of_sequences, categories = _labels(streams)
     common = [
         name
-        for name in streams[0].of_sequences
-        if name not in of_sequences and all(name in stream.of_sequences for stream in streams)
+        for name in streams[0].sequence_arrays
+        if name not in of_sequences and all(name in stream.sequence_arrays for stream in streams)
     ]
     scratch = streams[-1].scratch
-    cuts = [stream.cut for stream in streams if stream.cut is not None]
-    names = [n for n in streams[0].of_tokens if all(n in stream.of_tokens for stream in streams)]
+    cuts = [stream.cut_tokens for stream in streams if stream.cut_tokens is not None]
+    names = [
+        n for n in streams[0].token_arrays if all(n in stream.token_arrays for stream in streams)
+    ]
     lengths, rows = (
         np.concatenate([getattr(s, n) for s in streams]) for n in ("lengths", "row_ids")
     )
@@ -267,13 +269,15 @@ def concatenate(*streams: TokenStream) -> TokenStream:
         _chain([stream.ids for stream in streams], scratch),
         lengths,
         rows,
-        {n: _chain([stream.of_tokens[n] for stream in streams], scratch) for n in names},
+        {n: _chain([stream.token_arrays[n] for stream in streams], scratch) for n in names},
         {
             **of_sequences,
-            **{n: np.concatenate([stream.of_sequences[n] for stream in streams]) for n in common},
+            **{
+                n: np.concatenate([stream.sequence_arrays[n] for stream in streams]) for n in common
+            },
         },
         categories,
-        cut=np.concatenate(cuts) if len(cuts) == len(streams) else None,
+        cut_tokens=np.concatenate(cuts) if len(cuts) == len(streams) else None,
         scratch=scratch,
         splits=_joined([stream.splits for stream in streams]),
         documents=_joined([stream.documents for stream in streams]),
@@ -302,12 +306,12 @@ def _labels(
     streams: tuple[TokenStream, ...],
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]:
     """The labels of all streams by the names of their arrays, and the words of coded ones."""
-    names = dict.fromkeys(name for stream in streams for name in stream.of_sequences)
+    names = dict.fromkeys(name for stream in streams for name in stream.sequence_arrays)
     values: dict[str, np.ndarray] = {}
     categories: dict[str, tuple[str, ...]] = {}
-    for name in (name for name in names if name.startswith(LABELS)):
+    for name in (name for name in names if name.startswith(LABEL_PREFIX)):
         values[name], words = join_labels(
-            [(len(s.lengths), s.of_sequences.get(name), s.categories.get(name)) for s in streams]
+            [(len(s.lengths), s.sequence_arrays.get(name), s.categories.get(name)) for s in streams]
         )
         if words is not None:
             categories[name] = words

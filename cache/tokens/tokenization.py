@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..documents.documents import Documents, reason_against
-from ..documents.labels import LABELS
+from ..documents.documents import Documents, reason_to_drop
+from ..documents.labels import LABEL_PREFIX
 from ..errors import DataError
 from ..files.disk_columns import DiskColumn
 from ..format.manifest import FORMAT, SEQUENCE
@@ -86,7 +86,7 @@ class TokenStreamBuilder:
             np.array(self._lengths, np.int64),
             np.array(self._rows, np.int64),
             {f"tokens/{name}": column for name, column in spans.items()},
-            cut=np.array(self._cut, np.int64),
+            cut_tokens=np.array(self._cut, np.int64),
             scratch=self._scratch,
             splits=np.array(self._splits, np.uint8),
             documents=np.array(self._documents, np.uint64),
@@ -140,8 +140,8 @@ def tokenize(
     if pack:
         return stream
     labels = documents.labels(stream.row_ids)
-    stream.of_sequences.update({LABELS + n: values for n, values in labels.values.items()})
-    stream.categories.update({LABELS + n: words for n, words in labels.categories.items()})
+    stream.sequence_arrays.update({LABEL_PREFIX + n: values for n, values in labels.values.items()})
+    stream.categories.update({LABEL_PREFIX + n: words for n, words in labels.categories.items()})
     documents.reading.notes += labels.notes
     return stream
 
@@ -168,7 +168,7 @@ class Encoder:
             text_hash(text)
             for some in self.documents.batches(numbers)
             for text in self.documents.texts(some)
-            if text is not None and reason_against(text) is None
+            if text is not None and reason_to_drop(text) is None
         )
         return np.fromiter(found, np.uint64)
 
@@ -196,7 +196,7 @@ class Encoder:
     def _texts(self, numbers: list[int]) -> Iterator[tuple[int, str]]:
         """Those documents of `numbers` that hold text; the others are counted as left out."""
         for number, text in zip(numbers, self.documents.texts(numbers), strict=True):
-            reason = reason_against(text)
+            reason = reason_to_drop(text)
             if text is None or reason is not None:
                 self.documents.reading.drop(reason or "missing", number)
             else:
@@ -376,7 +376,7 @@ def _pack_by_split(
         return splits[hash]
 
     SplitPacker(encoder, split_of, written, context, max_tokens).pack(order)
-    return replace(written.stream(), cut=None)
+    return replace(written.stream(), cut_tokens=None)
 
 
 def _pack_together(
@@ -399,7 +399,7 @@ def _pack_together(
             break
     if packer.waiting and fits(packer.waiting):
         written.append(packer.take())
-    return replace(written.stream(), splits=None, cut=None)
+    return replace(written.stream(), splits=None, cut_tokens=None)
 
 
 def _one_by_one(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import UsageError
-from ...cache.tokens.segments import context_blocks, contexts_of, document_of
+from ...cache.tokens.segments import context_blocks, context_numbers, document_of
 from ..base.readout import ReadoutBatch
 from .token_counts import (
     BLOCK_TOKENS,
@@ -106,7 +106,7 @@ class CrossFittedBigram(Bigram):
         """Count the tokens of the train split, fold by fold, in one pass."""
         self._start(cache)
         of_fold = [empty_counts(cache.vocab, cache.vocab) for _ in range(FOLDS)]
-        contexts = contexts_of(cache, cache.sequences("train"))
+        contexts = context_numbers(cache, cache.sequences("train"))
         for ids, left, document in context_blocks(cache, contexts):
             first = np.flatnonzero(left >= 1)
             keys, fold = ids[first] * cache.vocab + ids[first + 1], document[first] % FOLDS

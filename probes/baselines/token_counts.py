@@ -13,7 +13,7 @@ import numpy as np
 from ...cache.cluster import results, threads_of
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.number_ranges import as_tuple
-from ...cache.tokens.segments import PairScope, context_blocks, contexts_of
+from ...cache.tokens.segments import PairScope, context_blocks, context_numbers
 from ..base.params import Params
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def over_train(
 
     Counts are whole numbers: their sum does not depend on who counted what.
     """
-    contexts = contexts_of(cache, cache.sequences("train"))
+    contexts = context_numbers(cache, cache.sequences("train"))
     if client is None:
         return iter((count(cache, contexts, *args),))
     shares = np.array_split(contexts, sum(threads_of(client).values()))

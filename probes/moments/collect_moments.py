@@ -175,7 +175,7 @@ def blocks_of(
     folds = cache.sequence_folds(asked.folds, asked.split)
     for window in cache.blocks(numbers, plan.rows * asked.folds):
         rows, lengths = cache.positions_of(window), cache.sequence_length[window]
-        left = asked.scope.lefts(cache, window)
+        left = asked.scope.largest_offsets(cache, window)
         kind = np.searchsorted(asked.offsets, left, side="right") - 1
         fold = np.repeat(folds[window], lengths)
         keys = np.where(kind < 0, -1, fold * kinds + kind)

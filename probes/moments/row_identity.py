@@ -7,7 +7,7 @@ import numpy as np
 
 from ...cache.files.json_files import json_digest
 from ...cache.store.activation_cache import ActivationCache
-from ...cache.tokens.segments import BLOCK_POSITIONS, segment_places
+from ...cache.tokens.segments import BLOCK_POSITIONS, segment_indices
 
 if TYPE_CHECKING:
     pass
@@ -41,7 +41,7 @@ def same_documents(old: ActivationCache, new: ActivationCache, across_documents:
         return True
     numbers = np.arange(len(old.sequence_length))
     return all(
-        np.array_equal(segment_places(old, some)[0], segment_places(new, some)[0])
+        np.array_equal(segment_indices(old, some)[0], segment_indices(new, some)[0])
         for some in old.blocks(numbers, BLOCK_POSITIONS)
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...cache.store.activation_cache import ActivationCache
-from ...cache.tokens.segments import PairScope, context_places
+from ...cache.tokens.segments import PairScope, context_indices
 from ..training.shuffled_order import draw_sequences
 from .solver import AffineMap
 
@@ -83,14 +83,14 @@ def error_shares(
     if not len(sequences) or not maps:
         return {}
     chosen = draw_sequences(cache, sequences, max_positions, 0)
-    rows, left = cache.positions_of(chosen), scope.lefts(cache, chosen)
+    rows, left = cache.positions_of(chosen), scope.largest_offsets(cache, chosen)
     rows, left = rows[:max_positions], left[:max_positions]
     found: dict[Pair, ErrorShare] = {}
     for offset in sorted({offset for _, offset, _ in maps}):
         sources = rows[left >= offset]
         if where is not None:
             sources = sources[where[sources + offset]]
-        first = context_places(cache, sources) == 0
+        first = context_indices(cache, sources) == 0
         for target in sorted({m for _, n, m in maps if n == offset}):
             pairs = [pair for pair in maps if pair[1:] == (offset, target)]
             mean = _mean(cache, target, sources + offset)

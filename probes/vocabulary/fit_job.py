@@ -194,7 +194,7 @@ class CacheVocabFit(VocabFit):
         assert self.cache is not None
         sequences = self.cache.sequences("train")[:64]
         rows = self.cache.positions_of(sequences)
-        rows = rows[scope_of(self.options).lefts(self.cache, sequences) >= 0][:4096]
+        rows = rows[scope_of(self.options).largest_offsets(self.cache, sequences) >= 0][:4096]
         return float(
             np.sqrt(np.square(self.cache.residual_array(self.cache.n_blocks)[rows]).mean())
         )
@@ -212,7 +212,7 @@ def check_pairs(cache: ActivationCache, offsets: list[int], scope: PairScope, te
     """
     longest, wanted = -1, max(offsets, default=0)
     for some in cache.blocks(cache.sequences("train")):
-        left = scope.lefts(cache, some)
+        left = scope.largest_offsets(cache, some)
         if text:
             rows = cache.positions_of(some)
             for offset in sorted({offset for offset in offsets if offset > longest}):

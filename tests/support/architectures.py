@@ -166,7 +166,9 @@ def tiny_config(kind: str, **fields: Any) -> PretrainedConfig:
     return shrink(CONFIG_MAPPING[kind](), {**BY_HAND.get(kind, {}), **fields})
 
 
-def build(kind: str, seed: int = 0, noise: float = 0.1, **fields: Any) -> torch.nn.Module:
+def build_architecture(
+    kind: str, seed: int = 0, noise: float = 0.1, **fields: Any
+) -> torch.nn.Module:
     """A causal model of type `kind` in eval mode, every parameter off its initial value."""
     torch.manual_seed(seed)
     config, mapping = tiny_config(kind, **fields), cast(Any, AutoModelForCausalLM._model_mapping)

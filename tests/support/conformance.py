@@ -14,7 +14,7 @@ from residua.cache.head.load_head import load_head
 from residua.cache.model.blocks import run_model
 from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
-from .architectures import VOCAB, build
+from .architectures import VOCAB, build_architecture
 
 TOLERANCE = 1e-5
 """Largest |offline - model| over the largest |logit|, float32."""
@@ -46,21 +46,21 @@ class Verdict:
 
 
 @cache
-def stream() -> TokenStream:
+def random_stream() -> TokenStream:
     """A few sequences of random tokens."""
     rng = np.random.default_rng(3)
     return from_sequences([rng.integers(3, VOCAB - 1, 50) for _ in range(6)])
 
 
-def judge(kind: str, folder: Path, **fields: Any) -> Verdict:
+def check_architecture(kind: str, folder: Path, **fields: Any) -> Verdict:
     """Build, extract, poison and reload one architecture; its head stays in `folder`."""
     try:
-        model = build(kind, **fields)
+        model = build_architecture(kind, **fields)
     except Exception as error:
         return Verdict(kind, "", "not built", _line(error))
     name = type(model).__name__
     try:
-        canary = check_model(model, stream(), "float32", "auto")
+        canary = check_model(model, random_stream(), "float32", "auto")
     except ResiduaError as error:
         return Verdict(kind, name, "refused", _line(error))
     ids = torch.from_numpy(np.random.default_rng(11).integers(3, VOCAB - 1, (2, 29)))
@@ -71,8 +71,8 @@ def judge(kind: str, folder: Path, **fields: Any) -> Verdict:
         padding = _padding(canary, ids, layers) if canary.pad else 0.0
     error = max(padding, canary.head_error, _offline(model, canary, layers[-1], want, folder))
     stack, axes = canary.stack, canary.stack.axes
-    plain = axes.plain and len(stack.picks) == 1
-    layout = "" if plain else str(axes.shape(2, 29)) + f" x {len(stack.picks)}"
+    plain = axes.is_plain and len(stack.stream_indices) == 1
+    layout = "" if plain else str(axes.shape(2, 29)) + f" x {len(stack.stream_indices)}"
     status = "extracted" if error <= TOLERANCE and len(layers) == stack.depth + 1 else "wrong"
     return Verdict(
         kind, name, status, "", stack.name, stack.depth, stack.d_model, layout.removesuffix(" x 1"),

@@ -54,7 +54,7 @@ class Child:
 
     def wait(self, seconds: float = 180) -> int:
         """The exit code; fails the test if there is none after `seconds`."""
-        until(self.ended, seconds)
+        wait_until(self.ended, seconds)
         assert self.code is not None
         return self.code
 
@@ -129,7 +129,7 @@ def shared_driver() -> Driver:
     return driver
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait for `condition`, looking every millisecond."""
     end = time.monotonic() + seconds
     while not condition():

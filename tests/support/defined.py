@@ -1,7 +1,7 @@
 """Measures that may be undefined, where a test knows that they are not."""
 
 
-def defined(value: float | None) -> float:
+def not_none(value: float | None) -> float:
     """`value`, which is not None."""
     assert value is not None
     return value

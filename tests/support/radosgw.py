@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from servers import HOST, Server, free_ports, make_bucket, running, until
+from servers import HOST, Server, free_ports, make_bucket, running, wait_until
 
 PROGRAMS = ("monmaptool", "ceph-mon", "ceph-osd", "ceph", "radosgw", "radosgw-admin")
 CONFIGURATION = """\
@@ -44,7 +44,7 @@ rgw thread pool size = 64
 """
 
 
-def missing() -> str:
+def reason_unavailable() -> str:
     """Why the gateway cannot run here; empty if it can."""
     absent = [program for program in PROGRAMS if not shutil.which(program)]
     return f"Ceph's gateway is not installed: no {', '.join(absent)} in PATH" if absent else ""
@@ -81,7 +81,7 @@ def serve(folder: Path, seconds: float) -> Iterator[Server]:
         run("monmaptool", "--create", "--addv", "a", address, "--fsid", fsid, "map")
         run("ceph-mon", "--mkfs", "-i", "a", "--monmap", "map")
         start("ceph-mon", "-f", "-i", "a")
-        until(registered, seconds, folder / "ceph-mon")
+        wait_until(registered, seconds, folder / "ceph-mon")
         run("ceph-osd", "--mkfs", "-i", "0", "--osd-uuid", disk)
         start("ceph-osd", "-f", "-i", "0")
         reader, secret = server.reader

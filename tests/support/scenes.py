@@ -67,7 +67,7 @@ class Witness:
         self.seen = now
 
 
-def whole(driver: Driver, scene: Scene, folder: Path) -> tuple[dict[str, bytes], float]:
+def run_undisturbed(driver: Driver, scene: Scene, folder: Path) -> tuple[dict[str, bytes], float]:
     """Files of an undisturbed run, and its seconds; `folder`/start is how it began."""
     start, root = folder / "start", folder / "whole"
     start.mkdir(parents=True)
@@ -79,7 +79,7 @@ def whole(driver: Driver, scene: Scene, folder: Path) -> tuple[dict[str, bytes],
     return files(root), time.perf_counter() - began
 
 
-def complete(root: Path) -> None:
+def assert_complete(root: Path) -> None:
     """A finished root holds nothing temporary, and its journals name every array's metadata."""
     sweep_unfinished(root)
     assert temporary(root) == [], temporary(root)

@@ -76,7 +76,7 @@ class Server:
         )
 
 
-def missing(name: str) -> str:
+def reason_unavailable(name: str) -> str:
     """Why server `name` cannot run here; empty if it can."""
     if name == "moto":
         return ""
@@ -84,7 +84,7 @@ def missing(name: str) -> str:
 
     sys.path.insert(0, str(TESTS))
     try:
-        return import_module(name).missing()
+        return import_module(name).reason_unavailable()
     finally:
         sys.path.remove(str(TESTS))
 
@@ -154,7 +154,7 @@ def logs(folder: Path) -> str:
     return "\n".join(path.read_text(errors="replace")[-1500:] for path in folder.glob("*.log"))
 
 
-def until(condition: Callable[[], bool], seconds: float, folder: Path) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float, folder: Path) -> None:
     """Wait for `condition`; raises RuntimeError with the logs in `folder` after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
@@ -163,7 +163,7 @@ def until(condition: Callable[[], bool], seconds: float, folder: Path) -> None:
         time.sleep(0.1)
 
 
-def answers(url: str) -> bool:
+def is_answering(url: str) -> bool:
     """Whether an HTTP server is at `url`, whatever it says."""
     try:
         urlopen(url, timeout=5).close()
@@ -191,7 +191,7 @@ def make_bucket(server: Server, seconds: float, folder: Path) -> Server:
             return False
         return True
 
-    until(made, seconds, folder)
+    wait_until(made, seconds, folder)
     client.close()
     return server
 
@@ -230,7 +230,7 @@ def moto(folder: Path, seconds: float) -> Iterator[Server]:
     (port,) = free_ports(1)
     url = f"http://{HOST}:{port}"
     with running([(sys.executable, "-c", MOTO, HOST, port)], folder):
-        until(lambda: answers(url), seconds, folder)
+        wait_until(lambda: is_answering(url), seconds, folder)
         owner, reader = _moto_user(url, "owner", "s3:*"), _moto_user(url, "reader", "s3:[GL]*")
         # from here on it checks signatures and rights, which it leaves out otherwise
         kind = {"Content-Type": "text/plain"}

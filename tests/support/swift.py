@@ -68,7 +68,7 @@ use = egg:swift#dlo
 """
 
 
-def missing() -> str:
+def reason_unavailable() -> str:
     """Why Swift cannot run here; empty if it can."""
     absent = [program for program in PROGRAMS if not shutil.which(program)]
     if absent:

@@ -51,7 +51,7 @@ def make_cache(
     chosen = rng.integers(0, head.vocab, sum(lengths)) if ids is None else ids
     stream = from_sequences(np.split(chosen, np.cumsum(lengths)[:-1]))
     if documents is not None:
-        stream.of_tokens["tokens/row_id"] = np.asarray(documents, np.int64)
+        stream.token_arrays["tokens/row_id"] = np.asarray(documents, np.int64)
         starts = np.cumsum([0, *lengths])[:-1]
         stream = replace(stream, row_ids=np.asarray(documents, np.int64)[starts])
     if runs is not None:

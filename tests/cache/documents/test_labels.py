@@ -198,7 +198,7 @@ def test_joined_labels_keep_every_value() -> None:
 def test_streams_join_their_labels() -> None:
     def stream(words: tuple[str, ...], codes: list[int], further: dict) -> TokenStream:
         found = from_sequences([[1, 2]] * len(codes))
-        found.of_sequences.update({"sequences/labels/x": np.array(codes, "<i4"), **further})
+        found.sequence_arrays.update({"sequences/labels/x": np.array(codes, "<i4"), **further})
         found.categories["sequences/labels/x"] = words
         return found
 
@@ -207,10 +207,10 @@ def test_streams_join_their_labels() -> None:
         stream(("a", "b"), [0, 1], {}),
     )
     words = [*both.categories["sequences/labels/x"], None]
-    found = [words[code] for code in both.of_sequences["sequences/labels/x"]]
+    found = [words[code] for code in both.sequence_arrays["sequences/labels/x"]]
     assert found == ["b", None, "c", "a", "b"]
     np.testing.assert_array_equal(
-        both.of_sequences["sequences/labels/n"], [1, 2, 3, np.nan, np.nan]
+        both.sequence_arrays["sequences/labels/n"], [1, 2, 3, np.nan, np.nan]
     )
 
 

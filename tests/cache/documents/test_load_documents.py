@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import residua.cache.documents
-from residua.cache.documents.load_documents import FILES, load_documents
+import residua.cache.documents.documents
+from residua.cache.documents.load_documents import FILE_FORMATS, load_documents
 from residua.cache.documents.text_file import SEPARATOR
 from residua.cache.errors import DataError
 
@@ -43,7 +43,7 @@ def write_rows(path: Path, texts: Sequence[str | None]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("ending", [ending for ending in FILES if ending != ".txt"])
+@pytest.mark.parametrize("ending", [ending for ending in FILE_FORMATS if ending != ".txt"])
 def test_every_row_of_a_table_is_a_document(tmp_path, ending):
     documents = load_documents(str(write_rows(tmp_path / f"my.data{ending}", TEXTS)))
     assert len(documents) == len(TEXTS)
@@ -244,7 +244,7 @@ def test_labels_that_repeat_are_no_texts(tmp_path):
         load_documents(str(rows_file(tmp_path / "a.jsonl", rows)))
     documents = load_documents(str(tmp_path / "a.jsonl"), "kind")
     assert list(documents) == [row["kind"] for row in rows]
-    assert documents.reading.found is None
+    assert documents.reading.column_reason is None
 
 
 @pytest.mark.parametrize("text", ["a cat sat", "猫が座った", "แมวนั่ง"])
@@ -253,7 +253,7 @@ def test_a_guess_is_taken_where_it_is_plausible_and_said(tmp_path, text):
     documents = load_documents(str(path))
     assert list(documents) == [text]
     assert documents.reading.text_column == "odd"
-    assert documents.reading.found == "the only column of text"
+    assert documents.reading.column_reason == "the only column of text"
 
 
 def test_a_guess_that_later_rows_refute_is_an_error(tmp_path):
@@ -321,7 +321,7 @@ def test_words_in_csv_files_of_a_hub_data_set_are_texts(tmp_path):
 def test_reads_are_bounded_by_the_bytes_of_the_texts(tmp_path, monkeypatch):
     import datasets
 
-    monkeypatch.setattr(residua.cache.documents, "READ_BYTES", 1000)
+    monkeypatch.setattr(residua.cache.documents.documents, "READ_BYTES", 1000)
     texts = ["é" * 300, "b", "c" * 5000, *["d" * 90] * 30]
     rows_file(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     (tmp_path / "a.txt").write_text("\n".join(texts))

@@ -21,7 +21,7 @@ from residua.cache.store.verify import verify
 
 from ...conftest import LONG_PART
 from ...support.crashing import Child, Driver, shared_driver
-from ...support.scenes import Scene, Witness, complete, files, whole, write_texts
+from ...support.scenes import Scene, Witness, assert_complete, files, run_undisturbed, write_texts
 
 SEED = 20261120
 KILLS = 15
@@ -51,7 +51,7 @@ def torture(
     Returns the number of kills by `phase`. Every process lives for a random part of an
     undisturbed run; one death in four is everybody's, as if the power went.
     """
-    want, seconds = whole(driver, scene, folder)
+    want, seconds = run_undisturbed(driver, scene, folder)
     killed, rounds = Counter[str](), 0
     while killed.total() < kills:
         rounds += 1
@@ -64,7 +64,7 @@ def torture(
             seconds = min(seconds, time.perf_counter() - began)
         found = files(root)
         assert [name for name in {**want, **found} if want.get(name) != found.get(name)] == []
-        complete(root)
+        assert_complete(root)
         shutil.rmtree(root)
     shutil.rmtree(folder)
     return killed
@@ -175,7 +175,7 @@ def test_layers_that_a_killed_process_created_get_into_the_journal(
     (path,) = list_paths(tmp_path)
     (path / "journal" / ".base.1.json.99.tmp").write_bytes(b"{")  # of one that died in it
     answer_request(request(0, 2))
-    complete(tmp_path)
+    assert_complete(tmp_path)
 
 
 def test_sharing_parts_again_never_takes_a_committed_shard_away(

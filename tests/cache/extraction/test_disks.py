@@ -19,8 +19,16 @@ from residua.cache.forward.write_parts import write_missing_parts
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.catalog import list_paths
 
-from ...support.crashing import Child, Driver, shared_driver, until
-from ...support.scenes import Scene, Witness, complete, files, temporary, whole, write_texts
+from ...support.crashing import Child, Driver, shared_driver, wait_until
+from ...support.scenes import (
+    Scene,
+    Witness,
+    assert_complete,
+    files,
+    run_undisturbed,
+    temporary,
+    write_texts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,7 @@ def scene(model_folder: Path, data: Path) -> Scene:
 def begin(driver: Driver, command: tuple[object, ...], root: Path) -> Child:
     """A process that is stopped (SIGSTOP) after it committed a part, before it has all."""
     child = driver.start(*command)
-    until(lambda: child.ended() or list(root.glob("[!.]*/journal/0*.json")))
+    wait_until(lambda: child.ended() or list(root.glob("[!.]*/journal/0*.json")))
     child.signal(signal.SIGSTOP)
     assert not child.ended(), child.err.read_text()
     return child
@@ -51,14 +59,16 @@ def finish(driver: Driver, scene: Scene, root: Path, seen: Path, want: dict[str,
     """The same command must go on and end with the files `want`."""
     assert driver.run(*scene.command(root))["status"] == "resumed"
     assert files(seen) == want
-    complete(seen)
+    assert_complete(seen)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
     driver: Driver, model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes]:
-    return whole(driver, Scene(model_folder, data), tmp_path_factory.mktemp("undisturbed"))[0]
+    return run_undisturbed(
+        driver, Scene(model_folder, data), tmp_path_factory.mktemp("undisturbed")
+    )[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -20,7 +20,7 @@ from residua.cache.store.catalog import list_paths
 from residua.cache.store.create_cache import sweep_unfinished
 from residua.cache.store.verify import verify
 
-from ...support.crashing import Child, Driver, shared_driver, until
+from ...support.crashing import Child, Driver, shared_driver, wait_until
 from ...support.models import texts
 from .test_crash import files
 
@@ -113,7 +113,7 @@ def holding(child: Child, root: Path) -> int:
         numbers = [int(path.stem) for path in found]
         return [n for n in numbers if not list(root.glob(f"[!.]*/journal/{n:08d}.json"))]
 
-    until(lambda: child.ended() or held())
+    wait_until(lambda: child.ended() or held())
     child.signal(signal.SIGSTOP)
     assert not child.ended(), child.err.read_text()
     if not (numbers := held()):  # it committed the part before it stopped
@@ -162,7 +162,7 @@ def test_sigterm_reaches_a_process_that_waits(
     holder = driver.start(*command(model_folder, data, tmp_path))
     holding(holder, tmp_path)
     waiting = driver.start(*command(model_folder, data, tmp_path))
-    until(lambda: len(only(tmp_path).committed) == only(tmp_path).n_parts - 1)
+    wait_until(lambda: len(only(tmp_path).committed) == only(tmp_path).n_parts - 1)
     waiting.signal(signal.SIGTERM)
     assert waiting.wait() == Interrupted.exit_code
     assert "the same command goes on from here" in waiting.json()["message"]
@@ -174,7 +174,7 @@ def test_a_cache_in_the_making_is_swept_only_when_its_maker_is_dead(
     driver: Driver, model_folder: Path, data: Path, tmp_path: Path, alone: dict[str, bytes]
 ) -> None:
     maker = driver.start(*command(model_folder, data, tmp_path))
-    until(lambda: list(tmp_path.glob(".new-*/journal")))
+    wait_until(lambda: list(tmp_path.glob(".new-*/journal")))
     maker.signal(signal.SIGSTOP)
     (unfinished,) = tmp_path.glob(".new-*")
     sweep_unfinished(tmp_path)

@@ -20,7 +20,7 @@ from residua.cache.model.load_model import load_model
 from residua.cache.model.source import ModelSource
 from residua.cache.model.transformers_guard import guard_transformers
 
-from ...support.architectures import KINDS, build
+from ...support.architectures import KINDS, build_architecture
 from ...support.models import build_model, save_model
 
 Tensors = dict[str, torch.Tensor]
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_is_not_the_models_is_refused(name: str, tmp_path: Pat
 
 
 def test_an_encoder_without_its_head_is_refused(tmp_path: Path) -> None:
-    folder = save(tmp_path / "model", build("bert"))
+    folder = save(tmp_path / "model", build_architecture("bert"))
     with guard_transformers():
         encoder = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     save(folder, encoder)
@@ -190,7 +190,7 @@ def test_every_class_loads_what_it_saved_and_misses_what_is_taken_out(
     kind: str, tmp_path: Path
 ) -> None:
     try:
-        model = build(kind)
+        model = build_architecture(kind)
     except Exception as error:
         pytest.skip(f"not built: {error}")
     folder = save(tmp_path / "model", model)

@@ -133,7 +133,7 @@ def test_weights_that_cannot_be_read_are_refused(model: Path, damage: str, versi
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
         path.write_bytes({"pointer": pointer, "cut": raw[:-100], "empty": b""}[damage])
     with pytest.raises(ModelError, match=r"model\.safetensors"):
-        ModelSource.locate(str(model)).identity_in(version)
+        ModelSource.locate(str(model)).identity_for_format(version)
 
 
 def test_an_adapter_is_refused(model: Path) -> None:

@@ -15,9 +15,9 @@ from residua.cache.tokens.segments import (
     PairScope,
     crossing_shares,
     document_of,
-    has_borders,
+    has_document_borders,
     neighbour_tokens,
-    segment_places,
+    segment_indices,
 )
 from residua.cache.tokens.token_stream import KeptRuns
 from residua.probes.baselines.ngrams import Bigram, LaggedBigram, Trigram, Unigram
@@ -355,7 +355,7 @@ def test_moments_of_before_count_all_pairs(tmp_path: Path) -> None:
     for name, documents in ("borders", np.arange(160) // 7), ("none", np.arange(160) // 16):
         layers = [rng.normal(size=(160, WIDTH)) for _ in range(DEPTH + 1)]
         cache = make_cache(tmp_path / name, layers, [16] * 10, head, documents=documents)
-        assert has_borders(cache) == (name == "borders")
+        assert has_document_borders(cache) == (name == "borders")
         RidgeProbe(1, [0], across_documents=True).fit(cache, keep=True)
         for entry in moment_entries(cache):
             about = read_json(entry.path / "moments.json")
@@ -374,7 +374,7 @@ def test_a_cache_without_documents_has_one_per_sequence(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     layers = [rng.normal(size=(30, WIDTH)) for _ in range(DEPTH + 1)]
     cache = make_cache(tmp_path, layers, [10, 1, 19], random_head(WIDTH, VOCAB))
-    index, left = segment_places(cache, cache.sequences("all"))
+    index, left = segment_indices(cache, cache.sequences("all"))
     assert index.tolist() == [*range(10), 0, *range(19)]
     assert left.tolist() == [*range(9, -1, -1), 0, *range(18, -1, -1)]
     assert document_of(cache, np.array([0, 9, 10, 11, 29])).tolist() == [0, 0, 1, 2, 2]

@@ -274,7 +274,7 @@ def test_no_document_is_in_two_splits_and_equal_ones_share_theirs():
     texts = [*texts, *texts[:200]]
     stream = stream_of(texts)
     splits: dict[str, set[int]] = {}
-    rows, starts = stream.of_tokens["tokens/row_id"][:], stream.starts
+    rows, starts = stream.token_arrays["tokens/row_id"][:], stream.starts
     for number, split in enumerate(stream.sequence_splits.tolist()):
         start = int(starts[number])
         for row in np.unique(rows[start : start + int(stream.lengths[number])]).tolist():
@@ -289,7 +289,7 @@ def test_more_documents_move_none_to_another_split():
     split_of = {}
     for stream in (few, many):
         owner = np.repeat(stream.sequence_splits, stream.lengths)
-        for row, split in zip(stream.of_tokens["tokens/row_id"][:].tolist(), owner, strict=True):
+        for row, split in zip(stream.token_arrays["tokens/row_id"][:].tolist(), owner, strict=True):
             assert split_of.setdefault(row, split) == split
 
 
@@ -306,7 +306,7 @@ def test_of_one_or_two_documents_the_end_is_held_out(copies, max_tokens):
         want = [TRAIN] * (count - 2 * tenth) + [VALIDATION] * tenth + [TEST] * tenth
         assert stream.sequence_splits.tolist() == want
         # Shortened, it is split anew: nothing is without a test split.
-        short = stream.head(10)
+        short = stream.first_sequences(10)
         assert short.sequence_splits.tolist() == [TRAIN] * 8 + [VALIDATION, TEST]
     assert stream_of([long], context=600).sequence_splits.tolist() == [TRAIN, TRAIN]
     assert stream_of(documents_of(1)[0]).split_by == "document"
@@ -428,7 +428,7 @@ def test_labels_whose_codes_mean_other_words_are_joined_by_their_words() -> None
         )
         for words in (("a", "b"), ("b", "a"))
     )
-    assert set(concatenate(one, one).of_sequences) == {KIND, "sequences/grade"}
+    assert set(concatenate(one, one).sequence_arrays) == {KIND, "sequences/grade"}
     found = concatenate(one, other)
-    words = np.array(found.categories[KIND])[found.of_sequences[KIND]]
+    words = np.array(found.categories[KIND])[found.sequence_arrays[KIND]]
     assert words.tolist() == ["a", "b", "b", "a"]
