@@ -25,7 +25,7 @@ from residua.cache.model.weight_digests import (
 def memo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A memo of its own, which also keeps digests of small and of fresh files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr(digests, "SMALLEST", 0)
+    monkeypatch.setattr(digests, "MIN_BYTES", 0)
     monkeypatch.setattr(digests, "SETTLED_SECONDS", 0)
     return memo_path()
 
@@ -124,7 +124,7 @@ def test_small_and_fresh_files_are_not_remembered(
     with monkeypatch.context() as patch:
         patch.setattr(digests, "SETTLED_SECONDS", 60)
         remembered_file_digests([weights])
-    monkeypatch.setattr(digests, "SMALLEST", 1000)
+    monkeypatch.setattr(digests, "MIN_BYTES", 1000)
     remembered_file_digests([weights])
     assert not memo.exists()
 
@@ -132,7 +132,7 @@ def test_small_and_fresh_files_are_not_remembered(
 def test_the_memo_does_not_grow_without_end(
     weights: Path, memo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(digests.ENTRIES, "files", 3)
+    monkeypatch.setitem(digests.MAX_ENTRIES, "files", 3)
     others = [weights.with_name(f"{number}.safetensors") for number in range(5)]
     for number, other in enumerate(others):
         other.write_bytes(bytes([number]))

@@ -423,7 +423,7 @@ def test_labels_whose_codes_mean_other_words_are_joined_by_their_words() -> None
     one, other = (
         replace(
             from_sequences([[1, 2], [3]]),
-            of_sequences={KIND: np.array([0, 1]), "sequences/grade": np.array([5, 6])},
+            sequence_arrays={KIND: np.array([0, 1]), "sequences/grade": np.array([5, 6])},
             categories={KIND: words},
         )
         for words in (("a", "b"), ("b", "a"))
