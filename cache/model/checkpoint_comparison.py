@@ -1,4 +1,4 @@
-"""Comparison of a loaded model with its checkpoint: refuses missing, misshapen and misplaced tensors.
+"""Comparison of a loaded model with its checkpoint: missing, misshapen and unread tensors.
 
 `from_pretrained` fills a parameter that the checkpoint lacks with random numbers, and drops a
 tensor that fits nowhere, with a warning at most. `load_model` calls `compare_with_checkpoint`, for
@@ -34,7 +34,7 @@ MAX_NAMES = 4
 def compare_with_checkpoint(
     model: "torch.nn.Module", info: dict[str, Any], name: str
 ) -> dict[str, list[str]]:
-    """Raise `ModelError` if the checkpoint does not fill the model; return the harmless differences.
+    """Raise `ModelError` if the checkpoint does not fill the model; return harmless differences.
 
     `info` is transformers' loading info. The result has two lists of names: `computed`, buffers
     that the checkpoint lacks, and `unused`, tensors of the checkpoint that the model does not
@@ -88,8 +88,8 @@ def _check_filled(model: "torch.nn.Module") -> None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if empty := sorted(key for key, tensor in tensors if tensor.is_meta):
         raise ModelError(
-            f"{type(model).__name__}: {len(empty)} tensors were never filled: {_first_names(empty)}; load "
-            "the model once with transformers to see why"
+            f"{type(model).__name__}: {len(empty)} tensors were never filled: "
+            f"{_first_names(empty)}; load the model once with transformers to see why"
         )
 
 
@@ -133,10 +133,10 @@ def _check_unexpected(model: "torch.nn.Module", unexpected: list[str], name: str
         refused.setdefault(reason, []).append(key)
     for reason, keys in refused.items():
         raise ModelError(
-            f"{name}: {len(keys)} tensors of the checkpoint {reason}: {_first_names(keys)}; the config.json "
-            "describes another model (fewer layers, no biases, an adapter that was not merged). "
-            "Give the config.json that belongs to these weights, or save the model anew with "
-            "save_pretrained"
+            f"{name}: {len(keys)} tensors of the checkpoint {reason}: "
+            f"{_first_names(keys)}; the config.json describes another model (fewer layers, no "
+            "biases, an adapter that was not merged). Give the config.json that belongs to these "
+            "weights, or save the model anew with save_pretrained"
         )
 
 
@@ -188,7 +188,7 @@ def _block_prefixes(model: "torch.nn.Module") -> set[str]:
 
 
 def _predictor_layers(model: Any) -> list[int]:
-    """Numbers of layers after the last block that predict further tokens (multi-token prediction)."""
+    """Numbers of layers after the last block for multi-token prediction."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     depth = getattr(config, "num_hidden_layers", None)

@@ -1,9 +1,10 @@
 """Reading of safetensors headers: names, dtypes, shapes and byte ranges of the tensors.
 
 `read_header` is called before weights are hashed (`weight_digests.py`) or loaded (`load_model.py`),
-and names damaged files. Layout of a file: 8 bytes with the length n of the header (uint64, little-endian), n bytes of JSON, then
-the tensors' bytes (https://github.com/huggingface/safetensors#format). Needs neither torch nor
-the safetensors library, and reads no weights.
+and reports damaged files. Layout of a file: 8 bytes with the length n of the header (uint64,
+little-endian), n bytes of JSON, then the tensors' bytes
+(https://github.com/huggingface/safetensors#format). The module needs neither torch nor the
+safetensors library, and reads no weights.
 """
 
 import json
@@ -24,10 +25,17 @@ ITEM_BITS = {
 }  # fmt: skip
 """Bits of one number, by safetensors' name of the dtype."""
 FLOATING_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2",
-}  # fmt: skip
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F4": "float4_e2m1fn_x2",
+}
 """safetensors' name -> torch's name of floating-point dtypes."""
 RUNNING_DTYPES = {
     name: dtype for name, dtype in FLOATING_DTYPES.items() if name in ("F64", "F32", "F16", "BF16")
@@ -81,7 +89,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 def _parse_header(
     path: Path, raw: bytes, data_start: int, file_size: int
 ) -> dict[str, TensorEntry]:
-    """The tensors of the header `raw`; their bytes must fill the file from `data_start` to its end."""
+    """The tensors of the header `raw`, which must fill the file from `data_start` to its end."""
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_reject_repeats)
         if not isinstance(header, dict):
