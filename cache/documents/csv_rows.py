@@ -25,7 +25,7 @@ JOINED_LINES = 10_000
 
 
 def csv_rows(file: RowFile, text_column: str | None) -> Iterator[tuple[str, Row]]:
-    """Yield each row with its place (`line 3`), by RFC 4180.
+    """Yield each row with its location (`line 3`), by RFC 4180.
 
     A quoted cell may hold separators, doubled quotes and line ends.
     """
@@ -59,11 +59,12 @@ def csv_rows(file: RowFile, text_column: str | None) -> Iterator[tuple[str, Row]
 
 
 def tsv_rows(file: RowFile, text_column: str | None) -> Iterator[tuple[str, Row]]:
-    """Yield each row with its place (`line 3`), by text/tab-separated-values, which has no quotes.
+    """Yield each row with its location (`line 3`), by text/tab-separated-values.
 
-    Some writers quote cells as in .csv nevertheless. A file with a quoted header is read as .csv.
-    In another file a cell is unquoted only if nothing else explains its quotes: the cell is quoted
-    as a whole and quotes inside are doubled, or only so its line has the right number of cells.
+    The format has no quotes, but some writers quote cells as in .csv. A file with a quoted header
+    is read as .csv. In another file a cell is unquoted only if nothing else explains its quotes:
+    the cell is quoted as a whole and quotes inside are doubled, or the line has the right number
+    of cells only with quotes.
     """
     separator = file.separator or SEPARATORS["tsv"]
     lines = _CountedLines(text_lines(file.path))

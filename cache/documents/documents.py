@@ -31,12 +31,12 @@ READ_ROWS = 256
 READ_BYTES = 1 << 20
 """Bytes of text of one read; a longer document is read alone."""
 FIRST_ROWS = 5
-"""Document numbers that are reported for each reason to drop documents."""
+"""Reported document numbers per reason to drop documents."""
 
 
 @dataclass
 class Dropped:
-    """Number of documents that were left out for one reason, and the first of their numbers."""
+    """Number of documents dropped for the same reason, and the first document numbers."""
 
     documents: int = 0
     rows: list[int] = field(default_factory=list)
@@ -222,10 +222,10 @@ def is_label_feature(feature: Any) -> bool:
     return kind in ("bool", "string", "large_string") or kind.startswith(("int", "uint", "float"))
 
 
-def decode_text(text: Any, data: str, place: str) -> str | None:
-    """`text`, decoded if stored as bytes; raises `DataError` for bytes that are not UTF-8.
+def decode_text(text: Any, data: str, location: str) -> str | None:
+    """`text`, decoded if stored as bytes; raises `DataError` for bytes not in UTF-8.
 
-    `place` in `data`, such as `row 3`, is named in the message.
+    `location` in `data`, such as `row 3`, is named in the message.
     """
     if not isinstance(text, bytes):
         return text
@@ -233,5 +233,5 @@ def decode_text(text: Any, data: str, place: str) -> str | None:
         return text.decode()
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{data}, {place}: the text is not UTF-8 (byte {error.start}); convert it first"
+            f"{data}, {location}: the text is not UTF-8 (byte {error.start}); convert it first"
         ) from None

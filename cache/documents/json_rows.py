@@ -16,7 +16,7 @@ from .text_lines import text_blocks
 
 
 def json_rows(file: RowFile, text_column: str | None) -> Iterator[tuple[str, Row]]:
-    """Yield each row with its place, such as `line 3`; a string is a row with the column `text`.
+    """Yield each row with its location, such as `line 3`; a string is a row with the column `text`.
 
     Raises `DataError` for a row that is no object, or in which `text_column` occurs twice.
     """
@@ -29,20 +29,20 @@ def json_rows(file: RowFile, text_column: str | None) -> Iterator[tuple[str, Row
         values = _line_values(file)
     noted_columns: set[str] = set()
     for line, value in values:
-        place = f"line {line}"
+        location = f"line {line}"
         if isinstance(value, str):
             value = {"text": value}
         if not isinstance(value, dict):
-            file.fail(place, f"expected an object per row, found {kind_in_words(value)}")
+            file.fail(location, f"expected an object per row, found {kind_in_words(value)}")
         if isinstance(value, _ObjectWithRepeats):
             if text_column in value.repeated_names:
-                file.fail(place, f"the column {text_column!r} occurs twice in one row")
+                file.fail(location, f"the column {text_column!r} occurs twice in one row")
             for name in set(value.repeated_names) - noted_columns:
                 noted_columns.add(name)
                 file.notes.append(
-                    f"column {name!r} occurs twice in one row ({place}); its last value counts"
+                    f"column {name!r} occurs twice in one row ({location}); its last value counts"
                 )
-        yield place, value
+        yield location, value
 
 
 class _ObjectWithRepeats(dict):
@@ -113,7 +113,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 class _JsonValues:
-    """Reads the JSON values of a file one after the other; holds a block and one value."""
+    """Reads the JSON values of a file in order; a block and a value are in memory."""
 
     def __init__(self, file: RowFile) -> None:
         self._file = file
@@ -132,7 +132,7 @@ class _JsonValues:
             self._read_ahead(1)
 
     def list_items(self) -> Iterator[tuple[int, Any]]:
-        """Yield line and value of each item of the list that begins at the next character."""
+        """Yield line and value of each item of the list at the next character."""
         self.next_character()
         self._start += 1
         if self.next_character() != "]":
@@ -156,7 +156,7 @@ class _JsonValues:
             yield self._read_value()
 
     def _read_value(self) -> tuple[int, Any]:
-        """Line and value of the next JSON value; reads on, twice as much, while it is cut."""
+        """Line and value of the next JSON value; doubles the text read while the value is cut."""
         while True:
             try:
                 value, stop = _decode(self._text, self._start)

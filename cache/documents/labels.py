@@ -27,7 +27,7 @@ NESTED, OTHER = "lists or objects", "values of other kinds"
 """Kinds of the values of a column."""
 NUMBERS = frozenset((INTEGER, LONG, HUGE, FLOAT, NAN))
 EXACT = 1 << 53
-"""float64 holds every whole number up to this one exactly."""
+"""Largest n such that float64 holds all whole numbers up to n exactly."""
 WORDS_BYTES = 64 << 20
 """Largest total size of the distinct words of a label, which lie in memory."""
 NAME_BYTES = 100
@@ -39,7 +39,7 @@ ANSWER, ANSWER_START, EXPLICIT = "answer", "answer_start", "positions"
 """Columns that the position policies `answer` and `explicit` read (`tokens/positions.py`)."""
 POSITION_COLUMNS = (ANSWER, ANSWER_START, EXPLICIT)
 Kinds = Mapping[str, Counter[str]]
-"""Column -> how many values of each kind it has."""
+"""Column -> number of values of each kind."""
 
 
 def kind_of_value(value: Any) -> str:
@@ -121,7 +121,7 @@ class Labels:
     categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Name -> words, indexed by code; code -1 is a missing value."""
     notes: list[str] = field(default_factory=list)
-    """Columns that are no labels, and labels that differ from the data, as sentences."""
+    """Sentences on columns without a label, and on labels with changed names or types."""
 
 
 def label_arrays(records: Callable[[], Iterator[Mapping[str, Any]]], kinds: Kinds) -> Labels:
@@ -203,7 +203,7 @@ class _NumberLabels:
         self._values = array({"int64": "q", "float64": "d", "uint8": "B"}[dtype])
 
     def append(self, value: Any) -> None:
-        """Append a number, a truth value, or a cell of a .csv file that holds one."""
+        """Append a number, a truth value, or a cell of a .csv file."""
         if value is None or value == "":
             value = np.nan
         elif isinstance(value, str):  # a cell of .csv or .tsv
@@ -263,7 +263,7 @@ def _escape_surrogates(word: str) -> str:
 def join_labels(
     parts: Sequence[tuple[int, np.ndarray | None, tuple[str, ...] | None]],
 ) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """Values of one label of several streams, concatenated, and the words if they are codes.
+    """Concatenated values of the same label of several streams, and the words of coded values.
 
     A part is (number of sequences, values, words of the codes). `values` is None if the stream
     lacks the label: all its values are missing then. Words are used if no numeric dtype holds the
@@ -296,7 +296,7 @@ def join_labels(
 
 
 def _have_common_dtype(arrays: Sequence[np.ndarray], has_missing: bool) -> bool:
-    """Return whether one dtype holds all numbers exactly, and NaN if values are missing."""
+    """Return whether a common dtype holds all numbers exactly, and NaN if values are missing."""
     kinds = {array.dtype.kind for array in arrays}
     if len(kinds) == 1 and not has_missing:
         return True
@@ -311,7 +311,7 @@ def _have_common_dtype(arrays: Sequence[np.ndarray], has_missing: bool) -> bool:
 def _coded(
     count: int, values: np.ndarray | None, words: tuple[str, ...] | None
 ) -> tuple[np.ndarray, list[str]]:
-    """One part of `join_labels` as codes of words; code -1 is a missing value."""
+    """A part of `join_labels` as codes of words; code -1 is a missing value."""
     if values is None:
         return np.full(count, -1), []
     if words is not None:

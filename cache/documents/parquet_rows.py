@@ -48,7 +48,7 @@ def parquet_sample(file: RowFile) -> dict[str, ColumnSample]:
 def parquet_rows(
     file: RowFile, text_column: str | None, other_columns: bool
 ) -> Iterator[tuple[str, Row]]:
-    """Yield the rows, with their place (`row 3`), of the text column.
+    """Yield the rows, with their location (`row 3`), of the text column.
 
     With `other_columns` also columns of plain values, which may be labels, and the columns that
     position policies read (`POSITION_COLUMNS`).
@@ -76,7 +76,7 @@ def parquet_rows(
 
 @contextmanager
 def _parquet_file(file: RowFile) -> Iterator[Any]:
-    """Open the file; a compressed one (.parquet.gz) is first unpacked into a temporary file."""
+    """Open the file; a compressed file (.parquet.gz) is first unpacked into a temporary file."""
     import pyarrow
     import pyarrow.parquet
 

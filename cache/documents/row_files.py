@@ -49,7 +49,7 @@ def read_sample(file: RowFile) -> dict[str, ColumnSample]:
 def read_rows(
     file: RowFile, text_column: str | None, other_columns: bool = True
 ) -> Iterator[tuple[str, Row]]:
-    """Yield each row with its place in the file, such as `line 3`.
+    """Yield each row with its location in the file, such as `line 3`.
 
     Without `other_columns` a row may lack all columns but `text_column`. The text column twice in
     a row is a `DataError`; another column twice is noted in `file.notes`.

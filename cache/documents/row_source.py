@@ -1,4 +1,4 @@
-"""`RowFile`: path, format and options of a file of rows, and the notes that its reader takes.
+"""`RowFile`: path, format and options of a file of rows, and the notes of its reader.
 
 Made by `load_documents`, read by the readers of `row_files.py`.
 """
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 @dataclass
 class RowFile:
-    """A file of rows; reading it twice gives the same rows."""
+    """A file of rows, with the options for reading; may be read several times."""
 
     path: Path
     format: str
@@ -33,9 +33,11 @@ class RowFile:
         """File ending in lower case, such as `.jsonl`, without the compression ending."""
         return file_ending(self.path)
 
-    def fail(self, place: str, reason: str) -> NoReturn:
-        """Raise the `DataError` of a `place`, such as `line 3`, that cannot be read."""
-        raise DataError(f"{self.path} cannot be read as {self.format}: {place}: {reason}") from None
+    def fail(self, location: str, reason: str) -> NoReturn:
+        """Raise `DataError`: the rows at `location`, such as `line 3`, cannot be read."""
+        raise DataError(
+            f"{self.path} cannot be read as {self.format}: {location}: {reason}"
+        ) from None
 
 
 def file_ending(path: Path) -> str:

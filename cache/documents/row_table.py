@@ -99,11 +99,11 @@ class RowTable(Documents):
         self._records = DocumentSpool(file.scratch) if labels else None
         self._kinds: dict[str, Counter[str]] = {}
         column_exists = reason is not None
-        for place, row in read_rows(file, name, other_columns=labels or is_only_column):
+        for location, row in read_rows(file, name, other_columns=labels or is_only_column):
             column_exists |= name in row
-            self._add_text(row, name, place)
+            self._add_text(row, name, location)
             if is_only_column:
-                _check_no_other_text(row, name, place, samples, self._data)
+                _check_no_other_text(row, name, location, samples, self._data)
             if self._records is not None:
                 self._add_record(self._records, row, name)
 
@@ -123,11 +123,11 @@ class RowTable(Documents):
     def __len__(self) -> int:
         return len(self._texts_file)
 
-    def _add_text(self, row: dict[str, Any], name: str, place: str) -> None:
-        text = decode_text(row.get(name), self._data, place)
+    def _add_text(self, row: dict[str, Any], name: str, location: str) -> None:
+        text = decode_text(row.get(name), self._data, location)
         if text is not None and not isinstance(text, str):
             raise DataError(
-                f"{self._data}, {place}: the text column {name!r} holds {kind_in_words(text)}, "
+                f"{self._data}, {location}: the text column {name!r} holds {kind_in_words(text)}, "
                 "expected text; write it in quotes, or choose another --text-column"
             )
         self._is_missing.append(text is None)
@@ -135,7 +135,7 @@ class RowTable(Documents):
         self._texts_file.append((text or "").encode("utf-8", "surrogatepass"))
 
     def _add_record(self, records: DocumentSpool, row: dict[str, Any], text_column: str) -> None:
-        """Count the kinds of the other values of `row`, and store those that may be read later."""
+        """Count the kinds of the values beside the text, and store labels and position columns."""
         kind_of = kind_of_cell if self._is_csv else kind_of_value
         record = {column: value for column, value in row.items() if column != text_column}
         for column, value in record.items():
@@ -177,13 +177,13 @@ class RowTable(Documents):
 
 
 def _check_no_other_text(
-    row: dict[str, Any], name: str, place: str, samples: dict[str, ColumnSample], data: str
+    row: dict[str, Any], name: str, location: str, samples: dict[str, ColumnSample], data: str
 ) -> None:
-    """Raise `DataError` if a row has a column, unknown to the samples, that could hold the text."""
+    """Raise `DataError` if a row has a possible text column unknown to the samples."""
     for column, value in row.items():
         is_new = column not in samples or not samples[column].kinds
         if column != name and is_new and value and isinstance(value, str | list | dict):
             raise DataError(
-                f"{data} has no obvious text column: {name!r} is the only one before {place}, "
+                f"{data} has no obvious text column: {name!r} is the only one before {location}, "
                 f"which has {column!r}, too; choose with --text-column"
             )

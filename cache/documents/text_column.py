@@ -1,4 +1,4 @@
-"""Choice of the column of a table that holds the texts: the one the user named, or the obvious one.
+"""Choice of the text column of a table: named by the user, or obvious from names and samples.
 
 `choose_text_column` compares one `ColumnSample` per column, made of the first rows (`row_files.py`)
 or a schema (`parquet_rows.py`, `load_documents.py`). If the choice is doubtful, it raises
@@ -15,14 +15,14 @@ from ..errors import DataError
 TEXT_COLUMNS = ("text", "content", "document", "sentence", "story", "prompt")
 """Usual names of text columns, in order of preference."""
 CONVERSATIONS = re.compile(r"messages?|conversations?|chats?|dialog(ue)?s?|turns", re.IGNORECASE)
-"""Usual names of columns that hold conversations: lists of turns of users and a model."""
+"""Usual names of columns of conversations: lists of turns of users and a model."""
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-"""A text that is a number."""
+"""Pattern of a number."""
 SEVERAL_WORDS = re.compile(
     # Characters around a space, or one of a script without spaces: Thai, Lao, Burmese, Khmer, CJK.
     r"\S\s+\S|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
 )
-"""A text of several words."""
+"""Pattern found in a text of several words."""
 FEW_ROWS = 20
 """Number of texts from which on many repetitions mean a label, not a text."""
 
@@ -32,9 +32,9 @@ class ColumnSample:
     """Kinds and texts of the first values of a column."""
 
     kinds: set[str] = field(default_factory=set)
-    """`kind_in_words` of the values that are not missing."""
+    """Kinds (`kind_in_words`) of the present values."""
     texts: list[str] = field(default_factory=list)
-    """Values that are text."""
+    """Present values of type text."""
     holds_turns: bool = False
     """Whether values are lists of objects with the keys of a conversation."""
 
@@ -59,7 +59,7 @@ class ColumnSample:
 
     @property
     def is_text(self) -> bool:
-        """Whether all values that are not missing are text."""
+        """Whether all present values are text."""
         return self.kinds == {"text"}
 
     @property
@@ -101,7 +101,7 @@ def kind_in_words(value: Any) -> str:
 
 
 def _are_turns(keys: set[str]) -> bool:
-    """Return whether `keys` are those of one turn of a conversation."""
+    """Return whether `keys` belong to a turn of a conversation."""
     return {"role", "content"} <= keys or {"from", "value"} <= keys
 
 
@@ -196,5 +196,5 @@ def _list_text_columns(columns: Mapping[str, ColumnSample]) -> str:
 
 
 def _quoted_name(name: str) -> str:
-    """`name`, in quotes if it has characters that hide where it begins or ends."""
+    """`name` for a message, in quotes if spaces or punctuation would hide its bounds."""
     return name if re.fullmatch(r"[\w.:/+-]+", name) else repr(name)

@@ -91,9 +91,9 @@ def text_blocks(path: Path, translate: bool = True) -> Iterator[str]:
             try:
                 text = utf8.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                place = bytes_read - pending + error.start
+                location = bytes_read - pending + error.start
                 raise DataError(
-                    f"{path} is not UTF-8 text (byte {place}); convert it first"
+                    f"{path} is not UTF-8 text (byte {location}); convert it first"
                 ) from None
             yield text if line_ends is None else line_ends.decode(text, final=not block)
             if not block:

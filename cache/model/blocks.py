@@ -47,7 +47,7 @@ class DecoderBlocks:
         self.axes = axes
         """Layout of the stream's tensors."""
         self.stream_indices = picks
-        """Indices of the tensors that carry the stream, among a block's tensors of this layout.
+        """Indices of the stream's tensors among a block's tensors of this layout.
 
         Several are concatenated along d_model."""
 

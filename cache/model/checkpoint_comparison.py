@@ -26,7 +26,7 @@ CACHE_SCALES = re.compile(r"\.(k|v|q|prob|kv)_scale$")
 SURROUNDINGS = re.compile(r"(?i)(norm|embed|embd|wpe|wte|(^|_)ln|position)[^.]*(\.(weight|bias))?$")
 """Names of embeddings and norms, which the residual stream passes outside the blocks."""
 COPY_SHARE = 0.5
-"""Smallest share of the model's tensors under one prefix that counts as a copy of the model."""
+"""Smallest share of the model's tensors, under a common prefix, to count as a copy of the model."""
 MAX_NAMES = 4
 """Largest number of names in a message."""
 
@@ -94,7 +94,7 @@ def _check_filled(model: "torch.nn.Module") -> None:
 
 
 def _check_unexpected(model: "torch.nn.Module", unexpected: list[str], name: str) -> None:
-    """Raise `ModelError` for tensors of the checkpoint that belong to this model but are not read.
+    """Raise `ModelError` for tensors of this model in the checkpoint that no module reads.
 
     Tensors of other parts (an image tower, the head of another task, layers that predict several
     tokens) are accepted: residual streams and logits do not depend on them.

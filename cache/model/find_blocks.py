@@ -23,7 +23,7 @@ BlockCall = tuple[nn.Module, list[tuple[int, ...]]]
 """A call of a block: the block, and the shapes of its floating-point output tensors."""
 
 MAX_STREAMS = 4
-"""Tensors of one output that are tried as the residual stream."""
+"""Largest number of tensors of an output to try as the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _common_layouts(
     ids: torch.Tensor,
     smaller_ids: torch.Tensor,
 ) -> Iterator[tuple[ResidualAxes, int]]:
-    """Yield each layout that every call has, and the number of tensors of each call that have it.
+    """Yield each layout common to all calls, and its number of tensors in every call.
 
     `shapes` holds, per call, the shapes of the output tensors for `ids` and for `smaller_ids`.
     """

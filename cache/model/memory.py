@@ -1,4 +1,4 @@
-"""Recognition of errors that say that memory ran out, on a GPU or on the host.
+"""Recognition of out-of-memory errors, on a GPU or on the host.
 
 `forward/batches.py` halves a batch after such an error; `memory_errors` turns the error into a
 `ModelError` for loads and checks that cannot be halved.
@@ -16,7 +16,7 @@ _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on a GPU or on the host."""
+    """Return whether `error` is an out-of-memory error of a GPU or of the host."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(

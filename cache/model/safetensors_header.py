@@ -40,7 +40,7 @@ FLOATING_DTYPES = {
 RUNNING_DTYPES = {
     name: dtype for name, dtype in FLOATING_DTYPES.items() if name in ("F64", "F32", "F16", "BF16")
 }
-"""Floating-point dtypes that a whole model can run in; others are unpacked first."""
+"""Floating-point dtypes for running a whole model; other dtypes are unpacked first."""
 _LFS_POINTER = b"version https://git-lfs"
 
 

@@ -33,7 +33,7 @@ POSITIONS_AFTER_PADDING = frozenset(
 )
 """Model types whose first token has position `pad_token_id` + 1."""
 _NO_IDENTITY = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
-"""Keys of config.json that are no part of the model's identity."""
+"""Keys of config.json outside the model's identity."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class ModelSource:
 
     @cached_property
     def compute_dtype(self) -> str:
-        """dtype in which the model runs: that of the loaded model, or transformers' `auto` choice.
+        """dtype of the running model: the loaded model's, or the choice of transformers' `auto`.
 
         `auto` takes the dtype of the configuration, else of the index, else of the first
         floating-point tensor.
@@ -119,7 +119,7 @@ class ModelSource:
         return str(dtype or self._checkpoint_dtype()).removeprefix("torch.")
 
     def _checkpoint_dtype(self) -> str:
-        """dtype of the index, else of the first tensor (by name) whose dtype a model can run in."""
+        """dtype of the index, else of the first tensor (by name) in `RUNNING_DTYPES`."""
         index = self._weight_index()
         metadata = index.get("metadata")
         if isinstance(metadata, dict) and isinstance(metadata.get("dtype"), str):
@@ -143,14 +143,14 @@ class ModelSource:
 
     @property
     def context(self) -> int | None:
-        """Longest context of the model, in tokens; None if the configuration does not name it."""
+        """Longest context of the model, in tokens; None if absent from the configuration."""
         for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
             if isinstance(value := self.config_value(name), int) and value > 0:
                 return max(1, value - self._reserved_positions())
         return None
 
     def _reserved_positions(self) -> int:
-        """Rows of the position embedding that no token of a text uses.
+        """Rows of the position embedding not used by any token of a text.
 
         The model types `POSITIONS_AFTER_PADDING` count positions from the padding token's id on.
         """
@@ -260,7 +260,7 @@ class ModelSource:
         )
 
     def identity_for_format(self, version: int) -> ModelIdentity:
-        """The identity that caches of the format `version` record."""
+        """The identity recorded by caches of the format `version`."""
         return self.format1_identity if version == 1 else self.identity
 
     @cached_property

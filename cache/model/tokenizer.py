@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 PATTERNS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.py")
-"""Files of a model folder that can influence its tokenizer."""
+"""Files of a model folder with an influence on the tokenizer."""
 MAX_MEMOS = 100
-"""Largest number of tokenizers that are kept."""
+"""Largest number of stored tokenizers."""
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer":
@@ -106,7 +106,7 @@ SAMPLE_TEXTS = (
 
 
 def convert_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer":
-    """The tokenizer of `AutoTokenizer`, as one of the `tokenizers` library.
+    """The tokenizer of `AutoTokenizer`, converted to the `tokenizers` library.
 
     If transformers does not know the model type and the folder has no tokenizer_config.json, the
     tokenizer of tokenizer.json is returned. Raises `ModelError` if no tokenizer can be read, or if

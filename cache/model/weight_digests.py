@@ -42,7 +42,7 @@ def remembered_file_digests(files: Iterable[Path]) -> dict[str, str]:
 
 
 def remembered_tensor_digests(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
-    """Safetensors file -> `tensor_digests` of it; unchanged files are not read."""
+    """Safetensors file -> its `tensor_digests`; unchanged files are not read."""
     return _digests_with_memo("tensors", files, tensor_digests)
 
 
@@ -101,7 +101,7 @@ def _is_settled(stamp: list[int]) -> bool:
 
 
 def _read_memo(kind: str) -> dict[str, list[Any]]:
-    """Path -> [*stamp, digest] of one kind of digest; empty if the memo is absent or damaged."""
+    """Path -> [*stamp, digest] for a kind of digest; empty if the memo is absent or damaged."""
     with suppress(ResiduaError, OSError):
         entries = read_json(memo_path()).get(kind)
         if isinstance(entries, dict) and all(

@@ -35,7 +35,7 @@ CONTEXT_DTYPES = {
     "contexts/start": "<i8",
     "contexts/length": "<i4",
 }
-"""Arrays of the contexts that the model read, in caches that keep only some positions."""
+"""Arrays of whole contexts, in caches of some positions only."""
 _STORED_DTYPES = TABLE_DTYPES | SPAN_DTYPES | CONTEXT_DTYPES
 
 
@@ -117,7 +117,7 @@ class _PositionLocations:
 def _kept_values(
     stream: TokenStream, values: NumberColumn, locations: _PositionLocations
 ) -> ComputedColumn:
-    """The `values` (one per token of `stream`) at the kept positions."""
+    """The `values`, a column over all tokens of `stream`, at the kept positions."""
     if stream.runs is None:
         return ComputedColumn(len(values), values.dtype, lambda start, stop: values[start:stop])
     return ComputedColumn(
@@ -128,7 +128,7 @@ def _kept_values(
 
 
 def _cast_to_stored_dtype(name: str, values: NumberColumn) -> NumberColumn:
-    """`values` in the dtype of the array `name`; an array without one keeps its dtype."""
+    """`values` in the stored dtype of the array `name`; labels keep their dtype."""
     dtype = np.dtype(_STORED_DTYPES.get(name, values.dtype.str))
     if dtype == values.dtype:
         return values

@@ -94,7 +94,7 @@ def _sampled_indices(length: int, size: int, sequence_hash: int, seed: int) -> n
 
 
 def _explicit_indices(indices: object, length: int) -> np.ndarray:
-    """The listed `indices` that lie in a sequence of `length` tokens; negative ones count back."""
+    """The `indices` inside a sequence of `length` tokens, ascending; negative ones count back."""
     if not isinstance(indices, list) or not all(type(index) is int for index in indices):
         raise DataError(f"column {EXPLICIT!r} must hold lists of whole numbers, found {indices!r}")
     counted = {index + length if index < 0 else index for index in indices}
@@ -104,7 +104,7 @@ def _explicit_indices(indices: object, length: int) -> np.ndarray:
 def _answer_indices(
     stream: TokenStream, documents: Documents, rows: list[int], sequences: slice
 ) -> Iterator[np.ndarray]:
-    """Yield, for each document of `rows`, the indices whose next token belongs to its answer."""
+    """Yield, for each document of `rows`, the indices before a token of the answer."""
     # The answer's first character: given in a column, else the last occurrence in the text.
     answers = [_answer_text(answer) for answer in documents.column_values(rows, ANSWER)]
     characters = (

@@ -1,4 +1,4 @@
-"""Segments of a cache, and the pairs of positions (t, t+N) that probes may learn from.
+"""Segments of a cache, and the pairs of positions (t, t+N) for fits and evaluation.
 
 Terms, as in `tokenization.py`: a *document* is one text of the data; a *sequence* is a run of token
 ids that the cache holds as consecutive rows; a *context* is the token ids of one forward pass; a
@@ -28,7 +28,7 @@ BLOCK_POSITIONS = 1 << 18
 
 
 class SequenceIndex(Protocol):
-    """Part of `ActivationCache` that says where sequences, contexts and documents lie."""
+    """Attributes of `ActivationCache` for sequences, contexts and documents of its positions."""
 
     @property
     def tokens(self) -> Any:
@@ -80,12 +80,12 @@ class SequenceIndex(Protocol):
 
 @dataclass(frozen=True)
 class PairScope:
-    """Which pairs (t, t+N) of a cache count; both positions always lie in one sequence."""
+    """Choice of the pairs (t, t+N) of a cache; t and t+N always lie in the same sequence."""
 
     across_documents: bool = False
     """Whether t and t+N may lie in two documents."""
     drop_first: int = 0
-    """Positions at the start of each context that are no sources t."""
+    """Number of positions at the start of each context to exclude as sources t."""
 
     def check(self) -> "PairScope":
         """Return a copy with plain Python types; raise `UsageError` for a wrong type or value."""
@@ -121,7 +121,7 @@ def is_sparse(cache: SequenceIndex) -> bool:
 def segment_indices(
     cache: SequenceIndex, sequences: np.ndarray, across_documents: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Index of each position in its segment, and number of positions after it; both `(n,)` int64.
+    """Index of each position in its segment, and number of later positions there; `(n,)` int64.
 
     n counts the positions of whole `sequences`, in their order. With `across_documents` a segment
     is a whole sequence.
@@ -139,7 +139,7 @@ def segment_indices(
 
 
 def _indices_between(is_first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Index of each element in its segment, and number of elements after it there; int64.
+    """Index of each element in its segment, and number of later elements there; both int64.
 
     `is_first` `(n,)` bool marks the first element of each segment.
     """
@@ -254,7 +254,7 @@ def context_blocks(
 
 
 def context_numbers(cache: SequenceIndex, sequences: np.ndarray) -> np.ndarray:
-    """Numbers of the contexts that hold `sequences`, ascending and distinct."""
+    """Numbers of the contexts of `sequences`, ascending and distinct."""
     return np.unique(cache.sequence_context[sequences]) if is_sparse(cache) else sequences
 
 
@@ -292,7 +292,7 @@ def pairs_in_sequences(
 
 
 def dropped_rows(cache: SequenceIndex, sequences: np.ndarray, drop_first: int) -> np.ndarray:
-    """Number of rows at the start of each of `sequences` that `drop_first` leaves out, int64."""
+    """Number of rows at the start of each of `sequences` excluded by `drop_first`, int64."""
     first_index = np.zeros(len(sequences), np.int64)
     if drop_first and is_sparse(cache):
         # A run of kept positions may begin anywhere in its context.
@@ -307,10 +307,10 @@ def crossing_shares(
     scope: PairScope,
     counted: dict[int, int] | None = None,
 ) -> dict[int, float]:
-    """Share of the pairs of `sequences` that join two documents, by offset; 0.0 without a pair.
+    """Share of pairs across two documents among the pairs of `sequences`, by offset.
 
-    `counted` maps each offset to its number of pairs inside one document; without it
-    `tokens/row_id` is read once to count them.
+    The share is 0.0 for an offset without pairs. `counted` maps each offset to the number of its
+    pairs inside one document; if None, `tokens/row_id` is read once to count them.
     """
     offsets = list(offsets)
     if counted is None:

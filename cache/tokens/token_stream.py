@@ -96,7 +96,7 @@ class TokenStream:
 
     @property
     def cut_counts(self) -> dict[str, int]:
-        """Number of `sequences` that were longer than the context, and of `tokens` cut off."""
+        """Number of `sequences` longer than the context, and number of `tokens` cut off."""
         cut = np.zeros(0, np.int64) if self.cut_tokens is None else self.cut_tokens
         return {"sequences": int((cut > 0).sum()), "tokens": int(cut.sum())}
 
@@ -293,12 +293,12 @@ def concatenate(*streams: TokenStream) -> TokenStream:
             token_arrays[name] = _concatenate_columns(columns, last.scratch)
 
     return TokenStream(
-        _concatenate_columns([stream.ids for stream in streams], last.scratch),
-        np.concatenate([stream.lengths for stream in streams]),
-        np.concatenate([stream.row_ids for stream in streams]),
-        token_arrays,
-        sequence_arrays,
-        categories,
+        ids=_concatenate_columns([stream.ids for stream in streams], last.scratch),
+        lengths=np.concatenate([stream.lengths for stream in streams]),
+        row_ids=np.concatenate([stream.row_ids for stream in streams]),
+        token_arrays=token_arrays,
+        sequence_arrays=sequence_arrays,
+        categories=categories,
         cut_tokens=_concatenate_arrays([stream.cut_tokens for stream in streams]),
         scratch=last.scratch,
         splits=_concatenate_arrays([stream.splits for stream in streams]),

@@ -81,7 +81,7 @@ class TokenStreamBuilder:
         return len(self._lengths)
 
     def append(self, pieces: Sequence[TokenizedDocument], split: int = 0, cut: int = 0) -> None:
-        """Append one sequence, the tokens of `pieces` joined; `cut` tokens of it were cut off."""
+        """Append a sequence: the joined tokens of `pieces`, after `cut` tokens were cut off."""
         length = 0
         for piece in pieces:
             self._ids.append(piece.ids)
@@ -196,7 +196,7 @@ class Encoder:
         self._documents_read = 0
 
     def hashes(self, numbers: np.ndarray) -> np.ndarray:
-        """`text_hash` of the documents among `numbers` that hold text, uint64."""
+        """`text_hash` of each non-empty document among `numbers`, uint64."""
         hashes = (
             text_hash(text)
             for batch in self.documents.batches(numbers)
@@ -233,7 +233,7 @@ class Encoder:
                 self._progress(self._documents_read, len(self.documents))
 
     def _valid_texts(self, numbers: list[int]) -> Iterator[tuple[int, str]]:
-        """Yield number and text of the documents that hold text; count the others as dropped."""
+        """Yield number and text of each non-empty document; count the others as dropped."""
         for number, text in zip(numbers, self.documents.texts(numbers), strict=True):
             reason = reason_to_drop(text)
             if text is None or reason is not None:
@@ -259,7 +259,7 @@ class Packer:
         self.context = context
         self._pieces: deque[TokenizedDocument] = deque()
         self.pending_tokens = 0
-        """Added tokens that are in no sequence yet."""
+        """Number of added tokens not yet in a sequence."""
 
     def add(self, document: TokenizedDocument) -> None:
         """Append the tokens of `document` to the pending ones."""
@@ -286,7 +286,7 @@ class Packer:
 
 
 class Allowance:
-    """Number of tokens that each split may still get, if `max_tokens` bounds all splits together.
+    """Numbers of tokens still allowed per split, where `max_tokens` bounds all splits together.
 
     A tenth of the whole sequences is reserved for test and a tenth for validation, at least one
     sequence each, until `release` says that these splits have no more text.
@@ -397,7 +397,7 @@ class SplitPacker:
         return True
 
     def _write_whole_sequences(self, split: int) -> None:
-        """Write the pending whole sequences of `split` that are allowed."""
+        """Write the pending whole sequences of `split` as far as the allowance permits."""
         packer = self._packers[split]
         while packer.has_whole_sequence and self._allowance.allows(split, packer.context):
             self._write_sequence(split, packer.context)
