@@ -160,6 +160,7 @@ class DatasetDocuments(Documents):
         return len(self._rows)
 
     def _read_columns(self, numbers: list[int], columns: list[str]) -> dict[str, list[Any]]:
+        """Column -> values of the rows `numbers`."""
         try:
             return self._rows.select_columns(columns)[numbers]
         except UnicodeDecodeError:

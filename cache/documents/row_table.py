@@ -124,6 +124,7 @@ class RowTable(Documents):
         return len(self._texts_file)
 
     def _add_text(self, row: dict[str, Any], name: str, location: str) -> None:
+        """Store the text of `row`; raises `DataError` if the column `name` holds no text."""
         text = decode_text(row.get(name), self._data, location)
         if text is not None and not isinstance(text, str):
             raise DataError(

@@ -37,7 +37,7 @@ class DecoderBlocks:
         name: str,
         blocks: list[nn.Module],
         axes: ResidualAxes,
-        picks: tuple[int, ...],
+        stream_indices: tuple[int, ...],
     ) -> None:
         self.model = model
         self.name = name
@@ -46,7 +46,7 @@ class DecoderBlocks:
         """One entry per call: a block that runs in a loop is listed once per call."""
         self.axes = axes
         """Layout of the stream's tensors."""
-        self.stream_indices = picks
+        self.stream_indices = stream_indices
         """Indices of the stream's tensors among a block's tensors of this layout.
 
         Several are concatenated along d_model."""

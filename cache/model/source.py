@@ -221,6 +221,7 @@ class ModelSource:
 
     @property
     def _config_digest(self) -> str:
+        """sha256 of config.json without the keys `_NO_IDENTITY`."""
         return json_digest(
             {key: value for key, value in self.config.items() if key not in _NO_IDENTITY}
         )

@@ -21,7 +21,14 @@ from residua.cache.store.verify import verify
 
 from ...conftest import LONG_PART
 from ...support.crashing import Child, Driver, shared_driver
-from ...support.scenes import Scene, Witness, assert_complete, files, run_undisturbed, write_texts
+from ...support.scenes import (
+    CommittedRecords,
+    Scene,
+    array_files,
+    assert_complete,
+    run_undisturbed,
+    write_texts,
+)
 
 SEED = 20261120
 KILLS = 15
@@ -62,7 +69,7 @@ def torture(
         killed += deaths
         if not deaths.total():  # other work on this machine disturbed the first measurement
             seconds = min(seconds, time.perf_counter() - began)
-        found = files(root)
+        found = array_files(root)
         assert [name for name in {**want, **found} if want.get(name) != found.get(name)] == []
         assert_complete(root)
         shutil.rmtree(root)
@@ -74,7 +81,7 @@ def _round(
     driver: Driver, scene: Scene, root: Path, workers: int, seconds: float, rng: random.Random
 ) -> Counter[str]:
     """Kill and start workers until one ends by itself; returns the number of kills by `phase`."""
-    witness, killed, finished = Witness(root), Counter[str](), False
+    witness, killed, finished = CommittedRecords(root), Counter[str](), False
     witness.check()
     alive: dict[int, tuple[Child, float]] = {}
     while alive or not finished:

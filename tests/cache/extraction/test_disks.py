@@ -21,12 +21,12 @@ from residua.cache.store.catalog import list_paths
 
 from ...support.crashing import Child, Driver, shared_driver, wait_until
 from ...support.scenes import (
+    CommittedRecords,
     Scene,
-    Witness,
+    array_files,
     assert_complete,
-    files,
     run_undisturbed,
-    temporary,
+    temporary_files,
     write_texts,
 )
 
@@ -58,7 +58,7 @@ def begin(driver: Driver, command: tuple[object, ...], root: Path) -> Child:
 def finish(driver: Driver, scene: Scene, root: Path, seen: Path, want: dict[str, bytes]) -> None:
     """The same command must go on and end with the files `want`."""
     assert driver.run(*scene.command(root))["status"] == "resumed"
-    assert files(seen) == want
+    assert array_files(seen) == want
     assert_complete(seen)
 
 
@@ -82,9 +82,9 @@ def test_a_signal_ends_the_run_with_whole_parts_and_the_command_goes_on(
     assert child.json()["error"] == "Interrupted"
     assert "the same command goes on from here" in child.json()["message"]
     assert child.err.read_text() == ""
-    witness = Witness(tmp_path)
+    witness = CommittedRecords(tmp_path)
     witness.check()
-    assert temporary(tmp_path) == []
+    assert temporary_files(tmp_path) == []
     finish(driver, scene, tmp_path, tmp_path, undisturbed)
     witness.check()
 
@@ -111,16 +111,16 @@ def fill_up(folder: Path) -> Path:
 def test_a_disk_that_fills_up_loses_nothing(
     driver: Driver, scene: Scene, disk: Path, undisturbed: dict
 ) -> None:
-    root, seen = disk / "root", driver.see(disk / "root")
+    root, seen = disk / "root", driver.visible_path(disk / "root")
     child = begin(driver, scene.command(root), seen)
-    ballast = fill_up(driver.see(disk))
+    ballast = fill_up(driver.visible_path(disk))
     child.signal(signal.SIGCONT)
     assert child.wait() == 5, child.err.read_text()
     assert child.json()["error"] == "NoSpaceError"
     assert f"the disk of {root}" in child.json()["message"]
     assert "is full; parts that are committed are kept" in child.json()["message"]
     assert child.err.read_text() == ""
-    witness = Witness(seen)
+    witness = CommittedRecords(seen)
     witness.check()
     assert witness.seen
     assert not list(seen.glob("*/arrays.zarr/**/.*"))
@@ -144,17 +144,21 @@ def test_a_fit_on_a_full_disk_says_so_and_leaves_no_part_of_a_file(
     driver: Driver, disk: Path, tiny_cache: ActivationCache, kind: str
 ) -> None:
     command = "fit", kind, tiny_cache.path, "--root", disk / "root", *FITS[kind]
-    ballast = fill_up(driver.see(disk))
+    ballast = fill_up(driver.visible_path(disk))
     child = driver.start(*command)
     assert child.wait() == 5, child.err.read_text()
     assert child.json()["error"] == "NoSpaceError"
     assert "free some space and give the same command again" in child.json()["message"]
     assert child.err.read_text() == ""
-    assert [path for path in driver.see(disk).rglob("*") if path.stat().st_size and path.is_file()
-            and path != ballast] == []  # fmt: skip
+    remaining = [
+        path
+        for path in driver.visible_path(disk).rglob("*")
+        if path.stat().st_size and path.is_file() and path != ballast
+    ]
+    assert remaining == []
     ballast.unlink()
     driver.run(*command)
-    assert list(driver.see(disk).glob("root/probes/*/config.json"))
+    assert list(driver.visible_path(disk).glob("root/probes/*/config.json"))
 
 
 def test_a_full_disk_is_named_where_nobody_knows_which(tmp_path: Path) -> None:
@@ -173,23 +177,23 @@ def test_a_full_disk_is_named_where_nobody_knows_which(tmp_path: Path) -> None:
 def test_a_cache_that_does_not_fit_is_refused_beforehand(
     driver: Driver, scene: Scene, disk: Path
 ) -> None:
-    with open(driver.see(disk) / "ballast", "wb") as file:
+    with open(driver.visible_path(disk) / "ballast", "wb") as file:
         file.write(bytes(20 << 20))
     said = driver.run(*scene.command(disk / "root"), code=5)
     assert said["error"] == "NoSpaceError"
     assert "this cache needs" in said["message"]
-    assert list(driver.see(disk / "root").iterdir()) == []
+    assert list(driver.visible_path(disk / "root").iterdir()) == []
 
 
 def test_a_read_only_root_says_so_and_goes_on_when_it_is_writable(
     driver: Driver, scene: Scene, disk: Path, undisturbed: dict
 ) -> None:
-    root, seen = disk / "root", driver.see(disk / "root")
+    root, seen = disk / "root", driver.visible_path(disk / "root")
     child = begin(driver, scene.command(root), seen)
     child.signal(signal.SIGTERM)
     child.signal(signal.SIGCONT)
     assert child.wait() == 130, child.err.read_text()
-    witness = Witness(seen)
+    witness = CommittedRecords(seen)
     witness.check()
     assert driver.shell("mount", "-o", "remount,ro", disk) == 0
     for path in (root, disk / "other"):
@@ -210,7 +214,7 @@ def test_a_root_that_vanishes_ends_the_run_and_no_stump_is_left(
     root = tmp_path / "root"
     child = begin(driver, scene.command(root), root)
     away = root if gone == "root" else list_paths(root)[0]
-    witness = Witness(root)
+    witness = CommittedRecords(root)
     witness.check()
     away.rename(tmp_path / "away")
     child.signal(signal.SIGCONT)

@@ -22,7 +22,7 @@ from residua.cache.store.verify import verify
 
 from ...support.crashing import Child, Driver, shared_driver, wait_until
 from ...support.models import texts
-from .test_crash import files
+from ...support.scenes import array_files
 
 SIZE: dict[str, Any] = {"context": 40, "part_positions": 128, "batch_tokens": 200}
 
@@ -46,7 +46,7 @@ def alone(
     """Files of a cache that one process made."""
     root = tmp_path_factory.mktemp("alone")
     driver.run(*command(model_folder, data, root))
-    return files(root)
+    return array_files(root)
 
 
 def command(model: Path, data: Path, root: Path, *more: object) -> tuple[object, ...]:
@@ -73,7 +73,7 @@ def test_three_processes_make_one_cache_and_write_no_part_twice(
     assert sum(s["written"] for s in said) == said[0]["positions"]
     cache = only(tmp_path)
     assert len(cache.journal.paths()) == cache.n_parts
-    assert files(tmp_path) == alone
+    assert array_files(tmp_path) == alone
     assert verify(cache.path).ok
 
 
@@ -91,7 +91,7 @@ def test_shares_of_a_job_array_complete_a_cache_together(
     assert second["complete"]
     assert second["parts"] == [parts, parts]
     assert first["written"] + second["written"] == second["positions"]
-    assert files(tmp_path) == alone
+    assert array_files(tmp_path) == alone
 
 
 def test_shares_that_run_at_once_need_no_waiting(
@@ -101,7 +101,7 @@ def test_shares_that_run_at_once_need_no_waiting(
     children = [driver.start(*command(model_folder, data, tmp_path, "--part", s)) for s in shares]
     assert [child.wait() for child in children] == [0, 0, 0]
     assert sum(child.json()["written"] for child in children) == only(tmp_path).positions
-    assert files(tmp_path) == alone
+    assert array_files(tmp_path) == alone
 
 
 def holding(child: Child, root: Path) -> int:
@@ -152,7 +152,7 @@ def test_a_stopped_process_keeps_its_part_and_a_dead_one_is_replaced(
         torch.set_num_threads(threads)
     assert f"waiting for process {holder.pid} on {os.uname().nodename}" in stages
     assert done.cache.finished
-    assert files(tmp_path) == alone
+    assert array_files(tmp_path) == alone
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -184,7 +184,7 @@ def test_a_cache_in_the_making_is_swept_only_when_its_maker_is_dead(
     sweep_unfinished(tmp_path)
     assert not unfinished.exists()
     driver.run(*command(model_folder, data, tmp_path))
-    assert files(tmp_path) == alone
+    assert array_files(tmp_path) == alone
 
 
 def test_processes_that_want_different_layers_of_a_new_cache_both_get_them(
@@ -198,7 +198,7 @@ def test_processes_that_want_different_layers_of_a_new_cache_both_get_them(
         assert codes == [0, 0, 0], [c.err.read_text()[-900:] for c in children if c.code]
         assert children[1].json()["layers"] == [0, 1, 2, 3]
         assert {0, 2, 3} <= set(children[2].json()["layers"])
-        assert files(root) == alone
+        assert array_files(root) == alone
         assert verify(only(root).path).ok
 
 
