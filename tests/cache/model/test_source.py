@@ -247,11 +247,11 @@ def test_a_tokenizer_is_converted_once(model: Path, monkeypatch: pytest.MonkeyPa
     seen: list[Path] = []
     convert = loading.convert_tokenizer
 
-    def counting(folder: Path, trust_remote_code: bool = False) -> Any:
+    def record_and_convert(folder: Path, trust_remote_code: bool = False) -> Any:
         seen.append(folder)
         return convert(folder, trust_remote_code)
 
-    monkeypatch.setattr(loading, "convert_tokenizer", counting)
+    monkeypatch.setattr(loading, "convert_tokenizer", record_and_convert)
     first = tokenizers_of.load_tokenizer(model)
     assert tokenizers_of.load_tokenizer(model).to_str() == first.to_str()
     assert len(seen) == 1

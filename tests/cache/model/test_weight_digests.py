@@ -23,7 +23,7 @@ from residua.cache.model.weight_digests import (
 
 @pytest.fixture(autouse=True)
 def memo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A memo of its own, which also keeps digests of small and of fresh files."""
+    """Path of an empty memo that also accepts small files and files changed a moment ago."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr(digests, "MIN_BYTES", 0)
     monkeypatch.setattr(digests, "SETTLED_SECONDS", 0)
@@ -32,14 +32,14 @@ def memo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that were read to be hashed."""
+    """Names of the files hashed so far, in order."""
     names: list[str] = []
 
-    def counting(path: Path) -> str:
+    def record_and_digest(path: Path) -> str:
         names.append(path.name)
         return file_digest(path)
 
-    monkeypatch.setattr(digests, "file_digest", counting)
+    monkeypatch.setattr(digests, "file_digest", record_and_digest)
     return names
 
 
@@ -163,11 +163,11 @@ def test_tensors_are_remembered_by_file_like_whole_files(
 ) -> None:
     seen: list[str] = []
 
-    def counting(path: Path) -> dict[str, str]:
+    def record_and_digest(path: Path) -> dict[str, str]:
         seen.append(path.name)
         return tensor_digests(path)
 
-    monkeypatch.setattr(digests, "tensor_digests", counting)
+    monkeypatch.setattr(digests, "tensor_digests", record_and_digest)
     path = save_tensors(tmp_path / "model.safetensors", x=np.ones(3, np.float32))
     other = save_tensors(tmp_path / "other.safetensors", y=np.zeros(2, np.float32))
     want = {path: tensor_digests(path), other: tensor_digests(other)}
@@ -187,11 +187,11 @@ def test_asking_again_reads_no_weights_and_the_identity_stays(
 ) -> None:
     seen: list[str] = []
 
-    def counting(path: Path) -> dict[str, str]:
+    def record_and_digest(path: Path) -> dict[str, str]:
         seen.append(path.name)
         return tensor_digests(path)
 
-    monkeypatch.setattr(digests, "tensor_digests", counting)
+    monkeypatch.setattr(digests, "tensor_digests", record_and_digest)
     request = ExtractionRequest(
         str(model_folder), str(texts_file), tmp_path / "root", max_tokens=400
     )
