@@ -1,7 +1,7 @@
 """Rows of .csv (RFC 4180) and .tsv (text/tab-separated-values) files, for `row_files.py`.
 
-Every cell is text. The csv module of Python parses quoted cells; this file adds what the module
-lacks: cells of any length, CR inside cells, .tsv without quotes, errors with line numbers.
+Every cell is text. The csv module of Python parses quoted cells; this file adds cells of any
+length, CR inside cells, .tsv without quotes, and errors with line numbers.
 """
 
 import csv

@@ -2,7 +2,7 @@
 
 How a data source becomes documents:
 
-    load_documents      decides by the name what the source is (`load_documents.py`)
+    load_documents      chooses the kind of source (`load_documents.py`)
       .txt              -> TextFile                      -> Documents
       rows of a file    -> read_rows (`row_files.py`) -> json_rows, csv_rows, tsv_rows, parquet_rows
                         -> RowTable (`row_table.py`), a Documents

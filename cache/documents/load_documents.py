@@ -41,12 +41,15 @@ def load_documents(
     Nothing stays in memory: the texts of a file are copied to an unnamed temporary file in the
     folder `scratch`, so later changes of the file do not matter. Raises `DataError`.
     """
+    # Refuse options of other kinds of sources.
     path = Path(data).expanduser()
     if split is not None and path.is_file():
         raise DataError(f"--split is for data sets that have several; {data} is one file")
     file_format = FILE_FORMATS.get(file_ending(path)) if path.is_file() else None
     if separator is not None and file_format not in ("csv", "tsv"):
         raise DataError(f"--separator is for .csv and .tsv files, not for {data}")
+
+    # A file: plain text, or rows.
     if path.is_file():
         if file_format is None:
             endings = ", ".join(FILE_FORMATS)
@@ -67,6 +70,8 @@ def load_documents(
                 )
             return documents
         return RowTable(RowFile(path, file_format, separator, scratch), text_column, labels)
+
+    # A folder or hub data set, read by `datasets`.
     if path.is_dir():
         return _load_folder(path, split, text_column)
     if file_ending(path) in FILE_FORMATS or data.startswith((".", "/", "~")) or data.count("/") > 1:

@@ -14,8 +14,8 @@ def guard_transformers() -> Iterator[None]:
     """Context in which one thread at a time uses transformers, without progress bars and warnings.
 
     While transformers builds a model, it replaces methods of its classes (such as `tie_weights`)
-    for the whole process; of two threads at once, the second would put back what the first had
-    replaced, and no model of the process would be tied from then on.
+    for the whole process. With two threads at once, the second thread would restore the replaced
+    methods of the first, and from then on no model of the process would be tied.
     """
     from transformers.utils import logging
 

@@ -11,7 +11,7 @@ sequence  consecutive tokens that the model reads in one forward pass, at most `
 segment   the part of a sequence that comes from one document (`segments.py`)
 position  a kept token and so a row of the cache; by default every token (`positions.py`)
 context   as a number: the largest length of a sequence. In a cache that keeps only some positions,
-          each run of kept positions is called a sequence, and what the model read its context.
+          each run of kept positions is called a sequence; the context is the model's sequence.
 """
 
 from array import array
