@@ -113,16 +113,15 @@ def _load_hub(name: str, split: str | None) -> Any:
     import datasets
 
     repository, _, config_name = name.partition(":")
-    configs = (config_name,) if config_name else ()
     options: dict[str, Any] = {"split": split or "train"}
     enabled = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        config = datasets.load_dataset_builder(repository, *configs).config
+        config = datasets.load_dataset_builder(repository, config_name or None).config
         if hasattr(config, "keep_default_na"):
             # Of .csv files: words like NA and null are text, only an empty cell is missing.
             options |= {"keep_default_na": False, "na_values": [""]}
-        return datasets.load_dataset(repository, *configs, **options)
+        return datasets.load_dataset(repository, config_name or None, **options)
     except Exception as error:  # datasets raises many kinds; all mean unusable input
         raise DataError(
             f"{name} is neither a file here nor a data set that can be fetched: "
