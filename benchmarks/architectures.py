@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from residua.tests.architectures import KINDS
+from residua.tests.support.architectures import KINDS
 from residua.tests.support.conformance import TOLERANCE, Verdict, check_architecture
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"

@@ -14,11 +14,12 @@ def assert_same_rows(
     actual: Evaluation | dict[str, Any], expected: Evaluation | dict[str, Any]
 ) -> None:
     """Fail unless rows, names and counts are equal, and measures equal to `ROUNDING`."""
-    actual, expected = (
-        evaluation.to_dicts() if isinstance(evaluation, Evaluation) else evaluation
-        for evaluation in (actual, expected)
-    )
-    assert_close(actual, expected, "evaluation")
+    assert_close(_as_json(actual), _as_json(expected), "evaluation")
+
+
+def _as_json(evaluation: Evaluation | dict[str, Any]) -> Any:
+    """The rows of an evaluation as JSON values."""
+    return evaluation.to_dicts() if isinstance(evaluation, Evaluation) else evaluation
 
 
 def assert_close(actual: Any, expected: Any, path: str) -> None:
