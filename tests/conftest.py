@@ -94,12 +94,12 @@ def moto_server():
 )
 def s3_server(request: pytest.FixtureRequest):
     """Each S3 server in turn: the mock, and with `-m slow` the real ones that are installed."""
-    from .support.servers import missing, serving
+    from .support.servers import reason_unavailable, serving
 
     if request.param == "moto":
         yield request.getfixturevalue("moto_server")
         return
-    if reason := missing(request.param):
+    if reason := reason_unavailable(request.param):
         pytest.skip(reason)
     with serving(request.param) as server:
         yield server

@@ -1,4 +1,8 @@
-"""Rows of .csv (RFC 4180) and .tsv (text/tab-separated-values); every cell is text."""
+"""Rows of .csv (RFC 4180) and .tsv (text/tab-separated-values) files, for `row_files.py`.
+
+Every cell is text. The csv module of Python parses quoted cells; this file adds cells of any
+length, CR inside cells, .tsv without quotes, and errors with line numbers.
+"""
 
 import csv
 import re
@@ -11,18 +15,21 @@ from .row_source import Row, RowFile
 from .text_lines import text_lines
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
-"""What separates the columns, where nothing else is asked for."""
+"""Default separator of the columns, by format."""
 _CARRIAGE_RETURN = re.compile(r"\r(?!\n|\Z)")
 _STAND_IN = "\udc0d"
-"""Stands for a CR inside a line while the csv module, which takes it for an end, reads the line:
-half a surrogate pair, which no UTF-8 text has."""
+"""Replaces a CR inside a line, which the csv module would take for a line end; half a surrogate
+pair, so no UTF-8 text contains it."""
 JOINED_LINES = 10_000
-"""Most lines of one row of a .tsv file."""
+"""Largest number of lines of one row of a .tsv file."""
 
 
-def csv_rows(file: RowFile, text: str | None) -> Iterator[tuple[str, Row]]:
-    """Rows by RFC 4180: a quoted cell may hold separators, doubled quotes and ends of lines."""
-    lines = _Counted(text_lines(file.path))
+def csv_rows(file: RowFile, text_column: str | None) -> Iterator[tuple[str, Row]]:
+    """Yield each row with its location (`line 3`), by RFC 4180.
+
+    A quoted cell may hold separators, doubled quotes and line ends.
+    """
+    lines = _CountedLines(text_lines(file.path))
     reader = csv.reader(
         (_CARRIAGE_RETURN.sub(_STAND_IN, line) for line in lines),
         delimiter=file.separator or SEPARATORS[file.format],
@@ -30,43 +37,47 @@ def csv_rows(file: RowFile, text: str | None) -> Iterator[tuple[str, Row]]:
     )
     header: list[str] | None = None
     while True:
-        first = lines.number + 1
+        first_line = lines.number + 1
         try:
             with _long_cells():
                 cells = next(reader, None)
         except csv.Error as error:
-            file.fail(f"line {first}", f"{error} (quotes are those of RFC 4180)")
+            file.fail(f"line {first_line}", f"{error} (quotes are those of RFC 4180)")
         if cells is None:
             break
         cells = [cell.replace(_STAND_IN, "\r") for cell in cells]
         if header is None:
             if cells:
-                header = _header(file, cells, lines.last, text)
+                header = _column_names(file, cells, lines.last, text_column)
             continue
         if not cells:  # an empty line is no row, except of one column
             if len(header) > 1:
                 continue
             cells = [""]
-        _check_cells(file, first, cells, header)
-        yield f"line {first}", dict(zip(header, cells, strict=True))
+        _check_cell_count(file, first_line, cells, header)
+        yield f"line {first_line}", dict(zip(header, cells, strict=True))
 
 
-def tsv_rows(file: RowFile, text: str | None) -> Iterator[tuple[str, Row]]:
-    """Rows of text/tab-separated-values, which has no quotes: a quote is a character of its cell.
+def tsv_rows(file: RowFile, text_column: str | None) -> Iterator[tuple[str, Row]]:
+    """Yield each row with its location (`line 3`), by text/tab-separated-values.
 
-    Writers that know .csv only do quote, though. A file whose header is quoted is read as .csv
-    is. Else a cell is unquoted where nothing but quoting explains it: it is quoted as a whole and
-    the quotes in it are doubled, or its line has the right number of cells only so.
+    The format has no quotes, but some writers quote cells as in .csv. A file with a quoted header
+    is read as .csv. In another file a cell is unquoted only if nothing else explains its quotes:
+    the cell is quoted as a whole and quotes inside are doubled, or the line has the right number
+    of cells only with quotes.
     """
     separator = file.separator or SEPARATORS["tsv"]
-    lines = _Counted(text_lines(file.path))
-    first = next((line for line in lines if line.strip("\r\n")), "")
-    cells = first.rstrip("\r\n").split(separator)
+    lines = _CountedLines(text_lines(file.path))
+
+    # The header is the first line that is not empty.
+    first_line = next((line for line in lines if line.strip("\r\n")), "")
+    cells = first_line.rstrip("\r\n").split(separator)
     if all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in cells):
-        yield from csv_rows(file, text)
+        yield from csv_rows(file, text_column)
         return
-    header = _header(file, cells, first, text)
-    quoted = 0
+    header = _column_names(file, cells, first_line, text_column)
+
+    unquoted_count = 0
     for line in lines:
         number = lines.number
         line = line.rstrip("\r\n") if line.endswith(("\n", "\r")) else line
@@ -74,24 +85,25 @@ def tsv_rows(file: RowFile, text: str | None) -> Iterator[tuple[str, Row]]:
             continue
         cells = line.split(separator)
         if len(cells) == len(header):
-            for place, cell in enumerate(cells):
-                if cell.startswith('"') and (plain := _unquoted(cell)) is not None:
-                    cells[place] = plain
-                    quoted += 1
-        elif '"' in line and (joined := _quoted_cells(line, lines, separator, len(header))):
-            cells = joined
-            quoted += 1
-        _check_cells(file, number, cells, header)
+            for column, cell in enumerate(cells):
+                if cell.startswith('"') and (unquoted := _unquote(cell)) is not None:
+                    cells[column] = unquoted
+                    unquoted_count += 1
+        elif '"' in line and (parsed := _parse_quoted(line, lines, separator, len(header))):
+            cells = parsed
+            unquoted_count += 1
+        _check_cell_count(file, number, cells, header)
         yield f"line {number}", dict(zip(header, cells, strict=True))
-    if quoted:
+    if unquoted_count:
         file.notes.append(
-            f"quotes as in .csv were removed from {quoted} cells or rows of {file.path.name}"
+            f"quotes as in .csv were removed from {unquoted_count} cells or rows of "
+            f"{file.path.name}"
         )
 
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Allow the csv module cells of any length, which it refuses beyond 128 KiB."""
+    """Let the csv module read cells of more than 128 KiB, its default limit."""
     limit = csv.field_size_limit(min(sys.maxsize, (1 << 31) - 1))
     try:
         yield
@@ -99,14 +111,14 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-class _Counted:
-    """Lines, with the number of those that were read, and the last one."""
+class _CountedLines:
+    """An iterator of lines that holds the number of lines read (`number`) and the `last` line."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = lines
         self.number, self.last = 0, ""
 
-    def __iter__(self) -> "_Counted":
+    def __iter__(self) -> "_CountedLines":
         return self
 
     def __next__(self) -> str:
@@ -115,56 +127,64 @@ class _Counted:
         return self.last
 
 
-def _header(file: RowFile, cells: list[str], line: str, text: str | None) -> list[str]:
-    """The names of the columns; raises `DataError` if another separator is plainly meant."""
+def _column_names(file: RowFile, cells: list[str], line: str, text_column: str | None) -> list[str]:
+    """Names of the columns from the header's `cells`; repeated names get a number.
+
+    Raises `DataError` if the header `line` shows that another separator is used, or if
+    `text_column` occurs twice.
+    """
     if file.separator is None and len(cells) == 1 and not line.startswith('"'):
-        other = next((mark for mark in "\t;|," if mark in cells[0]), None)
-        if other is not None:
-            used, shown = (
-                "tab" if mark == "\t" else repr(mark) for mark in (SEPARATORS[file.format], other)
+        present = next((mark for mark in "\t;|," if mark in cells[0]), None)
+        if present is not None:
+            default_name, present_name = (
+                "tab" if mark == "\t" else repr(mark) for mark in (SEPARATORS[file.format], present)
             )
             raise DataError(
-                f"{file.path.name}: the first line has no {used} but {shown}; say what separates "
-                f"the columns with --separator {'tab' if shown == 'tab' else shown}, or with "
-                f"--separator {'tab' if used == 'tab' else used} if it is one column"
+                f"{file.path.name}: the first line has no {default_name} but {present_name}; say "
+                f"what separates the columns with --separator {present_name}, or with "
+                f"--separator {default_name} if it is one column"
             )
     names: list[str] = []
     for number, name in enumerate(cells, 1):
         if name in names:
-            if name == text:
+            if name == text_column:
                 file.fail("line 1", f"the column {name!r} occurs twice in the header")
-            new = f"{name}.{number}"
-            file.notes.append(f"column {name!r} occurs twice; the one at place {number} is {new!r}")
-            name = new
+            numbered_name = f"{name}.{number}"
+            file.notes.append(
+                f"column {name!r} occurs twice; the one at place {number} is {numbered_name!r}"
+            )
+            name = numbered_name
         names.append(name)
     return names
 
 
-def _check_cells(file: RowFile, line: int, cells: list[str], header: list[str]) -> None:
+def _check_cell_count(file: RowFile, line: int, cells: list[str], header: list[str]) -> None:
+    """Raise `DataError` if a row has more or fewer cells than the header."""
     if len(cells) != len(header):
         file.fail(
             f"line {line}",
-            f"it has {_counted(len(cells), 'cell')}, the header {len(header)}; quote cells that "
-            "hold the separator or the end of a line, or choose another --separator",
+            f"it has {len(cells)} {'cell' if len(cells) == 1 else 'cells'}, the header "
+            f"{len(header)}; quote cells that hold the separator or the end of a line, or choose "
+            "another --separator",
         )
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _unquoted(cell: str) -> str | None:
-    """What a cell means that is quoted as a whole with doubled quotes in it, None for others."""
-    inner = cell[1:-1]
-    if len(cell) < 2 or cell[-1] != '"' or (inner and '""' not in inner):
+def _unquote(cell: str) -> str | None:
+    """Text of a cell quoted as a whole with doubled quotes inside; None for any other cell."""
+    quoted_text = cell[1:-1]
+    if len(cell) < 2 or cell[-1] != '"' or (quoted_text and '""' not in quoted_text):
         return None
-    return None if '"' in inner.replace('""', "") else inner.replace('""', '"')
+    has_single_quote = '"' in quoted_text.replace('""', "")
+    return None if has_single_quote else quoted_text.replace('""', '"')
 
 
-def _quoted_cells(
+def _parse_quoted(
     line: str, following: Iterator[str], separator: str, count: int
 ) -> list[str] | None:
-    """The `count` cells of a line that quotes some, with as many of the following as it needs."""
+    """The `count` cells of a line with quoted cells; None if the line does not have so many.
+
+    While a quote is open, lines are taken from `following` and joined.
+    """
     pieces, quotes = [line], line.count('"')
     for _ in range(JOINED_LINES):
         if quotes % 2 == 0:
@@ -174,11 +194,11 @@ def _quoted_cells(
             except csv.Error:
                 return None
             return rows[0] if len(rows) == 1 and len(rows[0]) == count else None
-        more = next(following, None)
-        if more is None:
+        next_line = next(following, None)
+        if next_line is None:
             return None
         if len(pieces) == 1:
             pieces[0] += "\n"
-        pieces.append(more)
-        quotes += more.count('"')
+        pieces.append(next_line)
+        quotes += next_line.count('"')
     return None

@@ -1,4 +1,8 @@
-"""Rows of JSON: a list of objects, objects that follow each other, or one per line."""
+"""Rows of JSON files, for `row_files.py`: a list of objects, a sequence, or one object per line.
+
+`json_rows` tells the three apart by the first character and the file ending. Only a block of the
+file and one row are in memory.
+"""
 
 import json
 import re
@@ -7,69 +11,76 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .row_source import Row, RowFile
-from .text_column import kind_of
+from .text_column import kind_in_words
 from .text_lines import text_blocks
 
 
-def json_rows(file: RowFile, text: str | None) -> Iterator[tuple[str, Row]]:
-    """Rows of a list, of values that follow each other, or of lines."""
-    values = _JsonValues(file)
-    listed = values.next_character() == "["
-    by_line = not listed and file.ending != ".json"
-    found = _json_lines(file) if by_line else values.of_list() if listed else values.of_sequence()
-    repeated: set[str] = set()
-    for line, value in found:
-        place = f"line {line}"
+def json_rows(file: RowFile, text_column: str | None) -> Iterator[tuple[str, Row]]:
+    """Yield each row with its location, such as `line 3`; a string is a row with the column `text`.
+
+    Raises `DataError` for a row that is no object, or in which `text_column` occurs twice.
+    """
+    stream = _JsonValues(file)
+    if stream.next_character() == "[":
+        values = stream.list_items()
+    elif file.ending == ".json":
+        values = stream.remaining_values()
+    else:
+        values = _line_values(file)
+    noted_columns: set[str] = set()
+    for line, value in values:
+        location = f"line {line}"
         if isinstance(value, str):
             value = {"text": value}
         if not isinstance(value, dict):
-            file.fail(place, f"expected an object per row, found {kind_of(value)}")
-        if isinstance(value, _Repeated):
-            if text in value.names:
-                file.fail(place, f"the column {text!r} occurs twice in one row")
-            for name in set(value.names) - repeated:
-                repeated.add(name)
+            file.fail(location, f"expected an object per row, found {kind_in_words(value)}")
+        if isinstance(value, _ObjectWithRepeats):
+            if text_column in value.repeated_names:
+                file.fail(location, f"the column {text_column!r} occurs twice in one row")
+            for name in set(value.repeated_names) - noted_columns:
+                noted_columns.add(name)
                 file.notes.append(
-                    f"column {name!r} occurs twice in one row ({place}); its last value counts"
+                    f"column {name!r} occurs twice in one row ({location}); its last value counts"
                 )
-        yield place, value
+        yield location, value
 
 
-class _Repeated(dict):
-    """An object in which names occur twice; the last value of each counts."""
+class _ObjectWithRepeats(dict):
+    """A JSON object in which names occur twice; the last value of each name counts."""
 
-    names: tuple[str, ...] = ()
+    repeated_names: tuple[str, ...] = ()
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The dict of a JSON object: an `_ObjectWithRepeats` if a name occurs twice."""
     value = dict(pairs)
     if len(value) == len(pairs):
         return value
     names = [name for name, _ in pairs]
-    repeated = _Repeated(value)
-    repeated.names = tuple(dict.fromkeys(name for name in names if names.count(name) > 1))
+    repeated = _ObjectWithRepeats(value)
+    repeated.repeated_names = tuple(dict.fromkeys(n for n in names if names.count(n) > 1))
     return repeated
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-_LONG_NUMBERS = json.JSONDecoder(object_pairs_hook=_object, parse_int=str)
-"""Keeps whole numbers as text: Python refuses those of more than 4300 digits."""
+_DECODER = json.JSONDecoder(object_pairs_hook=_build_object)
+_LONG_NUMBER_DECODER = json.JSONDecoder(object_pairs_hook=_build_object, parse_int=str)
+"""Reads whole numbers as text: Python refuses to convert more than 4300 digits."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def _decode(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value that begins at `at`, and its end."""
+def _decode(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins at `start`, and the index of its end."""
     try:
-        return _DECODER.raw_decode(text, at)
+        return _DECODER.raw_decode(text, start)
     except json.JSONDecodeError:
         raise
     except ValueError:
-        return _LONG_NUMBERS.raw_decode(text, at)
+        return _LONG_NUMBER_DECODER.raw_decode(text, start)
 
 
-def _json_lines(file: RowFile) -> Iterator[tuple[int, Any]]:
-    """Number and value of each line; empty lines are no rows."""
-    for number, line in enumerate(_translated_lines(file.path), 1):
+def _line_values(file: RowFile) -> Iterator[tuple[int, Any]]:
+    """Yield number and value of each line; empty lines are no rows."""
+    for number, line in enumerate(_lines(file.path), 1):
         start = _SPACE.match(line).end()  # pyright: ignore[reportOptionalMemberAccess]
         if start == len(line):
             continue
@@ -88,99 +99,105 @@ def _json_lines(file: RowFile) -> Iterator[tuple[int, Any]]:
         yield number, value
 
 
-def _translated_lines(path: Path) -> Iterator[str]:
-    """Lines without their ends, which are LF, CRLF or CR: no string of JSON holds one."""
+def _lines(path: Path) -> Iterator[str]:
+    """Yield lines without their ends (LF, CRLF or CR); JSON strings contain no line ends."""
     pieces: list[str] = []
     for block in text_blocks(path):
-        *lines, rest = block.split("\n")
+        *lines, unfinished = block.split("\n")
         if lines:
             yield "".join(pieces) + lines[0]
             yield from lines[1:]
             pieces.clear()
-        pieces.append(rest)
+        pieces.append(unfinished)
     yield "".join(pieces)
 
 
 class _JsonValues:
-    """Reads JSON values one after the other; only a block and one value are in memory."""
+    """Reads the JSON values of a file in order; a block and a value are in memory."""
 
     def __init__(self, file: RowFile) -> None:
         self._file = file
         self._blocks = text_blocks(file.path)
-        self._text, self._at, self._ended = "", 0, False
-        self._line, self._line_at = 1, 0  # the line of the character at `_line_at`
+        # Text read but not consumed begins at index `_start` of `_text`.
+        self._text, self._start, self._is_at_end = "", 0, False
+        # Number of the line that holds the character at index `_line_start` of `_text`.
+        self._line, self._line_start = 1, 0
 
     def next_character(self) -> str:
-        """The next character that is no space, the empty text at the end."""
+        """Skip white space and return the next character; the empty text at the end of the file."""
         while True:
-            self._at = _SPACE.match(self._text, self._at).end()  # pyright: ignore
-            if self._at < len(self._text) or self._ended:
-                return self._text[self._at : self._at + 1]
-            self._more(1)
+            self._start = _SPACE.match(self._text, self._start).end()  # pyright: ignore
+            if self._start < len(self._text) or self._is_at_end:
+                return self._text[self._start : self._start + 1]
+            self._read_ahead(1)
 
-    def of_list(self) -> Iterator[tuple[int, Any]]:
-        """Line and value of each item of the list that begins here."""
+    def list_items(self) -> Iterator[tuple[int, Any]]:
+        """Yield line and value of each item of the list at the next character."""
         self.next_character()
-        self._at += 1
+        self._start += 1
         if self.next_character() != "]":
             while True:
                 self.next_character()
-                yield self._value()
+                yield self._read_value()
                 following = self.next_character()
                 if following == "]":
                     break
                 if following != ",":
-                    shown = repr(following) if following else "the end of the file"
-                    self._fail(f"expected ',' or ']' in the list of rows, found {shown}")
-                self._at += 1
-        self._at += 1
+                    actual = repr(following) if following else "the end of the file"
+                    self._fail(f"expected ',' or ']' in the list of rows, found {actual}")
+                self._start += 1
+        self._start += 1
         if self.next_character():
             self._fail("more follows the list of rows")
 
-    def of_sequence(self) -> Iterator[tuple[int, Any]]:
-        """Line and value of each value up to the end of the file."""
+    def remaining_values(self) -> Iterator[tuple[int, Any]]:
+        """Yield line and value of each value up to the end of the file."""
         while self.next_character():
-            yield self._value()
+            yield self._read_value()
 
-    def _value(self) -> tuple[int, Any]:
+    def _read_value(self) -> tuple[int, Any]:
+        """Line and value of the next JSON value; doubles the text read while the value is cut."""
         while True:
             try:
-                value, stop = _decode(self._text, self._at)
+                value, stop = _decode(self._text, self._start)
             except json.JSONDecodeError as error:
-                if self._ended or not self._is_cut(error):
-                    self._at = error.pos
+                if self._is_at_end or not self._is_cut(error):
+                    self._start = error.pos
                     self._fail(error.msg)
             except RecursionError:
                 self._fail("lists or objects are nested too deeply")
             else:
-                if stop < len(self._text) or self._ended:  # else a number could go on
-                    line = self._number_of_line()
-                    self._at = stop
+                if (
+                    stop < len(self._text) or self._is_at_end
+                ):  # else more digits of a number may follow
+                    line = self._count_lines()
+                    self._start = stop
                     return line, value
-            self._more(2 * (len(self._text) - self._at))
+            self._read_ahead(2 * (len(self._text) - self._start))
 
     def _is_cut(self, error: json.JSONDecodeError) -> bool:
-        """Whether the text ends too early for the value, rather than being wrong."""
+        """Return whether the text read so far ends inside the value (no syntax error)."""
         return error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 16
 
-    def _more(self, least: int) -> None:
-        """Read on until at least `least` characters lie ahead; drop those that are behind."""
-        self._number_of_line()
-        pieces = [self._text[self._at :]]
-        ahead = len(pieces[0])
-        while ahead < max(least, 1):
+    def _read_ahead(self, characters: int) -> None:
+        """Read until `characters` are not consumed, or the file ends; drop the consumed ones."""
+        self._count_lines()
+        pieces = [self._text[self._start :]]
+        available = len(pieces[0])
+        while available < max(characters, 1):
             block = next(self._blocks, None)
             if block is None:
-                self._ended = True
+                self._is_at_end = True
                 break
             pieces.append(block)
-            ahead += len(block)
-        self._text, self._at, self._line_at = "".join(pieces), 0, 0
+            available += len(block)
+        self._text, self._start, self._line_start = "".join(pieces), 0, 0
 
-    def _number_of_line(self) -> int:
-        self._line += self._text.count("\n", self._line_at, self._at)
-        self._line_at = self._at
+    def _count_lines(self) -> int:
+        """Line number of the next character."""
+        self._line += self._text.count("\n", self._line_start, self._start)
+        self._line_start = self._start
         return self._line
 
     def _fail(self, reason: str) -> NoReturn:
-        self._file.fail(f"line {self._number_of_line()}", reason)
+        self._file.fail(f"line {self._count_lines()}", reason)

@@ -1,4 +1,4 @@
-"""Rows of .parquet files; columns that nobody needs are not read."""
+"""Rows of .parquet files, for `row_files.py`: only needed columns are read, 64 rows at a time."""
 
 import shutil
 import tempfile
@@ -9,17 +9,17 @@ from typing import Any
 
 from ..errors import DataError
 from ..files.disk_errors import disk_errors
-from .labels import COLUMNS
+from .labels import POSITION_COLUMNS
 from .row_source import Row, RowFile
 from .text_column import ColumnSample
 from .text_lines import BLOCK_BYTES, COMPRESSIONS, open_bytes
 
 PARQUET_ROWS = 64
-"""Rows of one read."""
+"""Rows per read."""
 
 
 def parquet_sample(file: RowFile) -> dict[str, ColumnSample]:
-    """The columns of the schema, with the first texts of those that hold text."""
+    """Column name -> sample, from the schema; columns of text with their first texts."""
     import pyarrow
 
     columns: dict[str, ColumnSample] = {}
@@ -28,55 +28,64 @@ def parquet_sample(file: RowFile) -> dict[str, ColumnSample]:
         for entry in schema:
             if entry.name in columns:
                 columns[entry.name].kinds.add("twice")
-                continue
-            if pyarrow.types.is_null(entry.type):
+            elif pyarrow.types.is_null(entry.type):
                 columns[entry.name] = ColumnSample()
-                continue
-            columns[entry.name] = ColumnSample.of_type(_kind_of_type(entry.type))
-            if pyarrow.types.is_nested(entry.type):
-                columns[entry.name].add_layout(str(entry.type))
-        texts = [name for name, column in columns.items() if column.is_text]
-        if texts and opened.metadata.num_rows:
-            batch = next(opened.iter_batches(PARQUET_ROWS, columns=texts))
+            else:
+                columns[entry.name] = ColumnSample.of_type(_kind_of_type(entry.type))
+                if pyarrow.types.is_nested(entry.type):
+                    columns[entry.name].add_layout(str(entry.type))
+        text_columns = [name for name, column in columns.items() if column.is_text]
+        if text_columns and opened.metadata.num_rows:
+            batch = next(opened.iter_batches(PARQUET_ROWS, columns=text_columns))
             for name, values in zip(batch.schema.names, batch.columns, strict=True):
-                if name in texts:
-                    columns[name].words.extend(v for v in values.to_pylist() if v is not None)
+                if name in text_columns:
+                    columns[name].texts.extend(
+                        text for text in values.to_pylist() if text is not None
+                    )
     return columns
 
 
-def parquet_rows(file: RowFile, text_column: str | None, others: bool) -> Iterator[tuple[str, Row]]:
-    """Rows of the text column and, with `others`, of plain columns and those of positions."""
+def parquet_rows(
+    file: RowFile, text_column: str | None, other_columns: bool
+) -> Iterator[tuple[str, Row]]:
+    """Yield the rows, with their location (`row 3`), of the text column.
+
+    With `other_columns` also columns of plain values, which may be labels, and the columns that
+    position policies read (`POSITION_COLUMNS`).
+    """
     with _parquet_file(file) as opened:
         names = opened.schema_arrow.names
         kinds = {entry.name: _kind_of_type(entry.type) for entry in opened.schema_arrow}
         for name in sorted({name for name in names if names.count(name) > 1}):
             del kinds[name]
             file.notes.append(f"the columns {name!r} are left out: there are two of that name")
-        plain = ("text", "bytes", "a truth value", "a whole number", "a number")
-        chosen = [
+        plain_kinds = ("text", "bytes", "a truth value", "a whole number", "a number")
+        columns = [
             name
             for name, kind in kinds.items()
-            if name == text_column or (others and (kind in plain or name in COLUMNS))
+            if name == text_column
+            or (other_columns and (kind in plain_kinds or name in POSITION_COLUMNS))
         ]
         number = 0
-        for batch in opened.iter_batches(PARQUET_ROWS, columns=chosen):
-            values = [column.to_pylist() for column in batch.columns]
-            for row in zip(*values, strict=True):
-                yield f"row {number}", dict(zip(batch.schema.names, row, strict=True))
+        for batch in opened.iter_batches(PARQUET_ROWS, columns=columns):
+            columns_of_values = [column.to_pylist() for column in batch.columns]
+            for values in zip(*columns_of_values, strict=True):
+                yield f"row {number}", dict(zip(batch.schema.names, values, strict=True))
                 number += 1
 
 
 @contextmanager
 def _parquet_file(file: RowFile) -> Iterator[Any]:
-    """The opened file, from a temporary uncompressed copy where it is compressed as a whole."""
+    """Open the file; a compressed file (.parquet.gz) is first unpacked into a temporary file."""
     import pyarrow
     import pyarrow.parquet
 
+    folder = Path(tempfile.gettempdir()) if file.scratch is None else file.scratch
     with tempfile.TemporaryFile(dir=file.scratch) as copy:
         source: Any = str(file.path)
         if file.path.suffix.lower() in COMPRESSIONS:
-            with open_bytes(file.path) as packed, disk_errors(_folder(file.scratch)):
-                shutil.copyfileobj(packed, copy, BLOCK_BYTES)
+            with open_bytes(file.path) as uncompressed, disk_errors(folder):
+                shutil.copyfileobj(uncompressed, copy, BLOCK_BYTES)
             copy.seek(0)
             source = pyarrow.PythonFile(copy, mode="r")
         try:
@@ -91,37 +100,38 @@ def _parquet_file(file: RowFile) -> Iterator[Any]:
             raise DataError(f"{file.path} cannot be read as parquet: {reason[0]}") from None
 
 
-def _folder(scratch: Path | None) -> Path:
-    return Path(tempfile.gettempdir()) if scratch is None else scratch
-
-
-def _kind_of_type(found: Any) -> str:
-    """What a column of a pyarrow type holds, in the words of `textcolumn.kind_of`."""
+def _kind_of_type(arrow_type: Any) -> str:
+    """Kind of the values of a pyarrow type, in the words of `kind_in_words` (`text_column.py`)."""
     import pyarrow.types as types
 
-    if types.is_dictionary(found):
-        return _kind_of_type(found.value_type)
-    if hasattr(found, "storage_type"):  # an extension of a plain type
-        return _kind_of_type(found.storage_type)
-    if types.is_string(found) or types.is_large_string(found) or _is_view(found, "string"):
+    if types.is_dictionary(arrow_type):
+        return _kind_of_type(arrow_type.value_type)
+    if hasattr(arrow_type, "storage_type"):  # an extension type
+        return _kind_of_type(arrow_type.storage_type)
+    if (
+        types.is_string(arrow_type)
+        or types.is_large_string(arrow_type)
+        or _is_view_type(arrow_type, "string")
+    ):
         return "text"
     if (
-        types.is_binary(found)
-        or types.is_large_binary(found)
-        or types.is_fixed_size_binary(found)
-        or _is_view(found, "binary")
+        types.is_binary(arrow_type)
+        or types.is_large_binary(arrow_type)
+        or types.is_fixed_size_binary(arrow_type)
+        or _is_view_type(arrow_type, "binary")
     ):
         return "bytes"
-    if types.is_boolean(found):
+    if types.is_boolean(arrow_type):
         return "a truth value"
-    if types.is_integer(found):
+    if types.is_integer(arrow_type):
         return "a whole number"
-    if types.is_floating(found):
+    if types.is_floating(arrow_type):
         return "a number"
-    return "a list or object" if types.is_nested(found) else str(found)
+    return "a list or object" if types.is_nested(arrow_type) else str(arrow_type)
 
 
-def _is_view(found: Any, name: str) -> bool:
+def _is_view_type(arrow_type: Any, name: str) -> bool:
+    """Return whether `arrow_type` is `name`_view, which older pyarrow does not have."""
     import pyarrow.types as types
 
-    return getattr(types, f"is_{name}_view", lambda _: False)(found)
+    return getattr(types, f"is_{name}_view", lambda _: False)(arrow_type)

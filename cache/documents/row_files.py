@@ -1,8 +1,9 @@
-"""Rows of .jsonl, .json, .csv, .tsv and .parquet files, one at a time, as the file says them.
+"""Rows of .jsonl, .json, .csv, .tsv and .parquet files: samples, and all rows, read one at a time.
 
-Cells of .csv and .tsv are text, whatever they look like; an empty cell is the empty text. Values
-of JSON and parquet keep their kinds. Nothing is taken for missing but JSON's and parquet's null,
-and a key that a row lacks. What cannot be read is a `DataError` that names the line.
+`RowTable` calls `read_sample`, to choose the text column, then `read_rows`; both call the reader of
+the file's format. Cells of .csv and .tsv are always text; an empty cell is the empty text.
+Values of JSON and parquet keep their kinds. Missing are only null, in JSON and parquet, and a key
+that a row lacks. Errors of reading are `DataError`s with the line.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from .parquet_rows import parquet_rows, parquet_sample
 from .row_source import Row, RowFile
 from .text_column import ColumnSample
 
-FORMATS = {
+ROW_FORMATS = {
     ".jsonl": "json",
     ".ndjson": "json",
     ".json": "json",
@@ -22,13 +23,15 @@ FORMATS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
-"""Ending -> format."""
+"""File ending -> format."""
 SAMPLE_ROWS = 1000
+"""Rows of a sample at most."""
 SAMPLE_CHARACTERS = 4 << 20
+"""Characters after which a sample takes no further row."""
 
 
 def read_sample(file: RowFile) -> dict[str, ColumnSample]:
-    """The columns, by the first rows or by the file's own schema."""
+    """Column name -> sample, from the first rows, or from the schema of a parquet file."""
     if file.format == "parquet":
         return parquet_sample(file)
     columns: dict[str, ColumnSample] = {}
@@ -39,19 +42,20 @@ def read_sample(file: RowFile) -> dict[str, ColumnSample]:
             size += len(value) if isinstance(value, str) else 0
         if size > SAMPLE_CHARACTERS:
             break
-    file.notes.clear()  # the same is noted when all rows are read
+    file.notes.clear()  # read_rows notes the same again
     return columns
 
 
 def read_rows(
-    file: RowFile, text_column: str | None, others: bool = True
+    file: RowFile, text_column: str | None, other_columns: bool = True
 ) -> Iterator[tuple[str, Row]]:
-    """Each row with its place, like `line 3`; without `others` it may lack other columns.
+    """Yield each row with its location in the file, such as `line 3`.
 
-    A row in which the text column occurs twice is an error, another one that does is noted.
+    Without `other_columns` a row may lack all columns but `text_column`. The text column twice in
+    a row is a `DataError`; another column twice is noted in `file.notes`.
     """
     if file.format == "json":
         return json_rows(file, text_column)
     if file.format == "parquet":
-        return parquet_rows(file, text_column, others)
+        return parquet_rows(file, text_column, other_columns)
     return csv_rows(file, text_column) if file.format == "csv" else tsv_rows(file, text_column)

@@ -1,4 +1,7 @@
-"""A file of rows, before it is read, and what its readers note of it."""
+"""`RowFile`: path, format and options of a file of rows, and the notes of its reader.
+
+Made by `load_documents`, read by the readers of `row_files.py`.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,34 +11,36 @@ from ..errors import DataError
 from .text_lines import COMPRESSIONS
 
 Row = dict[str, Any]
-"""Column -> value."""
+"""One row: column -> value."""
 
 
 @dataclass
 class RowFile:
-    """A file of rows; reading it twice gives the same rows."""
+    """A file of rows, with the options for reading; may be read several times."""
 
     path: Path
     format: str
     """`json`, `csv`, `tsv` or `parquet`."""
     separator: str | None = None
-    """Separator of the columns of .csv and .tsv that was asked for."""
+    """Separator of the columns of .csv and .tsv files; None for the default of the format."""
     scratch: Path | None = None
-    """Folder of temporary files."""
+    """Folder of temporary files; None for the system's."""
     notes: list[str] = field(default_factory=list)
-    """What was decided while reading, for people."""
+    """Decisions taken while reading, as sentences for the user."""
 
     @property
     def ending(self) -> str:
-        """The ending of the name in lower case, without that of a compression."""
-        return ending_of(self.path)
+        """File ending in lower case, such as `.jsonl`, without the compression ending."""
+        return file_ending(self.path)
 
-    def fail(self, place: str, reason: str) -> NoReturn:
-        """Raise the error of a place that cannot be read, like `line 3`."""
-        raise DataError(f"{self.path} cannot be read as {self.format}: {place}: {reason}") from None
+    def fail(self, location: str, reason: str) -> NoReturn:
+        """Raise `DataError`: the rows at `location`, such as `line 3`, cannot be read."""
+        raise DataError(
+            f"{self.path} cannot be read as {self.format}: {location}: {reason}"
+        ) from None
 
 
-def ending_of(path: Path) -> str:
-    """The ending of a name in lower case, without that of a compression."""
+def file_ending(path: Path) -> str:
+    """File ending in lower case: `.csv` of `a.csv` and of `a.CSV.gz`; empty if absent."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    return next((s for s in reversed(suffixes) if s not in COMPRESSIONS), "")
+    return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSIONS), "")

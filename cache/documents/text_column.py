@@ -1,4 +1,9 @@
-"""Which column of a table holds the texts: the one that is asked for, or the obvious one."""
+"""Choice of the text column of a table: named by the user, or obvious from names and samples.
+
+`choose_text_column` compares one `ColumnSample` per column, made of the first rows (`row_files.py`)
+or a schema (`parquet_rows.py`, `load_documents.py`). If the choice is doubtful, it raises
+`DataError`.
+"""
 
 import re
 from collections.abc import Mapping
@@ -8,168 +13,188 @@ from typing import Any
 from ..errors import DataError
 
 TEXT_COLUMNS = ("text", "content", "document", "sentence", "story", "prompt")
-"""Names of columns that hold texts, the surest first."""
+"""Usual names of text columns, in order of preference."""
 CONVERSATIONS = re.compile(r"messages?|conversations?|chats?|dialog(ue)?s?|turns", re.IGNORECASE)
-"""Names of columns that hold lists of what people and a model say by turns."""
+"""Usual names of columns of conversations: lists of turns of users and a model."""
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-WORDS = re.compile(
-    # Letters with a space between, or of a script that has none: Thai, Lao, Burmese, Khmer, CJK.
+"""Pattern of a number."""
+SEVERAL_WORDS = re.compile(
+    # Characters around a space, or one of a script without spaces: Thai, Lao, Burmese, Khmer, CJK.
     r"\S\s+\S|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
 )
+"""Pattern found in a text of several words."""
 FEW_ROWS = 20
-"""Rows from which on texts that repeat each other are labels."""
+"""Number of texts from which on many repetitions mean a label, not a text."""
 
 
 @dataclass
 class ColumnSample:
-    """What the first rows of a column hold."""
+    """Kinds and texts of the first values of a column."""
 
     kinds: set[str] = field(default_factory=set)
-    """`kind_of` the values that are not missing."""
-    words: list[str] = field(default_factory=list)
-    """The texts among them."""
+    """Kinds (`kind_in_words`) of the present values."""
+    texts: list[str] = field(default_factory=list)
+    """Present values of type text."""
     holds_turns: bool = False
-    """Whether there are lists of objects with the keys of a conversation."""
+    """Whether values are lists of objects with the keys of a conversation."""
 
     @classmethod
     def of_type(cls, kind: str) -> "ColumnSample":
-        """A column of a table that says what its columns hold."""
+        """Sample of a column whose `kind` the table's schema gives."""
         return cls({kind})
 
     def add(self, value: Any) -> None:
-        """Take a value in."""
+        """Add one value to the sample."""
         if value is None:
             return
-        self.kinds.add(kind_of(value))
+        self.kinds.add(kind_in_words(value))
         if isinstance(value, str):
-            self.words.append(value)
+            self.texts.append(value)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             self.holds_turns |= _are_turns(set(value[0]))
 
     def add_layout(self, layout: str) -> None:
-        """Take in how a nested column is laid out, as its library writes it."""
+        """Add the type of a nested column, as its library prints the type."""
         self.holds_turns |= _are_turns(set(re.findall(r"\w+", layout)))
 
     @property
     def is_text(self) -> bool:
-        """Whether all values that are not missing are text."""
+        """Whether all present values are text."""
         return self.kinds == {"text"}
 
     @property
     def is_nested(self) -> bool:
+        """Whether some values are lists or objects."""
         return bool(self.kinds & {"a list", "an object", "a list or object"})
 
     @property
     def is_number(self) -> bool:
         """Whether all texts are numbers."""
-        filled = [word for word in self.words if word.strip()]
-        return bool(filled) and all(NUMBER.fullmatch(word.strip()) for word in filled)
+        texts = [text.strip() for text in self.texts if text.strip()]
+        return bool(texts) and all(NUMBER.fullmatch(text) for text in texts)
 
     @property
     def is_prose(self) -> bool:
-        """Whether the texts look like texts: most have words, and do not repeat each other."""
-        filled = [word for word in self.words if word.strip()]
-        worded = sum(WORDS.search(word) is not None for word in filled)
-        repeats = len(filled) >= FEW_ROWS and len(set(filled)) < len(filled) / 2
-        return 2 * worded > len(filled) and not repeats
+        """Whether the texts look like prose: most have several words, and few are repeated."""
+        texts = [text for text in self.texts if text.strip()]
+        prose_count = sum(SEVERAL_WORDS.search(text) is not None for text in texts)
+        repeats = len(texts) >= FEW_ROWS and len(set(texts)) < len(texts) / 2
+        return 2 * prose_count > len(texts) and not repeats
 
 
-def kind_of(value: Any) -> str:
-    """What a value is, in words."""
-    for kind, name in (
-        (bool, "a truth value"), (int, "a whole number"), (float, "a number"), (str, "text"),
-        (bytes, "bytes"), (list, "a list"), (dict, "an object"), (type(None), "null"),
-    ):  # fmt: skip
-        if isinstance(value, kind):
-            return name
-    return type(value).__name__
+KINDS = (
+    (bool, "a truth value"),
+    (int, "a whole number"),
+    (float, "a number"),
+    (str, "text"),
+    (bytes, "bytes"),
+    (list, "a list"),
+    (dict, "an object"),
+    (type(None), "null"),
+)
+"""Type -> name for messages; bool stands before int, its base class."""
+
+
+def kind_in_words(value: Any) -> str:
+    """The kind of a value, such as `a whole number`, for messages and comparisons."""
+    return next((name for kind, name in KINDS if isinstance(value, kind)), type(value).__name__)
 
 
 def _are_turns(keys: set[str]) -> bool:
+    """Return whether `keys` belong to a turn of a conversation."""
     return {"role", "content"} <= keys or {"from", "value"} <= keys
 
 
 def choose_text_column(
-    columns: Mapping[str, ColumnSample], asked: str | None, data: str
+    columns: Mapping[str, ColumnSample], requested: str | None, data: str
 ) -> tuple[str, str | None]:
-    """The column of the texts, and how it was found, None if it was asked for.
+    """Name of the text column, and the reason of the choice (None if `requested`).
 
-    Without `asked`: a column of one of the names `TEXT_COLUMNS`; else the only column of text, if
-    it looks like texts and no other column could hold them. Raises `DataError`.
+    Without `requested`: a column named as in `TEXT_COLUMNS`; else the only column of text, if its
+    texts look like prose and no other column could hold the texts. Raises `DataError`.
     """
     if not columns:
         raise DataError(f"{data} has no rows; give a file with texts")
-    if asked is not None:
-        _check_asked(columns, asked, data)
-        return asked, None
+    if requested is not None:
+        _check_holds_text(columns, requested, data)
+        return requested, None
+
+    # A column with a usual name; beside conversations only the name "text" is believed.
     conversations = [
         name
         for name, column in columns.items()
         if column.holds_turns or (column.is_nested and CONVERSATIONS.fullmatch(name))
     ]
-    texts = [name for name, column in columns.items() if column.is_text]
-    usual = TEXT_COLUMNS[:1] if conversations else TEXT_COLUMNS
-    for name in usual:
+    for name in TEXT_COLUMNS[:1] if conversations else TEXT_COLUMNS:
         if name in columns and ("text" in columns[name].kinds or not columns[name].kinds):
-            _check_asked(columns, name, data)
+            _check_holds_text(columns, name, data)
             return name, "by its name"
     if conversations:
         raise DataError(
             f"{data} has no obvious text column but conversations (column "
-            f"{_shown(conversations[0])}), and no chat template is applied; write their text into "
-            f"a column and choose it with --text-column; text columns are: {_texts(columns)}"
+            f"{_quoted_name(conversations[0])}), and no chat template is applied; write their text "
+            f"into a column and choose it with --text-column; text columns are: "
+            f"{_list_text_columns(columns)}"
         )
-    candidates = [name for name in texts if not columns[name].is_number]
+
+    # The only column of text.
+    candidates = [
+        name for name, column in columns.items() if column.is_text and not column.is_number
+    ]
     if len(candidates) == 1:
-        (only,) = candidates
-        nested = [name for name, column in columns.items() if column.is_nested or
-                  "bytes" in column.kinds]  # fmt: skip
+        (name,) = candidates
         if len(columns) == 1:
-            return only, "the only column"
-        if columns[only].is_prose and not nested:
-            return only, "the only column of text"
+            return name, "the only column"
+        may_hold_text = any(
+            column.is_nested or "bytes" in column.kinds for column in columns.values()
+        )
+        if columns[name].is_prose and not may_hold_text:
+            return name, "the only column of text"
     raise DataError(
-        f"{data} has no obvious text column; text columns are: {_texts(columns)} (choose with "
-        "--text-column)"
+        f"{data} has no obvious text column; text columns are: {_list_text_columns(columns)} "
+        "(choose with --text-column)"
     )
 
 
-def _check_asked(columns: Mapping[str, ColumnSample], name: str, data: str) -> None:
-    """Raise `DataError` if the first rows show that the column holds no text."""
-    found = columns.get(name)
-    if found is not None and "twice" in found.kinds:
+def _check_holds_text(columns: Mapping[str, ColumnSample], name: str, data: str) -> None:
+    """Raise `DataError` if the first rows show that the column `name` holds no text."""
+    column = columns.get(name)
+    if column is None:
+        return
+    if "twice" in column.kinds:
         raise DataError(f"{data} has two columns {name!r}; rename one")
-    # Where only some rows hold text, reading them names the first that does not.
-    if found is not None and "text" not in found.kinds and found.kinds - {"bytes"}:
-        other = ", ".join(sorted(found.kinds - {"text"}))
-        hint = "; no chat template is applied to conversations" if found.holds_turns else ""
+    # If only some rows hold text, reading all rows names the first row that does not.
+    if "text" not in column.kinds and column.kinds - {"bytes"}:
+        kinds = ", ".join(sorted(column.kinds - {"text"}))
+        hint = "; no chat template is applied to conversations" if column.holds_turns else ""
         raise DataError(
-            f"{data} has no text column {name!r}; text columns are: {_texts(columns)} (choose with "
-            f"--text-column; {name!r} holds {other}{hint})"
+            f"{data} has no text column {name!r}; text columns are: "
+            f"{_list_text_columns(columns)} (choose with --text-column; {name!r} holds "
+            f"{kinds}{hint})"
         )
 
 
 def check_column_exists(columns: Mapping[str, ColumnSample], name: str, data: str) -> None:
-    """Raise `DataError` if there is no column `name`."""
+    """Raise `DataError` if no column has the name `name`."""
     if name not in columns:
         raise DataError(
-            f"{data} has no text column {name!r}; text columns are: {_texts(columns)} (choose with "
-            "--text-column)"
+            f"{data} has no text column {name!r}; text columns are: {_list_text_columns(columns)} "
+            "(choose with --text-column)"
         )
 
 
-def _texts(columns: Mapping[str, ColumnSample]) -> str:
-    """The names of the columns of text; without any, of all, with what they hold."""
-    texts = [_shown(name) for name, column in columns.items() if column.is_text]
-    if texts or not columns:
-        return ", ".join(texts) or "none"
-    held = (
-        f"{_shown(name)} holds {', '.join(sorted(column.kinds)) or 'nothing'}"
+def _list_text_columns(columns: Mapping[str, ColumnSample]) -> str:
+    """Names of the text columns, for messages; without any, all columns with their kinds."""
+    names = [_quoted_name(name) for name, column in columns.items() if column.is_text]
+    if names or not columns:
+        return ", ".join(names) or "none"
+    kinds = (
+        f"{_quoted_name(name)} holds {', '.join(sorted(column.kinds)) or 'nothing'}"
         for name, column in columns.items()
     )
-    return f"none; {'; '.join(held)}"
+    return f"none; {'; '.join(kinds)}"
 
 
-def _shown(name: str) -> str:
-    """A name, in quotes where it would not be seen as one."""
+def _quoted_name(name: str) -> str:
+    """`name` for a message, in quotes if spaces or punctuation would hide its bounds."""
     return name if re.fullmatch(r"[\w.:/+-]+", name) else repr(name)

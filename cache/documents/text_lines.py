@@ -1,4 +1,8 @@
-"""Bytes, blocks of text and lines of a file that may be compressed; the memory stays flat."""
+"""Reading of files as bytes, blocks of text or lines, uncompressed on the way.
+
+The readers of `row_files.py` and `TextFile` use these functions. In memory are at most a block of
+`BLOCK_BYTES` and one line.
+"""
 
 import codecs
 import io
@@ -13,14 +17,15 @@ from ..errors import DataError
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 """Endings of compressed files that are read."""
 BLOCK_BYTES = 1 << 20
+"""Bytes per read."""
 
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """The uncompressed bytes of a file, from its beginning.
+    """Open a file, compressed or not, for reading its uncompressed bytes.
 
-    Raises `DataError` where the file cannot be opened, is cut short or is not what its ending
-    says.
+    Raises `DataError` if the file cannot be opened, is cut short, or does not have the compression
+    of its ending.
     """
     compression = path.suffix.lower()
     try:
@@ -29,7 +34,7 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     except (EOFError, zlib.error) as error:
         raise _damaged(path, compression, error) from None
     except OSError as error:
-        if error.errno is not None:  # the system's own: no such file, no permission, full disk
+        if error.errno is not None:  # from the system: no such file, no permission, full disk
             if error.filename is not None and Path(error.filename) == path:
                 raise DataError(f"{path} cannot be opened: {error.strerror}") from None
             raise
@@ -43,7 +48,7 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _opener(compression: str) -> Callable[[Path], Any]:
-    """The function that opens a file of the ending `compression` for reading bytes."""
+    """Function that opens a file with the ending `compression` for reading bytes."""
     if compression == ".gz":
         import gzip
 
@@ -71,48 +76,52 @@ def _damaged(path: Path, compression: str, error: Exception) -> DataError:
 
 
 def text_blocks(path: Path, translate: bool = True) -> Iterator[str]:
-    """The text of a file in blocks, without a byte order mark; `DataError` if it is not UTF-8.
+    """Yield the text of a file in blocks, without a byte order mark.
 
-    `translate` turns every end of a line (CR, LF, CRLF) into LF.
+    `translate` turns every line end (CR, LF, CRLF) into LF. Raises `DataError` if the file is not
+    UTF-8.
     """
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-    ends = io.IncrementalNewlineDecoder(None, translate=True) if translate else None
-    read = 0
+    line_ends = io.IncrementalNewlineDecoder(None, translate=True) if translate else None
+    bytes_read = 0
     with open_bytes(path) as file:
         while True:
             block = file.read(BLOCK_BYTES)
-            held = len(utf8.getstate()[0])
+            pending = len(utf8.getstate()[0])  # bytes of a character cut by the block before
             try:
                 text = utf8.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                place = read - held + error.start
+                location = bytes_read - pending + error.start
                 raise DataError(
-                    f"{path} is not UTF-8 text (byte {place}); convert it first"
+                    f"{path} is not UTF-8 text (byte {location}); convert it first"
                 ) from None
-            yield text if ends is None else ends.decode(text, final=not block)
+            yield text if line_ends is None else line_ends.decode(text, final=not block)
             if not block:
                 return
-            read += len(block)
+            bytes_read += len(block)
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """The lines of a file with their ends, which are left as they are.
+    """Yield the lines of a file with their line ends, unchanged.
 
     Lines end at LF; at CR in a file whose first block has a CR and no LF.
     """
+    # Decide by the first block which character ends lines.
     blocks = text_blocks(path, translate=False)
     first = next(blocks)
     while first.endswith("\r") and "\n" not in first and (block := next(blocks, None)):
-        first += block  # its LF may be the next character
+        first += block  # LF may be the next character
     end = "\r" if "\r" in first and "\n" not in first else "\n"
-    pieces = [first]  # of a line that has not ended yet, but for the last one
+    # Split blocks into lines; `pieces` are the parts of a line that has not ended yet, the last of
+    # them not split so far.
+    pieces = [first]
     while True:
-        *lines, rest = pieces.pop().split(end)
+        *lines, unfinished = pieces.pop().split(end)
         if lines:
             yield "".join(pieces) + lines[0] + end
             yield from (line + end for line in lines[1:])
             pieces.clear()
-        pieces.append(rest)
+        pieces.append(unfinished)
         block = next(blocks, None)
         if block is None:
             break

@@ -165,7 +165,7 @@ def _load_model(
             f"the model of this cache ran code of its own; repair with --trust-remote-code to run "
             f"that of {source.name} again"
         )
-    identity = source.identity_in(manifest.format)
+    identity = source.identity_for_format(manifest.format)
     if identity != manifest.model:
         differences = differing_fields(asdict(identity), asdict(manifest.model))
         raise MismatchError(

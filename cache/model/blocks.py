@@ -1,11 +1,17 @@
-"""Finds the decoder blocks of any causal model by watching it run, and takes their outputs.
+"""The decoder blocks of a causal model: reading the residual stream, replacing a layer of it.
 
-No list of model names: the blocks are the `ModuleList` whose children map the residual stream to
-the same shape, and they are believed only if the model's own tail, given a residual of other
-tokens, gives the logits of those tokens. Layer 0 is the input of the first block, layer l the
-output of the l-th call of a block (a model that loops over its blocks has a layer per call).
+`DecoderBlocks` is made by `find_blocks` (`find_blocks.py`), which knows no model names: blocks are
+the `ModuleList` whose children map the residual stream to the same shape, and they are accepted
+only if the final norm and unembedding (the *tail*), given layer L, reproduce the model's logits.
+The forward passes (`forward/part_runner.py`) call `residuals`; the identification of the head
+(`head/identify_head.py`) calls `run_tail`.
+
+Layer 0 is the input of the first block, layer l the output of the l-th call of a block; a model
+that loops over its blocks has a layer per call. `ResidualAxes` says how a block's output is laid
+out, if not as `(batch, length, d_model)`.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import is_
@@ -18,12 +24,12 @@ from ..errors import ModelError
 from .residual_axes import ResidualAxes, replace_tensors, tensors_of
 
 
-class _Stop(Exception):
-    """Leaves the forward pass after the last block: norm and unembedding are not needed."""
+class _StopForward(Exception):
+    """Ends a forward pass after the last block: norm and unembedding are not needed."""
 
 
 class DecoderBlocks:
-    """The decoder blocks of a model and where the residual stream lies in their outputs."""
+    """The decoder blocks of `model`, and the location of the residual stream in their outputs."""
 
     def __init__(
         self,
@@ -31,145 +37,167 @@ class DecoderBlocks:
         name: str,
         blocks: list[nn.Module],
         axes: ResidualAxes,
-        picks: tuple[int, ...],
+        stream_indices: tuple[int, ...],
     ) -> None:
         self.model = model
         self.name = name
+        """Name of the `ModuleList`, for messages."""
         self.blocks = blocks
-        """One entry per call; a block that runs in a loop is there several times."""
+        """One entry per call: a block that runs in a loop is listed once per call."""
         self.axes = axes
-        self.picks = picks
-        """Which of the tensors of this shape carry the stream; several lie side by side."""
+        """Layout of the stream's tensors."""
+        self.stream_indices = stream_indices
+        """Indices of the stream's tensors among a block's tensors of this layout.
+
+        Several are concatenated along d_model."""
 
     @property
     def depth(self) -> int:
+        """Number L of calls of blocks: layers are 0..L."""
         return len(self.blocks)
 
     @property
     def d_model(self) -> int:
-        return self.axes.width * len(self.picks)
+        """Width of the residual stream."""
+        return self.axes.width * len(self.stream_indices)
 
     def residuals(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Layers 0..L for `ids` `(batch, length)`: L + 1 tensors `(batch, length, d_model)`."""
-        taken: list[torch.Tensor] = []
+        """Layers 0..L for token `ids` `(batch, length)`: L + 1 tensors `(batch, length, d_model)`.
 
-        def take_input(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            if not taken:
-                taken.append(self._take((*args, *kwargs.values()), ids))
+        `mask` `(batch, length)` is the attention mask. Raises `ModelError` if the blocks run less
+        often than before.
+        """
+        layers: list[torch.Tensor] = []
 
-        def take_output(_: nn.Module, __: Any, output: Any) -> None:
-            taken.append(self._take(output, ids))
-            if len(taken) > self.depth:
-                raise _Stop
+        def record_input(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            if not layers:
+                layers.append(self._extract_stream((*args, *kwargs.values()), ids))
 
-        handles = [self.blocks[0].register_forward_pre_hook(take_input, with_kwargs=True)]
-        handles += [block.register_forward_hook(take_output) for block in self._modules()]
+        def record_output(_: nn.Module, __: Any, output: Any) -> None:
+            layers.append(self._extract_stream(output, ids))
+            if len(layers) > self.depth:
+                raise _StopForward
+
+        handles = [self.blocks[0].register_forward_pre_hook(record_input, with_kwargs=True)]
+        handles += [block.register_forward_hook(record_output) for block in self._distinct_blocks()]
         try:
             run_model(self.model, ids, mask)
-        except _Stop:
+        except _StopForward:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        if len(taken) != self.depth + 1:
-            raise ModelError(f"{self.name}: {len(taken)} residual streams, not {self.depth + 1}")
-        return taken
+        if len(layers) != self.depth + 1:
+            raise ModelError(f"{self.name}: {len(layers)} residual streams, not {self.depth + 1}")
+        return layers
 
-    def tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Logits of the model with layer L replaced by `hidden`, `(batch, length, d_model)`."""
-        with self.replaced(self.depth, hidden):
+    def run_tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of the model with layer L replaced by `hidden`, `(batch, length, vocab)`.
+
+        `hidden` is `(batch, length, d_model)`; `ids` `(batch, length)` still pass all blocks.
+        """
+        with self.replace_layer(self.depth, hidden):
             return logits_of(run_model(self.model, ids))
 
     @contextmanager
-    def replaced(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
-        """Within the context, one forward pass has `hidden` as its layer `layer` (1..L)."""
+    def replace_layer(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
+        """Context in which one forward pass has `hidden` as its layer `layer` (1..L)."""
         calls = 0
 
-        def put(_: nn.Module, __: Any, output: Any) -> Any:
+        def replace_output(_: nn.Module, __: Any, output: Any) -> Any:
             nonlocal calls
             calls += 1
-            return self._put(output, hidden) if calls == layer else None
+            return self._replace_stream(output, hidden) if calls == layer else None
 
-        handles = [block.register_forward_hook(put) for block in self._modules()]
+        handles = [block.register_forward_hook(replace_output) for block in self._distinct_blocks()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _modules(self) -> list[nn.Module]:
+    def _distinct_blocks(self) -> list[nn.Module]:
+        """Each block once, however often it is called."""
         return list(dict.fromkeys(self.blocks))
 
-    def _take(self, output: Any, ids: torch.Tensor) -> torch.Tensor:
+    def _extract_stream(self, output: Any, ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream in the output (or input) of a block, `(batch, length, d_model)`."""
         shape = self.axes.shape(*ids.shape)
-        found = [t for t in tensors_of(output) if tuple(t.shape) == shape]
-        if len(found) <= max(self.picks):
+        tensors = [tensor for tensor in tensors_of(output) if tuple(tensor.shape) == shape]
+        if len(tensors) <= max(self.stream_indices):
             raise ModelError(
                 f"{self.name}: a block gives or takes no tensor of shape {shape} for "
                 f"{ids.shape[0]} x {ids.shape[1]} tokens"
             )
-        streams = [self.axes.unpack(found[pick]) for pick in self.picks]
+        streams = [self.axes.unpack(tensors[index]) for index in self.stream_indices]
         return streams[0] if len(streams) == 1 else torch.cat(streams, -1)
 
-    def _put(self, output: Any, hidden: torch.Tensor) -> Any:
-        """`output` with its residual stream replaced by `hidden`."""
+    def _replace_stream(self, output: Any, hidden: torch.Tensor) -> Any:
+        """`output` of a block with its residual stream replaced by `hidden`."""
         shape = self.axes.shape(*hidden.shape[:2])
-        parts = hidden.split(self.axes.width, -1) if len(self.picks) > 1 else (hidden,)
-        streams = {p: self.axes.pack(t) for p, t in zip(self.picks, parts, strict=True)}
-        seen = iter(range(1 << 30))
+        is_split = len(self.stream_indices) > 1
+        parts = hidden.split(self.axes.width, -1) if is_split else (hidden,)
+        streams = {
+            index: self.axes.pack(part)
+            for index, part in zip(self.stream_indices, parts, strict=True)
+        }
+        # Tensors of the stream's shape are counted in the order of `tensors_of`.
+        indices = itertools.count()
         return replace_tensors(
             output,
-            lambda t: streams.get(next(seen), t) if tuple(t.shape) == shape else t,
+            lambda tensor: (
+                streams.get(next(indices), tensor) if tuple(tensor.shape) == shape else tensor
+            ),
         )
 
 
 def run_model(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
-    """One forward pass without a key-value cache, which leaves the model as it was."""
+    """Output of one forward pass without a key-value cache; the model's state stays unchanged."""
     kwargs = {} if mask is None else {"attention_mask": mask}
-    with _unchanged(model):
+    with _preserve_state(model):
         return model(input_ids=ids, use_cache=False, **kwargs)
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Put buffers and numbers of the modules back to what they were before the context.
+def _preserve_state(model: nn.Module) -> Iterator[None]:
+    """Context that restores the buffers and plain attributes of all modules at its end.
 
-    Some models remember the longest sequence that they have read (dynamic rotary frequencies),
-    and give other residuals for the next one.
+    Some models remember the longest sequence read so far (dynamic rotary frequencies), and would
+    give other residuals for the next sequence.
     """
-    before = [(m, m.__dict__.copy(), m._buffers.copy()) for m in model.modules()]
+    saved = [(module, module.__dict__.copy(), module._buffers.copy()) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes, buffers in before:
-            if not _are_same(module._buffers, buffers):
+        for module, attributes, buffers in saved:
+            if not _hold_same_objects(module._buffers, buffers):
                 module._buffers.update(buffers)
-            if not _are_same(module.__dict__, attributes):
-                _restore_numbers(module.__dict__, attributes)
+            if not _hold_same_objects(module.__dict__, attributes):
+                _restore_plain_values(module.__dict__, attributes)
 
 
-def _are_same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether two dictionaries hold the same objects in the same order."""
-    return len(now) == len(before) and all(map(is_, now.values(), before.values()))
+def _hold_same_objects(current: dict[str, Any], saved: dict[str, Any]) -> bool:
+    """Return whether two dictionaries hold the same objects in the same order."""
+    return len(current) == len(saved) and all(map(is_, current.values(), saved.values()))
 
 
-def _restore_numbers(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Put back what was a plain value, and remove plain values that are new."""
-    for name in [name for name, value in now.items() if _is_plain(value)]:
-        if name not in before:
-            del now[name]
-    now.update({name: value for name, value in before.items() if _is_plain(value)})
+def _restore_plain_values(current: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Restore plain values of `current` from `saved`, and remove new plain values."""
+    for name in [name for name, value in current.items() if _is_plain(value)]:
+        if name not in saved:
+            del current[name]
+    current.update({name: value for name, value in saved.items() if _is_plain(value)})
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether `value` is a number, a tensor of one number, a word or None."""
+    """Return whether `value` is a number, a tensor of no axes, a str or None."""
     if isinstance(value, torch.Tensor):
         return value.ndim == 0
     return value is None or isinstance(value, bool | int | float | str)
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """The logits of a forward pass."""
+    """Logits in a model's output, `(batch, length, vocab)`; raises `ModelError` without them."""
     logits = getattr(output, "logits", None)
     if not isinstance(logits, torch.Tensor):
         raise ModelError("the model's output has no logits; a causal language model is needed")

@@ -1,4 +1,9 @@
-"""The only door to transformers: loads a frozen causal language model and its tokenizer."""
+"""Loading of a frozen causal language model from safetensors, by transformers: `load_model`.
+
+`extraction/prepare.py` and `extraction/repair.py` call it with a `ModelSource`. The loaded
+parameters are compared with the checkpoint (`checkpoint_comparison.py`), because transformers fills
+missing ones with random numbers.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +18,20 @@ if TYPE_CHECKING:
     import torch
 
 
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    ImportError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+)
+"""Errors of `from_pretrained` that mean an unusable model folder."""
+
+
 def choose_device(device: str) -> str:
-    """`auto` is the first GPU if there is one, else the CPU."""
+    """Name of the torch device; `auto` is the first GPU, or the CPU without a GPU."""
     import torch
 
     if device == "auto":
@@ -32,17 +49,20 @@ def load_model(
     attention: str = "default",
     trust_remote_code: bool = False,
 ) -> "torch.nn.Module":
-    """The model in eval mode, without gradients, in the dtype of its checkpoint.
+    """The model of `source` on `device`: eval mode, no gradients, dtype of the checkpoint.
 
-    Only safetensors are read. Code that comes with a model runs only if `trust_remote_code`.
-    Raises `ModelError` where a file cannot be read, or the checkpoint does not fill the model;
-    what it holds besides is in the attribute `checkpoint_notes` of the model.
+    `attention` is transformers' `attn_implementation`, or `default`. Only safetensors are read;
+    code that comes with a model runs only with `trust_remote_code`. The attribute
+    `checkpoint_notes` of the model holds the result of `compare_with_checkpoint`. Raises
+    `ModelError` if a file cannot be read or the checkpoint does not fill the model.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    # Check all weight files first: damaged ones are named.
     for path in source.weight_files:
         read_header(path)
+
     auto: Any = AutoModelForCausalLM
     kwargs: dict[str, Any] = {} if attention == "default" else {"attn_implementation": attention}
     try:
@@ -54,17 +74,14 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # refused below, by name
                 **kwargs,
             )
-    except (
-        OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError,
-        SafetensorError,
-    ) as error:  # fmt: skip
+    except (*LOADING_ERRORS, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "CONVERSION" in reason:  # the report that it speaks of is not shown
+        if "CONVERSION" in reason:  # transformers refers to a report that is not shown
             reason = (
                 "tensors that are packed together, such as those of all experts of a layer, do not "
                 "go together: the checkpoint lacks one of them, or its shape differs; save the "

@@ -1,33 +1,35 @@
-"""Forward batches that do not fit into memory are halved; the size that fits is found by doubling.
+"""Recognition of out-of-memory errors, on a GPU or on the host.
 
-Rows of a halved batch may differ in their last bits from those of the whole one, as with any
-other batch size; they are the same again on a machine where the same batches fit.
+`forward/batches.py` halves a batch after such an error; `memory_errors` turns the error into a
+`ModelError` for loads and checks that cannot be halved.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from ..errors import ModelError
 
-if TYPE_CHECKING:
-    pass
-
-
 T = TypeVar("T")
-_SAYINGS = ("out of memory", "can't allocate memory", "not enough memory")
+"""Result of a forward batch, for `forward/batches.py`."""
+_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host."""
+    """Return whether `error` is an out-of-memory error of a GPU or of the host."""
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _SAYINGS)
+    return isinstance(error, RuntimeError) and any(
+        message in str(error).lower() for message in _MESSAGES
+    )
 
 
 @contextmanager
 def memory_errors(message: str) -> Iterator[None]:
-    """Memory that runs out becomes a `ModelError` with `message`: what did not fit, what to do."""
+    """Context that turns an out-of-memory error into a `ModelError` with `message`.
+
+    The message says what did not fit and what the user can do.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,79 +1,94 @@
-"""Where batch, position and width lie in a tensor of the residual stream."""
+"""Layout of a residual stream in a block's output tensor: `ResidualAxes`.
+
+Most models give `(batch, length, d_model)`; some put positions first, split d_model into several
+axes, repeat the sequence, or put a prompt before it. `find_blocks` infers the layout from two
+output shapes; `DecoderBlocks` reads (`unpack`) and writes (`pack`) with it. `tensors_of` and
+`replace_tensors` reach the tensors inside tuples, dictionaries and dataclasses.
+"""
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
 class ResidualAxes:
-    """Roles of the axes of a block's output; all but batch and position are flattened to width."""
+    """Roles of the axes of an output tensor; all axes but batch and position make up the width."""
 
     batch: int
+    """Number of the batch axis."""
     position: int
-    rest: tuple[int, ...]
-    """Sizes of the other axes, in their order."""
+    """Number of the position axis."""
+    width_sizes: tuple[int, ...]
+    """Sizes of the other axes, in order; flattened they are the width."""
     streams: int = 1
-    """Copies of the sequence one after the other on the position axis."""
+    """Copies of the sequence along the position axis; they are laid side by side in the width."""
     offset: int = 0
-    """Rows before the first token on the position axis: a prompt that the model adds."""
+    """Entries before the first token along the position axis: a prompt that the model adds."""
 
     @property
     def width(self) -> int:
-        return math.prod(self.rest) * self.streams
+        """Numbers per token."""
+        return math.prod(self.width_sizes) * self.streams
 
     @property
-    def plain(self) -> bool:
-        """Whether the tensor is `(batch, length, width)` as it stands."""
-        return self == ResidualAxes(0, 1, self.rest) and len(self.rest) == 1
+    def is_plain(self) -> bool:
+        """Whether the tensor already is `(batch, length, width)`."""
+        return self == ResidualAxes(0, 1, self.width_sizes) and len(self.width_sizes) == 1
 
     @classmethod
-    def between(
+    def infer(
         cls,
-        one: tuple[int, ...],
-        two: tuple[int, ...],
-        ids: tuple[int, int],
-        other: tuple[int, int],
+        shape: tuple[int, ...],
+        smaller_shape: tuple[int, ...],
+        ids_shape: tuple[int, int],
+        smaller_ids_shape: tuple[int, int],
     ) -> "ResidualAxes | None":
-        """Roles by what changed from `one` to `two` as the input went from `ids` to `other`.
+        """Infer the axes by comparing the output shapes for two inputs of different shapes.
 
-        None if there is not exactly one batch axis, one position axis and a width.
+        `shape` is the output's for token ids of `ids_shape` `(batch, length)`, `smaller_shape` the
+        output's for fewer sequences and fewer tokens. Returns None unless exactly one axis follows
+        the batch, one the length, and others are constant.
         """
-        if len(one) != len(two):
+        if len(shape) != len(smaller_shape):
             return None
-        batch = [
-            n for n, pair in enumerate(zip(one, two, strict=True)) if pair == (ids[0], other[0])
-        ]
-        rest = [n for n in range(len(one)) if one[n] == two[n]]
-        position = [n for n in range(len(one)) if n not in batch and n not in rest]
-        if len(batch) != 1 or len(position) != 1 or not rest:
+        batches, smaller_batches = ids_shape[0], smaller_ids_shape[0]
+        length, smaller_length = ids_shape[1], smaller_ids_shape[1]
+
+        # Roles by the change of each axis: as the batch, constant, or otherwise.
+        sizes = list(zip(shape, smaller_shape, strict=True))
+        batch_axes = [n for n, pair in enumerate(sizes) if pair == (batches, smaller_batches)]
+        constant_axes = [n for n, (size, smaller_size) in enumerate(sizes) if size == smaller_size]
+        other_axes = [n for n in range(len(sizes)) if n not in batch_axes + constant_axes]
+        if len(batch_axes) != 1 or len(other_axes) != 1 or not constant_axes:
             return None
-        place = position[0]
-        streams, left = divmod(one[place] - two[place], ids[1] - other[1])
-        offset = one[place] - streams * ids[1]
-        if left or streams < 1 or offset < 0 or (streams > 1 and offset):
+
+        # The position axis has size streams * length + offset for both inputs.
+        position = other_axes[0]
+        size, smaller_size = sizes[position]
+        streams, remainder = divmod(size - smaller_size, length - smaller_length)
+        offset = size - streams * length
+        if remainder or streams < 1 or offset < 0 or (streams > 1 and offset):
             return None
-        return cls(batch[0], place, tuple(one[n] for n in rest), streams, offset)
+        width_sizes = tuple(shape[n] for n in constant_axes)
+        return cls(batch_axes[0], position, width_sizes, streams, offset)
 
     def shape(self, batch: int, length: int) -> tuple[int, ...]:
         """Shape of the model's tensor for `batch` sequences of `length` tokens."""
-        sizes = list(self.rest)
+        sizes = list(self.width_sizes)
         for axis, size in sorted(
             [(self.batch, batch), (self.position, length * self.streams + self.offset)]
         ):
             sizes.insert(axis, size)
         return tuple(sizes)
 
-    def unpack(self, tensor: "torch.Tensor") -> "torch.Tensor":
-        """The model's tensor as `(batch, length, width)`."""
-        if self.plain:
+    def unpack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The model's tensor as `(batch, length, width)`, without a prompt of the model."""
+        if self.is_plain:
             return tensor
         rows = tensor.movedim((self.batch, self.position), (0, 1))
         if self.offset:
@@ -82,23 +97,21 @@ class ResidualAxes:
             rows = rows.unflatten(1, (self.streams, -1)).movedim(1, 2)
         return rows.flatten(2)
 
-    def pack(self, rows: "torch.Tensor") -> "torch.Tensor":
-        """`(batch, length, width)` as the model's tensor; rows before the first token are zero."""
-        if self.plain:
+    def pack(self, rows: torch.Tensor) -> torch.Tensor:
+        """`rows` `(batch, length, width)` as the model's tensor; a prompt of the model is zero."""
+        if self.is_plain:
             return rows
-        import torch
-
         batch, length, _ = rows.shape
         if self.streams > 1:
-            rows = rows.reshape(batch, length, self.streams, *self.rest).movedim(2, 1)
-        rows = rows.reshape(batch, self.streams * length, *self.rest)
+            rows = rows.reshape(batch, length, self.streams, *self.width_sizes).movedim(2, 1)
+        rows = rows.reshape(batch, self.streams * length, *self.width_sizes)
         if self.offset:
-            rows = torch.nn.functional.pad(rows, [0, 0] * len(self.rest) + [self.offset, 0])
+            rows = torch.nn.functional.pad(rows, [0, 0] * len(self.width_sizes) + [self.offset, 0])
         return rows.movedim((0, 1), (self.batch, self.position))
 
 
 def tensors_of(output: Any, depth: int = 2) -> Iterator[torch.Tensor]:
-    """Floating-point tensors of a module's output, in order."""
+    """Yield the floating-point tensors of a module's output, in order, to a nesting of `depth`."""
     if isinstance(output, torch.Tensor):
         if output.is_floating_point():
             yield output
@@ -108,6 +121,7 @@ def tensors_of(output: Any, depth: int = 2) -> Iterator[torch.Tensor]:
 
 
 def _values(output: Any) -> Iterator[Any]:
+    """Yield the values of a dictionary, tuple, list or dataclass."""
     if isinstance(output, dict):
         yield from output.values()
     elif isinstance(output, tuple | list):
@@ -119,12 +133,13 @@ def _values(output: Any) -> Iterator[Any]:
 def replace_tensors(
     output: Any, change: Callable[[torch.Tensor], torch.Tensor], depth: int = 2
 ) -> Any:
-    """`output` with `change` applied to what `tensors_of` gives, in the same order."""
+    """`output` with `change` applied to each tensor of `tensors_of`, in the same order."""
     if isinstance(output, torch.Tensor):
         return change(output) if output.is_floating_point() else output
     if not depth:
         return output
     new = [replace_tensors(value, change, depth - 1) for value in _values(output)]
+    # Rebuild the container; a dictionary is changed in place.
     if isinstance(output, dict):
         for key, value in zip(list(output), new, strict=True):
             if value is not output[key]:

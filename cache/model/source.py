@@ -1,7 +1,9 @@
-"""The files of a model: where they are, what they are (by content), and its tokenizer.
+"""`ModelSource`: a model's folder (local, or fetched from the hub), its identity and its tokenizer.
 
-Needs no torch, and transformers only for a tokenizer that was not met before, so that a request for
-a cache that exists is answered fast.
+`extraction/resolve.py` locates the source and compares its `identity` (digests of weights,
+configuration and code) with that of existing caches; `load_model` loads its weights. No torch is
+needed, and transformers only for a tokenizer that was not loaded before, so a request that an
+existing cache answers takes little time.
 """
 
 import json
@@ -16,20 +18,22 @@ from ..errors import ModelError
 from ..files.json_files import file_digest, json_digest
 from ..format.manifest import ModelIdentity
 from .safetensors_header import RUNNING_DTYPES, read_header
-from .weight_digests import known_digests, known_tensor_digests
+from .weight_digests import remembered_file_digests, remembered_tensor_digests
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
+"""Files that are fetched from the hub."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""The weights of a folder: one file, else those that the index names."""
+"""Weights of a folder: one file, or the files that the index names."""
 POSITIONS_AFTER_PADDING = frozenset(
     "roberta camembert xlm-roberta xlm-roberta-xl roberta-prelayernorm data2vec-text xmod "
     "longformer ibert".split()
 )
 """Model types whose first token has position `pad_token_id` + 1."""
-_VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+_NO_IDENTITY = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""Keys of config.json outside the model's identity."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +41,23 @@ class ModelSource:
     """A folder with `config.json`, safetensors weights and tokenizer files."""
 
     name: str
-    """What the user called the model."""
+    """Name that the user gave: a path or a hub id."""
     folder: Path
     revision: str | None = None
-    """Commit of the hub repository."""
+    """Commit of the hub repository; None for a local folder."""
     trust_remote_code: bool = False
-    """Whether code that comes with the model runs."""
+    """Whether Python code in the folder may run."""
     loaded_dtype: str | None = None
-    """dtype that the loaded model was found to run in; None before it is loaded."""
+    """dtype of the loaded model; None before loading."""
 
     @classmethod
     def locate(
         cls, name: str, revision: str | None = None, trust_remote_code: bool = False
     ) -> "ModelSource":
-        """A local folder, or a hub id whose files are fetched into the hub's own cache."""
+        """The source of a local folder, or of a hub id, whose files are fetched if needed.
+
+        Raises `ModelError` if `name` is neither.
+        """
         folder = Path(name).expanduser()
         if folder.is_dir():
             if not (folder / "config.json").is_file():
@@ -85,6 +92,7 @@ class ModelSource:
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        """Contents of config.json; raises `ModelError` if the file cannot be read."""
         try:
             value = json.loads((self.folder / "config.json").read_bytes())
         except (OSError, ValueError) as error:
@@ -93,24 +101,25 @@ class ModelSource:
             raise ModelError(f"{self.folder}/config.json is not a JSON object")
         return value
 
-    def constant(self, name: str) -> Any:
-        """A value of the configuration, also from the text part of a composite model."""
+    def config_value(self, name: str) -> Any:
+        """A value of config.json or, in a composite model, of its `text_config`; None if absent."""
         return self.config.get(name, (self.config.get("text_config") or {}).get(name))
 
     @cached_property
     def compute_dtype(self) -> str:
-        """dtype in which the model runs: the loaded one's, else as transformers' `auto` takes it.
+        """dtype of the running model: the loaded model's, or the choice of transformers' `auto`.
 
-        That is the configuration's, else the index's, else the first floating-point tensor's.
+        `auto` takes the dtype of the configuration, else of the index, else of the first
+        floating-point tensor.
         """
         if self.loaded_dtype is not None:
             return self.loaded_dtype
-        found = self.constant("dtype") or self.constant("torch_dtype")
-        found = found.get("") if isinstance(found, dict) else found
-        return str(found or self._checkpoint_dtype()).removeprefix("torch.")
+        dtype = self.config_value("dtype") or self.config_value("torch_dtype")
+        dtype = dtype.get("") if isinstance(dtype, dict) else dtype
+        return str(dtype or self._checkpoint_dtype()).removeprefix("torch.")
 
     def _checkpoint_dtype(self) -> str:
-        """dtype of the first tensor of the first file, by name, that a model can run in."""
+        """dtype of the index, else of the first tensor (by name) in `RUNNING_DTYPES`."""
         index = self._weight_index()
         metadata = index.get("metadata")
         if isinstance(metadata, dict) and isinstance(metadata.get("dtype"), str):
@@ -122,7 +131,7 @@ class ModelSource:
         return "float32"
 
     def _weight_index(self) -> dict[str, Any]:
-        """The index of a checkpoint in several files; empty for one in a single file."""
+        """The index of a checkpoint of several files; empty for a single file."""
         path = self.folder / INDEX
         if not path.is_file() or os.path.lexists(self.folder / WEIGHTS):
             return {}
@@ -134,60 +143,64 @@ class ModelSource:
 
     @property
     def context(self) -> int | None:
-        """Longest context of the model, if its configuration says so."""
+        """Longest context of the model, in tokens; None if absent from the configuration."""
         for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-            if isinstance(value := self.constant(name), int) and value > 0:
+            if isinstance(value := self.config_value(name), int) and value > 0:
                 return max(1, value - self._reserved_positions())
         return None
 
     def _reserved_positions(self) -> int:
-        """Rows of the position embedding that no token of a text gets.
+        """Rows of the position embedding not used by any token of a text.
 
-        Models of this family count positions from the padding token's number on.
+        The model types `POSITIONS_AFTER_PADDING` count positions from the padding token's id on.
         """
         if self.config.get("model_type") not in POSITIONS_AFTER_PADDING:
             return 0
-        padding = self.constant("pad_token_id")
+        padding = self.config_value("pad_token_id")
         return 2 if padding is None else int(padding) + 1
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """Content hashes of all that decides the numbers; the folder's name does not matter.
+        """Digests of the weights, configuration and code, which decide all activations.
 
         Raises `ModelError` if the weights are not safetensors, if the folder is an adapter of
         another model, or if its code lies in another repository.
         """
         for path in self.weight_files:
-            read_header(path)  # a file that cannot be read is said before one is hashed
+            read_header(path)  # damaged files are reported before any file is hashed
         tensors: dict[str, str] = {}
-        for file, digests in known_tensor_digests(self.weight_files).items():
-            if twice := sorted(tensors.keys() & digests.keys()):
-                raise ModelError(f"{file} holds tensor {twice[0]!r}, which another file holds too")
+        for file, digests in remembered_tensor_digests(self.weight_files).items():
+            if shared := sorted(tensors.keys() & digests.keys()):
+                raise ModelError(f"{file} holds tensor {shared[0]!r}, which another file holds too")
             tensors |= digests
         return ModelIdentity(
-            json_digest(tensors), self._config_digest, self._architecture, self._code
+            json_digest(tensors), self._config_digest, self._architecture, self._code_digest
         )
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files that the model is loaded from, sorted."""
+        """The safetensors files of the model, sorted by name."""
         if (self.folder / "adapter_config.json").is_file():
             raise ModelError(
                 f"{self.folder} holds an adapter of another model (adapter_config.json); merge it "
                 "into its base model (merge_and_unload) and save the whole"
             )
+        # Names: from the configuration, else one file, else the files of the index.
         name = self.config.get("transformers_weights")
         if name is None:
             name = WEIGHTS if os.path.lexists(self.folder / WEIGHTS) else INDEX
         names = [str(name)]
         if names[0].endswith(".index.json") and (self.folder / names[0]).is_file():
-            names = self._indexed(self.folder / names[0])
+            names = self._indexed_names(self.folder / names[0])
+
+        # Each file must exist, be of safetensors, and lie in the folder.
         for name in names:
-            if not name.endswith(".safetensors") or not os.path.lexists(self.folder / name):
-                found = "is missing" if name.endswith(".safetensors") else "is not read"
-                where = self.folder / (WEIGHTS if name == INDEX else name)
+            is_safetensors = name.endswith(".safetensors")
+            if not is_safetensors or not os.path.lexists(self.folder / name):
+                problem = "is missing" if is_safetensors or name == INDEX else "is not read"
+                path = self.folder / (WEIGHTS if name == INDEX else name)
                 raise ModelError(
-                    f"{where} {found if name != INDEX else 'is missing'}; expected the model's "
+                    f"{path} {problem}; expected the model's "
                     "weights as *.safetensors (pickled weights are not read), save the model with "
                     "save_pretrained"
                 )
@@ -195,11 +208,11 @@ class ModelSource:
                 raise ModelError(f"{name!r} in {names[0]} lies outside {self.folder}")
         return [self.folder / name for name in names]
 
-    def _indexed(self, index: Path) -> list[str]:
-        """Names of the files that an index of weights names, sorted."""
+    def _indexed_names(self, index: Path) -> list[str]:
+        """Names of the weight files that an index lists, sorted."""
         try:
-            found = json.loads(index.read_bytes())["weight_map"].values()
-            names = sorted({str(name) for name in found})
+            weight_map = json.loads(index.read_bytes())["weight_map"]
+            names = sorted({str(name) for name in weight_map.values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{index} is not an index of weights: {error}") from None
         if not names:
@@ -208,7 +221,10 @@ class ModelSource:
 
     @property
     def _config_digest(self) -> str:
-        return json_digest({k: v for k, v in self.config.items() if k not in _VOLATILE})
+        """sha256 of config.json without the keys `_NO_IDENTITY`."""
+        return json_digest(
+            {key: value for key, value in self.config.items() if key not in _NO_IDENTITY}
+        )
 
     @property
     def _architecture(self) -> str:
@@ -216,60 +232,60 @@ class ModelSource:
         return str(names[0])
 
     @property
-    def _code(self) -> str | None:
-        """sha256 over the folder's *.py, where they run."""
+    def _code_digest(self) -> str | None:
+        """sha256 over the folder's *.py files; None if no code of the folder runs."""
         if not self.trust_remote_code or not (classes := self.config.get("auto_map")):
             return None
-        named = [name for value in classes.values() for name in _strings(value)]
-        if far := [name for name in named if "--" in name]:
+        class_names = [name for value in classes.values() for name in _strings(value)]
+        if remote_names := [name for name in class_names if "--" in name]:
             raise ModelError(
-                f"{self.folder}/config.json takes code from another repository ({far[0]}), which "
-                "may change; copy that repository's *.py into the folder, and name them in auto_map"
+                f"{self.folder}/config.json takes code from another repository "
+                f"({remote_names[0]}), which may change; copy that repository's *.py into the "
+                "folder, and name them in auto_map"
             )
         files = sorted(self.folder.rglob("*.py"))
-        return json_digest({p.relative_to(self.folder).as_posix(): file_digest(p) for p in files})
+        return json_digest(
+            {path.relative_to(self.folder).as_posix(): file_digest(path) for path in files}
+        )
 
     @cached_property
-    def identity_of_files(self) -> ModelIdentity:
-        """The identity that format 1 has: of the weight files, whatever the tensors in them."""
+    def format1_identity(self) -> ModelIdentity:
+        """The identity in format 1, which digests whole weight files instead of tensors."""
         weights = sorted(self.folder.glob("*.safetensors"))
         if not weights:
             raise ModelError(f"{self.folder} holds no *.safetensors weights")
         for path in weights:
             read_header(path)
         return ModelIdentity(
-            json_digest(known_digests(weights)), self._config_digest, self._architecture
+            json_digest(remembered_file_digests(weights)), self._config_digest, self._architecture
         )
 
-    def identity_in(self, version: int) -> ModelIdentity:
-        """The identity in the format `version`."""
-        return self.identity_of_files if version == 1 else self.identity
+    def identity_for_format(self, version: int) -> ModelIdentity:
+        """The identity recorded by caches of the format `version`."""
+        return self.format1_identity if version == 1 else self.identity
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":
-        """The model's own tokenizer with all its settings, as `AutoTokenizer` loads it.
-
-        What was converted once is remembered by the content of its files.
-        """
+        """The model's tokenizer with all its settings, as `AutoTokenizer` loads it."""
         from .tokenizer import load_tokenizer
 
         return load_tokenizer(self.folder, self.trust_remote_code)
 
     @cached_property
-    def tokenizer_file(self) -> "Tokenizer":
-        """What `tokenizer.json` alone says, which format 1 took for the tokenizer."""
+    def format1_tokenizer(self) -> "Tokenizer":
+        """The tokenizer of format 1, which read tokenizer.json alone."""
         from .tokenizer import read_tokenizer_file
 
         path = self.folder / "tokenizer.json"
         return read_tokenizer_file(path) if path.is_file() else self.tokenizer
 
-    def tokenizer_in(self, version: int) -> "Tokenizer":
-        """The tokenizer that makes the tokens of a cache in the format `version`."""
-        return self.tokenizer_file if version == 1 else self.tokenizer
+    def tokenizer_for_format(self, version: int) -> "Tokenizer":
+        """The tokenizer for caches of the format `version`."""
+        return self.format1_tokenizer if version == 1 else self.tokenizer
 
     @cached_property
     def separator(self) -> int | None:
-        """Token put before each packed document where the tokenizer adds none by itself."""
+        """Token id to put before each packed document: bos, else eos; None without both."""
         settings = self._tokenizer_settings()
         for name in ("bos_token", "eos_token"):
             token = settings.get(name)
@@ -277,13 +293,14 @@ class ModelSource:
             if isinstance(token, str) and (number := self.tokenizer.token_to_id(token)) is not None:
                 return number
         for name in ("bos_token_id", "eos_token_id"):
-            value = self.constant(name)
+            value = self.config_value(name)
             value = value[0] if isinstance(value, list) and value else value
-            if isinstance(value, int) and 0 <= value < (self.constant("vocab_size") or 1 << 62):
+            if isinstance(value, int) and 0 <= value < (self.config_value("vocab_size") or 1 << 62):
                 return value
         return None
 
     def _tokenizer_settings(self) -> dict[str, Any]:
+        """special_tokens_map.json, overridden by tokenizer_config.json."""
         merged: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             try:
@@ -294,6 +311,6 @@ class ModelSource:
 
 
 def _strings(value: Any) -> list[str]:
-    """The strings in a value of `auto_map`: one, or a list with nulls."""
+    """The strings in a value of `auto_map`: a string, or a list of strings and nulls."""
     values = value if isinstance(value, list) else [value]
     return [item for item in values if isinstance(item, str)]

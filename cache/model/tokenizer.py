@@ -1,8 +1,9 @@
-"""The model's tokenizer as `AutoTokenizer` loads it, remembered by the content of its files.
+"""The model's tokenizer as `AutoTokenizer` loads it, kept between runs by the digest of its files.
 
-transformers applies tokenizer_config.json and the class of the tokenizer over tokenizer.json, so
-only transformers can say what the tokenizer is. Loading it takes seconds: the result is kept as
-JSON in the user's cache folder, beside the digests of weight files.
+transformers applies tokenizer_config.json and the tokenizer's class over tokenizer.json, so only
+transformers knows the final tokenizer. Loading takes seconds: the result is kept as JSON in the
+user's cache folder, beside the digests of weight files (`weight_digests.py`). `ModelSource` calls
+`load_tokenizer`; format 1 used `read_tokenizer_file`.
 """
 
 import json
@@ -14,105 +15,108 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError, ResiduaError
 from ..files.json_files import json_digest, read_json, write_json
 from .transformers_guard import guard_transformers
-from .weight_digests import known_digests, memo_path
+from .weight_digests import memo_path, remembered_file_digests
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
 PATTERNS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.py")
-"""Files of a model's folder that may have a say in its tokens."""
-KEPT = 100
-"""Tokenizers that are remembered."""
+"""Files of a model folder with an influence on the tokenizer."""
+MAX_MEMOS = 100
+"""Largest number of stored tokenizers."""
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer":
     """The tokenizer of the model in `folder`, without truncation and padding.
 
-    Raises `ModelError` if there is none, or none that is of the `tokenizers` library.
+    Raises `ModelError` without a tokenizer, or if it is not one of the `tokenizers` library.
     """
-    memo = _memo(folder, trust_remote_code)
-    tokenizer = _remembered(memo)
+    path = _memo_path(folder, trust_remote_code)
+    tokenizer = _read_memo(path)
     if tokenizer is None:
         tokenizer = convert_tokenizer(folder, trust_remote_code)
-        _whole(tokenizer)
-        _remember(memo, tokenizer)
-    return _whole(tokenizer)
+        _disable_length_limits(tokenizer)
+        _write_memo(path, tokenizer)
+    return _disable_length_limits(tokenizer)
 
 
 def read_tokenizer_file(path: Path) -> "Tokenizer":
-    """The tokenizer that a tokenizer.json holds by itself."""
+    """The tokenizer of a tokenizer.json alone, without tokenizer_config.json."""
     from tokenizers import Tokenizer
 
     try:
-        return _whole(Tokenizer.from_file(str(path)))
+        return _disable_length_limits(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(f"{path} is not a tokenizer: {error}") from None
 
 
 def tokenizer_digest(tokenizer: "Tokenizer") -> str:
-    """sha256 of the tokenizer itself, as its canonical JSON."""
+    """sha256 of the canonical JSON of the tokenizer."""
     return json_digest(json.loads(tokenizer.to_str()))
 
 
-def _whole(tokenizer: "Tokenizer") -> "Tokenizer":
+def _disable_length_limits(tokenizer: "Tokenizer") -> "Tokenizer":
+    """`tokenizer` itself, with truncation and padding switched off."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _memo(folder: Path, trust_remote_code: bool) -> Path:
-    """Where the tokenizer of just these files, code and libraries is remembered."""
+def _memo_path(folder: Path, trust_remote_code: bool) -> Path:
+    """File of the kept tokenizer, named by the digest of the folder's files and the libraries."""
     files = sorted({path for pattern in PATTERNS for path in folder.glob(pattern)})
-    about = {
-        "files": known_digests(path for path in files if path.is_file()),
+    identity = {
+        "files": remembered_file_digests(path for path in files if path.is_file()),
         "code": trust_remote_code,
         "versions": [version("transformers"), version("tokenizers")],
     }
-    return memo_path().parent / "tokenizers" / f"{json_digest(about)}.json"
+    return memo_path().parent / "tokenizers" / f"{json_digest(identity)}.json"
 
 
-def _remembered(memo: Path) -> "Tokenizer | None":
+def _read_memo(path: Path) -> "Tokenizer | None":
+    """The kept tokenizer; None if the file is absent or unreadable."""
     from tokenizers import Tokenizer
 
     with suppress(ResiduaError, OSError):
-        text = read_json(memo).get("tokenizer")
+        text = read_json(path).get("tokenizer")
         if isinstance(text, str):
             with suppress(Exception):  # tokenizers raises bare Exception
                 return Tokenizer.from_str(text)
     return None
 
 
-def _remember(memo: Path, tokenizer: "Tokenizer") -> None:
-    """A folder that cannot be written costs only the memo."""
+def _write_memo(path: Path, tokenizer: "Tokenizer") -> None:
+    """Keep the tokenizer and delete the oldest ones; nothing is kept in a read-only folder."""
     with suppress(OSError):
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        others = sorted(memo.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        for old in others[: max(0, len(others) + 1 - KEPT)]:
-            old.unlink(missing_ok=True)
-        write_json(memo, {"tokenizer": tokenizer.to_str()})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        memos = sorted(path.parent.glob("*.json"), key=lambda memo: memo.stat().st_mtime)
+        for memo in memos[: max(0, len(memos) + 1 - MAX_MEMOS)]:
+            memo.unlink(missing_ok=True)
+        write_json(path, {"tokenizer": tokenizer.to_str()})
 
 
-PROBES = (
+SAMPLE_TEXTS = (
     "a",
     " a b",
     "Hello, world!\n\tA second line.  Two spaces",
     "naïve 东京 \U0001f600 <s></s>",
 )
-"""Texts on which the tokenizer itself must agree with what transformers makes of it."""
+"""Texts for which transformers and the tokenizer alone must give the same ids."""
 
 
 def convert_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer":
-    """The tokenizer of `AutoTokenizer`, as one of the `tokenizers` library.
+    """The tokenizer of `AutoTokenizer`, converted to the `tokenizers` library.
 
-    A folder without tokenizer_config.json whose type of model transformers does not know has what
-    its tokenizer.json says. Raises `ModelError` if a tokenizer cannot be read, or works in Python.
+    If transformers does not know the model type and the folder has no tokenizer_config.json, the
+    tokenizer of tokenizer.json is returned. Raises `ModelError` if no tokenizer can be read, or if
+    Python code of the tokenizer changes its ids.
     """
     from transformers import AutoTokenizer
 
     try:
         with guard_transformers():
-            # Never asked for on the terminal: whoever wants that code to run names it beforehand.
+            # With an explicit trust_remote_code, transformers does not ask on the terminal.
             loaded: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
@@ -120,20 +124,24 @@ def convert_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokeniz
         tokenizer.no_truncation()
         tokenizer.no_padding()
         with guard_transformers():
-            wrong = [t for t in PROBES if loaded(t)["input_ids"] != tokenizer.encode(t).ids]
-    except Exception as error:  # of any class: tokenizers raises bare ones
-        alone = folder / "tokenizer.json"
-        if alone.is_file() and not (folder / "tokenizer_config.json").is_file():
-            return read_tokenizer_file(alone)
+            differing = [
+                text
+                for text in SAMPLE_TEXTS
+                if loaded(text)["input_ids"] != tokenizer.encode(text).ids
+            ]
+    except Exception as error:  # tokenizers raises bare Exception
+        path = folder / "tokenizer.json"
+        if path.is_file() and not (folder / "tokenizer_config.json").is_file():
+            return read_tokenizer_file(path)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{folder} has no tokenizer that can be read: {reason}; expected one that "
             "AutoTokenizer loads as a fast tokenizer"
         ) from None
-    if wrong:
+    if differing:
         raise ModelError(
             f"the tokenizer of {folder} gives other tokens in Python than by itself (for "
-            f"{wrong[0]!r}), so that its tokens would not be the model's; save it as a fast "
+            f"{differing[0]!r}), so that its tokens would not be the model's; save it as a fast "
             "tokenizer without code of its own"
         )
     return tokenizer

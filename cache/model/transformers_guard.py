@@ -1,30 +1,25 @@
-"""One thread at a time uses transformers, without its progress bars and advice on the screen."""
+"""Exclusive and silent use of transformers: `guard_transformers`, a lock without progress bars."""
 
 import contextlib
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-
-
-TRANSFORMERS = threading.RLock()
-"""Held while transformers builds or loads something: that changes the whole process."""
+TRANSFORMERS_LOCK = threading.RLock()
+"""Held while transformers builds or loads a model, which changes state of the whole process."""
 
 
 @contextlib.contextmanager
 def guard_transformers() -> Iterator[None]:
-    """Let one thread at a time use transformers, without progress bars and advice on the screen.
+    """Context in which one thread at a time uses transformers, without progress bars and warnings.
 
     While transformers builds a model, it replaces methods of its classes (such as `tie_weights`)
-    for the whole process; of two threads at once, the second would put back what the first had
-    replaced, and no model of the process would be tied from then on.
+    for the whole process. With two threads at once, the second thread would restore the replaced
+    methods of the first, and from then on no model of the process would be tied.
     """
     from transformers.utils import logging
 
-    with TRANSFORMERS:
+    with TRANSFORMERS_LOCK:
         level = logging.get_verbosity()
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -1,7 +1,8 @@
-"""Digests of weight files and of their tensors, remembered, so that nobody hashes gigabytes twice.
+"""sha256 digests of weight files and of their tensors, kept so that no file is hashed twice.
 
-One small JSON file in the user's cache folder, outside every root. A file is believed unchanged
-while its path, size, times and inode are; anything odd about the memo itself means hashing.
+`ModelSource.identity` (`source.py`) asks for them. They are kept in one JSON file, the *memo*, in
+the user's cache folder, outside every root of caches. A file counts as unchanged while path, size,
+time stamps and inode are the same. If the memo is unreadable, files are hashed again.
 """
 
 import hashlib
@@ -16,37 +17,39 @@ from ..errors import ModelError, ResiduaError
 from ..files.json_files import file_digest, read_json, write_json
 from .safetensors_header import read_header
 
-SMALLEST = 4 << 20
-"""Files of fewer bytes are hashed every time: that takes less than remembering."""
+MIN_BYTES = 4 << 20
+"""Smaller files are hashed every time, which takes less time than the memo."""
 SETTLED_SECONDS = 2.0
-"""A file changed later than this before it was hashed is not remembered: its time stamp may be too
-coarse to tell the next change."""
-ENTRIES = {"files": 1000, "tensors": 200}
-"""Files that are remembered, by what is remembered of them."""
+"""Age below which a file's digest is not kept: its time stamp may be too coarse to show the next
+change."""
+MAX_ENTRIES = {"files": 1000, "tensors": 200}
+"""Largest number of files in the memo, by kind of digest."""
 BLOCK_BYTES = 8 << 20
+"""Bytes per read."""
 
 
 def memo_path() -> Path:
-    """Where digests are remembered: `residua-digests/` beside the default root, never in it."""
+    """Path of the memo: `residua-digests/` beside the default root, never inside a root."""
     base = os.environ.get("XDG_CACHE_HOME")
     folder = Path(base) if base else Path.home() / ".cache"
     return folder / "residua-digests" / "digests.json"
 
 
-def known_digests(files: Iterable[Path]) -> dict[str, str]:
-    """Name -> hex sha256 of each of `files`; those that did not change are not read."""
-    return {path.name: found for path, found in _remembered("files", files, file_digest).items()}
+def remembered_file_digests(files: Iterable[Path]) -> dict[str, str]:
+    """File name -> hex sha256 of each of `files`; unchanged files are not read."""
+    digests = _digests_with_memo("files", files, file_digest)
+    return {path.name: digest for path, digest in digests.items()}
 
 
-def known_tensor_digests(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
-    """Each of the safetensors `files` -> tensor -> its digest, see `tensor_digests`."""
-    return _remembered("tensors", files, tensor_digests)
+def remembered_tensor_digests(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
+    """Safetensors file -> its `tensor_digests`; unchanged files are not read."""
+    return _digests_with_memo("tensors", files, tensor_digests)
 
 
 def tensor_digests(file: Path) -> dict[str, str]:
-    """Tensor -> hex sha256 of its dtype and shape, as in the line `F32 4,3\\n`, and its bytes.
+    """Tensor name -> hex sha256 of a line of dtype and shape (`F32 4,3\\n`) and the tensor's bytes.
 
-    `file` is of safetensors; raises `ModelError` if it is not, or is cut short.
+    Raises `ModelError` if `file` is no safetensors file or is cut short.
     """
     digests = {}
     with open(file, "rb") as data:
@@ -63,48 +66,53 @@ def tensor_digests(file: Path) -> dict[str, str]:
     return digests
 
 
-def _remembered(
+def _digests_with_memo(
     kind: str, files: Iterable[Path], compute: Callable[[Path], Any]
 ) -> dict[Path, Any]:
-    """File -> what `compute` gives of it, or gave before if the file did not change."""
-    memo = _load(kind)
-    results: dict[Path, Any] = {}
-    news: dict[str, list[Any]] = {}
+    """File -> digest of `kind`: from the memo if the file is unchanged, else by `compute`."""
+    memo = _read_memo(kind)
+    digests: dict[Path, Any] = {}
+    new_entries: dict[str, list[Any]] = {}
     for file in files:
         path, stamp = str(file.resolve()), _stamp(file)
-        known = memo.get(path)
-        if known is not None and known[:-1] == stamp:
-            results[file] = known[-1]
+        entry = memo.get(path)
+        if entry is not None and entry[:-1] == stamp:
+            digests[file] = entry[-1]
             continue
-        results[file] = compute(file)
+        digests[file] = compute(file)
+        # The digest is kept unless the file changed meanwhile or a moment ago.
         if _is_settled(stamp) and _stamp(file) == stamp:
-            news[path] = [*stamp, results[file]]
-    if news:
-        _save(kind, news)
-    return results
+            new_entries[path] = [*stamp, digests[file]]
+    if new_entries:
+        _add_to_memo(kind, new_entries)
+    return digests
 
 
 def _stamp(file: Path) -> list[int]:
-    """What changes when the file does; the inode's own time cannot be set back."""
+    """Size, time stamps and inode of a file; ctime cannot be set back by programs."""
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _is_settled(stamp: list[int]) -> bool:
+    """Return whether a file is large enough and old enough for the memo."""
     age = time.time_ns() - max(stamp[1], stamp[2])
-    return stamp[0] >= SMALLEST and age > SETTLED_SECONDS * 1e9
+    return stamp[0] >= MIN_BYTES and age > SETTLED_SECONDS * 1e9
 
 
-def _load(kind: str) -> dict[str, list[Any]]:
-    """The memo of one kind; empty if there is none that can be trusted."""
+def _read_memo(kind: str) -> dict[str, list[Any]]:
+    """Path -> [*stamp, digest] for a kind of digest; empty if the memo is absent or damaged."""
     with suppress(ResiduaError, OSError):
         entries = read_json(memo_path()).get(kind)
-        if isinstance(entries, dict) and all(_is_entry(kind, e) for e in entries.values()):
+        if isinstance(entries, dict) and all(
+            _is_valid_entry(kind, entry) for entry in entries.values()
+        ):
             return entries
     return {}
 
 
-def _is_entry(kind: str, entry: Any) -> bool:
+def _is_valid_entry(kind: str, entry: Any) -> bool:
+    """Return whether an entry of the memo has the types of [*stamp, digest]."""
     if not (isinstance(entry, list) and len(entry) == 5):
         return False
     if kind == "files":
@@ -112,13 +120,14 @@ def _is_entry(kind: str, entry: Any) -> bool:
     return isinstance(entry[-1], dict) and all(isinstance(d, str) for d in entry[-1].values())
 
 
-def _save(kind: str, news: dict[str, list[Any]]) -> None:
-    """Add to what is there by now; a folder that cannot be written costs only the memo."""
+def _add_to_memo(kind: str, new_entries: dict[str, list[Any]]) -> None:
+    """Add entries to the memo and drop the oldest; a read-only folder is not an error."""
     path = memo_path()
-    entries = {k: v for k, v in _load(kind).items() if k not in news}
-    for name in list(entries)[: max(0, len(entries) + len(news) - ENTRIES[kind])]:
-        del entries[name]
-    kinds = {other: _load(other) for other in ENTRIES if other != kind}
+    # The memo is read again: other processes may have added entries meanwhile.
+    entries = {file: entry for file, entry in _read_memo(kind).items() if file not in new_entries}
+    for file in list(entries)[: max(0, len(entries) + len(new_entries) - MAX_ENTRIES[kind])]:
+        del entries[file]
+    other_kinds = {name: _read_memo(name) for name in MAX_ENTRIES if name != kind}
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {kind: entries | news, **kinds})
+        write_json(path, {kind: entries | new_entries, **other_kinds})

@@ -1,4 +1,8 @@
-"""The one-dimensional arrays of a cache, worked out from its token stream block by block."""
+"""The one-dimensional arrays of a cache (`tokens/*`, `sequences/*`, `context*/*`) of a stream.
+
+`create_cache.py` writes them before the first layer; `extraction/plan.py` sizes them by their
+dtypes. Arrays of one number per position are `ComputedColumn`s, computed block by block.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +24,9 @@ TABLE_DTYPES = {
     "sequences/hash": "<u8",
     "sequences/document": "<u8",
 }
-"""The one-dimensional arrays of every cache; the part before the slash names their axis."""
+"""Arrays of every cache -> stored dtype; the part before the slash names the axis."""
 SPAN_DTYPES = {"tokens/row_id": "<i8", "tokens/char_start": "<i4", "tokens/char_stop": "<i4"}
-"""Where each token came from, in caches that were made from texts."""
+"""Arrays of the source of each token (document, characters), in caches made from texts."""
 
 CONTEXT_DTYPES = {
     "sequences/context": "<i4",
@@ -31,30 +35,36 @@ CONTEXT_DTYPES = {
     "contexts/start": "<i8",
     "contexts/length": "<i4",
 }
-"""Whole sequences that went through the model, where not all their positions are kept."""
-_DTYPES = TABLE_DTYPES | SPAN_DTYPES | CONTEXT_DTYPES
+"""Arrays of whole contexts, in caches of some positions only."""
+_STORED_DTYPES = TABLE_DTYPES | SPAN_DTYPES | CONTEXT_DTYPES
 
 
 def index_arrays(stream: TokenStream, hashes: np.ndarray) -> dict[str, NumberColumn]:
-    """The arrays of `stream` by name, in their stored dtypes; `hashes` are its `digests`."""
+    """The arrays of `stream` by name, in their stored dtypes.
+
+    `hashes` `(sequences,)` uint64 are the second value of `stream.digests()`.
+    """
+    # If all positions are kept, each sequence is one run.
     runs = stream.runs or KeptRuns(
         np.arange(len(stream.lengths)), np.zeros(len(stream.lengths), np.int64), stream.lengths
     )
-    places = _Places(runs, stream.starts)
+    locations = _PositionLocations(runs, stream.starts)
     values: dict[str, NumberColumn] = {
-        "tokens/ids": _of_kept(stream, stream.ids, places),
-        "tokens/sequence": places.column(places.run),
-        "tokens/index": places.column(places.index),
+        "tokens/ids": _kept_values(stream, stream.ids, locations),
+        "tokens/sequence": locations.column(locations.run),
+        "tokens/index": locations.column(locations.index),
         "sequences/row_id": stream.row_ids[runs.sequence],
-        "sequences/start": places.ends - runs.length,
+        "sequences/start": locations.ends - runs.length,
         "sequences/length": runs.length,
         "sequences/split": stream.sequence_splits[runs.sequence],
         "sequences/hash": hashes[runs.sequence],
     }
     if stream.format > 1:
         values["sequences/document"] = stream.sequence_documents[runs.sequence]
-    values |= {n: _of_kept(stream, found, places) for n, found in stream.of_tokens.items()}
-    values |= {name: found[runs.sequence] for name, found in stream.of_sequences.items()}
+    for name, column in stream.token_arrays.items():
+        values[name] = _kept_values(stream, column, locations)
+    for name, array in stream.sequence_arrays.items():
+        values[name] = array[runs.sequence]
     if stream.runs is not None:
         values |= {
             "sequences/context": runs.sequence,
@@ -62,59 +72,64 @@ def index_arrays(stream: TokenStream, hashes: np.ndarray) -> dict[str, NumberCol
             "contexts/start": stream.starts,
             "contexts/length": stream.lengths,
         }
-        if stream.format > 1 and DOCUMENT_OF_TOKENS in stream.of_tokens:
-            values["context/row_id"] = stream.of_tokens[DOCUMENT_OF_TOKENS]
-    return {name: _as_stored(name, found) for name, found in values.items()}
+        if stream.format > 1 and DOCUMENT_OF_TOKENS in stream.token_arrays:
+            values["context/row_id"] = stream.token_arrays[DOCUMENT_OF_TOKENS]
+    return {name: _cast_to_stored_dtype(name, column) for name, column in values.items()}
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Where each position of the cache is, worked out for a range of positions at a time."""
+class _PositionLocations:
+    """Run, index and token of each position of the cache, computed for a range of positions."""
 
     runs: KeptRuns
     starts: np.ndarray
-    """First token of each sequence."""
+    """Index of the first token of each sequence, `(sequences,)`."""
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """Position after each run."""
+        """Position after each run, `(runs,)`."""
         return np.cumsum(self.runs.length)
 
     @property
     def positions(self) -> int:
+        """Number of positions of the cache."""
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def column(self, read: Callable[[int, int], np.ndarray]) -> ComputedColumn:
-        return ComputedColumn(self.positions, np.dtype(np.int64), read)
+    def column(self, compute: Callable[[int, int], np.ndarray]) -> ComputedColumn:
+        """A column of one int64 per position; `compute(start, stop)` is a method below."""
+        return ComputedColumn(self.positions, np.dtype(np.int64), compute)
 
     def run(self, start: int, stop: int) -> np.ndarray:
-        """Number of the run of each position."""
+        """Run number of each position start..stop-1."""
         return np.searchsorted(self.ends, np.arange(start, stop), side="right")
 
     def index(self, start: int, stop: int) -> np.ndarray:
-        """Index of each position in its sequence."""
+        """Index of each position start..stop-1 in its sequence."""
         run = self.run(start, stop)
         first = self.runs.first - self.ends + self.runs.length
         return np.arange(start, stop) + first[run]
 
     def token(self, start: int, stop: int) -> np.ndarray:
-        """Token of each position, counted over all sequences."""
+        """Token index, counted over all sequences, of each position start..stop-1."""
         return self.index(start, stop) + self.starts[self.runs.sequence[self.run(start, stop)]]
 
 
-def _of_kept(stream: TokenStream, values: NumberColumn, places: _Places) -> ComputedColumn:
-    """`values`, one per token of `stream`, at the positions that are kept."""
+def _kept_values(
+    stream: TokenStream, values: NumberColumn, locations: _PositionLocations
+) -> ComputedColumn:
+    """The `values`, a column over all tokens of `stream`, at the kept positions."""
     if stream.runs is None:
         return ComputedColumn(len(values), values.dtype, lambda start, stop: values[start:stop])
     return ComputedColumn(
-        places.positions,
+        locations.positions,
         values.dtype,
-        lambda start, stop: take_rows(values, places.token(start, stop)),
+        lambda start, stop: take_rows(values, locations.token(start, stop)),
     )
 
 
-def _as_stored(name: str, values: NumberColumn) -> NumberColumn:
-    dtype = np.dtype(_DTYPES.get(name, values.dtype.str))
+def _cast_to_stored_dtype(name: str, values: NumberColumn) -> NumberColumn:
+    """`values` in the stored dtype of the array `name`; labels keep their dtype."""
+    dtype = np.dtype(_STORED_DTYPES.get(name, values.dtype.str))
     if dtype == values.dtype:
         return values
     if isinstance(values, np.ndarray):

@@ -1,4 +1,10 @@
-"""Which positions of a sequence are kept: all, the last, a sample, the answer's, or named ones."""
+"""Position policies: which positions of each sequence become rows of the cache.
+
+`all` keeps every position, `last` the last one, `sample:K` K random ones, `answer` those that
+predict the tokens of the document's answer (columns `answer`, `answer_start`), `explicit` those
+that the column `positions` lists. `keep_positions` takes the token stream of `tokenize` and returns
+a stream with `KeptRuns`; `extraction/resolve.py` calls it.
+"""
 
 import re
 from array import array
@@ -33,87 +39,98 @@ def sample_size(policy: str) -> int:
 def keep_positions(
     policy: str, stream: TokenStream, documents: Documents, seed: int
 ) -> TokenStream:
-    """`stream` with the positions of `policy` kept; sequences without any are left out."""
+    """`stream` with the positions of `policy` kept; sequences without a kept position are dropped.
+
+    `documents` supplies the columns of `answer` and `explicit`, and counts the dropped documents.
+    Raises `DataError` if no position is kept.
+    """
     if policy == "all":
         return stream
-    runs = runs_of(_choose(policy, stream, documents, seed))
-    held = np.unique(runs.sequence)
-    if not len(held):
+    runs = runs_of_indices(_kept_indices(policy, stream, documents, seed))
+    sequences = np.unique(runs.sequence)
+    if not len(sequences):
         raise DataError(f"positions {policy} keeps nothing of the {len(stream.lengths)} sequences")
-    if len(held) < len(stream.lengths):
-        for row in np.delete(stream.row_ids, held).tolist():
+    if len(sequences) < len(stream.lengths):
+        for row in np.delete(stream.row_ids, sequences).tolist():
             documents.reading.drop(f"no position for {policy}", row)
-        stream = stream.select(held)
-    return stream.with_runs(replace(runs, sequence=np.searchsorted(held, runs.sequence)))
+        stream = stream.select(sequences)
+    return stream.with_runs(replace(runs, sequence=np.searchsorted(sequences, runs.sequence)))
 
 
-def _choose(
+def _kept_indices(
     policy: str, stream: TokenStream, documents: Documents, seed: int
 ) -> Iterator[np.ndarray]:
-    """Kept indices of each sequence, sorted."""
+    """Yield the kept token indices of each sequence, ascending."""
     if policy == "last":
         yield from (np.array([length - 1]) for length in stream.lengths)
     elif size := sample_size(policy):
         _, hashes = stream.digests()
-        for length, found in zip(stream.lengths, hashes, strict=True):
-            yield _sample(int(length), size, int(found), seed)
+        for length, sequence_hash in zip(stream.lengths, hashes, strict=True):
+            yield _sampled_indices(int(length), size, int(sequence_hash), seed)
     elif policy == "answer":
-        for rows, sequences in _batches(stream, documents):
-            yield from _answers(stream, documents, rows, sequences)
+        for rows, sequences in _document_batches(stream, documents):
+            yield from _answer_indices(stream, documents, rows, sequences)
     else:
-        for rows, sequences in _batches(stream, documents):
-            wanted, lengths = documents.column(rows, EXPLICIT), stream.lengths[sequences]
-            yield from (_named(w, int(n)) for w, n in zip(wanted, lengths, strict=True))
+        for rows, sequences in _document_batches(stream, documents):
+            lists, lengths = documents.column_values(rows, EXPLICIT), stream.lengths[sequences]
+            for indices, length in zip(lists, lengths, strict=True):
+                yield _explicit_indices(indices, int(length))
 
 
-def _batches(stream: TokenStream, documents: Documents) -> Iterator[tuple[list[int], slice]]:
-    """Documents of some sequences at a time, which have one each, and those sequences."""
+def _document_batches(
+    stream: TokenStream, documents: Documents
+) -> Iterator[tuple[list[int], slice]]:
+    """Yield batches of document numbers with the slice of their sequences, one per document."""
     start = 0
     for rows in documents.batches(stream.row_ids):
         yield rows, slice(start, start + len(rows))
         start += len(rows)
 
 
-def _sample(length: int, size: int, sequence_hash: int, seed: int) -> np.ndarray:
-    """The same positions for a sequence wherever it stands."""
+def _sampled_indices(length: int, size: int, sequence_hash: int, seed: int) -> np.ndarray:
+    """`size` random indices; equal for equal sequences, wherever they stand in the stream."""
     rng = np.random.default_rng([seed, sequence_hash])
     return np.sort(rng.choice(length, min(size, length), replace=False))
 
 
-def _named(wanted: object, length: int) -> np.ndarray:
-    if not isinstance(wanted, list) or not all(type(place) is int for place in wanted):
-        raise DataError(f"column {EXPLICIT!r} must hold lists of whole numbers, found {wanted!r}")
-    places = {place + length if place < 0 else place for place in wanted}
-    return np.array(sorted(place for place in places if 0 <= place < length), np.int64)
+def _explicit_indices(indices: object, length: int) -> np.ndarray:
+    """The `indices` inside a sequence of `length` tokens, ascending; negative ones count back."""
+    if not isinstance(indices, list) or not all(type(index) is int for index in indices):
+        raise DataError(f"column {EXPLICIT!r} must hold lists of whole numbers, found {indices!r}")
+    counted = {index + length if index < 0 else index for index in indices}
+    return np.array(sorted(index for index in counted if 0 <= index < length), np.int64)
 
 
-def _answers(
+def _answer_indices(
     stream: TokenStream, documents: Documents, rows: list[int], sequences: slice
 ) -> Iterator[np.ndarray]:
-    """Positions that predict the tokens of each row's answer."""
-    answers = [_answer(answer) for answer in documents.column(rows, ANSWER)]
-    places = (
-        [_character(place) for place in documents.column(rows, ANSWER_START)]
-        if documents.has(ANSWER_START)
+    """Yield, for each document of `rows`, the indices before a token of the answer."""
+    # The answer's first character: given in a column, else the last occurrence in the text.
+    answers = [_answer_text(answer) for answer in documents.column_values(rows, ANSWER)]
+    characters = (
+        [_character_number(value) for value in documents.column_values(rows, ANSWER_START)]
+        if documents.has_column(ANSWER_START)
         else [
             (text or "").rfind(answer)
             for text, answer in zip(documents.texts(rows), answers, strict=True)
         ]
     )
-    first, stop = stream.of_tokens["tokens/char_start"], stream.of_tokens["tokens/char_stop"]
+    char_start = stream.token_arrays["tokens/char_start"]
+    char_stop = stream.token_arrays["tokens/char_stop"]
     starts, lengths = stream.starts[sequences].tolist(), stream.lengths[sequences].tolist()
-    for start, length, answer, place in zip(starts, lengths, answers, places, strict=True):
-        inside = slice(start, start + length)
-        if not answer or place is None or place < 0:
+    for start, length, answer, character in zip(starts, lengths, answers, characters, strict=True):
+        if not answer or character is None or character < 0:
             yield np.zeros(0, np.int64)
             continue
-        within = (first[inside] < place + len(answer)) & (stop[inside] > place)
-        indices = np.flatnonzero(within) - 1
+        # Tokens that overlap the answer's characters; the position before each predicts it.
+        tokens = slice(start, start + length)
+        overlaps = (char_start[tokens] < character + len(answer)) & (char_stop[tokens] > character)
+        indices = np.flatnonzero(overlaps) - 1
         yield indices[indices >= 0]
 
 
-def _answer(value: object) -> str:
-    """The answer as it stands in the text, empty where there is none: 0 and False are answers."""
+def _answer_text(value: object) -> str:
+    """The answer as text; empty for a missing value, while 0 and False are answers."""
     if value is None:
         return ""
     if isinstance(value, list | dict):
@@ -121,23 +138,23 @@ def _answer(value: object) -> str:
     return str(value)
 
 
-def _character(value: object) -> int | None:
-    """A number of a character, which .csv files write as text; None where there is none."""
+def _character_number(value: object) -> int | None:
+    """An integer of `answer_start`, which .csv files hold as text; None for a missing value."""
     if value is None or value == "":
         return None
     if type(value) is int:
         return value
-    if isinstance(value, float) and value.is_integer():  # beside missing ones
+    if isinstance(value, float) and value.is_integer():  # a column with missing values is float
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
         return int(value)
     raise DataError(f"column {ANSWER_START!r} must hold whole numbers, found {value!r}")
 
 
-def runs_of(chosen: Iterable[np.ndarray]) -> KeptRuns:
-    """Consecutive indices of each sequence as runs."""
+def runs_of_indices(sequence_indices: Iterable[np.ndarray]) -> KeptRuns:
+    """The runs of consecutive numbers in the ascending indices of each sequence."""
     sequence, first, length = array("q"), array("q"), array("q")
-    for number, indices in enumerate(chosen):
+    for number, indices in enumerate(sequence_indices):
         if not len(indices):
             continue
         breaks = np.flatnonzero(np.diff(indices) != 1) + 1

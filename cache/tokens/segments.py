@@ -1,9 +1,18 @@
-"""Segments: the parts of sequences that come from one document, and which pairs (t, t+N) count.
+"""Segments of a cache, and the pairs of positions (t, t+N) for fits and evaluation.
 
-A packed sequence holds several documents. A pair (t, t+N) of two documents says how one text
-follows another by chance, so that pairs stay inside one document unless `PairScope` allows more.
-`tokens/row_id` says which document each position came from; a cache without it, made of token
-ids, has one document per sequence.
+Terms, as in `tokenization.py`: a *document* is one text of the data; a *sequence* is a run of token
+ids that the cache holds as consecutive rows; a *context* is the token ids of one forward pass; a
+*position* is a row of the cache, counted over all sequences; a *segment* is the part of a sequence
+that comes from one document. Sequence and context are the same unless only some positions were
+kept (`positions.py`): then a sequence is one run of kept positions inside its context.
+
+A packed sequence holds several documents. A pair (t, t+N) across two documents says how one text
+follows another by chance, so pairs stay inside one segment unless `PairScope` allows more. The
+array `tokens/row_id` holds the document number of each position; a cache without this array, made
+of token ids, has one document per sequence.
+
+Fits ask `PairScope.largest_offsets`; count baselines read `context_blocks`; evaluation reads
+`neighbour_tokens` and `segment_indices`. All take the cache as a `SequenceIndex`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,11 +24,11 @@ import numpy as np
 from ..errors import UsageError
 
 BLOCK_POSITIONS = 1 << 18
-"""Positions that are looked at at once."""
+"""Positions per block of a pass over a whole cache."""
 
 
 class SequenceIndex(Protocol):
-    """Attributes of an `ActivationCache` that say where sequences and documents lie."""
+    """Attributes of `ActivationCache` for sequences, contexts and documents of its positions."""
 
     @property
     def tokens(self) -> Any:
@@ -27,11 +36,11 @@ class SequenceIndex(Protocol):
 
     @property
     def token_index(self) -> Any:
-        """Index of each kept position in its context, where only some positions are kept."""
+        """Index of each position in its context; exists if only some positions are kept."""
 
     @property
     def document_numbers(self) -> Any:
-        """Number of the document of each position, or None."""
+        """Document number of each position; None if the cache was made of token ids."""
 
     @property
     def sequence_start(self) -> Any:
@@ -43,15 +52,15 @@ class SequenceIndex(Protocol):
 
     @property
     def sequence_context(self) -> Any:
-        """Number of the context of each sequence, where only some positions are kept."""
+        """Context number of each sequence; exists if only some positions are kept."""
 
     @property
     def contexts(self) -> Any:
-        """Token ids of what the model read, with the start and length of each context."""
+        """Token ids of all contexts (`ids`), with the `start` and `length` of each context."""
 
     @property
     def context_document_numbers(self) -> Any:
-        """Number of the document of each token of the contexts, or None."""
+        """Document number of each token of the contexts, or None."""
 
     def has(self, name: str) -> bool:
         """Whether the cache has the array `name`."""
@@ -61,7 +70,7 @@ class SequenceIndex(Protocol):
         """The array `name`, read on slicing."""
 
     def positions_of(self, sequences: np.ndarray) -> np.ndarray:
-        """Positions of whole sequences."""
+        """Positions of whole sequences, in the order of `sequences`."""
         ...
 
     def blocks(self, sequences: np.ndarray, rows: int) -> Iterator[np.ndarray]:
@@ -71,77 +80,89 @@ class SequenceIndex(Protocol):
 
 @dataclass(frozen=True)
 class PairScope:
-    """Which pairs (t, t+N) of a cache count. Both positions always lie in one sequence."""
+    """Choice of the pairs (t, t+N) of a cache; t and t+N always lie in the same sequence."""
 
     across_documents: bool = False
     """Whether t and t+N may lie in two documents."""
     drop_first: int = 0
-    """Positions at the start of each sequence that are no sources t, and so no targets either."""
+    """Number of positions at the start of each context to exclude as sources t."""
 
     def check(self) -> "PairScope":
-        """Raise a `UsageError` for what cannot be right."""
+        """Return a copy with plain Python types; raise `UsageError` for a wrong type or value."""
         if not isinstance(self.across_documents, bool | np.bool_):
             raise UsageError(
                 f"across_documents must be True or False, not {self.across_documents!r}"
             )
-        whole = isinstance(self.drop_first, int | np.integer)
-        if not whole or isinstance(self.drop_first, bool) or self.drop_first < 0:
+        is_integer = isinstance(self.drop_first, int | np.integer)
+        if not is_integer or isinstance(self.drop_first, bool) or self.drop_first < 0:
             raise UsageError(
                 f"drop_first must be a whole number, 0 or more, not {self.drop_first!r}"
             )
         return PairScope(bool(self.across_documents), int(self.drop_first))
 
-    def lefts(self, cache: SequenceIndex, sequences: np.ndarray) -> np.ndarray:
-        """How many positions follow each one that it may be paired with, `(n,)` int64.
+    def largest_offsets(self, cache: SequenceIndex, sequences: np.ndarray) -> np.ndarray:
+        """Largest N for which a pair (t, t+N) exists, for each position t, `(n,)` int64.
 
-        For the rows of whole `sequences`, in their order; -1 for a position that is no source.
+        n counts the positions of whole `sequences`, in their order. The value is 0 for the last
+        position of a segment and -1 for a position that is no source.
         """
-        _, left = segment_places(cache, sequences, self.across_documents)
+        _, followers = segment_indices(cache, sequences, self.across_documents)
         if self.drop_first:
-            left[context_places(cache, cache.positions_of(sequences)) < self.drop_first] = -1
-        return left
+            indices = context_indices(cache, cache.positions_of(sequences))
+            followers[indices < self.drop_first] = -1
+        return followers
 
 
 def is_sparse(cache: SequenceIndex) -> bool:
-    """Whether only some positions of the contexts are rows of the cache."""
+    """Return whether only some positions of the contexts are rows of the cache."""
     return cache.has("context/ids")
 
 
-def segment_places(
+def segment_indices(
     cache: SequenceIndex, sequences: np.ndarray, across_documents: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Index of each position in its segment, and how many positions follow it there; int64.
+    """Index of each position in its segment, and number of later positions there; `(n,)` int64.
 
-    For the rows of whole `sequences`, in their order. With `across_documents` a segment is a whole
-    sequence.
+    n counts the positions of whole `sequences`, in their order. With `across_documents` a segment
+    is a whole sequence.
     """
+    # A segment begins at the start of each sequence that is not empty ...
     lengths = cache.sequence_length[sequences]
     total = int(lengths.sum())
-    begins = np.zeros(total, bool)
-    begins[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+    is_first = np.zeros(total, bool)
+    is_first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+    # ... and where the document number changes.
     if not across_documents and cache.document_numbers is not None:
         document = cache.document_numbers.take(cache.positions_of(sequences))
-        begins[1:] |= document[1:] != document[:-1]
-    starts = np.flatnonzero(begins)
-    sizes = np.diff(np.append(starts, total))
-    index = np.arange(total) - np.repeat(starts, sizes)
+        is_first[1:] |= document[1:] != document[:-1]
+    return _indices_between(is_first)
+
+
+def _indices_between(is_first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Index of each element in its segment, and number of later elements there; both int64.
+
+    `is_first` `(n,)` bool marks the first element of each segment.
+    """
+    starts = np.flatnonzero(is_first)
+    sizes = np.diff(np.append(starts, len(is_first)))
+    index = np.arange(len(is_first)) - np.repeat(starts, sizes)
     return index, np.repeat(sizes, sizes) - 1 - index
 
 
-def context_places(cache: SequenceIndex, positions: np.ndarray) -> np.ndarray:
-    """Index of each of `positions` in the sequence that the model read, `(n,)` int64."""
+def context_indices(cache: SequenceIndex, positions: np.ndarray) -> np.ndarray:
+    """Index of each of `positions` in its context, `(n,)` int64."""
     if is_sparse(cache):
         return cache.token_index.take(positions).astype(np.int64)
     return positions - cache.sequence_start[sequence_of(cache, positions)]
 
 
 def sequence_of(cache: SequenceIndex, positions: np.ndarray) -> np.ndarray:
-    """Number of the sequence of each of `positions`, `(n,)` int64."""
+    """Sequence number of each of `positions`, `(n,)` int64."""
     return np.searchsorted(cache.sequence_start, positions, "right") - 1
 
 
 def document_of(cache: SequenceIndex, positions: np.ndarray) -> np.ndarray:
-    """Number of the source document of each of `positions`, `(n,)` int64."""
+    """Document number of each of `positions`, `(n,)` int64."""
     if cache.document_numbers is not None:
         return cache.document_numbers.take(positions)
     return cache.array("sequences/row_id")[:][sequence_of(cache, positions)]
@@ -150,37 +171,46 @@ def document_of(cache: SequenceIndex, positions: np.ndarray) -> np.ndarray:
 def neighbour_tokens(
     cache: SequenceIndex, positions: np.ndarray, step: int, across_documents: bool = False
 ) -> np.ndarray:
-    """Token `step` (1 or -1) further in the text than each of `positions`, `(n,)` int64.
+    """Token id `step` (1 or -1) further in the text than each of `positions`, `(n,)` int64.
 
-    -1 where the sequence that the model read, or the document, goes on no further. Where not all
-    positions are kept, the token is that of the context, whether or not it is a row of the cache.
+    The value is -1 where the context, or the document, ends before. If only some positions are
+    kept, the token comes from the context, whether or not it is a row of the cache.
     """
     sequence = sequence_of(cache, positions)
     sparse = is_sparse(cache)
     documents = cache.context_document_numbers
+
+    # Token indices of the positions, and the bounds of their contexts.
     if sparse:
         contexts, number = cache.contexts, cache.sequence_context[sequence]
-        ids, first = contexts.ids, contexts.start[number]
-        end, place = first + contexts.length[number], first + context_places(cache, positions)
+        ids, start = contexts.ids, contexts.start[number]
+        stop, token = start + contexts.length[number], start + context_indices(cache, positions)
     else:
-        ids, first, place = cache.tokens, cache.sequence_start[sequence], positions
-        end = first + cache.sequence_length[sequence]
-    other = place + step
-    inside = (other >= first) & (other < end)
+        ids, start, token = cache.tokens, cache.sequence_start[sequence], positions
+        stop = start + cache.sequence_length[sequence]
+    neighbour = token + step
+    is_valid = (neighbour >= start) & (neighbour < stop)
+
+    # Neighbours in another document do not count.
     if not across_documents:
         if documents is not None:
-            own, there = (documents.take(at[inside]) for at in (place, other))
-            inside[inside] = own == there
+            is_valid[is_valid] = documents.take(token[is_valid]) == documents.take(
+                neighbour[is_valid]
+            )
         elif sparse and cache.document_numbers is not None:
-            # Caches of before know the documents of rows alone: two neighbours may be of two.
-            rows = positions + step
-            run = cache.sequence_start[sequence]
-            known = (rows >= run) & (rows < run + cache.sequence_length[sequence]) & inside
-            own, there = (document_of(cache, at[known]) for at in (positions, rows))
-            inside[known] = own == there
-    found = np.full(len(positions), -1, np.int64)
-    found[inside] = ids.take(other[inside])
-    return found
+            # Format 1 stores document numbers of kept positions only: a neighbour that is no row
+            # of the same run is believed to lie in the same document.
+            neighbour_row = positions + step
+            run_start = cache.sequence_start[sequence]
+            run_stop = run_start + cache.sequence_length[sequence]
+            is_row = (neighbour_row >= run_start) & (neighbour_row < run_stop) & is_valid
+            is_valid[is_row] = document_of(cache, positions[is_row]) == document_of(
+                cache, neighbour_row[is_row]
+            )
+
+    tokens = np.full(len(positions), -1, np.int64)
+    tokens[is_valid] = ids.take(neighbour[is_valid])
+    return tokens
 
 
 def context_blocks(
@@ -189,77 +219,85 @@ def context_blocks(
     across_documents: bool = False,
     block: int = BLOCK_POSITIONS,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Tokens of whole `contexts` (numbers, ascending), about `block` of them at a time.
+    """Yield the tokens of whole `contexts` (ascending numbers), about `block` tokens at a time.
 
-    Token ids, how many tokens follow each in its segment, and number of its document; int64. All
-    tokens that the model read count, whether or not they are rows of the cache.
+    Each item is three int64 arrays of one value per token: token id, number of tokens after it in
+    its segment, document number. All tokens of the contexts count, kept positions or not.
     """
-    held = cache.contexts
+    token_table = cache.contexts
     documents = cache.context_document_numbers
-    start, length = held.start[contexts], held.length[contexts]
+    start, length = token_table.start[contexts], token_table.length[contexts]
     ends = np.cumsum(length)
     first = 0
     while first < len(contexts):
-        before = int(ends[first - 1]) if first else 0
-        stop = max(first + 1, int(np.searchsorted(ends, before + block, "right")))
-        lengths = length[first:stop]
-        inner = np.cumsum(lengths) - lengths
-        places = np.arange(int(lengths.sum())) + np.repeat(start[first:stop] - inner, lengths)
-        begins = np.zeros(len(places), bool)
-        begins[inner[lengths > 0]] = True
+        # Contexts first..last-1 have at most `block` tokens together, or are a single one.
+        tokens_before = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, tokens_before + block, "right")))
+        lengths = length[first:last]
+
+        # Token indices: consecutive within each context.
+        block_start = np.cumsum(lengths) - lengths
+        token = np.arange(int(lengths.sum())) + np.repeat(start[first:last] - block_start, lengths)
+
+        # Segments begin with each context and where the document changes.
+        is_first = np.zeros(len(token), bool)
+        is_first[block_start[lengths > 0]] = True
         if documents is not None:
-            document = documents.take(places)
+            document = documents.take(token)
         else:
-            document = np.repeat(context_documents(cache)[contexts[first:stop]], lengths)
+            document = np.repeat(context_documents(cache)[contexts[first:last]], lengths)
         if not across_documents:
-            begins[1:] |= document[1:] != document[:-1]
-        starts = np.flatnonzero(begins)
-        sizes = np.diff(np.append(starts, len(places)))
-        left = np.repeat(starts + sizes, sizes) - 1 - np.arange(len(places))
-        yield held.ids.take(places).astype(np.int64), left, document
-        first = stop
+            is_first[1:] |= document[1:] != document[:-1]
+        _, followers = _indices_between(is_first)
+        yield token_table.ids.take(token).astype(np.int64), followers, document
+        first = last
 
 
-def contexts_of(cache: SequenceIndex, sequences: np.ndarray) -> np.ndarray:
-    """Numbers of the contexts that hold `sequences`, ascending, each once."""
+def context_numbers(cache: SequenceIndex, sequences: np.ndarray) -> np.ndarray:
+    """Numbers of the contexts of `sequences`, ascending and distinct."""
     return np.unique(cache.sequence_context[sequences]) if is_sparse(cache) else sequences
 
 
 def context_documents(cache: SequenceIndex) -> np.ndarray:
-    """Number of the document in which each context begins (its first row, if sparse), int64."""
+    """Document number of the first token of each context, `(contexts,)` int64.
+
+    If only some positions are kept, the document of the context's first kept position.
+    """
     documents = cache.array("sequences/row_id")[:]
     if not is_sparse(cache):
         return documents
-    found = np.zeros(len(cache.contexts.start), np.int64)
-    found[cache.sequence_context[::-1]] = documents[::-1]
-    return found
+    # Assigned in reverse order, so that the first sequence of a context has the last word.
+    first_documents = np.zeros(len(cache.contexts.start), np.int64)
+    first_documents[cache.sequence_context[::-1]] = documents[::-1]
+    return first_documents
 
 
-def has_borders(cache: SequenceIndex) -> bool:
-    """Whether a sequence of `cache` holds two documents; reads `tokens/row_id` until one does."""
+def has_document_borders(cache: SequenceIndex) -> bool:
+    """Return whether any sequence holds two documents; reads `tokens/row_id` until the first."""
     if cache.document_numbers is None:
         return False
-    blocks = cache.blocks(np.arange(len(cache.sequence_length)), BLOCK_POSITIONS)
-    return any(
-        len(np.flatnonzero(segment_places(cache, some)[0] == 0)) > len(some) for some in blocks
-    )
+    for sequences in cache.blocks(np.arange(len(cache.sequence_length)), BLOCK_POSITIONS):
+        index, _ = segment_indices(cache, sequences)
+        if np.count_nonzero(index == 0) > len(sequences):
+            return True
+    return False
 
 
 def pairs_in_sequences(
     cache: SequenceIndex, sequences: np.ndarray, offset: int, drop_first: int = 0
 ) -> int:
-    """Pairs (t, t+`offset`) of `sequences`, those of two documents too: from lengths alone."""
+    """Number of pairs (t, t+`offset`) in `sequences`, pairs across two documents included."""
     sources = cache.sequence_length[sequences] - dropped_rows(cache, sequences, drop_first)
     return int(np.maximum(sources - offset, 0).sum())
 
 
 def dropped_rows(cache: SequenceIndex, sequences: np.ndarray, drop_first: int) -> np.ndarray:
-    """Rows at the start of each of `sequences` that `drop_first` leaves out, int64."""
-    begin = np.zeros(len(sequences), np.int64)
+    """Number of rows at the start of each of `sequences` excluded by `drop_first`, int64."""
+    first_index = np.zeros(len(sequences), np.int64)
     if drop_first and is_sparse(cache):
-        # A run of kept positions may begin anywhere in what the model read.
-        begin = cache.token_index.take(cache.sequence_start[sequences]).astype(np.int64)
-    return np.minimum(np.maximum(drop_first - begin, 0), cache.sequence_length[sequences])
+        # A run of kept positions may begin anywhere in its context.
+        first_index = cache.token_index.take(cache.sequence_start[sequences]).astype(np.int64)
+    return np.minimum(np.maximum(drop_first - first_index, 0), cache.sequence_length[sequences])
 
 
 def crossing_shares(
@@ -269,21 +307,21 @@ def crossing_shares(
     scope: PairScope,
     counted: dict[int, int] | None = None,
 ) -> dict[int, float]:
-    """Share of the pairs of `sequences` that join two documents, by offset; 0.0 without a pair.
+    """Share of pairs across two documents among the pairs of `sequences`, by offset.
 
-    `counted` are the pairs inside one document by offset, where that is known; else `tokens/row_id`
-    is read once.
+    The share is 0.0 for an offset without pairs. `counted` maps each offset to the number of its
+    pairs inside one document; if None, `tokens/row_id` is read once to count them.
     """
     offsets = list(offsets)
-    inside = dict.fromkeys(offsets, 0) if counted is None else counted
     if counted is None:
-        within = PairScope(False, scope.drop_first)
-        for some in cache.blocks(sequences, BLOCK_POSITIONS):
-            left = within.lefts(cache, some)
+        counted = dict.fromkeys(offsets, 0)
+        within_documents = PairScope(False, scope.drop_first)
+        for block in cache.blocks(sequences, BLOCK_POSITIONS):
+            largest = within_documents.largest_offsets(cache, block)
             for offset in offsets:
-                inside[offset] += int(np.count_nonzero(left >= offset))
-    found: dict[int, Any] = {}
+                counted[offset] += int(np.count_nonzero(largest >= offset))
+    shares: dict[int, float] = {}
     for offset in offsets:
         total = pairs_in_sequences(cache, sequences, offset, scope.drop_first)
-        found[offset] = 1 - inside[offset] / total if total else 0.0
-    return found
+        shares[offset] = 1 - counted[offset] / total if total else 0.0
+    return shares

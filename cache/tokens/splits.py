@@ -1,26 +1,28 @@
-"""Splits train, validation and test, and folds, by hash."""
+"""Splits (train, validation, test) and folds of documents, decided by the hash of their text.
+
+Except in small data sets, a document's split depends on its text alone: the document lies in the
+same split in every cache.
+`tokenization.py` and `token_stream.py` assign splits; `ActivationCache` reads folds.
+"""
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
-
-
+SPLITS = ("train", "validation", "test")
+"""Names of the splits; `sequences/split` holds the index into this tuple."""
 TEST_SHARE = 0.1
 VALIDATION_SHARE = 0.1
-_DENOMINATOR = 1 << 32
 
 
 def assign_splits(hashes: np.ndarray) -> np.ndarray:
     """Split of each document by its hash, `(documents,)` uint8 index into `SPLITS`.
 
-    A tenth goes to `test`, a tenth to `validation`. Equal documents share a split. Where chance
-    leaves a split of a small set empty, the documents nearest to its threshold fill it.
+    A tenth goes to `test`, a tenth to `validation`. Equal documents share a split. If chance
+    leaves a split of a small set empty, the documents nearest to its threshold fill the split.
     """
-    share = (hashes >> np.uint64(32)).astype(np.float64) / _DENOMINATOR
+    # The upper 32 bits as a number in [0, 1) are compared with the shares.
+    share = (hashes >> np.uint64(32)).astype(np.float64) / (1 << 32)
     splits = np.full(len(hashes), SPLITS.index("train"), np.uint8)
     splits[share < TEST_SHARE + VALIDATION_SHARE] = SPLITS.index("validation")
     splits[share < TEST_SHARE] = SPLITS.index("test")
@@ -28,15 +30,17 @@ def assign_splits(hashes: np.ndarray) -> np.ndarray:
     count = len(distinct)
     if count < len(SPLITS) or len(np.unique(splits)) == len(SPLITS):
         return splits
-    # Hashes in ascending order are test, validation, train: only the two borders may have to move.
-    kinds = splits[first]
-    test = min(max(int((kinds == SPLITS.index("test")).sum()), 1), count - 2)
-    known = int((kinds != SPLITS.index("train")).sum())
-    validation = min(max(known, test + 1), count - 1)
+    # Some split is empty. In ascending order of hashes the splits are test, validation, train, so
+    # it suffices to move the two borders, given as counts of distinct hashes below them.
+    distinct_splits = splits[first]
+    test_count = int((distinct_splits == SPLITS.index("test")).sum())
+    test_border = min(max(test_count, 1), count - 2)
+    held_out_count = int((distinct_splits != SPLITS.index("train")).sum())
+    validation_border = min(max(held_out_count, test_border + 1), count - 1)
     rank = np.searchsorted(distinct, hashes)
     splits[:] = SPLITS.index("train")
-    splits[rank < validation] = SPLITS.index("validation")
-    splits[rank < test] = SPLITS.index("test")
+    splits[rank < validation_border] = SPLITS.index("validation")
+    splits[rank < test_border] = SPLITS.index("test")
     return splits
 
 
@@ -55,15 +59,11 @@ def split_in_order(sequences: int) -> np.ndarray:
 
 
 def text_hash(text: str) -> int:
-    """64 bits of the sha256 of a document's text in UTF-8, which decide its split."""
+    """First 64 bits of the sha256 of a document's text in UTF-8; they decide its split and fold."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little")
 
 
 def assign_folds(hashes: np.ndarray, folds: int) -> np.ndarray:
-    """Fold of each document for cross-validation, from bits that do not decide its split."""
+    """Fold of each document, `(documents,)` int64; from the lower 32 bits, which no split uses."""
     return ((hashes & np.uint64(0xFFFF_FFFF)) % np.uint64(folds)).astype(np.int64)
-
-
-SPLITS = ("train", "validation", "test")
-"""Names of the splits; `sequences/split` holds the index into this tuple."""

@@ -1,4 +1,18 @@
-"""Documents -> token stream: tokens, where each came from, and cutting into sequences."""
+"""Tokenization of documents into a `TokenStream`: encoding, packing, cutting at the context length.
+
+`tokenize` is called by `extraction/resolve.py`: `Encoder` reads batches of `Documents` and gives a
+`TokenizedDocument` each; `Packer` joins and cuts them; `TokenStreamBuilder` writes the sequences.
+
+Terms, used alike in this folder:
+
+document  one text of the data; `row` is its number
+sequence  consecutive tokens that the model reads in one forward pass, at most `context` of them:
+          one document, or with packing the end of a document, the next ones, a beginning
+segment   the part of a sequence that comes from one document (`segments.py`)
+position  a kept token and so a row of the cache; by default every token (`positions.py`)
+context   as a number: the largest length of a sequence. In a cache that keeps only some positions,
+          each run of kept positions is called a sequence; the context is the model's sequence.
+"""
 
 from array import array
 from collections import deque
@@ -9,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..documents.documents import Documents, reason_against
-from ..documents.labels import LABELS
+from ..documents.documents import Documents, reason_to_drop
+from ..documents.labels import LABEL_PREFIX
 from ..errors import DataError
 from ..files.disk_columns import DiskColumn
 from ..format.manifest import FORMAT, SEQUENCE
@@ -22,74 +36,78 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 SMALL_SET = 400
-"""Documents up to which all are hashed first, so that chance leaves no split empty: among more, a
-split is empty once in 10^18."""
+"""Largest data set (in documents) that is hashed as a whole first, so that no split is empty; in a
+larger one chance leaves a split empty once in 10^18."""
 
 
 @dataclass(frozen=True)
 class TokenizedDocument:
-    """Tokens of one document, all or some in a row, and the characters that each came from."""
+    """Consecutive tokens of one document, with the range of characters of each token."""
 
     row: int
     """Number of the document."""
     ids: np.ndarray
     """`(tokens,)` int32."""
     chars: np.ndarray
-    """First character and end in the document, `(tokens, 2)` int32; equal for added marks."""
+    """First character and end of each token, `(tokens, 2)` int32; equal for special tokens."""
     hash: int
     """`text_hash` of the document."""
 
     def part(self, start: int, stop: int | None) -> "TokenizedDocument":
-        """The tokens from `start` to `stop`."""
+        """The same document with only the tokens from `start` to `stop`."""
         return replace(self, ids=self.ids[start:stop], chars=self.chars[start:stop])
 
 
 class TokenStreamBuilder:
     """Writes a token stream sequence by sequence.
 
-    What has one number per token goes to files without a name in the folder `scratch`.
+    Columns of one number per token go to unnamed temporary files in the folder `scratch` (None:
+    the system's); columns of one number per sequence stay in memory.
     """
 
     def __init__(self, scratch: Path | None) -> None:
-        self._ids, self._start, self._stop = (DiskColumn("<i4", scratch) for _ in range(3))
+        self._ids, self._char_start, self._char_stop = (
+            DiskColumn("<i4", scratch) for _ in range(3)
+        )
         self._row = DiskColumn("<i8", scratch)
-        self._lengths, self._rows, self._cut = array("q"), array("q"), array("q")
-        self._documents, self._splits = array("Q"), array("B")
+        self._lengths, self._first_rows, self._cut_tokens = array("q"), array("q"), array("q")
+        self._document_hashes, self._splits = array("Q"), array("B")
         self._scratch = scratch
         self.tokens = 0
+        """Tokens of all sequences so far."""
 
     @property
     def sequences(self) -> int:
         return len(self._lengths)
 
     def append(self, pieces: Sequence[TokenizedDocument], split: int = 0, cut: int = 0) -> None:
-        """Put one sequence at the end: tokens of one or several documents, in their order."""
+        """Append a sequence: the joined tokens of `pieces`, after `cut` tokens were cut off."""
         length = 0
         for piece in pieces:
             self._ids.append(piece.ids)
             self._row.append(np.broadcast_to(np.int64(piece.row), piece.ids.shape))
-            self._start.append(piece.chars[:, 0])
-            self._stop.append(piece.chars[:, 1])
+            self._char_start.append(piece.chars[:, 0])
+            self._char_stop.append(piece.chars[:, 1])
             length += len(piece.ids)
         self._lengths.append(length)
-        self._rows.append(pieces[0].row)
-        self._documents.append(pieces[0].hash)
+        self._first_rows.append(pieces[0].row)
+        self._document_hashes.append(pieces[0].hash)
         self._splits.append(split)
-        self._cut.append(cut)
+        self._cut_tokens.append(cut)
         self.tokens += length
 
     def stream(self) -> TokenStream:
-        """All sequences, with the splits that they were put with."""
-        spans = {"row_id": self._row, "char_start": self._start, "char_stop": self._stop}
+        """The token stream of all appended sequences."""
+        spans = {"row_id": self._row, "char_start": self._char_start, "char_stop": self._char_stop}
         return TokenStream(
             self._ids,
             np.array(self._lengths, np.int64),
-            np.array(self._rows, np.int64),
+            np.array(self._first_rows, np.int64),
             {f"tokens/{name}": column for name, column in spans.items()},
-            cut=np.array(self._cut, np.int64),
+            cut_tokens=np.array(self._cut_tokens, np.int64),
             scratch=self._scratch,
             splits=np.array(self._splits, np.uint8),
-            documents=np.array(self._documents, np.uint64),
+            documents=np.array(self._document_hashes, np.uint64),
         )
 
 
@@ -106,48 +124,63 @@ def tokenize(
     scratch: Path | None = None,
     version: int = FORMAT,
 ) -> TokenStream:
-    """Token stream of `documents` in an order permuted by `seed`.
+    """Tokenize `documents`, in an order permuted by `seed`, into sequences of `context` tokens.
 
-    A document lies in one split, by the hash of its text. Packed: the documents of each split,
-    each begun by the tokenizer's own mark or else by `separator`, are cut into sequences of
-    `context` tokens; the last of a split may be shorter. Not packed: one sequence per document,
-    cut at `context`, with the document's labels. `max_tokens` ends the stream after the last
-    whole sequence; where documents are packed, a tenth of it is kept for test and for validation.
-    Its columns lie in files without a name in the folder `scratch`. `version` 1 packs all
-    documents together, as format 1 did.
+    With `pack` the documents of each split are joined and cut into sequences of exactly `context`
+    tokens; the last sequence of a split may be shorter. Each document begins with the mark that
+    the tokenizer adds, or else with the token `separator`. Without `pack` each document is one
+    sequence, cut at `context`, and has the document's labels.
+
+    A document lies in one split, by the hash of its text. `max_tokens` ends the stream after the
+    last whole sequence; with `pack` a tenth of these tokens is reserved for test and a tenth for
+    validation. `version` is the format of the cache; format 1 packs all documents together.
+
+    Columns of one number per token lie in unnamed temporary files in the folder `scratch`.
+    `progress` gets the numbers of tokenized and of all documents. Raises `DataError` if the data
+    hold no text.
     """
     order = np.random.default_rng(seed).permutation(len(documents))
-    marked = (
+
+    # A separator is added only if the tokenizer begins texts with no mark of its own.
+    adds_mark = (
         tokenizer.encode("a").ids[:1] != tokenizer.encode("a", add_special_tokens=False).ids[:1]
     )
-    prefix = [] if marked or separator is None or not pack else [separator]
+    prefix = [] if adds_mark or separator is None or not pack else [separator]
     encoder = Encoder(documents, tokenizer, prefix, progress)
-    written = TokenStreamBuilder(scratch)
+
+    # Cut into sequences.
+    builder = TokenStreamBuilder(scratch)
     if not pack:
-        stream = _one_by_one(encoder.tokens(order), written, context, max_tokens)
+        stream = _cut_documents(encoder.tokens(order), builder, context, max_tokens)
     elif version == 1:
-        stream = _pack_together(encoder.tokens(order), written, context, max_tokens)
+        stream = _pack_together(encoder.tokens(order), builder, context, max_tokens)
     else:
-        stream = _pack_by_split(encoder, order, written, context, max_tokens)
+        stream = _pack_by_split(encoder, order, builder, context, max_tokens)
     stream = replace(stream, format=version, reading=documents.reading)
     if not stream.sequences:
-        least = (
+        details = (
             f"; max_tokens={max_tokens} is less than one sequence" if max_tokens is not None else ""
         )
-        dropped = documents.reading.dropped
-        least += "".join(f"; {found.documents} {reason}" for reason, found in dropped.items())
-        raise DataError(f"the data hold no text ({len(documents)} documents){least}")
-    if pack:
-        return stream
-    labels = documents.labels(stream.row_ids)
-    stream.of_sequences.update({LABELS + n: values for n, values in labels.values.items()})
-    stream.categories.update({LABELS + n: words for n, words in labels.categories.items()})
-    documents.reading.notes += labels.notes
+        for reason, dropped in documents.reading.dropped.items():
+            details += f"; {dropped.documents} {reason}"
+        raise DataError(f"the data hold no text ({len(documents)} documents){details}")
+
+    # A sequence that is one document has the document's labels.
+    if not pack:
+        labels = documents.labels(stream.row_ids)
+        for name, values in labels.values.items():
+            stream.sequence_arrays[LABEL_PREFIX + name] = values
+        for name, words in labels.categories.items():
+            stream.categories[LABEL_PREFIX + name] = words
+        documents.reading.notes += labels.notes
     return stream
 
 
 class Encoder:
-    """Gives the tokens of documents by number; those without text are left out and counted."""
+    """Tokenizes documents by number; documents without text are left out and counted.
+
+    The tokens `prefix` are put before each document.
+    """
 
     def __init__(
         self,
@@ -160,50 +193,59 @@ class Encoder:
         self._tokenizer = tokenizer
         self._prefix = prefix
         self._progress = progress
-        self._done = 0
+        self._documents_read = 0
 
     def hashes(self, numbers: np.ndarray) -> np.ndarray:
-        """`text_hash` of those documents among `numbers` that hold text, uint64."""
-        found = (
+        """`text_hash` of each non-empty document among `numbers`, uint64."""
+        hashes = (
             text_hash(text)
-            for some in self.documents.batches(numbers)
-            for text in self.documents.texts(some)
-            if text is not None and reason_against(text) is None
+            for batch in self.documents.batches(numbers)
+            for text in self.documents.texts(batch)
+            if text is not None and reason_to_drop(text) is None
         )
-        return np.fromiter(found, np.uint64)
+        return np.fromiter(hashes, np.uint64)
 
     def tokens(
-        self, numbers: np.ndarray, wanted: Callable[[int, int], bool] = lambda number, hash: True
+        self,
+        numbers: np.ndarray,
+        is_needed: Callable[[int, int], bool] = lambda number, hash: True,
     ) -> Iterator[TokenizedDocument]:
-        """Tokens of each document of `numbers`, in that order, as far as it is `wanted`.
+        """Yield the tokens of the documents `numbers`, in this order.
 
-        `wanted(number, hash)` is asked right before a document is tokenized with its neighbours.
+        `is_needed(number, hash)` is called right before a batch of documents is tokenized; a
+        document for which it returns False is skipped. Documents without tokens are counted.
         """
-        for some in self.documents.batches(numbers):
-            texts = [(n, t, text_hash(t)) for n, t in self._texts(some)]
-            texts = [(n, t, h) for n, t, h in texts if wanted(n, h)]
+        for batch in self.documents.batches(numbers):
+            texts = [(number, text, text_hash(text)) for number, text in self._valid_texts(batch)]
+            texts = [
+                (number, text, hash) for number, text, hash in texts if is_needed(number, hash)
+            ]
             encodings = self._tokenizer.encode_batch([text for _, text, _ in texts])
             for (number, _, hash), encoding in zip(texts, encodings, strict=True):
-                tokens = _tokens(number, hash, encoding, self._prefix)
-                if len(tokens.ids):
-                    yield tokens
+                document = _tokenized_document(number, hash, encoding, self._prefix)
+                if len(document.ids):
+                    yield document
                 else:
                     self.documents.reading.drop("without tokens", number)
-            self._done = min(self._done + len(some), len(self.documents))
+            # A document may be read twice (see SplitPacker.pack), so the count has a bound.
+            self._documents_read = min(self._documents_read + len(batch), len(self.documents))
             if self._progress is not None:
-                self._progress(self._done, len(self.documents))
+                self._progress(self._documents_read, len(self.documents))
 
-    def _texts(self, numbers: list[int]) -> Iterator[tuple[int, str]]:
-        """Those documents of `numbers` that hold text; the others are counted as left out."""
+    def _valid_texts(self, numbers: list[int]) -> Iterator[tuple[int, str]]:
+        """Yield number and text of each non-empty document; count the others as dropped."""
         for number, text in zip(numbers, self.documents.texts(numbers), strict=True):
-            reason = reason_against(text)
+            reason = reason_to_drop(text)
             if text is None or reason is not None:
                 self.documents.reading.drop(reason or "missing", number)
             else:
                 yield number, text
 
 
-def _tokens(number: int, hash: int, encoding: "Encoding", prefix: list[int]) -> TokenizedDocument:
+def _tokenized_document(
+    number: int, hash: int, encoding: "Encoding", prefix: list[int]
+) -> TokenizedDocument:
+    """The encoding of a document with `prefix` before it; prefix tokens span no characters."""
     ids = np.array(prefix + encoding.ids, np.int32)
     chars = np.zeros((len(ids), 2), np.int32)
     chars[len(prefix) :] = np.array(encoding.offsets, np.int32).reshape(-1, 2)
@@ -216,202 +258,221 @@ class Packer:
     def __init__(self, context: int) -> None:
         self.context = context
         self._pieces: deque[TokenizedDocument] = deque()
-        self.waiting = 0
-        """Tokens that are in no sequence yet."""
+        self.pending_tokens = 0
+        """Number of added tokens not yet in a sequence."""
 
-    def add(self, tokens: TokenizedDocument) -> None:
-        self._pieces.append(tokens)
-        self.waiting += len(tokens.ids)
+    def add(self, document: TokenizedDocument) -> None:
+        """Append the tokens of `document` to the pending ones."""
+        self._pieces.append(document)
+        self.pending_tokens += len(document.ids)
 
     @property
-    def full(self) -> bool:
-        """Whether a whole sequence waits."""
-        return self.waiting >= self.context
+    def has_whole_sequence(self) -> bool:
+        """Whether `context` tokens or more are pending."""
+        return self.pending_tokens >= self.context
 
-    def take(self) -> list[TokenizedDocument]:
-        """The next sequence: `context` tokens, or all that are left."""
-        taken, room = [], self.context
+    def pop_sequence(self) -> list[TokenizedDocument]:
+        """Remove and return the next sequence: `context` tokens, or all pending if fewer."""
+        pieces, room = [], self.context
         while room and self._pieces:
             piece = self._pieces.popleft()
             if len(piece.ids) > room:
                 self._pieces.appendleft(piece.part(room, None))
                 piece = piece.part(0, room)
-            taken.append(piece)
+            pieces.append(piece)
             room -= len(piece.ids)
-        self.waiting -= self.context - room
-        return taken
+        self.pending_tokens -= self.context - room
+        return pieces
 
 
 class Allowance:
-    """How many tokens each split may still have, where `max_tokens` bounds them all.
+    """Numbers of tokens still allowed per split, where `max_tokens` bounds all splits together.
 
-    A tenth is kept for test and a tenth for validation, in whole sequences of `context` tokens, at
-    least one each, until it turns out that there is no more text of theirs.
+    A tenth of the whole sequences is reserved for test and a tenth for validation, at least one
+    sequence each, until `release` says that these splits have no more text.
     """
 
     def __init__(self, max_tokens: int | None, context: int) -> None:
         self._context = context
-        self.left = max_tokens
-        whole = 0 if max_tokens is None else max_tokens // context
-        tenth = max(1, round(whole * TEST_SHARE)) * context if whole >= len(SPLITS) else 0
-        self._kept = [0 if name == "train" else tenth for name in SPLITS]
+        self.remaining = max_tokens
+        sequences = 0 if max_tokens is None else max_tokens // context
+        tenth = max(1, round(sequences * TEST_SHARE)) * context if sequences >= len(SPLITS) else 0
+        self._reserved = [0 if name == "train" else tenth for name in SPLITS]
 
     def allows(self, split: int, tokens: int) -> bool:
-        """Whether `split` may have another sequence of so many tokens."""
-        return self.left is None or self.left - tokens >= sum(self._kept) - self._kept[split]
+        """Return whether `split` may get another sequence of `tokens` tokens."""
+        if self.remaining is None:
+            return True
+        reserved_for_others = sum(self._reserved) - self._reserved[split]
+        return self.remaining - tokens >= reserved_for_others
 
     @property
-    def spent(self) -> bool:
-        """Whether no split may have another whole sequence."""
-        return self.left is not None and self.left < self._context
+    def is_spent(self) -> bool:
+        """Whether no split may get another whole sequence."""
+        return self.remaining is not None and self.remaining < self._context
 
     def spend(self, split: int, tokens: int) -> None:
-        """Count a sequence of `split`."""
-        if self.left is not None:
-            self.left -= tokens
-            self._kept[split] = max(0, self._kept[split] - tokens)
+        """Count a written sequence of `split`."""
+        if self.remaining is not None:
+            self.remaining -= tokens
+            self._reserved[split] = max(0, self._reserved[split] - tokens)
 
     def release(self) -> None:
-        """What was kept for some splits is there for all."""
-        self._kept = [0] * len(SPLITS)
+        """Give the reserved tokens to all splits."""
+        self._reserved = [0] * len(SPLITS)
 
 
 class SplitPacker:
-    """Packs the documents of each split by themselves: no sequence mixes splits.
+    """Packs the documents of each split separately: no sequence mixes splits.
 
-    Sequences are written in the order in which they get full. For each split they are a beginning
-    of those that there would be without `max_tokens`: a cache of more tokens begins with them.
+    A sequence is written as soon as it is full and allowed. The sequences of a split are the first
+    ones of the packing without `max_tokens`, so a cache of more tokens begins with them.
     """
 
     def __init__(
         self,
         encoder: Encoder,
         split_of: Callable[[int], int],
-        written: TokenStreamBuilder,
+        builder: TokenStreamBuilder,
         context: int,
         max_tokens: int | None,
     ) -> None:
         self._encoder = encoder
         self._split_of = split_of
-        self._written = written
+        """Document hash -> split, index into `SPLITS`."""
+        self._builder = builder
         self._allowance = Allowance(max_tokens, context)
         self._packers = [Packer(context) for _ in SPLITS]
-        self._behind: set[int] = set()
-        """Splits of which documents wait."""
+        self._splits_with_postponed: set[int] = set()
+        """Splits of which some documents were postponed."""
 
     def pack(self, order: np.ndarray) -> None:
         """Write the sequences of the documents `order`."""
-        # Once a split has its share, its further documents wait: tokens may be left in the end.
-        waiting: set[int] = set()
-        finished = self._add(order, waiting)
-        if finished:
+        # First pass: a split that has used up its share postpones its further documents.
+        postponed: set[int] = set()
+        all_read = self._add_documents(order, postponed)
+
+        # Splits whose documents were all packed write their last, shorter sequence.
+        if all_read:
             for split, packer in enumerate(self._packers):
-                if split not in self._behind and not packer.full:
-                    self._write_rest(split)
+                if split not in self._splits_with_postponed and not packer.has_whole_sequence:
+                    self._write_last_sequence(split)
+
+        # Tokens that the reserve did not need go to the postponed documents.
         self._allowance.release()
         for split in range(len(SPLITS)):
-            self._write_full(split)
-        if waiting:
-            rest = order[np.isin(order, np.fromiter(waiting, np.int64))]
-            finished = not self._allowance.spent and self._add(rest, set()) and finished
-        if finished:
+            self._write_whole_sequences(split)
+        if postponed:
+            numbers = order[np.isin(order, np.fromiter(postponed, np.int64))]
+            all_read = (
+                not self._allowance.is_spent and self._add_documents(numbers, set()) and all_read
+            )
+        if all_read:
             for split in range(len(SPLITS)):
-                self._write_rest(split)
+                self._write_last_sequence(split)
 
-    def _add(self, numbers: np.ndarray, waiting: set[int]) -> bool:
-        """Pack documents; False if tokens ran out before the documents did."""
+    def _add_documents(self, numbers: np.ndarray, postponed: set[int]) -> bool:
+        """Pack documents; return False if the allowed tokens ran out before the documents did.
 
-        def has_room(number: int, hash: int) -> bool:
+        Numbers of documents whose split has a whole sequence that is not allowed yet are added to
+        `postponed`.
+        """
+
+        def can_add(number: int, hash: int) -> bool:
             split = self._split_of(hash)
-            if self._packers[split].full:
-                waiting.add(number)
-                self._behind.add(split)
-            return not self._packers[split].full
-
-        for tokens in self._encoder.tokens(numbers, has_room):
-            if self._allowance.spent:
+            if self._packers[split].has_whole_sequence:
+                postponed.add(number)
+                self._splits_with_postponed.add(split)
                 return False
-            split = self._split_of(tokens.hash)
-            if has_room(tokens.row, tokens.hash):
-                self._packers[split].add(tokens)
-                self._write_full(split)
+            return True
+
+        for document in self._encoder.tokens(numbers, can_add):
+            if self._allowance.is_spent:
+                return False
+            # Asked again: documents of the same batch may have filled the sequence meanwhile.
+            if can_add(document.row, document.hash):
+                split = self._split_of(document.hash)
+                self._packers[split].add(document)
+                self._write_whole_sequences(split)
         return True
 
-    def _write_full(self, split: int) -> None:
-        """Write the whole sequences of `split` as far as they are allowed."""
-        packer, size = self._packers[split], self._packers[split].context
-        while packer.full and self._allowance.allows(split, size):
-            self._write(split, size)
+    def _write_whole_sequences(self, split: int) -> None:
+        """Write the pending whole sequences of `split` as far as the allowance permits."""
+        packer = self._packers[split]
+        while packer.has_whole_sequence and self._allowance.allows(split, packer.context):
+            self._write_sequence(split, packer.context)
 
-    def _write_rest(self, split: int) -> None:
-        """Write what is left of `split`, less than a whole sequence, if it is allowed."""
-        size = self._packers[split].waiting
-        if size and not self._packers[split].full and self._allowance.allows(split, size):
-            self._write(split, size)
+    def _write_last_sequence(self, split: int) -> None:
+        """Write the pending tokens of `split`, less than a whole sequence, if they are allowed."""
+        packer = self._packers[split]
+        tokens = packer.pending_tokens
+        if tokens and not packer.has_whole_sequence and self._allowance.allows(split, tokens):
+            self._write_sequence(split, tokens)
 
-    def _write(self, split: int, tokens: int) -> None:
-        self._written.append(self._packers[split].take(), split)
+    def _write_sequence(self, split: int, tokens: int) -> None:
+        self._builder.append(self._packers[split].pop_sequence(), split)
         self._allowance.spend(split, tokens)
 
 
 def _pack_by_split(
     encoder: Encoder,
     order: np.ndarray,
-    written: TokenStreamBuilder,
+    builder: TokenStreamBuilder,
     context: int,
     max_tokens: int | None,
 ) -> TokenStream:
-    """Sequences of `context` tokens of documents of one split; the last of each may be shorter."""
-    splits: dict[int, int] = {}
+    """Pack the documents of each split; the last sequence of a split may be shorter."""
+    split_of_hash: dict[int, int] = {}
     if len(order) <= SMALL_SET:
         hashes = np.unique(encoder.hashes(order))
+        # Fewer documents than splits: pack all together, and split the sequences instead.
         if len(hashes) < len(SPLITS):
-            stream = _pack_together(encoder.tokens(order), written, context, max_tokens)
+            stream = _pack_together(encoder.tokens(order), builder, context, max_tokens)
             return replace(stream, splits=split_in_order(stream.sequences), split_by=SEQUENCE)
-        splits = dict(zip(hashes.tolist(), assign_splits(hashes).tolist(), strict=True))
+        split_of_hash = dict(zip(hashes.tolist(), assign_splits(hashes).tolist(), strict=True))
 
     def split_of(hash: int) -> int:
-        if hash not in splits:
+        if hash not in split_of_hash:
             return int(assign_splits(np.array([hash], np.uint64))[0])
-        return splits[hash]
+        return split_of_hash[hash]
 
-    SplitPacker(encoder, split_of, written, context, max_tokens).pack(order)
-    return replace(written.stream(), cut=None)
+    SplitPacker(encoder, split_of, builder, context, max_tokens).pack(order)
+    return replace(builder.stream(), cut_tokens=None)
 
 
 def _pack_together(
-    encoded: Iterator[TokenizedDocument],
-    written: TokenStreamBuilder,
+    documents: Iterator[TokenizedDocument],
+    builder: TokenStreamBuilder,
     context: int,
     max_tokens: int | None,
 ) -> TokenStream:
-    """Sequences of `context` tokens across all documents, the last of the data may be shorter."""
+    """Pack all documents regardless of splits; the last sequence of the stream may be shorter."""
     packer = Packer(context)
 
-    def fits(tokens: int) -> bool:
-        return max_tokens is None or written.tokens + tokens <= max_tokens
+    def is_allowed(tokens: int) -> bool:
+        return max_tokens is None or builder.tokens + tokens <= max_tokens
 
-    for tokens in encoded:
-        packer.add(tokens)
-        while packer.full and fits(context):
-            written.append(packer.take())
-        if packer.full:
+    for document in documents:
+        packer.add(document)
+        while packer.has_whole_sequence and is_allowed(context):
+            builder.append(packer.pop_sequence())
+        if packer.has_whole_sequence:
             break
-    if packer.waiting and fits(packer.waiting):
-        written.append(packer.take())
-    return replace(written.stream(), splits=None, cut=None)
+    if packer.pending_tokens and is_allowed(packer.pending_tokens):
+        builder.append(packer.pop_sequence())
+    return replace(builder.stream(), splits=None, cut_tokens=None)
 
 
-def _one_by_one(
-    encoded: Iterator[TokenizedDocument],
-    written: TokenStreamBuilder,
+def _cut_documents(
+    documents: Iterator[TokenizedDocument],
+    builder: TokenStreamBuilder,
     context: int,
     max_tokens: int | None,
 ) -> TokenStream:
-    """One sequence per document, cut at `context`."""
-    for tokens in encoded:
-        kept = tokens.part(0, context)
-        if max_tokens is not None and written.tokens + len(kept.ids) > max_tokens:
+    """Write one sequence per document, cut at `context`."""
+    for document in documents:
+        sequence = document.part(0, context)
+        if max_tokens is not None and builder.tokens + len(sequence.ids) > max_tokens:
             break
-        written.append([kept], cut=len(tokens.ids) - len(kept.ids))
-    return replace(written.stream(), splits=None)
+        builder.append([sequence], cut=len(document.ids) - len(sequence.ids))
+    return replace(builder.stream(), splits=None)

@@ -1,7 +1,8 @@
 """Tiny random models of every causal language model class of transformers, by shrinking configs.
 
 Integer fields are made small by their name, per-layer lists keep every kind of layer, scalar
-constants leave their defaults, every parameter gets noise. `BY_HAND` holds what no rule can know.
+constants leave their defaults, every parameter gets noise. `BY_HAND` holds fields that need a value
+outside the rules.
 """
 
 import re
@@ -45,7 +46,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"(mamba_)?chunk_size|attention_chunk_size", 16),
     (r"router_hidden_size|.*_per_layer_input|proj_.*", 16),
 )
-"""Name of an integer field -> its value where the default is larger; the first match wins."""
+"""Pattern of an integer field's name -> largest value; the first match applies."""
 SCALARS: dict[str, float] = {
     "final_logit_softcapping": 2.0,
     "logits_scaling": 3.0,
@@ -89,48 +90,55 @@ BY_HAND: dict[str, dict[str, Any]] = {
     },
     "zamba2": {"n_mamba_heads": 8, "attention_hidden_size": 128, "attention_head_dim": 32},
 }
-"""What no rule can know, per model type."""
+"""Fields outside the rules, per model type."""
 SAME_TEXT = {"dots3_note": "dots3_note_text"}
-"""Composite types that are built from the config of their text model."""
+"""Composite types built from the config of their text model."""
 
 
-def shrink(config: PretrainedConfig, hand: dict[str, Any] | None = None) -> PretrainedConfig:
-    """A config of the same class with small fields; `hand` wins over the rules."""
-    hand = hand or {}
+def shrink(config: PretrainedConfig, by_hand: dict[str, Any] | None = None) -> PretrainedConfig:
+    """A config of the same class with small fields; fields in `by_hand` override the rules."""
+    by_hand = by_hand or {}
     fields = {k: v for k, v in vars(config).items() if not k.startswith("_")}
-    new = dict(_scalars(fields))
+    small = dict(_small_scalars(fields))
     for name, value in fields.items():
         if isinstance(value, PretrainedConfig):
-            new[name] = shrink(value, hand.get(name)).to_dict()
-    # What is equal in the default stays equal: a rotary width that is also the head's.
+            small[name] = shrink(value, by_hand.get(name)).to_dict()
+    # Fields that are equal by default stay equal: rotary width and width of a head.
     if fields.get("qk_rope_head_dim") == fields.get("head_dim") is not None:
-        new["head_dim"] = new["qk_rope_head_dim"]
-    keep = _kept_layers(fields)
-    new.update(_lists(fields, keep))
+        small["head_dim"] = small["qk_rope_head_dim"]
+    layers = _representative_layers(fields)
+    small.update(_small_lists(fields, layers))
     if spec := getattr(config, "_heterogeneity_spec", None):
-        own = spec.per_layer_overrides
-        kept = [n for n in keep if n in own]
-        new["per_layer_config"] = {keep.index(n): dict(_scalars(own[n])) for n in kept}
-    new.update({k: v for k, v in hand.items() if not isinstance(fields.get(k), PretrainedConfig)})
-    return type(config)(**new)
+        overrides = spec.per_layer_overrides
+        small["per_layer_config"] = {
+            number: dict(_small_scalars(overrides[layer]))
+            for number, layer in enumerate(layers)
+            if layer in overrides
+        }
+    small.update(
+        {k: v for k, v in by_hand.items() if not isinstance(fields.get(k), PretrainedConfig)}
+    )
+    return type(config)(**small)
 
 
-def _scalars(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _small_scalars(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield name and new value of each scalar field that changes."""
     for name, value in fields.items():
         if isinstance(value, int) and not isinstance(value, bool):
             heads = name == "num_key_value_heads" and value == fields.get("num_attention_heads")
-            small = _integer("num_attention_heads" if heads else name, value)
+            small = _small_integer("num_attention_heads" if heads else name, value)
             if small != value:
                 yield name, small
         elif value is None and re.fullmatch(_UNSET, name):
-            yield name, _integer(name, 4)
+            yield name, _small_integer(name, 4)
         elif name in SCALARS:
             yield name, SCALARS[name]
         elif isinstance(value, float) and "eps" in name:
             yield name, 3e-4
 
 
-def _integer(name: str, value: int) -> int:
+def _small_integer(name: str, value: int) -> int:
+    """`value` of an integer field, reduced by the first rule for its name."""
     if name.endswith(("token_id", "_index")):
         return value if 0 <= value < VOCAB else VOCAB - 1
     for pattern, small in RULES:
@@ -139,41 +147,49 @@ def _integer(name: str, value: int) -> int:
     return value
 
 
-def _kept_layers(fields: dict[str, Any]) -> list[int]:
-    """Numbers of `DEPTH` layers, among them one of every kind that the per-layer lists know."""
+def _representative_layers(fields: dict[str, Any]) -> list[int]:
+    """Numbers of `DEPTH` layers, among them one of every kind in the per-layer lists."""
     depth = next((v for k, v in fields.items() if re.fullmatch(_LAYERS, k)), 0)
     lists = [v for v in fields.values() if isinstance(v, list | tuple) and len(v) == depth]
     first: dict[str, int] = {}
     for number in range(depth):
         first.setdefault(repr([values[number] for values in lists]), number)
     kinds = list(first.values())[:DEPTH]
-    rest = [n for n in range(depth) if n not in kinds]
-    return sorted([*kinds, *rest[: DEPTH - len(kinds)]])
+    others = [number for number in range(depth) if number not in kinds]
+    return sorted([*kinds, *others[: DEPTH - len(kinds)]])
 
 
-def _lists(fields: dict[str, Any], keep: list[int]) -> Iterator[tuple[str, Any]]:
+def _small_lists(fields: dict[str, Any], layers: list[int]) -> Iterator[tuple[str, Any]]:
+    """Yield name and new value of each per-layer list, reduced to `layers`."""
     depth = next((v for k, v in fields.items() if re.fullmatch(_LAYERS, k)), 0)
     for name, values in fields.items():
         if isinstance(values, list | tuple) and len(values) == depth > DEPTH:
-            small = name.removesuffix("_per_layer")
-            chosen = [values[n] for n in keep]
-            yield name, [_integer(small, v) if type(v) is int else v for v in chosen]
+            scalar_name = name.removesuffix("_per_layer")
+            yield (
+                name,
+                [
+                    _small_integer(scalar_name, value) if type(value) is int else value
+                    for value in (values[layer] for layer in layers)
+                ],
+            )
 
 
 def tiny_config(kind: str, **fields: Any) -> PretrainedConfig:
-    """The small config of a model type, with `fields` as given."""
+    """The small config of a model type, with the given `fields`."""
     kind = SAME_TEXT.get(kind, kind)
     return shrink(CONFIG_MAPPING[kind](), {**BY_HAND.get(kind, {}), **fields})
 
 
-def build(kind: str, seed: int = 0, noise: float = 0.1, **fields: Any) -> torch.nn.Module:
-    """A causal model of type `kind` in eval mode, every parameter off its initial value."""
+def build_architecture(
+    kind: str, seed: int = 0, noise: float = 0.1, **fields: Any
+) -> torch.nn.Module:
+    """A causal model of type `kind` in eval mode, with noise added to every parameter."""
     torch.manual_seed(seed)
     config, mapping = tiny_config(kind, **fields), cast(Any, AutoModelForCausalLM._model_mapping)
     with guard_transformers():
         try:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except AttributeError:  # the class reads the config of a part: of the decoder, of the text
+        except AttributeError:  # the class expects the config of its decoder or text part
             config = config.get_text_config(decoder=True)
             model = mapping[CONFIG_MAPPING[kind]](config)
     generator = torch.Generator().manual_seed(seed + 1)

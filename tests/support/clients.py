@@ -1,8 +1,9 @@
-"""Clients of an S3 server in processes of their own, which a test may kill.
+"""Clients of an S3 server as processes that tests may kill.
 
-`clients.py create BUCKET BYTE` creates the object that each line of standard input names, out of
-1000 times BYTE, and answers each with the status. `clients.py upload PATH` writes 12 MiB, says so,
-and never closes the file. Both take the server from the environment (`Server.environment`).
+`clients.py create BUCKET BYTE` reads object names from standard input, creates each object (1000
+times BYTE) unless it exists, and prints the HTTP status. `clients.py upload PATH` writes 12 MiB,
+prints `written`, and never closes the file. The server is given by the environment
+(`Server.environment`).
 """
 
 import sys
@@ -10,6 +11,7 @@ import time
 
 
 def create(bucket: str, byte: str) -> None:
+    """Create the objects named on standard input; print a status per object."""
     import botocore.session
     from botocore.exceptions import ClientError
 
@@ -26,6 +28,7 @@ def create(bucket: str, byte: str) -> None:
 
 
 def upload(path: str) -> None:
+    """Begin an upload that never ends."""
     import fsspec
 
     with fsspec.filesystem("s3").open(path, "wb", block_size=5 << 20) as file:

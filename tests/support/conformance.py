@@ -1,4 +1,8 @@
-"""Does a model extract, and is what comes out the model's? One verdict per architecture."""
+"""Conformance of one architecture: are its blocks found, and does the saved head give its logits?
+
+`check_architecture` builds a tiny model (`architectures.py`), runs `check_model`, fills the model
+with NaN and compares the logits of the saved head with those before. The result is a `Verdict`.
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -14,19 +18,19 @@ from residua.cache.head.load_head import load_head
 from residua.cache.model.blocks import run_model
 from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
-from .architectures import VOCAB, build
+from .architectures import VOCAB, build_architecture
 
 TOLERANCE = 1e-5
-"""Largest |offline - model| over the largest |logit|, float32."""
+"""Largest allowed difference between logits of head and model, relative to the largest logit."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What happened to one architecture."""
+    """Result of the check of one architecture."""
 
     kind: str
     model: str
-    """Name of its class, empty if it could not be built."""
+    """Name of the model class; empty if the model could not be built."""
     status: str
     """`extracted`, `refused`, `wrong` or `not built`."""
     reason: str = ""
@@ -34,90 +38,106 @@ class Verdict:
     depth: int = 0
     d_model: int = 0
     layout: str = ""
-    """How the stream lies in the model if not as `(batch, length, d_model)`."""
+    """Shape of the stream in the model, if not `(batch, length, d_model)`."""
     head: str = ""
     embedding: bool = True
     causal: bool = True
     pad: bool = True
     states: str = ""
-    """Against transformers' own hidden states, layers 0..L-1: `same`, `other` or nothing."""
+    """Layers 0..L-1 compared with transformers' hidden states: `same`, `other`; empty if absent."""
     error: float = 0.0
-    """The largest of all measured against `TOLERANCE`."""
+    """Largest error of all comparisons."""
 
 
 @cache
-def stream() -> TokenStream:
-    """A few sequences of random tokens."""
+def random_stream() -> TokenStream:
+    """Six sequences of 50 random tokens."""
     rng = np.random.default_rng(3)
     return from_sequences([rng.integers(3, VOCAB - 1, 50) for _ in range(6)])
 
 
-def judge(kind: str, folder: Path, **fields: Any) -> Verdict:
-    """Build, extract, poison and reload one architecture; its head stays in `folder`."""
+def check_architecture(kind: str, folder: Path, **fields: Any) -> Verdict:
+    """Build and check one architecture; its head and reference logits are written to `folder`."""
     try:
-        model = build(kind, **fields)
+        model = build_architecture(kind, **fields)
     except Exception as error:
-        return Verdict(kind, "", "not built", _line(error))
+        return Verdict(kind, "", "not built", _short_message(error))
     name = type(model).__name__
     try:
-        canary = check_model(model, stream(), "float32", "auto")
+        report = check_model(model, random_stream(), "float32", "auto")
     except ResiduaError as error:
-        return Verdict(kind, name, "refused", _line(error))
+        return Verdict(kind, name, "refused", _short_message(error))
     ids = torch.from_numpy(np.random.default_rng(11).integers(3, VOCAB - 1, (2, 29)))
     with torch.inference_mode():
-        want = run_model(model, ids).logits.clone()
-        layers = [layer.clone() for layer in canary.stack.residuals(ids)]
-        states = _states(model, ids, layers)
-        padding = _padding(canary, ids, layers) if canary.pad else 0.0
-    error = max(padding, canary.head_error, _offline(model, canary, layers[-1], want, folder))
-    stack, axes = canary.stack, canary.stack.axes
-    plain = axes.plain and len(stack.picks) == 1
-    layout = "" if plain else str(axes.shape(2, 29)) + f" x {len(stack.picks)}"
+        logits = run_model(model, ids).logits.clone()
+        layers = [layer.clone() for layer in report.stack.residuals(ids)]
+        states = _compare_hidden_states(model, ids, layers)
+        padding = _padding_error(report, ids, layers) if report.pad else 0.0
+    error = max(padding, report.head_error, _head_error(model, report, layers[-1], logits, folder))
+    stack, axes = report.stack, report.stack.axes
+    plain = axes.is_plain and len(stack.stream_indices) == 1
+    layout = "" if plain else str(axes.shape(2, 29)) + f" x {len(stack.stream_indices)}"
     status = "extracted" if error <= TOLERANCE and len(layers) == stack.depth + 1 else "wrong"
     return Verdict(
-        kind, name, status, "", stack.name, stack.depth, stack.d_model, layout.removesuffix(" x 1"),
-        canary.head.kind, canary.embedding, canary.causal, canary.pad, states, error,
-    )  # fmt: skip
+        kind=kind,
+        model=name,
+        status=status,
+        blocks=stack.name,
+        depth=stack.depth,
+        d_model=stack.d_model,
+        layout=layout.removesuffix(" x 1"),
+        head=report.head.kind,
+        embedding=report.embedding,
+        causal=report.causal,
+        pad=report.pad,
+        states=states,
+        error=error,
+    )
 
 
-def _offline(
+def _head_error(
     model: torch.nn.Module,
-    canary: ModelReport,
+    report: ModelReport,
     hidden: torch.Tensor,
-    want: torch.Tensor,
+    model_logits: torch.Tensor,
     folder: Path,
 ) -> float:
-    """Error of the head after the model was filled with NaN: numpy, torch, and from the disk."""
+    """Largest error of the head (numpy, torch, reloaded) after the model is filled with NaN."""
     folder.mkdir(parents=True, exist_ok=True)
-    canary.head.save(folder, canary.tensors)
-    rows, logits = hidden.float().numpy(), want.float().numpy()
+    report.head.save(folder, report.tensors)
+    rows, logits = hidden.float().numpy(), model_logits.float().numpy()
     np.savez(folder / "rows.npz", hidden=rows, logits=logits)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
     loaded = load_head(folder)
-    assert loaded.digest == canary.head.digest
-    found = (
-        canary.head.logits(rows),
+    assert loaded.digest == report.head.digest
+    logits_of_heads = (
+        report.head.logits(rows),
         loaded.logits(rows),
-        canary.head.torch()(torch.from_numpy(rows)).numpy(),
+        report.head.torch()(torch.from_numpy(rows)).numpy(),
     )
-    return max(float(np.abs(one - logits).max() / np.abs(logits).max()) for one in found)
+    scale = np.abs(logits).max()
+    return max(float(np.abs(values - logits).max() / scale) for values in logits_of_heads)
 
 
-def _padding(canary: ModelReport, ids: torch.Tensor, layers: list[torch.Tensor]) -> float:
-    """Change of a short row by padding; scaled so that the padding tolerance is `TOLERANCE`."""
+def _padding_error(report: ModelReport, ids: torch.Tensor, layers: list[torch.Tensor]) -> float:
+    """Change of a short sequence by padding, divided by 10: padding may change 10 `TOLERANCE`."""
     mask, padded = torch.ones_like(ids), ids.clone()
     mask[1, 17:], padded[1, 17:] = 0, 0
-    many = canary.stack.residuals(padded, mask)
-    alone = canary.stack.residuals(ids[1:, :17])
-    pairs = zip(alone, many, strict=True)
-    return max(float((m[1, :17] - a[0]).abs().max() / a.abs().max()) for a, m in pairs) / 10
+    padded_layers = report.stack.residuals(padded, mask)
+    single_layers = report.stack.residuals(ids[1:, :17])
+    pairs = zip(single_layers, padded_layers, strict=True)
+    errors = [
+        float((padded_layer[1, :17] - single[0]).abs().max() / single.abs().max())
+        for single, padded_layer in pairs
+    ]
+    return max(errors) / 10
 
 
-def _states(model: Any, ids: torch.Tensor, layers: list[torch.Tensor]) -> str:
-    """Whether transformers reports the same streams before its last one, which is normed."""
+def _compare_hidden_states(model: Any, ids: torch.Tensor, layers: list[torch.Tensor]) -> str:
+    """`same` if transformers' hidden states equal layers 0..L-1 (L is normed), else `other`."""
     try:
         states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
     except Exception:
@@ -130,6 +150,7 @@ def _states(model: Any, ids: torch.Tensor, layers: list[torch.Tensor]) -> str:
     return "same" if all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs) else "other"
 
 
-def _line(error: Exception) -> str:
+def _short_message(error: Exception) -> str:
+    """An error's message in one line of at most 240 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else text[:237] + "..."

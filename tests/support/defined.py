@@ -1,7 +1,7 @@
-"""Measures that may be undefined, where a test knows that they are not."""
+"""Type narrowing for measures that may be undefined."""
 
 
-def defined(value: float | None) -> float:
-    """`value`, which is not None."""
+def not_none(value: float | None) -> float:
+    """`value`; fails the test if it is None."""
     assert value is not None
     return value

@@ -1,4 +1,4 @@
-"""Compares evaluations: equal but for what the order of additions changes in float32."""
+"""Comparison of evaluations up to float32 rounding: `assert_same_rows`."""
 
 from typing import Any
 
@@ -7,27 +7,36 @@ import pytest
 from residua.analysis.evaluation.result import Evaluation
 
 ROUNDING = 1e-5
-"""Relative difference of float32 sums that other kernels or alignments add in another order."""
+"""Relative difference between float32 sums in different orders of addition."""
 
 
-def assert_same_rows(found: Evaluation | dict[str, Any], want: Evaluation | dict[str, Any]) -> None:
-    """The same rows, names and counts; measures equal to `ROUNDING`."""
-    one, other = (e.to_dicts() if isinstance(e, Evaluation) else e for e in (found, want))
-    assert_close(one, other, "evaluation")
+def assert_same_rows(
+    actual: Evaluation | dict[str, Any], expected: Evaluation | dict[str, Any]
+) -> None:
+    """Fail unless rows, names and counts are equal, and measures equal to `ROUNDING`."""
+    assert_close(_as_json(actual), _as_json(expected), "evaluation")
 
 
-def assert_close(one: Any, other: Any, where: str) -> None:
-    """JSON values that are equal, floats to `ROUNDING` of themselves (or of 1 near zero)."""
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert set(one) == set(other), where
-        for key in one:
-            assert_close(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), where
-        for number, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_close(a, b, f"{where}[{number}]")
-    elif isinstance(one, float):
-        assert one == pytest.approx(other, rel=ROUNDING, abs=ROUNDING, nan_ok=True), where
+def _as_json(evaluation: Evaluation | dict[str, Any]) -> Any:
+    """The rows of an evaluation as JSON values."""
+    return evaluation.to_dicts() if isinstance(evaluation, Evaluation) else evaluation
+
+
+def assert_close(actual: Any, expected: Any, path: str) -> None:
+    """Fail unless two JSON values are equal, floats to a relative or absolute `ROUNDING`.
+
+    `path` names the values in the message.
+    """
+    assert type(actual) is type(expected), path
+    if isinstance(actual, dict):
+        assert set(actual) == set(expected), path
+        for key in actual:
+            assert_close(actual[key], expected[key], f"{path}.{key}")
+    elif isinstance(actual, list):
+        assert len(actual) == len(expected), path
+        for number, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            assert_close(a, b, f"{path}[{number}]")
+    elif isinstance(actual, float):
+        assert actual == pytest.approx(expected, rel=ROUNDING, abs=ROUNDING, nan_ok=True), path
     else:
-        assert one == other, where
+        assert actual == expected, path

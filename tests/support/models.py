@@ -1,4 +1,4 @@
-"""Tiny random causal models built from a configuration; every parameter is off its default."""
+"""Tiny random causal models, tokenizers and texts for tests; no parameter has its default."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 32, "num_hidden_layers": 3},
     "glm": {**_LLAMA},
 }
-"""Model types with norms, biases, scales, softcaps and block outputs of every kind."""
+"""Model type -> configuration; together they have all kinds of norms, biases, scales, outputs."""
 
 
 def build_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
@@ -64,7 +64,7 @@ def build_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) ->
 
 
 def save_model(folder: Path, kind: str = "gpt_neox", bos: bool = False, seed: int = 0) -> Path:
-    """A model folder as transformers saves it, with a byte-level tokenizer of `VOCAB` tokens."""
+    """Save a model as transformers does, with a byte-level tokenizer; return `folder`."""
     model: Any = build_model(kind, seed=seed)
     with guard_transformers():
         model.save_pretrained(folder)
@@ -73,7 +73,7 @@ def save_model(folder: Path, kind: str = "gpt_neox", bos: bool = False, seed: in
 
 
 def build_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE; with `bos` it begins every text with a mark of its own."""
+    """A byte-level BPE of `VOCAB` tokens; with `bos` every text begins with a special token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
@@ -94,9 +94,6 @@ def build_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
 
 def texts(number: int, seed: int = 0) -> list[str]:
     """Short documents of different lengths over a small set of words."""
-    # fmt: off
-    words = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree",
-             "and", "then", "it", "was", "big", "red", "blue", "house"]
-    # fmt: on
+    words = "the a cat dog sat ran on under mat tree and then it was big red blue house".split()
     rng = np.random.default_rng(seed)
     return [" ".join(rng.choice(words, rng.integers(3, 60))) for _ in range(number)]

@@ -1,10 +1,9 @@
-"""What a power cut would leave: follows fsync and rename, and knows what the disk has for sure.
+"""Files that a power cut would lose: `Disk` follows fsync and rename of this process.
 
-POSIX promises little: the bytes of a file are on the disk after an fsync of it, a name after an
-fsync of its folder, and of what was not synced any part may be there, in any order. So a file must
-be synced before it is given its name, its folder after that, and both before anything else says
-that the file is there. `Disk` looks at every rename and fsync of this process and notes where one
-of these is left out.
+POSIX promises only that the bytes of a file are on the disk after an fsync of the file, and its
+name after an fsync of its folder; of anything not synced any part may survive, in any order. So a
+file must be synced before a rename gives it its public name, its folder after the rename, and both
+before another file announces it. `Disk` records every rename that breaks this order.
 """
 
 import hashlib
@@ -17,47 +16,48 @@ from typing import Any
 import pytest
 
 LOCKS = (".lock",)
-"""Files that mean nothing after a power cut."""
+"""Endings of lock files, which need not survive."""
 
 
 class Disk:
-    """Files and folders under `base`, of which only what was synced is kept for sure."""
+    """Synced state of the files and folders under `base`, followed by patched os functions."""
 
     def __init__(self, base: Path, patch: pytest.MonkeyPatch) -> None:
         self.base = base
         self.faults: list[str] = []
-        """Each rename that came too early, and each file that was announced too early."""
+        """A message per rename of an unsynced file, and per announcement of an unsynced file."""
         self.events: list[tuple[str, str]] = []
-        """`fsync`, `rename` with the path under `base` that was synced or appeared."""
+        """(`fsync` or `rename`, path under `base`) in order."""
         self._lock = threading.RLock()
-        self._bytes: dict[int, str] = {}
-        self._entries: dict[int, dict[str, int]] = {}
-        self._real = {name: getattr(os, name) for name in ("fsync", "replace", "rename")}
+        self._synced_content: dict[int, str] = {}
+        self._synced_entries: dict[int, dict[str, int]] = {}
+        self._os_functions = {name: getattr(os, name) for name in ("fsync", "replace", "rename")}
         patch.setattr(os, "fsync", self._fsync)
         for name in ("replace", "rename"):
             patch.setattr(os, name, lambda *paths, name=name: self._rename(name, *paths))
         self.assume_synced()
 
     def assume_synced(self) -> None:
-        """Take what is there now as kept."""
+        """Take the present files and folders as synced."""
         for path in (self.base, *self.base.rglob("*")):
-            self._keep(path)
+            self._mark_synced(path)
 
     def _fsync(self, descriptor: int) -> None:
-        self._real["fsync"](descriptor)
+        self._os_functions["fsync"](descriptor)
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         if not path.is_relative_to(self.base):
             return
         with self._lock:
-            self._keep(path)
-            self.events.append(("fsync", self._name(path)))
+            self._mark_synced(path)
+            self.events.append(("fsync", self._relative_name(path)))
 
-    def _keep(self, path: Path) -> None:
+    def _mark_synced(self, path: Path) -> None:
+        """Record the content of a file, or the entries of a folder, as synced."""
         number = path.stat().st_ino
         if path.is_dir():
-            self._entries[number] = {e.name: e.inode() for e in os.scandir(path)}
+            self._synced_entries[number] = {e.name: e.inode() for e in os.scandir(path)}
         else:
-            self._bytes[number] = content(path)
+            self._synced_content[number] = content(path)
 
     def _rename(self, call: str, source: Any, target: Any) -> None:
         source, target = Path(os.fspath(source)), Path(os.fspath(target))
@@ -67,72 +67,84 @@ class Disk:
                 self._check_source(source, target)
                 if target.suffix == ".json":
                     self._check_announced(source, target)
-            self._real[call](source, target)
+            self._os_functions[call](source, target)
             if inside:
-                self.events.append(("rename", self._name(target)))
+                self.events.append(("rename", self._relative_name(target)))
 
     def _check_source(self, source: Path, target: Path) -> None:
-        """What appears under its name must be whole on the disk, with all that is in it."""
+        """Record a fault for each unsynced file or folder that a rename makes public."""
         for path in (source, *(source.rglob("*") if source.is_dir() else ())):
-            if self.is_part_of(path, source) and not self._is_kept(path):
-                self.faults.append(f"{self._name(target)} appears before {path.name} is synced")
+            if self.is_part_of(path, source) and not self._is_synced(path):
+                self.faults.append(
+                    f"{self._relative_name(target)} appears before {path.name} is synced"
+                )
 
     def _check_announced(self, source: Path, target: Path) -> None:
-        """A JSON file says that what lies beside it, and the shards that it names, are there."""
-        named = [path for path in target.parent.iterdir() if path.name != target.name]
+        """Record a fault for each unsynced file that the JSON file `target` announces.
+
+        A JSON file announces the files beside it; a journal record also the shards it names.
+        """
+        announced = [path for path in target.parent.iterdir() if path.name != target.name]
         if target.parent.name == "journal":
             record = json.loads(source.read_bytes())
             if "rows" in record:
                 cache, part = target.parent.parent, record["part"]
                 for name in record["arrays"]:
-                    named += (cache / "arrays.zarr" / name / "c" / str(part)).rglob("*")
-                    named += [cache / "arrays.zarr" / name / "c" / str(part)]
-        for path in named:
+                    announced += (cache / "arrays.zarr" / name / "c" / str(part)).rglob("*")
+                    announced += [cache / "arrays.zarr" / name / "c" / str(part)]
+        for path in announced:
             if self.is_part_of(path, self.base) and not self.survives(path):
                 self.faults.append(
-                    f"{self._name(target)} appears before {self._name(path)} is safe"
+                    f"{self._relative_name(target)} appears before "
+                    f"{self._relative_name(path)} is safe"
                 )
 
     def survives(self, path: Path) -> bool:
-        """Whether a power cut now leaves `path` under its name, with the bytes that it has."""
+        """Return whether `path` would survive a power cut now, with its name and content."""
         folder = self.base
         for name in path.relative_to(self.base).parts:
-            kept = self._entries.get(folder.stat().st_ino, {})
+            synced_entries = self._synced_entries.get(folder.stat().st_ino, {})
             folder = folder / name
-            if kept.get(name) != folder.stat().st_ino:
+            if synced_entries.get(name) != folder.stat().st_ino:
                 return False
-        return path.is_dir() or self._is_kept(path)
+        return path.is_dir() or self._is_synced(path)
 
     def lost(self, under: Path | None = None) -> list[str]:
-        """Files that a power cut now would cost, with their folders."""
+        """Files and folders that would not survive a power cut now."""
         paths = sorted((under or self.base).rglob("*"))
-        return [self._name(p) for p in paths
-                if self.is_part_of(p, self.base) and not self.survives(p)]  # fmt: skip
+        return [
+            self._relative_name(path)
+            for path in paths
+            if self.is_part_of(path, self.base) and not self.survives(path)
+        ]
 
-    def _is_kept(self, path: Path) -> bool:
+    def _is_synced(self, path: Path) -> bool:
+        """Return whether the content of a file, or the entries of a folder, are synced."""
         number = path.stat().st_ino
-        if path.is_dir():
-            there = {e.name: e.inode() for e in os.scandir(path)}
-            kept = self._entries.get(number, {})
-            return all(
-                kept.get(n) == i for n, i in there.items() if self.is_part_of(path / n, path)
-            )
-        return self._bytes.get(number) == content(path)
+        if not path.is_dir():
+            return self._synced_content.get(number) == content(path)
+        synced_entries = self._synced_entries.get(number, {})
+        entries = {entry.name: entry.inode() for entry in os.scandir(path)}
+        return all(
+            synced_entries.get(name) == inode
+            for name, inode in entries.items()
+            if self.is_part_of(path / name, path)
+        )
 
     def is_public(self, path: Path) -> bool:
-        """Whether `path` is not in a folder, or under a name, of something unfinished."""
+        """Return whether no part of the path is hidden, as unfinished files and folders are."""
         return not any(part.startswith(".") for part in path.relative_to(self.base).parts)
 
     @staticmethod
     def is_part_of(path: Path, top: Path) -> bool:
-        """Whether `path` under `top` is no lock and no temporary file."""
+        """Return whether `path` under `top` is neither a lock nor a temporary file."""
         names = path.relative_to(top).parts
         return not path.name.endswith(LOCKS) and not any(name.startswith(".") for name in names)
 
-    def _name(self, path: Path) -> str:
+    def _relative_name(self, path: Path) -> str:
         return path.relative_to(self.base).as_posix()
 
 
 def content(path: Path) -> str:
-    """Digest of what other processes read in a file now: buffers of this one are not in it."""
+    """sha256 of a file as other processes read it: without buffers of this process."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

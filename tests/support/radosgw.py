@@ -1,4 +1,4 @@
-"""Ceph's S3 gateway over one monitor and one object store in memory, out of Debian's packages.
+"""Ceph's S3 gateway over one monitor and one object store in memory, from Debian's packages.
 
 apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
 """
@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from servers import HOST, Server, free_ports, make_bucket, running, until
+from servers import HOST, Server, free_ports, make_bucket, running, wait_until
 
 PROGRAMS = ("monmaptool", "ceph-mon", "ceph-osd", "ceph", "radosgw", "radosgw-admin")
 CONFIGURATION = """\
@@ -44,15 +44,15 @@ rgw thread pool size = 64
 """
 
 
-def missing() -> str:
-    """Why the gateway cannot run here; empty if it can."""
+def reason_unavailable() -> str:
+    """Reason why the gateway cannot run on this machine; empty if it can."""
     absent = [program for program in PROGRAMS if not shutil.which(program)]
     return f"Ceph's gateway is not installed: no {', '.join(absent)} in PATH" if absent else ""
 
 
 @contextlib.contextmanager
 def serve(folder: Path, seconds: float) -> Iterator[Server]:
-    """A cluster in `folder` and the memory of its processes, until the block ends."""
+    """Context with a cluster that has its files in `folder` and its objects in memory."""
     port, monitor = free_ports(2)
     fsid, disk = str(uuid.uuid4()), str(uuid.uuid4())
     for name in ("mon", "osd", "rgw", "crash"):
@@ -63,11 +63,11 @@ def serve(folder: Path, seconds: float) -> Iterator[Server]:
     server = Server(f"http://{HOST}:{port}")
 
     def run(*words: str) -> None:
-        done = _call(words, folder, environment, seconds)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(words)}: {done.stdout}{done.stderr}")
+        process = _call(words, folder, environment, seconds)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(words)}: {process.stdout}{process.stderr}")
 
-    def registered() -> bool:
+    def register_disk() -> bool:
         words = ("ceph", "--connect-timeout", "5", "osd", "new", disk)
         return _call(words, folder, environment, seconds).returncode == 0
 
@@ -81,18 +81,20 @@ def serve(folder: Path, seconds: float) -> Iterator[Server]:
         run("monmaptool", "--create", "--addv", "a", address, "--fsid", fsid, "map")
         run("ceph-mon", "--mkfs", "-i", "a", "--monmap", "map")
         start("ceph-mon", "-f", "-i", "a")
-        until(registered, seconds, folder / "ceph-mon")
+        wait_until(register_disk, seconds, folder / "ceph-mon")
         run("ceph-osd", "--mkfs", "-i", "0", "--osd-uuid", disk)
         start("ceph-osd", "-f", "-i", "0")
         reader, secret = server.reader
         run(
-            "radosgw-admin", "user", "create", "--uid", "residua", "--display-name", "residua",
-            "--access-key", server.key, "--secret-key", server.secret,
-        )  # fmt: skip
+            *("radosgw-admin", "user", "create"),
+            *("--uid", "residua", "--display-name", "residua"),
+            *("--access-key", server.key, "--secret-key", server.secret),
+        )
         run(
-            "radosgw-admin", "subuser", "create", "--uid", "residua", "--subuser", reader,
-            "--access", "read", "--key-type", "s3", "--access-key", reader, "--secret", secret,
-        )  # fmt: skip
+            *("radosgw-admin", "subuser", "create"),
+            *("--uid", "residua", "--subuser", reader, "--access", "read"),
+            *("--key-type", "s3", "--access-key", reader, "--secret", secret),
+        )
         start("radosgw", "-f", "-n", "client.rgw")
         yield make_bucket(server, seconds, folder / "radosgw")
 

@@ -1,4 +1,8 @@
-"""Commands to be killed or disturbed, and what they leave under a root."""
+"""Extractions that tests kill or disturb, and checks of the files under their root.
+
+`run_undisturbed` gives the files that an interrupted and resumed extraction must have in the end;
+`CommittedRecords.check` is called after every interruption, `assert_complete` at the end.
+"""
 
 import shutil
 import time
@@ -15,7 +19,7 @@ from .models import texts
 
 
 def write_texts(folder: Path) -> Path:
-    """A file of documents of about 40 tokens."""
+    """Write a file of 70 documents of about 40 tokens; return its path."""
     path = folder / "texts.txt"
     path.write_text("<|endoftext|>".join(texts(70)))
     return path
@@ -23,66 +27,74 @@ def write_texts(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Scene:
-    """A command to kill, and the one that went before it."""
+    """An extraction to kill, and the extraction before it."""
 
     model: Path
     data: Path
     options: tuple[object, ...] = ()
     before: tuple[object, ...] | None = None
-    """Options of a first extraction that ends undisturbed."""
+    """Options of a first, undisturbed extraction; None for an empty root."""
 
-    def command(self, root: Path, *more: object) -> tuple[object, ...]:
+    def command(self, root: Path, *options: object) -> tuple[object, ...]:
+        """Arguments of the command line, with further `options`."""
         size = ("--context", 40, "--part-positions", 128, "--batch-tokens", 200)
-        return ("extract", self.model, self.data, *size, *self.options, *more, "--root", root)
+        return ("extract", self.model, self.data, *size, *self.options, *options, "--root", root)
 
 
-def records(root: Path) -> dict[Path, bytes]:
-    """Bytes of all records in the journals."""
-    found = [record for path in list_paths(root) for record in path.glob("journal/*.json")]
-    return {path: path.read_bytes() for path in found if not path.name.startswith(".")}
+def journal_records(root: Path) -> dict[Path, bytes]:
+    """Bytes of all journal records of all caches."""
+    paths = [record for path in list_paths(root) for record in path.glob("journal/*.json")]
+    return {path: path.read_bytes() for path in paths if not path.name.startswith(".")}
 
 
-def files(root: Path) -> dict[str, bytes]:
-    """Bytes of all files in the arrays of all caches, temporary ones too."""
-    found = [p for cache in list_paths(root) for p in cache.glob("arrays.zarr/**/*") if p.is_file()]
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+def array_files(root: Path) -> dict[str, bytes]:
+    """Bytes of all files in the arrays of all caches, temporary files included."""
+    paths = [
+        path
+        for cache in list_paths(root)
+        for path in cache.glob("arrays.zarr/**/*")
+        if path.is_file()
+    ]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
 
 
-def temporary(root: Path) -> list[Path]:
+def temporary_files(root: Path) -> list[Path]:
+    """Paths of all hidden files and folders."""
     return list(root.rglob(".*"))
 
 
 @dataclass
-class Witness:
-    """Remembers what was committed under a root; `check` fails if any of it is not as it was."""
+class CommittedRecords:
+    """Journal records under `root` at the last `check`, which fails if one changed or is gone."""
 
     root: Path
     seen: dict[Path, bytes] = field(default_factory=dict)
 
     def check(self) -> None:
+        """Verify all caches, compare the records with the last ones, and remember the new ones."""
         for path in list_paths(self.root):
             assert verify(path).damages == ()
-        now = records(self.root)
-        assert self.seen.items() <= now.items()
-        self.seen = now
+        current = journal_records(self.root)
+        assert self.seen.items() <= current.items()
+        self.seen = current
 
 
-def whole(driver: Driver, scene: Scene, folder: Path) -> tuple[dict[str, bytes], float]:
-    """Files of an undisturbed run, and its seconds; `folder`/start is how it began."""
-    start, root = folder / "start", folder / "whole"
+def run_undisturbed(driver: Driver, scene: Scene, folder: Path) -> tuple[dict[str, bytes], float]:
+    """Array files of an undisturbed run and its seconds; `folder`/start is a copy of its start."""
+    start, root = folder / "start", folder / "undisturbed"
     start.mkdir(parents=True)
     if scene.before is not None:
         driver.run(*scene.command(start, *scene.before))
     shutil.copytree(start, root)
     began = time.perf_counter()
     driver.run(*scene.command(root))
-    return files(root), time.perf_counter() - began
+    return array_files(root), time.perf_counter() - began
 
 
-def complete(root: Path) -> None:
-    """A finished root holds nothing temporary, and its journals name every array's metadata."""
+def assert_complete(root: Path) -> None:
+    """Fail unless `root` has no temporary files and the journals name all arrays' metadata."""
     sweep_unfinished(root)
-    assert temporary(root) == [], temporary(root)
+    assert temporary_files(root) == [], temporary_files(root)
     for path in list_paths(root):
         _, named = Journal(path / "journal").base()
         metadata = path.glob("arrays.zarr/**/zarr.json")

@@ -1,7 +1,8 @@
-"""S3 servers on the loopback interface: moto in every run, Ceph and Swift where installed.
+"""S3 servers on the loopback interface for tests: moto in every run, Ceph and Swift if installed.
 
-As a script it runs one until its standard input ends, so that no server outlives its test:
-`python tests/servers.py moto|radosgw|swift` prints one JSON line when the server answers.
+`serving(name)` starts this file as a script, `servers.py moto|radosgw|swift`, in its own process.
+The script starts the server, prints one JSON line when the server answers, and ends with its
+standard input, so that no server outlives its test.
 """
 
 import contextlib
@@ -27,24 +28,24 @@ TESTS = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Server:
-    """Where a server answers, one bucket that is there, and two users."""
+    """A running server: endpoint, an existing bucket, two users."""
 
     endpoint: str
     key: str = "residua:tester"
     secret: str = "testing"
     reader: tuple[str, str] = ("residua:reader", "reading")
-    """Key and secret of a user that may not write."""
+    """Key and secret of a user without the right to write."""
     bucket: str = "residua"
     atomic: bool = True
-    """Whether of two creates of one key at once exactly one is accepted."""
+    """Whether exactly one of two simultaneous conditional creations of a key is accepted."""
 
     def as_reader(self) -> "Server":
-        """The same server, seen by the user that may not write."""
+        """The same server, used by the user without the right to write."""
         key, secret = self.reader
         return replace(self, key=key, secret=secret)
 
     def environment(self) -> dict[str, str]:
-        """What makes any S3 client of a process use this server."""
+        """Environment variables that make S3 clients use this server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.key,
@@ -56,11 +57,11 @@ class Server:
         }
 
     def client(self, **config: Any) -> Any:
-        """A botocore client that never retries, to see each answer; `config` as botocore's."""
+        """A botocore client without retries, to see every answer; `config` is botocore's."""
         import botocore.session
         from botocore.config import Config
 
-        chosen: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
             "retries": {"total_max_attempts": 1},
@@ -72,43 +73,46 @@ class Server:
             endpoint_url=self.endpoint,
             aws_access_key_id=self.key,
             aws_secret_access_key=self.secret,
-            config=Config(**{**chosen, **config}),
+            config=Config(**{**defaults, **config}),
         )
 
 
-def missing(name: str) -> str:
-    """Why server `name` cannot run here; empty if it can."""
+def reason_unavailable(name: str) -> str:
+    """Reason why the server `name` cannot run on this machine; empty if it can."""
     if name == "moto":
         return ""
     from importlib import import_module
 
     sys.path.insert(0, str(TESTS))
     try:
-        return import_module(name).missing()
+        return import_module(name).reason_unavailable()
     finally:
         sys.path.remove(str(TESTS))
 
 
 @contextlib.contextmanager
 def serving(name: str, seconds: float = 120) -> Iterator[Server]:
-    """A server of its own process; it ends with the block, or with this process if that is killed.
+    """Context with a server in its own process, which ends with the block or with this process.
 
-    Raises RuntimeError with what the server said if it does not answer within `seconds`.
+    Raises RuntimeError with the server's output if the server does not answer within `seconds`.
     """
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as error_log:
         process = subprocess.Popen(
             [sys.executable, __file__, name, str(seconds)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=error_log,
+            text=True,
+        )
         assert process.stdin
         assert process.stdout
         try:
             line = process.stdout.readline()
             if not line:
-                said.seek(0)
-                raise RuntimeError(f"the server {name} did not start: {said.read()[-4000:]}")
-            found = json.loads(line)
-            yield Server(**{**found, "reader": tuple(found["reader"])})
+                error_log.seek(0)
+                raise RuntimeError(f"the server {name} did not start: {error_log.read()[-4000:]}")
+            fields = json.loads(line)
+            yield Server(**{**fields, "reader": tuple(fields["reader"])})
         finally:
             process.stdin.close()
             process.stdout.close()
@@ -116,30 +120,34 @@ def serving(name: str, seconds: float = 120) -> Iterator[Server]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens at, all different."""
+    """`count` different unused ports."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((HOST, 0))
-        return [each.getsockname()[1] for each in sockets]
+        for unbound in sockets:
+            unbound.bind((HOST, 0))
+        return [bound.getsockname()[1] for bound in sockets]
 
 
 @contextlib.contextmanager
 def running(
     commands: Sequence[Sequence[object]], folder: Path, environment: dict[str, str] | None = None
 ) -> Iterator[None]:
-    """Processes that run during the block, their output in `folder`; killed after it."""
+    """Context in which `commands` run, with their output in `folder`; killed at its end."""
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for number, command in enumerate(commands):
             with (folder / f"{number}.log").open("wb") as log:
                 processes.append(
                     subprocess.Popen(
-                        [str(word) for word in command], cwd=folder, env=environment,
-                        stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                        [str(word) for word in command],
+                        cwd=folder,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
                         start_new_session=True,
                     )
-                )  # fmt: skip
+                )
         yield
     finally:
         for process in processes:
@@ -150,12 +158,12 @@ def running(
 
 
 def logs(folder: Path) -> str:
-    """The ends of what the processes of `running` said."""
+    """The ends of the output of all processes of `running`."""
     return "\n".join(path.read_text(errors="replace")[-1500:] for path in folder.glob("*.log"))
 
 
-def until(condition: Callable[[], bool], seconds: float, folder: Path) -> None:
-    """Wait for `condition`; raises RuntimeError with the logs in `folder` after `seconds`."""
+def wait_until(condition: Callable[[], bool], seconds: float, folder: Path) -> None:
+    """Wait until `condition()`; raises RuntimeError with the logs in `folder` after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -163,8 +171,8 @@ def until(condition: Callable[[], bool], seconds: float, folder: Path) -> None:
         time.sleep(0.1)
 
 
-def answers(url: str) -> bool:
-    """Whether an HTTP server is at `url`, whatever it says."""
+def is_answering(url: str) -> bool:
+    """Return whether an HTTP server answers at `url`, with any status."""
     try:
         urlopen(url, timeout=5).close()
     except HTTPError:
@@ -175,12 +183,13 @@ def answers(url: str) -> bool:
 
 
 def make_bucket(server: Server, seconds: float, folder: Path) -> Server:
-    """The server, once it answers and its bucket is there."""
+    """Wait for the server, create its bucket, and return the server."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     client = server.client()
 
-    def made() -> bool:
+    def create_bucket() -> bool:
+        """Return whether the server answered; errors of the client are raised."""
         try:
             client.create_bucket(Bucket=server.bucket)
         except ClientError as error:
@@ -191,7 +200,7 @@ def make_bucket(server: Server, seconds: float, folder: Path) -> Server:
             return False
         return True
 
-    until(made, seconds, folder)
+    wait_until(create_bucket, seconds, folder)
     client.close()
     return server
 
@@ -220,8 +229,8 @@ def one_at_a_time(environ, start_response):
 
 run_simple(host, int(port), one_at_a_time, threaded=True, request_handler=MotoRequestHandler)
 """
-"""Program of the mock. Two conditional creations in two of its threads may both find no object, so
-that requests, once they are here, are answered one after the other."""
+"""Program of the mock. It answers requests one after the other: two conditional creations in two
+threads could both find no object."""
 
 
 @contextlib.contextmanager
@@ -230,11 +239,11 @@ def moto(folder: Path, seconds: float) -> Iterator[Server]:
     (port,) = free_ports(1)
     url = f"http://{HOST}:{port}"
     with running([(sys.executable, "-c", MOTO, HOST, port)], folder):
-        until(lambda: answers(url), seconds, folder)
+        wait_until(lambda: is_answering(url), seconds, folder)
         owner, reader = _moto_user(url, "owner", "s3:*"), _moto_user(url, "reader", "s3:[GL]*")
-        # from here on it checks signatures and rights, which it leaves out otherwise
-        kind = {"Content-Type": "text/plain"}
-        urlopen(Request(f"{url}/moto-api/reset-auth", b"0", kind, method="POST")).close()
+        # From now on the mock checks signatures and rights, which is off by default.
+        headers = {"Content-Type": "text/plain"}
+        urlopen(Request(f"{url}/moto-api/reset-auth", b"0", headers, method="POST")).close()
         yield make_bucket(Server(url, *owner, reader=reader), seconds, folder)
 
 
@@ -245,9 +254,12 @@ def _moto_user(url: str, name: str, action: str) -> tuple[str, str]:
     statement = {"Effect": "Allow", "Action": action, "Resource": "*"}
     policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
     iam = botocore.session.Session().create_client(
-        "iam", region_name="us-east-1", endpoint_url=url,
-        aws_access_key_id="any", aws_secret_access_key="any",
-    )  # fmt: skip
+        "iam",
+        region_name="us-east-1",
+        endpoint_url=url,
+        aws_access_key_id="any",
+        aws_secret_access_key="any",
+    )
     iam.create_user(UserName=name)
     iam.put_user_policy(UserName=name, PolicyName=name, PolicyDocument=policy)
     key = iam.create_access_key(UserName=name)["AccessKey"]

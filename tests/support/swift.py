@@ -1,4 +1,4 @@
-"""OpenStack Swift with its S3 API: one proxy and one disk, which is a folder.
+"""OpenStack Swift with its S3 API: one proxy, and a folder as its only disk.
 
 apt-get install memcached; pip install swift==2.38.3 in an environment of its own, its bin in PATH.
 """
@@ -16,10 +16,12 @@ from servers import HOST, Server, free_ports, make_bucket, running
 
 STORAGE = ("account", "container", "object")
 PROGRAMS = (
-    "memcached", "swift-ring-builder", "swift-proxy-server",
+    "memcached",
+    "swift-ring-builder",
+    "swift-proxy-server",
     *(f"swift-{kind}-server" for kind in STORAGE),
-)  # fmt: skip
-OLDEST = (2, 38)
+)
+MIN_VERSION = (2, 38)
 COMMON = """\
 [DEFAULT]
 bind_ip = {host}
@@ -68,13 +70,13 @@ use = egg:swift#dlo
 """
 
 
-def missing() -> str:
-    """Why Swift cannot run here; empty if it can."""
+def reason_unavailable() -> str:
+    """Reason why Swift cannot run on this machine; empty if it can."""
     absent = [program for program in PROGRAMS if not shutil.which(program)]
     if absent:
         return f"OpenStack Swift is not installed: no {', '.join(absent)} in PATH"
     version = _version()
-    if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
+    if tuple(int(number) for number in version.split(".")[:2]) < MIN_VERSION:
         return f"OpenStack Swift {version} refuses If-None-Match; 2.38.3 does not"
     with tempfile.NamedTemporaryFile() as file:
         try:
@@ -86,22 +88,22 @@ def missing() -> str:
 
 @contextlib.contextmanager
 def serve(folder: Path, seconds: float) -> Iterator[Server]:
-    """Swift in `folder`, single replicas, until the block ends."""
+    """Context with Swift in `folder`, with single replicas."""
     proxy, memcache, *ports = free_ports(2 + len(STORAGE))
     (folder / "devices" / "disk").mkdir(parents=True)
     (folder / "swift.conf").write_text("[swift-hash]\nswift_hash_path_suffix = residua\n")
-    about = {"host": HOST, "user": getpass.getuser(), "folder": folder, "memcache": memcache}
+    fields = {"host": HOST, "user": getpass.getuser(), "folder": folder, "memcache": memcache}
     for kind, port in zip(STORAGE, ports, strict=True):
         text = COMMON + STORES
-        (folder / f"{kind}.conf").write_text(text.format(**about, kind=kind, port=port))
-        _ring(folder / f"{kind}.builder", port)
-    (folder / "proxy.conf").write_text((COMMON + PROXY).format(**about, port=proxy))
+        (folder / f"{kind}.conf").write_text(text.format(**fields, kind=kind, port=port))
+        _build_ring(folder / f"{kind}.builder", port)
+    (folder / "proxy.conf").write_text((COMMON + PROXY).format(**fields, port=proxy))
     commands = [
         ("memcached", "-l", HOST, "-p", memcache, "-u", getpass.getuser()),
         *((f"swift-{kind}-server", folder / f"{kind}.conf") for kind in (*STORAGE, "proxy")),
     ]
     with running(commands, folder):
-        # it looks, then writes: of two creates at once both are accepted, and the later one stays
+        # Swift checks before it writes: it accepts both of two simultaneous creations.
         yield make_bucket(Server(f"http://{HOST}:{proxy}", atomic=False), seconds, folder)
 
 
@@ -115,15 +117,15 @@ def _version() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _ring(builder: Path, port: int) -> None:
-    """A ring of one device: 16 partitions, 1 replica."""
+def _build_ring(builder: Path, port: int) -> None:
+    """Build a ring of one device with 16 partitions and 1 replica."""
     for words in (
         ("create", "4", "1", "1"),
         ("add", f"r1z1-{HOST}:{port}/disk", "1"),
         ("rebalance",),
     ):
         command = ["swift-ring-builder", str(builder), *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        # 1 is its warning, for one that only 16 partitions can be balanced over one device
-        if done.returncode > 1:
-            raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+        process = subprocess.run(command, capture_output=True, text=True)
+        # Exit code 1 is a warning, such as one on the small number of partitions.
+        if process.returncode > 1:
+            raise RuntimeError(f"{' '.join(command)}: {process.stdout}{process.stderr}")

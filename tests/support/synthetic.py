@@ -1,4 +1,4 @@
-"""Caches from arrays given by a test: the same files as extraction writes, without a model."""
+"""Caches made of arrays, with the files that extraction writes, without a model: `make_cache`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,15 +43,15 @@ def make_cache(
 ) -> ActivationCache:
     """A complete cache of `layers`, each `(sum(lengths), d_model)`, with random token ids.
 
-    `documents` `(tokens,)` are the numbers of the document of each token, as a packed cache has
-    them. With `runs` only those positions are kept, and `layers` have a row for each of these.
+    `documents` `(tokens,)` are the document numbers of the tokens, as in a packed cache. With
+    `runs` only these positions are kept, and `layers` have a row for each of them.
     """
     positions, d_model = layers[0].shape
     rng = np.random.default_rng(seed)
-    chosen = rng.integers(0, head.vocab, sum(lengths)) if ids is None else ids
-    stream = from_sequences(np.split(chosen, np.cumsum(lengths)[:-1]))
+    tokens = rng.integers(0, head.vocab, sum(lengths)) if ids is None else ids
+    stream = from_sequences(np.split(tokens, np.cumsum(lengths)[:-1]))
     if documents is not None:
-        stream.of_tokens["tokens/row_id"] = np.asarray(documents, np.int64)
+        stream.token_arrays["tokens/row_id"] = np.asarray(documents, np.int64)
         starts = np.cumsum([0, *lengths])[:-1]
         stream = replace(stream, row_ids=np.asarray(documents, np.int64)[starts])
     if runs is not None:
@@ -59,19 +59,26 @@ def make_cache(
     digest, hashes = stream.digests()
     layout = Layout(chunk_rows, part_rows)
     manifest = Manifest(
-        ModelIdentity("0" * 64, "0" * 64, "Synthetic"),
-        TokenIdentity(
-            digest, positions, stream.sequences, "0" * 64, max(lengths), documents is not None, seed
+        model=ModelIdentity("0" * 64, "0" * 64, "Synthetic"),
+        tokens=TokenIdentity(
+            digest=digest,
+            positions=positions,
+            sequences=stream.sequences,
+            tokenizer="0" * 64,
+            context=max(lengths),
+            packed=documents is not None,
+            seed=seed,
         ),
-        CaptureIdentity("float32", dtype, "none"),
-        layout,
-        d_model,
-        head.vocab,
-        len(layers) - 1,
-        1024,
-        "synthetic",
-        "random",
+        capture=CaptureIdentity("float32", dtype, "none"),
+        layout=layout,
+        d_model=d_model,
+        vocab=head.vocab,
+        depth=len(layers) - 1,
+        batch_tokens=1024,
+        model_name="synthetic",
+        data_name="random",
     )
+    # Write the parts, each with rows writer.start..writer.stop-1 of all layers.
     numbers = tuple(range(len(layers)))
     path = create_cache(
         root, manifest, stream, hashes, dict.fromkeys(numbers, dtype), head.save, {}

@@ -1,4 +1,7 @@
-"""A causal model of a few lines, and what can be odd about one: to be handled, or refused."""
+"""`Toy`, a causal model of a few lines, and variants with one unusual property each.
+
+Tests of the search for blocks check which variants are handled and which are refused.
+"""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -10,7 +13,7 @@ from .models import VOCAB
 
 
 class Block(torch.nn.Linear):
-    """Adds a function of the mean of all tokens up to here."""
+    """A block that adds a function of the mean of all tokens so far."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         steps = torch.arange(1, input.shape[1] + 1)[:, None]
@@ -18,7 +21,7 @@ class Block(torch.nn.Linear):
 
 
 class Toy(torch.nn.Module):
-    """A causal model of two mixing blocks; subclasses spoil one thing."""
+    """A causal model of two mixing blocks; subclasses override `blocks_of` or `tail`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,11 +39,13 @@ class Toy(torch.nn.Module):
         return self.unembed
 
     def blocks_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Output of the last block for embeddings `hidden`."""
         for block in self.blocks:
             hidden = block(hidden)
         return hidden
 
     def tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of the output of the last block."""
         return self.unembed(self.norm(hidden))
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False, **_: Any) -> Any:
@@ -49,27 +54,37 @@ class Toy(torch.nn.Module):
 
 
 class MixingTail(Toy):
+    """The tail mixes positions."""
+
     def tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return self.unembed(self.norm(hidden + hidden.flip(1).roll(1, 1)))
 
 
 class PositionTail(Toy):
+    """The tail depends on the position."""
+
     def tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return self.unembed(self.norm(hidden + torch.arange(ids.shape[1])[:, None]))
 
 
 class TokenTail(Toy):
+    """The tail reads the token embedding again."""
+
     def tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return self.unembed(self.norm(hidden + 0.1 * self.embed(ids)))
 
 
 class EarlierBlock(Toy):
+    """The tail reads the output of the first block again."""
+
     def blocks_of(self, hidden: torch.Tensor) -> torch.Tensor:
         first = self.blocks[0](hidden)
         return self.blocks[1](first) + first
 
 
 class Crowd(Toy):
+    """Blocks depend on the other sequences of the batch."""
+
     def blocks_of(self, hidden: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
             hidden = block(hidden - hidden.mean(0, keepdim=True))
@@ -77,22 +92,30 @@ class Crowd(Toy):
 
 
 class Random(Toy):
+    """Blocks add noise to sequences of more than 48 tokens."""
+
     def blocks_of(self, hidden: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(hidden.shape) if hidden.shape[1] > 48 else 0.0  # hash buckets, say
         return super().blocks_of(hidden + 0.1 * noise)
 
 
 class Infinite(Toy):
+    """Logits are infinite."""
+
     def tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return super().tail(hidden, ids) * float("inf")
 
 
 class Stepped(Toy):
+    """The tail rounds the normed stream to steps of 0.1."""
+
     def tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return self.unembed(self.norm(hidden).round(decimals=1))
 
 
 class FilledInPlace(Toy):
+    """The tail writes the logits into a tensor of zeros."""
+
     def tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         out = torch.zeros(*ids.shape, VOCAB)
         out[:] = self.unembed(self.norm(hidden).exp())
@@ -100,12 +123,14 @@ class FilledInPlace(Toy):
 
 
 class Pooled(Toy):
+    """One row of logits per sequence."""
+
     def tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return super().tail(hidden, ids).mean(1)
 
 
 class Wrapped(Toy):
-    """Blocks that keep the stream in something else; `wrap` and `unwrap` say in what."""
+    """Blocks with the stream in another layout or container, given by `wrap` and `unwrap`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,6 +162,8 @@ class WrappedBlock(torch.nn.Module):
 
 
 class InDictionary(Wrapped):
+    """Blocks return a dictionary."""
+
     def wrap(self, hidden: torch.Tensor) -> Any:
         return {"weights": hidden[..., :3], "hidden": hidden}
 
@@ -146,13 +173,15 @@ class InDictionary(Wrapped):
 
 @dataclass
 class Output:
-    """What a block may return."""
+    """Output of a block as a dataclass."""
 
     hidden: torch.Tensor
     count: int = 0
 
 
 class InDataclass(Wrapped):
+    """Blocks return a dataclass."""
+
     def wrap(self, hidden: torch.Tensor) -> Any:
         return Output(hidden)
 
@@ -161,6 +190,8 @@ class InDataclass(Wrapped):
 
 
 class SecondOfTwo(Wrapped):
+    """Blocks return a tuple whose second tensor is the stream."""
+
     def wrap(self, hidden: torch.Tensor) -> Any:
         return hidden.abs(), hidden
 
@@ -169,6 +200,8 @@ class SecondOfTwo(Wrapped):
 
 
 class PositionFirst(Wrapped):
+    """Layout `(length, batch, d_model)`."""
+
     def wrap(self, hidden: torch.Tensor) -> Any:
         return hidden.transpose(0, 1)
 
@@ -177,6 +210,8 @@ class PositionFirst(Wrapped):
 
 
 class StreamsInside(Wrapped):
+    """Layout `(batch, length, 4, d_model / 4)`."""
+
     def wrap(self, hidden: torch.Tensor) -> Any:
         return hidden.unflatten(-1, (4, 4))
 
@@ -185,6 +220,8 @@ class StreamsInside(Wrapped):
 
 
 class StreamsFirst(Wrapped):
+    """Layout `(4, batch, length, d_model / 4)`."""
+
     def wrap(self, hidden: torch.Tensor) -> Any:
         return hidden.unflatten(-1, (4, 4)).permute(2, 0, 1, 3)
 
@@ -193,6 +230,8 @@ class StreamsFirst(Wrapped):
 
 
 class Prompted(Wrapped):
+    """Three positions of a prompt before the first token."""
+
     def wrap(self, hidden: torch.Tensor) -> Any:
         return torch.cat([hidden[:, :1].expand(-1, 3, -1) * 0, hidden], 1)
 
@@ -201,6 +240,8 @@ class Prompted(Wrapped):
 
 
 class Repeated(Wrapped):
+    """Three scaled copies of the sequence along the position axis."""
+
     def wrap(self, hidden: torch.Tensor) -> Any:
         return torch.cat([hidden * 0.5, hidden, hidden * 2], 1)
 
@@ -210,11 +251,13 @@ class Repeated(Wrapped):
 
 
 class TwoStreams(Toy):
+    """Reversible blocks: two tensors carry the stream."""
+
     def blocks_of(self, hidden: torch.Tensor) -> torch.Tensor:
-        one = two = hidden
+        first = second = hidden
         for block in self.pairs:
-            one, two = block(one, two)
-        return one + two
+            first, second = block(first, second)
+        return first + second
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,23 +266,27 @@ class TwoStreams(Toy):
 
 
 class Pair(torch.nn.Module):
-    """A reversible block."""
+    """A reversible block of two streams."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = torch.nn.ModuleList(Block(16, 16) for _ in range(2))
 
-    def forward(self, one: torch.Tensor, two: torch.Tensor) -> Any:
-        one = one + self.inner[0](two)
-        return one, two + self.inner[1](one)
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> Any:
+        first = first + self.inner[0](second)
+        return first, second + self.inner[1](first)
 
 
 class KeywordBlock(Block):
+    """A block with a keyword-only argument."""
+
     def forward(self, *, hidden: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(hidden)
 
 
 class ByKeyword(Toy):
+    """Blocks are called by keyword."""
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks = torch.nn.ModuleList(KeywordBlock(16, 16) for _ in range(2))
@@ -252,6 +299,8 @@ class ByKeyword(Toy):
 
 
 class OtherClasses(Toy):
+    """Blocks of two classes."""
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks = torch.nn.ModuleList([Block(16, 16), torch.nn.Linear(16, 16)])
@@ -259,6 +308,8 @@ class OtherClasses(Toy):
 
 
 class SkippedBlock(Toy):
+    """The second of three blocks never runs."""
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks = torch.nn.ModuleList(Block(16, 16) for _ in range(3))
@@ -269,6 +320,8 @@ class SkippedBlock(Toy):
 
 
 class Looped(Toy):
+    """The blocks run twice."""
+
     def blocks_of(self, hidden: torch.Tensor) -> torch.Tensor:
         for block in [*self.blocks, *self.blocks]:
             hidden = block(hidden)

@@ -13,7 +13,7 @@ from residua.analysis.evaluation.metrics import (
     resampling_counts,
 )
 
-from ...support.defined import defined
+from ...support.defined import not_none
 
 SEQUENCES, ROWS, VOCAB = 7, 90, 23
 
@@ -114,7 +114,7 @@ def test_interval_holds_the_mean_and_narrows_with_sequences():
         assert row is not None
         assert row.kl_low is not None
         assert row.kl_high is not None
-        assert row.kl_low < defined(row.kl) < row.kl_high
+        assert row.kl_low < not_none(row.kl) < row.kl_high
         widths.append(row.kl_high - row.kl_low)
     # Gamma(2, 1) has standard deviation 2 ** 0.5.
     assert widths[1] == pytest.approx(2 * 1.96 * (2 / 1000) ** 0.5, rel=0.15)

@@ -21,14 +21,14 @@ ODD = [None, "", " \n\t", "a\ud800b", "", "", "", "", "", "\u3000"]
 ROWS = [*({"text": text} for text in ODD), *({"text": text} for text in texts(8, seed=3)), {}]
 
 
-def write(path: Path, rows: Sequence[dict]) -> Path:
+def write_jsonl(path: Path, rows: Sequence[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_documents_without_text_are_counted(model_folder: Path, tmp_path: Path, pack: bool) -> None:
-    data = write(tmp_path / "a.jsonl", ROWS)
+    data = write_jsonl(tmp_path / "a.jsonl", ROWS)
     request = ExtractionRequest(
         str(model_folder), str(data), tmp_path / "root", layers=(0,), pack=pack
     )
@@ -52,27 +52,27 @@ def test_the_command_line_says_what_was_left_out_and_guessed(
     model_folder: Path, tmp_path: Path
 ) -> None:
     rows = [{"odd": text, "m": n, "a b": n} for n, text in enumerate(texts(8, seed=3))]
-    data = write(tmp_path / "a.jsonl", [*rows, {"odd": "", "m": "x"}, {"m": 1, "a b": 0}])
+    data = write_jsonl(tmp_path / "a.jsonl", [*rows, {"odd": "", "m": "x"}, {"m": 1, "a b": 0}])
     options = ["--root", str(tmp_path / "root"), "--no-pack", "--layers", "0"]
 
-    def output(*more: str) -> str:
+    def command_output(*more: str) -> str:
         found = CliRunner().invoke(main, ["extract", str(model_folder), str(data), *options, *more])
         assert found.exit_code == 0, found.output
         return found.output
 
-    for shown in (output("--dry-run"), output()):
+    for shown in (command_output("--dry-run"), command_output()):
         assert "the texts are those of the column 'odd', the only column of text" in shown
         assert "1 documents are left out: empty (rows 8, counted from 0)" in shown
         assert "1 documents are left out: missing (rows 9, counted from 0)" in shown
         assert "column 'm' is kept as words" in shown
         assert "column 'a b' is the label 'a_b'" in shown
-    reading = json.loads(output("--json"))["reading"]
+    reading = json.loads(command_output("--json"))["reading"]
     assert reading["dropped"]["empty"] == {"documents": 1, "rows": [8]}
-    assert "the texts are those" not in output("--text-column", "odd")
+    assert "the texts are those" not in command_output("--text-column", "odd")
 
 
 def test_data_without_any_text_say_why(model_folder: Path, tmp_path: Path) -> None:
-    data = write(tmp_path / "a.jsonl", ROWS[:3])
+    data = write_jsonl(tmp_path / "a.jsonl", ROWS[:3])
     with pytest.raises(DataError, match="no text .3 documents.; .*1 missing"):
         residua.extract(model_folder, data, root=tmp_path)
 
@@ -81,7 +81,7 @@ def test_a_grown_cache_says_what_was_left_out(model_folder: Path, tmp_path: Path
     rows = [{"text": text} for text in texts(20, seed=3)]
 
     def extract(found: Sequence[dict]) -> residua.ActivationCache:
-        data = write(tmp_path / "a.jsonl", found)
+        data = write_jsonl(tmp_path / "a.jsonl", found)
         return residua.extract(model_folder, data, root=tmp_path, pack=False, layers=(0,))
 
     extract(rows[:10])
@@ -96,7 +96,7 @@ def test_answers_that_are_zero_or_false_are_answers(model_folder: Path, tmp_path
     answers = [0, False, "house", "absent", None, ""]
     rows = [{"text": f"the cat ran {answer}", "answer": answer} for answer in answers]
     rows[3]["text"] = "the cat ran home"
-    data = write(tmp_path / "a.jsonl", rows)
+    data = write_jsonl(tmp_path / "a.jsonl", rows)
     request = ExtractionRequest(
         str(model_folder), str(data), tmp_path, pack=False, layers=(0,), positions="answer"
     )
@@ -108,7 +108,7 @@ def test_answers_that_are_zero_or_false_are_answers(model_folder: Path, tmp_path
 
 def test_places_of_answers_in_csv_are_those_of_jsonl(model_folder: Path, tmp_path: Path) -> None:
     rows = [{"text": "cat 7 cat 7 cat", "answer": "7", "answer_start": at} for at in (4, 10, None)]
-    write(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "a.jsonl", rows)
     lines = [f"{r['text']},{r['answer']},{'' if r['answer_start'] is None else r['answer_start']}"
              for r in rows]  # fmt: skip
     (tmp_path / "a.csv").write_text("\n".join(["text,answer,answer_start", *lines]))
@@ -122,7 +122,7 @@ def test_places_of_answers_in_csv_are_those_of_jsonl(model_folder: Path, tmp_pat
         assert set(rows_kept.tolist()) == {0, 1}
         held.append((rows_kept.tolist(), cache.array("tokens/index")[:].tolist()))
     assert held[0] == held[1]
-    write(tmp_path / "b.jsonl", [{"text": "a 7", "answer": "7", "answer_start": "two"}])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "a 7", "answer": "7", "answer_start": "two"}])
     with pytest.raises(DataError, match="'answer_start' must hold whole numbers, found 'two'"):
         residua.extract(
             model_folder, tmp_path / "b.jsonl", root=tmp_path, pack=False, positions="answer"
@@ -151,7 +151,7 @@ def test_a_file_rewritten_with_its_time_gives_its_new_texts(
     data, ids = tmp_path / "a.jsonl", []
     for seed in (1, 2):
         found = texts(4, seed=seed)
-        write(data, [{"text": text} for text in found])
+        write_jsonl(data, [{"text": text} for text in found])
         os.utime(data, (1.7e9, 1.7e9))
         cache = residua.extract(model_folder, data, root=tmp_path, pack=False, layers=(0,))
         tokenizer = cache.tokenizer()

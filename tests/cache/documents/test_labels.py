@@ -17,7 +17,7 @@ from ...support.models import texts
 
 
 def read_labels(tmp_path: Path, values: list[Any], numbers: list[int] | None = None) -> Labels:
-    """Labels of rows with `values` in the column `x`; where one is Ellipsis, the row lacks it."""
+    """Labels of rows with `values` in the column `x`; Ellipsis stands for a row without `x`."""
     rows = [{"text": "a b", **({} if value is ... else {"x": value})} for value in values]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -25,12 +25,12 @@ def read_labels(tmp_path: Path, values: list[Any], numbers: list[int] | None = N
     return documents.labels(np.array(range(len(rows)) if numbers is None else numbers))
 
 
-def values_of(labels: Labels) -> list[Any]:
-    """Numbers, or words and None for a missing one."""
-    found = labels.values["x"]
+def label_values(labels: Labels) -> list[Any]:
+    """Values of the label `x`: numbers, or words and None for a missing word."""
+    values = labels.values["x"]
     if "x" not in labels.categories:
-        return found.tolist()
-    return [None if code < 0 else labels.categories["x"][code] for code in found]
+        return values.tolist()
+    return [None if code < 0 else labels.categories["x"][code] for code in values]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def values_of(labels: Labels) -> list[Any]:
 def test_values_come_back_as_they_are(tmp_path: Path, values: list[Any], dtype: str) -> None:
     labels = read_labels(tmp_path, values)
     assert labels.values["x"].dtype == np.dtype(dtype)
-    assert values_of(labels) == values
+    assert label_values(labels) == values
     assert labels.notes == []
 
 
@@ -91,7 +91,7 @@ def test_what_no_dtype_holds_is_kept_as_words_and_said(
     tmp_path: Path, values: list[Any], words: list[str | None]
 ) -> None:
     labels = read_labels(tmp_path, values)
-    assert values_of(labels) == words
+    assert label_values(labels) == words
     (note,) = labels.notes
     assert "column 'x' is kept as words" in note
 
@@ -105,14 +105,14 @@ def test_nan_beside_missing_values_is_said(tmp_path: Path) -> None:
 
 def test_half_a_surrogate_pair_is_a_word_that_can_be_stored(tmp_path: Path) -> None:
     labels = read_labels(tmp_path, ["x\ud800", "x\udc00", "x"])
-    assert values_of(labels) == ["x\\ud800", "x\\udc00", "x"]
+    assert label_values(labels) == ["x\\ud800", "x\\udc00", "x"]
     json.dumps(labels.categories).encode()
 
 
 def test_dtypes_are_those_of_the_whole_column(tmp_path: Path) -> None:
     """So that a cache of fewer documents has labels of the same kind."""
     assert read_labels(tmp_path, [1, 2, 0.5], [0, 1]).values["x"].dtype == np.float64
-    assert values_of(read_labels(tmp_path, [1, 2, "x"], [1, 0])) == ["2", "1"]
+    assert label_values(read_labels(tmp_path, [1, 2, "x"], [1, 0])) == ["2", "1"]
 
 
 def test_cells_of_csv_are_numbers_only_if_all_are(tmp_path: Path) -> None:
@@ -164,19 +164,19 @@ def test_labels_that_are_too_many_words_are_left_out_and_said(
     assert labels.notes == ["column 'x' is no label: its distinct words take more than 1 MiB"]
 
 
-def joined(*parts: tuple[list[Any] | None, str]) -> list[Any]:
-    """The values of a label of several streams, each given by its values and dtype."""
-    given = []
+def join_values(*parts: tuple[list[Any] | None, str]) -> list[Any]:
+    """Joined values of a label of several streams, each a pair of values and dtype (or `words`)."""
+    label_parts = []
     for values, dtype in parts:
         if values is None:
-            given.append((2, None, None))
+            label_parts.append((2, None, None))
         elif dtype == "words":
             words = tuple(sorted({word for word in values if word is not None}))
             codes = [-1 if word is None else words.index(word) for word in values]
-            given.append((len(values), np.array(codes, "<i4"), words))
+            label_parts.append((len(values), np.array(codes, "<i4"), words))
         else:
-            given.append((len(values), np.array(values, dtype), None))
-    values, words = join_labels(given)
+            label_parts.append((len(values), np.array(values, dtype), None))
+    values, words = join_labels(label_parts)
     if words is None:
         return values.tolist()
     assert words == tuple(sorted(words))
@@ -184,33 +184,33 @@ def joined(*parts: tuple[list[Any] | None, str]) -> list[Any]:
 
 
 def test_joined_labels_keep_every_value() -> None:
-    assert joined((["b", None], "words"), (["a", "c"], "words")) == ["b", None, "a", "c"]
-    assert joined(([1, 2**60], "<i8"), ([3], "<i8")) == [1, 2**60, 3]
-    assert joined(([1, 2], "<i8"), ([0.5], "<f8")) == [1.0, 2.0, 0.5]
-    assert joined(([2**60], "<i8"), ([0.5, np.nan], "<f8")) == [str(2**60), "0.5", None]
-    assert joined(([1, 0], "u1"), ([7], "<i8")) == ["true", "false", "7"]
-    assert joined(([7, 7], "<i8"), (["x"], "words")) == ["7", "7", "x"]
-    assert joined((None, ""), (["x"], "words")) == [None, None, "x"]
-    np.testing.assert_array_equal(joined((None, ""), ([5], "<i8")), [np.nan, np.nan, 5])
-    assert joined((None, ""), ([2**60], "<i8")) == [None, None, str(2**60)]
+    assert join_values((["b", None], "words"), (["a", "c"], "words")) == ["b", None, "a", "c"]
+    assert join_values(([1, 2**60], "<i8"), ([3], "<i8")) == [1, 2**60, 3]
+    assert join_values(([1, 2], "<i8"), ([0.5], "<f8")) == [1.0, 2.0, 0.5]
+    assert join_values(([2**60], "<i8"), ([0.5, np.nan], "<f8")) == [str(2**60), "0.5", None]
+    assert join_values(([1, 0], "u1"), ([7], "<i8")) == ["true", "false", "7"]
+    assert join_values(([7, 7], "<i8"), (["x"], "words")) == ["7", "7", "x"]
+    assert join_values((None, ""), (["x"], "words")) == [None, None, "x"]
+    np.testing.assert_array_equal(join_values((None, ""), ([5], "<i8")), [np.nan, np.nan, 5])
+    assert join_values((None, ""), ([2**60], "<i8")) == [None, None, str(2**60)]
 
 
 def test_streams_join_their_labels() -> None:
     def stream(words: tuple[str, ...], codes: list[int], further: dict) -> TokenStream:
-        found = from_sequences([[1, 2]] * len(codes))
-        found.of_sequences.update({"sequences/labels/x": np.array(codes, "<i4"), **further})
-        found.categories["sequences/labels/x"] = words
-        return found
+        labelled = from_sequences([[1, 2]] * len(codes))
+        labelled.sequence_arrays.update({"sequences/labels/x": np.array(codes, "<i4"), **further})
+        labelled.categories["sequences/labels/x"] = words
+        return labelled
 
     both = concatenate(
         stream(("b", "c"), [0, -1, 1], {"sequences/labels/n": np.array([1, 2, 3])}),
         stream(("a", "b"), [0, 1], {}),
     )
     words = [*both.categories["sequences/labels/x"], None]
-    found = [words[code] for code in both.of_sequences["sequences/labels/x"]]
+    found = [words[code] for code in both.sequence_arrays["sequences/labels/x"]]
     assert found == ["b", None, "c", "a", "b"]
     np.testing.assert_array_equal(
-        both.of_sequences["sequences/labels/n"], [1, 2, 3, np.nan, np.nan]
+        both.sequence_arrays["sequences/labels/n"], [1, 2, 3, np.nan, np.nan]
     )
 
 
@@ -222,15 +222,15 @@ def test_a_grown_cache_keeps_its_labels_though_their_words_differ(
         for n, text in enumerate(texts(30, seed=4))
     ]
 
-    def cache_of(count: int, root: str) -> ActivationCache:
+    def extract_first_rows(count: int, root: str) -> ActivationCache:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
         return residua.extract(
             model_folder, path, root=tmp_path / root, pack=False, layers=(0,), context=32
         )
 
-    cache_of(12, "root")
-    for cache in (cache_of(30, "root"), cache_of(30, "alone")):
+    extract_first_rows(12, "root")
+    for cache in (extract_first_rows(30, "root"), extract_first_rows(30, "alone")):
         held = [rows[number] for number in cache.array("sequences/row_id")[:]]
         assert len(held) == 30
         assert cache.label("name", missing=None).tolist() == [row["name"] for row in held]

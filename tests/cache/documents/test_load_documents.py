@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import residua.cache.documents
-from residua.cache.documents.load_documents import FILES, load_documents
+import residua.cache.documents.documents
+from residua.cache.documents.load_documents import FILE_FORMATS, load_documents
 from residua.cache.documents.text_file import SEPARATOR
 from residua.cache.errors import DataError
 
@@ -17,7 +17,7 @@ TEXTS = ["the cat sat", 'a "quoted", text', "é ü\tß", "last one"]
 
 
 @pytest.fixture(autouse=True)
-def _no_traces(tmp_path, monkeypatch):
+def _private_datasets_folders(tmp_path, monkeypatch):
     """datasets, which is slow to import, keeps its files in the test's folder."""
     import datasets.config
 
@@ -43,7 +43,7 @@ def write_rows(path: Path, texts: Sequence[str | None]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("ending", [ending for ending in FILES if ending != ".txt"])
+@pytest.mark.parametrize("ending", [ending for ending in FILE_FORMATS if ending != ".txt"])
 def test_every_row_of_a_table_is_a_document(tmp_path, ending):
     documents = load_documents(str(write_rows(tmp_path / f"my.data{ending}", TEXTS)))
     assert len(documents) == len(TEXTS)
@@ -200,7 +200,7 @@ def test_an_empty_table_is_said_to_be_empty(tmp_path):
         load_documents(str(tmp_path / "empty.jsonl"))
 
 
-def rows_file(path: Path, rows: Sequence[object]) -> Path:
+def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -229,7 +229,7 @@ def test_a_column_that_is_no_text_is_not_taken_for_one(tmp_path, row, message):
     import datasets
 
     with pytest.raises(DataError, match=f"no obvious text column.*{message}"):
-        load_documents(str(rows_file(tmp_path / "a.jsonl", [row] * 3)))
+        load_documents(str(write_jsonl(tmp_path / "a.jsonl", [row] * 3)))
     table = datasets.Dataset.from_list([row] * 3)
     table.to_parquet(tmp_path / "a.parquet")
     table.save_to_disk(tmp_path / "saved")
@@ -241,24 +241,24 @@ def test_a_column_that_is_no_text_is_not_taken_for_one(tmp_path, row, message):
 def test_labels_that_repeat_are_no_texts(tmp_path):
     rows = [{"kind": ["a long name", "another name"][n % 2], "n": n} for n in range(40)]
     with pytest.raises(DataError, match="text columns are: kind"):
-        load_documents(str(rows_file(tmp_path / "a.jsonl", rows)))
+        load_documents(str(write_jsonl(tmp_path / "a.jsonl", rows)))
     documents = load_documents(str(tmp_path / "a.jsonl"), "kind")
     assert list(documents) == [row["kind"] for row in rows]
-    assert documents.reading.found is None
+    assert documents.reading.column_reason is None
 
 
 @pytest.mark.parametrize("text", ["a cat sat", "猫が座った", "แมวนั่ง"])
 def test_a_guess_is_taken_where_it_is_plausible_and_said(tmp_path, text):
-    path = rows_file(tmp_path / "a.jsonl", [{"odd": text, "number": 1}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"odd": text, "number": 1}])
     documents = load_documents(str(path))
     assert list(documents) == [text]
     assert documents.reading.text_column == "odd"
-    assert documents.reading.found == "the only column of text"
+    assert documents.reading.column_reason == "the only column of text"
 
 
 def test_a_guess_that_later_rows_refute_is_an_error(tmp_path):
     rows = [{"odd": f"a cat {n}", "n": n} for n in range(2000)]
-    path = rows_file(tmp_path / "a.jsonl", [*rows, {"odd": "a", "n": 1, "more": "a text"}])
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, {"odd": "a", "n": 1, "more": "a text"}])
     with pytest.raises(DataError, match="'odd' is the only one before line 2001, which has 'more'"):
         load_documents(str(path))
     assert len(load_documents(str(path), "odd")) == 2001
@@ -269,14 +269,14 @@ def test_a_guess_that_later_rows_refute_is_an_error(tmp_path):
     [(TURNS, "a list; no chat template"), ({"a": 1}, "an object"), (True, "a truth value")],
 )
 def test_a_column_that_is_asked_for_must_hold_text(tmp_path, value, held):
-    path = rows_file(tmp_path / "a.jsonl", [{"text": "a", "odd": value}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "odd": value}])
     with pytest.raises(DataError, match=f"no text column 'odd'; .*: text .*'odd' holds {held}"):
         load_documents(str(path), "odd")
 
 
 def test_a_column_that_begins_late_can_be_asked_for(tmp_path):
     rows = [{"text": "a"}] * 1500 + [{"text": "b", "late": "c"}]
-    documents = load_documents(str(rows_file(tmp_path / "a.jsonl", rows)), "late")
+    documents = load_documents(str(write_jsonl(tmp_path / "a.jsonl", rows)), "late")
     assert list(documents) == [None] * 1500 + ["c"]
     with pytest.raises(DataError, match="no text column 'later'; text columns are: text"):
         load_documents(str(tmp_path / "a.jsonl"), "later")
@@ -303,7 +303,7 @@ def test_a_split_that_is_not_there_is_an_error_and_a_guessed_one_is_said(tmp_pat
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "one")
     with pytest.raises(DataError, match="no split 'test'; it is one data set without splits"):
         load_documents(str(tmp_path / "one"), split="test")
-    path = rows_file(tmp_path / "a.jsonl", [{"text": "a"}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     with pytest.raises(DataError, match="--split is for data sets that have several"):
         load_documents(str(path), split="train")
 
@@ -321,9 +321,9 @@ def test_words_in_csv_files_of_a_hub_data_set_are_texts(tmp_path):
 def test_reads_are_bounded_by_the_bytes_of_the_texts(tmp_path, monkeypatch):
     import datasets
 
-    monkeypatch.setattr(residua.cache.documents, "READ_BYTES", 1000)
+    monkeypatch.setattr(residua.cache.documents.documents, "READ_BYTES", 1000)
     texts = ["é" * 300, "b", "c" * 5000, *["d" * 90] * 30]
-    rows_file(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     (tmp_path / "a.txt").write_text("\n".join(texts))
     datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
     for name in ("a.jsonl", "a.txt", "saved"):

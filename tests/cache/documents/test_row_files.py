@@ -47,12 +47,12 @@ PIECES = [
 ]
 
 
-def load(path: Path, content: str | bytes, **options: Any) -> Documents:
+def load_content(path: Path, content: str | bytes, **options: Any) -> Documents:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return load_documents(str(path), scratch=path.parent, **options)
 
 
-def labels_of(documents: Documents) -> dict[str, list]:
+def label_values(documents: Documents) -> dict[str, list]:
     """Values of the labels, words for codes and None for a missing word."""
     found = documents.labels(np.arange(len(documents)))
     words = {name: [*known, None] for name, known in found.categories.items()}
@@ -62,7 +62,7 @@ def labels_of(documents: Documents) -> dict[str, list]:
     }
 
 
-def csv_of(rows: list[list[str]], **options: Any) -> str:
+def csv_text(rows: list[list[str]], **options: Any) -> str:
     file = io.StringIO()
     csv.writer(file, **options).writerows(rows)
     return file.getvalue()
@@ -85,38 +85,42 @@ def test_cells_of_csv_are_those_of_the_csv_module(
     monkeypatch.setattr(residua.cache.documents.text_lines, "BLOCK_BYTES", 97)
     texts = random_cells(seed, 60)
     words = [word.rstrip("\r") for word in random_cells(seed + 100, 60)]  # the end of a line
-    content = csv_of(
+    content = csv_text(
         [["text", "word"], *map(list, zip(texts, words, strict=True))],
         quoting=quoting,
         lineterminator=end,
     )
-    documents = load(tmp_path / "a.csv", content)
+    documents = load_content(tmp_path / "a.csv", content)
     assert list(documents) == texts
     if quoting == csv.QUOTE_ALL or end == "\r\n":  # else a CR in a cell has no quotes around it
         assert texts == [row["text"] for row in csv.DictReader(io.StringIO(content, ""))]
-    assert labels_of(documents)["word"] == words
+    assert label_values(documents)["word"] == words
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])
 def test_no_word_is_a_missing_value(tmp_path: Path, ending: str) -> None:
     mark = "," if ending == ".csv" else "\t"
     rows = [["text", "word"], *([word, word] for word in WORDS_FOR_NOTHING), ["", ""], ["end", "x"]]
-    documents = load(tmp_path / f"a{ending}", csv_of(rows, delimiter=mark, lineterminator="\n"))
+    documents = load_content(
+        tmp_path / f"a{ending}", csv_text(rows, delimiter=mark, lineterminator="\n")
+    )
     assert list(documents) == [*WORDS_FOR_NOTHING, "", "end"]
-    assert labels_of(documents) == {"word": [*WORDS_FOR_NOTHING, "", "x"]}
+    assert label_values(documents) == {"word": [*WORDS_FOR_NOTHING, "", "x"]}
 
 
 def test_texts_that_look_like_numbers_stay_as_they_are(tmp_path: Path) -> None:
     texts = ["007", "1e5", "True", "1.50", "12345678901234567890123"]
-    assert list(load(tmp_path / "a.csv", csv_of([["text"], *([t] for t in texts)]))) == texts
+    assert (
+        list(load_content(tmp_path / "a.csv", csv_text([["text"], *([t] for t in texts)]))) == texts
+    )
     rows = [["mine", "n"], *([text, "1"] for text in texts)]
-    assert list(load(tmp_path / "b.csv", csv_of(rows), text_column="mine")) == texts
+    assert list(load_content(tmp_path / "b.csv", csv_text(rows), text_column="mine")) == texts
 
 
 def test_cells_beyond_the_limit_of_the_csv_module_are_read(tmp_path: Path) -> None:
     limit = csv.field_size_limit()
     text = "a, long text\n" * (limit // 6)
-    assert list(load(tmp_path / "a.csv", csv_of([["text", "n"], [text, "1"]]))) == [text]
+    assert list(load_content(tmp_path / "a.csv", csv_text([["text", "n"], [text, "1"]]))) == [text]
     assert csv.field_size_limit() == limit
 
 
@@ -131,9 +135,9 @@ def test_ends_of_lines_and_a_byte_order_mark_are_no_text(
     lines = [separator.join(rows[0]), *(separator.join(row.values()) for row in rows)]
     if ending == ".jsonl":
         lines = [json.dumps(row) for row in rows]
-    documents = load(tmp_path / f"a{ending}", mark + "".join(line + end for line in lines))
+    documents = load_content(tmp_path / f"a{ending}", mark + "".join(line + end for line in lines))
     assert list(documents) == ["one", "two"]
-    assert labels_of(documents) == {"word": ["x", "y"]}
+    assert label_values(documents) == {"word": ["x", "y"]}
 
 
 @pytest.mark.parametrize(
@@ -159,17 +163,17 @@ def test_tables_that_cannot_be_read_name_line_and_way_out(
     tmp_path: Path, name: str, content: str | bytes, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        load(tmp_path / name, content)
+        load_content(tmp_path / name, content)
 
 
 def test_a_separator_that_is_asked_for_decides(tmp_path: Path) -> None:
-    documents = load(tmp_path / "a.csv", 'text;word\n"a; b";c, d\n', separator=";")
+    documents = load_content(tmp_path / "a.csv", 'text;word\n"a; b";c, d\n', separator=";")
     assert list(documents) == ["a; b"]
-    assert labels_of(documents) == {"word": ["c, d"]}
-    assert list(load(tmp_path / "b.csv", "text;more\na;b\n", separator=",")) == ["a;b"]
-    assert list(load(tmp_path / "c.csv", "text\tword\na,b\tc\n", separator="\t")) == ["a,b"]
+    assert label_values(documents) == {"word": ["c, d"]}
+    assert list(load_content(tmp_path / "b.csv", "text;more\na;b\n", separator=",")) == ["a;b"]
+    assert list(load_content(tmp_path / "c.csv", "text\tword\na,b\tc\n", separator="\t")) == ["a,b"]
     with pytest.raises(DataError, match=r"--separator is for \.csv and \.tsv files"):
-        load(tmp_path / "a.jsonl", '{"text": "a"}\n', separator=";")
+        load_content(tmp_path / "a.jsonl", '{"text": "a"}\n', separator=";")
 
 
 # .tsv
@@ -178,7 +182,7 @@ def test_a_separator_that_is_asked_for_decides(tmp_path: Path) -> None:
 def test_quotes_of_tsv_are_characters(tmp_path: Path) -> None:
     texts = ['"Yes," he said', '5" disk', '"whole"', '"open', 'closed"', 'a "b" c', '"', '"a" "b"']
     content = "text\tn\n" + "".join(f"{text}\t1\n" for text in texts)
-    documents = load(tmp_path / "a.tsv", content)
+    documents = load_content(tmp_path / "a.tsv", content)
     assert list(documents) == texts
     assert documents.reading.notes == []
 
@@ -188,19 +192,21 @@ def test_tsv_of_the_csv_module_is_read_and_said(tmp_path: Path, seed: int) -> No
     # CR alone would make lines of its own where the file has no other end of a line
     texts = [text.replace("\r", "") for text in random_cells(seed, 40)]
     rows = [["n", "text", "m"], *(["1", text, "2"] for text in texts)]
-    documents = load(tmp_path / "a.tsv", csv_of(rows, delimiter="\t", lineterminator="\n"))
+    documents = load_content(
+        tmp_path / "a.tsv", csv_text(rows, delimiter="\t", lineterminator="\n")
+    )
     assert list(documents) == texts
     assert "quotes as in .csv were removed" in documents.reading.notes[0]
-    quoted = csv_of(rows, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)
-    documents = load(tmp_path / "b.tsv", quoted)
+    quoted = csv_text(rows, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)
+    documents = load_content(tmp_path / "b.tsv", quoted)
     assert list(documents) == texts
-    assert labels_of(documents) == {"n": [1] * 40, "m": [2] * 40}
+    assert label_values(documents) == {"n": [1] * 40, "m": [2] * 40}
 
 
 # JSON
 
 
-def rows_of_json(seed: int) -> list[dict]:
+def random_json_rows(seed: int) -> list[dict]:
     rng = random.Random(seed)
     return [
         {"text": text, "n": rng.randrange(9), "deep": [{"a": [text, None]}], "w": rng.choice("xyz")}
@@ -226,19 +232,19 @@ def test_rows_of_json_are_those_of_the_json_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(residua.cache.documents.text_lines, "BLOCK_BYTES", block)
-    rows = rows_of_json(0)
+    rows = random_json_rows(0)
     for name, content in json_layouts(rows).items():
-        documents = load(tmp_path / name, content)
+        documents = load_content(tmp_path / name, content)
         assert list(documents) == [row["text"] for row in rows], name
-        assert labels_of(documents) == {
+        assert label_values(documents) == {
             "n": [row["n"] for row in rows],
             "w": [row["w"] for row in rows],
         }, name
 
 
 def test_texts_alone_are_documents(tmp_path: Path) -> None:
-    assert list(load(tmp_path / "a.json", '["one", "two"]')) == ["one", "two"]
-    assert list(load(tmp_path / "a.jsonl", '"one"\n"two"\n')) == ["one", "two"]
+    assert list(load_content(tmp_path / "a.json", '["one", "two"]')) == ["one", "two"]
+    assert list(load_content(tmp_path / "a.jsonl", '"one"\n"two"\n')) == ["one", "two"]
 
 
 GOOD = '{"text": "one"}\n{"text": "two"}\n'
@@ -271,7 +277,7 @@ def test_json_that_cannot_be_read_names_the_line(
     tmp_path: Path, name: str, content: str, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        load(tmp_path / name, content)
+        load_content(tmp_path / name, content)
 
 
 def test_a_column_nobody_needs_stops_nothing(tmp_path: Path) -> None:
@@ -279,10 +285,10 @@ def test_a_column_nobody_needs_stops_nothing(tmp_path: Path) -> None:
     late = {"text": "the end", "note": "a word", "score": 0.5, "turns": [{"a": 1}], "more": "x"}
     content = "".join(json.dumps(row) + "\n" for row in [*early, late])
     huge = '{"text": "huge", "score": ' + "9" * 5000 + "}\n"
-    documents = load(tmp_path / "a.jsonl", content + huge, labels=False)
+    documents = load_content(tmp_path / "a.jsonl", content + huge, labels=False)
     assert list(documents) == [*(row["text"] for row in early), "the end", "huge"]
-    documents = load(tmp_path / "b.jsonl", content)
-    labels = labels_of(documents)
+    documents = load_content(tmp_path / "b.jsonl", content)
+    labels = label_values(documents)
     assert labels["note"] == [None] * 3000 + ["a word"]
     assert labels["score"] == [1.0] * 3000 + [0.5]
     assert labels["more"] == [None] * 3000 + ["x"]
@@ -333,20 +339,20 @@ def test_two_columns_of_one_name_are_said(tmp_path: Path) -> None:
         load_documents(str(path))
     pq.write_table(pa.table([["a"], [1], [2]], names=["text", "x", "x"]), path)
     documents = load_documents(str(path))
-    assert labels_of(documents) == {}
+    assert label_values(documents) == {}
     assert documents.reading.notes == ["the columns 'x' are left out: there are two of that name"]
-    documents = load(tmp_path / "a.csv", "text,x,x\na,b,c\n")
-    assert labels_of(documents) == {"x": ["b"], "x_3": ["c"]}
+    documents = load_content(tmp_path / "a.csv", "text,x,x\na,b,c\n")
+    assert label_values(documents) == {"x": ["b"], "x_3": ["c"]}
     assert documents.reading.notes == ["column 'x' occurs twice; the one at place 3 is 'x.3'"]
-    documents = load(tmp_path / "a.jsonl", '{"text": "a", "x": 1, "x": 2}\n')
-    assert labels_of(documents) == {"x": [2]}
+    documents = load_content(tmp_path / "a.jsonl", '{"text": "a", "x": 1, "x": 2}\n')
+    assert label_values(documents) == {"x": [2]}
     assert "occurs twice in one row (line 1)" in documents.reading.notes[0]
 
 
 # Compressed files
 
 
-def compressed(ending: str, data: bytes, path: Path) -> bytes:
+def compress(ending: str, data: bytes, path: Path) -> bytes:
     if ending != ".zst":
         pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[ending]
         return pack(data)
@@ -368,21 +374,21 @@ def test_compressed_files_give_the_plain_one_s_texts_or_an_error(
         plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     else:
         plain.write_text("\n".join(["text", *texts][ending == ".txt" :]) + "\n")
-    data = compressed(packed, plain.read_bytes(), tmp_path / "packed")
+    data = compress(packed, plain.read_bytes(), tmp_path / "packed")
     path = tmp_path / f"a{ending}{packed}"
-    assert list(load(path, data, lines=True)) == texts
+    assert list(load_content(path, data, lines=True)) == texts
     for damaged in (data[:-9], data[: len(data) // 2], b"no such format at all"):
         with pytest.raises(DataError, match=r"a\.\w+\.\w+ is cut short or is no \.\w+ file"):
-            load(path, damaged, lines=True)
+            load_content(path, damaged, lines=True)
 
 
 def test_two_compressed_pieces_are_one_file(tmp_path: Path) -> None:
     pieces = [gzip.compress(line.encode()) for line in GOOD.splitlines(keepends=True)]
-    assert list(load(tmp_path / "a.jsonl.gz", b"".join(pieces))) == ["one", "two"]
+    assert list(load_content(tmp_path / "a.jsonl.gz", b"".join(pieces))) == ["one", "two"]
 
 
 def test_a_file_that_changes_later_changes_no_text(tmp_path: Path) -> None:
-    documents = load(tmp_path / "a.jsonl", GOOD)
+    documents = load_content(tmp_path / "a.jsonl", GOOD)
     (tmp_path / "a.jsonl").write_text('{"text": "other"}\n')
     assert list(documents) == ["one", "two"]
 

@@ -19,8 +19,8 @@ from residua.cache.model.blocks import run_model
 from residua.cache.tokens.token_stream import from_sequences
 
 from ...support import models
-from ...support.architectures import KINDS, build
-from ...support.conformance import TOLERANCE, Verdict, judge, stream
+from ...support.architectures import KINDS, build_architecture
+from ...support.conformance import TOLERANCE, Verdict, check_architecture, random_stream
 
 PAGE = Path(__file__).parents[3] / "docs" / "architectures.md"
 # fmt: off
@@ -85,14 +85,14 @@ def check(verdict: Verdict) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in FAST if kind in KINDS])
 @pytest.mark.filterwarnings("ignore")
 def test_a_head_gives_the_models_logits_after_the_model_is_poisoned(kind: str, heads: Path) -> None:
-    check(judge(kind, heads / kind))
+    check(check_architecture(kind, heads / kind))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.filterwarnings("ignore")
 def test_variants_of_common_classes_extract_and_are_causal(name: str, heads: Path) -> None:
     kind, fields = VARIANTS[name]
-    verdict = judge(kind, heads / name, **fields)
+    verdict = check_architecture(kind, heads / name, **fields)
     check(verdict)
     assert verdict.causal
 
@@ -102,7 +102,7 @@ def test_saved_heads_need_neither_torch_nor_transformers(heads: Path) -> None:
     # A norm and a softcap by formula, and two programs; with them those of the tests before.
     for kind in ("llama", "gemma2", "bert", "deepseek_v4"):
         if kind in KINDS and not (heads / kind).exists():
-            check(judge(kind, heads / kind))
+            check(check_architecture(kind, heads / kind))
     assert len(list(heads.iterdir())) >= 3
     command = [sys.executable, "-c", OFFLINE, str(heads), str(TOLERANCE)]
     out = subprocess.run(command, capture_output=True, text=True)
@@ -112,14 +112,14 @@ def test_saved_heads_need_neither_torch_nor_transformers(heads: Path) -> None:
 @pytest.mark.parametrize("kind", ["bert", "roberta", "cpmant", "xlnet"])
 @pytest.mark.filterwarnings("ignore")
 def test_models_that_see_later_tokens_are_marked(kind: str, tmp_path: Path) -> None:
-    assert not judge(kind, tmp_path).causal
+    assert not check_architecture(kind, tmp_path).causal
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore")
 def test_every_class_extracts_or_says_why_not(kind: str, tmp_path: Path) -> None:
-    verdict = judge(kind, tmp_path)
+    verdict = check_architecture(kind, tmp_path)
     if kind in NOT_BUILT:
         assert verdict.status == "not built"
     else:
@@ -150,7 +150,7 @@ def test_unusual_models_go_through_the_whole_extraction(
     kind: str, fields: dict, texts_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
-    model: Any = build(kind, vocab_size=models.VOCAB, **fields)
+    model: Any = build_architecture(kind, vocab_size=models.VOCAB, **fields)
     model.save_pretrained(folder)
     models.build_tokenizer().save_pretrained(folder)
     cache = residua.extract(
@@ -172,9 +172,9 @@ def test_unusual_models_go_through_the_whole_extraction(
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_tail_that_masks_pad_tokens_is_refused_only_for_texts_that_hold_them() -> None:
-    model: Any = build("xlm")
-    assert check_model(model, stream(), "float32", "auto").head.kind == "explicit"
-    ids = np.array(stream().ids[:])
+    model: Any = build_architecture("xlm")
+    assert check_model(model, random_stream(), "float32", "auto").head.kind == "explicit"
+    ids = np.array(random_stream().ids[:])
     ids[::7] = model.config.pad_token_id
     with pytest.raises(ModelError, match="not a function of the last block's output alone"):
         check_model(model, from_sequences(np.split(ids, 6)), "float32", "auto")

@@ -21,7 +21,14 @@ from residua.cache.store.verify import verify
 
 from ...conftest import LONG_PART
 from ...support.crashing import Child, Driver, shared_driver
-from ...support.scenes import Scene, Witness, complete, files, whole, write_texts
+from ...support.scenes import (
+    CommittedRecords,
+    Scene,
+    array_files,
+    assert_complete,
+    run_undisturbed,
+    write_texts,
+)
 
 SEED = 20261120
 KILLS = 15
@@ -51,7 +58,7 @@ def kill_and_restart(
     Returns the number of kills by `phase`. Every process lives for a random part of an
     undisturbed run; one death in four is everybody's, as if the power went.
     """
-    want, seconds = whole(driver, scene, folder)
+    want, seconds = run_undisturbed(driver, scene, folder)
     killed, rounds = Counter[str](), 0
     while killed.total() < kills:
         rounds += 1
@@ -62,9 +69,9 @@ def kill_and_restart(
         killed += deaths
         if not deaths.total():  # other work on this machine disturbed the first measurement
             seconds = min(seconds, time.perf_counter() - began)
-        found = files(root)
+        found = array_files(root)
         assert [name for name in {**want, **found} if want.get(name) != found.get(name)] == []
-        complete(root)
+        assert_complete(root)
         shutil.rmtree(root)
     shutil.rmtree(folder)
     return killed
@@ -74,7 +81,7 @@ def kill_until_one_finishes(
     driver: Driver, scene: Scene, root: Path, workers: int, seconds: float, rng: random.Random
 ) -> Counter[str]:
     """Kill and start workers until one ends by itself; returns the number of kills by `phase`."""
-    witness, killed, finished = Witness(root), Counter[str](), False
+    witness, killed, finished = CommittedRecords(root), Counter[str](), False
     witness.check()
     alive: dict[int, tuple[Child, float]] = {}
     while alive or not finished:
@@ -179,7 +186,7 @@ def test_layers_that_a_killed_process_created_get_into_the_journal(
     (path,) = list_paths(tmp_path)
     (path / "journal" / ".base.1.json.99.tmp").write_bytes(b"{")  # of one that died in it
     answer_request(request(0, 2))
-    complete(tmp_path)
+    assert_complete(tmp_path)
 
 
 def test_sharing_parts_again_never_takes_a_committed_shard_away(

@@ -100,9 +100,9 @@ def test_padding_is_hidden_from_a_model_that_sees_later_tokens(
 ) -> None:
     """Every row of padded batches of mixed lengths, against its sequence alone."""
     from ...support import models
-    from ...support.architectures import build
+    from ...support.architectures import build_architecture
 
-    model: Any = build("bert", vocab_size=models.VOCAB)
+    model: Any = build_architecture("bert", vocab_size=models.VOCAB)
     assert not model.config.is_decoder
     model.save_pretrained(tmp_path / "model")
     models.build_tokenizer().save_pretrained(tmp_path / "model")

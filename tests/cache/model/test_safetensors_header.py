@@ -42,17 +42,19 @@ def test_names_dtypes_shapes_and_bytes_are_those_that_the_library_reads(weights:
                 assert getattr(torch, FLOATING_DTYPES[entry.dtype]) == tensor.dtype
 
 
-def write(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> None:
+def write_safetensors(
+    path: Path, header: bytes, data: bytes = b"", length: int | None = None
+) -> None:
     size = len(header) if length is None else length
     path.write_bytes(size.to_bytes(8, "little") + header + data)
 
 
-def of(*tensors: tuple[str, str, list, list]) -> bytes:
+def header_of(*tensors: tuple[str, str, list, list]) -> bytes:
     entries = {n: {"dtype": d, "shape": s, "data_offsets": o} for n, d, s, o in tensors}
     return json.dumps(entries).encode()
 
 
-def link_to_nowhere(path: Path) -> None:
+def make_broken_link(path: Path) -> None:
     path.unlink()
     path.symlink_to("/nowhere/blob")
 
@@ -67,29 +69,51 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut in the header": (lambda p: p.write_bytes(p.read_bytes()[:40]), "not a whole"),
     "bytes appended": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "not a whole"),
     "empty": (lambda p: p.write_bytes(b""), "has 0 bytes"),
-    "link to nowhere": (link_to_nowhere, "link to /nowhere/blob.*No such file"),
+    "link to nowhere": (make_broken_link, "link to /nowhere/blob.*No such file"),
     "a folder": (lambda p: (p.unlink(), p.mkdir()), "cannot be read"),
     "a page of text": (lambda p: p.write_text("<!DOCTYPE html><html>404"), "not a whole"),
-    "not UTF-8": (lambda p: write(p, b'{"\xff": 1}'), "header cannot be read"),
-    "no object": (lambda p: write(p, b"[]"), "header cannot be read"),
-    "no JSON": (lambda p: write(p, b"{{"), "header cannot be read"),
-    "deep JSON": (lambda p: write(p, b"[" * 100_000), "header cannot be read"),
-    "length beyond the file": (lambda p: write(p, b"{}", length=2**63), "header of 9223"),
-    "no offsets": (lambda p: write(p, b'{"a": {"dtype": "U8", "shape": [1]}}'), "data_offsets"),
-    "no entry": (lambda p: write(p, b'{"a": 3}'), "header cannot be read"),
-    "unknown dtype": (lambda p: write(p, of(("a", "Q9", [1], [0, 1])), b"x"), "unknown dtype"),
-    "negative": (lambda p: write(p, of(("a", "U8", [-1], [0, -1]))), "offsets"),
-    "truth for a number": (lambda p: write(p, of(("a", "U8", [True], [0, 1])), b"x"), "shape"),
-    "wrong size": (lambda p: write(p, of(("a", "F32", [2], [0, 4])), b"xxxx"), "4 bytes"),
+    "not UTF-8": (lambda p: write_safetensors(p, b'{"\xff": 1}'), "header cannot be read"),
+    "no object": (lambda p: write_safetensors(p, b"[]"), "header cannot be read"),
+    "no JSON": (lambda p: write_safetensors(p, b"{{"), "header cannot be read"),
+    "deep JSON": (lambda p: write_safetensors(p, b"[" * 100_000), "header cannot be read"),
+    "length beyond the file": (
+        lambda p: write_safetensors(p, b"{}", length=2**63),
+        "header of 9223",
+    ),
+    "no offsets": (
+        lambda p: write_safetensors(p, b'{"a": {"dtype": "U8", "shape": [1]}}'),
+        "data_offsets",
+    ),
+    "no entry": (lambda p: write_safetensors(p, b'{"a": 3}'), "header cannot be read"),
+    "unknown dtype": (
+        lambda p: write_safetensors(p, header_of(("a", "Q9", [1], [0, 1])), b"x"),
+        "unknown dtype",
+    ),
+    "negative": (lambda p: write_safetensors(p, header_of(("a", "U8", [-1], [0, -1]))), "offsets"),
+    "truth for a number": (
+        lambda p: write_safetensors(p, header_of(("a", "U8", [True], [0, 1])), b"x"),
+        "shape",
+    ),
+    "wrong size": (
+        lambda p: write_safetensors(p, header_of(("a", "F32", [2], [0, 4])), b"xxxx"),
+        "4 bytes",
+    ),
     "overlap": (
-        lambda p: write(p, of(("a", "U8", [2], [0, 2]), ("b", "U8", [2], [1, 3])), b"xxx"),
+        lambda p: write_safetensors(
+            p, header_of(("a", "U8", [2], [0, 2]), ("b", "U8", [2], [1, 3])), b"xxx"
+        ),
         "'b' overlaps",
     ),
     "gap": (
-        lambda p: write(p, of(("a", "U8", [1], [0, 1]), ("b", "U8", [1], [2, 3])), b"xxx"),
+        lambda p: write_safetensors(
+            p, header_of(("a", "U8", [1], [0, 1]), ("b", "U8", [1], [2, 3])), b"xxx"
+        ),
         "'b' leaves a gap",
     ),
-    "twice": (lambda p: write(p, b"{%b, %b}" % (ENTRY, ENTRY), b"x"), "a name is there twice"),
+    "twice": (
+        lambda p: write_safetensors(p, b"{%b, %b}" % (ENTRY, ENTRY), b"x"),
+        "a name is there twice",
+    ),
 }
 
 

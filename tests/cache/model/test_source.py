@@ -133,7 +133,7 @@ def test_weights_that_cannot_be_read_are_refused(model: Path, damage: str, versi
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
         path.write_bytes({"pointer": pointer, "cut": raw[:-100], "empty": b""}[damage])
     with pytest.raises(ModelError, match=r"model\.safetensors"):
-        ModelSource.locate(str(model)).identity_in(version)
+        ModelSource.locate(str(model)).identity_for_format(version)
 
 
 def test_an_adapter_is_refused(model: Path) -> None:
@@ -247,11 +247,11 @@ def test_a_tokenizer_is_converted_once(model: Path, monkeypatch: pytest.MonkeyPa
     seen: list[Path] = []
     convert = loading.convert_tokenizer
 
-    def counting(folder: Path, trust_remote_code: bool = False) -> Any:
+    def record_and_convert(folder: Path, trust_remote_code: bool = False) -> Any:
         seen.append(folder)
         return convert(folder, trust_remote_code)
 
-    monkeypatch.setattr(loading, "convert_tokenizer", counting)
+    monkeypatch.setattr(loading, "convert_tokenizer", record_and_convert)
     first = tokenizers_of.load_tokenizer(model)
     assert tokenizers_of.load_tokenizer(model).to_str() == first.to_str()
     assert len(seen) == 1

@@ -15,9 +15,9 @@ from residua.cache.tokens.segments import (
     PairScope,
     crossing_shares,
     document_of,
-    has_borders,
+    has_document_borders,
     neighbour_tokens,
-    segment_places,
+    segment_indices,
 )
 from residua.cache.tokens.token_stream import KeptRuns
 from residua.probes.baselines.ngrams import Bigram, LaggedBigram, Trigram, Unigram
@@ -37,11 +37,11 @@ ALL_PAIRS = [False, True]
 
 
 def packed_documents(rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
-    """Number of the document of each token, and lengths of the sequences they are packed to."""
+    """Document number of each token, and lengths of the packed sequences."""
     numbers = rng.permutation(len(DOCUMENTS) * 5)[: len(DOCUMENTS)]
     documents = np.repeat(numbers, DOCUMENTS)
-    full, rest = divmod(len(documents), 16)
-    return documents, [16] * full + [rest] * (rest > 0)
+    whole_sequences, remainder = divmod(len(documents), 16)
+    return documents, [16] * whole_sequences + [remainder] * (remainder > 0)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,13 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
-    """Some positions of packed contexts: alone, in runs, at the ends and at borders."""
+    """A cache of half the positions of packed contexts: single ones, runs, at ends and borders."""
     rng = np.random.default_rng(1)
     documents, lengths = packed_documents(rng)
     sequence, first, length = [], [], []
     for number, size in enumerate(lengths):
-        keep = np.flatnonzero(rng.random(size) < 0.5)
-        for run in np.split(keep, np.flatnonzero(np.diff(keep) != 1) + 1):
+        indices = np.flatnonzero(rng.random(size) < 0.5)
+        for run in np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1):
             if len(run):
                 sequence, first = [*sequence, number], [*first, int(run[0])]
                 length.append(len(run))
@@ -72,12 +72,12 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
     return make_cache(folder, layers, lengths, head, documents=documents, runs=runs)
 
 
-class Text:
-    """Token ids and documents as the model read them, and where each row stands there."""
+class ModelText:
+    """Token ids and document numbers of the contexts, and the token of each row of the cache."""
 
     def __init__(self, cache: ActivationCache) -> None:
         sparse = cache.has("context/ids")
-        which = cache.array("sequences/context")[:] if sparse else np.arange(10**6)
+        contexts = cache.array("sequences/context")[:] if sparse else np.arange(10**6)
         starts = cache.array("contexts/start" if sparse else "sequences/start")[:]
         lengths = cache.array("contexts/length" if sparse else "sequences/length")[:]
         self.ids = cache.array("context/ids" if sparse else "tokens/ids")[:].tolist()
@@ -86,17 +86,17 @@ class Text:
         self.index = [i for length in lengths.tolist() for i in range(length)]
         sequence = cache.array("tokens/sequence")[:]
         self.sequence = sequence.tolist()
-        self.place = (starts[which[sequence]] + cache.array("tokens/index")[:]).tolist()
+        self.token_of_row = (starts[contexts[sequence]] + cache.array("tokens/index")[:]).tolist()
 
-    def joined(self, a: int, b: int, across: bool) -> bool:
-        """Whether tokens `a` and `b` of the text are in one sequence, and in one document."""
+    def are_together(self, a: int, b: int, across: bool) -> bool:
+        """Whether tokens `a` and `b` lie in the same context and, unless `across`, document."""
         if not 0 <= a < len(self.ids) or not 0 <= b < len(self.ids):
             return False
         same = self.documents[a] == self.documents[b]
         return self.context[a] == self.context[b] and (across or same)
 
     def token(self, a: int, step: int, across: bool) -> int:
-        return self.ids[a + step] if self.joined(a, a + step, across) else -1
+        return self.ids[a + step] if self.are_together(a, a + step, across) else -1
 
     def pairs(
         self, rows: np.ndarray, offset: int, across: bool, drop: int
@@ -107,8 +107,8 @@ class Text:
             for t in rows.tolist()
             if t + offset < len(self.sequence)
             and self.sequence[t] == self.sequence[t + offset]
-            and self.joined(self.place[t], self.place[t + offset], across)
-            and self.index[self.place[t]] >= drop
+            and self.are_together(self.token_of_row[t], self.token_of_row[t + offset], across)
+            and self.index[self.token_of_row[t]] >= drop
         ]
 
 
@@ -123,7 +123,7 @@ def moments_by_hand(
     """Rows x and y of the pairs of one fold, float64."""
     numbers = cache.sequences("all")
     numbers = numbers[cache.sequence_folds(FOLDS)[numbers] == fold]
-    pairs = np.array(Text(cache).pairs(cache.positions_of(numbers), offset, across, drop), int)
+    pairs = np.array(ModelText(cache).pairs(cache.positions_of(numbers), offset, across, drop), int)
     x, y = (np.asarray(cache.residual_array(la)[:], np.float64) for la in (layer, cache.n_blocks))
     pairs = pairs.reshape(-1, 2)
     return x[pairs[:, 0]], y[pairs[:, 1]]
@@ -154,7 +154,7 @@ def test_moments_are_those_of_the_pairs_one_by_one(
 
 
 def test_pairs_of_two_documents_are_a_share_of_all(packed: ActivationCache) -> None:
-    text, rows = Text(packed), packed.positions_of(packed.sequences("all"))
+    text, rows = ModelText(packed), packed.positions_of(packed.sequences("all"))
     shares = crossing_shares(packed, packed.sequences("all"), OFFSETS, PairScope())
     for offset in OFFSETS:
         every = len(text.pairs(rows, offset, True, 0))
@@ -170,7 +170,7 @@ def test_ridge_is_scikit_learns_on_pairs_inside_documents(packed: ActivationCach
     rows = packed.positions_of(packed.sequences("train"))
     for across in ALL_PAIRS:
         probe = RidgeProbe(1, [0], alpha=3.0, across_documents=across).fit(packed, keep=False)
-        pairs = np.array(Text(packed).pairs(rows, 1, across, 0))
+        pairs = np.array(ModelText(packed).pairs(rows, 1, across, 0))
         x, y = (
             packed.residual_array(0)[:][pairs[:, 0]],
             packed.residual_array(DEPTH)[:][pairs[:, 1]],
@@ -178,8 +178,8 @@ def test_ridge_is_scikit_learns_on_pairs_inside_documents(packed: ActivationCach
         want = Ridge(alpha=3.0).fit(x.astype(float), y.astype(float))
         np.testing.assert_allclose(probe.map().weight.T, want.coef_, rtol=1e-4, atol=1e-5)
         assert probe.n_[0, 1] == len(pairs)
-        every = len(Text(packed).pairs(rows, 1, True, 0))
-        inside = len(Text(packed).pairs(rows, 1, False, 0))
+        every = len(ModelText(packed).pairs(rows, 1, True, 0))
+        inside = len(ModelText(packed).pairs(rows, 1, False, 0))
         assert probe.metrics()[0]["crossing"] == pytest.approx(1 - inside / every)
 
 
@@ -188,7 +188,7 @@ def test_ridge_is_scikit_learns_on_pairs_inside_documents(packed: ActivationCach
 def test_a_feed_gives_every_pair_with_its_text(
     cache: ActivationCache, across: bool, drop: int
 ) -> None:
-    text = Text(cache)
+    text = ModelText(cache)
     rows = cache.positions_of(cache.sequences("train"))
     feed = MinibatchStream(
         cache, [0], OFFSETS, batch=13, buffer_rows=50, slab_rows=9, across_documents=across,
@@ -202,8 +202,8 @@ def test_a_feed_gives_every_pair_with_its_text(
             for i in ahead.valid.nonzero()[:, 0].tolist():
                 t = int(draw.positions[i])
                 found.append((t, t + offset))
-                assert int(ahead.token[i]) == text.ids[text.place[t + offset]]
-                assert int(ahead.text[i]) == text.token(text.place[t + offset], 1, across)
+                assert int(ahead.token[i]) == text.ids[text.token_of_row[t + offset]]
+                assert int(ahead.text[i]) == text.token(text.token_of_row[t + offset], 1, across)
                 assert torch.equal(ahead.residual[i], torch.from_numpy(last[t + offset]))
             assert bool((ahead.text[~ahead.valid] == -1).all())
         assert sorted(found) == text.pairs(rows, offset, across, drop)
@@ -212,18 +212,18 @@ def test_a_feed_gives_every_pair_with_its_text(
 @pytest.mark.parametrize("across", ALL_PAIRS)
 @pytest.mark.parametrize("step", [1, -1])
 def test_neighbours_are_those_of_the_text(cache: ActivationCache, across: bool, step: int) -> None:
-    text, rows = Text(cache), np.random.default_rng(0).permutation(cache.positions)
+    text, rows = ModelText(cache), np.random.default_rng(0).permutation(cache.positions)
     found = neighbour_tokens(cache, rows, step, across)
-    assert found.tolist() == [text.token(text.place[t], step, across) for t in rows.tolist()]
+    assert found.tolist() == [text.token(text.token_of_row[t], step, across) for t in rows.tolist()]
 
 
 def counts_by_hand(cache: ActivationCache, lags: tuple[int, ...], across: bool) -> np.ndarray:
     """How often tokens came at distances `lags` after each other in the train contexts."""
-    text, found = Text(cache), np.zeros((VOCAB,) * (len(lags) + 1), int)
+    text, found = ModelText(cache), np.zeros((VOCAB,) * (len(lags) + 1), int)
     train = cache.sequence_split == 0
     contexts = cache.sequence_context[train]
     for a in range(len(text.ids)):
-        if text.context[a] in contexts and text.joined(a, a + lags[-1], across):
+        if text.context[a] in contexts and text.are_together(a, a + lags[-1], across):
             found[tuple(text.ids[a + lag] for lag in (0, *lags))] += 1
     return found
 
@@ -248,7 +248,7 @@ def test_baselines_count_the_text_of_the_train_split(cache: ActivationCache, acr
 def test_evaluation_counts_the_pairs_and_the_text_one_by_one(
     cache: ActivationCache, across: bool, drop: int
 ) -> None:
-    text, rows = Text(cache), cache.positions_of(cache.sequences("all"))
+    text, rows = ModelText(cache), cache.positions_of(cache.sequences("all"))
     found = evaluate(
         cache, split="all", offsets=OFFSETS, layers=[1], across_documents=across, drop_first=drop
     )
@@ -256,7 +256,7 @@ def test_evaluation_counts_the_pairs_and_the_text_one_by_one(
     log_q -= np.log(np.exp(log_q).sum(-1, keepdims=True))
     for offset in OFFSETS:
         pairs = text.pairs(rows, offset, across, drop)
-        follows = [(t, text.token(text.place[s], 1, across)) for t, s in pairs]
+        follows = [(t, text.token(text.token_of_row[s], 1, across)) for t, s in pairs]
         follows = [(t, token) for t, token in follows if token >= 0]
         row = found.select("logit", offset)[0]
         assert (row.n, row.n_text) == (len(pairs), len(follows))
@@ -343,7 +343,7 @@ def test_moments_are_fitted_by_probes_of_the_same_pairs(
         with pytest.raises(UsageError, match="give both the same"):
             RidgeProbe(1, [0], **other).fit(back)
     probe = RidgeProbe(1, [0], across_documents=True, drop_first=2)
-    pairs = Text(packed).pairs(packed.positions_of(packed.sequences("train")), 1, True, 2)
+    pairs = ModelText(packed).pairs(packed.positions_of(packed.sequences("train")), 1, True, 2)
     assert probe.fit(back).n_[0, 1] == len(pairs)
 
 
@@ -355,7 +355,7 @@ def test_moments_of_before_count_all_pairs(tmp_path: Path) -> None:
     for name, documents in ("borders", np.arange(160) // 7), ("none", np.arange(160) // 16):
         layers = [rng.normal(size=(160, WIDTH)) for _ in range(DEPTH + 1)]
         cache = make_cache(tmp_path / name, layers, [16] * 10, head, documents=documents)
-        assert has_borders(cache) == (name == "borders")
+        assert has_document_borders(cache) == (name == "borders")
         RidgeProbe(1, [0], across_documents=True).fit(cache, keep=True)
         for entry in moment_entries(cache):
             about = read_json(entry.path / "moments.json")
@@ -366,7 +366,9 @@ def test_moments_of_before_count_all_pairs(tmp_path: Path) -> None:
         assert across.moments_["kept"] == 1
         default = RidgeProbe(1, [0]).fit(cache, keep=False)
         assert default.moments_["kept"] == (name == "none")
-        pairs = len(Text(cache).pairs(cache.positions_of(cache.sequences("train")), 1, False, 0))
+        pairs = len(
+            ModelText(cache).pairs(cache.positions_of(cache.sequences("train")), 1, False, 0)
+        )
         assert default.n_[0, 1] == pairs
 
 
@@ -374,7 +376,7 @@ def test_a_cache_without_documents_has_one_per_sequence(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     layers = [rng.normal(size=(30, WIDTH)) for _ in range(DEPTH + 1)]
     cache = make_cache(tmp_path, layers, [10, 1, 19], random_head(WIDTH, VOCAB))
-    index, left = segment_places(cache, cache.sequences("all"))
+    index, left = segment_indices(cache, cache.sequences("all"))
     assert index.tolist() == [*range(10), 0, *range(19)]
     assert left.tolist() == [*range(9, -1, -1), 0, *range(18, -1, -1)]
     assert document_of(cache, np.array([0, 9, 10, 11, 29])).tolist() == [0, 0, 1, 2, 2]

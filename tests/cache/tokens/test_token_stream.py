@@ -18,7 +18,7 @@ from residua.cache.tokens.tokenization import tokenize
 TRAIN, VALIDATION, TEST = range(3)
 
 
-def hashes_of(shares: list[float]) -> np.ndarray:
+def hashes_with_shares(shares: list[float]) -> np.ndarray:
     """Hashes whose upper half is the given share of 2**32."""
     upper = (np.array(shares) * 2**32).astype(np.uint64)
     return (upper << np.uint64(32)) | np.arange(len(shares)).astype(np.uint64)
@@ -29,7 +29,7 @@ def random_hashes(count: int, seed: int = 0) -> np.ndarray:
 
 
 def test_the_digest_is_sha256_over_all_that_decides_the_numbers_of_each_sequence():
-    """As cache/README.md, *Tokens*, has it: worked out byte by byte."""
+    """The bytes are those specified in cache/README.md, *Tokens*."""
     ids = np.array([5, 6, 7, 1, 70000, 2], np.int32)
     stream = TokenStream(
         ids,
@@ -52,7 +52,7 @@ def test_the_digest_is_sha256_over_all_that_decides_the_numbers_of_each_sequence
 
 
 def test_what_is_kept_of_a_sequence_is_part_of_its_hash():
-    """Else a cache of other positions would be taken for the one that is asked for."""
+    """Without the kept positions, a cache of other positions would answer the request."""
     stream = from_sequences([[5, 6, 7], [1, 2]])
     seen = set()
     for first, length in (([0, 0], [1, 1]), ([1, 0], [1, 1]), ([0, 0], [2, 1]), ([0, 1], [1, 1])):
@@ -135,7 +135,9 @@ def test_splits_are_a_tenth_a_tenth_and_the_rest():
 
 def test_a_split_is_decided_by_the_upper_half_of_the_hash():
     shares = [0.0, 0.05, 0.0999, 0.1001, 0.15, 0.1999, 0.2001, 0.5, 0.9999]
-    np.testing.assert_array_equal(assign_splits(hashes_of(shares)), [TEST] * 3 + [1] * 3 + [0] * 3)
+    np.testing.assert_array_equal(
+        assign_splits(hashes_with_shares(shares)), [TEST] * 3 + [1] * 3 + [0] * 3
+    )
 
 
 def test_a_split_does_not_depend_on_the_other_sequences():
@@ -168,13 +170,13 @@ def test_no_split_of_three_distinct_sequences_or_more_is_empty(count):
     [0.05, 0.15, 0.5], [0.01, 0.02, 0.03, 0.04], [0.11, 0.12, 0.13, 0.14], [0.01, 0.02, 0.03, 0.12],
 ], ids=str)  # fmt: skip
 def test_no_split_of_a_small_set_is_empty_whatever_its_hashes(shares):
-    splits = assign_splits(hashes_of(shares))
+    splits = assign_splits(hashes_with_shares(shares))
     assert set(splits.tolist()) == {TRAIN, VALIDATION, TEST}
 
 
 def test_two_distinct_sequences_are_left_where_their_hashes_put_them():
-    np.testing.assert_array_equal(assign_splits(hashes_of([0.5, 0.6])), [TRAIN, TRAIN])
-    np.testing.assert_array_equal(assign_splits(hashes_of([0.05])), [TEST])
+    np.testing.assert_array_equal(assign_splits(hashes_with_shares([0.5, 0.6])), [TRAIN, TRAIN])
+    np.testing.assert_array_equal(assign_splits(hashes_with_shares([0.05])), [TEST])
 
 
 @pytest.mark.parametrize("folds", [2, 5, 10])
@@ -198,7 +200,7 @@ MARK, UNKNOWN = WORDS, WORDS + 1
 
 
 def word_tokenizer(marked: bool = False) -> Tokenizer:
-    """Token i is the word `w<i>`; `marked` ones put MARK before every text by themselves."""
+    """A tokenizer whose token i is the word `w<i>`; if `marked`, it puts MARK before every text."""
     words = {f"w{i}": i for i in range(WORDS)} | {"[S]": MARK, "[U]": UNKNOWN}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[U]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -209,57 +211,59 @@ def word_tokenizer(marked: bool = False) -> Tokenizer:
     return tokenizer
 
 
-def documents_of(seed: int, count: int = 300) -> tuple[list[str], list[list[int]]]:
-    """Texts, some of them empty, and their token ids."""
+def random_documents(seed: int, count: int = 300) -> tuple[list[str], list[list[int]]]:
+    """Random texts, some of them empty, and their token ids."""
     rng = np.random.default_rng(seed)
     ids = [rng.integers(0, WORDS, int(n)).tolist() for n in rng.integers(0, 40, count)]
     ids[3] = []
     return [" ".join(f"w{i}" for i in document) for document in ids], ids
 
 
-def stream_of(texts: list[str], marked: bool = False, **options) -> TokenStream:
+def tokenize_texts(texts: list[str], marked: bool = False, **options) -> TokenStream:
+    """Token stream of `texts`, packed to 16 tokens unless `options` of `tokenize` differ."""
     defaults = {"context": 16, "pack": True, "separator": MARK, "seed": 0, "max_tokens": None}
     return tokenize(Documents(texts), word_tokenizer(marked), **{**defaults, **options})
 
 
-def permuted(ids: list[list[int]], seed: int) -> list[int]:
-    """Numbers of the documents that hold text, in the order of the stream."""
+def document_order(ids: list[list[int]], seed: int) -> list[int]:
+    """Numbers of the documents with text, in the order of the stream."""
     order = np.random.default_rng(seed).permutation(len(ids)).tolist()
     return [number for number in order if ids[number]]
 
 
-def splits_of(texts: list[str]) -> list[int]:
-    """Split of each document by the hash of its text; -1 where it holds none."""
-    found = [hashlib.sha256(text.encode()).digest()[:8] for text in texts if text.strip()]
-    splits = assign_splits(np.array([int.from_bytes(d, "little") for d in found], np.uint64))
-    given = iter(splits.tolist())
-    return [next(given) if text.strip() else -1 for text in texts]
+def expected_splits(texts: list[str]) -> list[int]:
+    """Split of each document by the hash of its text; -1 for a document without text."""
+    digests = [hashlib.sha256(text.encode()).digest()[:8] for text in texts if text.strip()]
+    hashes = [int.from_bytes(digest, "little") for digest in digests]
+    splits = iter(assign_splits(np.array(hashes, np.uint64)).tolist())
+    return [next(splits) if text.strip() else -1 for text in texts]
 
 
-def packed_plainly(
+def pack_by_hand(
     texts: list[str], ids: list[list[int]], seed: int, context: int = 16
 ) -> list[tuple[int, list[int], int]]:
-    """(split, tokens, first document) of every sequence, with lists alone."""
-    splits, waiting, sequences = splits_of(texts), {s: [] for s in range(3)}, []
-    for number in permuted(ids, seed):
+    """(split, tokens, first document) of every sequence, packed with plain lists."""
+    splits, sequences = expected_splits(texts), []
+    pending: dict[int, list[tuple[int, int]]] = {split: [] for split in range(3)}
+    for number in document_order(ids, seed):
         split = splits[number]
-        waiting[split] += [(token, number) for token in [MARK, *ids[number]]]
-        while len(waiting[split]) >= context:
-            taken, waiting[split] = waiting[split][:context], waiting[split][context:]
-            sequences.append((split, [token for token, _ in taken], taken[0][1]))
+        pending[split] += [(token, number) for token in [MARK, *ids[number]]]
+        while len(pending[split]) >= context:
+            sequence, pending[split] = pending[split][:context], pending[split][context:]
+            sequences.append((split, [token for token, _ in sequence], sequence[0][1]))
     for split in range(3):
-        if waiting[split]:
-            taken = waiting[split]
-            sequences.append((split, [token for token, _ in taken], taken[0][1]))
+        if pending[split]:
+            sequence = pending[split]
+            sequences.append((split, [token for token, _ in sequence], sequence[0][1]))
     return sequences
 
 
 @pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize(("seed", "count"), [(0, 300), (7, 300), (3, 1500), (5, 12), (6, 3)])
 def test_the_documents_of_each_split_are_packed_by_themselves(seed, count, marked):
-    texts, ids = documents_of(seed, max(count, 4))
-    stream = stream_of(texts, marked, seed=seed)
-    want = packed_plainly(texts, ids, seed)
+    texts, ids = random_documents(seed, max(count, 4))
+    stream = tokenize_texts(texts, marked, seed=seed)
+    want = pack_by_hand(texts, ids, seed)
     assert [stream.sequence(n).tolist() for n in range(len(stream.lengths))] == [w[1] for w in want]
     assert stream.sequence_splits.tolist() == [w[0] for w in want]
     assert stream.row_ids.tolist() == [w[2] for w in want]
@@ -270,11 +274,11 @@ def test_the_documents_of_each_split_are_packed_by_themselves(seed, count, marke
 
 
 def test_no_document_is_in_two_splits_and_equal_ones_share_theirs():
-    texts, _ = documents_of(8)
+    texts, _ = random_documents(8)
     texts = [*texts, *texts[:200]]
-    stream = stream_of(texts)
+    stream = tokenize_texts(texts)
     splits: dict[str, set[int]] = {}
-    rows, starts = stream.of_tokens["tokens/row_id"][:], stream.starts
+    rows, starts = stream.token_arrays["tokens/row_id"][:], stream.starts
     for number, split in enumerate(stream.sequence_splits.tolist()):
         start = int(starts[number])
         for row in np.unique(rows[start : start + int(stream.lengths[number])]).tolist():
@@ -283,13 +287,13 @@ def test_no_document_is_in_two_splits_and_equal_ones_share_theirs():
 
 
 def test_more_documents_move_none_to_another_split():
-    texts, _ = documents_of(9, count=900)
-    assert splits_of(texts)[:500] == splits_of(texts[:500])
-    few, many = stream_of(texts[:500]), stream_of(texts)
+    texts, _ = random_documents(9, count=900)
+    assert expected_splits(texts)[:500] == expected_splits(texts[:500])
+    few, many = tokenize_texts(texts[:500]), tokenize_texts(texts)
     split_of = {}
     for stream in (few, many):
         owner = np.repeat(stream.sequence_splits, stream.lengths)
-        for row, split in zip(stream.of_tokens["tokens/row_id"][:].tolist(), owner, strict=True):
+        for row, split in zip(stream.token_arrays["tokens/row_id"][:].tolist(), owner, strict=True):
             assert split_of.setdefault(row, split) == split
 
 
@@ -299,35 +303,35 @@ def test_of_one_or_two_documents_the_end_is_held_out(copies, max_tokens):
     long = " ".join(f"w{i % WORDS}" for i in range(1000))
     other = " ".join(f"w{i % 7}" for i in range(300))
     for texts in ([long] * copies, [long, other] * copies):
-        stream = stream_of(texts, max_tokens=max_tokens)
+        stream = tokenize_texts(texts, max_tokens=max_tokens)
         assert stream.split_by == "sequence"
         count = len(stream.lengths)
         tenth = max(1, round(count / 10))
         want = [TRAIN] * (count - 2 * tenth) + [VALIDATION] * tenth + [TEST] * tenth
         assert stream.sequence_splits.tolist() == want
         # Shortened, it is split anew: nothing is without a test split.
-        short = stream.head(10)
+        short = stream.first_sequences(10)
         assert short.sequence_splits.tolist() == [TRAIN] * 8 + [VALIDATION, TEST]
-    assert stream_of([long], context=600).sequence_splits.tolist() == [TRAIN, TRAIN]
-    assert stream_of(documents_of(1)[0]).split_by == "document"
+    assert tokenize_texts([long], context=600).sequence_splits.tolist() == [TRAIN, TRAIN]
+    assert tokenize_texts(random_documents(1)[0]).split_by == "document"
 
 
 def test_format_1_packs_all_documents_together():
-    texts, ids = documents_of(0)
-    stream = stream_of(texts, version=1)
-    want = [token for number in permuted(ids, 0) for token in [MARK, *ids[number]]]
+    texts, ids = random_documents(0)
+    stream = tokenize_texts(texts, version=1)
+    want = [token for number in document_order(ids, 0) for token in [MARK, *ids[number]]]
     assert stream.ids[:].tolist() == want
     assert set(stream.lengths[:-1].tolist()) == {16}
     for max_tokens in (16, 17, 100, 1000, len(want), len(want) - 1):
-        some = stream_of(texts, version=1, max_tokens=max_tokens)
+        some = tokenize_texts(texts, version=1, max_tokens=max_tokens)
         kept = len(want) if max_tokens >= len(want) else max_tokens // 16 * 16
         assert some.ids[:].tolist() == want[:kept]
 
 
 def test_without_a_separator_documents_follow_each_other():
-    texts, ids = documents_of(1)
-    stream = stream_of(texts, separator=None)
-    order, splits = permuted(ids, 0), splits_of(texts)
+    texts, ids = random_documents(1)
+    stream = tokenize_texts(texts, separator=None)
+    order, splits = document_order(ids, 0), expected_splits(texts)
     for split in (TRAIN, VALIDATION, TEST):
         want = [token for number in order if splits[number] == split for token in ids[number]]
         numbers = np.flatnonzero(stream.sequence_splits == split)
@@ -335,17 +339,18 @@ def test_without_a_separator_documents_follow_each_other():
 
 
 def test_not_packed_there_is_one_sequence_per_document_cut_at_the_context():
-    texts, ids = documents_of(3)
-    stream = stream_of(texts, pack=False)
-    order = permuted(ids, 0)
+    texts, ids = random_documents(3)
+    stream = tokenize_texts(texts, pack=False)
+    order = document_order(ids, 0)
     assert stream.row_ids.tolist() == order
     sequences = [stream.sequence(n).tolist() for n in range(len(order))]
     assert sequences == [ids[number][:16] for number in order]
-    marked = stream_of(texts, True, pack=False)
+    marked = tokenize_texts(texts, True, pack=False)
     assert marked.sequence(0).tolist() == [MARK, *ids[order[0]]][:16]
 
 
 def sequences_by_split(stream: TokenStream) -> list[list[list[int]]]:
+    """Token ids of the sequences of each split."""
     return [
         [stream.sequence(int(n)).tolist() for n in np.flatnonzero(stream.sequence_splits == split)]
         for split in range(3)
@@ -354,8 +359,8 @@ def sequences_by_split(stream: TokenStream) -> list[list[list[int]]]:
 
 @pytest.mark.parametrize("max_tokens", [16, 17, 100, 1000, 10**6])
 def test_not_packed_fewer_tokens_are_a_prefix_of_the_whole_stream(max_tokens):
-    texts, _ = documents_of(4)
-    whole, some = (stream_of(texts, pack=False, max_tokens=n) for n in (None, max_tokens))
+    texts, _ = random_documents(4)
+    whole, some = (tokenize_texts(texts, pack=False, max_tokens=n) for n in (None, max_tokens))
     count = len(some.lengths)
     assert some.positions <= max_tokens
     assert count == len(whole.lengths) or some.positions + whole.lengths[count] > max_tokens
@@ -367,11 +372,11 @@ def test_not_packed_fewer_tokens_are_a_prefix_of_the_whole_stream(max_tokens):
 @pytest.mark.parametrize("max_tokens", [16, 17, 40, 100, 500, 1000, 4000, 5910, 5911, 6000, 10**6])
 @pytest.mark.parametrize("long", [False, True])
 def test_packed_fewer_tokens_are_the_first_sequences_of_each_split(max_tokens, long):
-    texts, ids = documents_of(4)
+    texts, ids = random_documents(4)
     if long:  # one document, which comes early, is longer than all others together
-        first = permuted(ids, 0)[2]
+        first = document_order(ids, 0)[2]
         texts[first] = " ".join(f"w{i % WORDS}" for i in range(9000))
-    whole, some = (stream_of(texts, max_tokens=n) for n in (None, max_tokens))
+    whole, some = (tokenize_texts(texts, max_tokens=n) for n in (None, max_tokens))
     count, possible = len(some.lengths), max_tokens // 16
     for kept, every in zip(sequences_by_split(some), sequences_by_split(whole), strict=True):
         assert kept == every[: len(kept)]
@@ -386,33 +391,33 @@ def test_packed_fewer_tokens_are_the_first_sequences_of_each_split(max_tokens, l
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 def test_how_many_documents_are_read_at_once_changes_nothing(rows, monkeypatch):
-    texts, _ = documents_of(11, count=500)
-    want = [stream_of(texts, max_tokens=n).digests()[0] for n in (None, 900, 4000)]
+    texts, _ = random_documents(11, count=500)
+    want = [tokenize_texts(texts, max_tokens=n).digests()[0] for n in (None, 900, 4000)]
     monkeypatch.setattr("residua.cache.documents.documents.READ_ROWS", rows)
-    assert [stream_of(texts, max_tokens=n).digests()[0] for n in (None, 900, 4000)] == want
+    assert [tokenize_texts(texts, max_tokens=n).digests()[0] for n in (None, 900, 4000)] == want
 
 
 def test_the_seed_decides_the_order():
-    texts, _ = documents_of(5)
-    digests = [stream_of(texts, seed=seed).digests()[0] for seed in (0, 0, 1)]
+    texts, _ = random_documents(5)
+    digests = [tokenize_texts(texts, seed=seed).digests()[0] for seed in (0, 0, 1)]
     assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize("texts", [[], ["", "  \n"]])
 def test_data_without_text_are_an_error(texts):
     with pytest.raises(DataError, match=rf"the data hold no text \({len(texts)} documents\)"):
-        stream_of(texts)
+        tokenize_texts(texts)
 
 
 def test_too_few_tokens_for_a_sequence_are_an_error():
     with pytest.raises(DataError, match="max_tokens=5 is less than one sequence"):
-        stream_of(documents_of(6)[0], max_tokens=5)
+        tokenize_texts(random_documents(6)[0], max_tokens=5)
 
 
 def test_progress_ends_with_all_documents():
-    texts, _ = documents_of(7, count=600)
+    texts, _ = random_documents(7, count=600)
     seen: list[tuple[int, int]] = []
-    stream_of(texts, progress=lambda done, total: seen.append((done, total)))
+    tokenize_texts(texts, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(256, 600), (512, 600), (600, 600)]
 
 
@@ -423,12 +428,12 @@ def test_labels_whose_codes_mean_other_words_are_joined_by_their_words() -> None
     one, other = (
         replace(
             from_sequences([[1, 2], [3]]),
-            of_sequences={KIND: np.array([0, 1]), "sequences/grade": np.array([5, 6])},
+            sequence_arrays={KIND: np.array([0, 1]), "sequences/grade": np.array([5, 6])},
             categories={KIND: words},
         )
         for words in (("a", "b"), ("b", "a"))
     )
-    assert set(concatenate(one, one).of_sequences) == {KIND, "sequences/grade"}
+    assert set(concatenate(one, one).sequence_arrays) == {KIND, "sequences/grade"}
     found = concatenate(one, other)
-    words = np.array(found.categories[KIND])[found.of_sequences[KIND]]
+    words = np.array(found.categories[KIND])[found.sequence_arrays[KIND]]
     assert words.tolist() == ["a", "b", "b", "a"]

@@ -28,7 +28,7 @@ from residua.probes.saved.library import load_probe_for, probe_path
 from residua.probes.vocabulary.vocab_probe import VocabProbe
 from residua.sample import MODEL_DIR, TEXT_PATH
 
-from ...support.defined import defined
+from ...support.defined import not_none
 from ...support.synthetic import make_cache, random_head
 
 VOCAB, D = 11, 6
@@ -309,7 +309,7 @@ def test_probes_fitted_by_kl_end_at_the_best_constant(tiny_cache, control, kind)
     targets = rows_of(tiny_cache, 1, "test") + 1
     want = float((model.exp() * (model - constant))[targets].sum(-1).mean())
     kl = {
-        row.probe: defined(row.kl)
+        row.probe: not_none(row.kl)
         for row in evaluate(tiny_cache, [plain, found], split="test").rows
     }
     assert kl[found.kind] == pytest.approx(want, rel=0.05)
@@ -329,7 +329,8 @@ def test_vocabulary_probes_gain_from_the_next_token(tiny_cache, form):
     plain = VocabProbe(**given).fit(tiny_cache)
     both = ControlProbe(VocabProbe(**given), "next-token").fit(tiny_cache)
     kl = {
-        row.probe: defined(row.kl) for row in evaluate(tiny_cache, [plain, both], split="test").rows
+        row.probe: not_none(row.kl)
+        for row in evaluate(tiny_cache, [plain, both], split="test").rows
     }
     assert kl["vocab/next-token"] < 0.8 * kl["vocab"]
 

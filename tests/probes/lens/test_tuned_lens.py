@@ -32,7 +32,7 @@ from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.probes.saved.save import check_geometry, load_probe, save_probe
 from residua.probes.training.softmax_loss import ModelDistribution
 
-from ...support.defined import defined
+from ...support.defined import not_none
 from ...support.local import local_client
 from ...support.synthetic import make_cache, random_head
 
@@ -65,7 +65,7 @@ def lens(curved: ActivationCache) -> TunedLens:
 
 def validation_kl(found: ActivationCache, probes: list[Any], **options: Any) -> dict[Any, float]:
     rows = residua.evaluate(found, probes, split="validation", **options).rows
-    return {(row.probe, row.layer, row.offset): defined(row.kl) for row in rows}
+    return {(row.probe, row.layer, row.offset): not_none(row.kl) for row in rows}
 
 
 def test_a_lens_is_better_than_ridge_and_never_worse_than_the_logit_lens(

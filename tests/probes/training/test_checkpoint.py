@@ -13,7 +13,7 @@ from residua.cache.files.json_files import read_json
 from residua.probes.training.checkpoint import Checkpoint
 from residua.probes.vocabulary import descent
 
-from ...support.crashing import shared_driver, until
+from ...support.crashing import shared_driver, wait_until
 from ..vocabulary.test_vocab_probe import planted, same
 
 OPTIONS: dict[str, Any] = {"epochs": 1, "batch": 256}
@@ -77,7 +77,7 @@ def test_a_killed_fit_goes_on_to_the_same_result(tmp_path: Path) -> None:
     for more in (1, 40, 90):
         child = driver.start(*fit, "--out", tmp_path / "killed")
         start = step_of(folder)
-        until(lambda start=start, more=more: step_of(folder) >= start + more, 60)
+        wait_until(lambda start=start, more=more: step_of(folder) >= start + more, 60)
         killed += child.kill()
         time.sleep(0.01)
     assert killed == 3

@@ -33,7 +33,7 @@ from residua.probes.vocabulary.parametrizations import (
     apply_parametrization,
 )
 
-from ...support.defined import defined
+from ...support.defined import not_none
 from ...support.synthetic import make_cache, random_head
 
 WIDTH, VOCAB = 8, 12
@@ -79,7 +79,7 @@ def test_it_finds_what_is_planted_and_nothing_else(
     scores = {pair: probe.score(echo, layer=pair[0], offset=pair[1]) for pair in probe.pairs()}
     assert scores[0, 2] > 0.85
     assert max(score for pair, score in scores.items() if pair != (0, 2)) < 0.4
-    best = min(probe.metrics(), key=lambda row: defined(row["validation"]))
+    best = min(probe.metrics(), key=lambda row: not_none(row["validation"]))
     assert (best["layer"], best["offset"]) == (0, 2)
 
 
@@ -151,7 +151,7 @@ def test_the_sweep_is_reported_and_used(echo: ActivationCache) -> None:
     for layer in tried:
         rows = [row for row in probe.sweep_ if row["layer"] == layer]
         assert len(rows) >= 3
-        best = min(rows, key=lambda row: defined(row["validation"]))["lr"]
+        best = min(rows, key=lambda row: not_none(row["validation"]))["lr"]
         shares.append(next(r["lr"] for r in probe.metrics() if r["layer"] == layer) / best)
     assert shares == pytest.approx([shares[0]] * 3)
     assert 0 < shares[0] < 1
@@ -174,7 +174,7 @@ def test_a_fit_stops_when_it_learns_by_heart_and_keeps_the_best(tmp_path: Path) 
     tiny = make_cache(tmp_path, layers, [10] * 40, random_head(WIDTH, VOCAB))
     probe = VocabProbe(1, [0], epochs=200, lr=0.3).fit(tiny)
     history, row = probe.fitted_[0, 1].history, probe.metrics()[0]
-    losses = [defined(line["validation"]) for line in history]
+    losses = [not_none(line["validation"]) for line in history]
     assert len(history) < EVALUATIONS
     assert losses[-1] > min(losses) == row["validation"]
     assert row["steps"] == history[int(np.argmin(losses))]["step"]
@@ -344,7 +344,7 @@ def test_it_is_measured_beside_the_others(echo: ActivationCache, tmp_path: Path)
     probe = VocabProbe((0, 2), [0, 1], epochs=12, batch=256, lr=0.1).fit(echo)
     found = evaluate(echo, [probe], split="validation")
     rows = {(r.layer, r.offset): r for r in found.select("vocab", 2)}
-    precision = {pair: defined(row.precision_at_1) for pair, row in rows.items()}
+    precision = {pair: not_none(row.precision_at_1) for pair, row in rows.items()}
     assert precision[0, 2] > 0.85 > precision[1, 2]
     assert rows[0, 2].nll == pytest.approx(probe.metrics()[1]["validation"], rel=1e-4)
     page = write_report(found, tmp_path / "report.html").read_text()
