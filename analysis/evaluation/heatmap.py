@@ -13,7 +13,7 @@ import numpy as np
 
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.number_ranges import as_whole_number, format_ranges
-from ...cache.tokens.segments import segment_places
+from ...cache.tokens.segments import segment_indices
 from ...probes.base.readout import Readout, ReadoutBatch
 from ...probes.lens.logit_lens import LogitLens
 from ...probes.saved.save import check_belongs
@@ -213,7 +213,7 @@ def _passage_positions(
             f"sequence {sequence} has {length} tokens: none at {start} with offset {offset}"
         )
     # The target must lie in the document of its token.
-    _, tokens_after = segment_places(cache, np.array([sequence]))
+    _, tokens_after = segment_indices(cache, np.array([sequence]))
     without_target = np.flatnonzero(tokens_after[start : start + count] < offset)
     if len(without_target):
         count = int(without_target[0])

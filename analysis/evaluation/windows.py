@@ -17,10 +17,10 @@ from ...cache.errors import UsageError
 from ...cache.store.sequence_draw import draw_sequences
 from ...cache.tokens.segments import (
     PairScope,
-    context_places,
+    context_indices,
     document_of,
     neighbour_tokens,
-    segment_places,
+    segment_indices,
 )
 
 if TYPE_CHECKING:
@@ -123,9 +123,9 @@ class Targets:
         """The positions of `sequences`; pairs in `scope`, targets in the mask `where`."""
         positions = cache.positions_of(sequences)
         # At a larger offset N the source t = target - N is one of the first, dropped positions.
-        drop_limit = context_places(cache, positions) - scope.drop_first
+        drop_limit = context_indices(cache, positions) - scope.drop_first
         within, across = (
-            np.minimum(segment_places(cache, sequences, across_documents)[0], drop_limit)
+            np.minimum(segment_indices(cache, sequences, across_documents)[0], drop_limit)
             for across_documents in (scope.across_documents, True)
         )
         in_mask = np.ones(len(positions), bool) if where is None else where[positions]

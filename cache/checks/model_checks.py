@@ -300,7 +300,7 @@ def _head_error(head: Head, stack: DecoderBlocks, tokens: CheckTokens) -> float:
     small_hidden = scale_to_std(hidden, SMALL_STD)
     rows, length = tokens.held_out.shape
     tail_tokens = tokens.random[:rows, :length].contiguous()
-    small_logits = stack.tail(small_hidden, tail_tokens)
+    small_logits = stack.run_tail(small_hidden, tail_tokens)
     return max(error, verify_head(head, small_hidden, small_logits, dtype))
 
 

@@ -106,7 +106,7 @@ class ExtractionPlan:
         takes more.
         """
         stream = self.stream
-        ends = np.cumsum(stream.kept)
+        ends = np.cumsum(stream.row_counts)
 
         def bytes_of_first(sequences: int) -> int:
             context_tokens = 0 if stream.runs is None else int(stream.lengths[:sequences].sum())
@@ -126,7 +126,7 @@ class ExtractionPlan:
                 f"{bytes_of_first(1):,} bytes; allow more, or take fewer layers or smaller parts "
                 "(--part-positions)"
             )
-        return self if low == len(ends) else replace(self, stream=stream.head(low))
+        return self if low == len(ends) else replace(self, stream=stream.first_sequences(low))
 
     def _estimate(self, positions: int, sequences: int, context_tokens: int) -> "Estimate":
         """Estimate for a beginning of the stream, without the free bytes.

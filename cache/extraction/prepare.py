@@ -166,7 +166,7 @@ def save_head_and_tokenizer(
 ) -> None:
     """Write head, tokenizer and copies of the configuration to `folder`, in the cache's format."""
     report.head.save(folder, report.tensors)
-    source.tokenizer_in(format).save(str(folder / "tokenizer.json"))
+    source.tokenizer_for_format(format).save(str(folder / "tokenizer.json"))
     for name in ("config.json", "tokenizer_config.json"):
         if (source.folder / name).is_file():
             (folder / name).write_bytes(_without_paths((source.folder / name).read_bytes()))

@@ -123,7 +123,7 @@ def read_stream(
     )
     stream = tokenize(
         documents,
-        source.tokenizer_in(request.format),
+        source.tokenizer_for_format(request.format),
         context=choose_context(request, source),
         pack=request.pack,
         separator=source.separator,
@@ -135,7 +135,7 @@ def read_stream(
     )
 
     # A tokenizer of another model shows itself by ids that the embedding does not have.
-    vocab = source.constant("vocab_size")
+    vocab = source.config_value("vocab_size")
     largest_id = max(int(block.max()) for block in row_blocks(stream.ids))
     if isinstance(vocab, int) and largest_id >= vocab:
         raise ModelError(
@@ -169,12 +169,12 @@ def wanted_cache(
         # A cache of some positions has a sequence for each run of kept positions.
         hashes = hashes[stream.runs.sequence]
     return WantedCache(
-        model=source.identity_in(request.format),
+        model=source.identity_for_format(request.format),
         tokens=TokenIdentity(
             digest=digest,
             positions=stream.positions,
             sequences=stream.sequences,
-            tokenizer=tokenizer_digest(source.tokenizer_in(request.format)),
+            tokenizer=tokenizer_digest(source.tokenizer_for_format(request.format)),
             context=choose_context(request, source),
             packed=request.pack,
             seed=request.seed,

@@ -144,7 +144,7 @@ def observe_tail(
     calls: list[tuple[Any, Any]] = []
     handle = unembed.register_forward_hook(lambda _, args, out: calls.append((args[0], out)))
     try:
-        logits = blocks.tail(hidden, ids)
+        logits = blocks.run_tail(hidden, ids)
     finally:
         handle.remove()
     if len(calls) != 1:

@@ -67,7 +67,7 @@ def record_head(
         )
         recordings.append(
             record_program(
-                lambda hidden, tail_ids=tail_ids: blocks.tail(hidden, tail_ids),
+                lambda hidden, tail_ids=tail_ids: blocks.run_tail(hidden, tail_ids),
                 blocks.residuals(residual_ids)[-1],
             )
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..documents.labels import LABELS
+from ..documents.labels import LABEL_PREFIX
 from ..files.json_files import file_digest, make_folder, read_json, sync_folder, write_atomically
 from ..files.leases import hold_lock, lease_part
 from ..files.paths import copy_object, is_remote
@@ -80,16 +80,18 @@ def join_stream(
     cache: ActivationCache, stream: TokenStream, new_sequences: tuple[int, ...]
 ) -> TokenStream:
     """The token stream of `cache`, followed by the sequences `new_sequences` of `stream`."""
-    labels = [LABELS + name for name in cache.label_names]
-    further = [n for n in stream.of_sequences if n not in labels and cache.has(n)]
+    labels = [LABEL_PREFIX + name for name in cache.label_names]
+    further = [n for n in stream.sequence_arrays if n not in labels and cache.has(n)]
     cached = TokenStream(
         cache.tokens,
         cache.sequence_length,
         cache.array("sequences/row_id")[:],
-        {name: cache.array(name) for name in stream.of_tokens if cache.has(name)},
+        {name: cache.array(name) for name in stream.token_arrays if cache.has(name)},
         {name: cache.array(name)[:] for name in (*labels, *further)},
         {n: cache.categories(n) for n in labels if cache.has_categories(n)},
-        cut=None if stream.cut is None else np.zeros(len(cache.sequence_length), np.int64),
+        cut_tokens=None
+        if stream.cut_tokens is None
+        else np.zeros(len(cache.sequence_length), np.int64),
         splits=None if stream.splits is None else cache.sequence_split,
         documents=None if stream.documents is None else cache.sequence_document,
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import UsageError
-from ...cache.tokens.segments import context_blocks, contexts_of, document_of
+from ...cache.tokens.segments import context_blocks, context_numbers, document_of
 from ..base.readout import ReadoutBatch
 from .token_counts import (
     BLOCK_TOKENS,
@@ -117,7 +117,7 @@ class CrossFittedBigram(Bigram):
         # Count the pairs of each fold of documents.
         zero = empty_table(cache.vocab, cache.vocab)
         fold_tables = [zero] * FOLDS
-        contexts = contexts_of(cache, cache.sequences("train"))
+        contexts = context_numbers(cache, cache.sequences("train"))
         for ids, following, document in context_blocks(cache, contexts):
             first = np.flatnonzero(following >= 1)
             keys, folds = ids[first] * cache.vocab + ids[first + 1], document[first] % FOLDS

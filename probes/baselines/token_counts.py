@@ -14,7 +14,7 @@ import numpy as np
 from ...cache.cluster import results, threads_of
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.number_ranges import as_tuple
-from ...cache.tokens.segments import PairScope, context_blocks, contexts_of
+from ...cache.tokens.segments import PairScope, context_blocks, context_numbers
 from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
 
@@ -185,7 +185,7 @@ def count_train_split(
     One share in this process, or one for each thread of the cluster of `client`. Counts are whole
     numbers: their sum does not depend on the shares.
     """
-    contexts = contexts_of(cache, cache.sequences("train"))
+    contexts = context_numbers(cache, cache.sequences("train"))
     if client is None:
         return iter((count(cache, contexts, *args),))
     shares = np.array_split(contexts, sum(threads_of(client).values()))

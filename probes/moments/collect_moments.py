@@ -206,7 +206,7 @@ def source_blocks(
     for window in cache.blocks(sequences, plan.block_rows * request.folds):
         # Fold and reach of every position; -1 for positions without a target at any offset.
         rows, lengths = cache.positions_of(window), cache.sequence_length[window]
-        following = request.scope.lefts(cache, window)
+        following = request.scope.largest_offsets(cache, window)
         reach = np.searchsorted(request.offsets, following, side="right") - 1
         fold = np.repeat(folds[window], lengths)
         keys = np.where(reach < 0, -1, fold * reaches + reach)

@@ -20,7 +20,7 @@ from ...cache.files.leases import try_lock
 from ...cache.files.paths import is_remote, list_folder, store_of, total_bytes, upload_folder
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.lineage import cache_lineage
-from ...cache.tokens.segments import has_borders
+from ...cache.tokens.segments import has_document_borders
 from .moment_set import TABLE, MomentSet, scope_of
 from .pass_plan import MomentRequest
 from .row_identity import layer_digest, same_documents, same_rows, same_sequences, sequences_digest
@@ -110,7 +110,7 @@ def counts_same_pairs(
     across_documents, drop_first = scope_of(table)
     if drop_first != request.drop_first:
         return False
-    return across_documents == request.across_documents or not has_borders(cache)
+    return across_documents == request.across_documents or not has_document_borders(cache)
 
 
 def inherited_moments(

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...cache.files.json_files import json_digest
 from ...cache.store.activation_cache import ActivationCache
-from ...cache.tokens.segments import BLOCK_POSITIONS, segment_places
+from ...cache.tokens.segments import BLOCK_POSITIONS, segment_indices
 
 
 def same_sequences(old: ActivationCache, new: ActivationCache, split: str, folds: int) -> bool:
@@ -41,7 +41,7 @@ def same_documents(old: ActivationCache, new: ActivationCache, across_documents:
         return True
     numbers = np.arange(len(old.sequence_length))
     return all(
-        np.array_equal(segment_places(old, block)[0], segment_places(new, block)[0])
+        np.array_equal(segment_indices(old, block)[0], segment_indices(new, block)[0])
         for block in old.blocks(numbers, BLOCK_POSITIONS)
     )
 

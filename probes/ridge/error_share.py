@@ -15,7 +15,7 @@ import numpy as np
 
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.sequence_draw import draw_sequences
-from ...cache.tokens.segments import PairScope, context_places
+from ...cache.tokens.segments import PairScope, context_indices
 from ..moments.shifted_sums import LayerOffsetTarget
 from .solver import AffineMap
 
@@ -85,7 +85,7 @@ def error_shares(
         return {}
     # Positions of the sample, and how many positions follow each of them.
     sample = draw_sequences(cache, sequences, max_positions, 0)
-    rows, following = cache.positions_of(sample), scope.lefts(cache, sample)
+    rows, following = cache.positions_of(sample), scope.largest_offsets(cache, sample)
     rows, following = rows[:max_positions], following[:max_positions]
     shares: dict[LayerOffsetTarget, ErrorShare] = {}
     for offset in sorted({offset for _, offset, _ in maps}):
@@ -93,7 +93,7 @@ def error_shares(
         sources = rows[following >= offset]
         if where is not None:
             sources = sources[where[sources + offset]]
-        is_first = context_places(cache, sources) == 0
+        is_first = context_indices(cache, sources) == 0
         for target in sorted({m for _, n, m in maps if n == offset}):
             # |y - mean|^2 and |y - map(x)|^2 of every source.
             pairs = [pair for pair in maps if pair[1:] == (offset, target)]

@@ -211,7 +211,7 @@ class CacheVocabFit(VocabFit):
     def size(self) -> float:
         """Root mean square of layer L at the first fitted positions of the train split."""
         sequences = self.cache.sequences("train")[:SIZE_SEQUENCES]
-        is_fitted = scope_of(self.options).lefts(self.cache, sequences) >= 0
+        is_fitted = scope_of(self.options).largest_offsets(self.cache, sequences) >= 0
         positions = self.cache.positions_of(sequences)[is_fitted][:SIZE_ROWS]
         last_layer = self.cache.residual_array(self.cache.n_blocks)
         return float(np.sqrt(np.square(last_layer[positions]).mean()))
@@ -230,17 +230,17 @@ def check_pairs(cache: ActivationCache, offsets: list[int], scope: PairScope, te
     largest_with_pair, largest_requested = -1, max(offsets, default=0)
     for sequences in cache.blocks(cache.sequences("train")):
         # Largest N of each position t with (t, t+N) a pair; negative for none.
-        lefts = scope.lefts(cache, sequences)
+        largest_offsets = scope.largest_offsets(cache, sequences)
         if text:
             positions = cache.positions_of(sequences)
             for offset in sorted({offset for offset in offsets if offset > largest_with_pair}):
-                targets = positions[lefts >= offset] + offset
+                targets = positions[largest_offsets >= offset] + offset
                 if len(targets):
                     following = cache.following_tokens(targets, scope.across_documents)
                     if (following >= 0).any():
                         largest_with_pair = offset
         else:
-            largest_with_pair = max(largest_with_pair, int(lefts.max(initial=-1)))
+            largest_with_pair = max(largest_with_pair, int(largest_offsets.max(initial=-1)))
         # Stop reading as soon as every offset has a pair.
         if largest_with_pair >= largest_requested:
             return

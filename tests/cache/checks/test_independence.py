@@ -30,7 +30,7 @@ from residua.cache.store.create_cache import create_cache
 from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
 from ...support import models
-from ...support.architectures import KINDS, VOCAB, build
+from ...support.architectures import KINDS, VOCAB, build_architecture
 from ...support.toys import Toy
 from ..extraction.test_architectures import REFUSED
 
@@ -106,7 +106,9 @@ def layers_of_sequence_alone(
     names = {module: name for name, module in stack.model.named_modules()}
     blocks = [model.get_submodule(names[block]) for block in stack.blocks]
     with torch.inference_mode():
-        layers = DecoderBlocks(model, stack.name, blocks, stack.axes, stack.picks).residuals(ids)
+        layers = DecoderBlocks(
+            model, stack.name, blocks, stack.axes, stack.stream_indices
+        ).residuals(ids)
     return [layer[0].float().numpy() for layer in layers]
 
 
@@ -149,7 +151,7 @@ def test_lengths_are_kept_apart_where_the_width_of_a_batch_changes_its_rows(
 ) -> None:
     kind, fields = KEPT_APART[name]
     report = check_every_row(
-        build(kind, noise=0.3, **fields), mixed_stream(SHORT, copies=2), tmp_path
+        build_architecture(kind, noise=0.3, **fields), mixed_stream(SHORT, copies=2), tmp_path
     )
     assert not report.pad
     assert not report.alone
@@ -162,21 +164,23 @@ def test_sequences_run_alone_where_a_few_of_all_positions_are_chosen(
 ) -> None:
     if kind not in KINDS:
         pytest.skip("not in this version of transformers")
-    report = check_every_row(build(kind), mixed_stream(SHORT), tmp_path)
+    report = check_every_row(build_architecture(kind), mixed_stream(SHORT), tmp_path)
     assert report.alone
     assert report.independence.choice == "topk 16 of 40"
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_choice_that_takes_all_positions_is_none(tmp_path: Path) -> None:
-    report = check_model(build("axk2"), mixed_stream((5, 12, 16)), "float32", "float32")
+    report = check_model(
+        build_architecture("axk2"), mixed_stream((5, 12, 16)), "float32", "float32"
+    )
     assert report.independence.choice is None
 
 
 @pytest.mark.parametrize("kind", ["mistral", "llama4_text", "gemma3_text", "mamba2", "mixtral"])
 @pytest.mark.filterwarnings("ignore")
 def test_windows_chunks_recurrences_and_experts_share_batches(kind: str, tmp_path: Path) -> None:
-    assert not check_every_row(build(kind), mixed_stream(SHORT), tmp_path).alone
+    assert not check_every_row(build_architecture(kind), mixed_stream(SHORT), tmp_path).alone
 
 
 class Late(Toy):
@@ -313,7 +317,7 @@ def test_a_cache_whose_rows_depended_on_their_batch_is_not_continued(tmp_path: P
 @pytest.mark.filterwarnings("ignore")
 def test_longer_sequences_that_are_added_are_checked_again(tmp_path: Path) -> None:
     kind, fields = KEPT_APART["long rotary frequencies"]
-    model: Any = build(kind, noise=0.3, vocab_size=models.VOCAB, **fields)
+    model: Any = build_architecture(kind, noise=0.3, vocab_size=models.VOCAB, **fields)
     folder, texts = tmp_path / "model", tmp_path / "texts.jsonl"
     model.save_pretrained(folder)
     models.build_tokenizer().save_pretrained(folder)
@@ -334,7 +338,9 @@ def test_longer_sequences_that_are_added_are_checked_again(tmp_path: Path) -> No
     report = check_model(model, mixed_stream((4,)), "float32", "float32")
     assert (
         largest_row_change(
-            longer, report.stack, build(kind, noise=0.3, vocab_size=models.VOCAB, **fields)
+            longer,
+            report.stack,
+            build_architecture(kind, noise=0.3, vocab_size=models.VOCAB, **fields),
         )
         <= TOLERANCE
     )
@@ -342,7 +348,7 @@ def test_longer_sequences_that_are_added_are_checked_again(tmp_path: Path) -> No
 
 def test_a_context_that_the_model_cannot_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot run on a sequence of 600 tokens.*--context"):
-        check_model(build("gpt2"), mixed_stream((4, 600)), "float32", "float32")
+        check_model(build_architecture("gpt2"), mixed_stream((4, 600)), "float32", "float32")
 
 
 @pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert"])
@@ -350,7 +356,7 @@ def test_a_context_that_the_model_cannot_read_is_said(tmp_path: Path) -> None:
 def test_positions_that_padding_takes_are_no_context(
     kind: str, texts_file: Path, tmp_path: Path
 ) -> None:
-    model: Any = build(
+    model: Any = build_architecture(
         kind, vocab_size=models.VOCAB, max_position_embeddings=66, pad_token_id=1, is_decoder=True
     )
     folder = tmp_path / "model"
@@ -370,7 +376,7 @@ WHOLE_CHUNKS = {"reformer": 64}
 @pytest.mark.filterwarnings("ignore")
 def test_every_class_gives_each_sequence_its_own_rows(kind: str, tmp_path: Path) -> None:
     try:
-        model: Any = build(kind)
+        model: Any = build_architecture(kind)
     except Exception as error:
         pytest.skip(f"not built: {error}")
     lengths = LENGTHS

@@ -19,8 +19,16 @@ from residua.cache.forward.write_parts import write_missing_parts
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.catalog import list_paths
 
-from ...support.crashing import Child, Driver, shared_driver, until
-from ...support.scenes import Scene, Witness, complete, files, temporary, whole, write_texts
+from ...support.crashing import Child, Driver, shared_driver, wait_until
+from ...support.scenes import (
+    CommittedRecords,
+    Scene,
+    array_files,
+    assert_complete,
+    run_undisturbed,
+    temporary_files,
+    write_texts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,7 @@ def scene(model_folder: Path, data: Path) -> Scene:
 def stop_after_a_part(driver: Driver, command: tuple[object, ...], root: Path) -> Child:
     """A process that is stopped (SIGSTOP) after it committed a part, before it has all."""
     child = driver.start(*command)
-    until(lambda: child.ended() or list(root.glob("[!.]*/journal/0*.json")))
+    wait_until(lambda: child.ended() or list(root.glob("[!.]*/journal/0*.json")))
     child.signal(signal.SIGSTOP)
     assert not child.ended(), child.err.read_text()
     return child
@@ -52,15 +60,17 @@ def assert_resumes(
 ) -> None:
     """The same command must go on and end with the files `want`."""
     assert driver.run(*scene.command(root))["status"] == "resumed"
-    assert files(seen) == want
-    complete(seen)
+    assert array_files(seen) == want
+    assert_complete(seen)
 
 
 @pytest.fixture(scope="module")
 def undisturbed_files(
     driver: Driver, model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, bytes]:
-    return whole(driver, Scene(model_folder, data), tmp_path_factory.mktemp("undisturbed"))[0]
+    return run_undisturbed(
+        driver, Scene(model_folder, data), tmp_path_factory.mktemp("undisturbed")
+    )[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -74,9 +84,9 @@ def test_a_signal_ends_the_run_with_whole_parts_and_the_command_goes_on(
     assert child.json()["error"] == "Interrupted"
     assert "the same command goes on from here" in child.json()["message"]
     assert child.err.read_text() == ""
-    witness = Witness(tmp_path)
+    witness = CommittedRecords(tmp_path)
     witness.check()
-    assert temporary(tmp_path) == []
+    assert temporary_files(tmp_path) == []
     assert_resumes(driver, scene, tmp_path, tmp_path, undisturbed_files)
     witness.check()
 
@@ -103,16 +113,16 @@ def fill_up(folder: Path) -> Path:
 def test_a_disk_that_fills_up_loses_nothing(
     driver: Driver, scene: Scene, disk: Path, undisturbed_files: dict
 ) -> None:
-    root, seen = disk / "root", driver.see(disk / "root")
+    root, seen = disk / "root", driver.visible_path(disk / "root")
     child = stop_after_a_part(driver, scene.command(root), seen)
-    ballast = fill_up(driver.see(disk))
+    ballast = fill_up(driver.visible_path(disk))
     child.signal(signal.SIGCONT)
     assert child.wait() == 5, child.err.read_text()
     assert child.json()["error"] == "NoSpaceError"
     assert f"the disk of {root}" in child.json()["message"]
     assert "is full; parts that are committed are kept" in child.json()["message"]
     assert child.err.read_text() == ""
-    witness = Witness(seen)
+    witness = CommittedRecords(seen)
     witness.check()
     assert witness.seen
     assert not list(seen.glob("*/arrays.zarr/**/.*"))
@@ -136,7 +146,7 @@ def test_a_fit_on_a_full_disk_says_so_and_leaves_no_part_of_a_file(
     driver: Driver, disk: Path, tiny_cache: ActivationCache, kind: str
 ) -> None:
     command = "fit", kind, tiny_cache.path, "--root", disk / "root", *FITS[kind]
-    ballast = fill_up(driver.see(disk))
+    ballast = fill_up(driver.visible_path(disk))
     child = driver.start(*command)
     assert child.wait() == 5, child.err.read_text()
     assert child.json()["error"] == "NoSpaceError"
@@ -144,12 +154,12 @@ def test_a_fit_on_a_full_disk_says_so_and_leaves_no_part_of_a_file(
     assert child.err.read_text() == ""
     assert [
         path
-        for path in driver.see(disk).rglob("*")
+        for path in driver.visible_path(disk).rglob("*")
         if path.stat().st_size and path.is_file() and path != ballast
     ] == []
     ballast.unlink()
     driver.run(*command)
-    assert list(driver.see(disk).glob("root/probes/*/config.json"))
+    assert list(driver.visible_path(disk).glob("root/probes/*/config.json"))
 
 
 def test_a_full_disk_is_named_where_nobody_knows_which(tmp_path: Path) -> None:
@@ -168,23 +178,23 @@ def test_a_full_disk_is_named_where_nobody_knows_which(tmp_path: Path) -> None:
 def test_a_cache_that_does_not_fit_is_refused_beforehand(
     driver: Driver, scene: Scene, disk: Path
 ) -> None:
-    with open(driver.see(disk) / "ballast", "wb") as file:
+    with open(driver.visible_path(disk) / "ballast", "wb") as file:
         file.write(bytes(20 << 20))
     said = driver.run(*scene.command(disk / "root"), code=5)
     assert said["error"] == "NoSpaceError"
     assert "this cache needs" in said["message"]
-    assert list(driver.see(disk / "root").iterdir()) == []
+    assert list(driver.visible_path(disk / "root").iterdir()) == []
 
 
 def test_a_read_only_root_says_so_and_goes_on_when_it_is_writable(
     driver: Driver, scene: Scene, disk: Path, undisturbed_files: dict
 ) -> None:
-    root, seen = disk / "root", driver.see(disk / "root")
+    root, seen = disk / "root", driver.visible_path(disk / "root")
     child = stop_after_a_part(driver, scene.command(root), seen)
     child.signal(signal.SIGTERM)
     child.signal(signal.SIGCONT)
     assert child.wait() == 130, child.err.read_text()
-    witness = Witness(seen)
+    witness = CommittedRecords(seen)
     witness.check()
     assert driver.shell("mount", "-o", "remount,ro", disk) == 0
     for path in (root, disk / "other"):
@@ -205,7 +215,7 @@ def test_a_root_that_vanishes_ends_the_run_and_no_stump_is_left(
     root = tmp_path / "root"
     child = stop_after_a_part(driver, scene.command(root), root)
     away = root if gone == "root" else list_paths(root)[0]
-    witness = Witness(root)
+    witness = CommittedRecords(root)
     witness.check()
     away.rename(tmp_path / "away")
     child.signal(signal.SIGCONT)

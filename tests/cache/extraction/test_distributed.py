@@ -21,7 +21,7 @@ from residua.cache.extraction.request import ExtractionRequest
 from residua.cli import main
 
 from ...support.local import local_client
-from .test_crash import files
+from .test_crash import array_files
 
 SIZE: dict[str, Any] = {"context": 40, "part_positions": 128, "batch_tokens": 200}
 
@@ -57,7 +57,7 @@ def files_of_one_process(
     """Files of a cache that one process made."""
     root = tmp_path_factory.mktemp("whole")
     answer_request(ExtractionRequest(str(model_folder), str(texts_file), root, **SIZE))
-    return files(root)
+    return array_files(root)
 
 
 def progress_that_kills(calls: int, client: Client, count: int) -> Any:
@@ -87,7 +87,7 @@ def test_workers_share_a_request_and_the_bytes_are_those_of_one_process(
     extraction = answer_on_cluster(client, request, lambda *said: seen.append(said))
     assert extraction.status == "extracted"
     assert extraction.written == extraction.cache.positions
-    assert files(tmp_path) == files_of_one_process
+    assert array_files(tmp_path) == files_of_one_process
     assert seen == sorted(seen)
     assert seen[-1] == ("extract", extraction.cache.positions, extraction.cache.positions)
     assert extraction.stages.tokens >= extraction.cache.positions
@@ -125,7 +125,7 @@ def test_the_command_line_gives_the_work_to_a_scheduler(
     assert result.exit_code == 0, result.output
     assert "extracted: cache" in result.stdout
     assert "bottleneck" in result.stdout
-    assert files(tmp_path) == files_of_one_process
+    assert array_files(tmp_path) == files_of_one_process
 
 
 def test_a_mistake_is_the_error_it_is_without_a_cluster(
@@ -185,5 +185,5 @@ def test_workers_that_die_are_replaced_by_others_or_by_the_driver(
         request = ExtractionRequest(str(model_folder), str(texts_file), tmp_path, **SIZE)
         extraction = answer_on_cluster(client, request, progress)
     assert extraction.cache.finished
-    assert files(tmp_path) == files_of_one_process
+    assert array_files(tmp_path) == files_of_one_process
     assert residua.verify(extraction.cache.path).ok

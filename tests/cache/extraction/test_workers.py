@@ -20,9 +20,9 @@ from residua.cache.store.catalog import list_paths
 from residua.cache.store.create_cache import sweep_unfinished
 from residua.cache.store.verify import verify
 
-from ...support.crashing import Child, Driver, shared_driver, until
+from ...support.crashing import Child, Driver, shared_driver, wait_until
 from ...support.models import texts
-from .test_crash import files
+from .test_crash import array_files
 
 SIZE: dict[str, Any] = {"context": 40, "part_positions": 128, "batch_tokens": 200}
 
@@ -46,7 +46,7 @@ def files_of_one_process(
     """Files of a cache that one process made."""
     root = tmp_path_factory.mktemp("alone")
     driver.run(*extract_command(model_folder, data, root))
-    return files(root)
+    return array_files(root)
 
 
 def extract_command(model: Path, data: Path, root: Path, *more: object) -> tuple[object, ...]:
@@ -78,7 +78,7 @@ def test_three_processes_make_one_cache_and_write_no_part_twice(
     assert sum(s["written"] for s in results) == results[0]["positions"]
     cache = only_cache(tmp_path)
     assert len(cache.journal.paths()) == cache.n_parts
-    assert files(tmp_path) == files_of_one_process
+    assert array_files(tmp_path) == files_of_one_process
     assert verify(cache.path).ok
 
 
@@ -100,7 +100,7 @@ def test_shares_of_a_job_array_complete_a_cache_together(
     assert second["complete"]
     assert second["parts"] == [parts, parts]
     assert first["written"] + second["written"] == second["positions"]
-    assert files(tmp_path) == files_of_one_process
+    assert array_files(tmp_path) == files_of_one_process
 
 
 def test_shares_that_run_at_once_need_no_waiting(
@@ -116,7 +116,7 @@ def test_shares_that_run_at_once_need_no_waiting(
     ]
     assert [child.wait() for child in children] == [0, 0, 0]
     assert sum(child.json()["written"] for child in children) == only_cache(tmp_path).positions
-    assert files(tmp_path) == files_of_one_process
+    assert array_files(tmp_path) == files_of_one_process
 
 
 def stop_while_leasing(child: Child, root: Path) -> int:
@@ -131,7 +131,7 @@ def stop_while_leasing(child: Child, root: Path) -> int:
         numbers = [int(path.stem) for path in found]
         return [n for n in numbers if not list(root.glob(f"[!.]*/journal/{n:08d}.json"))]
 
-    until(lambda: child.ended() or leased_parts())
+    wait_until(lambda: child.ended() or leased_parts())
     child.signal(signal.SIGSTOP)
     assert not child.ended(), child.err.read_text()
     if not (numbers := leased_parts()):  # it committed the part before it stopped
@@ -174,7 +174,7 @@ def test_a_stopped_process_keeps_its_part_and_a_dead_one_is_replaced(
         torch.set_num_threads(threads)
     assert f"waiting for process {holder.pid} on {os.uname().nodename}" in stages
     assert done.cache.finished
-    assert files(tmp_path) == files_of_one_process
+    assert array_files(tmp_path) == files_of_one_process
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -184,7 +184,7 @@ def test_sigterm_reaches_a_process_that_waits(
     holder = driver.start(*extract_command(model_folder, data, tmp_path))
     stop_while_leasing(holder, tmp_path)
     waiting = driver.start(*extract_command(model_folder, data, tmp_path))
-    until(lambda: len(only_cache(tmp_path).committed) == only_cache(tmp_path).n_parts - 1)
+    wait_until(lambda: len(only_cache(tmp_path).committed) == only_cache(tmp_path).n_parts - 1)
     waiting.signal(signal.SIGTERM)
     assert waiting.wait() == Interrupted.exit_code
     assert "the same command goes on from here" in waiting.json()["message"]
@@ -200,7 +200,7 @@ def test_a_cache_in_the_making_is_swept_only_when_its_maker_is_dead(
     files_of_one_process: dict[str, bytes],
 ) -> None:
     maker = driver.start(*extract_command(model_folder, data, tmp_path))
-    until(lambda: list(tmp_path.glob(".new-*/journal")))
+    wait_until(lambda: list(tmp_path.glob(".new-*/journal")))
     maker.signal(signal.SIGSTOP)
     (unfinished,) = tmp_path.glob(".new-*")
     sweep_unfinished(tmp_path)
@@ -210,7 +210,7 @@ def test_a_cache_in_the_making_is_swept_only_when_its_maker_is_dead(
     sweep_unfinished(tmp_path)
     assert not unfinished.exists()
     driver.run(*extract_command(model_folder, data, tmp_path))
-    assert files(tmp_path) == files_of_one_process
+    assert array_files(tmp_path) == files_of_one_process
 
 
 def test_processes_that_want_different_layers_of_a_new_cache_both_get_them(
@@ -228,7 +228,7 @@ def test_processes_that_want_different_layers_of_a_new_cache_both_get_them(
         assert codes == [0, 0, 0], [c.err.read_text()[-900:] for c in children if c.code]
         assert children[1].json()["layers"] == [0, 1, 2, 3]
         assert {0, 2, 3} <= set(children[2].json()["layers"])
-        assert files(root) == files_of_one_process
+        assert array_files(root) == files_of_one_process
         assert verify(only_cache(root).path).ok
 
 

@@ -134,7 +134,7 @@ def test_a_stream_on_the_disk_is_the_stream_in_memory(
         monkeypatch.setattr("residua.cache.tokens.token_stream.BLOCK", size)
         for stream in streams(tmp_path):
             selected = [contents_of(stream.select(numbers)) for numbers in selections]
-            dense = TokenStream(stream.ids, stream.lengths, stream.row_ids, stream.of_tokens)
+            dense = TokenStream(stream.ids, stream.lengths, stream.row_ids, stream.token_arrays)
             contents.append(
                 [
                     contents_of(stream),

@@ -30,7 +30,7 @@ from residua.cache.files.paths import (
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.catalog import list_paths
 
-from ...support.crashing import Driver, until
+from ...support.crashing import Driver, wait_until
 from ...support.models import texts
 from ...support.servers import Server
 
@@ -440,7 +440,7 @@ def test_a_worker_killed_in_the_middle_of_an_upload_leaves_nothing_and_another_g
     slow = Driver(tmp_path)
     try:
         child = slow.start(*extract_command(model_folder, data, root))
-        until(lambda: proxy.stuck.is_set() or child.ended())
+        wait_until(lambda: proxy.stuck.is_set() or child.ended())
         assert proxy.stuck.is_set(), child.out.read_text()
         assert child.kill()
     finally:
@@ -549,7 +549,7 @@ def test_a_worker_that_was_stopped_gives_up_its_part(
     """It takes as long as a lease lives: the stopped process cannot be told from a slow one."""
     first = driver.start(*extract_command(model_folder, data, root))
     path = as_path(root)
-    until(lambda: any(list_folder(cache / "leases") for cache in list_paths(path)))
+    wait_until(lambda: any(list_folder(cache / "leases") for cache in list_paths(path)))
     first.signal(signal.SIGSTOP)
     if first.ended():
         pytest.skip("it was too fast to be stopped")

@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from ...support.servers import Server, answers, serving, until
+from ...support.servers import Server, is_answering, serving, wait_until
 
 CLIENTS = Path(__file__).parents[2] / "support" / "clients.py"
 
@@ -124,7 +124,7 @@ def test_a_server_ends_with_the_process_that_asked_for_it(tmp_path: Path):
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout
     url = parent.stdout.readline().strip()
-    assert answers(url)
+    assert is_answering(url)
     parent.kill()
     parent.communicate()
-    until(lambda: not answers(url), 20, tmp_path)
+    wait_until(lambda: not is_answering(url), 20, tmp_path)

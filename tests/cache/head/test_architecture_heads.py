@@ -11,8 +11,8 @@ from residua.cache.checks.model_checks import ModelReport, check_model
 from residua.cache.head.identify_head import SMALL_STD, scale_to_std
 from residua.cache.head.load_head import load_head
 
-from ...support.architectures import KINDS, VOCAB, build
-from ...support.conformance import TOLERANCE, stream
+from ...support.architectures import KINDS, VOCAB, build_architecture
+from ...support.conformance import TOLERANCE, random_stream
 
 EPS = 3e-4
 """Of every norm of `architectures.build`, far from all defaults."""
@@ -38,7 +38,7 @@ EXPLICIT = {
 
 
 def report_of(model: torch.nn.Module) -> ModelReport:
-    return check_model(model, stream(), "float32", "auto")
+    return check_model(model, random_stream(), "float32", "auto")
 
 
 def assert_small_rows_match(report: ModelReport, head: Any) -> None:
@@ -47,7 +47,7 @@ def assert_small_rows_match(report: ModelReport, head: Any) -> None:
     for size in (SMALL_STD, 10 * SMALL_STD):
         with torch.inference_mode():
             hidden = scale_to_std(report.stack.residuals(ids)[-1], size)
-            expected = report.stack.tail(hidden, ids).numpy()
+            expected = report.stack.run_tail(hidden, ids).numpy()
         rows = hidden.numpy()
         for logits in (head.logits(rows), head.torch()(torch.from_numpy(rows)).numpy()):
             assert np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max()
@@ -56,7 +56,7 @@ def assert_small_rows_match(report: ModelReport, head: Any) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in EXPLICIT if kind in KINDS])
 @pytest.mark.filterwarnings("ignore")
 def test_the_head_is_the_formula_with_the_models_eps(kind: str, tmp_path: Path) -> None:
-    report = report_of(build(kind))
+    report = report_of(build_architecture(kind))
     head = report.head
     assert head.kind == "explicit"
     assert (head.norm, head.eps) == (EXPLICIT[kind][0], pytest.approx(EXPLICIT[kind][1], rel=1e-6))
@@ -69,7 +69,7 @@ def test_the_head_is_the_formula_with_the_models_eps(kind: str, tmp_path: Path) 
 @pytest.mark.parametrize("kind", [kind for kind in PROGRAM_KINDS if kind in KINDS])
 @pytest.mark.filterwarnings("ignore")
 def test_other_heads_are_programs_that_hold_for_small_rows(kind: str) -> None:
-    report = report_of(build(kind))
+    report = report_of(build_architecture(kind))
     assert report.head.kind == "program"
     assert_small_rows_match(report, report.head)
 
@@ -80,7 +80,7 @@ def test_other_heads_are_programs_that_hold_for_small_rows(kind: str) -> None:
 )
 def test_any_eps_of_a_configuration_is_the_heads(kind: str, field: str, eps: float) -> None:
     fields: dict[str, Any] = {field: eps}
-    model: Any = build(kind, **fields)
+    model: Any = build_architecture(kind, **fields)
     assert getattr(model.config, field) == eps
     report = report_of(model)
     assert report.head.kind == "explicit"

@@ -15,7 +15,7 @@ from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.lens.tuned_lens import TunedLens
 from residua.probes.vocabulary.vocab_probe import VocabProbe
 
-from ...support.defined import defined
+from ...support.defined import not_none
 from ...support.synthetic import make_cache, random_head
 from ..training.test_checkpoint import Killed, kill_after_measurements
 
@@ -47,7 +47,7 @@ def evaluation_row(cache: ActivationCache, probe: Any) -> Any:
 def test_a_vocabulary_probe_ends_at_its_best(few_rows: ActivationCache, name: str) -> None:
     options: dict[str, Any] = {"loss": "text", "epochs": 40, "batch": 64, **FORMS[name]}
     probe = VocabProbe(0, [0], **options).fit(few_rows)
-    history = [defined(row["validation"]) for row in probe.fitted_[0, 0].history]
+    history = [not_none(row["validation"]) for row in probe.fitted_[0, 0].history]
     best = min(history)
     assert history[-1] > best + 1e-3
     assert history.index(best) < len(history) - 1
@@ -70,7 +70,7 @@ def test_a_vocabulary_probe_that_is_resumed_ends_at_its_best(
             probe.fit(few_rows, checkpoint=folder, checkpoint_seconds=0)
     probe.fit(few_rows, checkpoint=folder, checkpoint_seconds=0)
     assert probe.fitted_[0, 0].history == whole.fitted_[0, 0].history
-    best = min(defined(row["validation"]) for row in whole.fitted_[0, 0].history)
+    best = min(not_none(row["validation"]) for row in whole.fitted_[0, 0].history)
     assert evaluation_row(few_rows, probe).nll_text == pytest.approx(best, abs=1e-5)
 
 
