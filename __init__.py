@@ -5,21 +5,21 @@ from typing import TYPE_CHECKING
 from .cache.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
-    from .analysis.evaluation.evaluate import evaluate as evaluate
+    from .analysis.evaluation.probe_evaluation import evaluate as evaluate
     from .analysis.evaluation.result import Evaluation as Evaluation
     from .analysis.report.html_report import write_report as write_report
     from .cache.errors import ResiduaError as ResiduaError
-    from .cache.extraction.extract import extract as extract
-    from .cache.extraction.repair import repair as repair
+    from .cache.extraction.api import extract as extract
+    from .cache.extraction.damage_repair import repair as repair
     from .cache.head.head import Head as Head
-    from .cache.head.load_head import load_head as load_head
-    from .cache.sharing.export import export as export
+    from .cache.head.saved_head import load_head as load_head
+    from .cache.sharing.flat_export import export as export
     from .cache.sharing.hub import pull_cache as pull_cache
     from .cache.sharing.hub import push_cache as push_cache
     from .cache.store.activation_cache import ActivationCache as ActivationCache
     from .cache.store.catalog import find_cache as find_cache
     from .cache.store.row_loader import RowLoader as RowLoader
-    from .cache.store.verify import verify as verify
+    from .cache.store.verification import verify as verify
     from .probes.baselines.marginal_bigram import BigramChain as BigramChain
     from .probes.baselines.marginal_bigram import MarginalBigram as MarginalBigram
     from .probes.baselines.ngrams import Bigram as Bigram

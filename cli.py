@@ -174,7 +174,7 @@ def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **opt
     """
     from residua.analysis.console.messages import print_estimate, print_extraction
     from residua.analysis.console.terminal import Meter, bandwidths
-    from residua.cache.extraction.answer_request import answer_request, estimate_request
+    from residua.cache.extraction.answer import answer_request, estimate_request
     from residua.cache.extraction.distributed import answer_at_address
     from residua.cache.extraction.request import ExtractionRequest
     from residua.cache.forward.stage_times import StageTimes
@@ -266,7 +266,7 @@ def verify(root: Path, quiet: bool, cache: str) -> Any:
     from residua.analysis.console.messages import print_verification
     from residua.analysis.console.terminal import Meter
     from residua.cache.store.catalog import find_path
-    from residua.cache.store.verify import verify as verify_cache
+    from residua.cache.store.verification import verify as verify_cache
 
     path = find_path(cache, root)
     with Meter(quiet) as meter:
@@ -295,7 +295,7 @@ def repair(
     """
     from residua.analysis.console.messages import print_repair
     from residua.analysis.console.terminal import Meter
-    from residua.cache.extraction.repair import repair as repair_cache
+    from residua.cache.extraction.damage_repair import repair as repair_cache
     from residua.cache.store.catalog import find_path
 
     path = find_path(cache, root)
@@ -337,7 +337,7 @@ def export(root: Path, quiet: bool, cache: str, folder: Path, **options: Any) ->
     """
     from residua.analysis.console.messages import print_export
     from residua.analysis.console.terminal import Meter
-    from residua.cache.sharing.export import export as export_cache
+    from residua.cache.sharing.flat_export import export as export_cache
     from residua.cache.store.catalog import find_cache
 
     with Meter(quiet) as meter:
@@ -747,8 +747,8 @@ def evaluate(
     from residua.analysis.console.actions import check_outputs, write_outputs
     from residua.analysis.console.messages import print_evaluation
     from residua.analysis.console.terminal import Meter
-    from residua.analysis.evaluation.evaluate import evaluate as evaluate_probes
     from residua.analysis.evaluation.position_masks import MASKS as MASK_FUNCTIONS
+    from residua.analysis.evaluation.probe_evaluation import evaluate as evaluate_probes
     from residua.cache.store.catalog import find_cache
     from residua.probes.saved.library import find_probe, load_probe_for
 

@@ -28,7 +28,7 @@ from residua.cache.format.shard import ShardWriter
 from residua.cache.forward.batches import plan_batches
 from residua.cache.forward.write_parts import write_missing_parts
 from residua.cache.store.activation_cache import ActivationCache
-from residua.cache.store.create_cache import create_cache
+from residua.cache.store.cache_creation import create_cache
 from residua.cache.tokens.token_stream import TokenStream
 
 

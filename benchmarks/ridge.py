@@ -33,7 +33,7 @@ from threadpoolctl import threadpool_limits
 
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.base.resources import available_cores
-from residua.probes.moments.collect_moments import collect_passes
+from residua.probes.moments.moment_collection import collect_passes
 from residua.probes.moments.pass_plan import BLOCK_ROWS, MomentRequest
 from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.tests.support.synthetic import make_cache, random_head

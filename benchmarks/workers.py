@@ -55,7 +55,7 @@ def work(folder: Path, root: Path, args: argparse.Namespace, threads: int, ready
     """Extract with `threads` threads, as soon as all processes are ready."""
     import torch
 
-    from residua.cache.extraction.answer_request import answer_request
+    from residua.cache.extraction.answer import answer_request
     from residua.cache.extraction.prepare import load_requested_model
     from residua.cache.extraction.request import ExtractionRequest
     from residua.cache.model.source import ModelSource

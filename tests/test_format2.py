@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 import residua
-from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.answer import answer_request
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.base.readout import ReadoutBatch

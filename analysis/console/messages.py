@@ -12,9 +12,9 @@ from ...cache.number_ranges import format_ranges
 from .terminal import bandwidths, format_bytes, print_table, short_source_name
 
 if TYPE_CHECKING:
-    from ...cache.extraction.repair import Repair
+    from ...cache.extraction.damage_repair import Repair
     from ...cache.sharing.hub import PushedCache
-    from ...cache.store.verify import Verification
+    from ...cache.store.verification import Verification
     from ..evaluation.result import Evaluation
 
 

@@ -4,13 +4,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...cache.extraction.answer_request import answer_request
+from ...cache.extraction.answer import answer_request
 from ...cache.extraction.request import ExtractionRequest
 from ...probes.ridge.ridge_probe import RidgeProbe
 from ...probes.saved.library import probe_path
 from ...probes.saved.save import save_probe
 from ...sample import MODEL_DIR, TEXT_PATH
-from ..evaluation.evaluate import evaluate
+from ..evaluation.probe_evaluation import evaluate
 from ..evaluation.result import Evaluation
 from .actions import write_outputs
 from .terminal import Meter, format_bytes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...probes.base.readout import Readout
 from ...probes.ridge.error_share import ErrorShare
 from .confidence_buckets import BucketRow, ResultKey
-from .heatmap import Heatmap, heatmaps
+from .lens_heatmap import Heatmap, heatmaps
 from .metrics import EvaluationRow
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ...cache.files.json_files import make_folder, plain_value, write_atomically
 from ...cache.format.manifest import SHORT_ID
 from ..evaluation.confidence_buckets import BucketRow
-from ..evaluation.heatmap import Heatmap
+from ..evaluation.lens_heatmap import Heatmap
 from ..evaluation.metrics import EvaluationRow, format_measure
 from ..evaluation.result import Evaluation
 from .html_page import (

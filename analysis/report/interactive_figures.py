@@ -9,7 +9,7 @@ from html import escape as escape_html
 from typing import TYPE_CHECKING, Any
 
 from ...cache.files.json_files import plain_value
-from ..evaluation.heatmap import Heatmap
+from ..evaluation.lens_heatmap import Heatmap
 from ..evaluation.metrics import EvaluationRow
 from ..evaluation.result import Evaluation
 from .probe_style import (

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import PurePath
 from typing import Any
 
-from ..evaluation.heatmap import Heatmap
+from ..evaluation.lens_heatmap import Heatmap
 from ..evaluation.metrics import KS, EvaluationRow
 from ..evaluation.result import Evaluation
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..evaluation.confidence_buckets import BUCKETS, BucketRow, bucket_name
-from ..evaluation.heatmap import Heatmap
+from ..evaluation.lens_heatmap import Heatmap
 from ..evaluation.metrics import EvaluationRow
 from ..evaluation.result import Evaluation
 from .probe_style import (

@@ -6,13 +6,7 @@ The command line prints `offset_tables` (console/terminal.py); the HTML report q
 
 from dataclasses import dataclass
 
-from ..evaluation.metrics import (
-    KS,
-    EvaluationRow,
-    format_measure,
-    kl_sort_key,
-    precision_sort_key,
-)
+from ..evaluation.metrics import KS, EvaluationRow, format_measure, kl_sort_key, precision_sort_key
 from ..evaluation.result import Evaluation
 from .probe_style import format_offset, label
 

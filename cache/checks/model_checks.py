@@ -18,11 +18,11 @@ from ..format.dtypes import LARGEST, ValueRange, choose_dtype
 from ..format.logits_arrays import RECOMPUTE, check_kept_tokens
 from ..format.manifest import SHORT_ID
 from ..head.head import Head
-from ..head.identify_head import SMALL_STD, identify_head, scale_to_std, verify_head
+from ..head.head_identification import SMALL_STD, identify_head, scale_to_std, verify_head
+from ..head.head_recording import record_head
 from ..head.program_head import ProgramHead
-from ..head.record_head import record_head
+from ..model.block_search import find_blocks
 from ..model.blocks import DecoderBlocks, logits_of, run_model
-from ..model.find_blocks import find_blocks
 from ..model.memory import memory_errors
 from ..store.activation_cache import ActivationCache
 from ..tokens.token_stream import TokenStream

@@ -21,7 +21,7 @@ from ..forward.write_parts import done_positions, missing_parts
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.catalog import cache_root
-from .answer_request import Extraction, answer_request
+from .answer import Extraction, answer_request
 from .request import ExtractionRequest
 
 if TYPE_CHECKING:

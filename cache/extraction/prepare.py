@@ -16,7 +16,7 @@ from ..checks.reference_rows import save_reference_rows
 from ..format.manifest import ALONE, BATCH, CODEC, Manifest
 from ..model.memory import memory_errors
 from ..model.source import ModelSource
-from ..store.create_cache import create_cache
+from ..store.cache_creation import create_cache
 from ..store.local_origin import public_name, write_origin
 from ..tokens.token_stream import TokenStream
 from .plan import ExtractionPlan, kept_layers
@@ -34,7 +34,7 @@ def load_requested_model(request: ExtractionRequest, source: ModelSource) -> "to
 
     Raises `ModelError` if the model does not fit into memory.
     """
-    from ..model.load_model import choose_device, load_model
+    from ..model.model_loading import choose_device, load_model
 
     device = choose_device(request.device)
     with memory_errors(

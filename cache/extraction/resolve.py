@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..documents.load_documents import load_documents
+from ..documents.document_loading import load_documents
 from ..errors import ModelError, ResiduaError, UsageError
 from ..files.disk_columns import row_blocks, scratch_folder
 from ..format.logits_arrays import logits_mode_covers

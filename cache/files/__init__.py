@@ -1,1 +1,51 @@
 """Paths on disk or in an object store, atomic JSON, leases, disk errors."""
+
+from typing import TYPE_CHECKING
+
+from ..lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from .disk_columns import BLOCK as BLOCK
+    from .disk_columns import ComputedColumn as ComputedColumn
+    from .disk_columns import DiskColumn as DiskColumn
+    from .disk_columns import NumberColumn as NumberColumn
+    from .disk_columns import row_blocks as row_blocks
+    from .disk_columns import scratch_folder as scratch_folder
+    from .disk_columns import take_rows as take_rows
+    from .disk_errors import any_disk_errors as any_disk_errors
+    from .disk_errors import check_target as check_target
+    from .disk_errors import check_writable as check_writable
+    from .disk_errors import disk_errors as disk_errors
+    from .disk_errors import store_errors as store_errors
+    from .json_files import file_digest as file_digest
+    from .json_files import json_digest as json_digest
+    from .json_files import make_folder as make_folder
+    from .json_files import parse_json as parse_json
+    from .json_files import plain_value as plain_value
+    from .json_files import read_json as read_json
+    from .json_files import sync_folder as sync_folder
+    from .json_files import write_atomically as write_atomically
+    from .json_files import write_json as write_json
+    from .leases import FileLease as FileLease
+    from .leases import Lease as Lease
+    from .leases import hold_lock as hold_lock
+    from .leases import lease_holder as lease_holder
+    from .leases import lease_part as lease_part
+    from .leases import try_lock as try_lock
+    from .paths import TRANSFERS as TRANSFERS
+    from .paths import as_path as as_path
+    from .paths import copy_object as copy_object
+    from .paths import is_remote as is_remote
+    from .paths import list_folder as list_folder
+    from .paths import read_all as read_all
+    from .paths import store_error_code as store_error_code
+    from .paths import store_of as store_of
+    from .paths import total_bytes as total_bytes
+    from .paths import upload_folder as upload_folder
+    from .paths import write_object as write_object
+    from .staging import publish_folder as publish_folder
+    from .staging import resumable_staging_folder as resumable_staging_folder
+    from .staging import staging_folder as staging_folder
+    from .staging import sweep_staging as sweep_staging
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -2,7 +2,7 @@
 
 `create_residual` and `create_logits` make empty arrays, whose shards `PartWriter` fills part by
 part; `write_table` writes a one-dimensional array (tokens, sequences) whole. Called by
-`cache/store/create_cache.py`, `extend_cache.py` and repair.
+`cache/store/cache_creation.py`, `extend_cache.py` and repair.
 """
 
 import tempfile

@@ -175,7 +175,7 @@ class ArrayLayout:
             raw, compact = _is_raw(codecs), is_compact(codecs, dtype.itemsize)
             if not shape or min(shape) < 0 or chunk < 1 or shard < 1 or shard % chunk:
                 raise ValueError(f"shape {shape}, chunks of {chunk} rows, shards of {shard}")
-            return cls(shape, dtype.str, logical, chunk, shard, raw, compact)
+            return cls(shape, dtype.str, logical, chunk, shard, raw=raw, compact=compact)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise CorruptError(
                 f"{where} is not the metadata of an array of this format: {error}"

@@ -1,1 +1,20 @@
 """The model: its files, its tokenizer, its loading, its decoder blocks."""
+
+from typing import TYPE_CHECKING
+
+from ..lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from .block_search import find_blocks as find_blocks
+    from .blocks import DecoderBlocks as DecoderBlocks
+    from .blocks import logits_of as logits_of
+    from .blocks import run_model as run_model
+    from .memory import T as T
+    from .memory import is_out_of_memory as is_out_of_memory
+    from .memory import memory_errors as memory_errors
+    from .model_loading import choose_device as choose_device
+    from .model_loading import load_model as load_model
+    from .source import ModelSource as ModelSource
+    from .tokenizer import tokenizer_digest as tokenizer_digest
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

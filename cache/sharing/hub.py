@@ -21,8 +21,8 @@ from ..format.journal import Journal
 from ..format.manifest import SHORT_ID, Manifest
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
-from ..store.create_cache import CACHE_FOLDERS, publish_cache
-from ..store.verify import verify as verify_cache
+from ..store.cache_creation import CACHE_FOLDERS, publish_cache
+from ..store.verification import verify as verify_cache
 from .dataset_card import dataset_card
 from .flat_files import check_space, write_errors
 from .hub_errors import check_limits, hub_errors

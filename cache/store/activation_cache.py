@@ -334,7 +334,7 @@ class ActivationCache:
     @cached_property
     def head(self) -> "Head":
         """Head of the model, layer L -> logits: final norm, unembedding, bias, scale, softcap."""
-        from ..head.load_head import load_head
+        from ..head.saved_head import load_head
 
         return load_head(self.path / "head")
 

@@ -1,7 +1,7 @@
 """`Readout`: what evaluation asks of anything that predicts tokens from a cache.
 
-All probes, lenses and baselines are readouts; `analysis/evaluation/evaluate.py` hands each a
-`ReadoutBatch` per (layer, offset) and measures the logits that come back.
+All probes, lenses and baselines are readouts. `analysis/evaluation/probe_evaluation.py` hands each
+a `ReadoutBatch` per (layer, offset) and measures the logits that come back.
 """
 
 from dataclasses import dataclass

@@ -1,1 +1,12 @@
 """Logit lens, tuned lens, future lens."""
+
+from typing import TYPE_CHECKING
+
+from ...cache.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from .logit_lens import LogitLens as LogitLens
+    from .tuned_lens import FutureLens as FutureLens
+    from .tuned_lens import TunedLens as TunedLens
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -22,8 +22,8 @@ from ...cache.files.json_files import json_digest
 from ...cache.store.activation_cache import ActivationCache
 from ..base.readout import LayerOffset
 from ..base.resources import available_cores, default_memory
+from ..moments.moment_sources import obtain_moments
 from ..moments.moments import merge_all
-from ..moments.obtain_moments import obtain_moments
 from ..moments.pass_plan import MomentRequest
 from ..ridge.solver import AffineMap, fit_ridge
 from ..training.checkpoint import Checkpoint

@@ -27,10 +27,11 @@ from torch import Tensor
 from ...cache.files.json_files import plain_value
 from ...cache.progress import StageProgress
 from ...cache.store.activation_cache import ActivationCache
+from ...cache.store.slab_shuffle import BUFFER_ROWS
 from ...cache.tokens.segments import PairScope
 from ..base.readout import LayerOffset
 from ..ridge.solver import AffineMap
-from ..training.minibatches import BUFFER_BYTES, BUFFER_ROWS, MinibatchStream
+from ..training.minibatches import BUFFER_BYTES, MinibatchStream
 from ..training.softmax_loss import ModelDistribution, Target
 from .natural_gradient import InputWhitening, NaturalGradientMap
 

@@ -23,10 +23,10 @@ from ..base.estimator import BaseEstimator, MultiOutputMixin, RegressorMixin
 from ..base.fitted_maps import FittedMaps, MapKey
 from ..base.readout import ReadoutBatch
 from ..base.resources import available_cores, one_blas_thread
-from ..moments.collect_moments import check_rows, collect_moments, moments_of_rows
+from ..moments.moment_collection import check_rows, collect_moments, moments_of_rows
 from ..moments.moment_set import MomentSet
+from ..moments.moment_sources import MomentSources, obtain_moments
 from ..moments.moments import PRODUCTS
-from ..moments.obtain_moments import MomentSources, obtain_moments
 from ..moments.pass_plan import MomentRequest
 from ..moments.shifted_sums import LayerOffsetTarget
 from ..saved.save import feature_names, set_feature_names

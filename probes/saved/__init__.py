@@ -1,1 +1,21 @@
 """Probes on disk, under a root, and on the hub."""
+
+from typing import TYPE_CHECKING
+
+from ...cache.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from .kinds import probe_class as probe_class
+    from .library import checkpoint_path as checkpoint_path
+    from .library import find_probe as find_probe
+    from .library import load_probe_for as load_probe_for
+    from .library import new_probe_path as new_probe_path
+    from .library import probe_path as probe_path
+    from .save import check_belongs as check_belongs
+    from .save import check_finite as check_finite
+    from .save import feature_names as feature_names
+    from .save import save_probe as save_probe
+    from .save import saved_params as saved_params
+    from .save import set_feature_names as set_feature_names
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -14,8 +14,8 @@ import torch
 from click.testing import CliRunner
 
 import residua
-from residua.analysis.evaluation.evaluate import evaluate
-from residua.analysis.evaluation.heatmap import heatmap
+from residua.analysis.evaluation.lens_heatmap import heatmap
+from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.cache.errors import (
     InputTypeError,
     MismatchError,

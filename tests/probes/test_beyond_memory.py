@@ -163,7 +163,7 @@ def test_a_cache_eight_times_the_memory_is_evaluated(big: ActivationCache) -> No
 
     found = run_with_limited_memory(
         big,
-        "from residua.analysis.evaluation.evaluate import evaluate\n"
+        "from residua.analysis.evaluation.probe_evaluation import evaluate\n"
         "found = evaluate(source, split='train', offsets=(0, 1), max_positions=100_000).to_dicts()",
     )
     want = residua.evaluate(big, split="train", offsets=(0, 1), max_positions=100_000).to_dicts()

@@ -13,8 +13,7 @@ from click.testing import CliRunner
 
 import residua
 from residua.analysis.evaluation.confidence_buckets import bucket_of
-from residua.analysis.evaluation.evaluate import evaluate
-from residua.analysis.evaluation.heatmap import UNDEFINED, heatmap
+from residua.analysis.evaluation.lens_heatmap import UNDEFINED, heatmap
 from residua.analysis.evaluation.metrics import (
     COLUMNS,
     KS,
@@ -22,6 +21,7 @@ from residua.analysis.evaluation.metrics import (
     measure_distribution,
     rank_of,
 )
+from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.report.html_report import write_report
 from residua.analysis.report.static_figures import confidence_figure, curves, heatmap_figure
 from residua.analysis.report.tables import headlines

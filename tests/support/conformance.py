@@ -14,7 +14,7 @@ import torch
 
 from residua.cache.checks.model_checks import ModelReport, check_model
 from residua.cache.errors import ResiduaError
-from residua.cache.head.load_head import load_head
+from residua.cache.head.saved_head import load_head
 from residua.cache.model.blocks import run_model
 from residua.cache.tokens.token_stream import TokenStream, from_sequences
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from residua.cache.format.journal import Journal
+from residua.cache.store.cache_creation import sweep_unfinished
 from residua.cache.store.catalog import list_paths
-from residua.cache.store.create_cache import sweep_unfinished
-from residua.cache.store.verify import verify
+from residua.cache.store.verification import verify
 
 from .crashing import Driver
 from .models import texts

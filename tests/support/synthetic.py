@@ -10,7 +10,7 @@ from residua.cache.format.layout import Layout
 from residua.cache.format.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
 from residua.cache.head.head import Head
 from residua.cache.store.activation_cache import ActivationCache
-from residua.cache.store.create_cache import create_cache
+from residua.cache.store.cache_creation import create_cache
 from residua.cache.store.part_writer import PartWriter
 from residua.cache.tokens.token_stream import KeptRuns, from_sequences
 

@@ -16,13 +16,13 @@ from residua.analysis.evaluation.confidence_buckets import (
     ResultKey,
     bucket_of,
 )
-from residua.analysis.evaluation.evaluate import evaluate
 from residua.analysis.evaluation.metrics import (
     COLUMNS,
     Reference,
     measure_distribution,
     resampling_counts,
 )
+from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.evaluation.result import Evaluation
 from residua.analysis.evaluation.windows import choose_sequences
 from residua.cache.errors import UsageError

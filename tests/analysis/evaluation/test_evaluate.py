@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from residua.analysis.evaluation.evaluate import evaluate
-from residua.analysis.evaluation.heatmap import UNDEFINED, TokenNames, heatmap, visible
+from residua.analysis.evaluation.lens_heatmap import UNDEFINED, TokenNames, heatmap, visible
 from residua.analysis.evaluation.metrics import KS, EvaluationRow
+from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.evaluation.result import Evaluation
 from residua.analysis.evaluation.windows import (
     EvaluationSample,

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from residua.analysis.evaluation import windows as windows_module
-from residua.analysis.evaluation.evaluate import evaluate
 from residua.analysis.evaluation.metrics import resampling_counts
+from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.evaluation.windows import ResamplingUnits
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.segments import PairScope

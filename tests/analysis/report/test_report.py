@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from residua.analysis.evaluation.evaluate import evaluate
-from residua.analysis.evaluation.heatmap import Heatmap
+from residua.analysis.evaluation.lens_heatmap import Heatmap
 from residua.analysis.evaluation.metrics import EvaluationRow
+from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.evaluation.result import Evaluation
 from residua.analysis.report import interactive_figures as interactive
 from residua.analysis.report import static_figures as plots

@@ -26,7 +26,7 @@ from residua.cache.format.manifest import (
 from residua.cache.forward.write_parts import write_missing_parts
 from residua.cache.model.blocks import DecoderBlocks, run_model
 from residua.cache.store.activation_cache import ActivationCache
-from residua.cache.store.create_cache import create_cache
+from residua.cache.store.cache_creation import create_cache
 from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
 from ...support import models

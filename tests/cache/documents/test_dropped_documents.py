@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import residua
 from residua.cache.errors import DataError, UsageError
-from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.answer import answer_request
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cli import main
 

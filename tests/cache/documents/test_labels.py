@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import residua
+from residua.cache.documents.document_loading import load_documents
 from residua.cache.documents.labels import Labels, join_labels, label_names
-from residua.cache.documents.load_documents import load_documents
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.token_stream import TokenStream, concatenate, from_sequences
 

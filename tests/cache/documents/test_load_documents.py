@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import residua.cache.documents.documents
-from residua.cache.documents.load_documents import FILE_FORMATS, load_documents
+from residua.cache.documents.document_loading import FILE_FORMATS, load_documents
 from residua.cache.documents.text_file import SEPARATOR
 from residua.cache.errors import DataError
 
@@ -309,7 +309,7 @@ def test_a_split_that_is_not_there_is_an_error_and_a_guessed_one_is_said(tmp_pat
 
 
 def test_words_in_csv_files_of_a_hub_data_set_are_texts(tmp_path):
-    from residua.cache.documents.load_documents import _load_hub
+    from residua.cache.documents.document_loading import _load_hub
 
     words = ["NA", "None", "null", "nan", "a cat"]
     config = "---\nconfigs:\n- config_name: default\n  data_files: rows.csv\n---\n"

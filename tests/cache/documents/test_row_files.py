@@ -22,8 +22,8 @@ import pytest
 import residua.cache.documents.json_rows
 import residua.cache.documents.row_table
 import residua.cache.documents.text_lines
+from residua.cache.documents.document_loading import load_documents
 from residua.cache.documents.documents import Documents
-from residua.cache.documents.load_documents import load_documents
 from residua.cache.errors import DataError
 
 WORDS_FOR_NOTHING = ["NA", "N/A", "None", "null", "nan", "NaN", "#N/A", "-", "<NA>", "n/a", "NULL"]

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.answer import answer_request
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.format.journal import Journal
+from residua.cache.store.cache_extension import share_parts
 from residua.cache.store.catalog import list_paths
-from residua.cache.store.extend_cache import share_parts
-from residua.cache.store.verify import verify
+from residua.cache.store.verification import verify
 
 from ...conftest import LONG_PART
 from ...support.crashing import Child, Driver, shared_driver

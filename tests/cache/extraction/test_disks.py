@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import residua.cache.extraction.answer_request as extraction
+import residua.cache.extraction.answer as extraction
 from residua import extract
 from residua.cache.errors import NoSpaceError, NotFoundError, UsageError
 from residua.cache.extraction.request import ExtractionRequest

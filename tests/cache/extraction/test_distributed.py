@@ -15,7 +15,7 @@ import residua
 from residua.cache import cluster as cluster_module
 from residua.cache.errors import DataError, UsageError
 from residua.cache.extraction import distributed
-from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.answer import answer_request
 from residua.cache.extraction.distributed import answer_on_cluster
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cli import main

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 import residua
 from residua.cache.checks.model_checks import value_range
 from residua.cache.errors import ModelError
-from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.answer import answer_request
 from residua.cache.extraction.prepare import with_loaded_dtype
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.format.dtypes import FP16_ROUNDING, choose_dtype
-from residua.cache.model.load_model import load_model
+from residua.cache.model.model_loading import load_model
 from residua.cache.model.source import ModelSource
 from residua.cache.model.transformers_guard import guard_transformers
 from residua.cache.store.activation_cache import ActivationCache

@@ -19,7 +19,7 @@ from residua.cache.errors import (
     NoSpaceError,
     UsageError,
 )
-from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.answer import answer_request
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.forward import part_runner as runner
 from residua.cache.model.blocks import DecoderBlocks

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import residua
 from residua.cache.errors import CorruptError, MismatchError
-from residua.cache.extraction.answer_request import answer_request, find_match
+from residua.cache.extraction.answer import answer_request, find_match
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.files.json_files import read_json, write_json
 from residua.cache.format.manifest import Manifest

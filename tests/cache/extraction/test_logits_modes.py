@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from residua.cache.checks import logits_error
 from residua.cache.checks.logits_error import measure_logits_errors
 from residua.cache.errors import ModelError, UsageError
-from residua.cache.extraction.answer_request import answer_request, estimate_request, find_match
-from residua.cache.extraction.repair import repair
+from residua.cache.extraction.answer import answer_request, estimate_request, find_match
+from residua.cache.extraction.damage_repair import repair
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.format.dtypes import decode_rows, encode_rows
 from residua.cache.format.layout import Layout
@@ -33,7 +33,7 @@ from residua.cache.format.logits_arrays import (
 from residua.cache.forward import kept_logits
 from residua.cache.model.transformers_guard import guard_transformers
 from residua.cache.store.activation_cache import ActivationCache
-from residua.cache.store.verify import verify
+from residua.cache.store.verification import verify
 from residua.cli import main
 
 from ...support import models
@@ -445,7 +445,7 @@ def test_batches_of_wide_rows_are_small(
 def test_an_export_has_the_logits(
     cache_of_mode: dict[str, ActivationCache], tmp_path: Path
 ) -> None:
-    from residua.cache.sharing.export import export
+    from residua.cache.sharing.flat_export import export
 
     cache = cache_of_mode[f"topk:{K}"]
     export(cache, tmp_path / "st", split="test")

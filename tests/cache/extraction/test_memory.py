@@ -15,7 +15,7 @@ from residua.cache.files.disk_columns import BLOCK
 MAKE = """
 import re, sys
 from pathlib import Path
-from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.answer import answer_request
 from residua.cache.extraction.request import ExtractionRequest
 
 model, data, root, pack, filled = sys.argv[1:]
@@ -36,7 +36,7 @@ import re, sys
 from pathlib import Path
 import numpy as np
 import pyarrow.parquet
-from residua.cache.documents.load_documents import load_documents
+from residua.cache.documents.document_loading import load_documents
 
 documents = load_documents(sys.argv[1], scratch=Path(sys.argv[2]))
 numbers = np.random.default_rng(0).permutation(len(documents))

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 import residua
 from residua.cache.errors import MismatchError, ModelError
-from residua.cache.extraction.repair import repair
+from residua.cache.extraction.damage_repair import repair
 from residua.cache.forward import part_runner as runner
 from residua.cache.store.activation_cache import ActivationCache
-from residua.cache.store.verify import verify
+from residua.cache.store.verification import verify
 from residua.cli import main
 
 from ...support.models import save_model
@@ -187,7 +187,7 @@ def test_a_machine_that_computes_other_numbers_is_found_on_resume(
 ) -> None:
     from residua.cache.checks.model_checks import recheck_model
     from residua.cache.checks.reference_rows import check_reference_rows, compute_reference_rows
-    from residua.cache.model.load_model import load_model
+    from residua.cache.model.model_loading import load_model
     from residua.cache.model.source import ModelSource
 
     model: Any = load_model(ModelSource.locate(str(model_folder)))

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import residua
 from residua.cache.errors import UsageError
 from residua.cache.extraction import resolve
-from residua.cache.extraction.answer_request import answer_request, find_match
+from residua.cache.extraction.answer import answer_request, find_match
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.forward import part_runner as runner
 from residua.cache.store.activation_cache import ActivationCache

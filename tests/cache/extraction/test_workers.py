@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from residua.cache.errors import Interrupted
-from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.answer import answer_request
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.files.leases import hold_lock
 from residua.cache.forward import write_parts
 from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.cache_creation import sweep_unfinished
 from residua.cache.store.catalog import list_paths
-from residua.cache.store.create_cache import sweep_unfinished
-from residua.cache.store.verify import verify
+from residua.cache.store.verification import verify
 
 from ...support.crashing import Child, Driver, shared_driver, wait_until
 from ...support.models import texts

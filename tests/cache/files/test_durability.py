@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import residua
-from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.answer import answer_request
 from residua.cache.extraction.request import ExtractionRequest
-from residua.cache.sharing.export import export
+from residua.cache.sharing.flat_export import export
 from residua.probes.lens.tuned_lens import TunedLens
 from residua.probes.lens.tuned_lens_files import write_tuned_lens
 from residua.probes.ridge.ridge_probe import RidgeProbe

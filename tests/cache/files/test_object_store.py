@@ -17,7 +17,7 @@ import pytest
 
 import residua
 from residua.cache.errors import UsageError
-from residua.cache.extraction.answer_request import answer_request, find_match
+from residua.cache.extraction.answer import answer_request, find_match
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.files.paths import (
     as_path,

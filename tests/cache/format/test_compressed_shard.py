@@ -14,8 +14,8 @@ from numcodecs.shuffle import Shuffle
 from zarr.errors import ZarrUserWarning
 
 from residua.cache.errors import CorruptError, UsageError
-from residua.cache.extraction.answer_request import answer_request, estimate_request, find_match
-from residua.cache.extraction.repair import repair
+from residua.cache.extraction.answer import answer_request, estimate_request, find_match
+from residua.cache.extraction.damage_repair import repair
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.format import compressed_shard
 from residua.cache.format.array import CacheArray
@@ -25,10 +25,10 @@ from residua.cache.format.compressed_shard import DECODED_CHUNKS, shard_writer_f
 from residua.cache.format.compression import compress_chunk, decompress, shuffle_bytes
 from residua.cache.format.dtypes import encode_rows
 from residua.cache.format.layout import ArrayLayout, Layout
-from residua.cache.sharing.export import export
+from residua.cache.sharing.flat_export import export
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.row_loader import RowLoader
-from residua.cache.store.verify import verify
+from residua.cache.store.verification import verify
 from residua.cli import main
 
 DTYPES = ("float16", "bfloat16", "float32")

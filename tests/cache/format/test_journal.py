@@ -11,9 +11,9 @@ import pytest
 from residua.cache.errors import CorruptError, IncompleteError, UsageError
 from residua.cache.files.json_files import write_json
 from residua.cache.format.journal import Journal, PartRecord, ShardRecord
-from residua.cache.store import create_cache as create_module
+from residua.cache.store import cache_creation as create_module
 from residua.cache.store.activation_cache import ActivationCache
-from residua.cache.store.create_cache import create_cache
+from residua.cache.store.cache_creation import create_cache
 from residua.cache.store.part_writer import PartWriter
 from residua.cache.tokens.token_stream import from_sequences
 

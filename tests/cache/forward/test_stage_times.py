@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import residua
 from residua.analysis.console.terminal import Meter, bandwidths
 from residua.cache.errors import ModelError
-from residua.cache.extraction.answer_request import answer_request
+from residua.cache.extraction.answer import answer_request
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.forward import part_runner as runner
 from residua.cache.forward.batches import (

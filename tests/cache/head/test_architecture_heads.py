@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from residua.cache.checks.model_checks import ModelReport, check_model
-from residua.cache.head.identify_head import SMALL_STD, scale_to_std
-from residua.cache.head.load_head import load_head
+from residua.cache.head.head_identification import SMALL_STD, scale_to_std
+from residua.cache.head.saved_head import load_head
 
 from ...support.architectures import KINDS, VOCAB, build_architecture
 from ...support.conformance import TOLERANCE, random_stream

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 
 from residua.cache.errors import CorruptError, ModelError, UsageError
 from residua.cache.files.json_files import DIGEST_KEY, write_json
-from residua.cache.head.load_head import load_head
+from residua.cache.head.head_recording import NAMES, SHAPES, merge_recordings, record_program
 from residua.cache.head.operations import OPS, NumpyOperations, TorchOperations
 from residua.cache.head.program import Node, Program
 from residua.cache.head.program_head import ProgramHead
-from residua.cache.head.record_head import NAMES, SHAPES, merge_recordings, record_program
+from residua.cache.head.saved_head import load_head
 
 WIDTH = 8
 GENERATOR = torch.Generator().manual_seed(0)

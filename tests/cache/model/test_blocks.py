@@ -8,9 +8,9 @@ import torch
 
 from residua.cache.checks.model_checks import check_model
 from residua.cache.errors import HeadMismatchError, ModelError
-from residua.cache.head.identify_head import verify_head
+from residua.cache.head.head_identification import verify_head
+from residua.cache.model.block_search import find_blocks
 from residua.cache.model.blocks import run_model
-from residua.cache.model.find_blocks import find_blocks
 from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
 from ...support import toys

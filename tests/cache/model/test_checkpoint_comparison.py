@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 import residua
 from residua.cache.errors import ModelError
 from residua.cache.files.json_files import read_json
-from residua.cache.model.load_model import load_model
+from residua.cache.model.model_loading import load_model
 from residua.cache.model.source import ModelSource
 from residua.cache.model.transformers_guard import guard_transformers
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import residua
 from residua.cache.errors import ModelError
-from residua.cache.extraction.answer_request import answer_request, find_match
+from residua.cache.extraction.answer import answer_request, find_match
 from residua.cache.extraction.request import ExtractionRequest
 from residua.cache.model import tokenizer as tokenizers_of
 from residua.cache.model.source import ModelSource

@@ -15,8 +15,8 @@ import torch
 from residua.cache.errors import IncompleteError, NoSpaceError, NotFoundError, UsageError
 from residua.cache.files.json_files import file_digest, read_json
 from residua.cache.format.dtypes import decode_rows
-from residua.cache.sharing import export as export_module
-from residua.cache.sharing.export import export
+from residua.cache.sharing import flat_export as export_module
+from residua.cache.sharing.flat_export import export
 from residua.cache.store.activation_cache import ActivationCache
 
 from ...support.synthetic import make_cache, random_head

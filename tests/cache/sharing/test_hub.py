@@ -32,7 +32,7 @@ from residua.cache.sharing import hub_errors as limits
 from residua.cache.sharing.dataset_card import NO_LICENCE, dataset_card, size_category
 from residua.cache.sharing.hub import pull_cache, push_cache
 from residua.cache.store.activation_cache import ActivationCache
-from residua.cache.store.verify import verify
+from residua.cache.store.verification import verify
 
 from ...support.synthetic import make_cache, random_head
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from residua.cache.store.activation_cache import ActivationCache
-from residua.cache.store.verify import verify
+from residua.cache.store.verification import verify
 from residua.probes.ridge.ridge_probe import RidgeProbe
 
 from ...support.synthetic import make_cache, random_head

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from residua.analysis.evaluation.evaluate import evaluate
+from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.cache.errors import UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.segments import (
@@ -21,8 +21,8 @@ from residua.cache.tokens.segments import (
 )
 from residua.cache.tokens.token_stream import KeptRuns
 from residua.probes.baselines.ngrams import Bigram, LaggedBigram, Trigram, Unigram
-from residua.probes.moments.collect_moments import collect_moments
 from residua.probes.moments.kept_moments import moment_entries
+from residua.probes.moments.moment_collection import collect_moments
 from residua.probes.moments.moment_set import MomentSet
 from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.probes.training.minibatches import MinibatchStream

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import residua
-from residua.analysis.evaluation.evaluate import evaluate
+from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.report.tables import headlines
 from residua.cache.errors import UsageError
 from residua.cache.store.activation_cache import ActivationCache

@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 
 import residua
 from residua.analysis.console.options import CONTROLS
-from residua.analysis.evaluation.evaluate import evaluate
+from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.report.html_report import write_report
 from residua.analysis.report.probe_style import color, label, stroke
 from residua.cache.errors import NotFoundError, UsageError

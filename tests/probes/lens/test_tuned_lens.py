@@ -14,8 +14,8 @@ from sklearn.exceptions import NotFittedError
 
 import residua
 from residua.cache.errors import MismatchError, NotFoundError, UsageError
+from residua.cache.head.head_recording import SHAPES, merge_recordings, record_program
 from residua.cache.head.program_head import ProgramHead
-from residua.cache.head.record_head import SHAPES, merge_recordings, record_program
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.base.readout import ReadoutBatch
 from residua.probes.lens import fit_groups as lensgroups

@@ -17,14 +17,14 @@ import residua
 from residua.cache.errors import MismatchError, UsageError
 from residua.cache.format.layout import Layout
 from residua.cache.store.activation_cache import ActivationCache
-from residua.cache.store.create_cache import create_cache
+from residua.cache.store.cache_creation import create_cache
 from residua.cache.store.part_writer import PartWriter
 from residua.cache.tokens.token_stream import from_sequences
 from residua.cli import main
-from residua.probes.moments.collect_moments import collect_moments
 from residua.probes.moments.kept_moments import find_kept, moment_entries, moments_folder
+from residua.probes.moments.moment_collection import collect_moments
 from residua.probes.moments.moment_set import MomentSet
-from residua.probes.moments.obtain_moments import MomentSources, extend, obtain_moments
+from residua.probes.moments.moment_sources import MomentSources, extend, obtain_moments
 from residua.probes.moments.pass_plan import MomentRequest
 from residua.probes.ridge.ridge_probe import RidgeProbe
 

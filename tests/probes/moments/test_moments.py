@@ -10,7 +10,11 @@ import pytest
 
 from residua.cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
-from residua.probes.moments.collect_moments import collect_moments, collect_passes, moments_of_rows
+from residua.probes.moments.moment_collection import (
+    collect_moments,
+    collect_passes,
+    moments_of_rows,
+)
 from residua.probes.moments.moment_set import MomentSet
 from residua.probes.moments.moments import Accumulator, Moments, merge_all
 from residua.probes.moments.pass_plan import CachePass, MomentRequest, divide_pass

@@ -17,7 +17,7 @@ from sklearn.model_selection import KFold
 from residua.cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.base.readout import ReadoutBatch
-from residua.probes.moments.collect_moments import collect_moments
+from residua.probes.moments.moment_collection import collect_moments
 from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.probes.ridge.solver import GRID
 from residua.probes.saved.save import check_geometry, load_probe, save_probe

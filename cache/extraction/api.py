@@ -13,7 +13,7 @@ from ..format.manifest import FORMAT
 from ..number_ranges import as_tuple
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
-from .answer_request import answer_request
+from .answer import answer_request
 from .request import ExtractionRequest
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from ..forward.write_parts import write_missing_parts
 from ..model.source import ModelSource
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
+from ..store.cache_creation import sweep_unfinished
+from ..store.cache_extension import add_layers, add_tokens, join_stream, unnamed_layers
 from ..store.catalog import cache_root
-from ..store.create_cache import sweep_unfinished
-from ..store.extend_cache import add_layers, add_tokens, join_stream, unnamed_layers
 from ..tokens.token_stream import TokenStream
 from .plan import Estimate, ExtractionPlan, kept_layers, layout_like
 from .prepare import load_requested_model, make_cache, plan_extraction, with_loaded_dtype
@@ -200,7 +200,7 @@ def _look_up_or_load(
             source = loaded_source
             wanted = wanted_cache(request, source, stream)
             match = match_cache(wanted, root)
-    return _Lookup(request, source, stream, wanted, match, model, plan)
+    return _Lookup(request, source, stream, wanted, match, model=model, plan=plan)
 
 
 def _create(lookup: _Lookup, root: Path) -> tuple[Path, str, "DecoderBlocks"]:

@@ -14,7 +14,6 @@ from ...cache.progress import Progress
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.lineage import cache_lineage
 from ..base.resources import ProgressCounter, default_memory
-from .collect_moments import collect_pass, collect_passes
 from .kept_moments import (
     Inherited,
     find_kept,
@@ -23,6 +22,7 @@ from .kept_moments import (
     reason_not_to_keep,
     save_moments,
 )
+from .moment_collection import collect_pass, collect_passes
 from .moment_set import MomentSet, merge_pairs
 from .pass_plan import SOLVE_MATRICES, CachePass, MomentRequest, plan_passes
 from .row_identity import layer_digest, same_documents, same_rows, same_sequences, sequences_digest

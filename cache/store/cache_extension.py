@@ -27,7 +27,7 @@ from ..format.layout import Layout
 from ..format.manifest import TokenIdentity
 from ..tokens.token_stream import TokenStream, concatenate
 from .activation_cache import ActivationCache
-from .create_cache import create_cache
+from .cache_creation import create_cache
 from .lineage import EXTENDS
 from .local_origin import read_origin, write_origin
 
@@ -134,9 +134,9 @@ def add_tokens(
         stream,
         hashes,
         dtypes,
-        partial(_copy_head, cache.path / "head"),
-        provenance,
-        logits_dtype,
+        write_head=partial(_copy_head, cache.path / "head"),
+        provenance=provenance,
+        logits_dtype=logits_dtype,
     )
     if layout == old.layout:
         share_parts(cache, ActivationCache(path))

@@ -28,7 +28,7 @@ from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.lineage import open_ancestor
 from ..store.local_origin import read_origin
-from ..store.verify import Damage, verify
+from ..store.verification import Damage, verify
 from .resolve import describe, differing_fields
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _load_model(
     `model` overrides the folder or hub id that the cache remembers. Raises `MismatchError` for
     another model, `ModelError` if no model is found or its code needs `trust_remote_code`.
     """
-    from ..model.load_model import choose_device, load_model
+    from ..model.model_loading import choose_device, load_model
 
     name = model or read_origin(path).get("model", manifest.model_name)
     try:
