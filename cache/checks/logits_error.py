@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from ..format.dtypes import decode_rows, encode_rows
-from ..format.logits_arrays import DEFAULT_TOP, FULL, RECOMPUTE, logits_arrays, top_logits, top_size
+from ..format.logits_arrays import (
+    DEFAULT_TOP,
+    FULL,
+    RECOMPUTE,
+    list_logits_arrays,
+    top_logits,
+    top_size,
+)
 from ..head.head import Head
 
 ROWS = 96
@@ -110,7 +117,7 @@ def measure_logits_errors(
     mode_errors = {}
     for name, tiles in row_errors.items():
         kl, flips, difference, tail = np.concatenate(tiles, -1)
-        arrays = logits_arrays(name, head.vocab, logits_dtype)
+        arrays = list_logits_arrays(name, head.vocab, logits_dtype)
         mode_errors[name] = ModeError(
             dtype=layer_dtype if name == RECOMPUTE else logits_dtype,
             bytes=sum(array.row_bytes for array in arrays),

@@ -16,7 +16,7 @@ from ..errors import NoSpaceError, UsageError
 from ..files.paths import is_remote
 from ..format.dtypes import STORED_DTYPES
 from ..format.layout import CHECKSUM_BYTES, TABLE_CHUNK_ROWS, TABLE_CHUNKS_PER_SHARD, Layout
-from ..format.logits_arrays import LogitsArray, logits_arrays
+from ..format.logits_arrays import LogitsArray, list_logits_arrays
 from ..forward.batches import choose_batch_tokens
 from ..store.activation_cache import ActivationCache
 from ..tokens.index_arrays import CONTEXT_DTYPES, SPAN_DTYPES, TABLE_DTYPES
@@ -56,7 +56,7 @@ class ExtractionPlan:
     def stored_logits(self) -> tuple[LogitsArray, ...]:
         """Arrays of logits in the cache; none where logits are recomputed."""
         report = self.model_report
-        return logits_arrays(self.request.logits, report.head.vocab, report.logits.dtype)
+        return list_logits_arrays(self.request.logits, report.head.vocab, report.logits.dtype)
 
     @cached_property
     def layout(self) -> Layout:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .logits_arrays import TopK as TopK
     from .logits_arrays import check_kept_tokens as check_kept_tokens
     from .logits_arrays import check_logits_mode as check_logits_mode
-    from .logits_arrays import logits_arrays as logits_arrays
+    from .logits_arrays import list_logits_arrays as list_logits_arrays
     from .logits_arrays import logits_mode_covers as logits_mode_covers
     from .logits_arrays import pack_top as pack_top
     from .logits_arrays import top_logits as top_logits

@@ -18,7 +18,7 @@ from ..files.paths import is_remote, write_object
 from .compression import LEVEL
 from .dtypes import STORED_DTYPES
 from .layout import TABLE_CHUNK_ROWS, TABLE_CHUNKS_PER_SHARD, ArrayLayout, Layout, array_key
-from .logits_arrays import LogitsArray, logits_arrays
+from .logits_arrays import LogitsArray, list_logits_arrays
 from .manifest import Manifest
 from .shard import ShardWriter
 
@@ -94,7 +94,7 @@ def create_part_array(store: Path, manifest: Manifest, name: str, dtype: str) ->
             layout=layout,
             codec=codec,
         )
-    for array in logits_arrays(manifest.capture.logits, manifest.vocab, dtype):
+    for array in list_logits_arrays(manifest.capture.logits, manifest.vocab, dtype):
         if array.name == name:
             create_logits(store, array, positions, layout, codec)
 

@@ -89,7 +89,7 @@ def logits_mode_covers(cache_mode: str, requested_mode: str) -> bool:
     return 0 < top_size(requested_mode) <= top_size(cache_mode)
 
 
-def logits_arrays(mode: str, vocab: int, dtype: str) -> tuple[LogitsArray, ...]:
+def list_logits_arrays(mode: str, vocab: int, dtype: str) -> tuple[LogitsArray, ...]:
     """The arrays of a mode, with logits in the logical `dtype`."""
     if mode == FULL:
         return (LogitsArray(FULL_ARRAY, vocab, dtype, ("positions", "vocab")),)

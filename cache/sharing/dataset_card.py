@@ -89,7 +89,7 @@ BFLOAT16 = """
 rows = (rows.astype("uint32") << 16).view("float32")"""
 
 
-def dataset_card(cache: ActivationCache, repo_id: str) -> str:
+def format_dataset_card(cache: ActivationCache, repo_id: str) -> str:
     """Markdown with YAML front matter for the repository `repo_id`; it names no licence.
 
     Figures come from the cache, its manifest and its provenance.

@@ -23,7 +23,7 @@ from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.cache_creation import CACHE_FOLDERS, publish_cache
 from ..store.verification import verify as verify_cache
-from .dataset_card import dataset_card
+from .dataset_card import format_dataset_card
 from .flat_files import check_space, write_errors
 from .hub_errors import check_limits, hub_errors
 
@@ -113,7 +113,7 @@ def push_cache(
         )
         lacks_card = not hub.file_exists(filename=CARD, **repository)
         if lacks_card:
-            card = dataset_card(cache, repo_id).encode()
+            card = format_dataset_card(cache, repo_id).encode()
             hub.upload_file(path_or_fileobj=card, path_in_repo=CARD, **repository)
     return PushedCache(repo_id, url, cache.id, len(names), n_bytes, card=lacks_card)
 

@@ -23,7 +23,7 @@ from ..format.logits_arrays import (
     FULL_ARRAY,
     TOP_ARRAYS,
     TopK,
-    logits_arrays,
+    list_logits_arrays,
     pack_top,
     top_size,
     unpack_top,
@@ -384,7 +384,7 @@ class ActivationCache:
     @property
     def logits_names(self) -> tuple[str, ...]:
         """Names of the arrays of logits that the cache keeps; empty without logits."""
-        arrays = logits_arrays(self.manifest.capture.logits, self.vocab, "float16")
+        arrays = list_logits_arrays(self.manifest.capture.logits, self.vocab, "float16")
         return tuple(array.name for array in arrays)
 
     # Labels of sequences

@@ -16,9 +16,9 @@ from ..files.paths import is_remote, upload_folder
 from ..files.staging import publish_folder, staging_folder, sweep_staging
 from ..format.array_writer import create_logits, create_residual, write_table
 from ..format.journal import Journal
-from ..format.logits_arrays import logits_arrays
+from ..format.logits_arrays import list_logits_arrays
 from ..format.manifest import Manifest
-from ..tokens.index_arrays import index_arrays
+from ..tokens.index_arrays import compute_index_arrays
 from ..tokens.token_stream import TokenStream
 from .local_origin import FILE as ORIGIN
 
@@ -59,12 +59,12 @@ def create_cache(
         store = staging / "arrays.zarr"
         tables = {
             name: write_table(store, name, values, _zarr_attributes(stream, name))
-            for name, values in index_arrays(stream, hashes).items()
+            for name, values in compute_index_arrays(stream, hashes).items()
         }
         for layer, dtype in dtypes.items():
             shape = stream.positions, manifest.d_model
             create_residual(store, layer, *shape, dtype, manifest.layout, codec=manifest.codec)
-        for array in logits_arrays(manifest.capture.logits, manifest.vocab, logits_dtype):
+        for array in list_logits_arrays(manifest.capture.logits, manifest.vocab, logits_dtype):
             create_logits(store, array, stream.positions, manifest.layout, manifest.codec)
 
         # The journal names all files with their digests, for `verify`.

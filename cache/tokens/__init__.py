@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .index_arrays import CONTEXT_DTYPES as CONTEXT_DTYPES
     from .index_arrays import SPAN_DTYPES as SPAN_DTYPES
     from .index_arrays import TABLE_DTYPES as TABLE_DTYPES
-    from .index_arrays import index_arrays as index_arrays
+    from .index_arrays import compute_index_arrays as compute_index_arrays
     from .positions import check_positions as check_positions
     from .positions import keep_positions as keep_positions
     from .segments import BLOCK_POSITIONS as BLOCK_POSITIONS

@@ -39,7 +39,7 @@ CONTEXT_DTYPES = {
 _STORED_DTYPES = TABLE_DTYPES | SPAN_DTYPES | CONTEXT_DTYPES
 
 
-def index_arrays(stream: TokenStream, hashes: np.ndarray) -> dict[str, NumberColumn]:
+def compute_index_arrays(stream: TokenStream, hashes: np.ndarray) -> dict[str, NumberColumn]:
     """The arrays of `stream` by name, in their stored dtypes.
 
     `hashes` `(sequences,)` uint64 are the second value of `stream.digests()`.

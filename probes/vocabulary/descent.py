@@ -32,7 +32,7 @@ from ..training.checkpoint import Checkpoint
 from ..training.softmax_loss import ParameterTensors, Target
 from ..training.threads import ThreadCrew
 from .examples import ExampleBatch, Examples
-from .initial_statistics import InitialStatistics, initial_statistics
+from .initial_statistics import InitialStatistics, measure_initial_statistics
 from .parametrizations import Parametrization, PrincipalAxes
 
 EVALUATIONS = 8
@@ -215,7 +215,7 @@ class Descent:
     def _statistics(self) -> InitialStatistics:
         layers = list(dict.fromkeys(layer for layer, _ in self.pairs))
         offsets = list(dict.fromkeys(offset for _, offset in self.pairs))
-        return initial_statistics(self.examples, layers, offsets, self.n_classes)
+        return measure_initial_statistics(self.examples, layers, offsets, self.n_classes)
 
     def run(self) -> dict[LayerOffset, Outcome]:
         """Fit all pairs; continues from the checkpoint if the folder holds one."""

@@ -30,7 +30,7 @@ class InitialStatistics:
     """Offset -> logarithms of the targets' frequencies, `(vocab,)` float32."""
 
 
-def initial_statistics(
+def measure_initial_statistics(
     examples: Examples, layers: list[int], offsets: list[int], vocab: int
 ) -> InitialStatistics:
     """Read about `SAMPLE_ROWS` states of the first epoch and sum them up.

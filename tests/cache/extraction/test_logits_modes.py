@@ -26,7 +26,7 @@ from residua.cache.format.layout import Layout
 from residua.cache.format.logits_arrays import (
     DEFAULT_TOP,
     TopK,
-    logits_arrays,
+    list_logits_arrays,
     logits_mode_covers,
     top_logits,
 )
@@ -219,7 +219,7 @@ def test_ids_beyond_the_range_of_their_sign_bit_are_kept(
     hidden = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     takes = kept_logits.KeptLogits(head, "topk:3", "float16", torch.device("cpu"))
     ids = takes(torch.from_numpy(hidden))["logits/ids"][0].numpy()
-    assert ids.dtype == logits_arrays("topk:3", vocab, "float16")[0].dtype
+    assert ids.dtype == list_logits_arrays("topk:3", vocab, "float16")[0].dtype
     expected = np.argsort(-head.logits(hidden), -1, kind="stable")[:, :3]
     assert expected.max() > 1 << 15
     np.testing.assert_array_equal(ids, expected)
@@ -227,14 +227,14 @@ def test_ids_beyond_the_range_of_their_sign_bit_are_kept(
 
 def test_chunks_divide_parts_and_hold_a_few_megabytes() -> None:
     layout = Layout.choose(768, 2, widest=2 * 50_257)
-    (full,) = logits_arrays("full", 50_257, "float16")
+    (full,) = list_logits_arrays("full", 50_257, "float16")
     assert layout.chunk_rows == 2048
     assert 1.5 * 2**20 <= layout.chunk_of(full.row_bytes) * full.row_bytes <= 3 * 2**20
     assert layout.part_rows * full.row_bytes <= 512 << 20
     odd = Layout.choose(32, 2, part_positions=3000)
     for array in (
-        *logits_arrays("topk:64", 300, "float16"),
-        *logits_arrays("full", 300, "float16"),
+        *list_logits_arrays("topk:64", 300, "float16"),
+        *list_logits_arrays("full", 300, "float16"),
     ):
         assert odd.part_rows % odd.chunk_of(array.row_bytes) == 0
 

@@ -16,7 +16,7 @@ from residua.cache.files.disk_columns import (
     scratch_folder,
     take_rows,
 )
-from residua.cache.tokens.index_arrays import index_arrays
+from residua.cache.tokens.index_arrays import compute_index_arrays
 from residua.cache.tokens.token_stream import KeptRuns, TokenStream, concatenate
 
 
@@ -119,9 +119,9 @@ def streams(folder: Path) -> tuple[TokenStream, TokenStream]:
 def contents_of(stream: TokenStream) -> dict[str, list]:
     """Everything that a cache keeps of a stream."""
     digest, hashes = stream.digests()
-    return {name: values[:].tolist() for name, values in index_arrays(stream, hashes).items()} | {
-        "digest": [digest]
-    }
+    return {
+        name: values[:].tolist() for name, values in compute_index_arrays(stream, hashes).items()
+    } | {"digest": [digest]}
 
 
 def test_a_stream_on_the_disk_is_the_stream_in_memory(

@@ -29,7 +29,7 @@ from residua.cache.errors import (
     UsageError,
 )
 from residua.cache.sharing import hub_errors as limits
-from residua.cache.sharing.dataset_card import NO_LICENCE, dataset_card, size_category
+from residua.cache.sharing.dataset_card import NO_LICENCE, format_dataset_card, size_category
 from residua.cache.sharing.hub import pull_cache, push_cache
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.verification import verify
@@ -403,7 +403,7 @@ def test_without_a_network_both_say_so(cache, tmp_path):
 
 
 def test_the_card_says_what_is_in_the_cache(tiny_cache, model_folder):
-    text = dataset_card(tiny_cache, REPO)
+    text = format_dataset_card(tiny_cache, REPO)
     front = text.split("---\n")[1]
     assert "license:" not in [line.split(" ")[0] for line in front.splitlines()]
     assert NO_LICENCE in text

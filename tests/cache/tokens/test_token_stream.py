@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from residua.cache.documents.documents import Documents
 from residua.cache.errors import DataError
-from residua.cache.tokens.index_arrays import index_arrays
+from residua.cache.tokens.index_arrays import compute_index_arrays
 from residua.cache.tokens.splits import SPLITS, assign_folds, assign_splits
 from residua.cache.tokens.token_stream import KeptRuns, TokenStream, concatenate, from_sequences
 from residua.cache.tokens.tokenization import tokenize
@@ -102,7 +102,7 @@ def test_tables_say_where_every_position_is():
         np.arange(8, dtype=np.int32), np.array(lengths, np.int64), np.array([9, 4, 4])
     )
     hashes = stream.digests()[1]
-    arrays = index_arrays(stream, hashes)
+    arrays = compute_index_arrays(stream, hashes)
     np.testing.assert_array_equal(arrays["tokens/sequence"][:], [0, 0, 0, 1, 2, 2, 2, 2])
     np.testing.assert_array_equal(arrays["tokens/index"][:], [0, 1, 2, 0, 0, 1, 2, 3])
     np.testing.assert_array_equal(arrays["sequences/start"][:], [0, 3, 4])
@@ -120,7 +120,7 @@ def test_tables_say_where_every_position_is():
         "sequences/hash": "uint64",
         "sequences/document": "uint64",
     }
-    assert "sequences/document" not in index_arrays(replace(stream, format=1), hashes)
+    assert "sequences/document" not in compute_index_arrays(replace(stream, format=1), hashes)
     np.testing.assert_array_equal(stream.sequence(2), [4, 5, 6, 7])
 
 
