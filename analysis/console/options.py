@@ -199,14 +199,18 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(JSON, "as_json", is_flag=True, help="Print one JSON object and nothing else.")
     @wraps(function)
     def run(root: str | None, as_json: bool, **options: Any) -> None:
-        from ...cache.files.disk_errors import any_disk_errors, store_errors
+        from ...cache.files.disk_errors import translate_any_disk_errors, translate_store_errors
         from ...cache.files.json_files import plain_value
         from ...cache.store.catalog import cache_root
 
         try:
             try:
                 root_path = cache_root(root)
-                with any_disk_errors(), store_errors(root_path), warnings_as_lines():
+                with (
+                    translate_any_disk_errors(),
+                    translate_store_errors(root_path),
+                    warnings_as_lines(),
+                ):
                     value, print_value = function(root=root_path, quiet=as_json, **options)
             except KeyboardInterrupt:
                 raise Interrupted("interrupted; the same command goes on from here") from None

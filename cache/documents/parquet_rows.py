@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files.disk_errors import disk_errors
+from ..files.disk_errors import translate_disk_errors
 from .labels import POSITION_COLUMNS
 from .row_source import Row, RowFile
 from .text_column import ColumnSample
@@ -84,7 +84,7 @@ def _parquet_file(file: RowFile) -> Iterator[Any]:
     with tempfile.TemporaryFile(dir=file.scratch) as copy:
         source: Any = str(file.path)
         if file.path.suffix.lower() in COMPRESSIONS:
-            with open_bytes(file.path) as uncompressed, disk_errors(folder):
+            with open_bytes(file.path) as uncompressed, translate_disk_errors(folder):
                 shutil.copyfileobj(uncompressed, copy, BLOCK_BYTES)
             copy.seek(0)
             source = pyarrow.PythonFile(copy, mode="r")

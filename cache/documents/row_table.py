@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import DataError
-from ..files.disk_errors import disk_errors
+from ..files.disk_errors import translate_disk_errors
 from .documents import Documents, Reading, decode_text
 from .labels import (
     EXPLICIT,
@@ -57,7 +57,7 @@ class DocumentSpool:
         try:
             self._file.write(piece)
         except OSError as error:
-            with disk_errors(self._folder):
+            with translate_disk_errors(self._folder):
                 raise error
         self._ends.append(self._ends[-1] + len(piece))
 
@@ -66,7 +66,7 @@ class DocumentSpool:
         try:
             self._file.seek(start)  # writes the buffer, so the disk may be full
         except OSError as error:
-            with disk_errors(self._folder):
+            with translate_disk_errors(self._folder):
                 raise error
         return self._file.read(stop - start)
 

@@ -14,7 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from ..files.disk_errors import disk_errors
+from ..files.disk_errors import translate_disk_errors
 from .text_lines import BLOCK_BYTES, text_blocks
 
 SEPARATOR = "<|endoftext|>"
@@ -79,9 +79,9 @@ class TextFile:
             has_separator = has_separator or SEPARATOR in (tail := tail + text)
             tail = tail[1 - len(SEPARATOR) :]
             has_text = has_text or bool(text.strip())
-            with disk_errors(self._folder):
+            with translate_disk_errors(self._folder):
                 self._file.write(text.encode())
-        with disk_errors(self._folder):
+        with translate_disk_errors(self._folder):
             size = self._file.tell()
             self._file.seek(0)  # writes the buffer
         return size, has_separator, has_text

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks.reference_rows import check_reference_rows
 from ..documents.documents import Reading
-from ..files.disk_errors import check_writable, disk_errors
+from ..files.disk_errors import check_writable, translate_disk_errors
 from ..files.json_files import read_json
 from ..format.dtypes import choose_dtype
 from ..format.manifest import ALONE, BATCH
@@ -59,7 +59,7 @@ class Extraction:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `residua extract`."""
-        with disk_errors(self.cache.path):
+        with translate_disk_errors(self.cache.path):
             return {
                 "cache": self.cache.id,
                 "path": str(self.cache.path),
@@ -100,14 +100,14 @@ def answer_request(
         path, status, written = lookup.match.path, "hit", 0
     else:
         # An empty cache, or a cache with empty arrays for what is missing.
-        with disk_errors(root):
+        with translate_disk_errors(root):
             if lookup.match.answer == "miss":
                 path, status, stack = _create(lookup, root)
             else:
                 path, status, stack = _extend(lookup, progress, stages)
 
         # The forward passes.
-        with disk_errors(path):
+        with translate_disk_errors(path):
             written = write_missing_parts(
                 ActivationCache(path), stack, progress, request.share, request.on_error, stages
             )
@@ -119,7 +119,7 @@ def answer_request(
             extension = answer_request(request, progress, stages)
             return replace(extension, written=extension.written + written)
 
-    with disk_errors(path):
+    with translate_disk_errors(path):
         cache = ActivationCache(path)
         if request.part is None:
             cache.check_complete()

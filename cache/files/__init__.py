@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from .disk_columns import row_blocks as row_blocks
     from .disk_columns import scratch_folder as scratch_folder
     from .disk_columns import take_rows as take_rows
-    from .disk_errors import any_disk_errors as any_disk_errors
     from .disk_errors import check_target as check_target
     from .disk_errors import check_writable as check_writable
-    from .disk_errors import disk_errors as disk_errors
-    from .disk_errors import store_errors as store_errors
+    from .disk_errors import translate_any_disk_errors as translate_any_disk_errors
+    from .disk_errors import translate_disk_errors as translate_disk_errors
+    from .disk_errors import translate_store_errors as translate_store_errors
     from .json_files import file_digest as file_digest
     from .json_files import json_digest as json_digest
     from .json_files import make_folder as make_folder

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from .disk_errors import disk_errors
+from .disk_errors import translate_disk_errors
 from .paths import is_remote
 
 BLOCK = 1 << 18
@@ -69,7 +69,7 @@ class DiskColumn:
 
     def _write_buffer(self) -> None:
         """Move the full buffer to the file."""
-        with disk_errors(self._folder):
+        with translate_disk_errors(self._folder):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (next line)
                 weakref.finalize(self, self._file.close)

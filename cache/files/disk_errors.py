@@ -1,7 +1,7 @@
 """Translation of disk and object-store errors into residua's, with advice for the user.
 
-Context managers for code that writes: `disk_errors` for one folder (a cache, a scratch folder),
-`store_errors` for one object store, `any_disk_errors` around whole commands. A full disk raises
+Context managers for code that writes: `translate_disk_errors` for one folder (a cache, a scratch folder),
+`translate_store_errors` for one object store, `translate_any_disk_errors` around whole commands. A full disk raises
 `NoSpaceError`, an unwritable one `UsageError`, a vanished folder `NotFoundError`; messages say
 what is kept and what to do. `check_writable` and `check_target` find such errors before long work.
 """
@@ -34,7 +34,7 @@ _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
+def translate_disk_errors(folder: Path) -> Iterator[None]:
     """Translate errors of the disk or store of `folder`, which the context writes.
 
     Raises `NoSpaceError` for a full disk, `UsageError` for an unwritable one, `NotFoundError` if
@@ -60,14 +60,14 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def store_errors(root: Path) -> Iterator[None]:
+def translate_store_errors(root: Path) -> Iterator[None]:
     """Translate errors of the object store of `root`; nothing to do for a folder on disk."""
-    with disk_errors(root) if is_remote(root) else nullcontext():
+    with translate_disk_errors(root) if is_remote(root) else nullcontext():
         yield
 
 
 @contextmanager
-def any_disk_errors() -> Iterator[None]:
+def translate_any_disk_errors() -> Iterator[None]:
     """Translate errors of any disk that is full, unwritable, failing or removed."""
     try:
         yield
@@ -97,11 +97,11 @@ def any_disk_errors() -> Iterator[None]:
 
 
 def check_writable(root: Path) -> None:
-    """Make `root` and open a temporary file in it; raises as `disk_errors`.
+    """Make `root` and open a temporary file in it; raises as `translate_disk_errors`.
 
     An object store must have conditional creation instead (`check_creates`).
     """
-    with disk_errors(root):
+    with translate_disk_errors(root):
         if is_remote(root):
             check_creates(root)
             return

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..background import BackgroundThread
 from ..errors import Interrupted, LeaseLostError
-from ..files.disk_errors import disk_errors
+from ..files.disk_errors import translate_disk_errors
 from ..files.leases import lease_holder, lease_part
 from ..files.paths import is_remote
 from ..format.layout import array_key
@@ -50,11 +50,11 @@ def write_missing_parts(
     of the work are added to `stages`.
 
     SIGTERM ends the work after the current part with `Interrupted`, SIGINT after the current batch
-    with `KeyboardInterrupt`. A disk that is full or gone raises an error of `disk_errors`.
+    with `KeyboardInterrupt`. A disk that is full or gone raises an error of `translate_disk_errors`.
     """
     report = progress or (lambda *_: None)
     written = 0
-    with disk_errors(cache.path), stop_signals() as stop, BackgroundThread() as commits:
+    with translate_disk_errors(cache.path), stop_signals() as stop, BackgroundThread() as commits:
         runner = PartRunner(cache, stack, open_ancestor(cache), on_error, stages)
         idle_since = time.monotonic()
         while missing := missing_parts(cache, share):

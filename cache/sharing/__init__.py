@@ -10,6 +10,6 @@ if TYPE_CHECKING:
     from .hub import PushedCache as PushedCache
     from .hub import pull_cache as pull_cache
     from .hub import push_cache as push_cache
-    from .hub_errors import hub_errors as hub_errors
+    from .hub_errors import translate_hub_errors as translate_hub_errors
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -25,7 +25,7 @@ from ..store.cache_creation import CACHE_FOLDERS, publish_cache
 from ..store.verification import verify as verify_cache
 from .dataset_card import format_dataset_card
 from .flat_files import check_space, write_errors
-from .hub_errors import check_limits, hub_errors
+from .hub_errors import check_limits, translate_hub_errors
 
 CARD = "README.md"
 CONTENTS = ("manifest.json", "provenance.json", "arrays.zarr/*", "head/*", "journal/*")
@@ -100,7 +100,7 @@ def push_cache(
     if verify:
         _check_bytes(cache.path, progress)
     repository = {"repo_id": repo_id, "repo_type": "dataset", "revision": revision, "token": token}
-    with hub_errors(repo_id):
+    with translate_hub_errors(repo_id):
         import huggingface_hub as hub
 
         url = _create_repository(private, **repository)
@@ -214,7 +214,7 @@ def pull_cache(
 
         def download(patterns: list[str]) -> None:
             """Download the files that match `patterns`, unless `staging` has them."""
-            with hub_errors(repo_id):
+            with translate_hub_errors(repo_id):
                 import huggingface_hub as hub
 
                 hub.snapshot_download(
@@ -250,7 +250,7 @@ def _list_cache_files(
     repo_id: str, revision: str | None, token: str | None
 ) -> tuple[str | None, dict[str, int]]:
     """Commit of a repository, and file name -> bytes of its files that belong to a cache."""
-    with hub_errors(repo_id):
+    with translate_hub_errors(repo_id):
         import huggingface_hub as hub
 
         info = hub.dataset_info(repo_id, revision=revision, files_metadata=True, token=token)

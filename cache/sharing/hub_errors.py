@@ -1,6 +1,6 @@
 """Limits of the Hugging Face hub, and errors of its client as errors of this package.
 
-Push and pull of caches and of probes run inside `hub_errors`; `push_cache` calls `check_limits`
+Push and pull of caches and of probes run inside `translate_hub_errors`; `push_cache` calls `check_limits`
 before the first upload.
 """
 
@@ -57,7 +57,7 @@ def _with_parents(name: str) -> list[PurePosixPath]:
 
 
 @contextmanager
-def hub_errors(repo_id: str, kind: str = "dataset") -> Iterator[None]:
+def translate_hub_errors(repo_id: str, kind: str = "dataset") -> Iterator[None]:
     """Turn errors of the hub's client into errors of this package.
 
     `kind` is the type of the repository `repo_id`: `dataset` or `model`. Raises `NotFoundError`,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...cache.errors import MismatchError
 from ...cache.files.json_files import read_json
-from ...cache.sharing.hub_errors import hub_errors
+from ...cache.sharing.hub_errors import translate_hub_errors
 from ...cache.store.local_origin import public_name
 from .save import FILES, load_probe, save_probe
 
@@ -79,7 +79,7 @@ def push_probe(
             "revision": revision,
             "token": token,
         }
-        with hub_errors(repo_id, "model"):
+        with translate_hub_errors(repo_id, "model"):
             import huggingface_hub as hub
 
             # None, not False: an organisation may have private repositories by default.
@@ -105,7 +105,7 @@ def push_probe(
 
 def pull_probe(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Any:
     """Download and load a probe that `push_probe` uploaded; bytes are checked, nothing is run."""
-    with hub_errors(repo_id, "model"):
+    with translate_hub_errors(repo_id, "model"):
         import huggingface_hub as hub
 
         folder = hub.snapshot_download(

@@ -14,7 +14,7 @@ import residua.cache.extraction.answer as extraction
 from residua import extract
 from residua.cache.errors import NoSpaceError, NotFoundError, UsageError
 from residua.cache.extraction.request import ExtractionRequest
-from residua.cache.files.disk_errors import any_disk_errors, disk_errors
+from residua.cache.files.disk_errors import translate_any_disk_errors, translate_disk_errors
 from residua.cache.forward.write_parts import write_missing_parts
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.catalog import list_paths
@@ -163,15 +163,15 @@ def test_a_fit_on_a_full_disk_says_so_and_leaves_no_part_of_a_file(
 
 
 def test_a_full_disk_is_named_where_nobody_knows_which(tmp_path: Path) -> None:
-    with pytest.raises(NoSpaceError, match="device: here; what was"), any_disk_errors():
+    with pytest.raises(NoSpaceError, match="device: here; what was"), translate_any_disk_errors():
         raise OSError(errno.ENOSPC, "as the system says", "here")
-    with pytest.raises(UsageError, match="Permission denied: there"), any_disk_errors():
+    with pytest.raises(UsageError, match="Permission denied: there"), translate_any_disk_errors():
         raise PermissionError(errno.EACCES, "as the system says", "there")
-    with pytest.raises(NotFoundError, match="there vanished while"), any_disk_errors():
+    with pytest.raises(NotFoundError, match="there vanished while"), translate_any_disk_errors():
         raise FileNotFoundError(errno.ENOENT, "as the system says", "there")
-    with pytest.raises(UsageError, match="the disk fails .*: here"), any_disk_errors():
+    with pytest.raises(UsageError, match="the disk fails .*: here"), translate_any_disk_errors():
         raise OSError(errno.EIO, "as the system says", "here")
-    with pytest.raises(KeyError), any_disk_errors():
+    with pytest.raises(KeyError), translate_any_disk_errors():
         raise KeyError("no disk")
 
 
@@ -295,11 +295,11 @@ def test_errors_of_the_disk_are_told_apart(tmp_path: Path) -> None:
         (errno.EACCES, UsageError),
         (errno.ESTALE, NotFoundError),
     ]:
-        with pytest.raises(kind, match=str(tmp_path)), disk_errors(tmp_path):
+        with pytest.raises(kind, match=str(tmp_path)), translate_disk_errors(tmp_path):
             raise OSError(number, "as the system says", str(tmp_path / "file"))
-    with pytest.raises(NoSpaceError), disk_errors(tmp_path):
+    with pytest.raises(NoSpaceError), translate_disk_errors(tmp_path):
         Tokenizer(models.BPE()).save("/dev/full")
-    with pytest.raises(NotFoundError, match="vanished"), disk_errors(tmp_path / "gone"):
+    with pytest.raises(NotFoundError, match="vanished"), translate_disk_errors(tmp_path / "gone"):
         save_file({}, tmp_path / "gone" / "file")
-    with pytest.raises(PermissionError), disk_errors(tmp_path):
+    with pytest.raises(PermissionError), translate_disk_errors(tmp_path):
         raise PermissionError(errno.EACCES, "not ours", "/etc/shadow")

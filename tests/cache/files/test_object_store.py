@@ -313,13 +313,13 @@ def test_mistakes_end_with_a_message(driver: Driver, model_folder: Path, data: P
 def test_a_store_that_does_not_answer_is_named(
     monkeypatch: pytest.MonkeyPatch, root: str, server: Server
 ) -> None:
-    from residua.cache.files.disk_errors import store_errors
+    from residua.cache.files.disk_errors import translate_store_errors
 
     # Another cache of instances, which would keep the old address.
     path = as_path(root)
     unreachable: Any = type(path)(root, endpoint_url="http://127.0.0.1:1", config_kwargs={
         "retries": {"total_max_attempts": 1}, "connect_timeout": 1})  # fmt: skip
-    with pytest.raises(UsageError, match="AWS_ENDPOINT_URL"), store_errors(unreachable):
+    with pytest.raises(UsageError, match="AWS_ENDPOINT_URL"), translate_store_errors(unreachable):
         list(unreachable.iterdir())
 
 
