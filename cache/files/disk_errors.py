@@ -1,9 +1,10 @@
 """Translation of disk and object-store errors into residua's, with advice for the user.
 
-Context managers for code that writes: `translate_disk_errors` for one folder (a cache, a scratch folder),
-`translate_store_errors` for one object store, `translate_any_disk_errors` around whole commands. A full disk raises
-`NoSpaceError`, an unwritable one `UsageError`, a vanished folder `NotFoundError`; messages say
-what is kept and what to do. `check_writable` and `check_target` find such errors before long work.
+Context managers for code that writes: `translate_disk_errors` for one folder (a cache, a scratch
+folder), `translate_store_errors` for one object store, `translate_any_disk_errors` around whole
+commands. A full disk raises `NoSpaceError`, an unwritable one `UsageError`, a vanished folder
+`NotFoundError`; messages say what is kept and what to do. `check_writable` and `check_target` find
+such errors before long work.
 """
 
 import errno

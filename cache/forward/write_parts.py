@@ -50,7 +50,8 @@ def write_missing_parts(
     of the work are added to `stages`.
 
     SIGTERM ends the work after the current part with `Interrupted`, SIGINT after the current batch
-    with `KeyboardInterrupt`. A disk that is full or gone raises an error of `translate_disk_errors`.
+    with `KeyboardInterrupt`. A disk that is full or gone raises an error of
+    `translate_disk_errors`.
     """
     report = progress or (lambda *_: None)
     written = 0

@@ -1,7 +1,7 @@
 """Limits of the Hugging Face hub, and errors of its client as errors of this package.
 
-Push and pull of caches and of probes run inside `translate_hub_errors`; `push_cache` calls `check_limits`
-before the first upload.
+Push and pull of caches and of probes run inside `translate_hub_errors`; `push_cache` calls
+`check_limits` before the first upload.
 """
 
 import errno
