@@ -1,6 +1,7 @@
 """The shape of the house: imports run one way, heavy libraries have one door, names are listed."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,16 @@ def test_every_folder_has_a_floor_a_sentence_and_public_names() -> None:
             value = getattr(package, public)
             if isinstance(value, type | FunctionType) and value.__module__.startswith("residua"):
                 assert value.__doc__, f"{name}.{public}"
+
+
+def test_the_page_on_the_code_draws_the_floors_in_their_order() -> None:
+    drawn, room = [], ""
+    for line in (ROOT / "docs" / "architecture.md").read_text().splitlines():
+        if match := re.match(r"(    |      )([a-z_]+)/ +[^ ]", line):
+            room = match[2] if len(match[1]) == 4 else room
+            drawn.append(room if len(match[1]) == 4 else f"{room}.{match[2]}")
+    rooms = [folder for folder in FLOORS if folder not in ("", *ROOMS)]
+    assert [folder for folder in drawn if folder not in ROOMS] == rooms
 
 
 def test_folders_are_small_enough_to_be_read() -> None:

@@ -6,15 +6,14 @@ vocabulary probes (`vocabulary/examples.py`) are fitted on them. The order of po
 `shuffled_batches.py`; `_SlabBuffer` reads the slabs and decodes rows from them.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from queue import Empty, Full, Queue
 from typing import Any
 
 import numpy as np
 import torch
 
+from ...cache.background import iterate_in_background
 from ...cache.errors import UsageError
 from ...cache.format.dtypes import decode_rows_into
 from ...cache.store.activation_cache import ActivationCache
@@ -132,7 +131,7 @@ class MinibatchStream:
     def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[Minibatch]:
         """The batches of `epoch` from number `step` on."""
         minibatches = self._minibatches(epoch, step)
-        return in_background(minibatches, self.prefetch) if self.prefetch else minibatches
+        return iterate_in_background(minibatches, self.prefetch) if self.prefetch else minibatches
 
     def __iter__(self) -> Iterator[Minibatch]:
         return self.epoch()
@@ -339,50 +338,3 @@ def _gather_rows(stored: np.ndarray, rows: np.ndarray, logical_dtype: str) -> to
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def in_background(items: Iterator[Any], depth: int) -> Iterator[Any]:
-    """Iterate `items` in a thread that prepares up to `depth` of them; its errors are raised here.
-
-    The thread ends when the iterator returned here is closed.
-    """
-    queue: Queue[Any] = Queue(depth)
-    end, closed = object(), threading.Event()
-
-    def put_unless_closed(entry: Any) -> bool:
-        while not closed.is_set():
-            try:
-                queue.put(entry, timeout=0.1)
-                return True
-            except Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not put_unless_closed((item, None)):
-                    return
-            put_unless_closed((end, None))
-        except BaseException as error:  # noqa: BLE001 - raised again by the reader
-            put_unless_closed((end, error))
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = queue.get()
-            if error is not None:
-                raise error
-            if item is end:
-                return
-            yield item
-    finally:
-        # Empty the queue, so that a waiting thread sees that it is closed.
-        closed.set()
-        while True:
-            try:
-                queue.get_nowait()
-            except Empty:
-                break
-        thread.join()

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from residua.cache.background import iterate_in_background
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.format.array import CacheArray
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.slab_shuffle import Slabs
-from residua.probes.training.minibatches import Minibatch, MinibatchStream, in_background
+from residua.probes.training.minibatches import Minibatch, MinibatchStream
 from residua.probes.training.shuffled_batches import ShuffledBatches
 
 from ...support.synthetic import make_cache, random_head
@@ -135,12 +136,12 @@ def test_a_prefetching_thread_ends_with_its_reader_and_hands_on_errors() -> None
         raise ValueError("no more")
 
     before = threading.active_count()
-    items = in_background(iter(range(1000)), 2)
+    items = iterate_in_background(iter(range(1000)), 2)
     assert list(islice(items, 3)) == [0, 1, 2]
     items.close()  # pyright: ignore[reportAttributeAccessIssue]
     assert threading.active_count() == before
     with pytest.raises(ValueError, match="no more"):
-        list(in_background(broken(), 1))
+        list(iterate_in_background(broken(), 1))
 
 
 def test_quarantined_sequences_are_left_out(tmp_path: Path) -> None:
