@@ -6,6 +6,7 @@ from .lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .background import BackgroundThread as BackgroundThread
+    from .background import iterate_in_background as iterate_in_background
     from .cluster import connected as connected
     from .cluster import results as results
     from .cluster import threads_of as threads_of

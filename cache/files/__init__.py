@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .leases import hold_lock as hold_lock
     from .leases import lease_holder as lease_holder
     from .leases import lease_part as lease_part
-    from .leases import try_lock as try_lock
     from .paths import TRANSFERS as TRANSFERS
     from .paths import as_path as as_path
     from .paths import copy_object as copy_object

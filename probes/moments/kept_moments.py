@@ -6,7 +6,6 @@ and never rewritten. The rules are in the format page, `cache/README.md`.
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,9 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...cache.errors import CorruptError, NoSpaceError, NotFoundError, UsageError
-from ...cache.files.json_files import json_digest, make_folder, read_json, sync_folder
-from ...cache.files.leases import try_lock
+from ...cache.files.json_files import json_digest, make_folder, read_json
 from ...cache.files.paths import is_remote, list_folder, store_of, total_bytes, upload_folder
+from ...cache.files.staging import publish_folder, staging_folder, sweep_staging
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.lineage import cache_lineage
 from ...cache.tokens.segments import has_document_borders
@@ -170,43 +169,23 @@ def save_moments(cache: ActivationCache, moments: MomentSet) -> int:
         moments.drop_first,
     ]
     name = f"{moments.split}-{moments.folds}-{moments.products}-{json_digest(identity)[:16]}"
-    # In an object store, the table is uploaded last: without a table a folder does not count.
-    if is_remote(folder):
-        with TemporaryDirectory(prefix="residua-") as staging, suppress(FileExistsError):
-            moments.save(staging)
-            upload_folder(Path(staging), folder / name, last=[TABLE])
-        return moments.bytes
-    # On a disk, write to a locked staging folder and rename it.
-    make_folder(folder)
-    sweep_moments(cache)
-    staging = folder / f".{uuid.uuid4().hex}.tmp"
-    staging.mkdir()
-    descriptor = os.open(staging, os.O_RDONLY)
-    try:
-        try_lock(descriptor)
+    if not is_remote(folder):
+        make_folder(folder)
+        sweep_moments(cache)
+    with staging_folder(folder, ".", ".tmp") as staging:
         moments.save(staging)
-        sync_folder(staging)
-        try:
-            os.rename(staging, folder / name)
-        except OSError:
-            if not (folder / name / TABLE).is_file():
-                raise
-        sync_folder(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        os.close(descriptor)
+        if is_remote(folder):
+            # The table is uploaded last: without a table a folder does not count.
+            with suppress(FileExistsError):
+                upload_folder(staging, folder / name, last=[TABLE])
+        else:
+            publish_folder(staging, folder / name, marker=TABLE)
     return moments.bytes
 
 
 def sweep_moments(cache: ActivationCache) -> None:
     """Remove staging folders of dead writers, damaged folders, and moments of changed rows."""
-    # A staging folder that can be locked has no living writer.
-    for staging in moments_folder(cache).glob(".*.tmp"):
-        with suppress(OSError):
-            descriptor = os.open(staging, os.O_RDONLY)
-            if try_lock(descriptor):
-                shutil.rmtree(staging, ignore_errors=True)
-            os.close(descriptor)
+    sweep_staging(moments_folder(cache), ".*.tmp")
     for path in moments_folder(cache).glob("[!.]*"):
         try:
             entry = MomentEntry(path, read_json(path / TABLE))
