@@ -176,6 +176,14 @@ def test_the_page_on_the_code_draws_the_floors_in_their_order() -> None:
     assert [folder for folder in drawn if folder not in ROOMS] == rooms
 
 
+def test_the_page_on_moved_modules_names_modules_that_exist() -> None:
+    page = (ROOT / "docs" / "renamed.md").read_text()
+    names = {module_name(path) for path in sources()}
+    moved = re.findall(r"^\| `([a-z_.]+)` \| `([a-z_.]+)` \|$", page, re.MULTILINE)
+    assert len(moved) > 100
+    assert {now for _, now in moved} <= names
+
+
 def test_folders_are_small_enough_to_be_read() -> None:
     for room in ROOMS:
         for folder in {path.parent for path in (ROOT / room).rglob("*.py")}:

@@ -121,7 +121,7 @@ def poisoned(model_folder: Path, target: Path, token: int) -> Path:
 
 
 def rare_token(cache: ActivationCache) -> int:
-    """A token of few sequences that no canary batch holds."""
+    """A token of few sequences that no batch of the checks holds."""
     from residua.cache.checks.model_checks import LENGTH, ROWS
 
     ids, sequence = cache.tokens[:], cache.array("tokens/sequence")[:]

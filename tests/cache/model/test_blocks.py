@@ -31,26 +31,26 @@ def batch(seed: int, rows: int = 3, length: int = 20) -> torch.Tensor:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_head_of_layer_l_gives_the_logits_of_the_model(kind: str) -> None:
     model = build_model(kind)
-    canary = check_model(model, stream(), "float32", "auto")
+    report = check_model(model, stream(), "float32", "auto")
     ids = batch(9, rows=2, length=31)
     with torch.inference_mode():
         want = run_model(model, ids).logits
-        hidden = canary.stack.residuals(ids)
-    got = canary.head.logits(hidden[-1].numpy())
+        hidden = report.stack.residuals(ids)
+    got = report.head.logits(hidden[-1].numpy())
     assert np.abs(got - want.numpy()).max() <= 1e-5 * float(want.abs().max())
-    torch_head = canary.head.torch()(hidden[-1])
+    torch_head = report.head.torch()(hidden[-1])
     assert float((torch_head - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gpt2", "gemma2", "bloom", "opt"])
 def test_layers_are_the_hidden_states_that_transformers_reports(kind: str) -> None:
     model = build_model(kind)
-    canary = check_model(model, stream(), "float32", "auto")
+    report = check_model(model, stream(), "float32", "auto")
     ids = batch(4)
     with torch.inference_mode():
-        residuals = canary.stack.residuals(ids)
+        residuals = report.stack.residuals(ids)
         reported = model(input_ids=ids, output_hidden_states=True).hidden_states
-    assert len(residuals) == canary.stack.depth + 1
+    assert len(residuals) == report.stack.depth + 1
     # The last reported state is behind the final norm; ours is before it.
     for ours, theirs in zip(residuals[:-1], reported[:-1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -60,42 +60,42 @@ def test_layers_are_the_hidden_states_that_transformers_reports(kind: str) -> No
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gptj", "gemma2", "mamba"])
 def test_bfloat16_models_give_their_logits_to_rounding(kind: str) -> None:
     model = build_model(kind, torch.bfloat16)
-    canary = check_model(model, stream(), "bfloat16", "auto")
-    assert canary.head_error < 1e-2
-    assert set(canary.dtypes.values()) == {"bfloat16"}
-    assert canary.stored_kl < 1e-4
+    report = check_model(model, stream(), "bfloat16", "auto")
+    assert report.head_error < 1e-2
+    assert set(report.dtypes.values()) == {"bfloat16"}
+    assert report.stored_kl < 1e-4
 
 
 def test_the_head_is_a_copy_that_outlives_the_model() -> None:
     model = build_model("gpt2")  # tied embeddings
-    canary = check_model(model, stream(), "float32", "auto")
+    report = check_model(model, stream(), "float32", "auto")
     ids = batch(5)
     with torch.inference_mode():
-        want, hidden = run_model(model, ids).logits.clone(), canary.stack.residuals(ids)[-1].clone()
+        want, hidden = run_model(model, ids).logits.clone(), report.stack.residuals(ids)[-1].clone()
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    torch.testing.assert_close(torch.from_numpy(canary.head.logits(hidden.numpy())), want)
+    torch.testing.assert_close(torch.from_numpy(report.head.logits(hidden.numpy())), want)
 
 
 def test_a_wrong_head_is_refused() -> None:
     model = build_model("llama")
-    canary = check_model(model, stream(), "float32", "auto")
+    report = check_model(model, stream(), "float32", "auto")
     ids = batch(6)
     with torch.inference_mode():
-        hidden, logits = canary.stack.residuals(ids)[-1], run_model(model, ids).logits
+        hidden, logits = report.stack.residuals(ids)[-1], run_model(model, ids).logits
     with pytest.raises(HeadMismatchError, match="does not reproduce its logits"):
-        verify_head(canary.head, hidden * 1.01 + 0.01, logits, torch.float32)
+        verify_head(report.head, hidden * 1.01 + 0.01, logits, torch.float32)
 
 
 def test_post_norm_states_are_not_taken_for_layer_l() -> None:
     model = build_model("llama")
-    canary = check_model(model, stream(), "float32", "auto")
+    report = check_model(model, stream(), "float32", "auto")
     ids = batch(7)
     with torch.inference_mode():
         normed = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
         logits = run_model(model, ids).logits
     with pytest.raises(HeadMismatchError):
-        verify_head(canary.head, normed, logits, torch.float32)
+        verify_head(report.head, normed, logits, torch.float32)
 
 
 def test_a_bidirectional_model_is_seen_not_to_be_causal() -> None:
@@ -105,17 +105,17 @@ def test_a_bidirectional_model_is_seen_not_to_be_causal() -> None:
             module.__dict__["is_causal"] = False
     config: Any = model.config
     config.is_causal = False
-    canary = check_model(model, stream(), "float32", "auto")
-    assert not canary.causal
+    report = check_model(model, stream(), "float32", "auto")
+    assert not report.causal
     assert check_model(build_model("llama"), stream(), "float32", "auto").causal
 
 
 def test_a_toy_model_that_nothing_spoils_extracts() -> None:
-    canary = check_model(Toy(), stream(), "float32", "auto")
-    assert canary.head.kind == "explicit"
-    assert canary.causal
-    assert canary.embedding
-    assert canary.head_error <= 1e-6
+    report = check_model(Toy(), stream(), "float32", "auto")
+    assert report.head.kind == "explicit"
+    assert report.causal
+    assert report.embedding
+    assert report.head_error <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -140,15 +140,15 @@ def test_streams_of_every_form_are_found_and_decode_row_by_row(
     model: type[Toy], depth: int, width: int
 ) -> None:
     toy = model()
-    canary = check_model(toy, stream(), "float32", "auto")
-    assert (canary.stack.depth, canary.head.d_model) == (depth, width)
-    assert canary.causal
-    assert canary.embedding
-    assert canary.pad
+    report = check_model(toy, stream(), "float32", "auto")
+    assert (report.stack.depth, report.head.d_model) == (depth, width)
+    assert report.causal
+    assert report.embedding
+    assert report.pad
     ids = batch(8, rows=2, length=9)
-    layers, want = canary.stack.residuals(ids), run_model(toy, ids).logits
+    layers, want = report.stack.residuals(ids), run_model(toy, ids).logits
     assert [tuple(layer.shape) for layer in layers] == [(2, 9, width)] * (depth + 1)
-    got = canary.head.logits(layers[-1].reshape(-1, width).numpy())
+    got = report.head.logits(layers[-1].reshape(-1, width).numpy())
     torch.testing.assert_close(torch.from_numpy(got), want.reshape(-1, VOCAB), rtol=1e-4, atol=1e-5)
 
 

@@ -178,7 +178,7 @@ def test_one_damaged_record_does_not_hide_the_other_parts(damaged):
 
 @pytest.fixture(scope="module")
 def real(tiny_cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An extraction with tokenizer, canary rows and configuration, and with kept moments."""
+    """An extraction with tokenizer, reference rows and configuration, and with kept moments."""
     path = tmp_path_factory.mktemp("real") / tiny_cache.id
     shutil.copytree(tiny_cache.path, path)
     RidgeProbe(layers=[1], folds=2).fit(ActivationCache(path), keep=True)
