@@ -37,9 +37,9 @@ MODULES = (
     "residua.cli",
     "residua.analysis.console.terminal",
     "residua.cache.checks.model_checks",
-    "residua.cache.extraction.answer_request",
+    "residua.cache.extraction.answer",
     "residua.cache.forward.kept_logits",
-    "residua.cache.model.load_model",
+    "residua.cache.model.model_loading",
     "residua.cache.checks.compression_ratio",
     "residua.cache.store.activation_cache",
 )

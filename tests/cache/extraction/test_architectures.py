@@ -60,7 +60,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 OFFLINE = """
 import sys, numpy as np
 from pathlib import Path
-from residua.cache.head.head import Head
+from residua.cache.head.saved_head import load_head
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     head, rows = load_head(folder), np.load(folder / "rows.npz")
     logits = rows["logits"]

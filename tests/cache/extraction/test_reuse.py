@@ -263,7 +263,7 @@ def test_a_hit_needs_no_weights_in_memory(
 ) -> None:
     answer_request(request_for(model_folder, texts_file, tmp_path))
     monkeypatch.setattr(
-        "residua.cache.extraction.answer_request.load_requested_model",
+        "residua.cache.extraction.answer.load_requested_model",
         lambda *_: pytest.fail("model loaded"),
     )
     assert answer_request(request_for(model_folder, texts_file, tmp_path)).status == "hit"

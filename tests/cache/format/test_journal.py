@@ -203,7 +203,7 @@ def test_a_cast_that_makes_an_infinity_is_refused(tmp_path, dtype, value):
 
 
 def test_a_cache_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_: object, **__: object) -> None:
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(create_module, "create_residual", fail)
