@@ -69,7 +69,7 @@ class CorruptError(ResiduaError):
 
 
 class LeaseLostError(ResiduaError):
-    """A part that another worker took over while this worker wrote it; no row is lost."""
+    """Another worker took over a part while this worker wrote the part; no row is lost."""
 
 
 class NoSpaceError(ResiduaError, OSError):

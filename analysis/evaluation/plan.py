@@ -1,4 +1,4 @@
-"""The plan of an evaluation: which probe is read at which layers and offsets, and in which order.
+"""The plan of an evaluation: probes with the layers and offsets to read, in reading order.
 
 `plan_evaluation` adds the baselines (logit lens, bigram) to the probes and checks that the cache
 has the layers and the probes have the offsets. `evaluate` then reads the plan group by group; a

@@ -131,7 +131,7 @@ def measure_logits_errors(
 
 
 def measured_modes(mode: str, vocab: int) -> tuple[str, ...]:
-    """The modes that are measured for a request of `mode`: this mode and its alternatives."""
+    """Modes to measure for a request of `mode`: `mode` and its alternatives."""
     size = top_size(mode) or DEFAULT_TOP
     return (RECOMPUTE, *([f"topk:{size}"] if size < vocab else []), FULL)
 

@@ -65,7 +65,7 @@ def object_lease_holder(folder: Path, name: str) -> str:
 
 @dataclass
 class ObjectLease:
-    """A lease that this process holds until it is released, or taken over after an expiry."""
+    """A lease of this process, held until its release, or until a takeover after the expiry."""
 
     folder: Path
     name: str

@@ -1,4 +1,4 @@
-"""Staging folders: a folder is filled beside its target and renamed, so that it appears whole.
+"""Staging folders: filled beside the target and then renamed, so that the target appears whole.
 
 Caches (`create_cache`, `pull_cache`), exports and kept moments are written this way. A staging
 folder is locked while its maker lives; the folder of a maker that died is swept, or taken up again

@@ -50,7 +50,7 @@ def plan_batches(
     sizes: np.ndarray | None = None,
     window_rows: int | None = None,
 ) -> list[SequenceBatch]:
-    """Batches that compute the rows of `part`, in the order in which they should run.
+    """Batches to compute the rows of `part`, in running order.
 
     `starts` and `lengths` are in rows of the cache, `(sequences,)`; `sizes` are the tokens that the
     model reads of each sequence (default: `lengths`). A batch has at most `batch_tokens` tokens,

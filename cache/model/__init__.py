@@ -1,4 +1,4 @@
-"""The model: its files, its tokenizer, its loading, its decoder blocks."""
+"""The model: files, tokenizer, loading, decoder blocks."""
 
 from typing import TYPE_CHECKING
 

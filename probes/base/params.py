@@ -1,4 +1,4 @@
-"""Constructor parameters as scikit-learn reads them, for probes that must load without it.
+"""Constructor parameters as scikit-learn reads them, for probes to load without scikit-learn.
 
 `Params` stands under the tuned lenses, the baselines and the control probes; `RidgeProbe` and
 `VocabProbe` take scikit-learn's `BaseEstimator` where it is installed (see `estimator.py`).

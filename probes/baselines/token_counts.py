@@ -117,7 +117,7 @@ class CountBaseline(FittedProbe, Params):
 def unfitted_baselines(
     kinds: Iterable[str], offsets: Iterable[int], across_documents: bool = False
 ) -> "list[Any]":
-    """Unfitted baselines of `kinds`, each at those of `offsets` at which its kind predicts."""
+    """Unfitted baselines of `kinds`, each at the `offsets` where the kind predicts something."""
     from ..saved.kinds import probe_class
 
     baselines = []

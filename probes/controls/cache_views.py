@@ -70,7 +70,7 @@ class CacheView(ActivationCache):
         return self.base.array(f"residual/{self.base.n_blocks}" if is_target else name)
 
     def residual_array(self, layer: int) -> Any:
-        """Rows that probes of `layer` read; for layer L + 1, the rows that they predict."""
+        """Input rows of probes of `layer`; for layer L + 1, the rows to predict."""
         return self._target if layer == self.n_blocks else self._input(layer)
 
     def _input(self, layer: int) -> Any:

@@ -92,7 +92,7 @@ class _SplitPermutation:
         return self.start[partner_sequence] + partner_number - self.before[partner_sequence]
 
     def _draw_partners(self, rng: np.random.Generator, name: str) -> np.ndarray:
-        """For each slab the slab that it is exchanged with, which shares no sequence with it."""
+        """Partner of each slab for the exchange; partners share no sequence."""
         first_sequence = np.searchsorted(self.ends, self.first, "right")
         last_sequence = np.searchsorted(self.ends, self.first + self.size - 1, "right")
 

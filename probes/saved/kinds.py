@@ -1,4 +1,4 @@
-"""Kinds of probes: the name that a saved probe carries, and the class that it stands for."""
+"""Kinds of probes: the name in a saved probe, and the class of that name."""
 
 from importlib import import_module
 from typing import Any

@@ -34,7 +34,7 @@ FILES = ("config.json", "probe.safetensors")
 
 
 class SavedProbe(Protocol):
-    """A probe that can be saved; `restore(params, config, tensors)` of its class reads it back."""
+    """A probe to save; `restore(params, config, tensors)` of the class reads the probe back."""
 
     @property
     def kind(self) -> str:

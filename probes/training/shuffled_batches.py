@@ -15,7 +15,7 @@ from ...cache.store.slab_shuffle import BUFFER_ROWS, Slabs, SlabShuffle
 
 @dataclass(frozen=True)
 class BatchGroup:
-    """Slabs that are in the buffer together, and the batches that take rows from them."""
+    """Slabs in the buffer at the same time, and the batches drawn from their rows."""
 
     slabs: np.ndarray
     """Numbers of the slabs in the order in which they lie in the buffer."""
