@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.files.json_files import plain_value
+from ...probes.base.resampling import Interval, bootstrap_interval
 
 if TYPE_CHECKING:
     import torch
 
 KS = (1, 5, 10)
 """The k of precision@k."""
-RESAMPLES = 500
-"""Bootstrap resamples of the documents behind an interval."""
 TILE_BYTES = 4 << 20
 """Bytes of float32 logits measured at once: intermediate results stay in the processor's cache."""
 COLUMNS = (
@@ -325,22 +324,6 @@ class MetricSums:
             **means,
         )
 
-    def _interval(self, name: str, weights: np.ndarray) -> tuple[float | None, float | None]:
-        """Percentile bootstrap over documents of the mean `name` (Efron, 1979).
-
-        Positions of one document are alike: whole documents are drawn (a cluster bootstrap).
-        """
-        n, values = self.sums[:, 0], self.sums[:, COLUMNS.index(name)]
-        if np.count_nonzero(n) < 2 or not np.isfinite(values).all():
-            return None, None
-        pairs = weights @ n
-        means = (weights @ values)[pairs > 0] / pairs[pairs > 0]
-        low, high = np.percentile(means, (2.5, 97.5))
-        return float(low), float(high)
-
-
-def resampling_counts(units: int, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """How often each resample draws each unit (a document), `(resamples, units)` float64."""
-    rng = np.random.default_rng(seed)
-    share = np.full(units, 1 / units)
-    return rng.multinomial(units, share, size=resamples).astype(np.float64)
+    def _interval(self, name: str, weights: np.ndarray) -> Interval:
+        """Interval of the mean `name` over documents, see `bootstrap_interval`."""
+        return bootstrap_interval(self.sums[:, 0], self.sums[:, COLUMNS.index(name)], weights)

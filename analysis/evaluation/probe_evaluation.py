@@ -22,17 +22,17 @@ from ...cache.number_ranges import as_whole_number
 from ...cache.progress import Progress
 from ...cache.tokens.segments import PairScope
 from ...probes.base.readout import Readout, ReadoutBatch
+from ...probes.base.resampling import ResamplingUnits, resampling_counts
 from ...probes.lens.logit_lens import LogitLens
 from ...probes.ridge.error_share import ErrorShare, domination_message, error_shares
 from ...probes.saved.save import check_belongs
 from .confidence_buckets import BucketTally, ResultKey
-from .metrics import EvaluationRow, Reference, resampling_counts
+from .metrics import EvaluationRow, Reference
 from .plan import FITTED_SPLITS, EvaluationPlan, ReadGroup, plan_evaluation
 from .result import Evaluation
 from .windows import (
     EvaluationSample,
     EvaluationWindow,
-    ResamplingUnits,
     check_where,
     choose_sequences,
     evaluation_windows,

@@ -2,8 +2,7 @@
 
 `evaluate` draws whole sequences of a split (`choose_sequences`), finds at which offsets each of
 their positions is the target t+N of a pair (`Targets`), and reads them window by window
-(`evaluation_windows`), each small enough for a `(rows, vocab)` matrix. `ResamplingUnits` numbers
-the documents, which the bootstrap resamples.
+(`evaluation_windows`), each small enough for a `(rows, vocab)` matrix.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,10 +17,10 @@ from ...cache.store.sequence_draw import draw_sequences
 from ...cache.tokens.segments import (
     PairScope,
     context_indices,
-    document_of,
     neighbour_tokens,
     segment_indices,
 )
+from ...probes.base.resampling import ResamplingUnits
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +31,6 @@ VOCAB_BYTES = 16 << 20
 """Largest float32 matrix `(rows, vocab)` of a window; about six of them are in memory at a time."""
 MAX_ROWS = 4096
 """Most target rows of a window."""
-FEW_DOCUMENTS = 10
-"""Fewer documents give intervals that are noticeably too narrow."""
-MOST_UNITS = 16384
-"""Most units that are resampled; more documents are grouped at random into that many units."""
 
 
 def choose_sequences(
@@ -135,53 +130,6 @@ class Targets:
     def count(self) -> int:
         """Number of positions that are targets at offset 0."""
         return int((self.in_mask & (self.largest_offset >= 0)).sum())
-
-
-@dataclass(frozen=True)
-class ResamplingUnits:
-    """The units of the bootstrap: documents, because positions of one document are alike."""
-
-    name: str
-    """`document`, or `sequence` where all positions are of one document."""
-    count: int
-    """Number of documents (or sequences) in the evaluation."""
-    unit_numbers: np.ndarray
-    """Number of the unit of each position of the sequences, `(n,)` int64."""
-    n_resampled: int
-    """Number of units; fewer than `count` where documents are grouped."""
-
-    @classmethod
-    def of(cls, cache: "ActivationCache", sequences: np.ndarray, seed: int) -> "ResamplingUnits":
-        """The documents of all positions of `sequences`.
-
-        More than `MOST_UNITS` documents are grouped at random: resampling groups of documents
-        estimates the same interval, in memory that does not grow.
-        """
-        positions = cache.positions_of(sequences)
-        documents, unit_numbers = np.unique(document_of(cache, positions), return_inverse=True)
-        name, count = "document", len(documents)
-        if count < 2:
-            name, count = "sequence", len(sequences)
-            unit_numbers = np.repeat(np.arange(count), cache.sequence_length[sequences])
-        n_resampled = min(count, MOST_UNITS)
-        if count > n_resampled:
-            group_of = np.random.default_rng(seed).permutation(count) % n_resampled
-            unit_numbers = group_of[unit_numbers]
-        return cls(name, count, unit_numbers, n_resampled)
-
-    @property
-    def note(self) -> str:
-        """A warning about intervals from few documents; empty for many documents."""
-        if self.name == "sequence":
-            return (
-                "all positions are of one document: intervals resample its sequences and are too "
-                "narrow for other documents"
-            )
-        if self.count < FEW_DOCUMENTS:
-            return (
-                f"only {self.count} documents were evaluated: intervals from so few are too narrow"
-            )
-        return ""
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from residua.analysis.evaluation.metrics import (
     COLUMNS,
     Reference,
     measure_distribution,
-    resampling_counts,
 )
 from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.evaluation.result import Evaluation
 from residua.analysis.evaluation.windows import choose_sequences
 from residua.cache.errors import UsageError
 from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.base.resampling import resampling_counts
 from residua.probes.baselines.ngrams import Bigram
 
 from ...support.synthetic import make_cache, random_head

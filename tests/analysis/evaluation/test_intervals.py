@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from residua.analysis.evaluation import windows as windows_module
-from residua.analysis.evaluation.metrics import resampling_counts
 from residua.analysis.evaluation.probe_evaluation import evaluate
-from residua.analysis.evaluation.windows import ResamplingUnits
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.segments import PairScope
 from residua.cli import main
+from residua.probes.base import resampling as resampling_module
+from residua.probes.base.resampling import ResamplingUnits, resampling_counts
 from residua.probes.baselines.ngrams import FOLDS, Bigram
 from residua.probes.lens.tuned_lens import TunedLens
 from residua.probes.ridge.error_share import error_shares
@@ -106,7 +105,7 @@ def test_more_documents_than_units_are_put_together(
     cache: ActivationCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(cache, split="all", offsets=[0], layers=[0]).select("logit", 0)[0]
-    monkeypatch.setattr(windows_module, "MOST_UNITS", 20)
+    monkeypatch.setattr(resampling_module, "MOST_UNITS", 20)
     units = ResamplingUnits.of(cache, cache.sequences("all"), 0)
     assert (units.count, units.n_resampled) == (40, 20)
     assert np.bincount(units.unit_numbers).astype(bool).sum() == 20

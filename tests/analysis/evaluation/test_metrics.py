@@ -10,8 +10,8 @@ from residua.analysis.evaluation.metrics import (
     MetricSums,
     Reference,
     measure_distribution,
-    resampling_counts,
 )
+from residua.probes.base.resampling import resampling_counts
 
 from ...support.defined import not_none
 
