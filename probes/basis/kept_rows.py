@@ -1,0 +1,151 @@
+"""`KeptRows`: tensors of rows that every evaluation needs, in memory, in a scratch file, or made anew.
+
+An evaluation needs the translated rows, M and log Z of each group (`CleanRows`) and, for a head by
+formula, the products A `(n, vocab)`. `KeptRows` keeps the former in memory if they fit half of its
+budget, and as many groups of A as fit the rest; what does not fit goes to a scratch file, or is
+computed again in every evaluation.
+"""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...cache.errors import NoSpaceError, UsageError
+
+CLEAN = ("differences", "output", "expected", "log_z")
+"""Names of the tensors of clean rows."""
+TOKENS = ("tokens",)
+"""Name of the products A."""
+
+
+class KeptRows:
+    """Tensors by name and group of rows.
+
+    `widths` gives the columns of each tensor, `dtypes` theirs; `groups` are the groups of rows.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[slice],
+        widths: Mapping[str, int],
+        dtypes: Mapping[str, torch.dtype],
+        memory: int,
+        scratch: Path | None = None,
+    ) -> None:
+        self._groups, self._widths, self._dtypes = groups, widths, dtypes
+        self._memory: dict[tuple[str, int, int], Tensor] = {}
+        self._in_file: set[tuple[str, int, int]] = set()
+        # Plan: which tensors of which groups lie in memory, and where the others lie in the file.
+        self._is_in_memory: set[tuple[str, int]] = set()
+        self._offsets: dict[tuple[str, int], int] = {}
+        self.scratch_bytes = 0
+        """Size of the scratch file."""
+        rows = sum(group.stop - group.start for group in groups)
+        clean_fits = rows * sum(map(self._row_bytes, CLEAN)) <= memory // 2
+        left = memory
+        for names, whole in ((CLEAN, clean_fits), (TOKENS, True)):
+            for number in range(len(groups)):
+                size = sum(self._bytes(name, number) for name in names)
+                if whole and size <= left:
+                    self._is_in_memory |= {(name, number) for name in names}
+                    left -= size
+                elif scratch is not None:
+                    for name in names:
+                        self._offsets[name, number] = self.scratch_bytes
+                        self.scratch_bytes += self._bytes(name, number)
+        self._file = _open_scratch(scratch, self.scratch_bytes) if self.scratch_bytes else -1
+
+    def get(
+        self,
+        names: tuple[str, ...],
+        number: int,
+        rows: slice,
+        make: Callable[[], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        """The tensors `names` of `rows` of group `number`; those of `make` the first time.
+
+        `rows` count from the beginning of the group. Two threads may not ask for one group at a
+        time.
+        """
+        keys = [(name, number, rows.start) for name in names]
+        if all(key in self._memory for key in keys):
+            return tuple(self._memory[key] for key in keys)
+        if all(key in self._in_file for key in keys):
+            return tuple(self._read(name, number, rows) for name in names)
+        tensors = make()
+        for key, tensor in zip(keys, tensors, strict=True):
+            if key[:2] in self._is_in_memory:
+                self._memory[key] = tensor
+            elif key[:2] in self._offsets:
+                self._write(key[0], number, rows, tensor)
+                self._in_file.add(key)
+        return tensors
+
+    def close(self) -> None:
+        """Free the memory, and the scratch file, which has no name any more."""
+        self._memory.clear()
+        self._in_file.clear()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _row_bytes(self, name: str) -> int:
+        return self._widths[name] * self._dtypes[name].itemsize
+
+    def _bytes(self, name: str, number: int) -> int:
+        group = self._groups[number]
+        return (group.stop - group.start) * self._row_bytes(name)
+
+    def _write(self, name: str, number: int, rows: slice, tensor: Tensor) -> None:
+        data = memoryview(tensor.contiguous().numpy()).cast("B")
+        offset = self._offsets[name, number] + rows.start * self._row_bytes(name)
+        while data:
+            count = os.pwrite(self._file, data, offset)
+            data, offset = data[count:], offset + count
+
+    def _read(self, name: str, number: int, rows: slice) -> Tensor:
+        shape = (rows.stop - rows.start, self._widths[name])
+        tensor = torch.empty(shape, dtype=self._dtypes[name])
+        data = memoryview(tensor.numpy()).cast("B")
+        offset = self._offsets[name, number] + rows.start * self._row_bytes(name)
+        while data:
+            count = os.preadv(self._file, [data], offset)
+            if not count:
+                raise OSError(errno.EIO, "the scratch file ends early")
+            data, offset = data[count:], offset + count
+        return tensor
+
+
+def _open_scratch(folder: Path, size: int) -> int:
+    """Descriptor of a new file of `size` bytes in `folder`, without a name: nothing is left behind.
+
+    Raises `NoSpaceError` if the bytes are not free, `UsageError` for a path that is no folder.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"scratch must be an existing folder, not {folder}")
+    free = shutil.disk_usage(folder).free
+    message = (
+        f"the scratch file needs {size:,} bytes, {folder} has {free:,} free: name another folder, "
+        "take fewer positions, or leave scratch out (products are then computed again each time)"
+    )
+    if size > free:
+        raise NoSpaceError(message)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        descriptor = os.dup(file.fileno())
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        # File systems without reservation: writing finds out whether the bytes are free.
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+            return descriptor
+        os.close(descriptor)
+        if error.errno == errno.ENOSPC:
+            raise NoSpaceError(message) from None
+        raise
+    return descriptor
