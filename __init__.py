@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .probes.baselines.ngrams import LaggedBigram as LaggedBigram
     from .probes.baselines.ngrams import Trigram as Trigram
     from .probes.baselines.ngrams import Unigram as Unigram
+    from .probes.basis.causal_basis import CausalBasis as CausalBasis
+    from .probes.basis.layer_basis import LayerBasis as LayerBasis
     from .probes.controls.control_probe import ControlProbe as ControlProbe
     from .probes.lens.logit_lens import LogitLens as LogitLens
     from .probes.lens.tuned_lens import FutureLens as FutureLens

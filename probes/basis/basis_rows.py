@@ -14,9 +14,9 @@ from ...cache.store.sequence_draw import draw_sequences
 from ...cache.tokens.segments import context_indices
 
 GROUP_ROWS = 2048
-"""Rows of a group."""
-REFERENCES = ("mean", "zero", "resample")
-"""What ablated coordinates become: those of the mean row, of zero, or of another row."""
+"""Most rows of a group."""
+SPREAD = 16
+"""Positions are drawn from sequences with so many times as many positions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +41,9 @@ class BasisRows:
         """Number of rows."""
         return len(self.positions)
 
-    def groups(self, rows: int = GROUP_ROWS) -> list[slice]:
-        """Groups of at most `rows` rows."""
-        return [slice(i, min(self.n, i + rows)) for i in range(0, self.n, rows)]
+    def groups(self) -> list[slice]:
+        """Groups of at most `GROUP_ROWS` rows, of nearly equal size."""
+        return divide_rows(self.n)
 
     def states(self, rows: slice) -> np.ndarray:
         """Residual stream of the rows, `(n, d_model)` float32."""
@@ -61,24 +61,50 @@ class BasisRows:
         return states - self.cache.residual_array(self.layer)[positions][inverse]
 
 
+def divide_rows(n: int) -> list[slice]:
+    """Cut `n` rows into groups of at most `GROUP_ROWS`, the first ones larger by one at most."""
+    number = -(-n // GROUP_ROWS)
+    edges = np.cumsum([0, *(n // number + (i < n % number) for i in range(number))]).tolist()
+    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnPositions:
+    """Positions drawn at random from random sequences of a split."""
+
+    sequences: np.ndarray
+    """Numbers of the sequences, ascending."""
+    index: np.ndarray
+    """Index of each drawn position among all positions of the sequences, `(n,)` int64."""
+    positions: np.ndarray
+    """Position in the cache of each drawn position, `(n,)` int64."""
+
+
 def draw_positions(
     cache: ActivationCache, split: str, max_positions: int, seed: int, drop_first: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw whole sequences of `split` up to `max_positions` positions.
+) -> DrawnPositions:
+    """Draw at most `max_positions` positions of `split`.
 
-    Returns the sequences, and their positions without the `drop_first` first of each context,
-    `(n,)` int64. Raises `UsageError` for a split without a position.
+    Neighbouring positions are alike: those of few whole sequences were fitted closer (on the
+    sample model 2,048 rows of 8 sequences gave a KL of 2.55 where scattered ones gave 1.82) and
+    said less of other text. So positions are drawn from sequences of `SPREAD` times as many. The
+    `drop_first` first positions of each context are left out. The order is such that every group
+    of `GROUP_ROWS` has positions of the whole range. Raises `UsageError` for a split without a
+    position.
     """
     numbers = cache.sequences(split)
     if not len(numbers):
         raise UsageError(f"the {split} split of this cache is empty; extract more sequences")
-    sequences = draw_sequences(cache, numbers, max_positions, seed)
+    sequences = draw_sequences(cache, numbers, SPREAD * max_positions, seed)
     positions = cache.positions_of(sequences)
-    if drop_first:
-        positions = positions[context_indices(cache, positions) >= drop_first]
-    if not len(positions):
+    index = np.flatnonzero(context_indices(cache, positions) >= drop_first)
+    if not len(index):
         raise UsageError(
             f"the {split} split has no position behind the drop_first={drop_first} first of each "
             "sequence; drop fewer"
         )
-    return sequences, positions
+    rng = np.random.default_rng(seed)
+    index = np.sort(rng.permutation(index)[:max_positions])
+    groups = -(-len(index) // GROUP_ROWS)
+    index = np.concatenate([index[group::groups] for group in range(groups)])
+    return DrawnPositions(sequences, index, positions[index])

@@ -18,8 +18,6 @@ import numpy as np
 from ...cache.errors import UsageError
 from ..moments.moments import Moments
 
-METRICS = ("covariance", "euclidean")
-"""Names of the metrics."""
 LEAST_VARIANCE = 1e-12
 """Share of the largest variance below which a direction counts as constant, not as data."""
 

@@ -1,4 +1,4 @@
-"""`KeptRows`: tensors of rows that every evaluation needs, in memory, in a scratch file, or made anew.
+"""`KeptRows`: tensors of rows for all evaluations, in memory, in a scratch file, or made anew.
 
 An evaluation needs the translated rows, M and log Z of each group (`CleanRows`) and, for a head by
 formula, the products A `(n, vocab)`. `KeptRows` keeps the former in memory if they fit half of its
@@ -11,8 +11,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,10 +26,51 @@ TOKENS = ("tokens",)
 """Name of the products A."""
 
 
-class KeptRows:
-    """Tensors by name and group of rows.
+@dataclass(frozen=True)
+class KeptPlaces:
+    """Which tensors lie in memory, and where the others lie in a scratch file."""
 
-    `widths` gives the columns of each tensor, `dtypes` theirs; `groups` are the groups of rows.
+    in_memory: frozenset[tuple[str, int]]
+    """(name, group)."""
+    offsets: dict[tuple[str, int], int]
+    """(name, group) -> first byte in the scratch file."""
+    rest_bytes: int
+    """Size of the scratch file."""
+
+
+def plan_places(
+    groups: Sequence[slice],
+    widths: Mapping[str, int],
+    dtypes: Mapping[str, torch.dtype],
+    memory: int,
+) -> KeptPlaces:
+    """Places of the tensors of `groups` of rows, with `widths` columns of `dtypes` by name.
+
+    Clean rows lie in memory if all fit half of it; A of as many groups as fit the rest.
+    """
+    row_bytes = {name: widths[name] * dtypes[name].itemsize for name in widths}
+    rows = sum(group.stop - group.start for group in groups)
+    clean_fits = rows * sum(row_bytes[name] for name in CLEAN) <= memory // 2
+    in_memory: set[tuple[str, int]] = set()
+    offsets: dict[tuple[str, int], int] = {}
+    rest_bytes = 0
+    for names, may_fit in ((CLEAN, clean_fits), (TOKENS, True)):
+        for number, group in enumerate(groups):
+            sizes = {name: (group.stop - group.start) * row_bytes[name] for name in names}
+            if may_fit and sum(sizes.values()) <= memory:
+                in_memory |= {(name, number) for name in names}
+                memory -= sum(sizes.values())
+                continue
+            for name, size in sizes.items():
+                offsets[name, number] = rest_bytes
+                rest_bytes += size
+    return KeptPlaces(frozenset(in_memory), offsets, rest_bytes)
+
+
+class KeptRows:
+    """Tensors by name and group of rows, kept where `plan_places` says.
+
+    Without a folder `scratch`, those that do not fit `memory` are made anew every time.
     """
 
     def __init__(
@@ -38,28 +81,12 @@ class KeptRows:
         memory: int,
         scratch: Path | None = None,
     ) -> None:
-        self._groups, self._widths, self._dtypes = groups, widths, dtypes
+        self._widths, self._dtypes = widths, dtypes
         self._memory: dict[tuple[str, int, int], Tensor] = {}
         self._in_file: set[tuple[str, int, int]] = set()
-        # Plan: which tensors of which groups lie in memory, and where the others lie in the file.
-        self._is_in_memory: set[tuple[str, int]] = set()
-        self._offsets: dict[tuple[str, int], int] = {}
-        self.scratch_bytes = 0
-        """Size of the scratch file."""
-        rows = sum(group.stop - group.start for group in groups)
-        clean_fits = rows * sum(map(self._row_bytes, CLEAN)) <= memory // 2
-        left = memory
-        for names, whole in ((CLEAN, clean_fits), (TOKENS, True)):
-            for number in range(len(groups)):
-                size = sum(self._bytes(name, number) for name in names)
-                if whole and size <= left:
-                    self._is_in_memory |= {(name, number) for name in names}
-                    left -= size
-                elif scratch is not None:
-                    for name in names:
-                        self._offsets[name, number] = self.scratch_bytes
-                        self.scratch_bytes += self._bytes(name, number)
-        self._file = _open_scratch(scratch, self.scratch_bytes) if self.scratch_bytes else -1
+        self._places = plan_places(groups, widths, dtypes, memory)
+        size = self._places.rest_bytes
+        self._file = -1 if scratch is None or not size else _open_scratch(scratch, size)
 
     def get(
         self,
@@ -80,9 +107,9 @@ class KeptRows:
             return tuple(self._read(name, number, rows) for name in names)
         tensors = make()
         for key, tensor in zip(keys, tensors, strict=True):
-            if key[:2] in self._is_in_memory:
+            if key[:2] in self._places.in_memory:
                 self._memory[key] = tensor
-            elif key[:2] in self._offsets:
+            elif self._file >= 0:
                 self._write(key[0], number, rows, tensor)
                 self._in_file.add(key)
         return tensors
@@ -98,13 +125,9 @@ class KeptRows:
     def _row_bytes(self, name: str) -> int:
         return self._widths[name] * self._dtypes[name].itemsize
 
-    def _bytes(self, name: str, number: int) -> int:
-        group = self._groups[number]
-        return (group.stop - group.start) * self._row_bytes(name)
-
     def _write(self, name: str, number: int, rows: slice, tensor: Tensor) -> None:
-        data = memoryview(tensor.contiguous().numpy()).cast("B")
-        offset = self._offsets[name, number] + rows.start * self._row_bytes(name)
+        data = memoryview(tensor.contiguous().numpy().reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
+        offset = self._places.offsets[name, number] + rows.start * self._row_bytes(name)
         while data:
             count = os.pwrite(self._file, data, offset)
             data, offset = data[count:], offset + count
@@ -112,8 +135,8 @@ class KeptRows:
     def _read(self, name: str, number: int, rows: slice) -> Tensor:
         shape = (rows.stop - rows.start, self._widths[name])
         tensor = torch.empty(shape, dtype=self._dtypes[name])
-        data = memoryview(tensor.numpy()).cast("B")
-        offset = self._offsets[name, number] + rows.start * self._row_bytes(name)
+        data = memoryview(tensor.numpy().reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
+        offset = self._places.offsets[name, number] + rows.start * self._row_bytes(name)
         while data:
             count = os.preadv(self._file, [data], offset)
             if not count:

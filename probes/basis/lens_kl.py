@@ -1,4 +1,4 @@
-"""KL between a lens on rows and the lens on the same rows with k directions ablated, with gradients.
+"""KL between a lens on rows and on the same rows with k directions ablated, with gradients.
 
 For a lens u = h W + b (a translated row), read by the head, and an ablation h - C decoder:
 
@@ -118,7 +118,7 @@ class ExplicitLensKL:
 
     def clean_rows(self, translated: Tensor) -> CleanRows:
         """The clean side of translated rows u `(n, d)`: one product with E', one with E."""
-        output = self._centred(translated.to(self.dtype))
+        output = self.centred(translated.to(self.dtype))
         needs_expected = self.softcap is None
         expected = output.new_zeros(len(output), self.width if needs_expected else 0)
         log_z = torch.zeros(len(output), dtype=torch.float64)
@@ -145,7 +145,7 @@ class ExplicitLensKL:
 
     def output_directions(self, directions: Tensor) -> OutputDirections:
         """Prepare B `(k, d)` for the blocks of one evaluation."""
-        directions = self._centred(directions.to(self.dtype))
+        directions = self.centred(directions.to(self.dtype))
         tokens = []
         for columns in self._tiles:
             tile = directions.new_ones(len(directions) + 2, columns.stop - columns.start)
@@ -190,15 +190,12 @@ class ExplicitLensKL:
             gradient += torch.mm(tile, self.unembedding[columns])
         return gradient
 
-    def reference_gradients(
-        self, clean: CleanRows, reference_output: Tensor, head: TorchHead
-    ) -> Tensor:
-        """Gradient of each KL in u where rows become the translated row `reference_output` `(d,)`.
+    def reference_gradients(self, clean: CleanRows, reference_output: Tensor) -> Tensor:
+        """Gradient of each KL in u where all rows become the row `reference_output` `(d,)`.
 
-        All rows then have one distribution q, so that E_q[E] is one row. Shape `(n, d)`.
+        All rows then have one distribution q, so that E_q[E] is one row. Shape `(n, d)`; for heads
+        without a softcap, see `gradients_at` for others.
         """
-        if self.softcap is not None:
-            return _gradients_at(clean.output, reference_output.expand_as(clean.output), head)
         reference = self.clean_rows(reference_output[None])
         divisor = self._inverse_norm(reference.output).to(self.dtype)[:, None]
         slopes = (reference.expected - clean.expected) * divisor
@@ -209,7 +206,7 @@ class ExplicitLensKL:
         factor = (divisor[0, 0] / self.scale) ** 2 / width
         return slopes - torch.outer(slopes @ row, row) * factor
 
-    def _centred(self, rows: Tensor) -> Tensor:
+    def centred(self, rows: Tensor) -> Tensor:
         """`rows` less their means over d_model, where the norm is a LayerNorm."""
         return rows - rows.mean(1, keepdim=True) if self.norm == "layernorm" else rows
 
@@ -462,11 +459,9 @@ class ProgramLensKL:
         """Nothing to add, zero: the gradient in B is complete after each block."""
         return torch.zeros((), dtype=torch.float64)
 
-    def reference_gradients(
-        self, clean: CleanRows, reference_output: Tensor, head: TorchHead
-    ) -> Tensor:
-        """Gradient of each KL in u where rows become `reference_output` `(d,)`; `(n, d)`."""
-        return _gradients_at(clean.output, reference_output.expand_as(clean.output), head)
+    def centred(self, rows: Tensor) -> Tensor:
+        """`rows` unchanged: the head centres them itself."""
+        return rows
 
     def _target(self, output: Tensor) -> Target:
         return ModelDistribution(self.head).distribution(output)
@@ -486,8 +481,11 @@ def _tile_of(flat: Tensor, rows: int, columns: slice) -> Tensor:
     return flat[rows * columns.start : rows * columns.stop].view(rows, -1)
 
 
-def _gradients_at(output: Tensor, ablated: Tensor, head: TorchHead) -> Tensor:
-    """Gradient in u of KL(lens(output) || lens(u)) at u = `ablated`; all `(n, d)`."""
+def gradients_at(output: Tensor, ablated: Tensor, head: TorchHead) -> Tensor:
+    """Gradient in u of KL(lens(output) || lens(u)) at u = `ablated`; all `(n, d)`, float32.
+
+    For any head, with two products over the vocabulary a row.
+    """
     slopes = torch.zeros(output.shape)
     ablated = ablated.float().contiguous()
     rows_per_block = max(8, min(BLOCK_ROWS, BLOCK_BYTES // (4 * head.head.vocab)))

@@ -8,7 +8,7 @@ Wright, algorithm 7.4) with a backtracking line search.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ Evaluate = Callable[[np.ndarray], tuple[float, np.ndarray]]
 HISTORY = 12
 """Pairs of steps and gradient changes that L-BFGS keeps."""
 TOLERANCE = 1e-4
-"""A relative gain below this, twice in a row, ends a search."""
+"""A relative gain below this, twice in a row, ends a search, unless it has its own tolerance."""
 FIRST_STEP = 0.4
 """Length of the first step, in radians."""
 LONGEST_STEP = 1.0
@@ -39,6 +39,8 @@ class SpanSearch:
     """Best orthonormal columns so far, `(r, k)` float64."""
     max_evaluations: int = 60
     """The search ends after so many evaluations."""
+    tolerance: float = TOLERANCE
+    """A relative gain below this, twice in a row, ends the search."""
     value: float = -np.inf
     """Objective of `basis`."""
     gradient: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -46,13 +48,22 @@ class SpanSearch:
     evaluations: int = 0
     ended: bool = False
     small_gains: int = 0
-    """Gains below `TOLERANCE` in a row."""
+    """Gains below `tolerance` in a row."""
     length: float = 1.0
     """Factor of the next trial along `direction`."""
     direction: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Direction of the current line search; empty between two line searches."""
     steps: list[np.ndarray] = field(default_factory=list)
     changes: list[np.ndarray] = field(default_factory=list)
+
+    NUMBERS: ClassVar[tuple[str, ...]] = (
+        "max_evaluations",
+        "value",
+        "evaluations",
+        "ended",
+        "small_gains",
+        "length",
+    )
 
     def run(self, evaluate: Evaluate, report: Callable[[], None] = lambda: None) -> "SpanSearch":
         """Evaluate trial steps until the search has ended; `report` is called after each."""
@@ -102,7 +113,7 @@ class SpanSearch:
             carried.append((step, change))
         carried = carried[-HISTORY:]
         self.steps, self.changes = [s for s, _ in carried], [y for _, y in carried]
-        is_small = value - self.value < TOLERANCE * abs(value)
+        is_small = value - self.value < self.tolerance * abs(value)
         self.small_gains = self.small_gains + 1 if is_small else 0
         self.basis, self.value, self.gradient = basis, value, gradient
         self.ended = self.small_gains >= 2
@@ -151,26 +162,21 @@ class SpanSearch:
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """A JSON object and arrays, for a checkpoint."""
-        numbers = {
-            name: getattr(self, name)
-            for name in (
-                "max_evaluations",
-                "value",
-                "evaluations",
-                "ended",
-                "small_gains",
-                "length",
-            )
-        }
+        numbers = {name: getattr(self, name) for name in self.NUMBERS}
         arrays = {name: getattr(self, name) for name in ("basis", "gradient", "direction")}
-        shape = (0, *self.basis.shape)
-        arrays["steps"] = np.array(self.steps).reshape(-1, *shape[1:])
-        arrays["changes"] = np.array(self.changes).reshape(-1, *shape[1:])
+        for name in ("steps", "changes"):
+            arrays[name] = np.array(getattr(self, name)).reshape(-1, *self.basis.shape)
         return numbers, arrays
 
     @classmethod
     def restore(cls, numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> "SpanSearch":
         """The search that `state` described."""
         lists = {name: list(arrays[name]) for name in ("steps", "changes")}
-        tensors = {name: arrays[name] for name in ("basis", "gradient", "direction")}
-        return cls(**numbers, **tensors, **lists)
+        return cls(
+            basis=arrays["basis"],
+            gradient=arrays["gradient"],
+            direction=arrays["direction"],
+            steps=lists["steps"],
+            changes=lists["changes"],
+            **{name: numbers[name] for name in cls.NUMBERS},
+        )

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 KINDS = {
+    "basis": ("..basis.causal_basis", "CausalBasis"),
     "bigram": ("..baselines.ngrams", "Bigram"),
     "chain": ("..baselines.marginal_bigram", "BigramChain"),
     "future": ("..lens.tuned_lens", "FutureLens"),
