@@ -16,7 +16,7 @@ from .basis_tables import directions_table, span_table, summary_table
 from .basis_texts import BASIS_GLOSSARY, BASIS_STYLE, INTRODUCTION, MODEL_GLOSSARY, SUMMARY_NOTE
 from .html_page import PAGE, SORT, STYLE, figure_html, glossary_html
 from .probe_style import short_model_name
-from .span_curves import by_k, check_metrics, format_estimate
+from .span_curves import check_metrics, estimates_by_k, format_estimate
 
 if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
@@ -44,7 +44,7 @@ def write_basis_report(
     from plotly.offline import get_plotlyjs
 
     readings = readings or {}
-    influences = _by_layer(model_influence)
+    influences = _influences_by_layer(model_influence)
     rows = sorted(rows, key=lambda row: row.get("layer", 0))
     check_metrics(rows, influences)
     model_name = short_model_name(cache.manifest.model_name) if cache is not None else ""
@@ -88,7 +88,7 @@ def write_basis_png(
     """
     from .static_spectra import spectra
 
-    influences = _by_layer(model_influence)
+    influences = _influences_by_layer(model_influence)
     rows = sorted(rows, key=lambda row: row.get("layer", 0))
     check_metrics(rows, influences)
     path = Path(path)
@@ -99,7 +99,7 @@ def write_basis_png(
     return path
 
 
-def _by_layer(
+def _influences_by_layer(
     model_influence: Mapping[int, Mapping[str, Any]] | None,
 ) -> dict[int, Mapping[str, Any]]:
     """`model_influence` by whole numbers: JSON has keys of text."""
@@ -144,7 +144,9 @@ def _layer_section(
     sentences = _layer_sentences(row, reading, influence)
     parts = [
         f"<h2 id='layer-{layer}'>Layer {layer}</h2>",
-        *(f"<p>{escape(sentence)}</p>" for sentence in sentences),
+        "<ul class='notes'>",
+        *(f"<li>{escape(sentence)}</li>" for sentence in sentences),
+        "</ul>",
         figure_html(layer_figure(row, influence), f"figure-{layer}"),
         span_table(row, influence),
         "<h3>Directions</h3>",
@@ -158,7 +160,7 @@ def _layer_sentences(
 ) -> list[str]:
     """What was measured on how many positions, and what persists from the previous layer."""
     k = int(row["k"])
-    span = by_k(row["span"])[k]
+    span = estimates_by_k(row["span"])[k]
     sentences = [
         f"Ablating all {k} directions changes the lens by "
         f"{format_estimate(span['kl'], span['low'], span['high'])} nats on n = {row['n_test']:,} "
@@ -168,7 +170,7 @@ def _layer_sentences(
     ]
     if influence is not None:
         positions = f" on n = {influence['n']:,} positions" if influence.get("n") else ""
-        model_span = by_k(influence["model_span"]).get(k)
+        model_span = estimates_by_k(influence["model_span"]).get(k)
         if model_span is not None:
             estimate = format_estimate(model_span["kl"], model_span["low"], model_span["high"])
             sentences.append(f"In the model the same ablation gives {estimate} nats{positions}.")

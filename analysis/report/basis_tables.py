@@ -12,8 +12,8 @@ from ..basis import DirectionMatch, DirectionReading, LayerReading, Passage, Tok
 from .span_curves import (
     Estimate,
     SpanCurve,
-    by_k,
-    defined,
+    estimates_by_k,
+    finite_number,
     format_estimate,
     format_number,
     span_curves,
@@ -32,26 +32,27 @@ def summary_table(
 
     Columns of the model and of the overlap are left out if no layer has them.
     """
-    headings = ["layer", "k", "method", "metric", "n fit", "n held out"]
+    headings = ["layer", "k", "method", "metric"]
     headings += ["span KL, nats", "PCA", "random", "ratio to PCA"]
     if model_influence:
         headings += ["span KL in the model", "Spearman", "alignment", "alignment of the span"]
     has_overlap = any(reading.overlap is not None for reading in readings.values())
     if has_overlap:
         headings += ["overlap", "chance"]
-    headings += ["evaluations", "CPU seconds"]
+    headings += ["n fit", "n held out", "evaluations", "CPU seconds"]
     lines = []
     for row in rows:
         layer, k = int(row["layer"]), int(row["k"])
-        causal, pca, random = (by_k(row[name]).get(k) for name in ("span", "pca", "random"))
+        causal, pca, random = (
+            estimates_by_k(row[name]).get(k) for name in ("span", "pca", "random")
+        )
         link = f"<td data-v='{layer}'><a href='#layer-{layer}'>{layer}</a></td>"
         cells = [link, _count_cell(k), _text_cell(row["method"]), _text_cell(row["metric"])]
-        cells += [_count_cell(row["n"]), _count_cell(row["n_test"])]
         cells += [_estimate_cell(estimate) for estimate in (causal, pca, random)]
-        cells.append(_number_cell(_ratio(causal, pca)))
+        cells.append(_number_cell(_kl_ratio(causal, pca)))
         if model_influence:
             influence = model_influence.get(layer, {})
-            cells.append(_estimate_cell(by_k(influence.get("model_span", {})).get(k)))
+            cells.append(_estimate_cell(estimates_by_k(influence.get("model_span", {})).get(k)))
             cells.append(_estimate_cell(influence.get("spearman"), "value"))
             cells.append(_estimate_cell(influence.get("alignment"), "mean"))
             cells.append(_estimate_cell(influence.get("span_alignment"), "mean"))
@@ -59,25 +60,25 @@ def summary_table(
             reading = readings.get(layer)
             cells.append(_number_cell(reading and reading.overlap))
             cells.append(_number_cell(reading and reading.chance_overlap))
-        cells += [_count_cell(row["evaluations"]), _number_cell(row["cpu_seconds"])]
+        cells += [_count_cell(row[name]) for name in ("n", "n_test", "evaluations")]
+        cells.append(_number_cell(row["cpu_seconds"]))
         lines.append(cells)
     return _sortable_table(headings, lines)
 
 
 def span_table(row: Mapping[str, Any], influence: Mapping[str, Any] | None) -> str:
     """A sortable table of the KL of ablating the first k directions, one row per k."""
-    curves = span_curves(row, influence)
+    curves = {curve.label: curve for curve in span_curves(row)}
     if influence is not None:
-        same_positions = SpanCurve("causal", False, by_k(influence["lens_span"]))
-        curves = [*curves, same_positions]
-    headings = ["k", *(curve.label for curve in curves)]
-    if influence is not None:
-        headings[-1] += ", positions of the model"
-    ks = sorted({k for curve in curves for k in curve.ks})
+        same_positions = SpanCurve("causal", False, estimates_by_k(influence["lens_span"]))
+        curves["causal basis, lens, positions of the model"] = same_positions
+        curves |= {c.label: c for c in span_curves(row, influence) if c.in_model}
+    ks = sorted({k for curve in curves.values() for k in curve.ks})
     lines = [
-        [_count_cell(k), *(_estimate_cell(curve.estimates.get(k)) for curve in curves)] for k in ks
+        [_count_cell(k), *(_estimate_cell(curve.estimates.get(k)) for curve in curves.values())]
+        for k in ks
     ]
-    return _sortable_table(headings, lines)
+    return _sortable_table(["k", *curves], lines)
 
 
 def directions_table(
@@ -90,25 +91,25 @@ def directions_table(
     directions = reading.directions if reading is not None else ()
     columns: dict[str, tuple[str, list[str]]] = {
         "direction": ("number", [str(number) for number in range(row["k"])]),
-        "energy, nats": ("number", [_value(value) for value in row["energies"]]),
-        "influence, nats": ("number", [_value(value) for value in row["influences"]]),
+        "energy, nats": ("number", [_number_html(value) for value in row["energies"]]),
+        "influence, nats": ("number", [_number_html(value) for value in row["influences"]]),
     }
     if influence is not None:
         for place in ("lens", "model"):
-            values = [_value(value) for value in influence[f"{place}_influences"]]
+            values = [_number_html(value) for value in influence[f"{place}_influences"]]
             name = "in the model" if place == "model" else "in the lens, same positions"
             columns[name] = ("number", values)
     if directions:
-        columns["promotes"] = ("tokens", [_tokens(entry.promoted) for entry in directions])
-        columns["suppresses"] = ("tokens", [_tokens(entry.suppressed) for entry in directions])
+        columns["promotes"] = ("tokens", [_tokens_html(entry.promoted) for entry in directions])
+        columns["suppresses"] = ("tokens", [_tokens_html(entry.suppressed) for entry in directions])
         columns["passages with the largest and the smallest coordinate"] = (
             "passages",
-            [_passages(entry) for entry in directions],
+            [_passages_html(entry) for entry in directions],
         )
         if any(entry.match for entry in directions):
             columns[f"best match in layer {reading.previous_layer if reading else ''}"] = (
                 "match",
-                [_match(entry.match) for entry in directions],
+                [_match_html(entry.match) for entry in directions],
             )
     head = "".join(f"<th class='{css}'>{escape(name)}</th>" for name, (css, _) in columns.items())
     body = "".join(
@@ -120,7 +121,7 @@ def directions_table(
     return f"<table class='directions'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _tokens(changes: Iterable[TokenChange]) -> str:
+def _tokens_html(changes: Iterable[TokenChange]) -> str:
     """HTML of tokens with the change of their log-probability, one per line."""
     return "".join(
         f"<div title='token {int(entry.token)}'><bdi>{escape(entry.label)}</bdi>"
@@ -129,13 +130,13 @@ def _tokens(changes: Iterable[TokenChange]) -> str:
     )
 
 
-def _passages(reading: DirectionReading) -> str:
+def _passages_html(reading: DirectionReading) -> str:
     """HTML of the passages at both ends of a direction, the token at the position marked."""
-    ends = ("".join(map(_passage, passages)) for passages in (reading.highest, reading.lowest))
+    ends = ("".join(map(_passage_html, passages)) for passages in (reading.highest, reading.lowest))
     return "<hr>".join(end for end in ends if end)
 
 
-def _passage(passage: Passage) -> str:
+def _passage_html(passage: Passage) -> str:
     before, token, after = (escape(x) for x in (passage.before, passage.token, passage.after))
     title = f"position {int(passage.position)}, document {int(passage.document)}"
     return (
@@ -144,7 +145,7 @@ def _passage(passage: Passage) -> str:
     )
 
 
-def _match(match: DirectionMatch | None) -> str:
+def _match_html(match: DirectionMatch | None) -> str:
     if match is None:
         return ""
     return (
@@ -189,16 +190,16 @@ def _estimate_cell(estimate: Estimate | None, name: str = "kl") -> str:
 
 
 def _sort_value(value: Any) -> str:
-    number = plain_value(defined(value))
+    number = plain_value(finite_number(value))
     return "" if number is None else repr(number)
 
 
-def _value(value: Any) -> str:
+def _number_html(value: Any) -> str:
     """HTML of a number with three digits, all of its digits on hovering."""
     return f"<span title='{_sort_value(value)}'>{format_number(value)}</span>"
 
 
-def _ratio(estimate: Estimate | None, other: Estimate | None) -> float | None:
+def _kl_ratio(estimate: Estimate | None, other: Estimate | None) -> float | None:
     """Ratio of two KL; None without both, or of a zero."""
-    values = [defined(each["kl"]) if each is not None else None for each in (estimate, other)]
+    values = [finite_number(each["kl"]) if each is not None else None for each in (estimate, other)]
     return values[0] / values[1] if values[0] is not None and values[1] else None

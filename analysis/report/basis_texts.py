@@ -32,6 +32,7 @@ BASIS_GLOSSARY = {
     "PCA": "The first k principal components of the layer, ablated in the same way.",
     "random directions": "k random directions of the same metric: the level of any k directions.",
     "ratio to PCA": "KL of the span of all k directions over that of k principal components.",
+    "direction": "Directions are numbered from 0, in the order of the basis.",
     "k": "Number of directions ablated together, the first ones of the basis.",
     "n": "Number of positions: of the fit, or held out.",
     "evaluations": "How often the fit computed its objective over its rows.",
@@ -67,14 +68,17 @@ SUMMARY_NOTE = (
 )
 BASIS_STYLE = """
 .contents a { display: inline-block; margin: 0 12px 4px 0; color: #0072B2; }
-.note { font-size: 14px; }
+.notes { color: #44525f; padding-left: 20px; }
+.numbers a { color: #0072B2; }
 .directions { border-collapse: collapse; font-size: 13px; width: 100%; }
 .directions th { background: #f1f5f9; padding: 6px 9px; text-align: left; vertical-align: bottom;
   position: sticky; top: 0; }
 .directions td { padding: 8px 9px; vertical-align: top; border-top: 1px solid #d8dee5; }
 .directions .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .directions th.number { white-space: normal; }
-.directions .tokens { min-width: 118px; }
+.directions .number { width: 1%; padding: 8px 5px; }
+.directions .tokens { min-width: 116px; width: 11%; }
+.directions .match { white-space: nowrap; width: 1%; }
 .directions .tokens div { display: flex; justify-content: space-between; gap: 10px;
   line-height: 1.35; }
 .directions bdi { overflow-wrap: anywhere; white-space: pre-wrap; }

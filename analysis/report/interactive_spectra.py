@@ -9,7 +9,7 @@ from .span_curves import (
     BASIS_COLORS,
     SpanCurve,
     axis_floor,
-    defined,
+    finite_number,
     format_estimate,
     format_number,
     span_curves,
@@ -32,13 +32,17 @@ def layer_figure(row: Mapping[str, Any], influence: Mapping[str, Any] | None = N
 
     curves = span_curves(row, influence)
     floor = axis_floor(curves)
-    places = "lens and model" if influence is not None else "lens"
+    lens_n, model_n = row["n_test"], (influence or {}).get("n")
+    of_spans = f"n = {lens_n:,}" if influence is None else f"lens n = {lens_n:,}"
+    of_directions = of_spans
+    if influence is not None and model_n:
+        of_spans, of_directions = f"{of_spans}, model n = {model_n:,}", f"n = {model_n:,}"
     figure = make_subplots(
         1,
         2,
         subplot_titles=[
-            f"first k directions ablated ({places}), n = {row['n_test']:,}",
-            f"each direction ablated alone ({places})",
+            f"first k directions ablated, {of_spans}",
+            f"one direction ablated, {of_directions}",
         ],
         column_widths=[0.55, 0.45],
         horizontal_spacing=0.1,
@@ -124,7 +128,7 @@ def _influence_bars(row: Mapping[str, Any], influence: Mapping[str, Any] | None)
     return [
         Bar(
             x=list(range(row["k"])),
-            y=[defined(value) for value in values],
+            y=[finite_number(value) for value in values],
             marker=style_of[name],
             name=f"one direction, {name}",
             hovertext=[

@@ -87,13 +87,13 @@ class SpanCurve:
 
     def values(self, name: str, floor: float = 0.0) -> list[float]:
         """`kl`, `low` or `high` by k, at least `floor`; NaN, which leaves a gap, if undefined."""
-        values = (defined(estimate[name]) for estimate in self.estimates.values())
+        values = (finite_number(estimate[name]) for estimate in self.estimates.values())
         return [math.nan if value is None else max(value, floor) for value in values]
 
     @property
     def has_intervals(self) -> bool:
         """Whether every k has an interval."""
-        ends = (defined(e[name]) for e in self.estimates.values() for name in ("low", "high"))
+        ends = (finite_number(e[name]) for e in self.estimates.values() for name in ("low", "high"))
         return all(end is not None for end in ends)
 
 
@@ -106,10 +106,10 @@ def span_curves(
     if influence is not None:
         spans.append(("causal", True, influence["model_span"]))
         spans += [(name, True, span) for name, span in influence["control_spans"].items()]
-    return [SpanCurve(name, in_model, by_k(span)) for name, in_model, span in spans]
+    return [SpanCurve(name, in_model, estimates_by_k(span)) for name, in_model, span in spans]
 
 
-def by_k(span: Mapping[Any, Estimate]) -> dict[int, Estimate]:
+def estimates_by_k(span: Mapping[Any, Estimate]) -> dict[int, Estimate]:
     """`span` by whole numbers k, ascending; JSON has keys of text."""
     return dict(sorted((int(k), estimate) for k, estimate in span.items()))
 
@@ -130,7 +130,7 @@ def check_metrics(
         _check_keys(row, ROW_KEYS, f"the metrics of layer {row.get('layer', '?')}")
         influence = model_influence.get(row["layer"])
         for name in ("span", "pca", "random"):
-            if row["k"] not in by_k(row[name]):
+            if row["k"] not in estimates_by_k(row[name]):
                 raise UsageError(
                     f"the metrics of layer {row['layer']} have no {name} for k = {row['k']}; "
                     f"expected are k = 1, 2, 4, .., {row['k']}"
@@ -155,19 +155,19 @@ def _check_keys(value: Mapping[str, Any], keys: Sequence[str], name: str) -> Non
         raise UsageError(f"{name} lack {', '.join(missing)}; expected are {', '.join(keys)}")
 
 
-def defined(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """`value` as a number; None if it is undefined or not finite."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
 def format_number(value: Any) -> str:
     """A measure with three significant digits; `undefined` without a finite number."""
-    number = defined(value)
+    number = finite_number(value)
     return "undefined" if number is None else f"{number:.3g}"
 
 
 def format_estimate(value: Any, low: Any, high: Any) -> str:
     """A measure with its interval: `0.123 [0.1, 0.15]`; the measure alone without interval."""
-    ends = defined(low), defined(high)
+    ends = finite_number(low), finite_number(high)
     interval = "" if None in ends else f" [{ends[0]:.3g}, {ends[1]:.3g}]"
     return format_number(value) + interval

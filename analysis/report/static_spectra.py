@@ -46,7 +46,9 @@ def spectra(
     floor = axis_floor([curve for curves in curves_of for curve in curves])
     for axes, row, curves in zip(grid, rows, curves_of, strict=False):
         _draw_layer(axes, curves, floor)
-        axes.set_title(f"layer {row['layer']}, n = {row['n_test']:,}", fontsize=10)
+        model_n = model_influence.get(row["layer"], {}).get("n")
+        of_model = f", model n = {model_n:,}" if model_n else ""
+        axes.set_title(f"layer {row['layer']}, n = {row['n_test']:,}{of_model}", fontsize=9.5)
     for axes in grid[len(rows) :]:
         axes.set_visible(False)
 
@@ -66,13 +68,19 @@ def spectra(
             axes.set_xlabel("k, first directions ablated")
             axes.tick_params(labelbottom=True)
 
-    # One legend for all panels.
+    # One legend for all panels, a column for each basis.
     line_of = {line.get_label(): line for axes in grid for line in axes.get_lines()}
+    bases: dict[str, list[str]] = {}
+    for curve in (curve for curves in curves_of for curve in curves):
+        labels = bases.setdefault(curve.basis, [])
+        if curve.label not in labels:
+            labels.append(curve.label)
+    names = [label for labels in bases.values() for label in labels]
     legend = figure.legend(
-        list(line_of.values()),
-        [printable(str(name)) for name in line_of],
+        [line_of[name] for name in names],
+        [printable(name) for name in names],
         loc="outside lower center",
-        ncols=LEGEND_COLUMNS,
+        ncols=max(1, min(len(bases), LEGEND_COLUMNS)),
         frameon=False,
     )
     for text in legend.get_texts():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 import residua
 from residua.analysis.basis.direction_readings import draw_positions, read_directions
@@ -351,6 +352,26 @@ def test_passages_are_the_text_around_the_position_inside_its_document(text_cach
             assert passage.token in (token, "<|endoftext|>")
         if start > 60 and context_indices(cache, position)[0] >= 12:
             assert len(passage.before) >= 12
+
+
+def test_bytes_of_a_character_are_one_letter_of_a_passage(tmp_path):
+    """A vocabulary of SentencePiece: spaces lead words, unknown letters are three bytes."""
+    pieces = ["<unk>", "▁the", "▁cat", "<0xE6>", "<0x9D>", "<0xB1>", "<", "\n"]
+    tokenizer = Tokenizer(models.BPE({p: n for n, p in enumerate(pieces)}, [], byte_fallback=True))
+    steps = (decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse())
+    tokenizer.decoder = decoders.Sequence(list(steps))  # pyright: ignore[reportAttributeAccessIssue]
+    rows = states_of(1)[0][:8]
+    rows[:, 0] = (0, 0, 0, 0, 0, 1, 0, 0)
+    ids = np.array([1, 3, 4, 5, 6, 2, 7, 3])
+    cache = make_cache(tmp_path, [rows], [8], random_head(WIDTH, VOCAB), ids=ids)
+    tokenizer.save(str(cache.path / "head" / "tokenizer.json"))
+    basis = LayerBasis(np.eye(WIDTH)[:1], np.eye(WIDTH)[:1], np.zeros(WIDTH))
+    (passage,) = read_all(cache, {0: basis})[0].directions[0].highest
+    assert (passage.before, passage.token, passage.after) == (" the東<", "␣cat", "\\n\\<E6>")
+    # Tokens that the tokenizer does not know are ids.
+    (direction,) = read_all(cache, {0: basis}, n_tokens=VOCAB)[0].directions
+    labels = {entry.token: entry.label for entry in (*direction.promoted, *direction.suppressed)}
+    assert all((label == f"#{token}") == (token > 7) for token, label in labels.items())
 
 
 def test_a_tokenizer_that_cannot_be_read_gives_ids(tmp_path, states):

@@ -322,7 +322,10 @@ def test_the_figure_draws_spans_bands_and_influences(rows, influences):
 def test_the_picture_has_a_panel_per_layer(rows, influences, tmp_path):
     figure = static_spectra.spectra(rows, influences, "tiny")
     shown = [axes for axes in figure.axes if axes.get_visible()]
-    assert [axes.get_title() for axes in shown] == ["layer 2, n = 2,002", "layer 1, n = 2,001"]
+    assert [axes.get_title() for axes in shown] == [
+        "layer 2, n = 2,002, model n = 7,123",
+        "layer 1, n = 2,001, model n = 7,123",
+    ]
     for axes, row in zip(shown, rows, strict=True):
         for line, curve in zip(
             axes.get_lines(), span_curves(row, influences[row["layer"]]), strict=True
