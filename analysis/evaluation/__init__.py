@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .confidence_buckets import BucketRow as BucketRow
     from .confidence_buckets import bucket_name as bucket_name
     from .lens_heatmap import Heatmap as Heatmap
+    from .lens_heatmap import TokenNames as TokenNames
     from .metrics import KS as KS
     from .metrics import EvaluationRow as EvaluationRow
     from .metrics import format_measure as format_measure

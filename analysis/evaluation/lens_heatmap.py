@@ -5,13 +5,14 @@ analysis/report/ draws the result (static_figures.py, interactive_figures.py).
 """
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...cache.errors import NotFoundError, UsageError
+from ...cache.errors import NotFoundError, ResiduaWarning, UsageError
 from ...cache.number_ranges import as_whole_number, format_ranges
 from ...cache.tokens.segments import segment_indices
 from ...probes.base.readout import Readout, ReadoutBatch
@@ -292,20 +293,45 @@ class _PassageReader:
 class TokenNames:
     """Readable labels of token ids: `␣` for a space, `\\n` for a line break, `#7` if unknown.
 
-    Different texts have different labels.
+    Different texts have different labels. Without a tokenizer that can be read, all labels are ids.
     """
 
     def __init__(self, cache: "ActivationCache") -> None:
-        has_tokenizer = (cache.path / "head" / "tokenizer.json").is_file()
-        self.tokenizer: Any = cache.tokenizer() if has_tokenizer else None
+        self.tokenizer: Any = None
+        if (cache.path / "head" / "tokenizer.json").is_file():
+            try:
+                self.tokenizer = cache.tokenizer()
+            except Exception as error:  # tokenizers raises bare Exception
+                message = f"the cache's tokenizer.json cannot be read, tokens are ids: {error}"
+                warnings.warn(message, ResiduaWarning, stacklevel=2)
 
     def __call__(self, token: int) -> str:
         if token < 0:
             return UNDEFINED
-        text = token_text(self.tokenizer, token) if self.tokenizer else None
+        text = self._text(token)
+        return f"#{int(token)}" if text is None else visible(text)
+
+    def passage(self, tokens: Iterable[int]) -> str:
+        """Printable text of several tokens in a row: like their labels, but spaces are spaces.
+
+        Bytes of a character that several tokens share become that character. Without a tokenizer,
+        the ids are separated by spaces.
+        """
+        if self.tokenizer is None:
+            return " ".join(f"#{int(token)}" for token in tokens)
+        texts = (self._text(token) for token in tokens)
+        joined = "".join("\ufffd" if text is None else text for text in texts)
+        joined = joined.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+        return visible(joined).replace("␣", " ")
+
+    def _text(self, token: int) -> str | None:
+        """The text of a token, see `byte_text` for bytes; None if the tokenizer has no token."""
+        if self.tokenizer is None or token < 0:
+            return None
+        text = token_text(self.tokenizer, token)
         if text is not None and "\ufffd" in text:
             text = byte_text(self.tokenizer.id_to_token(int(token))) or text
-        return f"#{int(token)}" if text is None else visible(text)
+        return text
 
 
 def visible(text: str) -> str:

@@ -1,4 +1,17 @@
-"""Texts, style sheet and script of the HTML report; html_report.py puts the numbers in."""
+"""Texts, style sheet, script and figures of HTML pages; html_report.py puts the numbers in.
+
+basis_page.py writes pages of the same frame, style and script.
+"""
+
+from collections.abc import Mapping
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+PLOTLY_BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]
+"""Plotly's buttons that work without a network."""
 
 GLOSSARY = {
     "layer": "0 is the embedding output, l the output of block l; the last one comes before the "
@@ -115,3 +128,19 @@ document.querySelectorAll(".numbers th").forEach(head => {
   });
 });
 """
+
+
+def figure_html(figure: "Figure", name: str) -> str:
+    """HTML of an interactive figure, a `div` with the id `name`; plotly stands in the page."""
+    return figure.to_html(
+        include_plotlyjs=False,
+        full_html=False,
+        div_id=name,
+        config={"displaylogo": False, "responsive": True, "modeBarButtons": [PLOTLY_BUTTONS]},
+    )
+
+
+def glossary_html(glossary: Mapping[str, str]) -> str:
+    """HTML of a glossary, a definition list."""
+    entries = (f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in glossary.items())
+    return "<dl>" + "".join(entries) + "</dl>"

@@ -25,6 +25,8 @@ from .html_page import (
     SORT,
     STYLE,
     TABLE_NOTE,
+    figure_html,
+    glossary_html,
 )
 from .probe_style import label, short_model_name
 from .tables import PRECISIONS, format_interval, headlines
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
 
 
-PLOTLY_BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]
-"""Plotly's buttons that work without a network."""
 KEY = ("probe", "layer", "offset")
 """Columns that name the result of a row."""
 COLUMNS = {
@@ -117,7 +117,7 @@ def write_report(
         f"<p>{BUCKET_NOTE}</p>",
         _table(evaluation.buckets, BUCKET_COLUMNS),
         "<h2>Glossary</h2>",
-        _glossary(),
+        glossary_html(GLOSSARY),
     ]
     page = PAGE.format(
         title=escape(title), style=STYLE, plotly=get_plotlyjs(), body="\n".join(body), sort=SORT
@@ -185,12 +185,6 @@ def _facts(evaluation: Evaluation, cache: "ActivationCache | None", command: str
     return table + "<ul class='notes'>" + "".join(sentences) + "</ul>"
 
 
-def _glossary() -> str:
-    """HTML: the glossary as a definition list."""
-    entries = (f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in GLOSSARY.items())
-    return "<dl>" + "".join(entries) + "</dl>"
-
-
 def _code(name: str, value: str) -> str:
     """HTML of a fact's value: ids and commands in a fixed-width font."""
     text = escape(value)
@@ -199,15 +193,7 @@ def _code(name: str, value: str) -> str:
 
 def _section(title: str, note: str, figures: "Iterable[Figure]", name: str) -> str:
     """HTML: a heading, a paragraph `note` and interactive figures, with ids from `name`."""
-    divs = [
-        figure.to_html(
-            include_plotlyjs=False,
-            full_html=False,
-            div_id=f"{name}-{number}",
-            config={"displaylogo": False, "responsive": True, "modeBarButtons": [PLOTLY_BUTTONS]},
-        )
-        for number, figure in enumerate(figures)
-    ]
+    divs = [figure_html(figure, f"{name}-{number}") for number, figure in enumerate(figures)]
     return f"<h2>{escape(title)}</h2><p>{note}</p>" + "".join(divs)
 
 

@@ -78,14 +78,14 @@ def curves(evaluation: Evaluation, measures: Sequence[str]) -> "Figure":
     # Axes, legend and buttons.
     figure.update_yaxes(title_text=MEASURES[measures[0]])
     figure.update_xaxes(title_text="layer", dtick=math.ceil(len(evaluation.layers) / 14))
-    _lay_out(figure, 340 * lines + 110)
+    lay_out(figure, 340 * lines + 110)
     _show_names_once(figure, trace_measures, measures[0])
     if len(measures) > 1:
         figure.update_layout(updatemenus=[_measure_buttons(figure, trace_measures, measures)])
     return figure
 
 
-def _lay_out(figure: "Figure", height: int) -> None:
+def lay_out(figure: "Figure", height: int) -> None:
     """Set the height in pixels, fonts, margins and legend that all figures share."""
     figure.update_layout(
         height=height,
@@ -261,7 +261,7 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
     )
     numbers = [str(layer) for layer in heatmap.layers]
     figure.update_yaxes(title_text="layer", tickvals=list(layers), ticktext=numbers)
-    _lay_out(figure, 24 * len(heatmap.layers) + 200)
+    lay_out(figure, 24 * len(heatmap.layers) + 200)
     figure.update_layout(
         title={"text": escape_markup(heatmap_title(heatmap)), "font": {"size": 15}}
     )
