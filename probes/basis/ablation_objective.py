@@ -221,6 +221,8 @@ class GroupEvaluator:
 
         def make() -> tuple[Tensor, ...]:
             states = self.rows.states(group)
+            if self.kl.dtype == torch.float64:
+                states = states.astype(np.float64)
             differences = self.rows.differences(group, states)
             rows = torch.tensor(states, dtype=self.kl.dtype)
             clean = self.kl.clean_rows(torch.addmm(self.bias, rows, self.weight))

@@ -50,7 +50,7 @@ class BasisRows:
         return self.cache.residual_array(self.layer)[self.positions[rows]]
 
     def differences(self, rows: slice, states: np.ndarray) -> np.ndarray:
-        """The rows' `states` less their reference rows, `(n, d_model)` float32."""
+        """The rows' `states` less their reference rows, `(n, d_model)` in the dtype of `states`."""
         if self.reference is not None:
             return states - self.reference
         # A cyclic permutation in random order: fixed, and no row replaces itself.
