@@ -58,6 +58,7 @@ class SpanSearch:
 
     NUMBERS: ClassVar[tuple[str, ...]] = (
         "max_evaluations",
+        "tolerance",
         "value",
         "evaluations",
         "ended",
@@ -75,13 +76,15 @@ class SpanSearch:
     def step(self, evaluate: Evaluate) -> None:
         """One evaluation: of the start, or of a trial along the current direction."""
         if not self.evaluations:
+            self.basis = np.ascontiguousarray(self.basis)
             self.value, gradient = evaluate(self.basis)
             self.gradient, self.evaluations = self._horizontal(self.basis, gradient), 1
             self._begin_line_search()
             return
         trial = np.linalg.qr(self.basis + self.length * self.direction)
         # QR with a positive diagonal: continuous in the step.
-        basis = trial.Q * np.where(np.diag(trial.R) < 0, -1.0, 1.0)
+        signs = np.where(np.diag(trial.R) < 0, -1.0, 1.0)
+        basis = np.ascontiguousarray(trial.Q * signs)
         value, gradient = evaluate(basis)
         self.evaluations += 1
         promised = float((self.gradient * self.direction).sum())
@@ -157,8 +160,11 @@ class SpanSearch:
 
     @staticmethod
     def _horizontal(basis: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-        """`vectors` `(r, k)` less their part in the span of `basis`."""
-        return vectors - basis @ (basis.T @ vectors)
+        """`vectors` `(r, k)` less their part in the span of `basis`; in C order.
+
+        The last bits of sums depend on the order in memory, and a checkpoint keeps only one.
+        """
+        return np.ascontiguousarray(vectors - basis @ (basis.T @ vectors))
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """A JSON object and arrays, for a checkpoint."""

@@ -218,7 +218,7 @@ def test_a_head_program_gives_what_its_formula_gives(tmp_path: Path, softcap: An
     results = []
     for head, name in ((formula, "formula"), (program_of(formula), "program")):
         spec, moments = spec_of(tmp_path / name, head, dtype=torch.float32)
-        coordinates = AblationCoordinates.of(moments, "covariance")
+        coordinates = AblationCoordinates.of(moments, "euclidean")
         with AblationObjective(spec) as objective:
             finder = BasisFinder(objective, coordinates, 2)
             loss, gradient = finder._evaluate(orthonormal(WIDTH, 2))
