@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...cache.cluster import threads_of
+from ...cache.errors import UsageError
 from ...cache.head.head import Head
 from ..lens.natural_gradient import sampled_slopes
 from ..ridge.solver import AffineMap
@@ -348,6 +349,8 @@ class AblationObjective:
         for matrix, seconds in self._map(name, range(len(self.groups))):
             total = total + matrix
             self.seconds += seconds
+        if not np.isfinite(total).all():
+            raise undefined_kl_error(self.spec.rows.layer)
         return total / self.n
 
     def _map(self, method: str, numbers: Sequence[int], *args: Any) -> Iterator[Any]:
@@ -376,6 +379,15 @@ class AblationObjective:
         finally:
             for future in futures:
                 future.cancel()
+
+
+def undefined_kl_error(layer: int) -> UsageError:
+    """The error for a KL that is NaN or infinite."""
+    return UsageError(
+        f"the KL of ablating directions of layer {layer} is not finite: the lens or the rows hold "
+        "values without a distribution; fit the lens again, or extract the cache with "
+        "dtype='float32'"
+    )
 
 
 _evaluators: dict[str, GroupEvaluator] = {}

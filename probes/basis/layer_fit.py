@@ -19,7 +19,7 @@ from ..base.resampling import ResamplingUnits
 from ..moments.moments import Moments
 from ..ridge.solver import AffineMap
 from ..training.checkpoint import Checkpoint
-from .ablation_objective import AblationObjective, ObjectiveSpec
+from .ablation_objective import AblationObjective, ObjectiveSpec, undefined_kl_error
 from .basis_methods import BasisFinder, BasisProgress
 from .basis_rows import BasisRows, draw_positions
 from .coordinates import AblationCoordinates
@@ -70,10 +70,10 @@ def fit_layer(
     `report` is called with (evaluations so far, evaluations expected).
     """
     cache, settings = task.cache, task.settings
+    drawn = draw_positions(cache, "train", settings.positions, settings.seed, settings.drop_first)
     coordinates = AblationCoordinates.of(moments, settings.metric)
     coordinates.check_k(settings.k, task.layer)
     reference = _reference_row(settings, moments)
-    drawn = draw_positions(cache, "train", settings.positions, settings.seed, settings.drop_first)
     rows = BasisRows(cache, task.layer, drawn.positions, reference, settings.seed)
     spec = ObjectiveSpec(rows, task.map, task.memory, task.scratch)
 
@@ -98,11 +98,7 @@ def fit_layer(
         energies = objective.sum_losses(alone, one_unit, 1)[:, 0] / rows.n
     progress = finder.progress
     if not np.isfinite(energies).all():
-        raise UsageError(
-            f"the KL of ablating directions of layer {task.layer} is not finite: the lens or the "
-            "rows hold values that no distribution follows from; fit the lens again, or extract "
-            "the cache with dtype='float32'"
-        )
+        raise undefined_kl_error(task.layer)
 
     row = {
         "layer": task.layer,
@@ -181,11 +177,11 @@ class _Reporter:
         self._saved = time.monotonic()
 
     def __call__(self) -> None:
+        seconds = time.monotonic() - self._saved
+        if self._checkpoint is not None and seconds >= CHECKPOINT_SECONDS:
+            save_progress(self._checkpoint, self._progress)
+            self._saved = time.monotonic()
         self._report(self._progress.evaluations, self._expected)
-        if self._checkpoint is None or time.monotonic() - self._saved < CHECKPOINT_SECONDS:
-            return
-        save_progress(self._checkpoint, self._progress)
-        self._saved = time.monotonic()
 
 
 def save_progress(checkpoint: Checkpoint, progress: BasisProgress) -> None:

@@ -131,7 +131,7 @@ def test_a_later_direction_with_more_energy_takes_the_earlier_slot() -> None:
     finder._place(axes[2], 2.0)
     # Both earlier directions go; the search for the first slot begins at the better one.
     assert not finder.progress.directions
-    assert np.array_equal(finder.progress.start, axes[2])
+    assert finder.progress.start is axes[2]
     # After many repeats the directions are put in order instead.
     finder.progress = BasisProgress(directions=[axes[0], axes[1]], energies=[1.0, 0.5], repeats=12)
     finder._place(axes[2], 0.7)
