@@ -125,7 +125,7 @@ def test_a_later_direction_with_more_energy_takes_the_earlier_slot() -> None:
             self.k, self.progress = 3, BasisProgress()
 
     finder = Placing()
-    axes = np.eye(3)
+    axes = list(np.eye(3))
     finder._place(axes[0], 1.0)
     finder._place(axes[1], 0.5)
     finder._place(axes[2], 2.0)

@@ -161,7 +161,8 @@ def test_rows_may_be_numpy_dask_or_torch(source: ActivationCache, fitted: Causal
     rows = source.residual_array(1)[:60]
     expected = fitted.ablate(rows, 2, layer=1)
     assert expected.dtype == np.float32
-    lazy = fitted.ablate(da.from_array(rows, chunks=(17, WIDTH))  # pyright: ignore[reportArgumentType], 2, layer=1)
+    chunked = da.from_array(rows).rechunk((17, WIDTH))
+    lazy = fitted.ablate(chunked, 2, layer=1)
     assert isinstance(lazy, da.Array)
     np.testing.assert_allclose(lazy.compute(), expected, atol=1e-5)
     tensor = fitted.ablate(torch.from_numpy(rows).bfloat16(), 2, layer=1)
