@@ -47,39 +47,49 @@ def check_resume(
     Raises `ModelError` with the figures if a resumed run differs from a full one by more than
     rounding, `MismatchError` if the rows of the cache do not give the logits of this model.
     """
-    dtype = lowest_dtype(run.blocks.model)
-    in_text = torch.ones_like(run.ids, dtype=torch.bool) if run.mask is None else run.mask.bool()
     reports = {}
     for layer, cached in rows.items():
-        resume_error = _resume_error(run, layer, cached, in_text, dtype, seed)
-        _check_resume_error(run, layer, resume_error, dtype)
-        logits = run.resume(layer, cached)
-        stored = (stored_dtypes or {}).get(layer, str(dtype).removeprefix("torch."))
-        cache_dtype = max(dtype, getattr(torch, stored), key=lambda kind: torch.finfo(kind).eps)
-        cache_error = row_change(run.logits[in_text], logits[in_text], cache_dtype)
-        limit = LIMIT.get(str(cache_dtype).removeprefix("torch."), 1e-3)
-        if not cache_error <= limit:
-            raise MismatchError(
-                f"layer {layer} of the cache does not give the logits of this "
-                f"{type(run.blocks.model).__name__}: they differ by {cache_error:.1e}, allowed "
-                f"{limit:.0e}; give the model that the cache was extracted from"
-            )
+        resume_error = _resume_error(run, layer, cached, seed)
+        _check_resume_error(run, layer, resume_error)
+        stored = None if stored_dtypes is None else stored_dtypes[layer]
+        cache_error = check_cached_logits(run, layer, run.resume(layer, cached), stored)
         reports[layer] = ResumeReport(resume_error, cache_error)
     return reports
 
 
-def _resume_error(
-    run: ResumableRun,
-    layer: int,
-    cached: torch.Tensor,
-    in_text: torch.Tensor,
-    dtype: torch.dtype,
-    seed: int,
+def check_cached_logits(
+    run: ResumableRun, layer: int, logits: torch.Tensor, stored_dtype: str | None = None
 ) -> float:
+    """Relative change from the model's logits to `logits`, of the unchanged rows of `layer`.
+
+    `stored_dtype` as in `check_resume`. Raises `MismatchError` if it is more than rounding.
+    """
+    dtype = lowest_dtype(run.blocks.model)
+    if stored_dtype is not None:
+        dtype = max(dtype, getattr(torch, stored_dtype), key=lambda kind: torch.finfo(kind).eps)
+    in_text = _positions_of_text(run)
+    error = row_change(run.logits[in_text], logits[in_text], dtype)
+    limit = LIMIT.get(str(dtype).removeprefix("torch."), 1e-3)
+    if not error <= limit:
+        raise MismatchError(
+            f"layer {layer} of the cache does not give the logits of this "
+            f"{type(run.blocks.model).__name__}: they differ by {error:.1e}, allowed {limit:.0e}; "
+            "give the model that the cache was extracted from"
+        )
+    return error
+
+
+def _positions_of_text(run: ResumableRun) -> torch.Tensor:
+    """Positions that are no padding, `(batch, length)` bool."""
+    return torch.ones_like(run.ids, dtype=torch.bool) if run.mask is None else run.mask.bool()
+
+
+def _resume_error(run: ResumableRun, layer: int, cached: torch.Tensor, seed: int) -> float:
     """Relative change of the logits between a resumed and a full run, for a changed stream."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(cached.shape, generator=generator).to(cached.device)
     changed = cached.float() * SCALE + NOISE * cached.float().std(-1, keepdim=True) * noise
+    in_text = _positions_of_text(run)
 
     def first_line(error: Exception) -> str:
         return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -95,13 +105,13 @@ def _resume_error(
                 f"blocks above it need what the blocks below compute ({first_line(error)})"
             ) from error
 
+    dtype = lowest_dtype(run.blocks.model)
     return row_change(logits_by(run.overwrite), logits_by(run.resume), dtype)
 
 
-def _check_resume_error(
-    run: ResumableRun, layer: int, resume_error: float, dtype: torch.dtype
-) -> None:
-    limit = REPEAT_TOLERANCE.get(dtype, 1e-5)
+def _check_resume_error(run: ResumableRun, layer: int, resume_error: float) -> None:
+    """Raise `ModelError` if resumed logits differ from those of a full run beyond rounding."""
+    limit = REPEAT_TOLERANCE.get(lowest_dtype(run.blocks.model), 1e-5)
     if not resume_error <= limit:
         raise ModelError(
             f"{type(run.blocks.model).__name__} cannot be resumed from layer {layer}: with a "
