@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-TILE_BYTES = 8 << 20
-"""Bytes of the float64 logits compared at once: intermediate results stay small."""
+TILE_BYTES = {"cpu": 1 << 20, "gpu": 64 << 20}
+"""Bytes of float64 logits compared at once: on a CPU, intermediate results stay in its cache."""
 
 
 def kl_divergence(logits: torch.Tensor, changed_logits: torch.Tensor) -> torch.Tensor:
@@ -18,7 +18,7 @@ def kl_divergence(logits: torch.Tensor, changed_logits: torch.Tensor) -> torch.T
     Tokens to which `logits` give no mass do not count. NaN where logits are no distribution.
     """
     parts = []
-    for tile in _tiles(*logits.shape):
+    for tile in _tiles(logits):
         log_p = _double(logits[tile]).log_softmax(-1)
         log_q = _double(changed_logits[tile]).log_softmax(-1)
         p = log_p.exp()
@@ -37,7 +37,7 @@ def aitchison_cosine(
     section 4.3; Aitchison, 1986). NaN where either distribution does not change.
     """
     parts = []
-    for tile in _tiles(*response[0].shape):
+    for tile in _tiles(response[0]):
         lens, model = (
             [_double(logits[tile]).log_softmax(-1) for logits in pair]
             for pair in (stimulus, response)
@@ -55,9 +55,11 @@ def _centred_change(pair: list[torch.Tensor], weights: torch.Tensor) -> torch.Te
     return change - (weights * change).sum(-1, keepdim=True)
 
 
-def _tiles(n: int, vocab: int) -> Iterator[slice]:
+def _tiles(logits: torch.Tensor) -> Iterator[slice]:
     """Yield slices of rows, `TILE_BYTES` of float64 each; one empty slice for no row."""
-    rows = max(1, TILE_BYTES // (8 * vocab))
+    n, vocab = logits.shape
+    kind = "cpu" if logits.device.type == "cpu" else "gpu"
+    rows = max(1, TILE_BYTES[kind] // (8 * vocab))
     for start in range(0, max(n, 1), rows):
         yield slice(start, start + rows)
 

@@ -49,7 +49,7 @@ class LayerPass:
         """The counted rows, `(n, d_model)` float32."""
         return self.hidden[self.counted]
 
-    def logits_of(self, rows: torch.Tensor) -> torch.Tensor:
+    def changed_logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits `(n, vocab)` of the model at the counted positions when `rows` are the layer's."""
         changed = self.hidden.clone()
         changed[self.counted] = rows

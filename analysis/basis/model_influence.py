@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ...cache.model.blocks import DecoderBlocks
     from ...cache.model.resume import ResumableRun
     from ...cache.store.activation_cache import ActivationCache
-    from .layer_pass import LayerPass, LensOnDevice, Readout
+    from .layer_pass import LayerPass, Readout
     from .stimulus_response import AlignmentTally
 
 SpanInfluences = dict[int, dict[str, float | None]]
@@ -107,6 +107,7 @@ def measure_model_influence(
     """
     import torch
 
+    from ...cache.model.memory import memory_errors
     from ...cache.model.resume import ResumableRun
     from .layer_pass import LayerPass, LensOnDevice, cached_stream
     from .stimulus_response import AlignmentTally, StimulusPoints
@@ -126,7 +127,6 @@ def measure_model_influence(
         layer: LayerTally(
             basis=bases[layer],
             controls={name: other[layer] for name, other in controls.items() if layer in other},
-            lens=LensOnDevice(head, maps[layer], device),
             alignment=AlignmentTally(points, layer, bases[layer], n_units),
             units=n_units,
         )
@@ -136,7 +136,11 @@ def measure_model_influence(
     # Batch by batch: one full pass, then each layer with all its ablations.
     done, total = 0, sample.n * len(layers)
     is_resumable: dict[int, bool] = {}
-    with torch.inference_mode():
+    too_large = (
+        f"batches of {type(blocks.model).__name__} do not fit into memory beside the model; give a "
+        "smaller batch_tokens, or another device"
+    )
+    with torch.inference_mode(), memory_errors(too_large):
         for batch in sample.batches(batch_tokens):
             ids, mask, counted = batch.model_inputs(device)
             run = ResumableRun(blocks, ids, mask)
@@ -151,7 +155,7 @@ def measure_model_influence(
                         batch=batch,
                         hidden=hidden,
                         counted=counted,
-                        lens_logits=tally.lens,
+                        lens_logits=LensOnDevice(head, maps[layer], device),
                         model_logits=_model_readout(run, layer, is_resumable[layer]),
                     )
                 )
@@ -242,13 +246,11 @@ class LayerTally:
         self,
         basis: LayerBasis,
         controls: dict[str, LayerBasis],
-        lens: "LensOnDevice",
         alignment: "AlignmentTally",
         units: int,
     ) -> None:
         self.basis = basis
         self.controls = controls
-        self.lens = lens
         self.alignment = alignment
         self._units = units
         self._sums: dict[tuple[str, str, int], np.ndarray] = {}
@@ -258,17 +260,17 @@ class LayerTally:
         """Measure all ablations of a batch, and the alignment of its points."""
         rows = layer_pass.rows
         clean_lens = layer_pass.lens_logits(rows)
-        clean_model = layer_pass.logits_of(rows)
+        clean_model = layer_pass.changed_logits(rows)
         for kind, number, ablated in _ablations(self.basis, rows):
             changes = {
                 "lens": (clean_lens, layer_pass.lens_logits(ablated)),
-                "model": (clean_model, layer_pass.logits_of(ablated)),
+                "model": (clean_model, layer_pass.changed_logits(ablated)),
             }
             for readout, (clean, changed) in changes.items():
                 self._add_kl((readout, kind, number), clean, changed, layer_pass.batch)
         for name, control in self.controls.items():
             for size in span_sizes(control.k):
-                changed = layer_pass.logits_of(control.ablate(rows, size))
+                changed = layer_pass.changed_logits(control.ablate(rows, size))
                 self._add_kl(
                     (f"control {name}", "span", size), clean_model, changed, layer_pass.batch
                 )
