@@ -16,7 +16,7 @@ import numpy as np
 
 from ...cache.errors import MismatchError, ModelError, UsageError
 from ...cache.files.json_files import plain_value
-from ...cache.number_ranges import format_ranges
+from ...cache.number_ranges import as_whole_number, format_ranges
 from ...cache.progress import Progress
 from ...probes.base.resampling import bootstrap_interval, resampling_counts
 from ...probes.basis.layer_basis import LayerBasis
@@ -116,8 +116,10 @@ def measure_model_influence(
     controls = controls or {}
     layers = _check_bases(cache, bases, maps, controls)
     _check_geometry(cache, blocks)
-    if alignment_positions < 0:
-        raise UsageError(f"alignment_positions must be 0 or more, not {alignment_positions}")
+    positions = _check_count("positions", positions, 1)
+    alignment_positions = _check_count("alignment_positions", alignment_positions, 0)
+    batch_tokens = None if batch_tokens is None else _check_count("batch_tokens", batch_tokens, 1)
+    seed = _check_count("seed", seed, 0)
     sample = InfluenceSample.draw(cache, positions, drop_first, seed)
     points = StimulusPoints.draw(sample, alignment_positions, seed)
     device = next(blocks.model.parameters()).device
@@ -170,6 +172,14 @@ def measure_model_influence(
         layer: tally.result(layer, sizes, weights, is_resumable[layer], sample.units.count)
         for layer, tally in tallies.items()
     }
+
+
+def _check_count(name: str, value: Any, smallest: int) -> int:
+    """`value` as an int; raises `UsageError` unless it is a whole number from `smallest` on."""
+    number = as_whole_number(value, name)
+    if number < smallest:
+        raise UsageError(f"{name} must be {smallest} or more, not {value}")
+    return number
 
 
 def _check_bases(

@@ -418,10 +418,16 @@ def test_bases_and_maps_that_do_not_fit_are_refused(
         measure_model_influence(cache, bases, maps, blocks, drop_first=-1)
     with pytest.raises(UsageError, match="no test sequence is longer than drop_first=1000"):
         measure_model_influence(cache, bases, maps, blocks, drop_first=1000)
-    with pytest.raises(UsageError, match="positions"):
-        measure_model_influence(cache, bases, maps, blocks, positions=0)
-    with pytest.raises(UsageError, match="alignment_positions must be 0 or more"):
-        measure_model_influence(cache, bases, maps, blocks, alignment_positions=-1)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"positions": 0}, "positions must be 1 or more, not 0"),
+        ({"positions": 2.5}, "positions"),
+        ({"alignment_positions": -1}, "alignment_positions must be 0 or more"),
+        ({"batch_tokens": 0}, "batch_tokens must be 1 or more"),
+        ({"seed": -1}, "seed must be 0 or more"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(UsageError, match=message):
+            measure_model_influence(cache, bases, maps, blocks, **options)
 
 
 def test_a_cache_of_some_positions_is_refused(
