@@ -21,11 +21,17 @@ from residua.analysis.console.options import (
     JsonErrorGroup,
     across_documents_option,
     drop_first_option,
+    layers_option,
+    memory_option,
+    out_option,
     probe_options,
     residua_command,
     scheduler_option,
 )
 
+BASIS_METHODS = ("joint", "greedy", "one-shot", "fisher")
+BASIS_METRICS = ("covariance", "euclidean")
+BASIS_REFERENCES = ("mean", "zero", "resample")
 BASELINES = ("unigram", "bigram", "trigram", "lagged", "chain", "marginal")
 
 
@@ -410,6 +416,7 @@ def fit() -> None:
     residua fit ridge 3f2a --offsets 0-3   ridge regression to the last layer
     residua fit lens 3f2a                  tuned lens; with --offsets 0-8 a future lens
     residua fit vocab 3f2a --offsets 0-3   softmax regression to the token
+    residua fit basis 3f2a --lens NAME     causal bases: directions that matter to a lens
     residua fit baseline 3f2a              baselines that count tokens
     """
 
@@ -684,6 +691,116 @@ def vocab(
     metrics, sweep = probe.metrics(), getattr(probe, "probe_", probe).sweep_
     value = {"probe": str(path), "cache": source.id, "metrics": metrics, "sweep": sweep}
     return value, lambda: print_fit(probe.kind, source.id, path, metrics)
+
+
+@fit.command()
+@click.argument("cache")
+@click.option(
+    "--lens",
+    required=True,
+    help="Saved tuned lens or ridge probe: its path, or the beginning of its name; or logit.",
+)
+@layers_option
+@click.option("-k", default=8, show_default=True, help="Number of directions.")
+@click.option(
+    "--method",
+    type=click.Choice(BASIS_METHODS),
+    default="joint",
+    show_default=True,
+    help="The span with the largest KL (joint), the paper's sequence (greedy), or closed forms.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(BASIS_METRICS),
+    default="covariance",
+    show_default=True,
+    help="Remove a direction with all that predicts it (covariance), or orthogonally, as the "
+    "paper (euclidean): that leaves the data, and finds directions of the lens alone.",
+)
+@click.option(
+    "--reference",
+    type=click.Choice(BASIS_REFERENCES),
+    default="mean",
+    show_default=True,
+    help="What ablated coordinates become: the mean's, zero, or those of another position.",
+)
+@click.option("--offset", default=0, show_default=True, help="Offset N of the lens.")
+@click.option("--positions", default=16384, show_default=True, help="Train positions to fit on.")
+@click.option(
+    "--test-positions", default=8192, show_default=True, help="Test positions to measure on."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the draw of positions.")
+@drop_first_option
+@memory_option
+@click.option(
+    "--scratch",
+    type=click.Path(path_type=Path),
+    help="Folder for a file of the products that do not fit the memory.  [default: compute them "
+    "again]",
+)
+@scheduler_option
+@click.option("--model", help="Folder or hub id of the model: ablate the directions there, too.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, auto.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--html", type=click.Path(path_type=Path), help="Page on the directions to write.")
+@click.option("--png", type=click.Path(path_type=Path), help="Folder of pictures to write.")
+@out_option
+@residua_command
+def basis(
+    root: Path,
+    quiet: bool,
+    cache: str,
+    lens: str,
+    model: str | None,
+    device: str,
+    trust_remote_code: bool,
+    html: Path | None,
+    png: Path | None,
+    out: Path | None,
+    scheduler: str | None,
+    scratch: Path | None,
+    memory: int | None,
+    **parameters: Any,
+) -> Any:
+    """Extract causal bases: directions whose ablation changes a lens most.
+
+    For every layer, k directions of the residual stream; the KL of ablating their span is measured
+    on held-out text, beside PCA and random directions. With --model the same ablations run in the
+    model. After an interruption, the same command goes on where the fit stopped.
+
+    \b
+    residua fit basis 3f2a --lens lens-3f2a
+    residua fit basis 3f2a --lens lens-3f2a --layers 1,3-5 -k 16 --html basis.html
+    residua fit basis 3f2a --lens logit --method greedy --metric euclidean
+    residua fit basis 3f2a --lens lens-3f2a --model MODEL --json
+    """
+    from residua.analysis.console.basis_actions import (
+        BasisOutputs,
+        ModelChoice,
+        fit_and_save_basis,
+    )
+    from residua.analysis.console.messages import print_basis
+    from residua.probes.basis.causal_basis import CausalBasis
+
+    result = fit_and_save_basis(
+        CausalBasis(**parameters),
+        cache,
+        lens,
+        root,
+        quiet,
+        outputs=BasisOutputs(out, html, png, " ".join(["residua", *sys.argv[1:]])),
+        model=None if model is None else ModelChoice(model, device, trust_remote_code),
+        scheduler=scheduler,
+        scratch=scratch,
+        memory=memory,
+    )
+    value = {
+        "probe": str(result.path),
+        "cache": result.cache.id,
+        "metrics": result.basis.metrics(),
+        "written": result.written,
+    }
+    return value, lambda: print_basis(result)
 
 
 @main.command()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ...cache.sharing.hub import PushedCache
     from ...cache.store.verification import Verification
     from ..evaluation.result import Evaluation
+    from .basis_actions import BasisResult
 
 
 def print_extraction(value: dict[str, Any]) -> None:
@@ -273,6 +274,43 @@ def print_fit(
     print(f"probe: {path}")
     if can_be_evaluated:
         print(f"next: residua evaluate {cache_id[:12]} {path.name} --html report.html")
+
+
+def print_basis(result: "BasisResult") -> None:
+    """Print the bases of `residua fit basis` as a table by layer, and the files written."""
+    columns = ["layer", "k", "span KL", "95 % interval", "PCA", "random"]
+    columns += ["evaluations", "CPU s"]
+    metrics = result.basis.metrics()
+    has_model = any("model_span" in row for row in metrics)
+    columns += ["in the model", "Spearman"] if has_model else []
+    rows = []
+    for row in metrics:
+        k = row["k"]
+        measures = [(row[name] or {}).get(k, {}) for name in ("span", "pca", "random")]
+        low, high = measures[0].get("low"), measures[0].get("high")
+        interval = None if low is None or high is None else f"{low:.3f}-{high:.3f}"
+        span, pca, random = (measure.get("kl") for measure in measures)
+        cells = [row["layer"], k, span, interval, pca, random]
+        cells += [float(row["evaluations"]), float(row["cpu_seconds"])]
+        if has_model:
+            model_span = {int(size): kl for size, kl in row.get("model_span", {}).items()}
+            cells += [model_span.get(k, {}).get("kl"), row.get("spearman", {}).get("value")]
+        rows.append(cells)
+    print_table(
+        f"causal bases ({result.basis.method}, {result.basis.metric}), "
+        f"cache {result.cache.id[:12]}",
+        columns,
+        rows,
+    )
+    print(
+        "span KL: nats that the lens changes by when the k directions are ablated together, on "
+        f"{metrics[0]['n_test']:,} positions of the test split; PCA, random: k other directions"
+    )
+    print(f"basis: {result.path}")
+    for path in result.written:
+        print(f"wrote {path}")
+    if not result.written:
+        print("next: the same command with --html basis.html, to read the directions")
 
 
 def print_evaluation(evaluation: "Evaluation", written: Sequence[str] = ()) -> None:

@@ -127,6 +127,23 @@ drop_first_option = click.option(
 """Adds --drop-first: see `PairScope`."""
 
 
+layers_option = click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]")
+"""Adds --layers to a fit."""
+
+memory_option = click.option(
+    "--memory",
+    type=Gibibytes(),
+    help="Memory of the fit in GiB, beside that of Python and its libraries.  [default: "
+    "2, at most a quarter of the machine's]",
+)
+"""Adds --memory to a fit."""
+
+out_option = click.option(
+    "--out", type=OUTPUT_PATH, help="Folder of the probe.  [default: under the root]"
+)
+"""Adds --out to a fit."""
+
+
 def probe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the argument CACHE and the options that all fits of probes share."""
     parameters = (
@@ -139,15 +156,10 @@ def probe_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Offsets N: from the state at token t, predict the model at t+N; 0 is the next "
             "token.",
         ),
-        click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]"),
+        layers_option,
         across_documents_option,
         drop_first_option,
-        click.option(
-            "--memory",
-            type=Gibibytes(),
-            help="Memory of the fit in GiB, beside that of Python and its libraries.  [default: "
-            "2, at most a quarter of the machine's]",
-        ),
+        memory_option,
         click.option(
             "--control",
             type=click.Choice(CONTROLS),
@@ -155,9 +167,7 @@ def probe_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "other positions, or the next token's embedding beside the state.",
         ),
         scheduler_option,
-        click.option(
-            "--out", type=OUTPUT_PATH, help="Folder of the probe.  [default: under the root]"
-        ),
+        out_option,
     )
     for add_parameter in reversed(parameters):
         function = add_parameter(function)

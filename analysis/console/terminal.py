@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 160
 """Width of tables in a pipe or file, in letters."""
-UNITS = {"lens": "steps", "tokenize": "documents", "verify": "shards"}
+UNITS = {
+    "basis": "evaluations",
+    "lens": "steps",
+    "readings": "layers",
+    "tokenize": "documents",
+    "verify": "shards",
+}
 """Unit of a stage's progress; positions for other stages."""
 
 

@@ -15,5 +15,8 @@ if TYPE_CHECKING:
     from .model_checks import recheck_model as recheck_model
     from .reference_rows import check_reference_rows as check_reference_rows
     from .reference_rows import save_reference_rows as save_reference_rows
+    from .resume_check import ResumeReport as ResumeReport
+    from .resume_check import check_cached_logits as check_cached_logits
+    from .resume_check import check_resume as check_resume
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .damage_repair import Repair as Repair
     from .damage_repair import repair as repair
     from .distributed import answer_at_address as answer_at_address
+    from .model_reload import load_model_of as load_model_of
     from .request import ExtractionRequest as ExtractionRequest
     from .resolve import named_differences as named_differences
 

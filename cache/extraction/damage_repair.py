@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..checks.reference_rows import check_reference_rows
-from ..errors import CorruptError, MismatchError, ModelError
+from ..errors import CorruptError
 from ..files.json_files import file_digest, write_atomically
 from ..files.leases import lease_part
 from ..format.array_writer import create_part_array
@@ -27,9 +27,8 @@ from ..model.source import ModelSource
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.lineage import open_ancestor
-from ..store.local_origin import read_origin
 from ..store.verification import Damage, verify
-from .resolve import describe, differing_fields
+from .model_reload import load_cache_model
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +82,8 @@ def repair(
     # Head and shards, with the model.
     changed: list[str] = []
     if any(_is_of_part(damage) or damage.file.startswith("head/") for damage in damages):
-        source, loaded_model = _load_model(path, manifest, model, device, trust_remote_code)
+        cache = ActivationCache(path)
+        source, loaded_model = load_cache_model(cache, model, device, trust_remote_code)
         mended += _mend_head(path, source, loaded_model, manifest, damages)
         mended_shards, changed = _rewrite_shards(path, loaded_model, damages, progress)
         mended += mended_shards
@@ -143,37 +143,6 @@ def _make_array_metadata(
 
 def _copy_file(source: Path, target: Path) -> None:
     write_atomically(target, source.read_bytes())
-
-
-def _load_model(
-    path: Path, manifest: Manifest, model: str | None, device: str, trust_remote_code: bool
-) -> tuple[ModelSource, "torch.nn.Module"]:
-    """Find and load the model of the cache.
-
-    `model` overrides the folder or hub id that the cache remembers. Raises `MismatchError` for
-    another model, `ModelError` if no model is found or its code needs `trust_remote_code`.
-    """
-    from ..model.model_loading import choose_device, load_model
-
-    name = model or read_origin(path).get("model", manifest.model_name)
-    try:
-        source = ModelSource.locate(name, trust_remote_code=trust_remote_code)
-    except ModelError as error:
-        raise ModelError(f"{error}; say where the model is with --model") from None
-    if manifest.model.code is not None and not trust_remote_code:
-        raise ModelError(
-            f"the model of this cache ran code of its own; repair with --trust-remote-code to run "
-            f"that of {source.name} again"
-        )
-    identity = source.identity_for_format(manifest.format)
-    if identity != manifest.model:
-        differences = differing_fields(asdict(identity), asdict(manifest.model))
-        raise MismatchError(
-            f"{source.name} is not the model of this cache ({describe(differences)}); say where "
-            "the model is with --model"
-        )
-    attention = manifest.capture.attention
-    return source, load_model(source, choose_device(device), attention, trust_remote_code)
 
 
 def _mend_head(

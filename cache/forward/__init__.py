@@ -7,6 +7,7 @@ from ..lazy_exports import lazy_exports
 if TYPE_CHECKING:
     from .batches import BATCH_TOKENS as BATCH_TOKENS
     from .batches import choose_batch_tokens as choose_batch_tokens
+    from .batches import group_sequences as group_sequences
     from .device_copies import copy_to_host as copy_to_host
     from .kept_logits import KeptLogits as KeptLogits
     from .kept_logits import StoredRows as StoredRows

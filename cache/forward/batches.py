@@ -80,7 +80,7 @@ def plan_batches(
     window = (starts[inside] - begin) // (window_rows or WINDOW_CHUNKS * layout.chunk_rows)
     order = inside[np.lexsort((inside, -sizes[inside], window))]
     if len(order):
-        batches += _group(order, sizes, window[order - first], batch_tokens, pad)
+        batches += group_sequences(order, sizes, window[order - first], batch_tokens, pad)
 
     # So is a sequence that runs on into the next part.
     if crosses_end:
@@ -88,12 +88,14 @@ def plan_batches(
     return batches
 
 
-def _group(
+def group_sequences(
     order: np.ndarray, sizes: np.ndarray, window: np.ndarray, batch_tokens: int, pad: bool
 ) -> list[SequenceBatch]:
-    """Cut `order`, longest first within a window, into batches.
+    """Cut the sequence numbers `order`, longest first within a window, into batches.
 
-    `window[i]` is the window of `order[i]`; a batch does not cross windows.
+    `sizes[sequence]` are the tokens of a sequence, `window[i]` is the window of `order[i]`; a batch
+    does not cross windows. It has at most `batch_tokens` tokens, padding included, or a single
+    sequence; without `pad`, its sequences are of equal size.
     """
     groups: list[list[int]] = []
     for index, sequence in enumerate(order):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .memory import memory_errors as memory_errors
     from .model_loading import choose_device as choose_device
     from .model_loading import load_model as load_model
+    from .resume import ResumableRun as ResumableRun
     from .source import ModelSource as ModelSource
     from .tokenizer import tokenizer_digest as tokenizer_digest
 

@@ -4,7 +4,8 @@
 the `ModuleList` whose children map the residual stream to the same shape, and they are accepted
 only if the final norm and unembedding (the *tail*), given layer L, reproduce the model's logits.
 The forward passes (`forward/part_runner.py`) call `residuals`; the identification of the head
-(`head/identify_head.py`) calls `run_tail`.
+(`head/identify_head.py`) calls `run_tail`; `ResumableRun` (`resume.py`) runs the blocks above a
+layer.
 
 Layer 0 is the input of the first block, layer l the output of the l-th call of a block; a model
 that loops over its blocks has a layer per call. `ResidualAxes` says how a block's output is laid
@@ -71,15 +72,15 @@ class DecoderBlocks:
 
         def record_input(_: nn.Module, args: tuple, kwargs: dict) -> None:
             if not layers:
-                layers.append(self._extract_stream((*args, *kwargs.values()), ids))
+                layers.append(self.extract_stream((*args, *kwargs.values()), ids))
 
         def record_output(_: nn.Module, __: Any, output: Any) -> None:
-            layers.append(self._extract_stream(output, ids))
+            layers.append(self.extract_stream(output, ids))
             if len(layers) > self.depth:
                 raise _StopForward
 
         handles = [self.blocks[0].register_forward_pre_hook(record_input, with_kwargs=True)]
-        handles += [block.register_forward_hook(record_output) for block in self._distinct_blocks()]
+        handles += [block.register_forward_hook(record_output) for block in self.distinct_blocks()]
         try:
             run_model(self.model, ids, mask)
         except _StopForward:
@@ -107,21 +108,24 @@ class DecoderBlocks:
         def replace_output(_: nn.Module, __: Any, output: Any) -> Any:
             nonlocal calls
             calls += 1
-            return self._replace_stream(output, hidden) if calls == layer else None
+            return self.replace_stream(output, hidden) if calls == layer else None
 
-        handles = [block.register_forward_hook(replace_output) for block in self._distinct_blocks()]
+        handles = [block.register_forward_hook(replace_output) for block in self.distinct_blocks()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _distinct_blocks(self) -> list[nn.Module]:
-        """Each block once, however often it is called."""
+    def distinct_blocks(self) -> list[nn.Module]:
+        """List each block once, however often it is called."""
         return list(dict.fromkeys(self.blocks))
 
-    def _extract_stream(self, output: Any, ids: torch.Tensor) -> torch.Tensor:
-        """The residual stream in the output (or input) of a block, `(batch, length, d_model)`."""
+    def extract_stream(self, output: Any, ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream in the output (or input) of a block, `(batch, length, d_model)`.
+
+        `ids` are the token ids, `(batch, length)`. Raises `ModelError` if no tensor has the shape.
+        """
         shape = self.axes.shape(*ids.shape)
         tensors = [tensor for tensor in tensors_of(output) if tuple(tensor.shape) == shape]
         if len(tensors) <= max(self.stream_indices):
@@ -132,23 +136,24 @@ class DecoderBlocks:
         streams = [self.axes.unpack(tensors[index]) for index in self.stream_indices]
         return streams[0] if len(streams) == 1 else torch.cat(streams, -1)
 
-    def _replace_stream(self, output: Any, hidden: torch.Tensor) -> Any:
-        """`output` of a block with its residual stream replaced by `hidden`."""
+    def replace_stream(self, output: Any, hidden: torch.Tensor) -> Any:
+        """`output` (or input) of a block with `hidden` as its residual stream.
+
+        `hidden` is `(batch, length, d_model)`; a prompt that the model puts before the first token
+        stays.
+        """
         shape = self.axes.shape(*hidden.shape[:2])
         is_split = len(self.stream_indices) > 1
         parts = hidden.split(self.axes.width, -1) if is_split else (hidden,)
-        streams = {
-            index: self.axes.pack(part)
-            for index, part in zip(self.stream_indices, parts, strict=True)
-        }
+        streams = dict(zip(self.stream_indices, parts, strict=True))
         # Tensors of the stream's shape are counted in the order of `tensors_of`.
         indices = itertools.count()
-        return replace_tensors(
-            output,
-            lambda tensor: (
-                streams.get(next(indices), tensor) if tuple(tensor.shape) == shape else tensor
-            ),
-        )
+
+        def replace_tensor(tensor: torch.Tensor) -> torch.Tensor:
+            part = streams.get(next(indices)) if tuple(tensor.shape) == shape else None
+            return tensor if part is None else self.axes.pack(part, tensor)
+
+        return replace_tensors(output, replace_tensor)
 
 
 def run_model(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:

@@ -97,8 +97,8 @@ class ResidualAxes:
             rows = rows.unflatten(1, (self.streams, -1)).movedim(1, 2)
         return rows.flatten(2)
 
-    def pack(self, rows: torch.Tensor) -> torch.Tensor:
-        """`rows` `(batch, length, width)` as the model's tensor; a prompt of the model is zero."""
+    def pack(self, rows: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        """`rows` `(batch, length, width)` as the model's tensor; a prompt is that of `original`."""
         if self.is_plain:
             return rows
         batch, length, _ = rows.shape
@@ -106,7 +106,8 @@ class ResidualAxes:
             rows = rows.reshape(batch, length, self.streams, *self.width_sizes).movedim(2, 1)
         rows = rows.reshape(batch, self.streams * length, *self.width_sizes)
         if self.offset:
-            rows = torch.nn.functional.pad(rows, [0, 0] * len(self.width_sizes) + [self.offset, 0])
+            prompt = original.movedim((self.batch, self.position), (0, 1))[:, : self.offset]
+            rows = torch.cat([prompt.to(rows), rows], 1)
         return rows.movedim((0, 1), (self.batch, self.position))
 
 
