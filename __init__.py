@@ -5,12 +5,18 @@ from typing import TYPE_CHECKING
 from .cache.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
+    from .analysis.basis.direction_readings import read_directions as read_directions
+    from .analysis.basis.model_influence import (
+        measure_model_influence as measure_model_influence,
+    )
     from .analysis.evaluation.probe_evaluation import evaluate as evaluate
     from .analysis.evaluation.result import Evaluation as Evaluation
+    from .analysis.report.basis_page import write_basis_report as write_basis_report
     from .analysis.report.html_report import write_report as write_report
     from .cache.errors import ResiduaError as ResiduaError
     from .cache.extraction.api import extract as extract
     from .cache.extraction.damage_repair import repair as repair
+    from .cache.extraction.model_reload import load_model_of as load_model_of
     from .cache.head.head import Head as Head
     from .cache.head.saved_head import load_head as load_head
     from .cache.sharing.flat_export import export as export
