@@ -15,7 +15,7 @@ import numpy as np
 from ...cache.errors import NotFoundError, ResiduaWarning, UsageError
 from ...cache.number_ranges import as_whole_number, format_ranges
 from ...cache.tokens.segments import segment_indices
-from ...probes.base.readout import Readout, ReadoutBatch
+from ...probes.base.readout import Readout, ReadoutBatch, check_readout
 from ...probes.lens.logit_lens import LogitLens
 from ...probes.saved.save import check_belongs
 from .metrics import Reference, divergences, is_distribution, top_token
@@ -144,6 +144,7 @@ def heatmap(
     offset, start = as_whole_number(offset, "offset"), as_whole_number(start, "start")
     width = as_whole_number(width, "width")
     readout = readout or LogitLens.of(cache, (offset,))
+    check_readout(readout)
     check_belongs(readout, cache, force)
     layers = _layers_at(readout, offset)
     if not layers:

@@ -21,7 +21,7 @@ from ...cache.head.head import TorchHead
 from ...cache.number_ranges import as_whole_number
 from ...cache.progress import Progress
 from ...cache.tokens.segments import PairScope
-from ...probes.base.readout import Readout, ReadoutBatch
+from ...probes.base.readout import Readout, ReadoutBatch, check_readout
 from ...probes.base.resampling import ResamplingUnits, resampling_counts
 from ...probes.lens.logit_lens import LogitLens
 from ...probes.ridge.error_share import ErrorShare, domination_message, error_shares
@@ -93,6 +93,7 @@ def evaluate(
     seed = as_whole_number(seed, "seed")
     probe_list = list(probes) if isinstance(probes, Iterable) else [probes]
     for probe in probe_list:
+        check_readout(probe)
         check_belongs(probe, cache, force)
     check_where(cache, where)
 

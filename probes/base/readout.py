@@ -5,8 +5,9 @@ a `ReadoutBatch` per (layer, offset) and measures the logits that come back.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ...cache.errors import UsageError
 from ...cache.head.head import TorchHead
 
 if TYPE_CHECKING:
@@ -50,3 +51,13 @@ class Readout(Protocol):
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
         """Logits (or log-probabilities), `(n, vocab)` float32."""
         ...
+
+
+def check_readout(probe: Any) -> None:
+    """Raise `UsageError` unless `probe` predicts tokens: it has `pairs` and `logits`."""
+    if not callable(getattr(probe, "pairs", None)) or not callable(getattr(probe, "logits", None)):
+        kind = getattr(probe, "kind", type(probe).__name__)
+        raise UsageError(
+            f"a {kind} predicts nothing: give probes that predict tokens, such as a ridge probe, a "
+            "lens, a vocabulary probe or a baseline"
+        )

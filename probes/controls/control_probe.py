@@ -15,7 +15,7 @@ from ...cache.number_ranges import as_tuple, as_whole_number
 from ...cache.store.activation_cache import ActivationCache
 from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
-from ..base.readout import ReadoutBatch
+from ..base.readout import ReadoutBatch, check_readout
 from .cache_views import (
     CONTROLS,
     CacheView,
@@ -79,6 +79,7 @@ class ControlProbe(FittedProbe, Params):
         """Raise `UsageError` for a control that the probe cannot have."""
         if self.control not in CONTROLS:
             raise UsageError(f"control must be one of {', '.join(CONTROLS)}, not {self.control!r}")
+        check_readout(self.probe)
         params = self.probe.get_params()
         if params.get("target") is not None:
             raise UsageError("a control predicts the last layer; leave target out")

@@ -45,13 +45,19 @@ Fitted from cached residual streams, without the model, by residua {residua}.
 import residua
 
 probe = residua.pull_probe("{repo_id}")
-residua.evaluate(cache, [probe]).to_dicts()  # a cache of the same model: others are refused
+{usage}
 ```
 
 ## Measured when it was fitted
 
 {table}
 """
+USAGE = (
+    "residua.evaluate(cache, [probe]).to_dicts()  # a cache of the same model: others are refused"
+)
+"""Line of the card that says what a probe is for."""
+USAGE_OF_BASIS = "probe.ablate(rows, k, layer=layer)  # rows (n, d_model) of numpy, dask or torch"
+"""The same for a causal basis."""
 
 
 def push_probe(
@@ -146,13 +152,14 @@ def probe_card(config: dict[str, Any], repo_id: str, cache: "ActivationCache | N
         repo_id=repo_id,
         params=params,
         geometry=config["geometry"],
+        usage=USAGE_OF_BASIS if config["kind"] == "basis" else USAGE,
         table=metrics_table(config["pairs"]),
     )
 
 
 def metrics_table(rows: Sequence[dict[str, Any]]) -> str:
-    """`rows` of `metrics()` as a Markdown table, layer and offset first; lists are left out."""
-    names = dict.fromkeys(k for row in rows for k in row if not isinstance(row[k], list))
+    """`rows` of `metrics()` as a Markdown table, layer and offset first; no lists, no objects."""
+    names = dict.fromkeys(k for row in rows for k in row if not isinstance(row[k], list | dict))
     columns = sorted(names, key=lambda name: (name != "layer", name != "offset"))
     lines = [columns, ["---:"] * len(columns)]
     lines += [[_cell(row.get(name)) for name in columns] for row in rows]

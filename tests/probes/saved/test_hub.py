@@ -137,6 +137,18 @@ def test_the_card_says_what_it_is_and_stays_as_it_was_edited(
     assert path.read_text() == "edited"
 
 
+def test_the_card_of_a_basis_says_how_a_basis_is_used(hub: LocalHub, tmp_path: Path) -> None:
+    source = small_cache(tmp_path / "here")
+    lens = residua.LogitLens.of(source, 0)
+    basis = residua.CausalBasis(k=2, layers=1, method="one-shot").fit(source, lens)
+    residua.push_probe(basis, "someone/basis", cache=source)
+    assert residua.pull_probe("someone/basis").metrics() == basis.metrics()
+    card = (hub.root / "someone/basis" / "main" / CARD_FILE).read_text()
+    assert "probe.ablate(rows, k, layer=layer)" in card
+    assert "residua.evaluate" not in card
+    assert "{" not in card
+
+
 def test_a_repository_of_another_probe_is_left_alone(
     hub: LocalHub, lens: TunedLens, tmp_path: Path
 ) -> None:
