@@ -98,9 +98,11 @@ def measure_model_influence(
     do not count. The layer is read from the cache before and after an ablation, so its rounding in
     the cache has no influence.
 
-    `alignment_positions` states are replaced for the stimulus-response alignment. A batch has at
-    most `batch_tokens` tokens (default: 64 MiB of logits). `progress` is called with (done, total)
-    in positions times layers. Where a model cannot be resumed, all its blocks run.
+    `alignment_positions` states are replaced for the stimulus-response alignment, one at a time in
+    each sequence; 0 leaves the alignment out. Time per layer and sequence: k resumed runs for
+    single directions, about log2(k) for the spans of each basis, two for each replaced state. A
+    batch has at most `batch_tokens` tokens (default: 64 MiB of logits). `progress` is called with
+    (done, total) in positions times layers. Where a model cannot be resumed, all its blocks run.
 
     Raises `UsageError` if the cache has only some positions of its sequences, `MismatchError` if
     it is not of this model.

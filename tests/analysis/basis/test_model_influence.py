@@ -363,6 +363,15 @@ def test_progress_counts_positions_times_layers(
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
 
 
+def test_no_state_is_replaced_if_none_is_requested(
+    tiny_cache: ActivationCache, blocks: DecoderBlocks
+) -> None:
+    result = measure(tiny_cache, blocks, [2], alignment_positions=0)[2]
+    none = {"mean": None, "low": None, "high": None, "n": 0}
+    assert result.alignment == result.span_alignment == none
+    assert result.model_influences == measure(tiny_cache, blocks, [2])[2].model_influences
+
+
 def test_a_model_that_cannot_be_resumed_runs_whole(
     tiny_cache: ActivationCache, blocks: DecoderBlocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
