@@ -4,7 +4,7 @@ Extraction and fits take `scheduler="tcp://host:8786"` or a client; tasks run on
 `results`. distributed is imported only if a scheduler is named.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -74,13 +74,21 @@ def threads_of(client: Any) -> dict[str, int]:
 
 
 def results(
-    client: Any, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]
+    client: Any,
+    function: Callable[..., Any],
+    calls: Iterable[tuple[Any, ...]],
+    workers: Sequence[str] | None = None,
 ) -> Iterator[Any]:
     """Run `function(*call)` for all `calls` on the workers of `client`; yields in their order.
 
-    Calls that have not ended when the reader stops are cancelled.
+    With `workers`, addresses, call i prefers worker i of them, in turn: what a worker keeps serves
+    the same calls again. Calls that have not ended when the reader stops are cancelled.
     """
-    futures = [client.submit(function, *call, pure=False) for call in calls]
+    futures = []
+    for number, call in enumerate(calls):
+        preferred = None if workers is None else [workers[number % len(workers)]]
+        options = {} if preferred is None else {"workers": preferred, "allow_other_workers": True}
+        futures.append(client.submit(function, *call, pure=False, **options))
     try:
         for future in futures:
             yield future.result()

@@ -12,8 +12,8 @@ import numpy as np
 
 from ...cache import MismatchError, Progress, UsageError, as_whole_number, format_ranges
 from ...cache.files.json_files import plain_value
-from ...cache.tokens import dropped_rows
-from ...probes.basis import LayerBasis
+from ...probes.basis.basis_rows import draw_positions
+from ...probes.basis.layer_basis import LayerBasis
 from ...probes.ridge import AffineMap
 from ..evaluation import TokenNames
 from .direction_passages import Passage, PassageFinder
@@ -126,7 +126,12 @@ def read_directions(
 
     # The same positions for all layers, and some of them for the tokens.
     rng = np.random.default_rng(seed)
-    drawn = draw_positions(cache, split, positions, rng, drop_first)
+    drawn = np.sort(draw_positions(cache, split, positions, seed, drop_first).positions)
+    if len(drawn) < 2:
+        raise UsageError(
+            f"two positions are needed at least; the {split} split gives {len(drawn)} for "
+            f"positions={positions} and drop_first={drop_first}"
+        )
     token_rows = np.sort(rng.choice(len(drawn), min(TOKEN_ROWS, len(drawn)), replace=False))
     names = TokenNames(cache)
     finder = PassageFinder(cache, drawn, names)
@@ -220,30 +225,3 @@ def _check_layer(
             raise UsageError(
                 f"the metrics of layer {layer} need {basis.k} {name} (one each), not {count}"
             )
-
-
-def draw_positions(
-    cache: "ActivationCache", split: str, count: int, rng: np.random.Generator, drop_first: int = 0
-) -> np.ndarray:
-    """At most `count` random positions of `split`, ascending, each position once, `(n,)` int64.
-
-    The first `drop_first` positions of a context are not drawn. Raises `UsageError` if less than
-    two positions are drawn.
-    """
-    sequences = cache.sequences(split)
-    dropped = dropped_rows(cache, sequences, drop_first)
-    ends = np.cumsum(cache.sequence_length[sequences] - dropped)
-    total = int(ends[-1]) if len(ends) else 0
-    if min(total, count) < 2:
-        raise UsageError(
-            f"two positions are needed at least; the {split} split has {total} (without the first "
-            f"{drop_first} of each context), and positions={count}"
-        )
-    numbers = np.arange(total)
-    if count < total:
-        numbers = np.sort(rng.choice(total, count, replace=False, shuffle=False))
-    # Number i of the split lies in the first sequence that ends after it.
-    sequence = np.searchsorted(ends, numbers, "right")
-    firsts = cache.sequence_start[sequences] + dropped
-    lengths = cache.sequence_length[sequences] - dropped
-    return firsts[sequence] + numbers - (ends - lengths)[sequence]

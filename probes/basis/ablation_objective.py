@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cache.cluster import threads_of
+from ...cache.cluster import results, threads_of
 from ...cache.errors import UsageError
 from ...cache.head.head import Head
 from ..lens.natural_gradient import sampled_slopes
@@ -335,8 +335,8 @@ class AblationObjective:
         ablations = [(encoder, decoder @ self.weight) for encoder, decoder in directions]
         numbers = range(len(self.groups))
         sums = np.zeros((len(ablations), n_units))
-        results = self._map("losses", numbers, ablations)
-        for group, (losses, seconds) in zip(self.groups, results, strict=True):
+        losses_by_group = self._map("losses", numbers, ablations)
+        for group, (losses, seconds) in zip(self.groups, losses_by_group, strict=True):
             for ablation, values in enumerate(losses):
                 sums[ablation] += np.bincount(units[group], values, n_units)
             self.seconds += seconds
@@ -360,25 +360,8 @@ class AblationObjective:
             yield from self._crew.map(lambda i: getattr(evaluator, method)(i, *args), numbers)
             return
         # A group goes to the worker that keeps its rows, or to another where that one is gone.
-        futures = [
-            self.client.submit(
-                evaluate_on_worker,
-                self._spec_on_workers,
-                self._key,
-                (method, number, args),
-                workers=[self._workers[number % len(self._workers)]],
-                allow_other_workers=True,
-                pure=False,
-            )
-            for number in numbers
-        ]
-        try:
-            for future in futures:
-                yield future.result()
-                future.release()
-        finally:
-            for future in futures:
-                future.cancel()
+        calls = [(self._spec_on_workers, self._key, (method, number, args)) for number in numbers]
+        yield from results(self.client, evaluate_on_worker, calls, self._workers)
 
 
 def undefined_kl_error(layer: int) -> UsageError:

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 import residua
-from residua.analysis.basis.direction_readings import draw_positions, read_directions
+from residua.analysis.basis.direction_readings import read_directions
 from residua.analysis.basis.layer_persistence import span_overlap
 from residua.cache.errors import MismatchError, NotFoundError, ResiduaWarning, UsageError
 from residua.cache.head.head import Head
@@ -248,19 +248,6 @@ def test_metrics_are_repeated_per_direction_and_all_is_json(cache):
     assert again == readings
 
 
-def test_drawn_positions_are_of_the_split_and_behind_the_first_ones(cache):
-    rng = np.random.default_rng(0)
-    rows = cache.positions_of(cache.sequences("train"))
-    assert draw_positions(cache, "train", 10**6, rng).tolist() == rows.tolist()
-    starts = np.repeat(np.cumsum((0, *LENGTHS))[:-1], LENGTHS)
-    late = [row for row in rows if row - starts[row] >= 7]
-    assert draw_positions(cache, "train", 10**6, rng, drop_first=7).tolist() == late
-    some = draw_positions(cache, "train", 20, rng, drop_first=7)
-    assert len(set(some.tolist())) == 20
-    assert set(some.tolist()) <= set(late)
-    assert (np.diff(some) > 0).all()
-
-
 def test_constant_coordinates_have_no_tokens_passages_and_matches(tmp_path, states):
     rows = states[0].copy()
     rows[:, 0] = 3.0
@@ -286,7 +273,7 @@ def test_constant_coordinates_have_no_tokens_passages_and_matches(tmp_path, stat
         ({"positions": 1}, UsageError, "two positions"),
         ({"n_tokens": -1}, UsageError, "n_tokens must be 0 or more"),
         ({"n_passages": 1.5}, UsageError, "n_passages must be a whole number"),
-        ({"drop_first": 99}, UsageError, "the all split has 0"),
+        ({"drop_first": 99}, UsageError, "the all split has no position"),
     ],
 )
 def test_a_mistake_has_one_clear_message(cache, change, error, message):
