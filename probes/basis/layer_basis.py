@@ -35,6 +35,12 @@ class LayerBasis:
         for name in ("encoder", "decoder", "reference"):
             array = np.ascontiguousarray(getattr(self, name), np.float32)
             object.__setattr__(self, name, array)
+        shapes = self.encoder.shape, self.decoder.shape, self.reference.shape
+        if len(shapes[0]) != 2 or shapes[1] != shapes[0] or shapes[2] != shapes[0][1:]:
+            raise UsageError(
+                "encoder and decoder must be (k, d_model) and reference (d_model,), found "
+                f"{shapes[0]}, {shapes[1]} and {shapes[2]}"
+            )
 
     @property
     def k(self) -> int:

@@ -412,3 +412,10 @@ def test_a_layer_basis_of_lists_is_float32() -> None:
     assert basis.k == 2
     with pytest.raises(UsageError, match="the directions are 0 to 1"):
         basis.ablate_direction(np.zeros((1, 3)), 2)
+    for arrays in (
+        (np.eye(2, 3), np.eye(2, 4), np.zeros(3)),
+        (np.eye(2, 3), np.eye(2, 3), np.zeros(2)),
+        (np.zeros(3), np.zeros(3), np.zeros(3)),
+    ):
+        with pytest.raises(UsageError, match="encoder and decoder must be"):
+            LayerBasis(*arrays)
