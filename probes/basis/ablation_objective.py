@@ -12,6 +12,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,25 +282,24 @@ class AblationObjective:
         self._evaluator: GroupEvaluator | None = None
         self._spec_on_workers: Any = None
         self._workers: list[str] = []
+        self._exit = ExitStack()
 
     def __enter__(self) -> "AblationObjective":
         if self.client is None:
             self._evaluator = GroupEvaluator(self.spec)
-            workers = min(len(self.groups), torch.get_num_threads())
-            self._crew = ThreadCrew(max(1, workers)).__enter__()
+            # One of torch's threads for each group: bits must not depend on their number.
+            threads = min(len(self.groups), torch.get_num_threads())
+            self._crew = self._exit.enter_context(ThreadCrew(max(1, threads)))
+            self._exit.callback(self._evaluator.close)
         else:
             self._workers = sorted(threads_of(self.client))
             self._spec_on_workers = self.client.scatter(self.spec, broadcast=True, hash=False)
+            self._exit.callback(self.client.run, forget_evaluator, self._key)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._evaluator is not None:
-            self._crew.__exit__(*error)
-            self._evaluator.close()
-            self._evaluator = None
-        if self._spec_on_workers is not None:
-            self.client.run(forget_evaluator, self._key)
-            self._spec_on_workers = None
+        self._exit.close()
+        self._evaluator = None
 
     def evaluate(
         self, directions: Directions, groups: int | None = None

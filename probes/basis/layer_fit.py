@@ -83,16 +83,16 @@ def fit_layer(
         finder.report = _Reporter(task, finder.progress, report)
         columns = finder.find(settings.method)
         columns = _with_signs(columns, coordinates, rows)
-        given = np.zeros(cache.d_model) if reference is None else reference
-
-        def layer_basis(encoder: np.ndarray, decoder: np.ndarray) -> LayerBasis:
-            shown = moments.mean_x if settings.reference == "resample" else given
-            return LayerBasis(encoder, decoder, shown)
-
-        basis = layer_basis(coordinates.encoder(columns), coordinates.decoder(columns))
-        k = min(settings.k, coordinates.rank)
-        pca = layer_basis(*coordinates.principal(k))
-        random = layer_basis(*coordinates.random(k, settings.seed))
+        # A basis fitted by resampling, too, needs a row to ablate to: the mean.
+        row_of_basis = moments.mean_x if reference is None else reference
+        basis, pca, random = (
+            LayerBasis(encoder, decoder, row_of_basis)
+            for encoder, decoder in (
+                (coordinates.encoder(columns), coordinates.decoder(columns)),
+                coordinates.principal(settings.k),
+                coordinates.random(settings.k, settings.seed),
+            )
+        )
         alone = [directions_of(basis, [i]) for i in range(basis.k)]
         one_unit = np.zeros(rows.n, np.int64)
         energies = objective.sum_losses(alone, one_unit, 1)[:, 0] / rows.n
