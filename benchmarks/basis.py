@@ -106,8 +106,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.d_model, args.vocab, args.rounds = 128, 8192, 2
-        args.step_rows, args.batch, args.fit_rows, args.rows = 512, 256, 256, 4096
-        args.tokens, args.layers, args.positions, args.memory = 20_480, [3], 2048, 64 << 20
+        args.step_rows, args.batch, args.fit_rows, args.rows = 512, 256, 128, 4096
+        args.tokens, args.layers, args.positions, args.memory = 10_240, [3], 512, 160 << 20
     return args
 
 
@@ -428,7 +428,7 @@ def measure_sample(args: argparse.Namespace) -> dict[str, float]:
         if args.lens:
             lens = residua.load_probe(args.lens)
         else:
-            lens = residua.TunedLens(steps=20 if args.quick else None).fit(cache)
+            lens = residua.TunedLens(steps=5 if args.quick else 400).fit(cache)
         print(f"\nsample: {args.positions} positions of layers {args.layers} x {cache.d_model}, "
               f"vocabulary {cache.vocab}; held-out KL of spans", flush=True)  # fmt: skip
         rows: dict[str, list[dict[str, Any]]] = {}
