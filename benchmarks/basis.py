@@ -15,7 +15,8 @@ fit      8 directions of 512 rows: our joint fit, set-up included, against the g
          the tuned-lens package (LBFGS, strong Wolfe, one vector after the other), in the euclidean
          metric; KL of ablating the span on 256 other rows. The plain sequence takes minutes: by
          default plain torch searches `--plain-directions` vectors, the search goes on with our
-         values and gradients (equal to 1e-4, as `step` prints), and those evaluations count as plain ones do.
+         values and gradients (equal to 1e-4, as `step` prints), and those evaluations count as
+         plain ones do.
 sample   the package's sample model: four methods, held-out KL of spans, CPU and evaluations.
 memory   peak memory of a process that sets up and evaluates a joint fit within `--memory`: with a
          scratch file, and with products computed again in each evaluation.
