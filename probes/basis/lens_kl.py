@@ -37,8 +37,11 @@ BLOCK_BYTES = 12 << 20
 """Most bytes of the logits of a block of rows: they stay in the processor's shared cache."""
 BLOCK_ROWS = 64
 """Most rows of a block."""
-TILE_BYTES = 256 << 10
-"""Bytes of the logits that are worked on at a time: they stay in one core's own cache."""
+TILE_BYTES = 1 << 20
+"""Bytes of the logits that are worked on at a time.
+
+Smaller tiles stay in one core's own cache, but need more calls: at d_model 768 and vocabulary
+50,257 a loss with gradient takes .8 of the time of 256 KiB with one direction, .93 with eight."""
 LEAST_SUM = 1e-30
 """Sums of exponentials below this are computed again, shifted by the largest logit."""
 
