@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,13 +228,17 @@ class GroupEvaluator:
                 states = states.astype(np.float64)
             differences = self.rows.differences(group, states)
             rows = torch.tensor(states, dtype=self.kl.dtype)
-            clean = self.kl.clean_rows(torch.addmm(self.bias, rows, self.weight))
+            translated = torch.addmm(self.bias, rows, self.weight)
+            clean = self.kl.clean_rows(translated, partial(self._keep_tokens, number))
             kept = torch.tensor(differences, dtype=self.kl.dtype)
             return kept, clean.output, clean.expected, clean.log_z[:, None]
 
         whole = slice(0, group.stop - group.start)
         differences, output, expected, log_z = self.kept.get(CLEAN, number, whole, make)
         return differences, CleanRows(output, expected, log_z[:, 0])
+
+    def _keep_tokens(self, number: int, block: slice, tokens: Tensor) -> None:
+        self.kept.put(TOKENS, number, block, (tokens,))
 
     def _tokens(self, number: int, block: slice, clean: CleanRows) -> Tensor:
         """The products A of a block of a group, `(n, vocab)`."""

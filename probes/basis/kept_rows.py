@@ -106,13 +106,20 @@ class KeptRows:
         if all(key in self._in_file for key in keys):
             return tuple(self._read(name, number, rows) for name in names)
         tensors = make()
-        for key, tensor in zip(keys, tensors, strict=True):
+        self.put(names, number, rows, tensors)
+        return tensors
+
+    def put(
+        self, names: tuple[str, ...], number: int, rows: slice, tensors: tuple[Tensor, ...]
+    ) -> None:
+        """Keep the tensors `names` of `rows` of group `number`, if they have a place."""
+        for name, tensor in zip(names, tensors, strict=True):
+            key = name, number, rows.start
             if key[:2] in self._places.in_memory:
                 self._memory[key] = tensor
             elif self._file >= 0:
                 self._write(key[0], number, rows, tensor)
                 self._in_file.add(key)
-        return tensors
 
     def close(self) -> None:
         """Free the memory, and the scratch file, which has no name any more."""
