@@ -161,7 +161,7 @@ class ExplicitLensKL:
         tokens = []
         for columns in self._tiles:
             tile = directions.new_ones(len(directions) + 2, columns.stop - columns.start)
-            torch.mm(directions, self.unembedding[columns].T, out=tile[:-2])
+            tile[:-2] = torch.mm(self.unembedding[columns], directions.T).T
             tile[-2] = self.constant[columns]
             tokens.append(tile)
         return OutputDirections(directions, tokens)
