@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...cache.cluster import results, threads_of
 from ...cache.errors import UsageError
-from ...cache.head.head import Head
+from ...cache.head.head import Head, TorchHead
 from ..lens.natural_gradient import sampled_slopes
 from ..ridge.solver import AffineMap
 from ..training.threads import ThreadCrew, thread_pool
@@ -116,7 +116,6 @@ class GroupEvaluator:
     def __init__(self, spec: ObjectiveSpec) -> None:
         self.spec, self.rows = spec, spec.rows
         self.kl = make_lens_kl(spec.rows.cache.head, spec.dtype)
-        self.head = spec.rows.cache.head.torch()
         self.groups = self.rows.groups()
         self.weight = torch.tensor(spec.map.weight, dtype=self.kl.dtype)
         self.bias = torch.tensor(spec.map.bias, dtype=self.kl.dtype)
@@ -124,6 +123,11 @@ class GroupEvaluator:
         self.kept = KeptRows(self.groups, widths, dtypes, spec.memory, spec.scratch)
         self._along_lock = threading.Lock()
         self._along: tuple[bytes, OutputDirections] | None = None
+
+    @cached_property
+    def head(self) -> TorchHead:
+        """The head with its own copy of the unembedding, for what needs the full gradient."""
+        return self.rows.cache.head.torch()
 
     def gradient(self, number: int, encoder: np.ndarray, output: np.ndarray) -> GroupSums:
         """KL of group `number` and its gradients, for an encoder and output directions `(k, d)`."""
