@@ -124,6 +124,9 @@ class VisibleStream:
         self.stream.write(visible_text(text))
         return len(text)
 
+    def flush(self) -> None:
+        self.stream.flush()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
