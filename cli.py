@@ -14,13 +14,17 @@ import click
 
 from residua import __version__
 from residua.analysis.console.options import (
+    BYTE_COUNT,
     CONTEXT,
+    LAYERS,
     MASKS,
     NUMBER,
     NUMBERS,
+    WHOLE_NUMBER,
     JsonErrorGroup,
     across_documents_option,
     drop_first_option,
+    is_given,
     layers_option,
     memory_option,
     out_option,
@@ -77,7 +81,7 @@ def main() -> None:
 @click.option("--split", help="Split of a data set that has several.  [default: train]")
 @click.option(
     "--layers",
-    type=NUMBERS,
+    type=LAYERS,
     help="Layers to keep; the last layer, which the logits come from, is always kept.  "
     "[default: all]",
 )
@@ -94,11 +98,13 @@ def main() -> None:
     show_default=True,
     help="Logits to keep: recompute (none: the last layer and the head give them), topk:K or full.",
 )
-@click.option("--max-tokens", type=int, help="Most tokens of text; stops at the end of a sequence.")
+@click.option(
+    "--max-tokens", type=WHOLE_NUMBER, help="Most tokens of text; stops at the end of a sequence."
+)
 @click.option(
     "--max-bytes",
-    type=int,
-    help="Largest size of the cache in bytes; stops at the end of a sequence.",
+    type=BYTE_COUNT,
+    help="Largest size of the cache in bytes, or like 50GB; stops at the end of a sequence.",
 )
 @click.option(
     "--codec",
@@ -121,12 +127,12 @@ def main() -> None:
 )
 @click.option(
     "--batch-tokens",
-    type=int,
+    type=WHOLE_NUMBER,
     help="Tokens of one forward batch.  [default: 4096 on CPU, on GPU what fits, at most 32768]",
 )
 @click.option(
     "--part-positions",
-    type=int,
+    type=WHOLE_NUMBER,
     help="Positions of a part, the unit of commit and resume.  [default: 24-48 MiB per layer]",
 )
 @click.option("--part", metavar="I/N", help="Share of the parts to write, I of N, for job arrays.")
@@ -321,7 +327,7 @@ def repair(
     show_default=True,
     help="One .safetensors file per layer, or .npy files to memory-map.",
 )
-@click.option("--layers", type=NUMBERS, help="Layers to write.  [default: all]")
+@click.option("--layers", type=LAYERS, help="Layers to write.  [default: all]")
 @click.option(
     "--split",
     default="all",
@@ -343,13 +349,14 @@ def export(root: Path, quiet: bool, cache: str, folder: Path, **options: Any) ->
     """
     from residua.analysis.console.messages import print_export
     from residua.analysis.console.terminal import Meter
+    from residua.cache.number_ranges import absolute_numbers
     from residua.cache.sharing.flat_export import export as export_cache
     from residua.cache.store.catalog import find_cache
 
+    source = find_cache(cache, root)
+    options["layers"] = absolute_numbers(options["layers"], source.n_blocks)
     with Meter(quiet) as meter:
-        index = export_cache(
-            find_cache(cache, root), folder, progress=meter.progress_of("export"), **options
-        )
+        index = export_cache(source, folder, progress=meter.progress_of("export"), **options)
     return {"folder": str(folder), **index}, lambda: print_export(folder, index)
 
 
@@ -437,7 +444,7 @@ def fit() -> None:
     show_default=True,
     help="dtype of the products of blocks of rows; float32 is twice as fast, exact to 1e-6.",
 )
-@click.option("--target", type=NUMBERS, help="Layers to predict.  [default: the last]")
+@click.option("--target", type=LAYERS, help="Layers to predict.  [default: the last]")
 @click.option(
     "--keep-moments/--no-keep-moments",
     "keep",
@@ -498,6 +505,7 @@ def ridge(
         source.id,
         path,
         metrics,
+        root,
         moments=moments,
         can_be_evaluated=target is None or source.n_blocks in target,
     )
@@ -552,7 +560,7 @@ def baseline(
 
     def print_fits() -> None:
         for fit in fits:
-            print_fit(fit["kind"], source.id, Path(fit["probe"]), fit["metrics"])
+            print_fit(fit["kind"], source.id, Path(fit["probe"]), fit["metrics"], root)
 
     return {"cache": source.id, "probes": fits}, print_fits
 
@@ -613,7 +621,7 @@ def lens(
     source, probe, path = fit_and_save(lens, cache, root, quiet, **options)
     metrics = probe.metrics()
     value = {"probe": str(path), "cache": source.id, "metrics": metrics}
-    return value, lambda: print_fit(probe.kind, source.id, path, metrics)
+    return value, lambda: print_fit(probe.kind, source.id, path, metrics, root)
 
 
 @fit.command()
@@ -690,7 +698,7 @@ def vocab(
     source, probe, path = fit_and_save(vocab, cache, root, quiet, stage="positions", **options)
     metrics, sweep = probe.metrics(), getattr(probe, "probe_", probe).sweep_
     value = {"probe": str(path), "cache": source.id, "metrics": metrics, "sweep": sweep}
-    return value, lambda: print_fit(probe.kind, source.id, path, metrics)
+    return value, lambda: print_fit(probe.kind, source.id, path, metrics, root)
 
 
 @fit.command()
@@ -811,7 +819,7 @@ def basis(
     type=NUMBERS,
     help="Offsets N to measure.  [default: those of the probes, else 0-3]",
 )
-@click.option("--layers", type=NUMBERS, help="Layers to measure.  [default: all]")
+@click.option("--layers", type=LAYERS, help="Layers to measure.  [default: all]")
 @click.option(
     "--split",
     default="test",
@@ -820,6 +828,7 @@ def basis(
 )
 @click.option(
     "--max-positions",
+    type=WHOLE_NUMBER,
     default=16384,
     show_default=True,
     help="Largest number of positions to measure.",
@@ -866,11 +875,13 @@ def evaluate(
     from residua.analysis.console.terminal import Meter
     from residua.analysis.evaluation.position_masks import MASKS as MASK_FUNCTIONS
     from residua.analysis.evaluation.probe_evaluation import evaluate as evaluate_probes
+    from residua.cache.number_ranges import absolute_numbers
     from residua.cache.store.catalog import find_cache
     from residua.probes.saved.library import find_probe, load_probe_for
 
     check_outputs(html, png)
     source = find_cache(cache, root)
+    options["layers"] = absolute_numbers(options["layers"], source.n_blocks)
     loaded_probes = [load_probe_for(source, find_probe(name, root), force) for name in probes]
     with Meter(quiet) as meter:
         mask = None if where is None else MASK_FUNCTIONS[where](source)
@@ -902,7 +913,11 @@ def evaluate(
     show_default=True,
     help="Folder for the report, the pictures and the cache.",
 )
-@click.option("--max-tokens", type=int, help="Most tokens of text.  [default: all of the sample]")
+@click.option(
+    "--max-tokens",
+    type=WHOLE_NUMBER,
+    help="Most tokens of text.  [default: all of the sample]",
+)
 @residua_command
 def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> Any:
     """Run the whole flow on a bundled small model and text.
@@ -920,7 +935,7 @@ def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> An
 
     with Meter(quiet) as meter:
         value, evaluation = run_quickstart(
-            out, root if "--root" in sys.argv else None, max_tokens, meter
+            out, root if is_given("root") else None, max_tokens, meter
         )
     return value, lambda: print_quickstart(value, evaluation)
 

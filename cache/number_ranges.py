@@ -10,6 +10,9 @@ from typing import Any
 
 from .errors import InputTypeError
 
+MAX_NUMBERS = 1 << 20
+"""Most numbers that `parse_ranges` gives."""
+
 
 def format_ranges(numbers: Sequence[int]) -> str:
     """Format ascending `numbers` as ranges: `0-4, 6` for 0, 1, 2, 3, 4, 6; `none` for no number."""
@@ -23,12 +26,29 @@ def format_ranges(numbers: Sequence[int]) -> str:
 
 
 def parse_ranges(text: str) -> tuple[int, ...]:
-    """Parse `0-3`, `0,2,5` or `4` into ascending numbers; raises `ValueError` for other text."""
+    """Parse `0-3`, `0,2,5` or `4` into ascending numbers.
+
+    Raises `ValueError` for other text, `OverflowError` for more than `MAX_NUMBERS` numbers.
+    """
     numbers: set[int] = set()
     for piece in text.split(","):
         first, _, last = piece.strip().partition("-")
-        numbers.update(range(int(first), int(last or first) + 1))
+        piece_numbers = range(int(first), int(last or first) + 1)
+        if piece_numbers.stop - piece_numbers.start + len(numbers) > MAX_NUMBERS:
+            raise OverflowError(text)
+        numbers.update(piece_numbers)
     return tuple(sorted(numbers))
+
+
+def absolute_numbers(numbers: Sequence[int] | None, last: int) -> tuple[int, ...] | None:
+    """`numbers` with the negative ones counted back from `last`: -1 is `last`; None stays None.
+
+    A number before 0 stays negative, for the caller's message.
+    """
+    if numbers is None:
+        return None
+    counted = (n + last + 1 if -last - 1 <= n < 0 else n for n in numbers)
+    return tuple(sorted(set(counted)))
 
 
 def as_tuple(value: Any, name: str = "numbers") -> tuple[int, ...]:

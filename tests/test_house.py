@@ -67,7 +67,7 @@ HEAVY = ("torch", "transformers", "zarr", "dask", "sklearn", "datasets", "matplo
 
 def sources() -> list[Path]:
     files = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
-    return [*files, ROOT / "cli.py", ROOT / "__init__.py"]
+    return [*files, ROOT / "cli.py", ROOT / "__init__.py", ROOT / "__main__.py"]
 
 
 def module_name(path: Path) -> str:
@@ -211,8 +211,8 @@ def test_no_call_has_seven_positional_arguments() -> None:
 @pytest.mark.slow
 def test_the_wheel_has_every_module_and_all_can_be_imported(tmp_path: Path) -> None:
     """A folder that pyproject.toml forgets breaks installs, not the checkout."""
-    names = ("cache", "probes", "analysis", "sample", "cli.py", "__init__.py", "py.typed",
-             "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")  # fmt: skip
+    names = ("cache", "probes", "analysis", "sample", "cli.py", "__init__.py", "__main__.py",
+             "py.typed", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")  # fmt: skip
     for name in names:
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
@@ -245,7 +245,9 @@ def test_the_packages_import_relatively_and_the_command_line_absolutely() -> Non
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 package = (node.module or "").partition(".")[0]
-                assert package != "residua" or path.name == "cli.py", f"{path}:{node.lineno}"
+                assert package != "residua" or path.name in ("cli.py", "__main__.py"), (
+                    f"{path}:{node.lineno}"
+                )
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -296,4 +298,4 @@ def test_packages_of_the_wheel_are_the_folders_that_exist() -> None:
     assert packages == {"residua", "residua.sample", *named}
     with_code = {path.parent for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     assert with_code == set(folders)  # a folder without __init__.py is no package
-    assert {p.name for p in ROOT.glob("*.py")} == {"__init__.py", "cli.py"}
+    assert {p.name for p in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "cli.py"}

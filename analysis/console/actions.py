@@ -10,6 +10,7 @@ from typing import Any
 from ...cache.cluster import connected
 from ...cache.errors import UsageError
 from ...cache.files.disk_errors import check_target
+from ...cache.number_ranges import absolute_numbers
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.catalog import find_cache
 from ...probes.controls.control_probe import as_control
@@ -39,7 +40,11 @@ def fit_and_save(
     `resumes` keeps a checkpoint under `root`. `scheduler` is the address of a dask scheduler;
     `options` are those of the probe's `fit`.
     """
-    source, probe = find_cache(cache, root), as_control(probe, control)
+    source = find_cache(cache, root)
+    for name in ("layers", "target"):
+        if (layers := getattr(probe, name, None)) is not None:
+            probe.set_params(**{name: absolute_numbers(layers, source.n_blocks)})
+    probe = as_control(probe, control)
     # Raises before the fit if the folder cannot be written.
     folder = new_probe_path(root, probe, source.id, out)
     if resumes:
@@ -53,10 +58,17 @@ def fit_and_save(
 def check_outputs(html: Path | None, png: Path | None) -> None:
     """Raise `UsageError` unless a report can be written to `html` and pictures below `png`."""
     if html is not None:
+        if html.suffix.lower() not in ("", ".html", ".htm"):
+            raise UsageError(
+                f"a report is a web page, not {html.suffix}: name it {html.with_suffix('.html')}; "
+                "--png takes a folder for pictures, and a browser prints the page as .pdf"
+            )
         if html.is_dir():
             raise UsageError(f"{html} is a folder; name a file such as {html / 'report.html'}")
         check_target(html)
     if png is not None:
+        if png.suffix.lower() in (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".html"):
+            raise UsageError(f"--png takes a folder for several pictures, such as {png.stem}")
         check_target(png / "lenses.png")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...cache.cluster import connected
 from ...cache.errors import UsageError
 from ...cache.files.json_files import json_digest
+from ...cache.number_ranges import absolute_numbers, as_tuple
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.catalog import find_cache
 from ...probes.saved.library import (
@@ -84,6 +85,9 @@ def fit_and_save_basis(
     """
     # Find everything, and try the outputs, before the fit.
     cache = find_cache(cache_name, root)
+    if basis.layers is not None:
+        layers = as_tuple(basis.layers, "layers")
+        basis.set_params(layers=absolute_numbers(layers, cache.n_blocks))
     lens, digest = load_lens(cache, lens_name, root, basis.offset)
     if model is not None and basis.offset:
         raise UsageError("the influence in the model is measured at offset 0: leave out --model")

@@ -4,11 +4,14 @@ Each command of cli.py has one public function here, which takes what the comman
 tables and sentences on stdout.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...cache.number_ranges import format_ranges
+from ...cache.store.catalog import cache_root
+from ...probes.saved.library import FOLDER as PROBES_FOLDER
 from .terminal import bandwidths, format_bytes, print_table, short_source_name
 
 if TYPE_CHECKING:
@@ -39,7 +42,8 @@ def print_extraction(value: dict[str, Any]) -> None:
             "for their stored dtype (--dtype); they are left out of all splits"
         )
     if value["complete"]:
-        print(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3")
+        root = root_option(value["path"].rpartition("/")[0])
+        print(f"next: residua fit ridge {value['cache'][:12]} --offsets 0-3{root}")
     else:
         committed, parts = value["parts"]
         print(f"{committed} of {parts} parts are there; the other shares are still to be run")
@@ -108,7 +112,10 @@ def print_differences(first_id: str, second_id: str, differences: Sequence[dict[
 def print_caches(root: Path, caches: Sequence[dict[str, Any]]) -> None:
     """Print the caches under a root, one line each (`residua ls`)."""
     if not caches:
-        print(f"no caches under {root}; make one with residua extract MODEL DATA")
+        print(
+            f"no caches under {root}; make one with residua extract MODEL DATA"
+            f"{root_option(str(root))}"
+        )
         return
     rows = [
         (
@@ -236,7 +243,8 @@ def print_pull(value: dict[str, Any]) -> None:
     print(f"{value['status']}: cache {value['cache'][:12]}")
     print(f"  {_format_contents(value)}")
     print(f"  {value['path']}")
-    print(f"next: residua info {value['cache'][:12]}")
+    root = root_option(value["path"].rpartition("/")[0])
+    print(f"next: residua info {value['cache'][:12]}{root}")
 
 
 def print_fit(
@@ -244,6 +252,7 @@ def print_fit(
     cache_id: str,
     path: Path,
     metrics: Sequence[dict[str, Any]],
+    root: Path,
     *,
     moments: dict[str, Any] | None = None,
     can_be_evaluated: bool = True,
@@ -273,7 +282,17 @@ def print_fit(
         )
     print(f"probe: {path}")
     if can_be_evaluated:
-        print(f"next: residua evaluate {cache_id[:12]} {path.name} --html report.html")
+        # A probe under the root has a name; another one is given by its path.
+        name = path.name if path.parent == root / PROBES_FOLDER else shlex.quote(str(path))
+        print(
+            f"next: residua evaluate {cache_id[:12]} {name} --html report.html"
+            f"{root_option(str(root))}"
+        )
+
+
+def root_option(root: str) -> str:
+    """` --root ROOT` for a printed command; empty if `root` is the root without the option."""
+    return "" if root == str(cache_root()) else f" --root {shlex.quote(root or '.')}"
 
 
 def print_basis(result: "BasisResult") -> None:

@@ -5,10 +5,12 @@ so that `residua --help` answers at once.
 """
 
 import json
+import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from math import isfinite
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from ...cache.errors import Interrupted, ResiduaError, ResiduaWarning, UsageError
+from .terminal import VisibleStream, other_output_on_stderr, visible_text
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 """Settings of click for all commands."""
@@ -29,12 +32,14 @@ class NumberRanges(click.ParamType):
     name = "NUMBERS"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        from ...cache.number_ranges import parse_ranges
+        from ...cache.number_ranges import MAX_NUMBERS, parse_ranges
 
         if isinstance(value, tuple):
             return value
         try:
             numbers = parse_ranges(str(value))
+        except OverflowError:
+            self.fail(f"{value!r} names more than {MAX_NUMBERS:,} numbers", param, ctx)
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers; write it like 0-3 or 0,2,5", param, ctx)
         if not numbers:
@@ -43,6 +48,85 @@ class NumberRanges(click.ParamType):
 
 
 NUMBERS = NumberRanges()
+
+
+class LayerRanges(NumberRanges):
+    """Layers, as `NumberRanges`; `all` gives None; -1 is the last layer, -2 the one before it."""
+
+    name = "LAYERS"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value is None or str(value).strip().lower() == "all":
+            return None
+        if isinstance(value, tuple):
+            return value
+        pieces = [piece.strip() for piece in str(value).split(",")]
+        negative = [int(piece) for piece in pieces if re.fullmatch(r"-[0-9]{1,9}", piece)]
+        others = [piece for piece in pieces if not re.fullmatch(r"-[0-9]{1,9}", piece)]
+        numbers = super().convert(",".join(others), param, ctx) if others else ()
+        return (*dict.fromkeys(negative), *numbers)
+
+
+LAYERS = LayerRanges()
+
+
+class WholeNumber(click.ParamType):
+    """A whole number: `1000000`, `1_000_000` or `1e6`."""
+
+    name = "INTEGER"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        try:
+            return int(value)
+        except ValueError:
+            pass
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if not isfinite(number) or number != int(number):
+            self.fail(f"{value!r} is no whole number; write it like 1000000 or 1e6", param, ctx)
+        return int(number)
+
+
+WHOLE_NUMBER = WholeNumber()
+
+BYTES_OF_UNIT = {
+    unit: base**power
+    for power, letter in enumerate("kmgt", 1)
+    for unit, base in ((f"{letter}b", 1000), (f"{letter}ib", 1024), (letter, 1024))
+} | {"b": 1}
+"""Unit in lower case -> bytes; GB is 10^9, GiB and G are 2^30."""
+
+
+def parse_bytes(text: str, bytes_without_unit: int) -> int:
+    """Bytes of `2GB`, `0.5 GiB`, or a number of `bytes_without_unit`; `ValueError` for others."""
+    match = re.fullmatch(r"([0-9._]+(?:e[+-]?[0-9]+)?)\s*([kmgt]?i?b?)", text.strip().lower())
+    if match is None or (match[2] and match[2] not in BYTES_OF_UNIT):
+        raise ValueError(text)
+    size = float(match[1]) * (BYTES_OF_UNIT[match[2]] if match[2] else bytes_without_unit)
+    if not 1 <= size < 2**63:
+        raise ValueError(text)
+    return int(size)
+
+
+class ByteCount(click.ParamType):
+    """A size on the disk: bytes, or with a unit, such as 50GB."""
+
+    name = "BYTES"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        try:
+            return int(value)
+        except ValueError:
+            pass
+        try:
+            return parse_bytes(value, 1)
+        except ValueError:
+            self.fail(f"{value!r} is no size; write it like 50000000000 or 50GB", param, ctx)
+
+
+BYTE_COUNT = ByteCount()
 
 
 class FiniteNumber(click.ParamType):
@@ -81,18 +165,15 @@ OUTPUT_PATH = OutputPath()
 
 
 class Gibibytes(click.ParamType):
-    """Memory in GiB, such as 0.5; the command gets bytes."""
+    """Memory in GiB, such as 0.5, or with a unit, such as 2GB; the command gets bytes."""
 
     name = "GIB"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         try:
-            gibibytes = float(value)
+            return parse_bytes(str(value), 2**30)
         except ValueError:
-            gibibytes = 0.0
-        if not 0 < gibibytes < float("inf"):
-            self.fail(f"{value!r} is no size in GiB; write it like 0.5 or 8", param, ctx)
-        return int(gibibytes * 2**30)
+            self.fail(f"{value!r} is no size in GiB; write it like 0.5, 8 or 8GB", param, ctx)
 
 
 CONTROLS = ("shuffled", "permuted", "next-token")
@@ -127,7 +208,7 @@ drop_first_option = click.option(
 """Adds --drop-first: see `PairScope`."""
 
 
-layers_option = click.option("--layers", type=NUMBERS, help="Layers to read.  [default: all]")
+layers_option = click.option("--layers", type=LAYERS, help="Layers to read.  [default: all]")
 """Adds --layers to a fit."""
 
 memory_option = click.option(
@@ -175,7 +256,23 @@ def probe_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class JsonErrorGroup(click.Group):
-    """A group of commands that prints mistyped arguments, too, as JSON objects after --json."""
+    """A group of commands that prints mistyped arguments, too, as JSON objects after --json.
+
+    --json and --root may also stand before the command: `residua --json ls`.
+    """
+
+    group_class = type
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Options before the command go behind its own arguments, to the command.
+        count = 0
+        while count < len(args) and re.fullmatch(r"--json|--root(=.*)?", args[count], re.DOTALL):
+            count += 2 if args[count] == "--root" else 1
+        options, rest = args[:count], args[count:]
+        if options and not rest:
+            ctx.fail(f"no command follows {' '.join(options)}; residua --help lists the commands")
+        end = rest.index("--") if "--" in rest else len(rest)
+        return super().parse_args(ctx, [*rest[:end], *options, *rest[end:]])
 
     def main(
         self,
@@ -220,6 +317,8 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
                     translate_any_disk_errors(),
                     translate_store_errors(root_path),
                     warnings_as_lines(),
+                    library_logs_off(),
+                    other_output_on_stderr(),
                 ):
                     value, print_value = function(root=root_path, quiet=as_json, **options)
             except KeyboardInterrupt:
@@ -229,29 +328,50 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
         if as_json:
             click.echo(json.dumps(plain_value(value), default=str, allow_nan=False))
         else:
-            print_value()
+            with redirect_stdout(VisibleStream(sys.stdout)):
+                print_value()
         sys.exit(value.pop("exit_code", 0) if isinstance(value, dict) else 0)
 
     return run
 
 
+def is_given(name: str) -> bool:
+    """Whether the option `name` of the running command stands on the command line."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Print every `ResiduaWarning` as one line on stderr, without file and line number."""
+    """Print every `ResiduaWarning` as one line on stderr, without file and line number.
+
+    Warnings of other libraries are shown only if Python was asked for warnings (-W).
+    """
     show_other = warnings.showwarning
 
     def show_line(
         message: Warning | str, category: type[Warning], *location: Any, **extra: Any
     ) -> None:
         if issubclass(category, ResiduaWarning):
-            click.echo(f"Warning: {message}", err=True)
-        else:
+            click.echo(f"Warning: {visible_text(str(message))}", err=True)
+        elif sys.warnoptions:
             show_other(message, category, *location, **extra)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", ResiduaWarning)
         warnings.showwarning = show_line
         yield
+
+
+@contextmanager
+def library_logs_off() -> Iterator[None]:
+    """Context without log lines: the error of the command says what was wrong, once."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(level)
 
 
 def _exit_with(error: ResiduaError, *, as_json: bool) -> NoReturn:
@@ -264,5 +384,5 @@ def _exit_with(error: ResiduaError, *, as_json: bool) -> NoReturn:
         }
         click.echo(json.dumps(value, allow_nan=False))
     else:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {visible_text(str(error))}", err=True)
     sys.exit(error.exit_code)

@@ -13,6 +13,7 @@ from ...sample import MODEL_DIR, TEXT_PATH
 from ..evaluation.probe_evaluation import evaluate
 from ..evaluation.result import Evaluation
 from .actions import write_outputs
+from .messages import root_option
 from .terminal import Meter, format_bytes
 
 OFFSETS = (0, 1, 2, 3)
@@ -56,7 +57,8 @@ def run_quickstart(
 
 def _closing_text(value: dict[str, Any], root: Path) -> str:
     """Where the files of the quickstart are, and commands to try next."""
-    cache_name = value["cache"][:12]
+    cache_name, probe_name = value["cache"][:12], Path(value["probe"]).name
+    at_root = root_option(str(root))
     return "\n".join(
         [
             f"done in {value['seconds']:.0f} s",
@@ -65,9 +67,9 @@ def _closing_text(value: dict[str, Any], root: Path) -> str:
             f"  cache     {value['path']}  ({format_bytes(value['bytes'])})",
             f"  probe     {value['probe']}",
             "next:",
-            f"  residua info {cache_name} --root {root}",
+            f"  residua info {cache_name}{at_root}",
             "  residua extract YOUR_MODEL YOUR_TEXTS.jsonl --max-tokens 200000",
-            "  residua fit ridge CACHE --offsets 0-3",
-            "  residua evaluate CACHE PROBE --html report.html",
+            f"  residua fit ridge {cache_name} --offsets 0-3{at_root}",
+            f"  residua evaluate {cache_name} {probe_name} --html report.html{at_root}",
         ]
     )

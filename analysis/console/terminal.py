@@ -1,10 +1,16 @@
 """What a terminal shows: progress with rates on stderr, tables on stdout.
 
 The commands of cli.py show a `Meter` while they work; messages.py prints tables with `print_table`.
+Names in caches and models are other people's: `visible_text` shows their control characters, so
+that none reaches the terminal. While a command works, `other_output_on_stderr` keeps stdout free of
+what libraries print.
 """
 
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +24,11 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 160
 """Width of tables in a pipe or file, in letters."""
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Characters that a terminal obeys (all but tab and line end), that turn the direction of text, or
+that cannot be printed."""
 UNITS = {
     "basis": "evaluations",
     "lens": "steps",
@@ -98,6 +109,45 @@ class Meter:
         self._notes[name] = text
 
 
+def visible_text(text: str) -> str:
+    """`text` with every control character written as an escape, such as `\\x1b`."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+class VisibleStream:
+    """A text stream that writes `visible_text` to `stream`."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(visible_text(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def other_output_on_stderr() -> Iterator[None]:
+    """Context in which all that is written to stdout goes to stderr: by Python, C, a subprocess."""
+    sys.stdout.flush()
+    saved = None
+    with suppress(OSError):  # a closed stdout or stderr
+        saved = os.dup(1)
+        os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if saved is not None:
+            os.dup2(saved, 1)
+            os.close(saved)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table on stdout; numbers are right-aligned, None is a dash."""
     from rich import box
@@ -105,14 +155,20 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title) or None, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=escape(visible_text(title)) or None, box=box.SIMPLE_HEAD, title_justify="left"
+    )
     for number, name in enumerate(columns):
         numeric = all(isinstance(row[number], int | float | None) for row in rows) and bool(rows)
-        table.add_column(escape(name), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(
+            escape(visible_text(name)), justify="right" if numeric else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*(escape(format_cell(cell)) for cell in row))
-    # A pipe or file has no width of its own to fold to.
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+    # Colours are escapes, too: they go past the stream that shows escapes. A pipe or file has no
+    # width of its own to fold to.
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    Console(file=getattr(sys.stdout, "stream", sys.stdout), width=width).print(table)
 
 
 def format_cell(cell: object) -> str:
@@ -125,7 +181,7 @@ def format_cell(cell: object) -> str:
         return f"{cell:.3f}" if abs(cell) < 1e4 else f"{cell:.4g}"
     if isinstance(cell, int) and not isinstance(cell, bool):
         return f"{cell:,}"
-    return str(cell)
+    return visible_text(str(cell).replace("\n", "\\n"))
 
 
 def format_bytes(count: int) -> str:

@@ -5,14 +5,15 @@ of a sequence does not depend on other sequences. `check_model` measures both on
 `extraction/prepare.py` calls it for a new cache, `recheck_model` is for a cache to be continued.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import HeadMismatchError, MismatchError, ModelError
+from ..errors import HeadMismatchError, MismatchError, ModelError, ResiduaError
 from ..files.disk_columns import row_blocks
 from ..format.dtypes import LARGEST, ValueRange, choose_dtype
 from ..format.logits_arrays import RECOMPUTE, check_kept_tokens
@@ -23,7 +24,7 @@ from ..head.head_recording import record_head
 from ..head.program_head import ProgramHead
 from ..model.block_search import find_blocks
 from ..model.blocks import DecoderBlocks, logits_of, run_model
-from ..model.memory import memory_errors
+from ..model.memory import is_out_of_memory, memory_errors
 from ..store.activation_cache import ActivationCache
 from ..tokens.token_stream import TokenStream
 from .independence import (
@@ -146,7 +147,8 @@ def check_model(
         check_kept_tokens(logits, head.vocab)
 
         # Rows of one sequence must not depend on others, nor on what the model read before.
-        independence = measure_independence(stack, stream, tokens.held_out, batch_tokens)
+        with _length_errors(model, int(stream.lengths.max())):
+            independence = measure_independence(stack, stream, tokens.held_out, batch_tokens)
         _check_no_memory(model, first_tokens, first_logits)
 
         # Stored dtypes, and the error of each way to keep logits.
@@ -180,9 +182,10 @@ def recheck_model(model: torch.nn.Module, cache: ActivationCache) -> DecoderBloc
         tokens = _check_tokens(stream, model, _vocabulary_size(model), device)
         stack = find_blocks(model, tokens.text, tokens.random)
         _head_error(cache.head, stack, tokens)
-        independence = measure_independence(
-            stack, stream, tokens.held_out, cache.manifest.batch_tokens
-        )
+        with _length_errors(model, int(lengths.max())):
+            independence = measure_independence(
+                stack, stream, tokens.held_out, cache.manifest.batch_tokens
+            )
     if reason := independence.contradiction(cache.manifest.pad, cache.manifest.alone):
         raise MismatchError(
             f"rows of cache {cache.id[:SHORT_ID]} ran in batches that changed them: {reason}; they "
@@ -197,7 +200,27 @@ def independence_of(stack: DecoderBlocks, stream: TokenStream, batch_tokens: int
     device = next(model.parameters()).device
     with torch.inference_mode(), _memory_errors_of_checks(model, int(stream.lengths.max())):
         tokens = _check_tokens(stream, model, _vocabulary_size(model), device)
-        return measure_independence(stack, stream, tokens.held_out, batch_tokens)
+        with _length_errors(model, int(stream.lengths.max())):
+            return measure_independence(stack, stream, tokens.held_out, batch_tokens)
+
+
+@contextmanager
+def _length_errors(model: torch.nn.Module, length: int) -> Iterator[None]:
+    """Turn an error of the first passes over whole sequences into a `ModelError`.
+
+    The model has read short sequences before; its configuration may promise a longer context than
+    its positions have.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError, TypeError, AssertionError) as error:
+        if isinstance(error, ResiduaError) or is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{type(model).__name__} cannot read sequences of {length} tokens, the longest here: "
+            f"{reason}; extract with a shorter --context"
+        ) from None
 
 
 def _memory_errors_of_checks(model: torch.nn.Module, length: int) -> AbstractContextManager[None]:

@@ -15,9 +15,12 @@ from .row_source import RowFile, file_ending
 from .row_table import RowTable
 from .text_column import ColumnSample, check_column_exists, choose_text_column
 from .text_file import SEPARATOR, TextFile
+from .text_lines import open_bytes
 
 FILE_FORMATS = {".txt": "text", **ROW_FORMATS}
 """File ending -> format."""
+LFS_POINTER = b"version https://git-lfs"
+"""Beginning of the small file that git keeps in place of a large one."""
 SAMPLE_ROWS = 200
 """Rows of a data set that are read to choose its text column."""
 
@@ -43,6 +46,11 @@ def load_documents(
     """
     # Refuse options of other kinds of sources.
     path = Path(data).expanduser()
+    if path.is_symlink() and not path.exists():
+        raise DataError(
+            f"{data} is a link to {path.readlink()}, which does not exist; give a file, a saved "
+            "data set or a hub id"
+        )
     if split is not None and path.is_file():
         raise DataError(f"--split is for data sets that have several; {data} is one file")
     file_format = FILE_FORMATS.get(file_ending(path)) if path.is_file() else None
@@ -58,6 +66,12 @@ def load_documents(
             )
         if not path.stat().st_size:
             raise DataError(f"{path} is empty; give a file with texts")
+        with open_bytes(path) as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise DataError(
+                    f"{path} is a git-lfs pointer, not the texts; fetch them with 'git lfs pull', "
+                    "or download the file again"
+                )
         if file_format == "text":
             if text_column is not None:
                 raise DataError(f"--text-column is for tables; {data} has no columns")

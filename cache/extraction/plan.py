@@ -18,6 +18,7 @@ from ..format.dtypes import STORED_DTYPES
 from ..format.layout import CHECKSUM_BYTES, TABLE_CHUNK_ROWS, TABLE_CHUNKS_PER_SHARD, Layout
 from ..format.logits_arrays import LogitsArray, list_logits_arrays
 from ..forward.batches import choose_batch_tokens
+from ..number_ranges import absolute_numbers
 from ..store.activation_cache import ActivationCache
 from ..tokens.index_arrays import CONTEXT_DTYPES, SPAN_DTYPES, TABLE_DTYPES
 from ..tokens.token_stream import TokenStream
@@ -244,12 +245,14 @@ def free_bytes(root: Path) -> int | None:
 def kept_layers(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
     """Layers of a cache, ascending: the requested ones (None: all) and layer L = `depth`.
 
-    Raises `UsageError` for a layer that the model does not have.
+    Negative numbers count from the end: -1 is layer L. Raises `UsageError` for a layer that the
+    model does not have.
     """
     if layers is None:
         return tuple(range(depth + 1))
-    if max(layers) > depth:
-        raise UsageError(f"layer {max(layers)} is not in this model; it has layers 0-{depth}")
+    layers = absolute_numbers(layers, depth) or ()
+    if absent := [layer for layer in layers if not 0 <= layer <= depth]:
+        raise UsageError(f"layer {absent[-1]} is not in this model; it has layers 0-{depth}")
     return tuple(sorted({*layers, depth}))
 
 

@@ -51,7 +51,8 @@ class ExtractionRequest:
     split: str | None = None
     """Split of a data set that has several."""
     layers: tuple[int, ...] | None = None
-    """Layers to keep; layer L, which the logits come from, is always kept. Default all."""
+    """Layers to keep, -1 the last; layer L, which the logits come from, is always kept. Default
+    all."""
     positions: str = "all"
     """Positions to keep: all, last, sample:K, answer or explicit (columns of the data)."""
     logits: str = "recompute"
@@ -113,8 +114,8 @@ class ExtractionRequest:
         check_positions(self.positions, self.pack)
         check_logits_mode(self.logits)
         check_codec(self.codec)
-        if self.layers is not None and (not self.layers or min(self.layers) < 0):
-            raise UsageError(f"layers must be numbers from 0 on, got {self.layers}")
+        if self.layers is not None and not self.layers:
+            raise UsageError("layers names no layer; give numbers from 0 on, or None for all")
         _ = self.share  # raises `UsageError` if `part` is not of the form i/n
 
     @property

@@ -27,6 +27,7 @@ from ..format.manifest import (
 )
 from ..model.source import ModelSource
 from ..model.tokenizer import tokenizer_digest
+from ..number_ranges import absolute_numbers
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.catalog import cache_root, list_paths
@@ -235,7 +236,7 @@ def _match_with(cache: ActivationCache, wanted: WantedCache) -> CacheMatch:
         return miss
 
     # Layers: any of them may be missing, they are added in place.
-    layers = range(cache.n_blocks + 1) if wanted.layers is None else wanted.layers
+    layers = absolute_numbers(wanted.layers, cache.n_blocks) or range(cache.n_blocks + 1)
     missing_layers = tuple(layer for layer in layers if layer not in cache.layers)
     unfinished = not cache.finished
     if missing_sequences or missing_layers:

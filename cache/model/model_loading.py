@@ -59,6 +59,14 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    architecture = (source.config.get("architectures") or [None])[0]
+    if source.config.get("is_encoder_decoder") and not str(architecture).endswith("ForCausalLM"):
+        raise ModelError(
+            f"{source.name} is an encoder-decoder ({architecture or 'no architecture named'}), "
+            "whose decoder reads another text through the encoder; expected a causal language "
+            "model, a decoder alone"
+        )
+
     # Check all weight files first: damaged ones are named.
     for path in source.weight_files:
         read_header(path)

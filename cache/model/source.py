@@ -61,10 +61,17 @@ class ModelSource:
         folder = Path(name).expanduser()
         if folder.is_dir():
             if not (folder / "config.json").is_file():
+                if (folder / "adapter_config.json").is_file():
+                    raise _adapter_error(folder)
                 raise ModelError(
                     f"{folder} holds no config.json; expected a model saved by transformers"
                 )
             return cls(name, folder.resolve(), None, trust_remote_code)
+        if folder.is_symlink() and not folder.exists():
+            raise ModelError(
+                f"{name} is a link to {os.readlink(folder)}, which does not exist; give a model "
+                "folder or a hub id like org/name"
+            )
         if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ModelError(
                 f"{name} is not a model folder; give a folder or a hub id like org/name"
@@ -181,10 +188,7 @@ class ModelSource:
     def weight_files(self) -> list[Path]:
         """The safetensors files of the model, sorted by name."""
         if (self.folder / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{self.folder} holds an adapter of another model (adapter_config.json); merge it "
-                "into its base model (merge_and_unload) and save the whole"
-            )
+            raise _adapter_error(self.folder)
         # Names: from the configuration, else one file, else the files of the index.
         name = self.config.get("transformers_weights")
         if name is None:
@@ -308,6 +312,13 @@ class ModelSource:
             except (OSError, ValueError, TypeError):
                 continue
         return merged
+
+
+def _adapter_error(folder: Path) -> ModelError:
+    return ModelError(
+        f"{folder} holds an adapter of another model (adapter_config.json); merge it into its base "
+        "model (merge_and_unload) and save the whole"
+    )
 
 
 def _strings(value: Any) -> list[str]:

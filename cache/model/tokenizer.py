@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 PATTERNS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.py")
 """Files of a model folder with an influence on the tokenizer."""
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Usual files of a tokenizer's vocabulary, in messages."""
 MAX_MEMOS = 100
 """Largest number of stored tokenizers."""
 
@@ -32,6 +41,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer"
 
     Raises `ModelError` without a tokenizer, or if it is not one of the `tokenizers` library.
     """
+    if not _has_vocabulary(folder):
+        raise ModelError(
+            f"{folder} has no tokenizer that can be read: no file holds a vocabulary; expected "
+            f"{', '.join(VOCABULARY_FILES)} or the like: copy the files of the model's tokenizer "
+            "into the folder, or save it there with save_pretrained"
+        )
     path = _memo_path(folder, trust_remote_code)
     tokenizer = _read_memo(path)
     if tokenizer is None:
@@ -39,6 +54,29 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer"
         _disable_length_limits(tokenizer)
         _write_memo(path, tokenizer)
     return _disable_length_limits(tokenizer)
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    """Whether any file of the folder can hold a vocabulary, or code that makes one.
+
+    Without one, transformers makes the empty tokenizer of the model's class, which finds no token.
+    """
+    settings = ("config.json", "generation_config.json", "tokenizer_config.json")
+    settings += ("special_tokens_map.json", "added_tokens.json", "adapter_config.json")
+    files = {path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    return any(
+        path.name not in settings and not path.name.endswith(".index.json") for path in files
+    )
+
+
+def _names_code(folder: Path) -> bool:
+    """Whether a configuration in the folder names Python code for the tokenizer."""
+    for name in ("tokenizer_config.json", "config.json"):
+        with suppress(OSError, ValueError, AttributeError, RecursionError):
+            classes = json.loads((folder / name).read_bytes()).get("auto_map")
+            if classes and (not isinstance(classes, dict) or "AutoTokenizer" in classes):
+                return True
+    return False
 
 
 def read_tokenizer_file(path: Path) -> "Tokenizer":
@@ -133,11 +171,24 @@ def convert_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokeniz
         path = folder / "tokenizer.json"
         if path.is_file() and not (folder / "tokenizer_config.json").is_file():
             return read_tokenizer_file(path)
+        if not trust_remote_code and _names_code(folder):
+            raise ModelError(
+                f"{folder} has no tokenizer that can be read: it is Python code that comes with "
+                "the model, and did not run; read the code and, if you trust it, give "
+                "--trust-remote-code (trust_remote_code=True), or save the tokenizer as "
+                "tokenizer.json"
+            ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{folder} has no tokenizer that can be read: {reason}; expected one that "
             "AutoTokenizer loads as a fast tokenizer"
         ) from None
+    added_tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if tokenizer.get_vocab(with_added_tokens=False).keys() <= added_tokens:
+        raise ModelError(
+            f"{folder} has no tokenizer that can be read: its vocabulary is empty; copy the files "
+            "of the model's tokenizer into the folder, or save it there with save_pretrained"
+        )
     if differing:
         raise ModelError(
             f"the tokenizer of {folder} gives other tokens in Python than by itself (for "

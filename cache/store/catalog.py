@@ -10,21 +10,33 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NotFoundError, ResiduaError, UsageError
-from ..files.paths import as_path, list_folder
+from ..files.paths import as_path, is_remote, list_folder
 from .activation_cache import SHORT_ID, ActivationCache
 
 
 def cache_root(root: str | Path | None = None) -> Path:
     """The root: `root` (a folder or a URL), else $RESIDUA_ROOT, else ~/.cache/residua.
 
-    $XDG_CACHE_HOME, if set, takes the place of ~/.cache.
+    $XDG_CACHE_HOME, if set, takes the place of ~/.cache. Raises `UsageError` for a root that is,
+    or lies in, a file or a link to nothing; a folder need not exist.
     """
     if root is not None:
-        return as_path(root)
+        return _checked_root(as_path(root))
     if environment_root := os.environ.get("RESIDUA_ROOT"):
-        return as_path(environment_root)
+        return _checked_root(as_path(environment_root))
     xdg_cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(xdg_cache) if xdg_cache else Path.home() / ".cache") / "residua"
+
+
+def _checked_root(root: Path) -> Path:
+    """`root`; raises `UsageError` if no folder can be there."""
+    if is_remote(root):
+        return root
+    nearest = next((path for path in (root, *root.parents) if os.path.lexists(path)), None)
+    if nearest is not None and not nearest.is_dir():
+        kind = "a link to nothing" if not nearest.exists() else "a file"
+        raise UsageError(f"the root {root} cannot be used: {nearest} is {kind}; name a folder")
+    return root
 
 
 def list_paths(root: Path) -> list[Path]:
@@ -38,12 +50,12 @@ def list_paths(root: Path) -> list[Path]:
     return [manifest.parent for _, manifest in sorted(by_time)]
 
 
-def find_path(name: str, root: Path) -> Path:
+def find_path(name: str | Path, root: str | Path) -> Path:
     """Folder of the cache whose id begins with `name`; or `name`, if that is a cache's path.
 
     Raises `NotFoundError` if no id begins with `name`, and `UsageError` if several do.
     """
-    path = as_path(name)
+    path, root, name = as_path(name), as_path(root), str(name)
     if (path / "manifest.json").is_file():
         return path
     paths = list_paths(root)
@@ -61,14 +73,14 @@ def find_path(name: str, root: Path) -> Path:
     return matches[0]
 
 
-def find_cache(name: str, root: Path) -> ActivationCache:
+def find_cache(name: str | Path, root: str | Path) -> ActivationCache:
     """Open the cache whose id begins with `name`, or at the path `name`; see `find_path`."""
     return ActivationCache(find_path(name, root))
 
 
-def list_caches(root: Path) -> list[dict[str, Any]]:
+def list_caches(root: str | Path) -> list[dict[str, Any]]:
     """JSON objects of all caches under `root`; the state of a damaged cache says the error."""
-    return [_summary(path) for path in list_paths(root)]
+    return [_summary(path) for path in list_paths(as_path(root))]
 
 
 def _summary(path: Path) -> dict[str, Any]:

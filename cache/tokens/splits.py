@@ -13,6 +13,8 @@ SPLITS = ("train", "validation", "test")
 """Names of the splits; `sequences/split` holds the index into this tuple."""
 TEST_SHARE = 0.1
 VALIDATION_SHARE = 0.1
+HASHED_CHARACTERS = 1 << 20
+"""Characters of a text that are hashed at once."""
 
 
 def assign_splits(hashes: np.ndarray) -> np.ndarray:
@@ -60,8 +62,10 @@ def split_in_order(sequences: int) -> np.ndarray:
 
 def text_hash(text: str) -> int:
     """First 64 bits of the sha256 of a document's text in UTF-8; they decide its split and fold."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "little")
+    sha256 = hashlib.sha256()
+    for start in range(0, len(text), HASHED_CHARACTERS):  # no second copy of a long text
+        sha256.update(text[start : start + HASHED_CHARACTERS].encode("utf-8", "surrogatepass"))
+    return int.from_bytes(sha256.digest()[:8], "little")
 
 
 def assign_folds(hashes: np.ndarray, folds: int) -> np.ndarray:

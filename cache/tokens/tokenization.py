@@ -1,7 +1,8 @@
 """Tokenization of documents into a `TokenStream`: encoding, packing, cutting at the context length.
 
-`tokenize` is called by `extraction/resolve.py`: `Encoder` reads batches of `Documents` and gives a
-`TokenizedDocument` each; `Packer` joins and cuts them; `TokenStreamBuilder` writes the sequences.
+`tokenize` is called by `extraction/resolve.py`: `Encoder` reads batches of `Documents` and gives
+the tokens of each, a long document part by part (`text_windows.py`); `Packer` joins and cuts them;
+`TokenStreamBuilder` writes the sequences.
 
 Terms, used alike in this folder:
 
@@ -18,6 +19,8 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +33,7 @@ from ..files.disk_columns import DiskColumn
 from ..format.manifest import FORMAT, SEQUENCE
 from ..progress import Progress
 from .splits import SPLITS, TEST_SHARE, assign_splits, split_in_order, text_hash
+from .text_windows import WINDOW, encode_in_windows
 from .token_stream import TokenStream
 
 if TYPE_CHECKING:
@@ -38,6 +42,10 @@ if TYPE_CHECKING:
 SMALL_SET = 400
 """Largest data set (in documents) that is hashed as a whole first, so that no split is empty; in a
 larger one chance leaves a split empty once in 10^18."""
+LONG_DOCUMENT = 2 * WINDOW
+"""Characters from which on a document is tokenized in windows."""
+ENCODED_CHARACTERS = 4 * WINDOW
+"""Characters of documents that are tokenized at once: some 200 bytes of memory each."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,18 @@ class TokenizedDocument:
     def part(self, start: int, stop: int | None) -> "TokenizedDocument":
         """The same document with only the tokens from `start` to `stop`."""
         return replace(self, ids=self.ids[start:stop], chars=self.chars[start:stop])
+
+
+@dataclass(frozen=True)
+class DocumentParts:
+    """The tokens of one document, tokenized while the parts are read."""
+
+    row: int
+    """Number of the document."""
+    hash: int
+    """`text_hash` of the document."""
+    parts: Iterator[TokenizedDocument]
+    """Its tokens in order; none of the parts is empty, and there is at least one."""
 
 
 class TokenStreamBuilder:
@@ -151,9 +171,9 @@ def tokenize(
     # Cut into sequences.
     builder = TokenStreamBuilder(scratch)
     if not pack:
-        stream = _cut_documents(encoder.tokens(order), builder, context, max_tokens)
+        stream = _cut_documents(encoder.documents_with_tokens(order), builder, context, max_tokens)
     elif version == 1:
-        stream = _pack_together(encoder.tokens(order), builder, context, max_tokens)
+        stream = _pack_together(encoder.documents_with_tokens(order), builder, context, max_tokens)
     else:
         stream = _pack_by_split(encoder, order, builder, context, max_tokens)
     stream = replace(stream, format=version, reading=documents.reading)
@@ -205,32 +225,68 @@ class Encoder:
         )
         return np.fromiter(hashes, np.uint64)
 
-    def tokens(
+    def documents_with_tokens(
         self,
         numbers: np.ndarray,
         is_needed: Callable[[int, int], bool] = lambda number, hash: True,
-    ) -> Iterator[TokenizedDocument]:
+    ) -> Iterator[DocumentParts]:
         """Yield the tokens of the documents `numbers`, in this order.
 
-        `is_needed(number, hash)` is called right before a batch of documents is tokenized; a
-        document for which it returns False is skipped. Documents without tokens are counted.
+        `is_needed(number, hash)` is called right before some documents are tokenized; a document
+        for which it returns False is skipped. A long document is tokenized as far as its parts
+        are read. Documents without tokens are counted.
         """
         for batch in self.documents.batches(numbers):
             texts = [(number, text, text_hash(text)) for number, text in self._valid_texts(batch)]
-            texts = [
-                (number, text, hash) for number, text, hash in texts if is_needed(number, hash)
-            ]
-            encodings = self._tokenizer.encode_batch([text for _, text, _ in texts])
-            for (number, _, hash), encoding in zip(texts, encodings, strict=True):
-                document = _tokenized_document(number, hash, encoding, self._prefix)
-                if len(document.ids):
-                    yield document
-                else:
-                    self.documents.reading.drop("without tokens", number)
+            for group in _groups_of_texts(texts):
+                needed = [entry for entry in group if is_needed(entry[0], entry[2])]
+                for document in self._tokenized(needed):
+                    if (first := next(document.parts, None)) is None:
+                        self.documents.reading.drop("without tokens", document.row)
+                    else:
+                        yield replace(document, parts=chain([first], document.parts))
             # A document may be read twice (see SplitPacker.pack), so the count has a bound.
             self._documents_read = min(self._documents_read + len(batch), len(self.documents))
             if self._progress is not None:
                 self._progress(self._documents_read, len(self.documents))
+
+    def _tokenized(self, texts: list[tuple[int, str, int]]) -> Iterator[DocumentParts]:
+        """The documents of one group: (number, text, hash)."""
+        if (
+            len(texts) == 1
+            and len(texts[0][1]) > LONG_DOCUMENT
+            and self._special_tokens is not None
+        ):
+            number, text, hash = texts[0]
+            yield DocumentParts(number, hash, self._parts_of_long_document(number, text, hash))
+            return
+        encodings = self._tokenizer.encode_batch([text for _, text, _ in texts])
+        for (number, _, hash), encoding in zip(texts, encodings, strict=True):
+            document = _tokenized_document(number, hash, encoding, self._prefix)
+            yield DocumentParts(number, hash, iter([document] if len(document.ids) else []))
+
+    @cached_property
+    def _special_tokens(self) -> tuple[list[int], list[int]] | None:
+        """Tokens that the tokenizer adds before and after a text; None if that is unclear."""
+        added = self._tokenizer.encode("a")
+        ids = self._tokenizer.encode("a", add_special_tokens=False).ids
+        before = next((i for i, mask in enumerate(added.special_tokens_mask) if not mask), 0)
+        if not ids or added.ids[before : before + len(ids)] != ids:
+            return None
+        return added.ids[:before], added.ids[before + len(ids) :]
+
+    def _parts_of_long_document(
+        self, number: int, text: str, hash: int
+    ) -> Iterator[TokenizedDocument]:
+        """The tokens of one document, window by window; added tokens span no characters."""
+        assert self._special_tokens is not None
+        before, after = (
+            (np.array(ids, np.int32), np.zeros((len(ids), 2), np.int32))
+            for ids in ([*self._prefix, *self._special_tokens[0]], self._special_tokens[1])
+        )
+        for ids, chars in chain([before], encode_in_windows(self._tokenizer, text), [after]):
+            if len(ids):
+                yield TokenizedDocument(number, ids, chars, hash)
 
     def _valid_texts(self, numbers: list[int]) -> Iterator[tuple[int, str]]:
         """Yield number and text of each non-empty document; count the others as dropped."""
@@ -240,6 +296,27 @@ class Encoder:
                 self.documents.reading.drop(reason or "missing", number)
             else:
                 yield number, text
+
+
+def _groups_of_texts(
+    texts: list[tuple[int, str, int]],
+) -> Iterator[list[tuple[int, str, int]]]:
+    """Consecutive (number, text, hash) of at most `ENCODED_CHARACTERS`, or a longer text alone."""
+    group, characters = [], 0
+    for entry in texts:
+        if group and characters + len(entry[1]) > ENCODED_CHARACTERS:
+            yield group
+            group, characters = [], 0
+        group.append(entry)
+        characters += len(entry[1])
+        if len(entry[1]) > LONG_DOCUMENT:
+            *shorter, long = group
+            if shorter:
+                yield shorter
+            yield [long]
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def _tokenized_document(
@@ -386,15 +463,23 @@ class SplitPacker:
                 return False
             return True
 
-        for document in self._encoder.tokens(numbers, can_add):
+        for document in self._encoder.documents_with_tokens(numbers, can_add):
             if self._allowance.is_spent:
                 return False
             # Asked again: documents of the same batch may have filled the sequence meanwhile.
             if can_add(document.row, document.hash):
                 split = self._split_of(document.hash)
-                self._packers[split].add(document)
-                self._write_whole_sequences(split)
+                for part in document.parts:
+                    self._packers[split].add(part)
+                    self._write_whole_sequences(split)
+                    if self._has_more_than_allowed(split):
+                        break  # the rest of the document is never written
         return True
+
+    def _has_more_than_allowed(self, split: int) -> bool:
+        """Whether a whole sequence stays pending in `split`, even if it gets all that is left."""
+        packer, remaining = self._packers[split], self._allowance.remaining
+        return remaining is not None and packer.pending_tokens >= remaining + packer.context
 
     def _write_whole_sequences(self, split: int) -> None:
         """Write the pending whole sequences of `split` as far as the allowance permits."""
@@ -427,7 +512,9 @@ def _pack_by_split(
         hashes = np.unique(encoder.hashes(order))
         # Fewer documents than splits: pack all together, and split the sequences instead.
         if len(hashes) < len(SPLITS):
-            stream = _pack_together(encoder.tokens(order), builder, context, max_tokens)
+            stream = _pack_together(
+                encoder.documents_with_tokens(order), builder, context, max_tokens
+            )
             return replace(stream, splits=split_in_order(stream.sequences), split_by=SEQUENCE)
         split_of_hash = dict(zip(hashes.tolist(), assign_splits(hashes).tolist(), strict=True))
 
@@ -441,7 +528,7 @@ def _pack_by_split(
 
 
 def _pack_together(
-    documents: Iterator[TokenizedDocument],
+    documents: Iterator[DocumentParts],
     builder: TokenStreamBuilder,
     context: int,
     max_tokens: int | None,
@@ -452,8 +539,8 @@ def _pack_together(
     def is_allowed(tokens: int) -> bool:
         return max_tokens is None or builder.tokens + tokens <= max_tokens
 
-    for document in documents:
-        packer.add(document)
+    for part in chain.from_iterable(document.parts for document in documents):
+        packer.add(part)
         while packer.has_whole_sequence and is_allowed(context):
             builder.append(packer.pop_sequence())
         if packer.has_whole_sequence:
@@ -464,15 +551,23 @@ def _pack_together(
 
 
 def _cut_documents(
-    documents: Iterator[TokenizedDocument],
+    documents: Iterator[DocumentParts],
     builder: TokenStreamBuilder,
     context: int,
     max_tokens: int | None,
 ) -> TokenStream:
     """Write one sequence per document, cut at `context`."""
     for document in documents:
-        sequence = document.part(0, context)
-        if max_tokens is not None and builder.tokens + len(sequence.ids) > max_tokens:
+        # The first parts, up to `context` tokens.
+        packer = Packer(context)
+        while not packer.has_whole_sequence and (part := next(document.parts, None)) is not None:
+            packer.add(part)
+        sequence = packer.pop_sequence()
+        tokens = sum(len(piece.ids) for piece in sequence)
+        if max_tokens is not None and builder.tokens + tokens > max_tokens:
             break
-        builder.append([sequence], cut=len(document.ids) - len(sequence.ids))
+
+        # The others are only counted.
+        cut = packer.pending_tokens + sum(len(part.ids) for part in document.parts)
+        builder.append(sequence, cut=cut)
     return replace(builder.stream(), splits=None)

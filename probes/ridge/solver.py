@@ -94,7 +94,10 @@ def fit_ridge(
     """
     total = merge_all(folds)
     if total.n == 0:
-        raise UsageError(f"{what}: there is no pair; are all documents shorter than the offset?")
+        raise UsageError(
+            f"{what}: there is no pair (t, t+N): all documents, or their parts in one "
+            "sequence, are shorter than the offset; use smaller offsets or longer sequences"
+        )
     if not (np.isfinite(total.yy) and np.isfinite(np.trace(total.xx))):
         raise UsageError(f"{what}: the rows hold values that are not finite")
     # Error of every penalty on the held-out folds.
