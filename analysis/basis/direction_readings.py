@@ -40,7 +40,7 @@ TOKEN_ROWS = 256
 
 @dataclass(frozen=True)
 class DirectionReading:
-    """One direction: what it promotes, where it is extreme, and what it continues."""
+    """Tokens, passages and match in the layer below, of one direction."""
 
     direction: int
     """Number of the direction, from 0."""

@@ -78,7 +78,7 @@ def fit_and_save_basis(
     scratch: Path | None = None,
     memory: int | None = None,
 ) -> BasisResult:
-    """Fit `basis` on the cache and lens of these names, measure it, save it, write its page.
+    """Fit, measure and save `basis` on a cache with a lens, both by name, and write its page.
 
     With `model`, the same ablations are measured in the model. The basis is saved as soon as it
     is fitted; what is measured in the model is added to it.
@@ -89,8 +89,14 @@ def fit_and_save_basis(
         layers = as_tuple(basis.layers, "layers")
         basis.set_params(layers=absolute_numbers(layers, cache.n_blocks))
     lens, digest = load_lens(cache, lens_name, root, basis.offset)
-    if model is not None and basis.offset:
-        raise UsageError("the influence in the model is measured at offset 0: leave out --model")
+    if model is not None:
+        from ...cache.extraction.model_reload import find_cache_model
+
+        if basis.offset:
+            raise UsageError(
+                "the influence in the model is measured at offset 0: leave out --model"
+            )
+        find_cache_model(cache, model.name, model.trust_remote_code)
     check_outputs(outputs.html, outputs.png)
     default = probe_path(root, basis, cache.id)
     path = new_probe_path(

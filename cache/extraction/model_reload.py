@@ -1,4 +1,4 @@
-"""Loads the model of an existing cache again, and checks that it is that model: `load_model_of`.
+"""Reloads the model of an existing cache, after a check of its identity: `load_model_of`.
 
 `damage_repair.py` runs damaged parts again with it; causal bases (`analysis/basis`) measure their
 influence in it.
@@ -45,11 +45,23 @@ def load_cache_model(
 ) -> tuple[ModelSource, "torch.nn.Module"]:
     """Find and load the model of `cache`, by its identity; its rows are not checked.
 
-    `model` overrides the folder or hub id that the cache remembers. Raises `MismatchError` for
-    another model, `ModelError` if no model is found or its code needs `trust_remote_code`.
+    Raises as `find_cache_model` does.
     """
     from ..model.model_loading import choose_device, load_model
 
+    source = find_cache_model(cache, model, trust_remote_code)
+    attention = cache.manifest.capture.attention
+    return source, load_model(source, choose_device(device), attention, trust_remote_code)
+
+
+def find_cache_model(
+    cache: ActivationCache, model: str | None, trust_remote_code: bool
+) -> ModelSource:
+    """Find the files of the model of `cache`, by its identity; nothing is loaded.
+
+    `model` overrides the folder or hub id that the cache remembers. Raises `MismatchError` for
+    another model, `ModelError` if no model is found or its code needs `trust_remote_code`.
+    """
     manifest = cache.manifest
     name = model or read_origin(cache.path).get("model", manifest.model_name)
     try:
@@ -68,5 +80,4 @@ def load_cache_model(
             f"{source.name} is not the model of this cache ({describe(differences)}); say where "
             "the model is with --model"
         )
-    attention = manifest.capture.attention
-    return source, load_model(source, choose_device(device), attention, trust_remote_code)
+    return source

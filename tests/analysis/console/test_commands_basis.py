@@ -12,6 +12,8 @@ from residua.cli import main
 from residua.probes.basis import fit_settings, layer_fit
 from residua.probes.basis.causal_basis import CausalBasis
 
+from ...support.models import save_model
+
 
 def run(*args: object, code: int = 0) -> Any:
     result = CliRunner().invoke(main, [str(arg) for arg in args])
@@ -151,3 +153,12 @@ def test_a_basis_is_no_readout(command: list[object], tiny_cache: residua.Activa
     root = tiny_cache.path.parent
     result = run("evaluate", tiny_cache.id[:12], probe, "--root", root, code=2)
     assert "a basis predicts nothing" in result.output
+
+
+@pytest.mark.parametrize("kind", ["missing", "another"])
+def test_a_wrong_model_is_found_before_the_fit(
+    command: list[object], tmp_path: Path, kind: str
+) -> None:
+    name = save_model(tmp_path / "other", "llama") if kind == "another" else tmp_path / "none"
+    run(*command, "--model", name, code=3 if kind == "another" else 2)
+    assert not (tmp_path / "basis").exists()
