@@ -178,11 +178,14 @@ def tokenize(
         stream = _pack_by_split(encoder, order, builder, context, max_tokens)
     stream = replace(stream, format=version, reading=documents.reading)
     if not stream.sequences:
-        details = (
-            f"; max_tokens={max_tokens} is less than one sequence" if max_tokens is not None else ""
-        )
-        for reason, dropped in documents.reading.dropped.items():
-            details += f"; {dropped.documents} {reason}"
+        dropped = documents.reading.dropped
+        has_text = len(documents) > sum(entry.documents for entry in dropped.values())
+        if max_tokens is not None and has_text:
+            raise DataError(
+                f"max_tokens={max_tokens} is less than one sequence ({context} tokens, or a "
+                "shorter document); allow more, or take a shorter context"
+            )
+        details = "".join(f"; {entry.documents} {reason}" for reason, entry in dropped.items())
         raise DataError(f"the data hold no text ({len(documents)} documents){details}")
 
     # A sequence that is one document has the document's labels.
