@@ -222,6 +222,12 @@ class CacheArray:
                 reader = self._shards[shard] = self._open_shard(shard)
             return reader
 
+    def close_shard(self, shard: int) -> None:
+        """Forget the reader of a shard: its file is closed when no row refers to it any more."""
+        with self._lock:
+            self._shards.pop(shard, None)
+            self._checked.pop(shard, None)
+
     def _check_committed(self, shards: Iterable[int]) -> None:
         """Raise `IncompleteError` for the first of `shards` without a record in the journal."""
         if self._journal is None:
