@@ -12,8 +12,9 @@ import errno
 import hashlib
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..errors import CorruptError, NotFoundError
 from .json_fields import MAX_JSON_BYTES
@@ -140,7 +141,7 @@ def open_regular(folder: Path, name: str) -> int:
     return current
 
 
-def open_confined(folder: Path, name: str) -> BinaryIO:
+def open_confined(folder: Path, name: str) -> BufferedReader:
     """Open the file `name` below `folder` for reading; an object of a store as it is.
 
     Raises as `open_regular`.

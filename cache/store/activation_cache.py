@@ -5,7 +5,6 @@ writes caches. Reading imports no torch and no transformers, and needs neither m
 `cache/README.md` describes the format on disk.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +32,7 @@ from ..format.logits_arrays import (
 from ..format.manifest import SHORT_ID, Manifest
 from ..number_ranges import format_ranges
 from ..tokens.splits import SPLITS
-from .checked_arrays import LABELS, ArrayMetadata, CheckedArray, array_of_metadata
+from .checked_arrays import LABELS, ArrayMetadata, CheckedArray, array_of_metadata, named_layers
 
 if TYPE_CHECKING:
     import dask.array
@@ -488,8 +487,7 @@ class ActivationCache:
     def target_layers(self) -> tuple[int, ...]:
         """Layers that the cache has or is meant to get: the journal names their arrays."""
         _, files = self.journal.base()
-        matches = [re.fullmatch(r"arrays\.zarr/residual/(\d+)/zarr\.json", name) for name in files]
-        return tuple(sorted(int(match[1]) for match in matches if match))
+        return named_layers(files, self.manifest.depth)
 
     # Sizes of reads
 

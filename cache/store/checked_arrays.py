@@ -8,7 +8,7 @@ arrays through `CheckedArray`.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ TABLE_DTYPES = {
 """One-dimensional array -> dtypes that it may have."""
 LABELS = "sequences/labels/"
 LABEL_DTYPES = ("int64", "float64", "uint8", "int32")
-_LAYER = re.compile(r"residual/(\d{1,9})", re.ASCII)
+_LAYER = re.compile(r"residual/(0|[1-9]\d{0,8})", re.ASCII)
 
 
 class ArrayMetadata:
@@ -157,6 +157,13 @@ def array_of_metadata(file: str) -> str | None:
     """Inverse of `metadata_file`; None for any other file, and for the metadata of a group."""
     name = file.removeprefix(f"{GROUP}/").removesuffix("/zarr.json")
     return name if metadata_file(name) == file and "/" in name else None
+
+
+def named_layers(files: Iterable[str], depth: int) -> tuple[int, ...]:
+    """Layers up to `depth` whose metadata are among the names `files`, ascending."""
+    matches = [_LAYER.fullmatch(array_of_metadata(file) or "") for file in files]
+    layers = {int(match[1]) for match in matches if match}
+    return tuple(sorted(layer for layer in layers if layer <= depth))
 
 
 def metadata_misfit(name: str, layout: ArrayLayout, manifest: Manifest) -> str | None:

@@ -26,7 +26,14 @@ from ..format.logits_arrays import list_logits_arrays
 from ..format.manifest import Manifest
 from ..progress import Progress
 from .activation_cache import FOLDERS
-from .checked_arrays import GROUP, ArrayMetadata, CheckedArray, array_of_metadata, metadata_file
+from .checked_arrays import (
+    GROUP,
+    ArrayMetadata,
+    CheckedArray,
+    array_of_metadata,
+    metadata_file,
+    named_layers,
+)
 from .moment_files import damaged_moments
 
 
@@ -242,8 +249,7 @@ def read_journal(
 
 def target_names(manifest: Manifest, contents: JournalContents) -> set[str]:
     """Arrays that every part has or is meant to get: layers that base records name, and logits."""
-    names = {array_of_metadata(file) or "" for file in contents.base.files}
-    layers = {name for name in names if name.startswith("residual/")}
+    layers = {f"residual/{layer}" for layer in named_layers(contents.base.files, manifest.depth)}
     logits = list_logits_arrays(manifest.capture.logits, manifest.vocab, "float16")
     return {*layers, *(array.name for array in logits)}
 
