@@ -336,7 +336,7 @@ class ActivationCache:
         """Head of the model, layer L -> logits: final norm, unembedding, bias, scale, softcap."""
         from ..head.saved_head import load_head
 
-        return load_head(self.path / "head")
+        return load_head(self.path / "head", self.d_model, self.vocab)
 
     def logits(self, layer: int | None = None) -> "dask.array.Array":
         """Logits of the head on `layer`, `(positions, vocab)` float32, as a lazy dask array.
