@@ -253,6 +253,7 @@ def _extend(
     layout = cache.manifest.layout
     if cache.positions <= layout.chunk_rows:  # perhaps a layout shrunk to few positions
         layout = layout_like(request, cache).shrunk(stream.positions)
+    layout.check_parts(stream.positions)
     independence = independence_of(stack, stream, cache.manifest.batch_tokens)
     extra = _stricter_batching(cache, independence)
     return add_tokens(cache, tokens, stream, layout, extra), "extended", stack

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UsageError
 from ..files.json_fields import (
     FieldError,
     JsonObject,
@@ -30,6 +31,10 @@ CHUNK_BYTES = 3 << 20
 """A residual chunk holds the largest power of two of rows that fits in this many bytes."""
 CHUNK_ROWS_MAX = 16384
 """Most rows of a residual chunk."""
+MAX_CHUNK_ROWS = 1 << 20
+"""Most rows of a chunk that is read; writers make smaller ones."""
+MAX_PARTS = 1 << 20
+"""Most parts of a cache."""
 CHUNKS_PER_SHARD = 16
 """Chunks of a residual shard, unless `SHARD_ROWS_MAX` or a requested part size is less."""
 SHARD_ROWS_MAX = 65536
@@ -107,6 +112,15 @@ class Layout:
     def parts(self, positions: int) -> int:
         """Number of parts that hold `positions` rows."""
         return -(-positions // self.part_rows)
+
+    def check_parts(self, positions: int) -> None:
+        """Raise `UsageError` if `positions` rows make more parts than a cache may have."""
+        if self.parts(positions) > MAX_PARTS:
+            raise UsageError(
+                f"{positions} positions in parts of {self.part_rows} are {self.parts(positions)} "
+                f"parts; a cache has at most {MAX_PARTS}: give part_positions (--part-positions) "
+                f"of at least {-(-positions // MAX_PARTS)}"
+            )
 
     def rows(self, part: int, positions: int) -> tuple[int, int]:
         """First row of `part`, and the row after its last, in a cache of `positions` rows."""

@@ -354,7 +354,7 @@ class ActivationCache:
 
         for name in ("head/head.json", "head/head.safetensors"):
             is_regular(self.path, name)  # raises for a link; `load_head` says what is missing
-        return load_head(self.path / "head")
+        return load_head(self.path / "head", self.d_model, self.vocab)
 
     def logits(self, layer: int | None = None) -> "dask.array.Array":
         """Logits of the head on `layer`, `(positions, vocab)` float32, as a lazy dask array.

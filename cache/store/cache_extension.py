@@ -25,12 +25,11 @@ from ..files.paths import copy_object, is_remote, list_folder
 from ..format.array_writer import create_residual
 from ..format.journal import Journal
 from ..format.layout import Layout
-from ..format.manifest import TokenIdentity
+from ..format.manifest import EXTENDS, TokenIdentity
 from ..tokens.token_stream import TokenStream, concatenate
 from .activation_cache import ActivationCache
 from .cache_creation import create_cache
 from .checked_arrays import metadata_file
-from .lineage import EXTENDS
 from .local_origin import read_origin, write_origin
 
 
