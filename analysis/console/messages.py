@@ -202,7 +202,13 @@ def print_verification(verification: "Verification") -> None:
     for damage in verification.damages:
         rows = f" rows {damage.start}-{damage.stop - 1}" if damage.stop else ""
         print(f"damaged: {damage.file}{rows}: {damage.message}")
-    state = "ok" if verification.ok else f"{len(verification.damages)} damaged"
+    for name in verification.lost_records:
+        print(
+            f"lost: {name}: all shards that it names are there; `residua repair` makes it again "
+            "(or the writer was killed before it: the same `residua extract` goes on)"
+        )
+    counts = {"damaged": len(verification.damages), "lost": len(verification.lost_records)}
+    state = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "ok"
     count = len(verification.missing_parts)
     missing = f", {count} parts not extracted yet" if count else ""
     size = format_bytes(verification.bytes)
@@ -213,6 +219,10 @@ def print_repair(repair: "Repair") -> None:
     """Print which files `residua repair` mended, and which damage is left."""
     for name in repair.mended:
         print(f"mended: {name}")
+    for name in repair.rebuilt:
+        print(f"made again from what is whole: {name}")
+    for name in repair.removed:
+        print(f"removed, the next fit computes it again: {name}")
     for name in repair.changed:
         print(f"written anew, not byte for byte the same: {name}")
     for damage in repair.left:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import HeadMismatchError, MismatchError, ModelError, ResiduaError
+from ..errors import CorruptError, HeadMismatchError, MismatchError, ModelError, ResiduaError
 from ..files.disk_columns import row_blocks
 from ..format.dtypes import LARGEST, ValueRange, choose_dtype
 from ..format.logits_arrays import RECOMPUTE, check_kept_tokens
@@ -307,6 +307,10 @@ def find_head(
     arrays = {name: tensor.float().cpu().clone().numpy() for name, tensor in tensors.items()}
     vocab = logits_of(run_model(stack.model, tokens.held_out)).shape[-1]
     head = ProgramHead(program, arrays, stack.d_model, vocab)
+    try:
+        head.check_bounds()
+    except CorruptError as error:  # readers would refuse the cache
+        raise ModelError(f"{identify_error}; {error}") from None
     return head, tensors, _head_error(head, stack, tokens)
 
 

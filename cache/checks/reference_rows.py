@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import MismatchError
-from ..files.json_files import read_json
+from ..files.confined_files import is_regular, read_confined, read_confined_json
 from ..tokens.token_stream import TokenStream
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def compute_reference_rows(stack: "DecoderBlocks", folder: Path) -> float | None
     """
     from safetensors.numpy import load
 
-    if not (folder / FILE).is_file():
+    if not is_regular(folder, FILE):
         return None
-    tensors = load((folder / FILE).read_bytes())
+    tensors = load(read_confined(folder, FILE))
     largest = 0.0
     for layer, rows in enumerate(_compute_layers(stack, tensors["ids"])):
         stored_rows = np.nan_to_num(tensors[f"residual/{layer}"])
@@ -62,7 +62,7 @@ def check_reference_rows(stack: "DecoderBlocks", path: Path, compute_dtype: str)
     difference = compute_reference_rows(stack, path / "head")
     limit = LIMIT.get(compute_dtype, 1e-3)
     if difference is not None and not difference <= limit:
-        versions = read_json(path / "provenance.json").get("versions", {})
+        versions = read_confined_json(path, "provenance.json").get("versions", {})
         version_list = ", ".join(f"{name} {version}" for name, version in versions.items())
         raise MismatchError(
             f"this machine computes other numbers than the one that made the cache: the reference "

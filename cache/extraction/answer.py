@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks.reference_rows import check_reference_rows
 from ..documents.documents import Reading
+from ..files.confined_files import read_confined_json
 from ..files.disk_errors import check_writable, translate_disk_errors
-from ..files.json_files import read_json
 from ..format.dtypes import choose_dtype
 from ..format.manifest import ALONE, BATCH
 from ..forward.stage_times import StageTimes
@@ -123,7 +123,7 @@ def answer_request(
         cache = ActivationCache(path)
         if request.part is None:
             cache.check_complete()
-        head_error = read_json(cache.path / "provenance.json")["canary"]["head_error"]
+        head_error = read_confined_json(cache.path, "provenance.json")["canary"]["head_error"]
     return Extraction(
         cache=cache,
         status=status,
@@ -253,6 +253,7 @@ def _extend(
     layout = cache.manifest.layout
     if cache.positions <= layout.chunk_rows:  # perhaps a layout shrunk to few positions
         layout = layout_like(request, cache).shrunk(stream.positions)
+    layout.check_parts(stream.positions)
     independence = independence_of(stack, stream, cache.manifest.batch_tokens)
     extra = _stricter_batching(cache, independence)
     return add_tokens(cache, tokens, stream, layout, extra), "extended", stack

@@ -1,11 +1,13 @@
 """`residua.repair`: extracts the damaged parts of a cache again and leaves all other files alone.
 
-`store/verify.py` finds the damage. Metadata of arrays is copied or made anew, the files of `head/`
-are saved from the model again, and damaged shards are written by the same `PartRunner` that an
-extraction uses.
+`store/verification.py` finds the damage. Records of the journal are made again from what is whole
+(`record_repair.py`), metadata of arrays copied or made anew, the files of `head/` saved from the
+model again, and damaged shards written by the same `PartRunner` that an extraction uses.
 """
 
+import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,22 +15,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..checks.reference_rows import check_reference_rows
-from ..errors import CorruptError
+from ..errors import CorruptError, ResiduaError
+from ..files.confined_files import confined_digest, confined_path, read_confined
 from ..files.json_files import file_digest, write_atomically
 from ..files.leases import lease_part
+from ..files.paths import is_remote, list_folder
 from ..format.array_writer import create_part_array
 from ..format.dtypes import STORED_DTYPES
-from ..format.journal import Journal
+from ..format.journal import ShardRecord
 from ..format.layout import array_key, array_name
 from ..format.manifest import Manifest
 from ..forward.part_extraction import PartExtraction
 from ..forward.part_runner import PartRunner
 from ..model.source import ModelSource
 from ..progress import StageProgress
-from ..store.activation_cache import ActivationCache
+from ..store.activation_cache import FOLDERS, ActivationCache
+from ..store.checked_arrays import array_of_metadata
 from ..store.lineage import open_ancestor
-from ..store.verification import Damage, verify
+from ..store.verification import Damage, Verification, read_journal, verify
 from .model_reload import load_cache_model
+from .record_repair import rebuild_base_records, rebuild_part_records
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +50,11 @@ class Repair:
     """Files written anew with other bytes; the journal has their new digests."""
     left: tuple[Damage, ...]
     """Damage that only a new extraction can mend."""
+    rebuilt: tuple[str, ...] = ()
+    """Records of the journal made again from whole files and shards, and shards written anew
+    whose record was lost: nothing says what their bytes were."""
+    removed: tuple[str, ...] = ()
+    """Damaged folders of kept moments; the next fit computes them again."""
 
     @property
     def ok(self) -> bool:
@@ -62,22 +73,41 @@ def repair(
     progress: StageProgress | None = None,
     trust_remote_code: bool = False,
 ) -> Repair:
-    """Verify the cache at `path` and write its damaged shards, head and metadata anew.
+    """Verify the cache at `path` and write its damaged records, shards, head and metadata anew.
 
     `model` is the present folder or hub id of the model; default the one of the extraction. Code
     that comes with the model runs only with `trust_remote_code`. `progress` is called for the
     stages `verify` and `repair` (parts). Raises `MismatchError` if the model is not the cache's,
-    `CorruptError` if the manifest itself is damaged. Damaged tokens cannot be mended.
+    `CorruptError` if the manifest itself is damaged. Damaged tokens cannot be mended. Nothing is
+    written outside the folder of the cache, and nothing through a link in it.
     """
-    verification = verify(path, progress and (lambda done, total: progress("verify", done, total)))
+    stage = progress and (lambda done, total: progress("verify", done, total))
+    verification = verify(path, stage)
     if verification.ok:
         return Repair((), (), ())
-
-    # Metadata of arrays, without the model.
+    for damage in verification.damages:
+        if damage.file == "manifest.json":
+            raise CorruptError(damage.message)
+    if any(damage.file in FOLDERS and damage.file != "moments" for damage in verification.damages):
+        return Repair((), (), verification.damages)  # a link in place of a folder
     manifest = Manifest.read(path / "manifest.json")
-    mended = _copy_array_metadata(path, verification.damages)
-    mended += _make_array_metadata(path, manifest, verification.damages, mended)
+
+    # Without the model: moments, metadata of arrays and records. The shards that damaged metadata
+    # or records had hidden are verified after that.
+    removed = _remove_moments(path, verification)
+    mended: list[str] = []
+    base_records = rebuild_base_records(path, manifest, verification)
+    digests = read_journal(path, manifest).base.files
+    mended += _copy_array_metadata(path, digests, verification.damages)
+    mended += _make_array_metadata(path, manifest, digests, verification.damages, mended)
+    part_records = rebuild_part_records(path, manifest, verification)
+    rebuilt = [*base_records.names, *part_records.names]
+    lost = [*base_records.lost, *part_records.lost]
+    if mended or rebuilt:
+        verification = verify(path, stage)
     damages = [damage for damage in verification.damages if damage.file not in mended]
+    damages += [damage for damage in lost if all(damage.file != d.file for d in damages)]
+    damages = [damage for damage in damages if damage.file.removeprefix("moments/") not in removed]
 
     # Head and shards, with the model.
     changed: list[str] = []
@@ -85,14 +115,40 @@ def repair(
         cache = ActivationCache(path)
         source, loaded_model = load_cache_model(cache, model, device, trust_remote_code)
         mended += _mend_head(path, source, loaded_model, manifest, damages)
-        mended_shards, changed = _rewrite_shards(path, loaded_model, damages, progress)
-        mended += mended_shards
+        shards = _rewrite_shards(path, loaded_model, damages, progress)
+        mended += shards.same
+        changed += shards.different
+        rebuilt += shards.unrecorded
 
+    done = {*mended, *changed, *rebuilt}
     return Repair(
         mended=tuple(mended),
         changed=tuple(changed),
-        left=tuple(damage for damage in damages if damage.file not in {*mended, *changed}),
+        left=tuple(damage for damage in damages if damage.file not in done),
+        rebuilt=tuple(rebuilt),
+        removed=tuple(removed),
     )
+
+
+def _remove_moments(path: Path, verification: Verification) -> list[str]:
+    """Remove the folders of damaged moments; their names inside the cache."""
+    names = [damage.file for damage in verification.damages if damage.file.startswith("moments/")]
+    removed = []
+    for name in dict.fromkeys("/".join(name.split("/")[:2]) for name in names):
+        folder = confined_path(path, f"{name}/x").parent if not _is_link(path / name) else None
+        if folder is None:
+            (path / name).unlink()
+        elif is_remote(folder):
+            for file in list_folder(folder):
+                file.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(folder)
+        removed.append(name)
+    return removed
+
+
+def _is_link(path: Path) -> bool:
+    return not is_remote(path) and path.is_symlink()
 
 
 def _is_of_part(damage: Damage) -> bool:
@@ -101,48 +157,71 @@ def _is_of_part(damage: Damage) -> bool:
     return array.startswith(("residual/", "logits/")) and damage.start is not None
 
 
-def _copy_array_metadata(path: Path, damages: tuple[Damage, ...]) -> list[str]:
-    """Restore damaged `zarr.json` files from an equal file of another array; restored names."""
-    _, digests = Journal(path / "journal").base()
+def _copy_array_metadata(
+    path: Path, digests: dict[str, str], damages: Iterable[Damage]
+) -> list[str]:
+    """Restore damaged `zarr.json` files from an equal file of another array; restored names.
+
+    `digests` is name -> sha256 of all files that the base records name.
+    """
     mended = []
     for name in dict.fromkeys(d.file for d in damages if d.file.endswith("/zarr.json")):
         twins = [twin for twin, digest in digests.items() if digest == digests.get(name)]
         for twin in twins:
-            if twin == name or not (path / twin).is_file():
-                continue
-            if file_digest(path / twin) == digests[name]:
-                _copy_file(path / twin, path / name)
-                mended.append(name)
+            if twin != name and _digest_or_none(path, twin) == digests[name]:
+                if _write_file(path, name, read_confined(path, twin)):
+                    mended.append(name)
                 break
     return mended
 
 
 def _make_array_metadata(
-    path: Path, manifest: Manifest, damages: tuple[Damage, ...], mended: list[str]
+    path: Path,
+    manifest: Manifest,
+    digests: dict[str, str],
+    damages: Iterable[Damage],
+    mended: list[str],
 ) -> list[str]:
     """Make damaged `zarr.json` files anew, except the `mended` ones; restored names.
 
     The stored dtype of an array stands only in the damaged file, so each dtype is tried until the
     digest agrees.
     """
-    _, digests = Journal(path / "journal").base()
     restored = []
-    names = {d.file for d in damages if d.file.endswith("/zarr.json")} - set(mended)
+    names = {d.file for d in damages if d.file in digests} - set(mended)
     for name in sorted(names):
-        array = name.removeprefix("arrays.zarr/").removesuffix("/zarr.json")
+        array = array_of_metadata(name)
+        if array is None or not array.startswith(("residual/", "logits/")):
+            continue
         for dtype in STORED_DTYPES:
             with tempfile.TemporaryDirectory(prefix="residua-") as folder:
                 create_part_array(Path(folder), manifest, array, dtype)
                 new_file = Path(folder) / array / "zarr.json"
-                if new_file.is_file() and file_digest(new_file) == digests.get(name):
-                    _copy_file(new_file, path / name)
-                    restored.append(name)
+                if new_file.is_file() and file_digest(new_file) == digests[name]:
+                    if _write_file(path, name, new_file.read_bytes()):
+                        restored.append(name)
                     break
     return restored
 
 
-def _copy_file(source: Path, target: Path) -> None:
-    write_atomically(target, source.read_bytes())
+def _digest_or_none(path: Path, name: str) -> str | None:
+    """Hex sha256 of the file `name` of the cache; None if it is no file that can be read."""
+    try:
+        return confined_digest(path, name)
+    except (ResiduaError, OSError):
+        return None
+
+
+def _write_file(path: Path, name: str, data: bytes) -> bool:
+    """Write the file `name` of the cache anew; False if a link or a folder is in the way."""
+    try:
+        target = confined_path(path, name)
+    except CorruptError:
+        return False
+    if not is_remote(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, data)
+    return True
 
 
 def _mend_head(
@@ -168,23 +247,35 @@ def _mend_head(
     lengths = cache.contexts.length
     stream = TokenStream(cache.contexts.ids, lengths, np.arange(len(lengths)))
     report = check_model(model, stream, manifest.capture.compute_dtype, manifest.capture.dtype)
-    _, digests = cache.journal.base()
+    digests = cache.journal.base()[1]
     restored = []
     with tempfile.TemporaryDirectory(prefix="residua-") as folder:
         save_head_and_tokenizer(Path(folder), source, report, manifest.format)
         save_reference_rows(report.stack, stream, Path(folder))
         for name in names:
             new_file = Path(folder) / Path(name).name
-            if new_file.is_file() and file_digest(new_file) == digests.get(name):
-                _copy_file(new_file, path / name)
+            is_same = new_file.is_file() and file_digest(new_file) == digests.get(name)
+            if is_same and _write_file(path, name, new_file.read_bytes()):
                 restored.append(name)
     return restored
 
 
+@dataclass
+class RewrittenShards:
+    """Shards that were written anew, by what their records say of their bytes."""
+
+    same: list[str]
+    """With the recorded bytes."""
+    different: list[str]
+    """With other bytes."""
+    unrecorded: list[str]
+    """Without a record to compare with."""
+
+
 def _rewrite_shards(
     path: Path, model: "torch.nn.Module", damages: list[Damage], progress: StageProgress | None
-) -> tuple[list[str], list[str]]:
-    """Run the damaged parts again: shards with the recorded bytes, and shards with other bytes.
+) -> RewrittenShards:
+    """Run the damaged parts again and write their damaged shards anew.
 
     Other bytes come from other hardware or versions, within the rounding that
     `check_reference_rows` allows.
@@ -199,15 +290,15 @@ def _rewrite_shards(
         assert damage.start is not None
         part = damage.start // cache.manifest.layout.part_rows
         arrays_of_part.setdefault(part, set()).add(damage.array)
+    rewritten = RewrittenShards([], [], [])
     if not arrays_of_part:
-        return [], []
+        return rewritten
 
     # The model must still compute the rows of the undamaged parts.
     stack = recheck_model(model, cache)
     check_reference_rows(stack, path, cache.manifest.capture.compute_dtype)
 
     runner = PartRunner(cache, stack, open_ancestor(cache))
-    mended, changed = [], []
     old_records = cache.journal.parts()
     for number, (part, names) in enumerate(sorted(arrays_of_part.items())):
         # In the order of an extraction: the first reason of a quarantine is the recorded one.
@@ -218,12 +309,22 @@ def _rewrite_shards(
             with PartExtraction(runner, part, keys, lease) as extraction:
                 for _ in extraction.write_batches():
                     pass
-                extraction.commit(expected=old_records[part])
+                extraction.commit(expected=old_records.get(part))
         new_record = cache.journal.parts()[part]
         for name in map(array_name, keys):
             file = f"arrays.zarr/{name}/{cache.array(name).layout.shard_key(part)}"
-            is_same = new_record.arrays[name] == old_records[part].arrays[name]
-            (mended if is_same else changed).append(file)
+            old_shard = old_records[part].arrays.get(name) if part in old_records else None
+            if old_shard is None:
+                rewritten.unrecorded.append(file)
+            elif _is_same(new_record.arrays[name], old_shard):
+                rewritten.same.append(file)
+            else:
+                rewritten.different.append(file)
         if progress is not None:
             progress("repair", number + 1, len(arrays_of_part))
-    return mended, changed
+    return rewritten
+
+
+def _is_same(new: ShardRecord, old: ShardRecord) -> bool:
+    """Whether two records name the same bytes; a rebuilt record has another `absmax`."""
+    return (new.bytes, new.crc32c) == (old.bytes, old.crc32c)

@@ -64,7 +64,9 @@ class ExtractionPlan:
         """Rows of a chunk and of a part, before the layout shrinks to a short stream."""
         widest = max((array.row_bytes for array in self.stored_logits), default=0)
         d_model = self.model_report.head.d_model
-        return Layout.choose(d_model, self.itemsize, self.request.part_positions, widest)
+        layout = Layout.choose(d_model, self.itemsize, self.request.part_positions, widest)
+        layout.check_parts(self.stream.positions)
+        return layout
 
     @property
     def itemsize(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
+from ..files.json_fields import MAX_INTEGER
 from ..format.compression import check_codec
 from ..format.dtypes import STORED_DTYPES
 from ..format.logits_arrays import check_logits_mode
@@ -106,6 +107,8 @@ class ExtractionRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+            if value is not None and value > MAX_INTEGER:
+                raise UsageError(f"{name} must be at most {MAX_INTEGER}, got {value}")
         if self.format not in FORMATS:
             formats = ", ".join(map(str, FORMATS))
             raise UsageError(f"format {self.format!r} is unknown; formats are {formats}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..documents.document_loading import load_documents
-from ..errors import ModelError, ResiduaError, UsageError
+from ..errors import ModelError, UsageError
 from ..files.disk_columns import row_blocks, scratch_folder
 from ..format.logits_arrays import logits_mode_covers
 from ..format.manifest import (
@@ -30,7 +30,7 @@ from ..model.tokenizer import tokenizer_digest
 from ..number_ranges import absolute_numbers
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
-from ..store.catalog import cache_root, list_paths
+from ..store.catalog import UNREADABLE, cache_root, list_paths
 from ..tokens.positions import keep_positions
 from ..tokens.token_stream import TokenStream
 from ..tokens.tokenization import tokenize
@@ -204,7 +204,7 @@ def match_cache(wanted: WantedCache, root: Path) -> CacheMatch:
     for path in list_paths(root):
         try:
             matches.append(_match_with(ActivationCache(path), wanted))
-        except ResiduaError:
+        except UNREADABLE:
             continue
     return min(matches, key=_rank, default=CacheMatch("miss"))
 

@@ -5,6 +5,14 @@ from typing import TYPE_CHECKING
 from ..lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
+    from .confined_files import check_folders as check_folders
+    from .confined_files import check_regular as check_regular
+    from .confined_files import confined_digest as confined_digest
+    from .confined_files import confined_path as confined_path
+    from .confined_files import is_regular as is_regular
+    from .confined_files import open_confined as open_confined
+    from .confined_files import read_confined as read_confined
+    from .confined_files import read_confined_json as read_confined_json
     from .disk_columns import BLOCK as BLOCK
     from .disk_columns import ComputedColumn as ComputedColumn
     from .disk_columns import DiskColumn as DiskColumn

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorruptError, NotFoundError
+from .json_fields import MAX_JSON_BYTES, parse_json_object
 from .paths import create_object, is_remote, write_object
 
 DIGEST_KEY = "sha256"
@@ -75,20 +76,25 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises `NotFoundError` for a missing file, and `CorruptError` if a byte was changed.
     """
     try:
-        return parse_json(path.read_bytes(), path)
+        return parse_json(read_bounded(path), path)
     except FileNotFoundError:
         raise NotFoundError(f"{path} is missing") from None
 
 
+def read_bounded(path: Path) -> bytes:
+    """The bytes of a JSON file; raises `CorruptError` for a file larger than `MAX_JSON_BYTES`."""
+    if not is_remote(path) and (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise CorruptError(f"{path} has {size} bytes; a JSON file has at most {MAX_JSON_BYTES}")
+    return path.read_bytes()
+
+
 def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
     """Parse the bytes of the file `path` of `write_json`; raises `CorruptError` as `read_json`."""
-    try:
-        value = json.loads(raw)
-        value.pop(DIGEST_KEY)
-        expected = canonical_json({**value, DIGEST_KEY: json_digest(value)}) + b"\n"
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorruptError(f"{path} is not a file of this cache format: {error}") from None
-    if raw != expected:
+    value = parse_json_object(raw, path)
+    if DIGEST_KEY not in value:
+        raise CorruptError(f"{path} is not a file of this cache format: it has no {DIGEST_KEY}")
+    del value[DIGEST_KEY]
+    if raw != canonical_json({**value, DIGEST_KEY: json_digest(value)}) + b"\n":
         raise CorruptError(f"{path} was changed after it was written (digest differs)")
     return value
 

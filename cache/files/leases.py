@@ -20,6 +20,8 @@ from ..errors import UsageError
 from .object_leases import object_lease, object_lease_holder
 from .paths import is_remote
 
+LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+"""A lock file is never a link: its content is written, and a stranger's cache may hold links."""
 WAIT_SECONDS = 0.2
 """Pause between two attempts to take a lease in an object store."""
 
@@ -49,7 +51,7 @@ def lease_part(folder: Path, part: int) -> Iterator[Lease | None]:
         with object_lease(folder, f"{part:08d}") as lease:
             yield lease
         return
-    descriptor = os.open(_lock_file(folder, part), os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(_lock_file(folder, part), LOCK_FLAGS, 0o644)
     try:
         is_locked = try_lock(descriptor)
         if is_locked is None:
@@ -75,7 +77,7 @@ def hold_lock(folder: Path, name: str) -> Iterator[None]:
                     yield
                     return
             time.sleep(WAIT_SECONDS)
-    descriptor = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(folder / f"{name}.lock", LOCK_FLAGS, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

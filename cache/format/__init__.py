@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from .dtypes import decode_rows as decode_rows
     from .dtypes import decode_rows_into as decode_rows_into
     from .dtypes import encode_rows as encode_rows
+    from .journal import BaseRecord as BaseRecord
     from .journal import Journal as Journal
     from .journal import PartRecord as PartRecord
     from .journal import ShardRecord as ShardRecord
     from .journal import merge_records as merge_records
-    from .journal import read_record as read_record
     from .layout import CHECKSUM_BYTES as CHECKSUM_BYTES
     from .layout import TABLE_CHUNK_ROWS as TABLE_CHUNK_ROWS
     from .layout import TABLE_CHUNKS_PER_SHARD as TABLE_CHUNKS_PER_SHARD

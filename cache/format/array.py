@@ -5,7 +5,6 @@ by ranged requests (`remote_shard.py`); arrays with other codecs go through zarr
 gives these arrays; `RowLoader`, fits and exports read from them.
 """
 
-import json
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorruptError, IncompleteError
+from ..files.confined_files import read_confined
+from ..files.json_fields import MAX_JSON_BYTES, parse_json_object
 from ..files.paths import as_path, is_remote, store_of
 from .compressed_shard import CompressedShardReader
 from .dtypes import decode_rows, decode_rows_into
@@ -38,13 +39,10 @@ class CacheArray:
     def __init__(self, path: Path, journal: Journal | None = None) -> None:
         self.path = as_path(path)
         self._journal = journal
-        try:
-            meta = json.loads((self.path / "zarr.json").read_bytes())
-        except FileNotFoundError:
-            raise CorruptError(f"{self.path} has no zarr.json") from None
-        except ValueError as error:
-            raise CorruptError(f"{self.path}/zarr.json is not JSON: {error}") from None
-        self.layout = ArrayLayout.from_zarr_json(meta, str(self.path))
+        raw = self._read_metadata()
+        meta = parse_json_object(raw, self.path / "zarr.json")
+        self.layout = ArrayLayout.from_zarr_json(meta, str(self.path / "zarr.json"))
+        self._check_layout()
         self.attributes: dict[str, Any] = meta.get("attributes") or {}
         self.shape = self.layout.shape
         self.ndim = len(self.shape)
@@ -58,6 +56,19 @@ class CacheArray:
         self._mapped_rows: MappedRows | None = None
         self._lock = threading.Lock()
         self._zarr: Any = None
+
+    def _read_metadata(self) -> bytes:
+        """The bytes of `zarr.json`."""
+        try:
+            return read_confined(self.path, "zarr.json", MAX_JSON_BYTES)
+        except FileNotFoundError:
+            raise CorruptError(f"{self.path} has no zarr.json") from None
+
+    def _check_layout(self) -> None:
+        """Check the parsed metadata; an array outside a cache has no check."""
+
+    def _check_shard(self, shard: int) -> None:
+        """Check the file of a shard before it is opened; a lone array has no check."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, (self.path, self._journal and self._journal.folder)
@@ -211,6 +222,12 @@ class CacheArray:
                 reader = self._shards[shard] = self._open_shard(shard)
             return reader
 
+    def close_shard(self, shard: int) -> None:
+        """Forget the reader of a shard: its file is closed when no row refers to it any more."""
+        with self._lock:
+            self._shards.pop(shard, None)
+            self._checked.pop(shard, None)
+
     def _check_committed(self, shards: Iterable[int]) -> None:
         """Raise `IncompleteError` for the first of `shards` without a record in the journal."""
         if self._journal is None:
@@ -227,6 +244,7 @@ class CacheArray:
 
     def _open_shard(self, shard: int) -> ShardReader | RemoteShard:
         self._check_committed([shard])
+        self._check_shard(shard)
         path = self.path / self.layout.shard_key(shard)
         if self._remote:
             return RemoteShard(path, self.layout)

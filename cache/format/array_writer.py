@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..files.disk_columns import NumberColumn
+from ..files.json_fields import parse_json_object
 from ..files.paths import is_remote, write_object
 from .compression import LEVEL
 from .dtypes import STORED_DTYPES
@@ -155,7 +156,7 @@ def _create_array(store: Path, spec: _ArraySpec) -> ArrayLayout:
         _zarr_compression(np.dtype(spec.dtype).itemsize) if spec.codec == "compact" else ()
     )
     group = zarr.open_group(store, mode="a", zarr_format=3)
-    array = group.create_array(
+    group.create_array(
         spec.name,
         shape=spec.shape,
         chunks=(spec.chunk_rows, *spec.shape[1:]),
@@ -167,7 +168,8 @@ def _create_array(store: Path, spec: _ArraySpec) -> ArrayLayout:
         attributes={**spec.attributes},
         fill_value=0,
     )
-    return ArrayLayout.from_zarr_json(array.metadata.to_dict(), spec.name)
+    file = store / spec.name / "zarr.json"
+    return ArrayLayout.from_zarr_json(parse_json_object(file.read_bytes(), file), spec.name)
 
 
 def _zarr_compression(itemsize: int) -> tuple[Any, ...]:

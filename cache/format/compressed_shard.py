@@ -19,6 +19,9 @@ from .shard import ShardReader, ShardWriter
 
 DECODED_CHUNKS = ChunkCache(64 << 20)
 """Decompressed chunks of all arrays of the process."""
+MAX_CHUNK_BYTES = 256 << 20
+"""Largest compressed chunk that is read: a frame of a few bytes may hold as much. Writers make
+chunks of at most 3 MiB, or of one row: a vocabulary of 67 million logits."""
 
 
 def shard_writer_for(
@@ -86,8 +89,14 @@ class CompressedShardReader(ShardReader):
 def decompress_chunk(payload: np.ndarray, layout: ArrayLayout, path: Path) -> np.ndarray:
     """Decompress a chunk of the shard at `path` into read-only rows, `(chunk_rows, ...)`.
 
-    Raises `CorruptError` if `payload` is no chunk of this layout.
+    Raises `CorruptError` if `payload` is no chunk of this layout, or the layout has chunks larger
+    than `MAX_CHUNK_BYTES`.
     """
+    if layout.chunk_bytes > MAX_CHUNK_BYTES:
+        raise CorruptError(
+            f"{path}: a chunk of {layout.chunk_bytes} bytes; compressed ones have at most "
+            f"{MAX_CHUNK_BYTES}"
+        )
     rows = np.empty((layout.chunk_rows, *layout.shape[1:]), layout.stored_dtype)
     try:
         decompress(payload, rows)

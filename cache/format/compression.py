@@ -16,6 +16,8 @@ CODECS = ("raw", "compact")
 """Values of the option `codec`: chunks uncompressed, or compressed as in this file."""
 LEVEL = 1
 """zstd level; higher ones gain a few percent of float16 rows for several times the time."""
+FRAME_HEADER_BYTES = 18
+"""Most bytes of the header of a zstd frame."""
 BLOCK = 1 << 16
 """Values that `decompress` unshuffles at a time, few enough for the processor's cache."""
 
@@ -51,8 +53,12 @@ def shuffle_bytes(rows: np.ndarray) -> np.ndarray:
 def decompress(payload: np.ndarray, out: np.ndarray) -> None:
     """Decompress the frame `payload` of `compress_chunk` into `out`, C-contiguous.
 
-    Raises `CorruptError` if the frame is damaged or of another size.
+    Raises `CorruptError` if the frame is damaged or of another size, which the frame says before
+    memory is taken for its content.
     """
+    if (size := frame_content_size(payload[:FRAME_HEADER_BYTES].tobytes())) != out.nbytes:
+        content = "an unknown number of" if size is None else size
+        raise CorruptError(f"a chunk holds {content} bytes, not {out.nbytes}")
     try:
         shuffled = np.frombuffer(_zstd().decode(payload), np.uint8)
     except (RuntimeError, ValueError, MemoryError) as error:
@@ -70,6 +76,24 @@ def decompress(payload: np.ndarray, out: np.ndarray) -> None:
         for plane in planes[-2::-1]:
             target <<= 8
             target |= plane[block]
+
+
+def frame_content_size(header: bytes) -> int | None:
+    """Bytes that a zstd frame says to hold, from its first `FRAME_HEADER_BYTES` bytes.
+
+    None if the frame does not say it, or the bytes are no frame (RFC 8878, section 3.1.1.1).
+    """
+    if header[:4] != b"\x28\xb5\x2f\xfd" or len(header) < 5:
+        return None
+    # The descriptor tells the sizes of the window's, dictionary's and content's fields.
+    descriptor = header[4]
+    is_single_segment = bool(descriptor & 0x20)
+    start = 5 + (not is_single_segment) + (0, 1, 2, 4)[descriptor & 3]
+    width = (int(is_single_segment), 2, 4, 8)[descriptor >> 6]
+    field = header[start : start + width]
+    if not width or len(field) < width:
+        return None
+    return int.from_bytes(field, "little") + (256 if width == 2 else 0)
 
 
 @cache

@@ -5,18 +5,36 @@
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from ..errors import CorruptError
+from ..errors import UsageError
+from ..files.json_fields import (
+    FieldError,
+    JsonObject,
+    as_integer,
+    as_list,
+    as_object,
+    as_text,
+    checking_fields,
+    object_field,
+    required_field,
+    shown,
+    text_field,
+)
 from .compression import is_compact
 
 CHUNK_BYTES = 3 << 20
 """A residual chunk holds the largest power of two of rows that fits in this many bytes."""
 CHUNK_ROWS_MAX = 16384
 """Most rows of a residual chunk."""
+MAX_CHUNK_ROWS = 1 << 20
+"""Most rows of a chunk that is read; writers make smaller ones."""
+MAX_PARTS = 1 << 20
+"""Most parts of a cache."""
 CHUNKS_PER_SHARD = 16
 """Chunks of a residual shard, unless `SHARD_ROWS_MAX` or a requested part size is less."""
 SHARD_ROWS_MAX = 65536
@@ -29,6 +47,10 @@ CHECKSUM_BYTES = 4
 """Size of a crc32c."""
 WIDE_SHARD_BYTES = 512 << 20
 """Most bytes of a shard whose rows are much wider than the residual stream: full logits."""
+MAX_ROWS = 1 << 48
+"""Most rows, or numbers of a row, of an array."""
+MAX_AXES = 64
+"""Most axes, and codecs, of an array."""
 ArrayKey = int | str
 """An array that is stored part by part: a layer's number, or a name such as `logits/ids`."""
 
@@ -90,6 +112,15 @@ class Layout:
     def parts(self, positions: int) -> int:
         """Number of parts that hold `positions` rows."""
         return -(-positions // self.part_rows)
+
+    def check_parts(self, positions: int) -> None:
+        """Raise `UsageError` if `positions` rows make more parts than a cache may have."""
+        if self.parts(positions) > MAX_PARTS:
+            raise UsageError(
+                f"{positions} positions in parts of {self.part_rows} are {self.parts(positions)} "
+                f"parts; a cache has at most {MAX_PARTS}: give part_positions (--part-positions) "
+                f"of at least {-(-positions // MAX_PARTS)}"
+            )
 
     def rows(self, part: int, positions: int) -> tuple[int, int]:
         """First row of `part`, and the row after its last, in a cache of `positions` rows."""
@@ -156,35 +187,68 @@ class ArrayLayout:
 
         Raises `CorruptError` unless the array is one of zarr v3 whose chunks divide its shards.
         """
-        try:
-            shape = tuple(int(n) for n in meta["shape"])
-            dtype = np.dtype(meta["data_type"]).newbyteorder("<")
-            logical = meta.get("attributes", {}).get("logical_dtype", dtype.name)
+        with checking_fields(where, "the metadata of an array of this format"):
+            shape = tuple(as_integer(n, "shape", 0, MAX_ROWS) for n in _items(meta, "shape"))
+            dtype = _stored_dtype(required_field(meta, "data_type"))
+            attributes = meta.get("attributes")
+            attributes = {} if attributes is None else as_object(attributes, "attributes")
+            logical = as_text(attributes.get("logical_dtype", dtype.name), "logical_dtype")
 
             # The outer grid is that of shards, the inner one that of their chunks.
-            shard_shape = meta["chunk_grid"]["configuration"]["chunk_shape"]
-            codec = meta["codecs"][0]
-            is_sharded = codec["name"] == "sharding_indexed"
-            chunk_shape = codec["configuration"]["chunk_shape"] if is_sharded else shard_shape
-            chunk, shard = int(chunk_shape[0]), int(shard_shape[0])
+            grid = object_field(object_field(meta, "chunk_grid"), "configuration")
+            shard = _grid_shape(grid, shape)
+            codecs = [as_object(codec, "codecs") for codec in _items(meta, "codecs")]
+            is_sharded = text_field(codecs[0], "name") == "sharding_indexed"
+            sharding = object_field(codecs[0], "configuration") if is_sharded else grid
+            chunk = _grid_shape(sharding, shape)
 
             # Shards that our readers know: nothing around them, and an index as in `shard.py`.
-            is_readable = is_sharded and len(meta["codecs"]) == 1
-            is_readable = is_readable and _has_plain_index(codec["configuration"])
-            codecs = codec["configuration"]["codecs"] if is_readable else []
-            raw, compact = _is_raw(codecs), is_compact(codecs, dtype.itemsize)
-            if not shape or min(shape) < 0 or chunk < 1 or shard < 1 or shard % chunk:
-                raise ValueError(f"shape {shape}, chunks of {chunk} rows, shards of {shard}")
+            is_readable = is_sharded and len(codecs) == 1 and _has_plain_index(sharding)
+            inner = _inner_codecs(sharding, "codecs") if is_readable else []
+            raw, compact = _is_raw(inner), is_compact(inner, dtype.itemsize)
+            if shard % chunk:
+                raise FieldError(f"shape {shape}, chunks of {chunk} rows, shards of {shard}")
             return cls(shape, dtype.str, logical, chunk, shard, raw=raw, compact=compact)
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            raise CorruptError(
-                f"{where} is not the metadata of an array of this format: {error}"
-            ) from None
 
 
-def _has_plain_index(sharding: dict[str, Any]) -> bool:
+def _stored_dtype(name: Any) -> np.dtype:
+    """The numpy dtype of the `data_type` of an array: numbers, little-endian."""
+    if not (isinstance(name, str) and re.fullmatch(r"(float|uint|int)(8|16|32|64)|bool", name)):
+        raise FieldError(f"data_type is {shown(name)}; expected that of numbers")
+    try:
+        return np.dtype(name).newbyteorder("<")
+    except TypeError:
+        raise FieldError(f"data_type is {shown(name)}; expected that of numbers") from None
+
+
+def _grid_shape(configuration: JsonObject, shape: tuple[int, ...]) -> int:
+    """Rows of the `chunk_shape` of a grid for an array of `shape`; other axes are not divided."""
+    lengths = _items(configuration, "chunk_shape")
+    rows, *others = [as_integer(length, "chunk_shape", 1, MAX_ROWS) for length in lengths]
+    if len(lengths) != len(shape) or tuple(others) != tuple(max(n, 1) for n in shape[1:]):
+        raise FieldError(f"chunk_shape is {lengths} for an array of shape {list(shape)}")
+    return rows
+
+
+def _items(parent: JsonObject, name: str) -> list[Any]:
+    """The list `name`, not empty; zarr gives tuples where a file has lists."""
+    value = required_field(parent, name)
+    return as_list(list(value) if isinstance(value, tuple) else value, name, 1, MAX_AXES)
+
+
+def _inner_codecs(configuration: JsonObject, name: str) -> list[dict[str, Any]]:
+    """The list of codecs `name`, each an object whose `name` and `configuration` are such."""
+    codecs = [as_object(codec, name) for codec in _items(configuration, name)]
+    for codec in codecs:
+        text_field(codec, "name")
+        as_object(codec.get("configuration", {}), "configuration")
+    return codecs
+
+
+def _has_plain_index(sharding: JsonObject) -> bool:
     """Whether the index of a shard lies at the end, uncompressed, with a crc32c."""
-    return _is_raw(sharding["index_codecs"]) and sharding.get("index_location", "end") == "end"
+    index_codecs = _inner_codecs(sharding, "index_codecs")
+    return _is_raw(index_codecs) and sharding.get("index_location", "end") == "end"
 
 
 def _is_raw(codecs: list[dict[str, Any]]) -> bool:

@@ -64,7 +64,7 @@ class TopK:
 
 def top_size(mode: str) -> int:
     """K of the mode `topk:K`, 0 for any other mode."""
-    match = re.fullmatch(r"topk:([1-9]\d*)", mode)
+    match = re.fullmatch(r"topk:([1-9][0-9]{0,8})", mode)
     return int(match[1]) if match else 0
 
 

@@ -5,13 +5,28 @@ identity that a request would have (`cache/extraction/resolve.py`); `ActivationC
 and sizes from the manifest. cache/README.md says how every hash is computed.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError
+from ..files.json_fields import (
+    FieldError,
+    boolean_field,
+    check_known_fields,
+    checking_fields,
+    choice_field,
+    digest_field,
+    integer_field,
+    object_field,
+    optional_field,
+    required_field,
+    shown,
+    text_field,
+)
 from ..files.json_files import json_digest, read_json, write_json
-from .layout import Layout
+from .compression import CODECS
+from .layout import MAX_CHUNK_ROWS, MAX_PARTS, Layout
 
 FORMAT = 2
 """Version of the format of new caches (cache/README.md)."""
@@ -21,8 +36,20 @@ CODEC = "codec"
 """Key of `Manifest.extra`: codec of the chunks; absent for raw chunks."""
 BATCH, ALONE = "batch", "alone"
 """Key of `Manifest.extra`, and the value for models that run every sequence alone; else absent."""
+EXTENDS = "extends"
+"""Key of `Manifest.extra`: id of the extended cache, whose rows come first; else absent."""
 DOCUMENT, SEQUENCE = "document", "sequence"
 """Values of `TokenIdentity.split_by`."""
+MAX_POSITIONS = 1 << 48
+"""Most positions of a cache."""
+MAX_WIDTH = 1 << 20
+"""Largest width of a residual stream."""
+MAX_VOCAB = 1 << 26
+"""Most logits of a head."""
+MAX_DEPTH = 1 << 16
+"""Most blocks of a model."""
+MAX_SEED = 1 << 512
+"""Bound of the seed's absolute value."""
 SHORT_ID = 12
 """Characters of an id that messages show."""
 
@@ -162,29 +189,118 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """Read `manifest.json`; raises `CorruptError` if changed or of an unknown format."""
+        """Read `manifest.json`, with every field checked for type and range.
+
+        Raises `CorruptError` if the file was changed, is of an unknown format, or holds a value
+        that no cache has.
+        """
         value = read_json(path)
-        try:
-            identity = value.pop("identity")
-            recorded = value.pop("id")
-            if type(version := identity["format"]) is not int or version not in FORMATS:
+        with checking_fields(path, "a manifest of this format"):
+            identity, recorded = object_field(value, "identity"), digest_field(value, "id")
+            if type(version := required_field(identity, "format")) is not int or (
+                version not in FORMATS
+            ):
                 raise CorruptError(
-                    f"{path} has format {version}, this version reads "
+                    f"{path} has format {shown(version)}, this version reads "
                     f"{', '.join(map(str, FORMATS))}; install the version of residua that wrote it"
                 )
-            value["layout"] = Layout(**value["layout"])
-            tokens = dict(identity["tokens"])
-            if version == 1:
-                tokens["split_by"] = SEQUENCE
+            check_known_fields(value, {"id", "identity", *_OWN_FIELDS}, "the manifest")
+            check_known_fields(identity, ("format", "model", "tokens", "capture"), "identity")
             manifest = cls(
-                ModelIdentity(**identity["model"]),
-                TokenIdentity(**tokens),
-                CaptureIdentity(**identity["capture"]),
-                **value,
+                _parse_model(_identity_part(identity, "model", ModelIdentity)),
+                _parse_tokens(_identity_part(identity, "tokens", TokenIdentity), version),
+                _parse_capture(_identity_part(identity, "capture", CaptureIdentity)),
+                _parse_layout(object_field(value, "layout")),
+                d_model=integer_field(value, "d_model", 1, MAX_WIDTH),
+                vocab=integer_field(value, "vocab", 1, MAX_VOCAB),
+                depth=integer_field(value, "depth", 0, MAX_DEPTH),
+                batch_tokens=integer_field(value, "batch_tokens", 1),
+                model_name=text_field(value, "model_name"),
+                data_name=text_field(value, "data_name"),
+                extra=_check_extra(object_field(value, "extra"), recorded),
                 format=version,
             )
-        except (KeyError, TypeError) as error:
-            raise CorruptError(f"{path} is not a manifest of this format: {error}") from None
+            _check_parts(manifest)
         if manifest.id != recorded:
             raise CorruptError(f"{path}: the id does not match the identity")
         return manifest
+
+
+_OWN_FIELDS = ("layout", "d_model", "vocab", "depth", "batch_tokens", "model_name", "data_name")
+_OWN_FIELDS = (*_OWN_FIELDS, "extra")
+"""Fields of `manifest.json` beside `id` and `identity`."""
+
+
+def _identity_part(identity: dict[str, Any], name: str, part: type) -> dict[str, Any]:
+    """The object `name` of an identity, with exactly the fields of the dataclass `part`."""
+    value = object_field(identity, name)
+    absent = LATER_FIELDS.get(name, ()) if identity["format"] == 1 else ()
+    check_known_fields(value, {f.name for f in fields(part)} - set(absent), f"identity.{name}")
+    return value
+
+
+def _parse_model(value: dict[str, Any]) -> ModelIdentity:
+    names = ("weights", "config", "architecture")
+    code = optional_field(text_field, value, "code")
+    return ModelIdentity(*(text_field(value, name) for name in names), code=code)
+
+
+def _parse_tokens(value: dict[str, Any], version: int) -> TokenIdentity:
+    positions = integer_field(value, "positions", 1, MAX_POSITIONS)
+    tokens = TokenIdentity(
+        digest=text_field(value, "digest"),
+        positions=positions,
+        sequences=integer_field(value, "sequences", 1, positions),
+        tokenizer=text_field(value, "tokenizer"),
+        context=integer_field(value, "context", 1),
+        packed=boolean_field(value, "packed"),
+        seed=integer_field(value, "seed", -MAX_SEED, MAX_SEED),
+    )
+    if version == 1:
+        return replace(tokens, split_by=SEQUENCE)
+    return replace(
+        tokens,
+        split_by=choice_field(value, "split_by", (DOCUMENT, SEQUENCE)),
+        bos=text_field(value, "bos"),
+        chat_template=optional_field(text_field, value, "chat_template"),
+    )
+
+
+def _parse_capture(value: dict[str, Any]) -> CaptureIdentity:
+    names = [field.name for field in fields(CaptureIdentity)]
+    return CaptureIdentity(*(text_field(value, name) for name in names))
+
+
+def _parse_layout(value: dict[str, Any]) -> Layout:
+    check_known_fields(value, ("chunk_rows", "part_rows"), "layout")
+    chunk_rows = integer_field(value, "chunk_rows", 1, MAX_CHUNK_ROWS)
+    part_rows = integer_field(value, "part_rows", 1, MAX_POSITIONS)
+    if part_rows % chunk_rows or chunk_rows & (chunk_rows - 1):
+        raise FieldError(
+            f"layout has chunks of {chunk_rows} rows and parts of {part_rows}; expected a power "
+            "of two, and a multiple of it"
+        )
+    return Layout(chunk_rows, part_rows)
+
+
+def _check_extra(extra: dict[str, Any], cache_id: str) -> dict[str, Any]:
+    """`extra`, if the keys that residua reads have their type; later versions may add others."""
+    for name in ("pad", "causal", "embedding"):
+        if name in extra:
+            boolean_field(extra, name)
+    for name, choices in ((BATCH, (ALONE,)), (CODEC, CODECS)):
+        if name in extra:
+            choice_field(extra, name, choices)
+    if EXTENDS in extra and digest_field(extra, EXTENDS) == cache_id:
+        raise FieldError("extends names the cache itself; expected the id of an earlier cache")
+    return extra
+
+
+def _check_parts(manifest: Manifest) -> None:
+    """Raise `FieldError` unless the number of parts is one that a journal can hold."""
+    parts = manifest.layout.parts(manifest.tokens.positions)
+    if parts > MAX_PARTS:
+        raise FieldError(
+            f"{manifest.tokens.positions} positions in parts of {manifest.layout.part_rows} are "
+            f"{parts} parts; a cache has at most {MAX_PARTS}"
+        )

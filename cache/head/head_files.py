@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import CorruptError
+from ..files.json_fields import shown
 from ..files.json_files import write_json
 from ..format.dtypes import decode_rows
 
@@ -64,8 +65,12 @@ def read_head_tensors(raw: bytes, folder: Path) -> dict[str, np.ndarray]:
     for name, entry in entries:
         dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise CorruptError(f"{folder}: tensor {name} has dtype {entry['dtype']}")
-        stored = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+            raise CorruptError(f"{folder}: tensor {shown(name)} has dtype {entry['dtype']}")
+        try:
+            stored = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+        except ValueError as error:
+            raise CorruptError(f"{folder}: tensor {shown(name)}: {error}") from None
         logical = "bfloat16" if entry["dtype"] == "BF16" else stored.dtype.name
-        tensors[name] = decode_rows(stored, logical)
+        with np.errstate(all="ignore"):  # a float64 may be beyond float32
+            tensors[name] = decode_rows(stored, logical)
     return tensors

@@ -8,7 +8,7 @@ Results are float32 (numpy) or of the input's dtype (torch).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any
 
@@ -58,13 +58,13 @@ class Operation:
 
     run: Callable[..., Any]
 
-    @property
+    @cached_property
     def required(self) -> set[str]:
         """Names of the arguments without a default."""
         parameters = list(signature(self.run).parameters.values())[1:]
         return {p.name for p in parameters if p.default is p.empty}
 
-    @property
+    @cached_property
     def allowed(self) -> set[str]:
         """Names of all arguments."""
         return set(list(signature(self.run).parameters)[1:])

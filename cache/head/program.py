@@ -15,14 +15,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CorruptError
-from .operations import OPS, NumpyOperations, TorchOperations
+from ..files.json_fields import shown
+from .operations import OPS
 
 NODE_LIMIT = 10_000
 """Most nodes of a program."""
 SIZE_LIMIT = 1 << 40
 """Bound of the numbers of a `size` argument."""
-LIST_DEPTH_LIMIT = 2
-"""Most lists around an argument: no operation takes lists of lists of lists."""
+NUMBER_LIMIT = 1 << 63
+"""Bound of whole numbers: torch writes the end of a slice as the largest int64."""
+AXES_LIMIT = 64
+"""Most numbers in a list of axes or sizes."""
+ARRAY_LISTS = ("tensors",)
+"""Parameters that are lists of arrays."""
+NUMBER_LISTS = ("dim", "dims", "size", "pad", "normalized_shape")
+"""Parameters that may be lists of numbers."""
+TEXTS = ("approximate",)
+"""Parameters that are words."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +52,12 @@ class Program:
         self,
         x: Any,
         tensors: Mapping[str, Any],
-        xp: NumpyOperations | TorchOperations,
-        limit: int | None = None,
+        xp: Any,
     ) -> Any:
         """Run the program on `x`, `(batch, length, d_model)`, with the backend `xp`.
 
-        `tensors` are those of `head.safetensors` by name, as arrays of the backend. Raises
-        `ValueError` if the result of a node has more than `limit` numbers.
+        `tensors` are those of `head.safetensors` by name, as arrays of the backend: numpy, torch,
+        or the shapes alone (`program_bounds.py`).
         """
         sizes = (int(x.shape[0]), int(x.shape[1]))
         results: list[Any] = [x]
@@ -57,8 +65,6 @@ class Program:
         for number, node in enumerate(self.nodes, 1):
             args = {k: _evaluate(v, results, tensors, sizes) for k, v in node.args.items()}
             results.append(OPS[node.op].run(xp, **args))
-            if limit is not None and math.prod(results[-1].shape) > limit:
-                raise ValueError(f"node {number} gives {tuple(results[-1].shape)}")
             # Free results that no later node reads.
             for unused in last_uses.get(number, ()):
                 results[unused] = None
@@ -126,35 +132,51 @@ def _parse_node(entry: Any, number: int, names: set[str]) -> Node:
         raise CorruptError(f"node {number + 1} of the head program is not an operation")
     op = OPS.get(entry["op"]) if isinstance(entry["op"], str) else None
     if op is None:
-        raise CorruptError(f"the head program uses the unknown operation {entry['op']!r}")
+        raise CorruptError(f"the head program uses the unknown operation {shown(entry['op'])}")
     args = entry["args"]
     if not isinstance(args, dict) or not op.required <= set(args) <= op.allowed:
         raise CorruptError(f"operation {entry['op']} of the head program has wrong arguments")
-    for value in args.values():
-        _check_value(value, number, names)
+    if not all(_is_argument(name, value, number, names) for name, value in args.items()):
+        raise CorruptError(f"node {number + 1} of the head program has a wrong value")
+    # Python computes with numbers alone at any length: 7 ** 10 ** 9.
+    if not any(_is_array(v, number, names) for v in (*args.values(), *args.get("tensors", ()))):
+        raise CorruptError(f"node {number + 1} of the head program computes with no array")
     return Node(entry["op"], args)
 
 
-def _check_value(value: Any, number: int, names: set[str], depth: int = 0) -> None:
-    """Raise `CorruptError` unless `value` is an argument of the forms above.
+def _is_argument(name: str, value: Any, number: int, names: set[str]) -> bool:
+    """Whether `value` has one of the forms above, and one that the parameter `name` takes.
 
-    `number` is the last result that can be read, `depth` the count of lists around the value.
+    `number` is the last result that can be read. In lists and words, `*` would repeat the value.
     """
-    if value is None or isinstance(value, bool | int | float | str):
-        return
-    if isinstance(value, list) and depth < LIST_DEPTH_LIMIT:
-        for item in value:
-            _check_value(item, number, names, depth + 1)
-        return
-    if isinstance(value, dict) and len(value) == 1:
-        kind, content = next(iter(value.items()))
-        if kind == "node" and type(content) is int and 0 <= content <= number:
-            return
-        if kind == "tensor" and isinstance(content, str) and content in names:
-            return
-        if kind == "size" and isinstance(content, list) and _is_size(content):
-            return
-    raise CorruptError(f"node {number + 1} of the head program has a wrong value")
+    if name in ARRAY_LISTS:
+        is_list = isinstance(value, list) and 0 < len(value) <= NODE_LIMIT
+        return is_list and all(_is_array(item, number, names) for item in value)
+    if name in NUMBER_LISTS and isinstance(value, list):
+        return len(value) <= AXES_LIMIT and all(_is_number(item) for item in value)
+    if name in TEXTS:
+        return isinstance(value, str)
+    return value is None or _is_number(value) or _is_array(value, number, names)
+
+
+def _is_array(value: Any, number: int, names: set[str]) -> bool:
+    """Whether `value` is a tensor of `names`, or one of the results 0 to `number`."""
+    if not isinstance(value, dict) or len(value) != 1:
+        return False
+    kind, content = next(iter(value.items()))
+    if kind == "node":
+        return type(content) is int and 0 <= content <= number
+    return kind == "tensor" and isinstance(content, str) and content in names
+
+
+def _is_number(value: Any) -> bool:
+    """Whether `value` is a number, or a size from which a number follows."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        is_size = set(value) == {"size"} and isinstance(value["size"], list)
+        return is_size and _is_size(value["size"])
+    return isinstance(value, int) and abs(value) <= NUMBER_LIMIT
 
 
 def _is_size(numbers: list[Any]) -> bool:

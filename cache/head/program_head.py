@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import CorruptError, UsageError
+from ..files.json_fields import checking_fields, integer_field
+from ..format.manifest import MAX_VOCAB, MAX_WIDTH
 from .head import Head, TorchHead
 from .head_files import save_head
 from .operations import NumpyOperations, TorchOperations
 from .program import Program
+from .program_bounds import check_bounds
 
 if TYPE_CHECKING:
     import torch
@@ -106,26 +109,29 @@ class ProgramHead(Head):
         """
         save_head(folder, {"kind": self.kind, **self._spec()}, self.tensors, tensors)
 
+    def check_bounds(self) -> None:
+        """Raise `CorruptError` if the program needs more memory or work than a head."""
+        shapes = {name: array.shape for name, array in self.tensors.items()}
+        check_bounds(self.program, shapes, self.d_model, self.vocab)
+
     @classmethod
     def from_parts(cls, spec: dict[str, Any], tensors: dict[str, np.ndarray]) -> "ProgramHead":
         """Build the head of a `head.json` and its tensors.
 
-        Raises `CorruptError` if the program is malformed, fails, or gives another shape.
+        Raises `CorruptError` if the program is malformed, fails, gives another shape, or needs more
+        memory or work than a head (`program_bounds.py`).
         """
         program = Program.from_json(spec.get("nodes"), set(tensors))
-        d_model, vocab = spec.get("d_model"), spec.get("vocab")
-        if type(d_model) is not int or type(vocab) is not int or d_model < 1 or vocab < 1:
-            raise CorruptError("a head program needs d_model and vocab")
+        with checking_fields("head.json", "a head program"):
+            d_model = integer_field(spec, "d_model", 1, MAX_WIDTH)
+            vocab = integer_field(spec, "vocab", 1, MAX_VOCAB)
         head = cls(program, tensors, d_model, vocab)
-        # Try the program on two positions. A forged one must not fill the memory: `limit` bounds
-        # every result far above what any model's tail makes of two positions.
-        largest_tensor = max((array.size for array in tensors.values()), default=0)
-        limit = 64 * (2 * max(d_model, vocab) + largest_tensor)
+        head.check_bounds()
+        # Try the program on two positions, which the bounds make cheap.
         try:
             with np.errstate(all="ignore"):
-                out = program.run(
-                    np.ones((1, 2, d_model), np.float32), tensors, NumpyOperations(), limit
-                )
+                x = np.ones((1, 2, d_model), np.float32)
+                out = program.run(x, tensors, NumpyOperations())
         except Exception as error:  # a damaged program can raise any error
             raise CorruptError(f"the head program does not run: {error}") from None
         if np.shape(out) != (1, 2, vocab):

@@ -5,32 +5,73 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ..errors import CorruptError
+from ..files.json_fields import (
+    FieldError,
+    checking_fields,
+    choice_field,
+    number_field,
+    optional_field,
+)
 from ..files.json_files import read_json
 from .head import NORMS, TENSORS, Head
 from .head_files import read_head_tensors
 from .program_head import ProgramHead
 
+LARGEST_FACTOR = 1e30
+"""Bound of eps, scale and softcap: all are numbers of float32."""
+SMALLEST_SOFTCAP = 1e-30
+"""Least softcap, by which logits are divided."""
 
-def load_head(folder: Path) -> Head:
+
+def load_head(folder: Path, d_model: int | None = None, vocab: int | None = None) -> Head:
     """Load the head from `head.json` and `head.safetensors` in `folder`.
 
-    Raises `CorruptError` if either file was changed after writing, or has another format.
+    Raises `CorruptError` if either file was changed after writing, has another format, or, where
+    `d_model` and `vocab` are given, does not map rows of `d_model` numbers to `vocab` logits.
     """
     spec = read_json(folder / "head.json")
-    raw = (folder / "head.safetensors").read_bytes()
+    try:
+        raw = (folder / "head.safetensors").read_bytes()
+    except FileNotFoundError:
+        raise CorruptError(f"{folder / 'head.safetensors'} is missing") from None
     if hashlib.sha256(raw).hexdigest() != spec.get("tensors"):
         raise CorruptError(f"{folder / 'head.safetensors'} was changed after it was written")
     tensors = read_head_tensors(raw, folder)
-    if spec.get("kind") == ProgramHead.kind:
-        return ProgramHead.from_parts(spec, tensors)
-    try:
-        if spec["kind"] != Head.kind or spec["norm"] not in NORMS:
-            raise CorruptError(f"{folder / 'head.json'}: unknown head {spec['kind']!r}")
-        arrays = {name: tensors[name] for name in TENSORS}
-        return Head(
-            spec["norm"], spec["eps"], **arrays, scale=spec["scale"], softcap=spec["softcap"]
-        )
-    except (KeyError, TypeError) as error:
-        raise CorruptError(f"{folder} is not a head of this format: {error}") from None
+    with checking_fields(folder, "a head of this format"):
+        kind = choice_field(spec, "kind", (Head.kind, ProgramHead.kind))
+        if kind == ProgramHead.kind:
+            head = ProgramHead.from_parts(spec, tensors)
+        else:
+            head = _explicit_head(spec, tensors)
+        if (d_model, vocab) not in ((None, None), (head.d_model, head.vocab)):
+            raise FieldError(
+                f"it maps {head.d_model} numbers to {head.vocab} logits; expected {d_model} and "
+                f"{vocab}, as in the manifest"
+            )
+    return head
+
+
+def _explicit_head(spec: dict[str, Any], tensors: dict[str, np.ndarray]) -> Head:
+    """The head of a formula; raises `FieldError` for values and shapes that do not make one."""
+    if missing := set(TENSORS) - set(tensors):
+        raise FieldError(f"head.safetensors lacks {', '.join(sorted(missing))}")
+    shape = tensors["unembedding"].shape
+    vocab, d_model = shape if len(shape) == 2 else (0, 0)
+    if not vocab or not d_model:
+        raise FieldError(f"the unembedding has shape {shape}; expected (vocab, d_model)")
+    expected = {"norm_weight": (d_model,), "norm_bias": (d_model,), "bias": (vocab,)}
+    for name, expected_shape in expected.items():
+        if tensors[name].shape != expected_shape:
+            raise FieldError(f"{name} has shape {tensors[name].shape}; expected {expected_shape}")
+    return Head(
+        choice_field(spec, "norm", NORMS),
+        number_field(spec, "eps", 0.0, LARGEST_FACTOR),
+        **{name: tensors[name] for name in TENSORS},
+        scale=number_field(spec, "scale", -LARGEST_FACTOR, LARGEST_FACTOR),
+        softcap=optional_field(number_field, spec, "softcap", SMALLEST_SOFTCAP, LARGEST_FACTOR),
+    )

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from ..files.json_files import read_json
+from ..files.confined_files import read_confined_json
 from ..format.manifest import SHORT_ID
 from ..number_ranges import format_ranges
 from ..store.activation_cache import ActivationCache
@@ -97,7 +97,7 @@ def format_dataset_card(cache: ActivationCache, repo_id: str) -> str:
     manifest = cache.manifest
     dtypes = {layer: cache.residual_array(layer).layout.logical_dtype for layer in cache.layers}
     splits = {name: len(cache.sequences(name)) for name in SPLITS}
-    provenance = read_json(cache.path / "provenance.json")
+    provenance = read_confined_json(cache.path, "provenance.json")
     checks = provenance.get("canary", {})  # measures of the model's checks
     shards = [shard for record in cache.committed.values() for shard in record.arrays.values()]
     return CARD.format(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .catalog import find_path as find_path
     from .catalog import list_caches as list_caches
     from .catalog import list_paths as list_paths
+    from .checked_arrays import ArrayMetadata as ArrayMetadata
+    from .checked_arrays import CheckedArray as CheckedArray
     from .lineage import cache_lineage as cache_lineage
     from .lineage import open_ancestor as open_ancestor
     from .local_origin import public_name as public_name

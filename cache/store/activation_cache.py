@@ -5,7 +5,6 @@ writes caches. Reading imports no torch and no transformers, and needs neither m
 `cache/README.md` describes the format on disk.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import IncompleteError, NotFoundError, UsageError
+from ..files.confined_files import check_folders, is_regular, read_confined
+from ..files.json_fields import MAX_JSON_BYTES
 from ..files.paths import as_path, is_remote, total_bytes
 from ..format.array import CacheArray
 from ..format.journal import Journal, PartRecord
@@ -31,6 +32,7 @@ from ..format.logits_arrays import (
 from ..format.manifest import SHORT_ID, Manifest
 from ..number_ranges import format_ranges
 from ..tokens.splits import SPLITS
+from .checked_arrays import LABELS, ArrayMetadata, CheckedArray, array_of_metadata, named_layers
 
 if TYPE_CHECKING:
     import dask.array
@@ -42,6 +44,8 @@ SLAB_ROWS = 128
 """Rows per slab: slabs of 64 to 256 rows, shuffled in a buffer, are as good as random order."""
 WHOLE_ARRAYS = ("tokens/", "sequences/", "context/", "contexts/")
 """Prefixes of arrays that are written whole when the cache is created, not part by part."""
+FOLDERS = ("arrays.zarr", "head", "journal", "leases", "moments")
+"""Folders of a cache; a link in place of one is refused."""
 BLOCK_BYTES = 16 << 20
 """Largest float32 block of one read; larger blocks cost twice the time per byte."""
 
@@ -82,10 +86,11 @@ class ActivationCache:
 
     def __init__(self, path: str | Path) -> None:
         self.path = as_path(path)
-        if not (self.path / "manifest.json").is_file():
+        if not is_regular(self.path, "manifest.json"):
             raise NotFoundError(f"{self.path} is not a cache: it has no manifest.json")
+        check_folders(self.path, FOLDERS)
         self.manifest = Manifest.read(self.path / "manifest.json")
-        self.journal = Journal(self.path / "journal")
+        self.journal = Journal(self.path / "journal", self.manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Only the path is pickled: a worker opens the cache again.
@@ -142,7 +147,12 @@ class ActivationCache:
 
         Raises `NotFoundError` for a layer that the cache lacks.
         """
-        return self._residual_arrays[self._check_layer(layer)]
+        array = self._residual_arrays.get(layer)
+        if array is None:
+            # A complete layer needs no journal: every row is committed.
+            name = f"residual/{self._check_layer(layer)}"
+            array = self._residual_arrays[layer] = CheckedArray(self.array_metadata, name)
+        return array
 
     def residual(self, layer: int, dtype: Any = np.float32) -> "dask.array.Array":
         """Layer `layer` as a lazy dask array, `(positions, d_model)` of `dtype`."""
@@ -155,11 +165,16 @@ class ActivationCache:
         are not committed.
         """
         journal = None if name.startswith(WHOLE_ARRAYS) else self.journal
-        return CacheArray(self.path / "arrays.zarr" / name, journal)
+        return CheckedArray(self.array_metadata, name, journal)
 
     def has(self, name: str) -> bool:
-        """Whether the cache has the array `name`."""
-        return (self.path / "arrays.zarr" / name / "zarr.json").is_file()
+        """Whether the cache has the array `name`: its base records name it."""
+        return self.array_metadata.digest_of(name) is not None
+
+    @cached_property
+    def array_metadata(self) -> ArrayMetadata:
+        """What manifest and base records say of the metadata of all arrays."""
+        return ArrayMetadata(self.path, self.manifest, self.journal)
 
     # Tokens and sequences
 
@@ -216,7 +231,8 @@ class ActivationCache:
         """The model's tokenizer (`tokenizers.Tokenizer`), from the file kept in the cache."""
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_str((self.path / "head" / "tokenizer.json").read_text("utf-8"))
+        raw = read_confined(self.path, "head/tokenizer.json", MAX_JSON_BYTES)
+        return Tokenizer.from_str(raw.decode("utf-8"))
 
     def following_tokens(self, positions: np.ndarray, across_documents: bool = False) -> np.ndarray:
         """Token that follows each of `positions` in its context, `(n,)` int64; -1 at the end.
@@ -336,7 +352,9 @@ class ActivationCache:
         """Head of the model, layer L -> logits: final norm, unembedding, bias, scale, softcap."""
         from ..head.saved_head import load_head
 
-        return load_head(self.path / "head")
+        for name in ("head/head.json", "head/head.safetensors"):
+            is_regular(self.path, name)  # raises for a link; `load_head` says what is missing
+        return load_head(self.path / "head", self.d_model, self.vocab)
 
     def logits(self, layer: int | None = None) -> "dask.array.Array":
         """Logits of the head on `layer`, `(positions, vocab)` float32, as a lazy dask array.
@@ -392,8 +410,10 @@ class ActivationCache:
     @property
     def label_names(self) -> tuple[str, ...]:
         """Names of the labels of sequences: columns of the data beside the text."""
-        folder = self.path / "arrays.zarr" / "sequences" / "labels"
-        return tuple(sorted(path.parent.name for path in folder.glob("*/zarr.json")))
+        _, files = self.journal.base()
+        names = [array_of_metadata(file) or "" for file in files]
+        labels = [name.removeprefix(LABELS) for name in names if name.startswith(LABELS)]
+        return tuple(sorted(label for label in labels if "/" not in label))
 
     def label(self, name: str, missing: str | None = "") -> np.ndarray:
         """Value of label `name` for each sequence, `(sequences,)`: numbers, or words as str.
@@ -467,8 +487,7 @@ class ActivationCache:
     def target_layers(self) -> tuple[int, ...]:
         """Layers that the cache has or is meant to get: the journal names their arrays."""
         _, files = self.journal.base()
-        matches = [re.fullmatch(r"arrays\.zarr/residual/(\d+)/zarr\.json", name) for name in files]
-        return tuple(sorted(int(match[1]) for match in matches if match))
+        return named_layers(files, self.manifest.depth)
 
     # Sizes of reads
 
@@ -496,9 +515,8 @@ class ActivationCache:
 
     @cached_property
     def _residual_arrays(self) -> dict[int, CacheArray]:
-        # Complete layers need no journal: every row is committed.
-        residual = self.path / "arrays.zarr" / "residual"
-        return {layer: CacheArray(residual / str(layer)) for layer in self.layers}
+        """Layers that were opened."""
+        return {}
 
     def _check_layer(self, layer: int) -> int:
         """`layer`; raises `NotFoundError` if the cache lacks it."""

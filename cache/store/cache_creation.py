@@ -4,13 +4,16 @@
 `create_cache`; `write_missing_parts` then writes the rows. The folder appears whole or not at all.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files.json_files import file_digest, write_json
+from ..errors import CorruptError, NotFoundError
+from ..files.confined_files import check_regular, confined_path
+from ..files.json_files import file_digest, write_atomically, write_json
 from ..files.leases import hold_lock
 from ..files.paths import is_remote, upload_folder
 from ..files.staging import publish_folder, staging_folder, sweep_staging
@@ -80,14 +83,44 @@ def create_cache(
 def publish_cache(staging: Path, target: Path) -> None:
     """Make the whole cache in the folder `staging` appear at `target`.
 
-    A cache that another process has published at `target` stays.
+    A cache that another process has published at `target` stays. If the cache at `target` has lost
+    its manifest, it gets the one of `staging`, which must be the same; its shards stay.
     """
     if not is_remote(target):
+        _restore_manifest(staging, target)
         publish_folder(staging, target, marker="manifest.json")
         return
     with hold_lock(target / "leases", "create"):
         if not (target / "manifest.json").is_file():
             upload_folder(staging, target, last=["manifest.json"])
+
+
+def _restore_manifest(staging: Path, target: Path) -> None:
+    """Give a cache at `target` whose manifest is lost or damaged the manifest of `staging`.
+
+    Raises `CorruptError` if it had another one, in which its shards may lie otherwise.
+    """
+    if not os.path.lexists(target / "journal" / "base.json"):
+        return
+    try:
+        check_regular(target, "manifest.json")
+        Manifest.read(target / "manifest.json")
+        return
+    except (CorruptError, FileNotFoundError):
+        pass
+    try:
+        _, files = Journal(target / "journal").base()
+        is_same = files.get("manifest.json") == file_digest(staging / "manifest.json")
+    except (CorruptError, NotFoundError):
+        is_same = False
+    if not is_same:
+        raise CorruptError(
+            f"{target} has lost its manifest, and the one of this request is another: give the "
+            "options of the first extraction (size of parts, batches, codec), or move the folder "
+            "away and extract again"
+        )
+    path = confined_path(target, "manifest.json")
+    write_atomically(path, (staging / "manifest.json").read_bytes())
 
 
 def sweep_unfinished(root: Path) -> None:

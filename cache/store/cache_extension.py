@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 
 from ..documents.labels import LABEL_PREFIX
-from ..files.json_files import file_digest, make_folder, read_json, sync_folder, write_atomically
+from ..files.confined_files import check_regular, confined_path, read_confined, read_confined_json
+from ..files.json_files import file_digest, make_folder, sync_folder, write_atomically
 from ..files.leases import hold_lock, lease_part
-from ..files.paths import copy_object, is_remote
+from ..files.paths import copy_object, is_remote, list_folder
 from ..format.array_writer import create_residual
 from ..format.journal import Journal
 from ..format.layout import Layout
-from ..format.manifest import TokenIdentity
+from ..format.manifest import EXTENDS, TokenIdentity
 from ..tokens.token_stream import TokenStream, concatenate
 from .activation_cache import ActivationCache
 from .cache_creation import create_cache
-from .lineage import EXTENDS
+from .checked_arrays import metadata_file
 from .local_origin import read_origin, write_origin
 
 
@@ -56,11 +57,11 @@ def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
                 layout, codec = cache.manifest.layout, cache.manifest.codec
                 create_residual(Path(folder), layer, *shape, dtypes[layer], layout, codec=codec)
                 metadata = (Path(folder) / f"residual/{layer}/zarr.json").read_bytes()
-            path = cache.path / _metadata_file(layer)
+            path = confined_path(cache.path, metadata_file(f"residual/{layer}"))
             if not is_remote(path):
                 make_folder(path.parent)
             write_atomically(path, metadata)
-            digests[_metadata_file(layer)] = file_digest(path)
+            digests[metadata_file(f"residual/{layer}")] = file_digest(path)
         if digests:
             cache.journal.commit_base({}, digests)
 
@@ -68,12 +69,7 @@ def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
 def unnamed_layers(cache: ActivationCache, layers: tuple[int, ...]) -> tuple[int, ...]:
     """Those of `layers` whose array the journal does not name; a cut file may exist."""
     _, files = cache.journal.base()
-    return tuple(layer for layer in layers if _metadata_file(layer) not in files)
-
-
-def _metadata_file(layer: int) -> str:
-    """Name inside the cache of the metadata of layer `layer`."""
-    return f"arrays.zarr/residual/{layer}/zarr.json"
+    return tuple(layer for layer in layers if metadata_file(f"residual/{layer}") not in files)
 
 
 def join_stream(
@@ -122,7 +118,7 @@ def add_tokens(
     logits_dtype = cache.array(logits[0]).layout.logical_dtype if logits else "float16"
 
     # Provenance of the old cache; tokens cut off at the context are those of old and new texts.
-    provenance = {**read_json(cache.path / "provenance.json"), EXTENDS: cache.id}
+    provenance = {**read_confined_json(cache.path, "provenance.json"), EXTENDS: cache.id}
     if "cut" in provenance:
         counts = stream.cut_counts
         provenance["cut"] = {name: n + counts[name] for name, n in provenance["cut"].items()}
@@ -145,8 +141,8 @@ def add_tokens(
 
 def _copy_head(source: Path, target: Path) -> None:
     """Copy the folder `head/` of a cache, and the cache's origin."""
-    for path in source.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
+    for path in list_folder(source):
+        (target / path.name).write_bytes(read_confined(source.parent, f"head/{path.name}"))
     if origin := read_origin(source.parent):
         write_origin(target.parent, **origin)
 
@@ -162,6 +158,7 @@ def share_parts(old: ActivationCache, new: ActivationCache) -> None:
                 continue
             for name in record.arrays:
                 shard = f"arrays.zarr/{name}/{old.array(name).layout.shard_key(part)}"
+                check_regular(old.path, shard)
                 link_file(old.path / shard, new.path / shard)
             journal.commit(record)
 

@@ -5,13 +5,18 @@
 """
 
 import os
-from contextlib import suppress
+import re
+import stat
 from pathlib import Path
 from typing import Any
 
 from ..errors import NotFoundError, ResiduaError, UsageError
+from ..files.confined_files import read_confined_json
 from ..files.paths import as_path, is_remote, list_folder
 from .activation_cache import SHORT_ID, ActivationCache
+
+UNREADABLE = (ResiduaError, OSError, ArithmeticError, MemoryError, RecursionError, ValueError)
+"""Errors that a damaged or forged cache, or its disk, may cause where the cache is opened."""
 
 
 def cache_root(root: str | Path | None = None) -> Path:
@@ -40,14 +45,51 @@ def _checked_root(root: Path) -> Path:
 
 
 def list_paths(root: Path) -> list[Path]:
-    """Folders of all caches under `root`, oldest first; no file is opened."""
-    manifests = [p / "manifest.json" for p in list_folder(root) if not p.name.startswith(".")]
+    """Folders of all caches under `root`, oldest first; no file is opened.
+
+    A folder that cannot be looked into counts as a cache, which opening it finds damaged.
+    """
     by_time: list[tuple[float, Path]] = []
-    for manifest in manifests:
-        with suppress(FileNotFoundError):  # a cache that is being removed
-            if manifest.is_file():
-                by_time.append((manifest.stat().st_mtime, manifest))
-    return [manifest.parent for _, manifest in sorted(by_time)]
+    for path in list_folder(root):
+        if path.name.startswith("."):
+            continue
+        try:
+            if (time := _manifest_time(path)) is not None:
+                by_time.append((time, path))
+        except FileNotFoundError:  # a cache that is being removed
+            continue
+        except PermissionError:
+            by_time.append((0.0, path))
+    return [path for _, path in sorted(by_time)]
+
+
+def _manifest_time(path: Path) -> float | None:
+    """Time of the manifest in the folder `path`, whatever kind of file it is; None without one."""
+    manifest = path / "manifest.json"
+    if is_remote(path):
+        return manifest.stat().st_mtime if manifest.is_file() else None
+    try:
+        status = os.lstat(manifest)
+    except NotADirectoryError:
+        return None
+    return None if stat.S_ISDIR(status.st_mode) else status.st_mtime
+
+
+def _list_lost(root: Path) -> list[Path]:
+    """Folders of caches on disk that have lost their manifest: named by an id, with a journal."""
+    if is_remote(root):
+        return []
+    folders = [path for path in list_folder(root) if re.fullmatch(r"[0-9a-f]{64}", path.name)]
+    return sorted(path for path in folders if _has_lost_manifest(path))
+
+
+def _has_lost_manifest(path: Path) -> bool:
+    """Whether the folder `path` is a cache without a manifest."""
+    try:
+        has_journal = os.path.lexists(path / "journal" / "base.json")
+        return has_journal and not os.path.lexists(path / "manifest.json")
+    except OSError:
+        return False
 
 
 def find_path(name: str | Path, root: str | Path) -> Path:
@@ -56,9 +98,9 @@ def find_path(name: str | Path, root: str | Path) -> Path:
     Raises `NotFoundError` if no id begins with `name`, and `UsageError` if several do.
     """
     path, root, name = as_path(name), as_path(root), str(name)
-    if (path / "manifest.json").is_file():
+    if _is_cache(path):
         return path
-    paths = list_paths(root)
+    paths = [*list_paths(root), *_list_lost(root)]
     matches = [path for path in paths if name and path.name.startswith(name)]
     if len(matches) > 1:
         ids = ", ".join(path.name[:SHORT_ID] for path in matches)
@@ -73,6 +115,13 @@ def find_path(name: str | Path, root: str | Path) -> Path:
     return matches[0]
 
 
+def _is_cache(path: Path) -> bool:
+    """Whether a cache is at `path`, be it one that has lost its manifest."""
+    if is_remote(path):
+        return (path / "manifest.json").is_file()
+    return os.path.lexists(path / "manifest.json") or _has_lost_manifest(path)
+
+
 def find_cache(name: str | Path, root: str | Path) -> ActivationCache:
     """Open the cache whose id begins with `name`, or at the path `name`; see `find_path`."""
     return ActivationCache(find_path(name, root))
@@ -80,13 +129,15 @@ def find_cache(name: str | Path, root: str | Path) -> ActivationCache:
 
 def list_caches(root: str | Path) -> list[dict[str, Any]]:
     """JSON objects of all caches under `root`; the state of a damaged cache says the error."""
-    return [_summary(path) for path in list_paths(as_path(root))]
+    root = as_path(root)
+    return [_summary(path) for path in (*list_paths(root), *_list_lost(root))]
 
 
 def _summary(path: Path) -> dict[str, Any]:
     """The JSON object of one cache in `residua ls`."""
     try:
         cache = ActivationCache(path)
+        cache.journal.base()  # raises if a record of it is damaged
         state = "complete" if cache.complete else f"{len(cache.committed)} of {cache.n_parts} parts"
         return {
             "cache": cache.id,
@@ -100,21 +151,20 @@ def _summary(path: Path) -> dict[str, Any]:
             "state": state,
             "path": str(path),
         }
-    except ResiduaError as error:
+    except UNREADABLE as error:
         unknown = dict.fromkeys(("model", "data", "positions", "sequences", "d_model"))
         return {
             "cache": path.name,
             **unknown,
             "layers": [],
             "bytes": 0,
-            "state": f"damaged: {error}",
+            "state": f"damaged: {error or type(error).__name__}",
             "path": str(path),
         }
 
 
 def describe_cache(cache: ActivationCache) -> dict[str, Any]:
     """The JSON object of `residua info`: all facts about `cache` that need no reading of rows."""
-    from ..files.json_files import read_json
     from .local_origin import read_origin
 
     manifest = cache.manifest
@@ -141,6 +191,6 @@ def describe_cache(cache: ActivationCache) -> dict[str, Any]:
         "codec": manifest.codec,
         "alone": manifest.alone,
         "head": {**cache.head.describe(), "geometry": cache.head.digest},
-        "provenance": read_json(cache.path / "provenance.json"),
+        "provenance": read_confined_json(cache.path, "provenance.json"),
         "origin": read_origin(cache.path),
     }

@@ -6,10 +6,9 @@ cache, and probes take over the moments kept with it.
 
 from collections.abc import Iterator
 
+from ..errors import CorruptError
+from ..format.manifest import EXTENDS, SHORT_ID
 from .activation_cache import ActivationCache
-
-EXTENDS = "extends"
-"""Key of the manifest's `extra`: id of the extended cache, whose rows come first."""
 
 
 def open_ancestor(cache: ActivationCache) -> ActivationCache | None:
@@ -21,10 +20,21 @@ def open_ancestor(cache: ActivationCache) -> ActivationCache | None:
 
 
 def cache_lineage(cache: ActivationCache) -> Iterator[ActivationCache]:
-    """The caches that `cache` extends, latest first, up to the first that was removed."""
+    """The caches that `cache` extends, latest first, up to the first that was removed.
+
+    Each has fewer positions than the one before. Raises `CorruptError` for another, which is how
+    forged manifests extend each other in a circle.
+    """
     while (cache_id := cache.manifest.extra.get(EXTENDS)) is not None:
-        path = cache.path.parent / str(cache_id)
+        path = cache.path.parent / cache_id
         if not (path / "manifest.json").is_file():
             return
-        cache = ActivationCache(path)
+        ancestor = ActivationCache(path)
+        if ancestor.positions >= cache.positions or ancestor.id != cache_id:
+            raise CorruptError(
+                f"{cache.path} says that it extends {path}, which is no earlier cache of fewer "
+                f"tokens ({ancestor.positions} of {cache.positions} positions, id "
+                f"{ancestor.id[:SHORT_ID]}); one of the two was forged: extract it again"
+            )
+        cache = ancestor
         yield cache

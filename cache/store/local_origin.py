@@ -7,7 +7,8 @@ file is never shared: `push` and `export` leave it out, and cards have `public_n
 from pathlib import Path, PurePath
 
 from ..errors import ResiduaError
-from ..files.json_files import read_json, write_json
+from ..files.confined_files import read_confined_json
+from ..files.json_files import write_json
 
 FILE = "local.json"
 """Name of the file; the journal does not name it, so that `push` and `export` leave it out."""
@@ -30,7 +31,7 @@ def write_origin(cache: Path, model: str, data: str) -> None:
 def read_origin(cache: Path) -> dict[str, str]:
     """Keys `model` and `data` of the origin; empty for a cache from another machine."""
     try:
-        origin = read_json(cache / FILE)
+        origin = read_confined_json(cache, FILE)
     except (ResiduaError, OSError):
         return {}
     return {name: str(origin[name]) for name in ("model", "data") if name in origin}

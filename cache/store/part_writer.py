@@ -14,12 +14,12 @@ import numpy as np
 from ..errors import UsageError
 from ..files.leases import FileLease, Lease
 from ..files.paths import TRANSFERS, is_remote
-from ..format.array import CacheArray
 from ..format.compressed_shard import shard_writer_for
 from ..format.dtypes import LARGEST, decode_rows, encode_rows
-from ..format.journal import Journal, PartRecord, ShardRecord
+from ..format.journal import PartRecord, ShardRecord
 from ..format.layout import ArrayKey, Layout, array_name
 from ..format.shard import ShardWriter
+from .checked_arrays import ArrayMetadata, writable_array
 
 
 class PartWriter:
@@ -39,12 +39,13 @@ class PartWriter:
         lease: Lease | None = None,
     ) -> None:
         self._lease = lease or FileLease()
-        arrays = {key: CacheArray(path / "arrays.zarr" / array_name(key)) for key in keys}
+        metadata = ArrayMetadata(path)
+        arrays = {key: writable_array(metadata, array_name(key), part) for key in keys}
         self.part = part
         self.start, self.stop = layout.rows(part, next(iter(arrays.values())).shape[0])
         self.dtypes = {key: array.layout.logical_dtype for key, array in arrays.items()}
         self._row_shapes = {key: array.shape[1:] for key, array in arrays.items()}
-        self._journal = Journal(path / "journal")
+        self._journal = metadata.journal
         self.quarantine: dict[int, str] = {}
         """Sequence -> reason, for sequences that no split shall have; goes into the record."""
         self._absmax = dict.fromkeys(keys, 0.0)

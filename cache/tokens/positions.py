@@ -32,7 +32,7 @@ def check_positions(policy: str, pack: bool) -> None:
 
 def sample_size(policy: str) -> int:
     """K of `sample:K`, 0 for another policy."""
-    match = re.fullmatch(r"sample:(\d+)", policy)
+    match = re.fullmatch(r"sample:([0-9]{1,9})", policy)
     return int(match[1]) if match else 0
 
 

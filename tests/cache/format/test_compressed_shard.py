@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,18 @@ from residua.cache.format import compressed_shard
 from residua.cache.format.array import CacheArray
 from residua.cache.format.array_writer import create_residual
 from residua.cache.format.chunk_cache import ChunkCache
-from residua.cache.format.compressed_shard import DECODED_CHUNKS, shard_writer_for
-from residua.cache.format.compression import compress_chunk, decompress, shuffle_bytes
+from residua.cache.format.compressed_shard import (
+    DECODED_CHUNKS,
+    decompress_chunk,
+    shard_writer_for,
+)
+from residua.cache.format.compression import (
+    FRAME_HEADER_BYTES,
+    compress_chunk,
+    decompress,
+    frame_content_size,
+    shuffle_bytes,
+)
 from residua.cache.format.dtypes import encode_rows
 from residua.cache.format.layout import ArrayLayout, Layout
 from residua.cache.sharing.flat_export import export
@@ -161,6 +172,36 @@ def test_a_chunk_of_other_bytes_with_the_right_checksum_is_corrupt() -> None:
     for payload in (b"", b"no zstd", compress_chunk(rows[:60]), compress_chunk(rows)[:-3]):
         with pytest.raises(CorruptError, match="a chunk (does not decompress|holds)"):
             decompress(np.frombuffer(payload, np.uint8), out)
+
+
+@pytest.mark.parametrize("nbytes", [1, 60, 255, 256, 257, 65_535, 65_791, 65_792, 1 << 20])
+def test_the_header_of_a_frame_says_its_size(nbytes: int) -> None:
+    frame = compress_chunk(np.zeros(nbytes, np.uint8))
+    assert frame_content_size(frame[:FRAME_HEADER_BYTES]) == nbytes
+
+
+def test_a_frame_of_another_size_is_refused_before_memory_is_taken() -> None:
+    frame = compress_chunk(np.zeros(1 << 30, np.uint8))
+    # The same frame with a size of 8 bytes in its header, and one that does not say its size.
+    magic, window, blocks = frame[:4], frame[5:6], frame[10:]
+    assert frame[4] == 0b1000_0000
+    longer = magic + b"\xc0" + window + (1 << 60).to_bytes(8, "little") + blocks
+    silent = magic + b"\x00" + window + blocks
+    tracemalloc.start()
+    try:
+        for payload in (frame, longer, silent):
+            out = np.empty(64, np.uint16)
+            with pytest.raises(CorruptError, match=r"a chunk holds .* bytes, not 128"):
+                decompress(np.frombuffer(payload, np.uint8), out)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_chunk_beyond_any_writer_is_refused_before_memory_is_taken() -> None:
+    layout = ArrayLayout((1 << 40,), "<f4", "float32", 1 << 30, 1 << 30, raw=False, compact=True)
+    with pytest.raises(CorruptError, match="compressed ones have at most"):
+        decompress_chunk(np.zeros(20, np.uint8), layout, Path("shard"))
 
 
 def test_decoded_chunks_take_bounded_memory(

@@ -3,6 +3,7 @@
 import pickle
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from residua.cache.errors import CorruptError, IncompleteError, UsageError
 from residua.cache.files.json_files import write_json
+from residua.cache.format.array import CacheArray
 from residua.cache.format.journal import Journal, PartRecord, ShardRecord
 from residua.cache.store import cache_creation as create_module
 from residua.cache.store.activation_cache import ActivationCache
@@ -72,7 +74,7 @@ def test_rows_without_a_record_cannot_be_read_from_the_stored_array_either(tiny_
     record = tiny_cache.committed[1]
     cache = uncommit(tiny_cache, 1)
     (path / "c/1/0").unlink(missing_ok=True)  # zarr reads zeros
-    array = cache.array("residual/0")
+    array = CacheArray(path, cache.journal) if codec == "zstd" else cache.array("residual/0")
     np.testing.assert_array_equal(array[:256], np.zeros((256, 4)))
     np.testing.assert_array_equal(array.take(np.array([599, 512])), np.zeros((2, 4)))
     for one in (array, pickle.loads(pickle.dumps(array))):
@@ -160,9 +162,10 @@ def test_the_last_record_of_a_shard_wins(tmp_path):
 
 
 def test_a_layer_that_not_all_parts_have_is_not_in_the_cache(tiny_cache):
-    record = tiny_cache.committed[0]
-    tiny_cache.journal.commit(PartRecord(0, 0, 256, {"residual/2": record.arrays["residual/1"]}))
-    assert ActivationCache(tiny_cache.path).layers == (0, 1)
+    record = tiny_cache.committed[2]
+    cache = uncommit(tiny_cache, 2)
+    cache.journal.commit(replace(record, arrays={"residual/0": record.arrays["residual/0"]}))
+    assert ActivationCache(cache.path).layers == (0,)
 
 
 def test_other_files_in_the_journal_are_no_parts(tmp_path):

@@ -138,3 +138,76 @@ def test_a_changed_byte_is_found(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"texts.jsonl", b"texts.jsonk"))
     with pytest.raises(CorruptError, match="changed after it was written"):
         Manifest.read(path)
+
+
+def forged(**changes: Any) -> dict[str, Any]:
+    """Fields of `manifest.json` with `changes` by path, such as `identity__tokens__positions`."""
+    value: dict[str, Any] = {"identity": MANIFEST.identity, "extra": {"pad": True}}
+    value["layout"] = MANIFEST.layout.to_json()
+    for path, change in changes.items():
+        *parents, name = path.split("__")
+        target = value
+        for parent in parents:
+            target = target[parent]
+        target[name] = change
+    return {**value, "id": json_digest(value["identity"])}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layout": {"chunk_rows": 0, "part_rows": 0}},
+        {"layout": {"chunk_rows": 3, "part_rows": 6}},
+        {"layout": {"chunk_rows": 64, "part_rows": 100}},
+        {"layout": {"chunk_rows": -64, "part_rows": 64}},
+        {"layout": {"chunk_rows": 64.0, "part_rows": 64}},
+        {"layout": {"chunk_rows": True, "part_rows": 1}},
+        {"layout": {"chunk_rows": 1 << 40, "part_rows": 1 << 40}},
+        {"layout": {"chunk_rows": 64, "part_rows": 64, "rows": 1}},
+        {"layout": {"chunk_rows": 1, "part_rows": 1}, "identity__tokens__positions": 10**13},
+        {"identity__tokens__positions": 0},
+        {"identity__tokens__positions": -5},
+        {"identity__tokens__positions": 1 << 60},
+        {"identity__tokens__positions": "1000"},
+        {"identity__tokens__sequences": 1001},
+        {"identity__tokens__context": 0},
+        {"identity__tokens__packed": 1},
+        {"identity__tokens__seed": 0.5},
+        {"identity__tokens__split_by": "page"},
+        {"identity__tokens__bos": None},
+        {"identity__tokens": []},
+        {"identity__model__weights": 5},
+        {"identity__model__code": {}},
+        {"identity__model": None},
+        {"identity__capture__logits": ["full"]},
+        {"identity__capture__surprise": "x"},
+        {"identity__surprise": 1},
+        {"identity__format": True},
+        {"d_model": 0},
+        {"d_model": 1 << 40},
+        {"vocab": -1},
+        {"vocab": 1 << 60},
+        {"depth": -1},
+        {"depth": 10**9},
+        {"batch_tokens": None},
+        {"batch_tokens": 0},
+        {"model_name": None},
+        {"data_name": "x" * 10_000},
+        {"extra": []},
+        {"extra__pad": "no"},
+        {"extra__codec": "lzma"},
+        {"extra__batch": 4},
+        {"extra__extends": "../../../etc"},
+        {"extra__extends": MANIFEST.id},
+    ],
+    ids=str,
+)
+def test_a_forged_number_is_corrupt(tmp_path, changes):
+    path = write_changed_manifest(tmp_path / "manifest.json", **forged(**changes))
+    with pytest.raises(CorruptError, match=r"not a manifest of this format|has format"):
+        Manifest.read(path)
+
+
+def test_unknown_keys_of_extra_are_left_to_later_versions(tmp_path):
+    path = write_changed_manifest(tmp_path / "manifest.json", **forged(extra__later=[1]))
+    assert Manifest.read(path).extra["later"] == [1]

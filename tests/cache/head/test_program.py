@@ -1,6 +1,8 @@
 """Head programs: recorded from torch, run by numpy and torch, read from disk as untrusted data."""
 
 import json
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from residua.cache.files.json_files import DIGEST_KEY, write_json
 from residua.cache.head.head_recording import NAMES, SHAPES, merge_recordings, record_program
 from residua.cache.head.operations import OPS, NumpyOperations, TorchOperations
 from residua.cache.head.program import Node, Program
+from residua.cache.head.program_bounds import check_bounds
 from residua.cache.head.program_head import ProgramHead
 from residua.cache.head.saved_head import load_head
 
@@ -168,6 +171,103 @@ def forge_head_json(folder: Path, forge: Callable[[dict[str, Any]], None]) -> No
 
 MEMORY_BOMB = [{"op": "cat", "args": {"tensors": [{"node": n}] * 64, "dim": 2}} for n in range(9)]
 """Would double the memory six times per node."""
+
+
+def input_with(op: str, **args: Any) -> list[dict[str, Any]]:
+    """A program of one node that computes `op` of the input."""
+    return [{"op": op, "args": {"self": {"node": 0}, **args}}]
+
+
+def chain(*ops: dict[str, Any]) -> list[dict[str, Any]]:
+    """A program in which each of `ops`, an operation and its arguments, reads the one before."""
+    return [
+        {"op": op["op"], "args": {"self": {"node": n}} | {k: v for k, v in op.items() if k != "op"}}
+        for n, op in enumerate(ops)
+    ]
+
+
+LENGTH = {"size": [1, 0, 1, 0]}
+FORGED_PROGRAMS: dict[str, Any] = {
+    "a huge power of numbers": [{"op": "pow", "args": {"self": 7, "exponent": 10**9}}],
+    "numbers alone": [{"op": "mul", "args": {"self": 2, "other": 3}}],
+    "a huge number": input_with("mul", other=10**400),
+    "a list repeated": [{"op": "mul", "args": {"self": [{"node": 0}], "other": 10**9}}],
+    "a word repeated": [{"op": "mul", "args": {"self": "ab", "other": {"node": 0}}}],
+    "a word as an array": [{"op": "neg", "args": {"self": "ab"}}],
+    "positions with positions": chain(
+        {"op": "mm", "mat2": {"tensor": "t0"}},
+        {"op": "reshape", "size": [LENGTH, WIDTH]},
+        {"op": "expand", "size": [LENGTH, LENGTH, WIDTH]},
+        {"op": "sum", "dim": [0]},
+        {"op": "slice", "dim": -1, "start": 0, "end": 5},
+        {"op": "reshape", "size": [1, LENGTH, 5]},
+    ),
+    "attention": chain(
+        {"op": "reshape", "size": [LENGTH, WIDTH]},
+        {"op": "mm", "mat2": {"node": 0}},
+    ),
+    "an expansion": input_with("expand", size=[1 << 30, 2, WIDTH]),
+    "many copies": [
+        {"op": "stack", "args": {"tensors": [{"node": 0}] * 10_000, "dim": n % 3}} for n in range(3)
+    ],
+    "much work": [{"op": "erf", "args": {"self": {"node": n}}} for n in range(9999)],
+    "much padding": chain(*[{"op": "pad", "pad": [1 << 13, 0]}] * 40),
+    "many products": chain(*[{"op": "mm", "mat2": {"tensor": "t0"}}] * 9999),
+    "axes beyond": input_with("sum", dim=[5]),
+    "axes twice": input_with("sum", dim=[0, 0]),
+    "too many axes": input_with("reshape", size=[1] * 65),
+    "an axis that is an array": input_with("select", dim=0, index={"node": 0}),
+    "an empty maximum": chain(
+        {"op": "slice", "dim": 2, "start": 3, "end": 3}, {"op": "amax", "dim": [2]}
+    ),
+    "an array without axes": chain(
+        {"op": "sum", "dim": [0, 1, 2]}, {"op": "slice", "dim": 0, "start": 0, "end": 1}
+    ),
+    "a view of more numbers": input_with("reshape", size=[1 << 40, 1 << 40]),
+    "a negative size": input_with("expand", size=[-1, -5, -1]),
+    "no axes to join": [{"op": "cat", "args": {"tensors": [], "dim": 0}}],
+}
+"""What a program of a stranger may ask for; `t0` is a matrix `(WIDTH, WIDTH)`."""
+SECONDS, BYTES = 10.0, 256 << 20
+"""Most time, which the trace of memory makes tenfold, and memory for the refusal of a program."""
+
+
+@pytest.mark.parametrize("name", FORGED_PROGRAMS)
+def test_a_forged_program_is_refused_before_it_takes_time_or_memory(
+    name: str, tmp_path: Path
+) -> None:
+    small_program_head().save(tmp_path)
+    forge_head_json(tmp_path, lambda spec: spec.update(nodes=FORGED_PROGRAMS[name]))
+    tracemalloc.start()
+    seconds = time.process_time()
+    try:
+        with pytest.raises(CorruptError, match="head program"):
+            load_head(tmp_path)
+        assert time.process_time() - seconds < SECONDS
+        assert tracemalloc.get_traced_memory()[1] < BYTES
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_shapes_alone_give_the_shape_that_numpy_gives(name: str) -> None:
+    program, tensors = program_of(FUNCTIONS[name])
+    arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
+    shapes = {key: array.shape for key, array in arrays.items()}
+    out = program.run(np.ones((1, 2, WIDTH), np.float32), arrays, NumpyOperations())
+    check_bounds(program, shapes, WIDTH, out.shape[-1])
+    with pytest.raises(CorruptError, match="head program"):
+        check_bounds(program, shapes, WIDTH, out.shape[-1] + 1)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"vocab": 1 << 27}, {"d_model": 1 << 21}, {"vocab": 0}, {"vocab": 1 << 26}]
+)
+def test_forged_sizes_of_a_program_are_refused(sizes: dict[str, int], tmp_path: Path) -> None:
+    small_program_head().save(tmp_path)
+    forge_head_json(tmp_path, lambda spec: spec.update(sizes))
+    with pytest.raises(CorruptError, match="head"):
+        load_head(tmp_path)
 
 
 @pytest.mark.parametrize(
