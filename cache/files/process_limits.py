@@ -1,7 +1,7 @@
 """Limits of this process: open files, size of a file, threads and memory, and errors about them.
 
-`disk_errors.py` turns an error that `limit_error` knows into a `LimitError`. `raise_file_limit` is
-called where many files are open: by the writers and memory maps of shards (`format/shard.py`).
+`disk_errors.py` turns an error that `limit_error` knows into a `LimitError`. The writers and memory
+maps of shards (`format/shard.py`), of which a process has many, ask `leaves_free_files`.
 """
 
 import errno
@@ -32,6 +32,16 @@ def open_file_limit() -> int:
     """Number of files that this process may have open at a time."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+def leaves_free_files(descriptor: int) -> bool:
+    """Whether half of the files that this process may open are free, after raising the limit.
+
+    `descriptor` is that of a file that was just opened: the system gives the lowest free number.
+    """
+    return descriptor < open_file_limit() // 2 or (
+        raise_file_limit() and descriptor < open_file_limit() // 2
+    )
 
 
 def limit_error(error: BaseException, number: int) -> LimitError | None:
