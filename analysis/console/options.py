@@ -224,6 +224,15 @@ out_option = click.option(
 )
 """Adds --out to a fit."""
 
+checkpoint_option = click.option(
+    "--checkpoint",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Folder that keeps the state of an unfinished fit, from which the same command goes on.  "
+    "[default: `checkpoints` under the root]",
+)
+"""Adds --checkpoint to a fit that can be resumed."""
+
 
 def probe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the argument CACHE and the options that all fits of probes share."""

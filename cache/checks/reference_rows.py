@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import MismatchError
 from ..files.json_files import read_json
+from ..files.read_errors import read_file
 from ..tokens.token_stream import TokenStream
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def compute_reference_rows(stack: "DecoderBlocks", folder: Path) -> float | None
 
     if not (folder / FILE).is_file():
         return None
-    tensors = load((folder / FILE).read_bytes())
+    tensors = load(read_file(folder / FILE))
     largest = 0.0
     for layer, rows in enumerate(_compute_layers(stack, tensors["ids"])):
         stored_rows = np.nan_to_num(tensors[f"residual/{layer}"])

@@ -5,7 +5,7 @@ are saved from the model again, and damaged shards are written by the same `Part
 extraction uses.
 """
 
-import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from ..checks.reference_rows import check_reference_rows
 from ..errors import CorruptError
 from ..files.json_files import file_digest, write_atomically
 from ..files.leases import lease_part
+from ..files.staging import temporary_folder
 from ..format.array_writer import create_part_array
 from ..format.dtypes import STORED_DTYPES
 from ..format.journal import Journal
@@ -110,10 +111,11 @@ def _copy_array_metadata(path: Path, damages: tuple[Damage, ...]) -> list[str]:
         for twin in twins:
             if twin == name or not (path / twin).is_file():
                 continue
-            if file_digest(path / twin) == digests[name]:
-                _copy_file(path / twin, path / name)
-                mended.append(name)
-                break
+            with suppress(CorruptError):  # the disk fails
+                if file_digest(path / twin) == digests[name]:
+                    _copy_file(path / twin, path / name)
+                    mended.append(name)
+                    break
     return mended
 
 
@@ -131,9 +133,9 @@ def _make_array_metadata(
     for name in sorted(names):
         array = name.removeprefix("arrays.zarr/").removesuffix("/zarr.json")
         for dtype in STORED_DTYPES:
-            with tempfile.TemporaryDirectory(prefix="residua-") as folder:
-                create_part_array(Path(folder), manifest, array, dtype)
-                new_file = Path(folder) / array / "zarr.json"
+            with temporary_folder() as folder:
+                create_part_array(folder, manifest, array, dtype)
+                new_file = folder / array / "zarr.json"
                 if new_file.is_file() and file_digest(new_file) == digests.get(name):
                     _copy_file(new_file, path / name)
                     restored.append(name)
@@ -170,11 +172,11 @@ def _mend_head(
     report = check_model(model, stream, manifest.capture.compute_dtype, manifest.capture.dtype)
     _, digests = cache.journal.base()
     restored = []
-    with tempfile.TemporaryDirectory(prefix="residua-") as folder:
-        save_head_and_tokenizer(Path(folder), source, report, manifest.format)
-        save_reference_rows(report.stack, stream, Path(folder))
+    with temporary_folder() as folder:
+        save_head_and_tokenizer(folder, source, report, manifest.format)
+        save_reference_rows(report.stack, stream, folder)
         for name in names:
-            new_file = Path(folder) / Path(name).name
+            new_file = folder / Path(name).name
             if new_file.is_file() and file_digest(new_file) == digests.get(name):
                 _copy_file(new_file, path / name)
                 restored.append(name)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import CorruptError, NotFoundError
 from .paths import create_object, is_remote, write_object
+from .read_errors import read_file, translate_read_errors
 
 DIGEST_KEY = "sha256"
 """Key of the digest in a file: hex sha256 of the canonical JSON of the object without the key."""
@@ -72,10 +73,11 @@ def write_json(path: Path, value: dict[str, Any], new: bool = False) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file of `write_json`, without the digest.
 
-    Raises `NotFoundError` for a missing file, and `CorruptError` if a byte was changed.
+    Raises `NotFoundError` for a missing file, and `CorruptError` if a byte was changed or cannot be
+    read.
     """
     try:
-        return parse_json(path.read_bytes(), path)
+        return parse_json(read_file(path), path)
     except FileNotFoundError:
         raise NotFoundError(f"{path} is missing") from None
 
@@ -145,6 +147,6 @@ def make_folder(folder: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
+    """Hex sha256 of a file; raises `CorruptError` if the disk fails."""
+    with translate_read_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import CorruptError, IncompleteError
 from ..files.paths import as_path, is_remote, store_of
+from ..files.read_errors import read_file
 from .compressed_shard import CompressedShardReader
 from .dtypes import decode_rows, decode_rows_into
 from .journal import Journal
@@ -39,7 +40,7 @@ class CacheArray:
         self.path = as_path(path)
         self._journal = journal
         try:
-            meta = json.loads((self.path / "zarr.json").read_bytes())
+            meta = json.loads(read_file(self.path / "zarr.json"))
         except FileNotFoundError:
             raise CorruptError(f"{self.path} has no zarr.json") from None
         except ValueError as error:

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import CorruptError, LeaseLostError, NotFoundError
 from ..files.json_files import parse_json, read_json, write_json
 from ..files.paths import list_folder, read_all
+from ..files.read_errors import read_file
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def merge_records(records: Iterable[PartRecord]) -> dict[int, PartRecord]:
 def read_record(path: Path) -> PartRecord:
     """Read a commit record; raises `NotFoundError` or, for any other content, `CorruptError`."""
     try:
-        return parse_record(path.read_bytes(), path)
+        return parse_record(read_file(path), path)
     except FileNotFoundError:
         raise NotFoundError(f"{path} is missing") from None
 

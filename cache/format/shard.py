@@ -24,6 +24,7 @@ from ..errors import CorruptError
 from ..files.json_files import sync_folder
 from ..files.paths import is_remote, write_object
 from ..files.process_limits import leaves_free_files, limit_error, raise_file_limit
+from ..files.read_errors import check_readable
 from .layout import CHECKSUM_BYTES, ArrayLayout
 
 ABSENT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
@@ -34,8 +35,6 @@ UNREADABLE = (errno.EFAULT, errno.EIO, getattr(errno, "EHWPOISON", 133))
 """Error numbers of pages of a map that a failing disk, or a file that was cut, cannot give."""
 LOADED_SECONDS = 10.0
 """Time for which a chunk that was brought into memory counts as readable."""
-READ_BYTES = 1 << 20
-"""Bytes of one read where the system does not know `POPULATE_READ`."""
 
 
 class ShardWriter:
@@ -272,7 +271,10 @@ class ShardReader:
                 return False
             # Older kernels and other systems: a plain read reports the same errors.
             if error.errno == errno.EINVAL:
-                return _is_readable(self.path, start, stop)
+                try:
+                    check_readable(self.path, start, stop)
+                except CorruptError:
+                    return False
         return True
 
     def _read_error(self, number: int) -> CorruptError:
@@ -358,20 +360,6 @@ def _map_file(path: Path) -> mmap.mmap:
             if last_try or error.errno != errno.EMFILE or not raise_file_limit():
                 raise
     raise AssertionError("the second try returns or raises")
-
-
-def _is_readable(path: Path, start: int, stop: int) -> bool:
-    """Whether the bytes `start:stop` of a file can be read."""
-    try:
-        with open(path, "rb") as file:
-            while start < stop:
-                count = len(os.pread(file.fileno(), min(READ_BYTES, stop - start), start))
-                if not count:
-                    return False
-                start += count
-    except OSError as error:
-        return error.errno != errno.EIO
-    return True
 
 
 def index_bytes(layout: ArrayLayout) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import CorruptError
 from ..files.json_files import read_json
+from ..files.read_errors import read_file
 from .head import NORMS, TENSORS, Head
 from .head_files import read_head_tensors
 from .program_head import ProgramHead
@@ -19,7 +20,7 @@ def load_head(folder: Path) -> Head:
     Raises `CorruptError` if either file was changed after writing, or has another format.
     """
     spec = read_json(folder / "head.json")
-    raw = (folder / "head.safetensors").read_bytes()
+    raw = read_file(folder / "head.safetensors")
     if hashlib.sha256(raw).hexdigest() != spec.get("tensors"):
         raise CorruptError(f"{folder / 'head.safetensors'} was changed after it was written")
     tensors = read_head_tensors(raw, folder)

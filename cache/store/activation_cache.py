@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import IncompleteError, NotFoundError, UsageError
 from ..files.paths import as_path, is_remote, total_bytes
+from ..files.read_errors import read_file
 from ..format.array import CacheArray
 from ..format.journal import Journal, PartRecord
 from ..format.logits_arrays import (
@@ -216,7 +217,7 @@ class ActivationCache:
         """The model's tokenizer (`tokenizers.Tokenizer`), from the file kept in the cache."""
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_str((self.path / "head" / "tokenizer.json").read_text("utf-8"))
+        return Tokenizer.from_str(read_file(self.path / "head" / "tokenizer.json").decode())
 
     def following_tokens(self, positions: np.ndarray, across_documents: bool = False) -> np.ndarray:
         """Token that follows each of `positions` in its context, `(n,)` int64; -1 at the end.

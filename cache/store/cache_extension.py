@@ -9,7 +9,6 @@ shard, which is not full, are copied when that part is written.
 
 import os
 import shutil
-import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,8 @@ from ..documents.labels import LABEL_PREFIX
 from ..files.json_files import file_digest, make_folder, read_json, sync_folder, write_atomically
 from ..files.leases import hold_lock, lease_part
 from ..files.paths import copy_object, is_remote
+from ..files.read_errors import read_file
+from ..files.staging import temporary_folder
 from ..format.array_writer import create_residual
 from ..format.journal import Journal
 from ..format.layout import Layout
@@ -51,11 +52,11 @@ def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
         for layer in unnamed_layers(cache, tuple(dtypes)):
             # The metadata is made elsewhere and written atomically: a process that was killed may
             # have left a cut file under this name, which the journal does not know.
-            with tempfile.TemporaryDirectory(prefix="residua-") as folder:
+            with temporary_folder() as folder:
                 shape = cache.positions, cache.d_model
                 layout, codec = cache.manifest.layout, cache.manifest.codec
-                create_residual(Path(folder), layer, *shape, dtypes[layer], layout, codec=codec)
-                metadata = (Path(folder) / f"residual/{layer}/zarr.json").read_bytes()
+                create_residual(folder, layer, *shape, dtypes[layer], layout, codec=codec)
+                metadata = (folder / f"residual/{layer}/zarr.json").read_bytes()
             path = cache.path / _metadata_file(layer)
             if not is_remote(path):
                 make_folder(path.parent)
@@ -146,7 +147,7 @@ def add_tokens(
 def _copy_head(source: Path, target: Path) -> None:
     """Copy the folder `head/` of a cache, and the cache's origin."""
     for path in source.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
+        (target / path.name).write_bytes(read_file(path))
     if origin := read_origin(source.parent):
         write_origin(target.parent, **origin)
 

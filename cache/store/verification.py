@@ -112,10 +112,13 @@ def _check_files(path: Path, files: dict[str, str]) -> Iterator[Damage]:
     """Damage of the files that the journal names, name -> sha256."""
     for name, digest in files.items():
         file = path / name
-        if not file.is_file():
-            yield Damage(name, "the file is missing")
-        elif file_digest(file) != digest:
-            yield Damage(name, "the file is not what was written (sha256 differs)")
+        try:
+            if not file.is_file():
+                yield Damage(name, "the file is missing")
+            elif file_digest(file) != digest:
+                yield Damage(name, "the file is not what was written (sha256 differs)")
+        except CorruptError as error:
+            yield Damage(name, str(error))
 
 
 def _read_records(journal: Journal, damages: list[Damage]) -> Iterator[PartRecord]:
