@@ -34,9 +34,10 @@ def translate_read_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in UNREADABLE:
             raise
+        reason = (error.strerror or str(error)).lower()
         raise CorruptError(
-            f"{path} cannot be read ({os.strerror(error.errno).lower()}): the disk fails; check "
-            "the disk, and let `residua verify` name all that is lost"
+            f"{path} cannot be read ({reason}): the disk fails; check the disk, and let `residua "
+            "verify` name all that is lost"
         ) from error
 
 

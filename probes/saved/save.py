@@ -41,8 +41,6 @@ FILES = ("config.json", "probe.safetensors")
 """Files of a saved probe."""
 STAGING_PREFIX = ".residua-probe-"
 """Beginning of the names of folders that are filled beside those of saved probes."""
-READS = 5
-"""Times that a probe is read which other processes are replacing."""
 
 
 class SavedProbe(Protocol):
@@ -132,14 +130,13 @@ def load_probe(folder: str | Path) -> Any:
     # Read both files, and check that the tensors are those of the config.
     path = as_path(folder)
     config, file = read_json(path / "config.json"), path / "probe.safetensors"
-    data = _read_tensors(file)
-    for _ in range(READS):
-        if hashlib.sha256(data).hexdigest() == config.get("tensors"):
-            break
-        # Perhaps the probe was replaced between the two reads: then both are others now.
-        config, data = read_json(path / "config.json"), _read_tensors(file)
-    else:
-        raise CorruptError(f"{file} is missing or was changed after it was written; save it again")
+    while hashlib.sha256(data := _read_tensors(file)).hexdigest() != config.get("tensors"):
+        # Perhaps the probe was replaced between the two reads: then the config is another now.
+        config, earlier_config = read_json(path / "config.json"), config
+        if config == earlier_config:
+            raise CorruptError(
+                f"{file} is missing or was changed after it was written; save it again"
+            )
     if not is_known(config.get("kind")):
         raise UsageError(
             f"{folder} holds a probe of kind {config.get('kind')!r}, written by residua "
