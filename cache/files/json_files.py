@@ -5,6 +5,8 @@
 files* and *Crashes*, has the format.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -95,26 +97,39 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, sweep: bool = False) -> None:
     """Write `path` so that readers see the old file or the whole new one, even after a power cut.
 
-    Temporary file, fsync, rename, fsync of the folder; a remote object is written at once.
+    Temporary file, fsync, rename, fsync of the folder; a remote object is written at once. With
+    `sweep`, temporary files that killed writers of `path` left are removed first.
     """
     if is_remote(path):
         write_object(path, data)
         return
+    if sweep:
+        _sweep_temporary_files(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
+            with suppress(OSError):  # no locks here: then nobody sweeps
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException:
         # On a full disk the unfinished file would take the remaining space.
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _sweep_temporary_files(path: Path) -> None:
+    """Remove temporary files of `path` that no living process has locked."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError), open(temporary, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
