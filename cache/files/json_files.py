@@ -117,9 +117,11 @@ def write_atomically(path: Path, data: bytes, sweep: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         # On a full disk the unfinished file would take the remaining space.
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # errors of `write` name no file
         raise
     sync_folder(path.parent)
 

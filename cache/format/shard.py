@@ -29,6 +29,8 @@ from .layout import CHECKSUM_BYTES, ArrayLayout
 
 ABSENT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 """Offset and length in the index of a chunk that the shard lacks."""
+MISMATCH = "a chunk does not match its checksum"
+"""What `damaged_chunks` says of a chunk that can be read, and has other bytes than were written."""
 POPULATE_READ = 22
 """`MADV_POPULATE_READ` of Linux 5.14: bring pages into memory, or say that they cannot be read."""
 UNREADABLE = (errno.EFAULT, errno.EIO, getattr(errno, "EHWPOISON", 133))
@@ -301,7 +303,7 @@ class ShardReader:
                     continue
                 self.payload(number)
             except CorruptError:
-                damaged[number] = "a chunk does not match its checksum"
+                damaged[number] = MISMATCH
                 continue
             checksums.append(self._bytes[end - CHECKSUM_BYTES : end].tobytes())
         return damaged, combine_checksums(checksums)

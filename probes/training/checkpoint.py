@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...cache.errors import CorruptError, MismatchError, NotFoundError
+from ...cache.errors import CorruptError, MismatchError, NotFoundError, ResiduaError
+from ...cache.files.disk_errors import system_error
 from ...cache.files.json_files import file_digest, make_folder, read_json, sync_folder, write_json
 from ...cache.files.leases import try_lock, wait_for_lock
 
@@ -42,8 +43,22 @@ class Checkpoint:
     def save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Replace the saved state by `state` (JSON, with a key `step`) and `tensors`.
 
-        A process killed at any moment leaves the old state or the new state whole.
+        A process killed at any moment leaves the old state or the new state whole. Raises
+        `NoSpaceError`, `LimitError` or `UsageError` if the disk or a limit stops the writing.
         """
+        try:
+            self._save(state, tensors)
+        except Exception as error:
+            with suppress(OSError):  # holds the state before, or the lock of the fit
+                self.folder.rmdir()
+            if isinstance(error, ResiduaError) or (reason := system_error(error)) is None:
+                raise
+            raise type(reason)(
+                f"the fit cannot keep its state in {self.folder}: {reason} (--checkpoint names "
+                "another place)"
+            ) from error
+
+    def _save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
         make_folder(self.folder)
