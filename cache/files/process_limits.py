@@ -58,8 +58,9 @@ def limit_error(error: BaseException, number: int) -> LimitError | None:
         )
     if number == errno.EFBIG:
         return LimitError(
-            f"a file became too large: {_file_size_limit()}; raise the limit, or choose another "
-            "disk, and give the same command again"
+            f"{getattr(error, 'filename', None) or 'a file'} became too large: "
+            f"{_file_size_limit()}; raise the limit, or choose another disk, and give the same "
+            "command again"
         )
     message = str(error)
     if number == errno.EAGAIN or NO_THREAD in message:

@@ -84,7 +84,10 @@ def translate_hub_errors(repo_id: str, kind: str = "dataset") -> Iterator[None]:
         raise UsageError(f"the hub refused: {str(error).splitlines()[0]}{hint}") from None
     except Exception as error:
         library = type(error).__module__.split(".")[0]
-        if isinstance(translated := system_error(error), NoSpaceError | LimitError):
+        translated = system_error(error)
+        if isinstance(translated, NoSpaceError):
+            raise NoSpaceError("the disk is full; what is there stays for the next try") from None
+        if isinstance(translated, LimitError):
             raise translated from None
         is_offline = isinstance(error, ConnectionError | TimeoutError | hub.LocalEntryNotFoundError)
         if is_offline or library.startswith(("httpx", "requests")):
