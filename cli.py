@@ -23,6 +23,7 @@ from residua.analysis.console.options import (
     WHOLE_NUMBER,
     JsonErrorGroup,
     across_documents_option,
+    checkpoint_option,
     drop_first_option,
     is_given,
     layers_option,
@@ -577,6 +578,7 @@ def baseline(
     help="Share of the natural gradient's full step.  [default: the best of a short sweep]",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of positions.")
+@checkpoint_option
 @residua_command
 def lens(
     root: Path,
@@ -654,6 +656,7 @@ def lens(
     show_default=True,
     help="Time between two checkpoints, in seconds; a killed fit goes on from the last one.",
 )
+@checkpoint_option
 @residua_command
 def vocab(
     root: Path,
@@ -753,6 +756,7 @@ def vocab(
 @click.option("--html", type=click.Path(path_type=Path), help="Page on the directions to write.")
 @click.option("--png", type=click.Path(path_type=Path), help="Folder of pictures to write.")
 @out_option
+@checkpoint_option
 @residua_command
 def basis(
     root: Path,
@@ -765,6 +769,7 @@ def basis(
     html: Path | None,
     png: Path | None,
     out: Path | None,
+    checkpoint: Path | None,
     scheduler: str | None,
     scratch: Path | None,
     memory: int | None,
@@ -796,7 +801,9 @@ def basis(
         lens,
         root,
         quiet,
-        outputs=BasisOutputs(out, html, png, " ".join(["residua", *sys.argv[1:]])),
+        outputs=BasisOutputs(
+            out, html, png, " ".join(["residua", *sys.argv[1:]]), checkpoint=checkpoint
+        ),
         model=None if model is None else ModelChoice(model, device, trust_remote_code),
         scheduler=scheduler,
         scratch=scratch,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import InputTypeError as InputTypeError
     from .errors import Interrupted as Interrupted
     from .errors import LeaseLostError as LeaseLostError
+    from .errors import LimitError as LimitError
     from .errors import MismatchError as MismatchError
     from .errors import ModelError as ModelError
     from .errors import NoSpaceError as NoSpaceError

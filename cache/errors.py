@@ -12,6 +12,7 @@
     ├── IncompleteError          2   extraction was not finished
     ├── LeaseLostError           1   another worker took over the part that was being written
     ├── NoSpaceError             5   (also OSError) the disk is, or would be, full
+    ├── LimitError               5   (also OSError) no open files, threads or memory left
     └── Interrupted             130   stopped by the user; the work done so far is kept
 
 A message says what was expected, what was found and what to do. A result that is correct, but means
@@ -74,6 +75,12 @@ class LeaseLostError(ResiduaError):
 
 class NoSpaceError(ResiduaError, OSError):
     """A disk that is full, or would be full after the request."""
+
+    exit_code = 5
+
+
+class LimitError(ResiduaError, OSError):
+    """A limit of this process is reached: open files, size of a file, threads, memory."""
 
     exit_code = 5
 

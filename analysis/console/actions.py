@@ -30,6 +30,7 @@ def fit_and_save(
     control: str | None = None,
     scheduler: str | None = None,
     out: Path | None = None,
+    checkpoint: Path | None = None,
     resumes: bool = True,
     **options: Any,
 ) -> tuple[ActivationCache, Any, Path]:
@@ -37,8 +38,8 @@ def fit_and_save(
 
     Returns the cache, the fitted probe and its folder: `out`, or a folder under `root`. `stage`
     names the stage that progress counts, None for a fit that names its own stages. A fit that
-    `resumes` keeps a checkpoint under `root`. `scheduler` is the address of a dask scheduler;
-    `options` are those of the probe's `fit`.
+    `resumes` keeps a checkpoint in the folder `checkpoint`, by default under `root`. `scheduler` is
+    the address of a dask scheduler; `options` are those of the probe's `fit`.
     """
     source = find_cache(cache, root)
     for name in ("layers", "target"):
@@ -48,7 +49,7 @@ def fit_and_save(
     # Raises before the fit if the folder cannot be written.
     folder = new_probe_path(root, probe, source.id, out)
     if resumes:
-        options["checkpoint"] = checkpoint_path(root, probe, source.id)
+        options["checkpoint"] = checkpoint_path(root, probe, source.id, checkpoint)
     with Meter(quiet) as meter, connected(scheduler) as client:
         progress = meter.stage if stage is None else meter.progress_of(stage)
         probe.fit(source, client=client, progress=progress, **options)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...cache.cluster import connected
 from ...cache.errors import UsageError
 from ...cache.files.json_files import json_digest
+from ...cache.files.read_errors import read_file
 from ...cache.number_ranges import absolute_numbers, as_tuple
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.catalog import find_cache
@@ -41,6 +42,8 @@ class BasisOutputs:
     """Folder of pictures."""
     command: str | None = None
     """Command line that the page quotes."""
+    checkpoint: Path | None = None
+    """Folder of the state of an unfinished fit; default: under the root."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def fit_and_save_basis(
     path = new_probe_path(
         root, basis, cache.id, outputs.probe or default.with_name(f"{default.name}-{digest[:8]}")
     )
-    checkpoint = checkpoint_path(root, basis, cache.id)
+    checkpoint = checkpoint_path(root, basis, cache.id, outputs.checkpoint, suffix=f"-{digest[:8]}")
     if scratch is not None and not quiet and (size := basis.scratch_bytes(cache, memory)):
         print(f"scratch file: {format_bytes(size)} in {scratch}", file=sys.stderr)
 
@@ -114,7 +117,7 @@ def fit_and_save_basis(
                 client=client,
                 memory=memory,
                 scratch=scratch,
-                checkpoint=checkpoint.with_name(f"{checkpoint.name}-{digest[:8]}"),
+                checkpoint=checkpoint,
                 progress=meter.stage,
             )
         save_probe(basis, path)
@@ -134,7 +137,7 @@ def load_lens(cache: ActivationCache, name: str, root: Path, offset: int) -> tup
         return LogitLens.of(cache, offset), json_digest(LOGIT_LENS)
     path = find_probe(name, root)
     lens = load_probe_for(cache, path)
-    return lens, json_digest((path / "config.json").read_text())
+    return lens, json_digest(read_file(path / "config.json").decode())
 
 
 def measure_in_model(

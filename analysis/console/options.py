@@ -224,6 +224,15 @@ out_option = click.option(
 )
 """Adds --out to a fit."""
 
+checkpoint_option = click.option(
+    "--checkpoint",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Folder that keeps the state of an unfinished fit, from which the same command goes on.  "
+    "[default: `checkpoints` under the root]",
+)
+"""Adds --checkpoint to a fit that can be resumed."""
+
 
 def probe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the argument CACHE and the options that all fits of probes share."""
@@ -306,7 +315,11 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(JSON, "as_json", is_flag=True, help="Print one JSON object and nothing else.")
     @wraps(function)
     def run(root: str | None, as_json: bool, **options: Any) -> None:
-        from ...cache.files.disk_errors import translate_any_disk_errors, translate_store_errors
+        from ...cache.files.disk_errors import (
+            system_error,
+            translate_any_disk_errors,
+            translate_store_errors,
+        )
         from ...cache.files.json_files import plain_value
         from ...cache.store.catalog import cache_root
 
@@ -321,15 +334,23 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
                     other_output_on_stderr(),
                 ):
                     value, print_value = function(root=root_path, quiet=as_json, **options)
+                # What is printed may go to a file on a full disk.
+                with translate_any_disk_errors():
+                    if as_json:
+                        click.echo(json.dumps(plain_value(value), default=str, allow_nan=False))
+                    else:
+                        with redirect_stdout(VisibleStream(sys.stdout)):
+                            print_value()
+                    sys.stdout.flush()
             except KeyboardInterrupt:
                 raise Interrupted("interrupted; the same command goes on from here") from None
+            except BaseException as error:
+                # Libraries in Rust panic where they get no thread; that is no `Exception`.
+                if isinstance(error, Exception) or (limit := system_error(error)) is None:
+                    raise
+                raise limit from error
         except ResiduaError as error:
             _exit_with(error, as_json=as_json)
-        if as_json:
-            click.echo(json.dumps(plain_value(value), default=str, allow_nan=False))
-        else:
-            with redirect_stdout(VisibleStream(sys.stdout)):
-                print_value()
         sys.exit(value.pop("exit_code", 0) if isinstance(value, dict) else 0)
 
     return run
@@ -382,7 +403,10 @@ def _exit_with(error: ResiduaError, *, as_json: bool) -> NoReturn:
             "message": str(error),
             "exit_code": error.exit_code,
         }
-        click.echo(json.dumps(value, allow_nan=False))
-    else:
-        click.echo(f"Error: {visible_text(str(error))}", err=True)
+        try:
+            click.echo(json.dumps(value, allow_nan=False))
+            sys.exit(error.exit_code)
+        except OSError:  # stdout is a file on a full disk
+            pass
+    click.echo(f"Error: {visible_text(str(error))}", err=True)
     sys.exit(error.exit_code)

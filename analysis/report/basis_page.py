@@ -15,6 +15,7 @@ from ..basis import LayerReading
 from .basis_tables import directions_table, span_table, summary_table
 from .basis_texts import BASIS_GLOSSARY, BASIS_STYLE, INTRODUCTION, MODEL_GLOSSARY, SUMMARY_NOTE
 from .html_page import PAGE, SORT, STYLE, figure_html, glossary_html
+from .picture_files import write_figure
 from .probe_style import short_model_name
 from .span_curves import check_metrics, estimates_by_k, format_estimate
 
@@ -71,7 +72,7 @@ def write_basis_report(
     )
     path = Path(path)
     make_folder(path.parent)
-    write_atomically(path, page.encode())
+    write_atomically(path, page.encode(), sweep=True)
     return path
 
 
@@ -93,9 +94,7 @@ def write_basis_png(
     check_metrics(rows, influences)
     path = Path(path)
     make_folder(path.parent)
-    # No version or date in the file: equal numbers give equal bytes.
-    figure = spectra(rows, influences, model_name)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    write_figure(spectra(rows, influences, model_name), path)
     return path
 
 

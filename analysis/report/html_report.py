@@ -28,6 +28,7 @@ from .html_page import (
     figure_html,
     glossary_html,
 )
+from .picture_files import write_figure
 from .probe_style import label, short_model_name
 from .tables import PRECISIONS, format_interval, headlines
 
@@ -124,7 +125,7 @@ def write_report(
     )
     path = Path(path)
     make_folder(path.parent)
-    write_atomically(path, page.encode())
+    write_atomically(path, page.encode(), sweep=True)
     return path
 
 
@@ -138,7 +139,7 @@ def write_pngs(
     from . import static_figures as figures
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
 
     # All figures by the name of their file.
     figure_of = {measure: figures.curves(evaluation, measure) for measure in ("kl", *PRECISIONS)}
@@ -153,8 +154,7 @@ def write_pngs(
     paths = []
     for name, figure in figure_of.items():
         paths.append(folder / f"{name}.png")
-        # No version or date in the file: equal numbers give equal bytes.
-        figure.savefig(paths[-1], dpi=150, metadata={"Software": None})
+        write_figure(figure, paths[-1])
     return paths
 
 

@@ -6,7 +6,6 @@ model again, and damaged shards written by the same `PartRunner` that an extract
 """
 
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..files.confined_files import confined_digest, confined_path, read_confined
 from ..files.json_files import file_digest, write_atomically
 from ..files.leases import lease_part
 from ..files.paths import is_remote, list_folder
+from ..files.staging import temporary_folder
 from ..format.array_writer import create_part_array
 from ..format.dtypes import STORED_DTYPES
 from ..format.journal import ShardRecord
@@ -194,9 +194,9 @@ def _make_array_metadata(
         if array is None or not array.startswith(("residual/", "logits/")):
             continue
         for dtype in STORED_DTYPES:
-            with tempfile.TemporaryDirectory(prefix="residua-") as folder:
-                create_part_array(Path(folder), manifest, array, dtype)
-                new_file = Path(folder) / array / "zarr.json"
+            with temporary_folder() as folder:
+                create_part_array(folder, manifest, array, dtype)
+                new_file = folder / array / "zarr.json"
                 if new_file.is_file() and file_digest(new_file) == digests[name]:
                     if _write_file(path, name, new_file.read_bytes()):
                         restored.append(name)
@@ -249,11 +249,11 @@ def _mend_head(
     report = check_model(model, stream, manifest.capture.compute_dtype, manifest.capture.dtype)
     digests = cache.journal.base()[1]
     restored = []
-    with tempfile.TemporaryDirectory(prefix="residua-") as folder:
-        save_head_and_tokenizer(Path(folder), source, report, manifest.format)
-        save_reference_rows(report.stack, stream, Path(folder))
+    with temporary_folder() as folder:
+        save_head_and_tokenizer(folder, source, report, manifest.format)
+        save_reference_rows(report.stack, stream, folder)
         for name in names:
-            new_file = Path(folder) / Path(name).name
+            new_file = folder / Path(name).name
             is_same = new_file.is_file() and file_digest(new_file) == digests.get(name)
             if is_same and _write_file(path, name, new_file.read_bytes()):
                 restored.append(name)

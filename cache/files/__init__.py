@@ -1,4 +1,4 @@
-"""Paths on disk or in an object store, atomic JSON, leases, disk errors."""
+"""Paths on disk or in an object store, atomic JSON, leases, errors of disks and limits."""
 
 from typing import TYPE_CHECKING
 
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .paths import total_bytes as total_bytes
     from .paths import upload_folder as upload_folder
     from .paths import write_object as write_object
+    from .process_limits import raise_file_limit as raise_file_limit
     from .staging import publish_folder as publish_folder
     from .staging import resumable_staging_folder as resumable_staging_folder
     from .staging import staging_folder as staging_folder

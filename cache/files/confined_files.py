@@ -20,6 +20,7 @@ from ..errors import CorruptError, NotFoundError
 from .json_fields import MAX_JSON_BYTES
 from .json_files import parse_json
 from .paths import is_remote
+from .read_errors import translate_read_errors
 
 NAME_BYTES = 4096
 """Longest name of a file below a cache, in bytes."""
@@ -160,7 +161,7 @@ def read_confined(folder: Path, name: str, most: int | None = None) -> bytes:
     if is_remote(folder):
         check_name(folder, name)
         return (folder / name).read_bytes()
-    with open_confined(folder, name) as file:
+    with translate_read_errors(folder / name), open_confined(folder, name) as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
             raise CorruptError(f"{folder / name} has {size} bytes; such a file has at most {most}")
@@ -181,7 +182,7 @@ def read_confined_json(folder: Path, name: str) -> dict[str, Any]:
 
 def confined_digest(folder: Path, name: str) -> str:
     """Hex sha256 of the file `name` below `folder`; raises as `open_regular`."""
-    with open_confined(folder, name) as file:
+    with translate_read_errors(folder / name), open_confined(folder, name) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

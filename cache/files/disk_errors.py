@@ -3,8 +3,8 @@
 Context managers for code that writes: `translate_disk_errors` for one folder (a cache, a scratch
 folder), `translate_store_errors` for one object store, `translate_any_disk_errors` around whole
 commands. A full disk raises `NoSpaceError`, an unwritable one `UsageError`, a vanished folder
-`NotFoundError`; messages say what is kept and what to do. `check_writable` and `check_target` find
-such errors before long work.
+`NotFoundError`, a limit of the process (`process_limits.py`) `LimitError`; messages say what is
+kept and what to do. `check_writable` and `check_target` find such errors before long work.
 """
 
 import errno
@@ -18,6 +18,7 @@ from pathlib import Path
 from ..errors import CorruptError, NoSpaceError, NotFoundError, ResiduaError, UsageError
 from .json_files import make_folder
 from .paths import check_creates, is_remote, store_error_code
+from .process_limits import limit_error
 
 FULL_DISK = {
     errno.ENOSPC: "the disk of {} is full",
@@ -28,9 +29,13 @@ UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 """Error numbers of a disk, folder or file that this process may not write."""
 VANISHED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 """Error numbers of a file or folder that was removed, renamed or unmounted."""
+MAX_CAUSES = 8
+"""Number of errors, each the cause of the one before, that are looked at."""
 STORE_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs")
 """Libraries whose errors are those of an object store."""
-_RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
+NAMED_IN_TEXT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO)
+"""Error numbers that are found by their text in messages of torch, which raises no OSError."""
+_RUST_ERRNO = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
 """Error number in messages of safetensors and tokenizers, which raise no OSError."""
 
 
@@ -69,32 +74,56 @@ def translate_store_errors(root: Path) -> Iterator[None]:
 
 @contextmanager
 def translate_any_disk_errors() -> Iterator[None]:
-    """Translate errors of any disk that is full, unwritable, failing or removed."""
+    """Translate errors of any disk that is full, unwritable, failing or removed, and of limits."""
     try:
         yield
     except ResiduaError:
         raise
     except Exception as error:
-        number, name = _errno_of(error), getattr(error, "filename", None)
+        translated = system_error(error)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def system_error(error: BaseException) -> ResiduaError | None:
+    """The disk or the limit that `error`, or a cause of `error`, met; None for another error."""
+    for cause in _causes(error):
+        number, name = _errno_of(cause), getattr(cause, "filename", None)
         where = f": {name}" if name else ""
-        if number in VANISHED and name:
-            raise NotFoundError(
-                f"{name} vanished while it was used (removed, renamed or unmounted?); if it comes "
-                "back, give the same command again"
-            ) from error
+        if limit := limit_error(cause, number):
+            return limit
         if number == errno.EIO:
-            raise UsageError(
+            return UsageError(
                 f"the disk fails ({os.strerror(number).lower()}){where}; check it, then see with "
                 "`residua verify` what of a cache is damaged"
-            ) from error
-        message = f"{os.strerror(number)}{where}; what was written is kept"
+            )
         if number in FULL_DISK:
-            raise NoSpaceError(
-                f"{message}: free some space and give the same command again"
-            ) from error
-        if number in UNWRITABLE:
-            raise UsageError(f"{message}: change the permissions, or name another place") from error
-        raise
+            return NoSpaceError(
+                f"{os.strerror(number)}{where}; what was written is kept: free some space and "
+                "give the same command again"
+            )
+        if number in VANISHED and name and cause is error:
+            return NotFoundError(
+                f"{name} vanished while it was used (removed, renamed or unmounted?); if it comes "
+                "back, give the same command again"
+            )
+        if number in UNWRITABLE and (cause is error or name):
+            return UsageError(
+                f"{os.strerror(number)}{where}; what was written is kept: change the permissions, "
+                "or name another place"
+            )
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """`error`, then the errors that it was raised from or while handling, latest first."""
+    for _ in range(MAX_CAUSES):
+        yield error
+        cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if cause is None:
+            return
+        error = cause
 
 
 def check_writable(root: Path) -> None:
@@ -120,10 +149,10 @@ def check_target(path: Path) -> None:
         return
     try:
         make_folder(path.parent)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
             pass
     except OSError as error:
-        if error.errno in FULL_DISK:
+        if error.errno in FULL_DISK or limit_error(error, error.errno or 0):
             raise
         raise UsageError(
             f"{path} cannot be written ({(error.strerror or str(error)).lower()}); name another "
@@ -133,12 +162,15 @@ def check_target(path: Path) -> None:
 
 def _translate_disk_error(error: Exception, folder: Path) -> ResiduaError | None:
     """The error that describes the disk of `folder`; None if `error` is about another matter."""
-    number = _errno_of(error)
+    number = next(filter(None, map(_errno_of, _causes(error))), 0)
+    if limit := next(filter(None, (limit_error(e, _errno_of(e)) for e in _causes(error))), None):
+        return limit
     if number in FULL_DISK:
         return NoSpaceError(
             f"{FULL_DISK[number].format(folder)}; parts that are committed are kept: free some "
             "space and give the same command again, it goes on from there"
         )
+    number = _errno_of(error)
     if not _concerns(error, folder):
         return None
     if number in UNWRITABLE:
@@ -169,12 +201,14 @@ def _translate_store_error(error: Exception, folder: Path) -> ResiduaError | Non
     return UsageError(f"the object store of {folder} says: {message}; {advice}")
 
 
-def _errno_of(error: Exception) -> int:
+def _errno_of(error: BaseException) -> int:
     """The `errno` of an error, 0 for an error without a number."""
-    if isinstance(error, OSError):
-        return error.errno or 0
-    match = _RUST_ERRNO.search(str(error))
-    return int(match[1]) if match else 0
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    message = str(error)
+    if match := _RUST_ERRNO.search(message):
+        return int(match[1] or match[2])
+    return next((n for n in NAMED_IN_TEXT if os.strerror(n) in message), 0)
 
 
 def _concerns(error: Exception, folder: Path) -> bool:

@@ -5,6 +5,8 @@
 files* and *Crashes*, has the format.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -18,6 +20,7 @@ import numpy as np
 from ..errors import CorruptError, NotFoundError
 from .json_fields import MAX_JSON_BYTES, parse_json_object
 from .paths import create_object, is_remote, write_object
+from .read_errors import translate_read_errors
 
 DIGEST_KEY = "sha256"
 """Key of the digest in a file: hex sha256 of the canonical JSON of the object without the key."""
@@ -73,10 +76,12 @@ def write_json(path: Path, value: dict[str, Any], new: bool = False) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file of `write_json`, without the digest.
 
-    Raises `NotFoundError` for a missing file, and `CorruptError` if a byte was changed.
+    Raises `NotFoundError` for a missing file, and `CorruptError` if a byte was changed or cannot be
+    read.
     """
     try:
-        return parse_json(read_bounded(path), path)
+        with translate_read_errors(path):
+            return parse_json(read_bounded(path), path)
     except FileNotFoundError:
         raise NotFoundError(f"{path} is missing") from None
 
@@ -99,26 +104,41 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, sweep: bool = False) -> None:
     """Write `path` so that readers see the old file or the whole new one, even after a power cut.
 
-    Temporary file, fsync, rename, fsync of the folder; a remote object is written at once.
+    Temporary file, fsync, rename, fsync of the folder; a remote object is written at once. With
+    `sweep`, temporary files that killed writers of `path` left are removed first.
     """
     if is_remote(path):
         write_object(path, data)
         return
+    if sweep:
+        _sweep_temporary_files(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
+            with suppress(OSError):  # no locks here: then nobody sweeps
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+            os.replace(temporary, path)
+    except BaseException as error:
         # On a full disk the unfinished file would take the remaining space.
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # errors of `write` name no file
         raise
     sync_folder(path.parent)
+
+
+def _sweep_temporary_files(path: Path) -> None:
+    """Remove temporary files of `path` that no living process has locked."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError), open(temporary, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -151,6 +171,6 @@ def make_folder(folder: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
+    """Hex sha256 of a file; raises `CorruptError` if the disk fails."""
+    with translate_read_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import UsageError
+from .json_files import make_folder
 from .object_leases import object_lease, object_lease_holder
 from .paths import is_remote
 
@@ -83,6 +84,38 @@ def hold_lock(folder: Path, name: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def wait_for_lock(file: Path) -> Iterator[None]:
+    """Lock `file` within the context, after waiting for any process that has locked it.
+
+    The file and its folder are made. The holder may remove both before the end of the context:
+    who waits for a file that was removed makes and locks a new one. Without file locks (some
+    network disks) the context is entered at once.
+    """
+    while True:
+        make_folder(file.parent)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another process removed the folder just now
+            continue
+        try:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if is_file_of(descriptor, file):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def is_file_of(descriptor: int, path: Path) -> bool:
+    """Whether `path` is still the file or folder that was opened as `descriptor`."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def try_lock(descriptor: int) -> bool | None:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from ..errors import UsageError
+from .read_errors import read_file
 
 EXISTS_CODES = ("PreconditionFailed", "ConditionalRequestConflict")
 """Error codes of S3 servers for a conditional creation of an object that exists."""
@@ -138,7 +139,7 @@ def list_folder(folder: Path) -> list[Path]:
 def read_all(paths: Sequence[Path]) -> list[bytes]:
     """The contents of several files of one kind; remote files are read `TRANSFERS` at a time."""
     if not paths or not is_remote(paths[0]):
-        return [path.read_bytes() for path in paths]
+        return [read_file(path) for path in paths]
     with ThreadPoolExecutor(TRANSFERS) as pool:
         return list(pool.map(lambda path: path.read_bytes(), paths))
 

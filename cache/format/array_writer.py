@@ -5,7 +5,6 @@ part; `write_table` writes a one-dimensional array (tokens, sequences) whole. Ca
 `cache/store/cache_creation.py`, `extend_cache.py` and repair.
 """
 
-import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from ..files.disk_columns import NumberColumn
 from ..files.json_fields import parse_json_object
 from ..files.paths import is_remote, write_object
+from ..files.staging import temporary_folder
 from .compression import LEVEL
 from .dtypes import STORED_DTYPES
 from .layout import TABLE_CHUNK_ROWS, TABLE_CHUNKS_PER_SHARD, ArrayLayout, Layout, array_key
@@ -55,10 +55,10 @@ def create_residual(
     if not is_remote(store):
         return _create_array(store, spec)
     # zarr makes many small requests, which are slow in an object store: send one file instead.
-    with tempfile.TemporaryDirectory(prefix="residua-") as folder:
-        array = _create_array(Path(folder), spec)
+    with temporary_folder() as folder:
+        array = _create_array(folder, spec)
         name = f"{spec.name}/zarr.json"
-        write_object(store / name, (Path(folder) / name).read_bytes())
+        write_object(store / name, (folder / name).read_bytes())
     return array
 
 

@@ -53,8 +53,10 @@ class CompressedShardWriter(ShardWriter):
         # Write this chunk and those that waited for it, as far as no earlier one is missing.
         while (payload := self._waiting.pop(self._next_chunk, None)) is not None:
             checksum = google_crc32c.value(payload).to_bytes(CHECKSUM_BYTES, "little")
-            self._file.write(payload)
-            self._file.write(checksum)
+            with self._opened() as file:
+                file.seek(self._next_offset)
+                file.write(payload)
+                file.write(checksum)
             size = len(payload) + CHECKSUM_BYTES
             self._index[self._next_chunk] = self._next_offset, size
             self._checksums[self._next_chunk] = checksum
@@ -80,6 +82,9 @@ class CompressedShardReader(ShardReader):
             rows = decompress_chunk(payload, self.layout, self.path)
             DECODED_CHUNKS.put(key, rows)
         return rows
+
+    def _load_rows(self, number: int, offset: int, count: int) -> None:
+        """Do nothing: decompressed rows are in memory."""
 
     def chunks(self, numbers: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield number and rows of the chunks `numbers`, in order."""

@@ -15,7 +15,7 @@ from ..files.paths import store_error_code, store_of
 from .chunk_cache import ChunkCache
 from .compressed_shard import decompress_chunk
 from .layout import CHECKSUM_BYTES, ArrayLayout
-from .shard import combine_checksums, index_bytes, parse_index
+from .shard import MISMATCH, combine_checksums, index_bytes, parse_index
 
 FETCHED_CHUNKS = ChunkCache(256 << 20, min_chunks=1)
 """Chunks of remote shards, of all arrays of the process."""
@@ -66,16 +66,16 @@ class RemoteShard:
                 assert rows is not None
                 yield number, rows
 
-    def damaged_chunks(self, rows: int) -> tuple[list[int], int]:
+    def damaged_chunks(self, rows: int) -> tuple[dict[int, str], int]:
         """Read a shard of `rows` rows again, past the cache of chunks.
 
-        Returns the numbers of damaged chunks, and the crc32c of the shard as in its record.
+        Returns the damaged chunks, number -> reason, and the crc32c of the shard as in its record.
         """
-        damaged, checksums = [], []
+        damaged, checksums = dict[int, str](), []
         for group in self._request_groups(list(range(-(-rows // self.layout.chunk_rows)))):
             for number, raw in zip(group, self._fetch(group), strict=True):
                 if not _matches_checksum(raw):
-                    damaged.append(number)
+                    damaged[number] = MISMATCH
                 checksums.append(raw[-CHECKSUM_BYTES:])
         return damaged, combine_checksums(checksums)
 

@@ -8,11 +8,12 @@ shards, `CacheArray` reads them; `compressed_shard.py` has the subclasses for co
 
 import errno
 import math
+import mmap
 import os
-import resource
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,10 +23,20 @@ import numpy as np
 from ..errors import CorruptError
 from ..files.json_files import sync_folder
 from ..files.paths import is_remote, write_object
+from ..files.process_limits import leaves_free_files, limit_error, raise_file_limit
+from ..files.read_errors import check_readable
 from .layout import CHECKSUM_BYTES, ArrayLayout
 
 ABSENT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 """Offset and length in the index of a chunk that the shard lacks."""
+MISMATCH = "a chunk does not match its checksum"
+"""What `damaged_chunks` says of a chunk that can be read, and has other bytes than were written."""
+POPULATE_READ = 22
+"""`MADV_POPULATE_READ` of Linux 5.14: bring pages into memory, or say that they cannot be read."""
+UNREADABLE = (errno.EFAULT, errno.EIO, getattr(errno, "EHWPOISON", 133))
+"""Error numbers of pages of a map that a failing disk, or a file that was cut, cannot give."""
+LOADED_SECONDS = 10.0
+"""Time for which a chunk that was brought into memory counts as readable."""
 
 
 class ShardWriter:
@@ -34,8 +45,9 @@ class ShardWriter:
     A chunk is buffered in memory until all rows of the chunk have come; rows in order need the
     memory of one chunk. `commit` makes the file appear under its name, whole and durable;
     `abandon`, or a crash, leaves nothing under that name. With `make_folders` the folders above
-    the file are made. A shard for an object store is buffered in an unnamed temporary file, and in
-    memory during the transfer.
+    the file are made. Where the process may open few files, the file is open only while it is
+    written. A shard for an object store is buffered in an unnamed temporary file, and in memory
+    during the transfer.
     """
 
     def __init__(
@@ -53,14 +65,28 @@ class ShardWriter:
         self._checksums: dict[int, bytes] = {}
         self._index = np.full((layout.shard_rows // layout.chunk_rows, 2), ABSENT, "<u8")
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = self._open_file(make_folders)
+        self._file = self._create_file(make_folders)
 
-    def _open_file(self, make_folders: bool) -> BinaryIO:
+    def _create_file(self, make_folders: bool) -> BinaryIO | None:
+        """The empty file; None if it is closed, because too few files could be opened beside it."""
         if is_remote(self.path):
             return tempfile.TemporaryFile(prefix="residua-")
         if make_folders:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        return open(self._temporary, "wb")
+        file = open(self._temporary, "wb")  # noqa: SIM115 (closed by `_publish` or `abandon`)
+        if leaves_free_files(file.fileno()):
+            return file
+        file.close()
+        return None
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """The file, open within the context."""
+        if self._file is not None:
+            yield self._file
+            return
+        with open(self._temporary, "r+b") as file:
+            yield file
 
     def write(self, row: int, values: np.ndarray) -> None:
         """Put `values`, `(n, ...)` in the stored dtype, at rows `row` to `row + n` of this shard.
@@ -92,9 +118,10 @@ class ShardWriter:
         checksum = google_crc32c.value(data).to_bytes(CHECKSUM_BYTES, "little")
         # The number alone determines the offset, so that equal rows give equal files.
         offset = number * self.layout.chunk_bytes
-        self._file.seek(offset)
-        self._file.write(data.data)
-        self._file.write(checksum)
+        with self._opened() as file:
+            file.seek(offset)
+            file.write(data.data)
+            file.write(checksum)
         self._index[number] = offset, self.layout.chunk_bytes
         self._checksums[number] = checksum
 
@@ -108,23 +135,24 @@ class ShardWriter:
             raise AssertionError(f"{self.path}: only {len(self._checksums)} of {self._chunks}")
         index = self._index.tobytes()
         checksum = google_crc32c.value(index)
-        self._file.seek(0, os.SEEK_END)
-        self._file.write(index + checksum.to_bytes(CHECKSUM_BYTES, "little"))
-        size = self._file.tell()
-        self._publish()
+        with self._opened() as file:
+            file.seek(0, os.SEEK_END)
+            file.write(index + checksum.to_bytes(CHECKSUM_BYTES, "little"))
+            size = file.tell()
+            self._publish(file)
         checksums = (self._checksums[number] for number in range(self._chunks))
         return {"bytes": size, "crc32c": combine_checksums(checksums)}
 
-    def _publish(self) -> None:
-        """Make the complete file appear under its name, durably."""
-        self._file.flush()
+    def _publish(self, file: BinaryIO) -> None:
+        """Make the complete `file` appear under its name, durably, and close it."""
+        file.flush()
         if is_remote(self.path):
-            self._file.seek(0)
-            write_object(self.path, self._file.read())
-            self._file.close()
+            file.seek(0)
+            write_object(self.path, file.read())
+            file.close()
             return
-        os.fsync(self._file.fileno())
-        self._file.close()
+        os.fsync(file.fileno())
+        file.close()
         os.replace(self._temporary, self.path)
         # The folders of the shard's key (`c/0` in `c` in the array's folder) may be new too.
         for folder in self.path.parents[: len(self.layout.shape) + 1]:
@@ -134,7 +162,8 @@ class ShardWriter:
         """Close and remove the unfinished file; does nothing after `commit`."""
         try:
             with suppress(OSError):  # closing writes buffered bytes, which a full disk refuses
-                self._file.close()
+                if self._file is not None:
+                    self._file.close()
         finally:
             if not is_remote(self.path):
                 self._temporary.unlink(missing_ok=True)
@@ -145,22 +174,39 @@ class ShardReader:
 
     `checked`, one flag per chunk, is that of an earlier reader of the shard: chunks that the
     earlier reader checked are not checked again. Raises `CorruptError` if the file is missing,
-    empty, cut short, or has a damaged index.
+    empty, cut short, has a damaged index, or lies on a disk that fails; `LimitError` if no further
+    file can be opened.
+
+    A page of a map that the disk cannot read kills the process (SIGBUS). So rows are brought into
+    memory by a call that reports errors before they are used: the index, each chunk when its
+    checksum is checked, and later each piece that `pieces` gives. Rows that are gathered through
+    `checked_addresses` are safe as long as they stay in memory after the check.
     """
 
     def __init__(self, path: Path, layout: ArrayLayout, checked: np.ndarray | None = None) -> None:
         self.path = path
         self.layout = layout
         try:
-            self._bytes = _map_file(path)
+            self._map = _map_file(path)
         except FileNotFoundError:
             raise CorruptError(f"{path} is missing; `residua verify` says what is lost") from None
         except ValueError:
             raise CorruptError(f"{path} is empty") from None
-        self._index = parse_index(self._bytes[-index_bytes(layout) :].tobytes(), layout, path)
+        except OSError as error:
+            if limit := limit_error(error, error.errno or 0):
+                raise limit from None
+            if error.errno != errno.EIO:
+                raise
+            raise CorruptError(f"{path} cannot be read: {_REASON}") from None
+        self._bytes = np.frombuffer(self._map, np.uint8)
+        first = max(0, len(self._bytes) - index_bytes(layout))
+        if not self._load(first, len(self._bytes)):
+            raise CorruptError(f"the index of {path} cannot be read: {_REASON}")
+        self._index = parse_index(self._bytes[first:].tobytes(), layout, path)
         self.checked = np.zeros(len(self._index), bool) if checked is None else checked
         """One flag per chunk: the crc32c was checked and matched."""
         self._views: list[np.ndarray | None] = [None] * len(self._index)
+        self._loaded_at = [-math.inf] * len(self._index)
         self.address = self._bytes.ctypes.data
         """Address of the map in memory."""
         offsets = self._index[self._index[:, 0] != ABSENT, 0]
@@ -196,35 +242,69 @@ class ShardReader:
     def payload(self, number: int, check: bool = True) -> np.ndarray:
         """Stored bytes of one chunk, without the crc32c after them.
 
-        Raises `CorruptError` if the chunk is absent or, with `check`, does not match the crc32c.
+        Raises `CorruptError` if the chunk is absent or, with `check`, cannot be read or does not
+        match the crc32c.
         """
         layout = self.layout
         offset, size = (int(value) for value in self._index[number])
         has_wrong_size = size < CHECKSUM_BYTES or (layout.raw and size != layout.chunk_bytes)
         if has_wrong_size or offset + size > len(self._bytes):
             raise CorruptError(f"{self.path}: chunk {number} is not in this shard")
+        if check or not layout.raw:  # else `pieces` loads the rows that it gives
+            if not self._load(offset, offset + size):
+                raise self._read_error(number)
+            self._loaded_at[number] = time.monotonic()
         data = self._bytes[offset : offset + size - CHECKSUM_BYTES]
         checksum = self._bytes[offset + size - CHECKSUM_BYTES : offset + size]
         if check and google_crc32c.value(data) != int.from_bytes(checksum.tobytes(), "little"):
-            first = number * layout.chunk_rows
             raise CorruptError(
-                f"{self.path}: rows {first}-{first + layout.chunk_rows - 1} of this shard "
-                "do not match their checksum; run `residua verify`"
+                f"{self.path}: {self._rows_of(number)} do not match their checksum; run `residua "
+                "verify`"
             )
         return data
 
-    def damaged_chunks(self, rows: int) -> tuple[list[int], int]:
+    def _load(self, start: int, stop: int) -> bool:
+        """Bring the bytes `start:stop` of the file into memory; False if they cannot be read."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        try:
+            self._map.madvise(POPULATE_READ, first, stop - first)
+        except OSError as error:
+            if error.errno in UNREADABLE:
+                return False
+            # Older kernels and other systems: a plain read reports the same errors.
+            if error.errno == errno.EINVAL:
+                try:
+                    check_readable(self.path, start, stop)
+                except CorruptError:
+                    return False
+        return True
+
+    def _read_error(self, number: int) -> CorruptError:
+        return CorruptError(f"{self.path}: {self._rows_of(number)} cannot be read: {_REASON}")
+
+    def _rows_of(self, number: int) -> str:
+        """The rows of a chunk, in words."""
+        first = number * self.layout.chunk_rows
+        return f"rows {first}-{first + self.layout.chunk_rows - 1} of this shard"
+
+    def damaged_chunks(self, rows: int) -> tuple[dict[int, str], int]:
         """Check all chunks of a shard of `rows` rows, those checked before too.
 
-        Returns the numbers of damaged chunks, and the crc32c that `commit` gives for this file.
+        Returns the damaged chunks, number -> reason, and the crc32c that `commit` gives for this
+        file.
         """
-        damaged, checksums = [], []
+        damaged, checksums = dict[int, str](), []
         for number in range(-(-rows // self.layout.chunk_rows)):
+            start, size = (int(value) for value in self._index[number])
+            end = start + size
             try:
+                if end <= len(self._bytes) and not self._load(start, end):
+                    damaged[number] = f"a chunk cannot be read: {_REASON}"
+                    continue
                 self.payload(number)
             except CorruptError:
-                damaged.append(number)
-            end = int(self._index[number].sum())
+                damaged[number] = MISMATCH
+                continue
             checksums.append(self._bytes[end - CHECKSUM_BYTES : end].tobytes())
         return damaged, combine_checksums(checksums)
 
@@ -234,8 +314,21 @@ class ShardReader:
         while start < stop:
             number, offset = divmod(start, size)
             count = min(stop - start, size - offset)
-            yield self.chunk(number)[offset : offset + count]
+            rows = self.chunk(number)
+            # The pages of a chunk that was checked may have left memory since.
+            if time.monotonic() - self._loaded_at[number] > LOADED_SECONDS:
+                self._load_rows(number, offset, count)
+            yield rows[offset : offset + count]
             start += count
+
+    def _load_rows(self, number: int, offset: int, count: int) -> None:
+        """Bring `count` rows of a raw chunk into memory, from row `offset` of the chunk on."""
+        now = time.monotonic()
+        first = int(self._index[number, 0]) + offset * self.layout.row_bytes
+        if not self._load(first, first + count * self.layout.row_bytes):
+            raise self._read_error(number)
+        if count == self.layout.chunk_rows:
+            self._loaded_at[number] = now
 
     def read(self, start: int, stop: int, out: np.ndarray) -> None:
         """Copy rows `start:stop` of this shard into `out`, in the stored dtype."""
@@ -245,20 +338,30 @@ class ShardReader:
             done += len(piece)
 
 
-def _map_file(path: Path) -> np.ndarray:
-    """The bytes of a file as a memory map, `(size,)` uint8.
+_REASON = (
+    "the disk fails, or the file was cut; check the disk, and let `residua repair` write the rows "
+    "anew"
+)
+"""Why bytes of a shard cannot be read, and what to do."""
 
-    A plain array, as every slice of an `np.memmap` costs microseconds. Each map holds a file
-    descriptor: if no descriptor is free, the soft limit is raised to the hard limit.
+
+def _map_file(path: Path) -> mmap.mmap:
+    """A read-only memory map of a file; raises `ValueError` for an empty one.
+
+    Each map holds a file descriptor: where few are left, the soft limit is raised to the hard one.
     """
-    try:
-        return np.asarray(np.memmap(path, np.uint8, mode="r"))
-    except OSError as error:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if error.errno != errno.EMFILE or soft == hard:
-            raise
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return np.asarray(np.memmap(path, np.uint8, mode="r"))
+    for last_try in (False, True):
+        try:
+            with open(path, "rb") as file:
+                # The map keeps a duplicate of the descriptor: the lowest number that is free.
+                duplicate = os.dup(file.fileno())
+                os.close(duplicate)
+                leaves_free_files(duplicate)
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            if last_try or error.errno != errno.EMFILE or not raise_file_limit():
+                raise
+    raise AssertionError("the second try returns or raises")
 
 
 def index_bytes(layout: ArrayLayout) -> int:

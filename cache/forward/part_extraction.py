@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..background import BackgroundThread
-from ..errors import ModelError
+from ..errors import CorruptError, ModelError
 from ..files.leases import Lease
 from ..format.journal import PartRecord
 from ..format.layout import ArrayKey, array_name
 from ..format.logits_arrays import FULL
+from ..store.activation_cache import ActivationCache
 from ..store.part_writer import PartWriter
 from .batches import WINDOW_CHUNKS, SequenceBatch, plan_batches
 from .part_runner import PartRunner, SequenceRows
@@ -42,6 +43,7 @@ class PartExtraction:
         layout = runner.cache.manifest.layout
         self._runner = runner
         self._writer = PartWriter(runner.cache.path, layout, part, keys, lease)
+        self._ancestor = self._readable_ancestor()
 
     def write_batches(self) -> Iterator[int]:
         """Run and write all batches; yields the number of rows after each batch.
@@ -74,18 +76,46 @@ class PartExtraction:
     def __exit__(self, *error: Any) -> None:
         self._writer.__exit__(*error)
 
+    def _readable_ancestor(self) -> ActivationCache | None:
+        """The ancestor to copy rows from; None if it has no row of this part, or damaged ones.
+
+        Rows that both caches share by a hard link are damaged in both: the model computes them.
+        """
+        ancestor = self._runner.ancestor
+        if ancestor is None or ancestor.positions <= self._writer.start:
+            return None
+        try:
+            for key in self._writer.dtypes:
+                for start, stop in self._ancestor_pieces(ancestor, key):
+                    ancestor.array(array_name(key)).read_stored(start, stop)
+        except CorruptError:
+            return None
+        return ancestor
+
+    def _ancestor_pieces(
+        self, ancestor: ActivationCache, key: ArrayKey
+    ) -> Iterator[tuple[int, int]]:
+        """The rows that `ancestor` has of this part of an array, chunk by chunk: start and stop."""
+        chunk_rows = self._runner.cache.manifest.layout.chunk_rows
+        step = min(chunk_rows, ancestor.array(array_name(key)).layout.chunk_rows)
+        stop = min(self._writer.stop, ancestor.positions)
+        for start in range(self._writer.start, stop, step):
+            yield start, min(start + step, stop)
+
     def _copy_ancestor_rows(self) -> int:
         """Copy the rows that the ancestor has of this part; returns the number of rows."""
-        ancestor, writer = self._runner.ancestor, self._writer
+        ancestor, writer = self._ancestor, self._writer
         if ancestor is None:
             return 0
         stop = min(writer.stop, ancestor.positions)
-        chunk_rows = self._runner.cache.manifest.layout.chunk_rows
         for key in writer.dtypes:
             source = ancestor.array(array_name(key))
-            step = min(chunk_rows, source.layout.chunk_rows)
-            for start in range(writer.start, stop, step):
-                writer.write(key, start, source.read(start, min(start + step, stop)))
+            for start, end in self._ancestor_pieces(ancestor, key):
+                writer.write(key, start, source.read(start, end))
+            # The largest value before the cast is no longer in the rows, but in their records.
+            for record in ancestor.committed.values():
+                if writer.start <= record.start and record.stop <= stop:
+                    writer.widen_range(key, record.arrays[array_name(key)].absmax)
 
         # Sequences of this part that the ancestor quarantines stay in quarantine.
         for sequence, reason in ancestor.quarantined.items():
@@ -98,7 +128,7 @@ class PartExtraction:
     def _plan_batches(self) -> list[SequenceBatch]:
         """Batches of the sequences that are not copied from the ancestor."""
         runner = self._runner
-        manifest, ancestor = runner.cache.manifest, runner.ancestor
+        manifest, ancestor = runner.cache.manifest, self._ancestor
         n_copied = 0 if ancestor is None else len(ancestor.sequence_length)
         window_rows = None
         if manifest.capture.logits == FULL:

@@ -17,9 +17,10 @@ from ..errors import Interrupted, LeaseLostError
 from ..files.disk_errors import translate_disk_errors
 from ..files.leases import lease_holder, lease_part
 from ..files.paths import is_remote
-from ..format.layout import array_key
+from ..format.layout import array_key, array_name
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
+from ..store.cache_extension import link_part
 from ..store.lineage import open_ancestor
 from .part_extraction import PartExtraction
 from .part_runner import PartRunner
@@ -107,6 +108,11 @@ def _write_part(
         if not keys:
             return
         _sweep_part(cache, part)
+        names = [array_name(key) for key in keys]
+        if runner.ancestor is not None and link_part(runner.ancestor, cache, part, names):
+            start, stop = cache.manifest.layout.rows(part, cache.positions)
+            yield stop - start
+            return
         extraction = resources.enter_context(PartExtraction(runner, part, keys, lease))
         yield from extraction.write_batches()
         commits.wait()

@@ -18,6 +18,7 @@ from ..files.json_fields import (
     optional_field,
 )
 from ..files.json_files import read_json
+from ..files.read_errors import read_file
 from .head import NORMS, TENSORS, Head
 from .head_files import read_head_tensors
 from .program_head import ProgramHead
@@ -36,7 +37,7 @@ def load_head(folder: Path, d_model: int | None = None, vocab: int | None = None
     """
     spec = read_json(folder / "head.json")
     try:
-        raw = (folder / "head.safetensors").read_bytes()
+        raw = read_file(folder / "head.safetensors")
     except FileNotFoundError:
         raise CorruptError(f"{folder / 'head.safetensors'} is missing") from None
     if hashlib.sha256(raw).hexdigest() != spec.get("tensors"):

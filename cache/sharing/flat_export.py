@@ -4,7 +4,6 @@
 the folder says how to open them.
 """
 
-import glob
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..files.json_files import file_digest, make_folder, write_json
+from ..files.read_errors import read_file
 from ..files.staging import publish_folder, staging_folder, sweep_staging
 from ..format.dtypes import LARGEST, STORED_DTYPES, encode_rows
 from ..number_ranges import as_tuple, format_ranges
@@ -23,6 +23,8 @@ from .flat_files import FORMATS, TensorColumn, check_space, write_errors, write_
 
 TABLE_ROWS = 1 << 20
 """Rows of a block of one-dimensional arrays."""
+STAGING_PREFIX = ".residua-export-"
+"""Beginning of the names of folders that are filled beside those of exports."""
 
 
 def export(
@@ -63,12 +65,11 @@ def export(
         n_bytes += sum(path.stat().st_size for path in _head_files(cache))
         make_folder(folder.parent)
         check_space(folder.parent, n_bytes, "take fewer --layers, one --split, or another disk")
-        prefix, suffix = f".{folder.name}.", ".tmp"
-        sweep_staging(folder.parent, f"{glob.escape(prefix)}*{suffix}")
-        with staging_folder(folder.parent, prefix, suffix) as staging:
+        sweep_staging(folder.parent, f"{STAGING_PREFIX}*.tmp")
+        with staging_folder(folder.parent, STAGING_PREFIX, ".tmp") as staging:
             (staging / "head").mkdir()
             for path in _head_files(cache):
-                (staging / "head" / path.name).write_bytes(path.read_bytes())
+                (staging / "head" / path.name).write_bytes(read_file(path))
             entries = _write_files(staging, files, format, progress)
             index = _index(cache, format, split, entries)
             (staging / "README.md").write_text(_readme(index), encoding="utf-8")

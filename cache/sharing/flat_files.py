@@ -3,7 +3,6 @@
 `export` describes the tensors as `TensorColumn`s and writes each file with `write_flat_file`.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -17,7 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..errors import NoSpaceError, ResiduaError, UsageError
+from ..errors import LimitError, NoSpaceError, ResiduaError, UsageError
+from ..files.disk_errors import FULL_DISK, system_error
 from ..format.dtypes import STORED_DTYPES
 
 FORMATS = {"safetensors": "safetensors", "numpy": "npy"}
@@ -146,13 +146,19 @@ def check_space(folder: Path, need: int, advice: str) -> None:
 def write_errors(folder: Path) -> Iterator[None]:
     """Turn disk errors of writing into `folder` into errors of this package.
 
-    Raises `NoSpaceError` for a full disk and `UsageError` for a folder that cannot be written.
+    Raises `NoSpaceError` for a full disk, `LimitError` for a limit of the process and `UsageError`
+    for a folder that cannot be written.
     """
     try:
         yield
     except ResiduaError:
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(f"the disk of {folder} is full") from None
+        if error.errno in FULL_DISK:
+            raise NoSpaceError(
+                f"{FULL_DISK[error.errno].format(folder)}; free some space and give the same "
+                "command again"
+            ) from None
+        if isinstance(translated := system_error(error), NoSpaceError | LimitError):
+            raise translated from None
         raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None

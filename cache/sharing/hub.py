@@ -11,12 +11,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import CorruptError, IncompleteError, MismatchError, NotFoundError, UsageError
 from ..files.paths import is_remote
-from ..files.staging import resumable_staging_folder
+from ..files.staging import resumable_staging_folder, sweep_staging, temporary_folder
 from ..format.journal import Journal
 from ..format.manifest import SHORT_ID, Manifest
 from ..progress import StageProgress
@@ -30,6 +29,8 @@ from .hub_errors import check_limits, translate_hub_errors
 CARD = "README.md"
 CONTENTS = ("manifest.json", "provenance.json", "arrays.zarr/*", "head/*", "journal/*")
 """Patterns of the files of a cache; other files of a repository are not downloaded."""
+PULL_SECONDS = 7 * 24 * 3600.0
+"""Age at which an interrupted pull is given up, and its folder removed by the next pull."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def pull_cache(
         # Files are downloaded to a disk; a root in an object store gets them afterwards.
         parent = root
         if is_remote(root):
-            parent = Path(stack.enter_context(TemporaryDirectory(prefix="residua-")))
+            parent = stack.enter_context(temporary_folder())
         staging = stack.enter_context(_staging_folder(parent, repo_id, commit))
 
         def download(patterns: list[str]) -> None:
@@ -280,6 +281,7 @@ def _staging_folder(parent: Path, repo_id: str, commit: str | None) -> Iterator[
 
     What is wrong with the repository itself would be wrong again: then the folder is removed.
     """
+    sweep_staging(parent, ".pull-*", unused_seconds=PULL_SECONDS)
     name = hashlib.sha256(f"{repo_id}@{commit}".encode()).hexdigest()[:32]
     discard_on = (CorruptError, IncompleteError, MismatchError)
     with ExitStack() as stack:

@@ -4,13 +4,13 @@ Push and pull of caches and of probes run inside `translate_hub_errors`; `push_c
 `check_limits` before the first upload.
 """
 
-import errno
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from ..errors import NoSpaceError, NotFoundError, ResiduaError, UsageError
+from ..errors import LimitError, NoSpaceError, NotFoundError, ResiduaError, UsageError
+from ..files.disk_errors import system_error
 
 MAX_FILES = 100_000
 """Files of one repository. This limit and the next two: the hub's storage page, 2025."""
@@ -84,8 +84,11 @@ def translate_hub_errors(repo_id: str, kind: str = "dataset") -> Iterator[None]:
         raise UsageError(f"the hub refused: {str(error).splitlines()[0]}{hint}") from None
     except Exception as error:
         library = type(error).__module__.split(".")[0]
-        if getattr(error, "errno", None) == errno.ENOSPC:
+        translated = system_error(error)
+        if isinstance(translated, NoSpaceError):
             raise NoSpaceError("the disk is full; what is there stays for the next try") from None
+        if isinstance(translated, LimitError):
+            raise translated from None
         is_offline = isinstance(error, ConnectionError | TimeoutError | hub.LocalEntryNotFoundError)
         if is_offline or library.startswith(("httpx", "requests")):
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ shard, which is not full, are copied when that part is written.
 
 import os
 import shutil
-import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from ..files.confined_files import check_regular, confined_path, read_confined, 
 from ..files.json_files import file_digest, make_folder, sync_folder, write_atomically
 from ..files.leases import hold_lock, lease_part
 from ..files.paths import copy_object, is_remote, list_folder
+from ..files.staging import temporary_folder
 from ..format.array_writer import create_residual
-from ..format.journal import Journal
+from ..format.journal import PartRecord
 from ..format.layout import Layout
 from ..format.manifest import EXTENDS, TokenIdentity
 from ..tokens.token_stream import TokenStream, concatenate
@@ -52,11 +53,11 @@ def add_layers(cache: ActivationCache, dtypes: dict[int, str]) -> None:
         for layer in unnamed_layers(cache, tuple(dtypes)):
             # The metadata is made elsewhere and written atomically: a process that was killed may
             # have left a cut file under this name, which the journal does not know.
-            with tempfile.TemporaryDirectory(prefix="residua-") as folder:
+            with temporary_folder() as folder:
                 shape = cache.positions, cache.d_model
                 layout, codec = cache.manifest.layout, cache.manifest.codec
-                create_residual(Path(folder), layer, *shape, dtypes[layer], layout, codec=codec)
-                metadata = (Path(folder) / f"residual/{layer}/zarr.json").read_bytes()
+                create_residual(folder, layer, *shape, dtypes[layer], layout, codec=codec)
+                metadata = (folder / f"residual/{layer}/zarr.json").read_bytes()
             path = confined_path(cache.path, metadata_file(f"residual/{layer}"))
             if not is_remote(path):
                 make_folder(path.parent)
@@ -149,18 +150,38 @@ def _copy_head(source: Path, target: Path) -> None:
 
 def share_parts(old: ActivationCache, new: ActivationCache) -> None:
     """Link all shards of the full parts of `old` into `new`, and commit these parts."""
-    journal = Journal(new.path / "journal")
-    for part, record in sorted(old.committed.items()):
-        if record.stop - record.start < old.manifest.layout.part_rows:
-            continue
+    for part in sorted(old.committed):
         with lease_part(new.path / "leases", part) as lease:
-            if lease is None or (journal.folder / f"{part:08d}.json").exists():
-                continue
-            for name in record.arrays:
-                shard = f"arrays.zarr/{name}/{old.array(name).layout.shard_key(part)}"
-                check_regular(old.path, shard)
-                link_file(old.path / shard, new.path / shard)
-            journal.commit(record)
+            if lease is not None and not new.journal.arrays_of(part):
+                link_part(old, new, part, new.target_names)
+
+
+def link_part(
+    old: ActivationCache, new: ActivationCache, part: int, names: Sequence[str]
+) -> PartRecord | None:
+    """Link the shards of the arrays `names` of a full part of `old` into `new`, and commit them.
+
+    `new` begins with the rows of `old`; the caller holds the lease of the part. The record is that
+    of `old`: ranges of values before the cast to the stored dtype are no longer in the rows. None,
+    with nothing done, unless both have the same layout and `old` has all of the full part.
+    """
+    record = old.committed.get(part)
+    is_full = record is not None and record.stop - record.start == new.manifest.layout.part_rows
+    if record is None or not is_full or old.manifest.layout != new.manifest.layout:
+        return None
+    if not set(names) <= set(record.arrays):
+        return None
+    for name in names:
+        layout = new.array(name).layout
+        if replace(layout, shape=old.array(name).shape) != old.array(name).layout:
+            return None
+    for name in names:
+        shard = f"arrays.zarr/{name}/{old.array(name).layout.shard_key(part)}"
+        check_regular(old.path, shard)
+        link_file(old.path / shard, new.path / shard)
+    linked = replace(record, arrays={name: record.arrays[name] for name in names})
+    new.journal.commit(linked)
+    return linked
 
 
 def link_file(source: Path, target: Path) -> None:

@@ -110,6 +110,13 @@ class PartWriter:
         self._shards[key].write(position - self.start, rows)
         return nonfinite
 
+    def widen_range(self, key: ArrayKey, absmax: float) -> None:
+        """Record at least `absmax`, the largest |value| before the cast, for the array `key`.
+
+        For rows that were copied in their stored dtype from a cache whose record has it.
+        """
+        self._absmax[key] = max(self._absmax[key], absmax)
+
     def too_large(self, key: ArrayKey, peaks: np.ndarray) -> np.ndarray:
         """Mask of the rows with a finite peak that the stored dtype cannot hold, `(rows,)` bool."""
         return np.isfinite(peaks) & (peaks > LARGEST.get(self.dtypes[key], np.inf))

@@ -408,10 +408,10 @@ def _check_shard(arrays: _Arrays, shard: _RecordedShard) -> Iterator[Damage]:
         return
     finally:
         array.close_shard(shard.number)
-    for chunk in damaged_chunks:
+    for chunk, reason in damaged_chunks.items():
         start = first + chunk * layout.chunk_rows
         stop = min(start + layout.chunk_rows, end)
-        yield damage("a chunk does not match its checksum", start, stop)
+        yield damage(reason, start, stop)
 
     # All chunks are whole: is this the shard that was committed?
     if not damaged_chunks and size != shard.record.bytes:

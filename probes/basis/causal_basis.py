@@ -7,7 +7,6 @@ coordinates and the mean, `layer_fit.py` fits each layer. Fitted bases are appli
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from ..moments.moments import Moments, merge_all
 from ..moments.pass_plan import MomentRequest
 from ..ridge.solver import AffineMap
 from ..saved.save import check_belongs
+from ..training.checkpoint import lock_folder
 from .fit_settings import BasisFitSettings
 from .layer_basis import LayerBasis
 from .metric_rows import with_number_keys
@@ -125,46 +125,44 @@ class CausalBasis(FittedProbe, Params):
             layer: None if folder is None else checkpoint_of(folder, X, layer, settings, digest)
             for layer, digest in digests.items()
         }
-        finished = {
-            layer: fitted
-            for layer, saved in checkpoints.items()
-            if saved is not None and (fitted := load_fitted(saved)) is not None
-        }
+        with lock_folder(folder):
+            finished = {
+                layer: fitted
+                for layer, saved in checkpoints.items()
+                if saved is not None and (fitted := load_fitted(saved)) is not None
+            }
 
-        # Fit the layers, group by group of moments that fit the memory.
-        def report(stage: str, done: float, total: float) -> None:
-            if progress is not None:
-                progress(stage, int(done), max(1, int(total)))
+            # Fit the layers, group by group of moments that fit the memory.
+            def report(stage: str, done: float, total: float) -> None:
+                if progress is not None:
+                    progress(stage, int(done), max(1, int(total)))
 
-        lacking = [layer for layer in maps if layer not in finished]
-        for moments_of_layer in self._moments(X, lacking, client, memory, report):
-            for layer, moments in moments_of_layer.items():
+            lacking = [layer for layer in maps if layer not in finished]
+            for moments_of_layer in self._moments(X, lacking, client, memory, report):
+                for layer, moments in moments_of_layer.items():
 
-                def report_layer(done: float, expected: float) -> None:
-                    before = len(finished) * expected
-                    report("basis", before + min(done, expected), len(maps) * expected)
+                    def report_layer(done: float, expected: float) -> None:
+                        before = len(finished) * expected
+                        report("basis", before + min(done, expected), len(maps) * expected)
 
-                task = LayerFitTask(
-                    X,
-                    layer,
-                    maps[layer],
-                    settings,
-                    memory=kept_bytes(X, budget),
-                    scratch=None if scratch is None else Path(scratch),
-                    client=client,
-                    checkpoint=checkpoints[layer],
-                )
-                finished[layer] = fit_layer(task, moments, report_layer)
-                if (saved := checkpoints[layer]) is not None:
-                    save_fitted(saved, finished[layer])
-                report("basis", len(finished), len(maps))
+                    task = LayerFitTask(
+                        X,
+                        layer,
+                        maps[layer],
+                        settings,
+                        memory=kept_bytes(X, budget),
+                        scratch=None if scratch is None else Path(scratch),
+                        client=client,
+                        checkpoint=checkpoints[layer],
+                    )
+                    finished[layer] = fit_layer(task, moments, report_layer)
+                    if (saved := checkpoints[layer]) is not None:
+                        save_fitted(saved, finished[layer])
+                    report("basis", len(finished), len(maps))
 
-        for saved in checkpoints.values():
-            if saved is not None:
-                saved.remove()
-        if folder is not None:
-            with suppress(OSError):
-                folder.rmdir()
+            for saved in checkpoints.values():
+                if saved is not None:
+                    saved.remove()
         fitted_layers = {layer: finished[layer] for layer in sorted(finished)}
         self.bases_ = {layer: fitted.basis for layer, fitted in fitted_layers.items()}
         self.pca_ = {layer: fitted.pca for layer, fitted in fitted_layers.items()}

@@ -7,7 +7,6 @@ the workers of a dask cluster; neither changes the result.
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from ..moments.moment_sources import obtain_moments
 from ..moments.moments import merge_all
 from ..moments.pass_plan import MomentRequest
 from ..ridge.solver import AffineMap, fit_ridge
-from ..training.checkpoint import Checkpoint
+from ..training.checkpoint import Checkpoint, lock_folder
 from .natural_gradient import InputWhitening, NaturalGradientMap
 from .translator_fit import LensFitRun, LensFitSettings, Report, TranslatorState, identity_map
 
@@ -71,19 +70,18 @@ def fit_translator_groups(
             report(stage, number * total + done, len(groups) * total)
 
     fitted: dict[LayerOffset, FittedTranslator] = {}
-    if client is None:
-        for number, group in enumerate(groups):
-            fitted |= fit(cache, group, report=partial(report_group, number))
-    else:
-        calls = [(cache, group) for group in groups]
-        for number, group_result in enumerate(results(client, fit, calls)):
-            fitted |= group_result
-            report_group(number, "lens", settings.steps, settings.steps)
-    if folder is not None:
-        for group in groups:
-            group_checkpoint(folder, cache, fitted_pairs(cache, group), settings).remove()
-        with suppress(OSError):
-            folder.rmdir()
+    with lock_folder(folder):
+        if client is None:
+            for number, group in enumerate(groups):
+                fitted |= fit(cache, group, report=partial(report_group, number))
+        else:
+            calls = [(cache, group) for group in groups]
+            for number, group_result in enumerate(results(client, fit, calls)):
+                fitted |= group_result
+                report_group(number, "lens", settings.steps, settings.steps)
+        if folder is not None:
+            for group in groups:
+                group_checkpoint(folder, cache, fitted_pairs(cache, group), settings).remove()
     # The last layer at offset 0 is the model itself.
     if cache.n_blocks in layers and 0 in offsets:
         row = {"start": "model", "kl_logit": 0.0, "kl_ridge": 0.0, "kl": 0.0, "steps": 0}
@@ -140,6 +138,24 @@ def fit_group(
         return {}
     checkpoint = None if folder is None else group_checkpoint(folder, cache, pairs, settings)
     report = report or (lambda stage, done, total: None)
+    with lock_folder(None if checkpoint is None else checkpoint.folder):
+        translators = _fit_translators(cache, group, settings, checkpoint, report)
+    fitted = {}
+    for pair, translator in translators.items():
+        translator.restore_best()
+        fitted[pair] = FittedTranslator(translator.fit.map(), translator.row())
+    return fitted
+
+
+def _fit_translators(
+    cache: ActivationCache,
+    group: Group,
+    settings: LensFitSettings,
+    checkpoint: Checkpoint | None,
+    report: Report,
+) -> dict[LayerOffset, TranslatorState]:
+    """The translators of a group after their last step; continues from `checkpoint`, if any."""
+    pairs = fitted_pairs(cache, group)
     saved = None if checkpoint is None else checkpoint.load()
     if saved is None:
         ridge, translators = start_run(cache, group, pairs, settings, partial(report, "moments"))
@@ -161,11 +177,7 @@ def fit_group(
 
     report_and_save()
     run.run(report_and_save)
-    fitted = {}
-    for pair, translator in translators.items():
-        translator.restore_best()
-        fitted[pair] = FittedTranslator(translator.fit.map(), translator.row())
-    return fitted
+    return translators
 
 
 def fitted_pairs(cache: ActivationCache, group: Group) -> list[LayerOffset]:

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...cache.errors import CorruptError, NoSpaceError, NotFoundError, UsageError
 from ...cache.files.json_files import json_digest, make_folder, read_json
 from ...cache.files.paths import is_remote, list_folder, store_of, total_bytes, upload_folder
-from ...cache.files.staging import publish_folder, staging_folder, sweep_staging
+from ...cache.files.staging import publish_folder, staging_folder, sweep_staging, temporary_folder
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.lineage import cache_lineage
 from ...cache.tokens.segments import has_document_borders
@@ -222,11 +221,11 @@ def local_folder(path: Path) -> Iterator[Path]:
     if not is_remote(path):
         yield path
         return
-    with TemporaryDirectory(prefix="residua-") as folder:
+    with temporary_folder() as folder:
         for file in list_folder(path):
             store, key = store_of(file)
-            store.get_file(key, str(Path(folder) / file.name))
-        yield Path(folder)
+            store.get_file(key, str(folder / file.name))
+        yield folder
 
 
 def reason_not_to_keep(cache: ActivationCache, size: int, keep: bool | None) -> str:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...cache.errors import CorruptError, MismatchError, NotFoundError
+from ...cache.errors import CorruptError, MismatchError, ModelError, NotFoundError
 from ...cache.files.json_files import read_json, write_json
+from ...cache.files.read_errors import check_readable
+from ...cache.model.safetensors_header import read_header
 from ...cache.store.activation_cache import ActivationCache
 from .moments import Moments, merge_all
 from .row_identity import layer_digest
@@ -239,13 +241,17 @@ def _tensor_prefixes(layer: int, offset: int, target: int, fold: int) -> tuple[s
 
 @contextmanager
 def tensor_reader(file: Path, digests: Mapping[str, str]) -> Iterator[Callable[[str], np.ndarray]]:
-    """A function that reads tensors of a file by name, each once, and checks its sha256."""
+    """A function that reads tensors of a file by name, each once, and checks its sha256.
+
+    Raises `CorruptError` if the file is missing, was changed, or lies on a disk that fails.
+    """
     from safetensors import SafetensorError, safe_open
 
     cached: dict[str, np.ndarray] = {}
 
     def read(name: str) -> np.ndarray:
         if name not in cached:
+            check_readable(file, *spans[name])
             tensor = tensors.get_tensor(name)
             if hashlib.sha256(tensor.data).hexdigest() != digests[name]:
                 raise SafetensorError(f"digest of {name}")
@@ -253,9 +259,10 @@ def tensor_reader(file: Path, digests: Mapping[str, str]) -> Iterator[Callable[[
         return cached[name]
 
     try:
+        spans = {name: entry.span for name, entry in read_header(file).items()}
         with safe_open(file, "numpy") as tensors:
             yield read
-    except (OSError, KeyError, SafetensorError) as error:
+    except (OSError, KeyError, ModelError, SafetensorError) as error:
         raise CorruptError(f"{file} is missing or was changed after it was written") from error
 
 

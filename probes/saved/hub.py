@@ -3,13 +3,13 @@
 A repository holds the files of `save_probe` and a README.md with the metrics of the fit.
 """
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...cache.errors import MismatchError
 from ...cache.files.json_files import read_json
+from ...cache.files.staging import temporary_folder
 from ...cache.sharing.hub_errors import translate_hub_errors
 from ...cache.store.local_origin import public_name
 from .save import FILES, load_probe, save_probe
@@ -75,8 +75,9 @@ def push_probe(
     the texts; an existing card is not replaced. Raises `MismatchError` if the repository holds a
     probe of another kind or model.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(probe) if isinstance(probe, str | Path) else save_probe(probe, temporary)
+    with temporary_folder() as temporary:
+        is_saved = isinstance(probe, str | Path)
+        folder = Path(probe) if is_saved else save_probe(probe, temporary / "probe")
         load_probe(folder)
         config = read_json(folder / "config.json")
         repository = {

@@ -4,13 +4,14 @@
 <root>/checkpoints/<same name>/                                 state of an unfinished fit
 """
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...cache.errors import MismatchError, NotFoundError, UsageError
+from ...cache.errors import MismatchError, NotFoundError, ResiduaWarning, UsageError
 from ...cache.files.disk_errors import check_target
 from ...cache.files.json_files import json_digest
-from ...cache.files.paths import as_path
+from ...cache.files.paths import as_path, is_remote
 from .save import check_belongs, load_probe, saved_params
 
 if TYPE_CHECKING:
@@ -31,9 +32,31 @@ def probe_path(root: Path, probe: Any, cache_id: str | None = None) -> Path:
     return root / FOLDER / f"{kind}-{(cache_id or probe.cache_id_)[:12]}-{parameters}"
 
 
-def checkpoint_path(root: Path, probe: Any, cache_id: str) -> Path:
-    """Checkpoint folder of a fit, the same when the killed fit is started again."""
-    return root / CHECKPOINTS / probe_path(root, probe, cache_id).name
+def checkpoint_path(
+    root: Path, probe: Any, cache_id: str, folder: Path | None = None, suffix: str = ""
+) -> Path | None:
+    """Checkpoint folder of a fit, the same when the killed fit is started again.
+
+    The folder lies in `folder`, by default that of all checkpoints under `root`; `suffix` ends its
+    name. Raises `UsageError` if `folder` cannot be written; without a `folder`, a root that cannot
+    be written gives None and a `ResiduaWarning`: the fit runs, but cannot be resumed.
+    """
+    path = (folder or root / CHECKPOINTS) / (probe_path(root, probe, cache_id).name + suffix)
+    try:
+        if is_remote(path):
+            raise UsageError(f"{path} is in an object store, checkpoints need a folder of a disk")
+        check_target(path)
+    except UsageError as error:
+        if folder is not None:
+            raise
+        warnings.warn(
+            f"this fit keeps no checkpoint, and begins anew if it is interrupted: {error}"
+            " (--checkpoint)",
+            ResiduaWarning,
+            stacklevel=2,
+        )
+        return None
+    return path
 
 
 def new_probe_path(root: Path, probe: Any, cache_id: str, out: Path | None = None) -> Path:
@@ -54,7 +77,8 @@ def find_probe(name: str, root: Path) -> Path:
     if (path / "config.json").is_file():
         return path
     folder = root / FOLDER
-    probes = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    entries = folder.iterdir() if folder.is_dir() else ()
+    probes = sorted(p for p in entries if p.is_dir() and not p.name.startswith("."))
     matches = [p for p in probes if name and p.name.startswith(name)]
     if len(matches) > 1:
         names = ", ".join(p.name for p in matches)

@@ -6,6 +6,7 @@ them. Tensors are checked by sha256 when they are read, and must be finite.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
@@ -22,7 +23,14 @@ from ...cache.files.json_files import (
     write_atomically,
     write_json,
 )
-from ...cache.files.paths import as_path
+from ...cache.files.paths import as_path, is_remote
+from ...cache.files.read_errors import read_file
+from ...cache.files.staging import (
+    exchange_folder,
+    publish_folder,
+    staging_folder,
+    sweep_staging,
+)
 from .kinds import KINDS, is_known, probe_class
 
 if TYPE_CHECKING:
@@ -31,6 +39,8 @@ if TYPE_CHECKING:
 
 FILES = ("config.json", "probe.safetensors")
 """Files of a saved probe."""
+STAGING_PREFIX = ".residua-probe-"
+"""Beginning of the names of folders that are filled beside those of saved probes."""
 
 
 class SavedProbe(Protocol):
@@ -51,9 +61,12 @@ class SavedProbe(Protocol):
 
 
 def save_probe(probe: SavedProbe, folder: str | Path) -> Path:
-    """Write a fitted `probe` to `folder` and return the path; tensors first, then `config.json`.
+    """Write a fitted `probe` to `folder` and return the path.
 
-    Raises `UsageError` for a probe that holds NaN or an infinity.
+    A new probe appears whole, and one that replaces another at once: readers, and who comes after
+    a crash, find the old one or the new one. Only in a folder that holds other files too, or was
+    there and empty, the two files are replaced one after the other, the tensors first. Raises
+    `UsageError` for a probe that holds NaN or an infinity.
     """
     from safetensors.numpy import save
 
@@ -62,9 +75,7 @@ def save_probe(probe: SavedProbe, folder: str | Path) -> Path:
     config, tensors = probe.state()
     check_finite(tensors, f"the {probe.kind} probe")
     path = as_path(folder)
-    make_folder(path)
     data = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
-    write_atomically(path / "probe.safetensors", data)
     about = {
         "kind": probe.kind,
         "params": saved_params(probe),
@@ -72,8 +83,40 @@ def save_probe(probe: SavedProbe, folder: str | Path) -> Path:
         "residua": package_version(),
         "tensors": hashlib.sha256(data).hexdigest(),
     }
-    write_json(path / "config.json", {**plain_value(config), **about})
+    config = {**plain_value(config), **about}
+    if is_remote(path) or not _write_folder(path, data, config):
+        make_folder(path)
+        _write_files(path, data, config)
     return path
+
+
+def _write_files(folder: Path, data: bytes, config: dict[str, Any]) -> None:
+    """Write both files of a probe into `folder`, durably, the tensors first."""
+    write_atomically(folder / "probe.safetensors", data)
+    write_json(folder / "config.json", config)
+
+
+def _write_folder(path: Path, data: bytes, config: dict[str, Any]) -> bool:
+    """Fill a folder beside `path` with a probe, and give it the name `path`.
+
+    False, with nothing written, if `path` is no folder of a probe alone, is the current folder, or
+    its name cannot be exchanged.
+    """
+    exists = path.exists() or path.is_symlink()
+    if exists:
+        is_plain = path.is_dir() and not path.is_symlink()
+        if not is_plain or {file.name for file in path.iterdir()} != set(FILES):
+            return False
+        if path.samefile(os.curdir) or not os.access(path.parent, os.W_OK | os.X_OK):
+            return False
+    make_folder(path.parent)
+    sweep_staging(path.parent, f"{STAGING_PREFIX}*.tmp")
+    with staging_folder(path.parent, STAGING_PREFIX, ".tmp") as staging:
+        _write_files(staging, data, config)
+        if exists:
+            return exchange_folder(staging, path)
+        publish_folder(staging, path)
+    return True
 
 
 def load_probe(folder: str | Path) -> Any:
@@ -85,10 +128,15 @@ def load_probe(folder: str | Path) -> Any:
     from safetensors.numpy import load
 
     # Read both files, and check that the tensors are those of the config.
-    config, file = read_json(as_path(folder) / "config.json"), as_path(folder) / "probe.safetensors"
-    data = file.read_bytes() if file.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != config.get("tensors"):
-        raise CorruptError(f"{file} is missing or was changed after it was written; save it again")
+    path = as_path(folder)
+    config, file = read_json(path / "config.json"), path / "probe.safetensors"
+    while hashlib.sha256(data := _read_tensors(file)).hexdigest() != config.get("tensors"):
+        # Perhaps the probe was replaced between the two reads: then the config is another now.
+        config, earlier_config = read_json(path / "config.json"), config
+        if config == earlier_config:
+            raise CorruptError(
+                f"{file} is missing or was changed after it was written; save it again"
+            )
     if not is_known(config.get("kind")):
         raise UsageError(
             f"{folder} holds a probe of kind {config.get('kind')!r}, written by residua "
@@ -101,6 +149,14 @@ def load_probe(folder: str | Path) -> Any:
     kind = probe_class(config["kind"])
     params = with_param_types(config["params"], config.get("param_types", {}))
     return kind.restore(constructor_params(kind, params), config, tensors)
+
+
+def _read_tensors(file: Path) -> bytes:
+    """The bytes of a probe's tensors; none if the file is missing."""
+    try:
+        return read_file(file)
+    except (FileNotFoundError, IsADirectoryError):
+        return b""
 
 
 def package_version() -> str:

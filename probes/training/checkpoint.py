@@ -1,20 +1,25 @@
 """Checkpoints of a running fit: one safetensors file and one JSON file, replaced atomically.
 
 Tensors are written first, then the JSON file that names them with their digest. Tuned lenses
-(`lens/fit_groups.py`) and vocabulary probes (`vocabulary/descent.py`) save their fits here.
+(`lens/fit_groups.py`), vocabulary probes (`vocabulary/descent.py`) and causal bases
+(`basis/layer_fit.py`) save their fits here. A fit works within `lock_folder` of its folder.
 """
 
-import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...cache.errors import CorruptError, MismatchError, NotFoundError
+from ...cache.errors import CorruptError, MismatchError, NotFoundError, ResiduaError
+from ...cache.files.disk_errors import system_error
 from ...cache.files.json_files import file_digest, make_folder, read_json, sync_folder, write_json
+from ...cache.files.leases import try_lock, wait_for_lock
+
+LOCK = "fit.lock"
+"""File in a folder of checkpoints that the process which works there has locked."""
 
 
 class Checkpoint:
@@ -31,31 +36,34 @@ class Checkpoint:
         self.identity = identity
         self.file = self.folder / name
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Lock the folder within the context; waits for a process that has locked it.
-
-        A worker that lost its client works on for a while, perhaps at this very fit.
-        """
-        make_folder(self.folder)
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            with suppress(OSError):  # the file system has no locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+    def lock(self) -> AbstractContextManager[None]:
+        """Lock the folder within the context, as `lock_folder`."""
+        return lock_folder(self.folder)
 
     def save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Replace the saved state by `state` (JSON, with a key `step`) and `tensors`.
 
-        A process killed at any moment leaves the old state or the new state whole.
+        A process killed at any moment leaves the old state or the new state whole. Raises
+        `NoSpaceError`, `LimitError` or `UsageError` if the disk or a limit stops the writing.
         """
+        try:
+            self._save(state, tensors)
+        except Exception as error:
+            with suppress(OSError):  # holds the state before, or the lock of the fit
+                self.folder.rmdir()
+            if isinstance(error, ResiduaError) or (reason := system_error(error)) is None:
+                raise
+            raise type(reason)(
+                f"the fit cannot keep its state in {self.folder}: {reason} (--checkpoint names "
+                "another place)"
+            ) from error
+
+    def _save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
         make_folder(self.folder)
         name = f"{state['step']:08d}.safetensors"
-        temporary = self.folder / f".{name}.tmp"
+        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
         try:
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
             sync_folder(temporary)
@@ -68,9 +76,9 @@ class Checkpoint:
         # From here on the JSON file names the new tensors; the old ones can go.
         saved = {"identity": self.identity, "state": state, "tensors": name, "digest": digest}
         write_json(self.file, saved)
-        for tensor_file in self.folder.glob("*.safetensors"):
-            if tensor_file.name != name:
-                tensor_file.unlink()
+        for other in (*self.folder.glob("*.safetensors"), *self.folder.glob(".*.tmp")):
+            if other.name != name:
+                other.unlink(missing_ok=True)
 
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """The saved state and tensors, or None without any.
@@ -100,11 +108,51 @@ class Checkpoint:
         return saved["state"], {name: value.clone() for name, value in load_file(file).items()}
 
     def remove(self) -> None:
-        """Remove the state of a finished fit, and the folder if nothing else is in it."""
+        """Remove the state of a finished fit, and the folder if nothing else is in it.
+
+        A folder that a process has locked is left to that process, which removes it at the end.
+        """
         if not self.file.exists():
             return
-        self.file.unlink()
-        for file in [*self.folder.glob("*.safetensors"), *self.folder.glob(".*.tmp")]:
-            file.unlink()
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        temporary = self.folder.glob(".*.tmp")
+        for file in (self.file, *self.folder.glob("*.safetensors"), *temporary):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty, or locked
+            descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if try_lock(descriptor) is not False:
+                    _remove_if_empty(self.folder)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def lock_folder(folder: Path | None) -> Iterator[None]:
+    """Lock a folder of checkpoints within the context; waits for a process that has locked it.
+
+    A worker that lost its client works on for a while, perhaps at this very fit. The folder is
+    made, and removed at the end if no checkpoint is left in it. Does nothing without a folder.
+    """
+    if folder is None:
+        yield
+        return
+    # Folders that this context makes, the innermost first.
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with wait_for_lock(folder / LOCK):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # not empty, or removed
+                _remove_if_empty(folder)
+                for path in missing[1:]:
+                    path.rmdir()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds no file but that of its lock, which this process has.
+
+    Raises `OSError` for a folder that holds more.
+    """
+    if all(path.name == LOCK for path in folder.iterdir()):
+        (folder / LOCK).unlink(missing_ok=True)
+    folder.rmdir()

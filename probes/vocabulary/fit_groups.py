@@ -8,7 +8,6 @@ pair has its own arithmetic. `fit_job.py` shows who calls whom.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from ...cache.progress import Progress
 from ...cache.store.activation_cache import ActivationCache
 from ..base.readout import LayerOffset
 from ..base.resources import ProgressCounter
-from ..training.checkpoint import Checkpoint
+from ..training.checkpoint import Checkpoint, lock_folder
 from ..training.threads import thread_pool
 from .descent import Outcome
 from .fit_job import CacheVocabFit, VocabFit
@@ -88,8 +87,6 @@ class CheckpointFolder:
         for number, pairs in enumerate(plan.groups):
             self.group_checkpoint(number, pairs, plan.rates).remove()
         self.plan_checkpoint().remove()
-        with suppress(OSError):
-            self.folder.rmdir()
 
 
 def fit_vocab_groups(
@@ -108,7 +105,7 @@ def fit_vocab_groups(
     """
     runner = LocalRunner(fit, memory) if client is None else ClusterRunner(fit, memory, client)
     # Another process may still work in the same folder: wait for its end.
-    with checkpoints.plan_checkpoint().lock() if checkpoints else nullcontext():
+    with lock_folder(None if checkpoints is None else checkpoints.folder):
         saved_plan = checkpoints.plan_checkpoint().load() if checkpoints else None
         groups = _saved_groups(saved_plan, runner)
         if groups is None:

@@ -157,7 +157,7 @@ def test_any_flipped_byte_of_a_shard_is_found(tmp_path: Path) -> None:
                 unread_array.read(0, 1)
             continue
         chunk = int(np.searchsorted(ends, place, "right"))
-        assert unread_array.shard(0).damaged_chunks(128)[0] == [chunk]
+        assert list(unread_array.shard(0).damaged_chunks(128)[0]) == [chunk]
         with pytest.raises(CorruptError, match="do not match their checksum"):
             unread_array.take(np.array([chunk * 32 + 5]))
         other = (chunk + 1) % 4 * 32

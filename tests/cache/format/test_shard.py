@@ -1,5 +1,6 @@
 """Claims about one shard file: zarr-python's bytes, any order, whole or not there at all."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from residua.cache.errors import CorruptError
+from residua.cache.format import shard as shard_module
 from residua.cache.format.layout import ArrayLayout
 from residua.cache.format.shard import ShardReader, ShardWriter
 
@@ -140,7 +142,7 @@ def test_the_number_of_a_commit_is_the_number_of_a_check(tmp_path, written_shard
     writer.write(0, values)
     record = writer.commit()
     assert record["bytes"] == (tmp_path / "shard").stat().st_size
-    assert ShardReader(tmp_path / "shard", layout).damaged_chunks(200) == ([], record["crc32c"])
+    assert ShardReader(tmp_path / "shard", layout).damaged_chunks(200) == ({}, record["crc32c"])
 
 
 @pytest.mark.parametrize("chunk", range(4))
@@ -156,7 +158,7 @@ def test_a_flipped_byte_is_found_on_first_touch_and_the_message_names_the_rows(
         reader.chunk(sound_chunk)
     with pytest.raises(CorruptError, match=f"rows {chunk * 64}-{chunk * 64 + 63} of this shard"):
         reader.chunk(chunk)
-    assert reader.damaged_chunks(200)[0] == [chunk]
+    assert list(reader.damaged_chunks(200)[0]) == [chunk]
 
 
 @pytest.mark.parametrize("length", [0, 3, 67, 68, 500, -1])
@@ -208,3 +210,46 @@ def test_a_shard_with_rows_missing_is_never_committed(tmp_path, written_shard):
         writer.commit()
     writer.abandon()
     assert not (tmp_path / "new" / "shard").exists()
+
+
+def long_shard(folder: Path) -> tuple[Path, ArrayLayout, np.ndarray]:
+    """A shard of four chunks of 64 KiB, larger than a page."""
+    layout = ArrayLayout((256, 256), "<f4", "float32", 64, 256, raw=True)
+    values = np.random.default_rng(0).normal(size=(256, 256)).astype("<f4")
+    writer = ShardWriter(folder / "shard", layout, 256)
+    writer.write(0, values)
+    writer.commit()
+    return folder / "shard", layout, values
+
+
+@pytest.mark.parametrize("populate", [shard_module.POPULATE_READ, 12345])
+def test_rows_that_the_disk_cannot_give_are_an_error_and_kill_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, populate: int
+) -> None:
+    """A file that is cut after it was mapped gives no page, as a disk that fails (SIGBUS).
+
+    With a number that no system knows, the file is read instead.
+    """
+    monkeypatch.setattr(shard_module, "POPULATE_READ", populate)
+    path, layout, values = long_shard(tmp_path)
+    reader = ShardReader(path, layout)
+    assert (reader.chunk(0) == values[:64]).all()
+    os.truncate(path, layout.chunk_bytes + 8192)
+    with pytest.raises(CorruptError, match=r"shard: rows 128-191 of this shard cannot be read"):
+        reader.chunk(2)
+    damaged, _ = reader.damaged_chunks(256)
+    assert list(damaged) == [1, 2, 3]
+    assert all("cannot be read: the disk fails" in reason for reason in damaged.values())
+
+
+def test_rows_that_were_checked_and_left_memory_are_read_with_care_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, layout, values = long_shard(tmp_path)
+    reader = ShardReader(path, layout)
+    assert (np.concatenate(list(reader.pieces(0, 256))) == values).all()
+    os.truncate(path, layout.chunk_bytes)
+    monkeypatch.setattr(shard_module, "LOADED_SECONDS", -1.0)
+    assert (next(reader.pieces(0, 64)) == values[:64]).all()
+    with pytest.raises(CorruptError, match="rows 64-127 of this shard cannot be read"):
+        list(reader.pieces(100, 120))

@@ -18,6 +18,7 @@ from residua.cache import cluster as clusters
 from residua.cache.errors import MismatchError, UsageError
 from residua.cache.files.json_files import read_json
 from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.training.checkpoint import lock_folder
 from residua.probes.training.minibatches import MinibatchStream
 from residua.probes.training.threads import thread_pool
 from residua.probes.vocabulary import descent, fit_groups
@@ -253,10 +254,7 @@ def test_groups_that_no_longer_fit_the_memory_are_refused_and_not_lost(
 def test_a_fit_waits_for_one_that_still_works_in_its_folder(
     echo: ActivationCache, tmp_path: Path, short_fits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, checkpoint = (
-        threading.Event(),
-        fit_groups.CheckpointFolder(tmp_path, {}, 0).plan_checkpoint(),
-    )
+    begun = threading.Event()
 
     def cut(*args: Any) -> Any:
         begun.set()
@@ -265,7 +263,7 @@ def test_a_fit_waits_for_one_that_still_works_in_its_folder(
     monkeypatch.setattr(fit_groups, "divide", cut)
     probe = VocabProbe(0, [0], lr=0.1, epochs=1)
     with ThreadPoolExecutor(1) as pool:
-        with checkpoint.lock():
+        with lock_folder(tmp_path):
             found = pool.submit(probe.fit, echo, checkpoint=tmp_path)
             assert not begun.wait(1)
         assert found.result(timeout=60) is probe
