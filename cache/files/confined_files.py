@@ -158,8 +158,8 @@ def read_confined(folder: Path, name: str, most: int | None = None) -> bytes:
 
     Raises `CorruptError`, too, for a file of more than `most` bytes, before any is read.
     """
+    check_name(folder, name)
     if is_remote(folder):
-        check_name(folder, name)
         return (folder / name).read_bytes()
     with translate_read_errors(folder / name), open_confined(folder, name) as file:
         size = os.fstat(file.fileno()).st_size
@@ -182,6 +182,7 @@ def read_confined_json(folder: Path, name: str) -> dict[str, Any]:
 
 def confined_digest(folder: Path, name: str) -> str:
     """Hex sha256 of the file `name` below `folder`; raises as `open_regular`."""
+    check_name(folder, name)
     with translate_read_errors(folder / name), open_confined(folder, name) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -127,7 +127,7 @@ def write_atomically(path: Path, data: bytes, sweep: bool = False) -> None:
     except BaseException as error:
         # On a full disk the unfinished file would take the remaining space.
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)  # errors of `write` name no file
         raise
     sync_folder(path.parent)

@@ -128,6 +128,7 @@ def test_what_a_killed_writer_leaves_is_not_data(tiny_cache):
     cache = uncommit(tiny_cache, 2)
     killed_writer = PartWriter(cache.path, cache.manifest.layout, 2, (0, 1))
     for shard in killed_writer._shards.values():
+        assert shard._file is not None
         shard._file.close()
     (cache.path / "journal" / ".00000002.json.99.tmp").write_bytes(b"{")
     assert temporary_files(cache.path) != []
