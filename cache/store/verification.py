@@ -111,7 +111,7 @@ def verify(path: Path, progress: Progress | None = None) -> Verification:
     n_bytes = 0
     if manifest is not None:
         # Without all base records, arrays are checked against the manifest alone.
-        has_bases = not any(name.startswith("base") for name in contents.damaged)
+        has_bases = not any(damage.file.startswith("journal/base") for damage in damages)
         files = None if has_bases else contents.base.files
         arrays = _Arrays(ArrayMetadata(path, manifest, contents.journal, files), damages)
         damages += _check_tables(arrays, contents.base)
