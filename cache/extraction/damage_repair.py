@@ -89,7 +89,11 @@ def repair(
         return Repair((), (), ())
     for damage in verification.damages:
         if damage.file == "manifest.json":
-            raise CorruptError(damage.message)
+            raise CorruptError(
+                f"{damage.message}; nothing else in the cache says all that the manifest said: if "
+                "it is damaged or lost, the same `residua extract` as before makes it again and "
+                "keeps the shards"
+            )
     if any(damage.file in FOLDERS and damage.file != "moments" for damage in verification.damages):
         return Repair((), (), verification.damages)  # a link in place of a folder
     manifest = Manifest.read(path / "manifest.json")
@@ -102,10 +106,12 @@ def repair(
     digests = read_journal(path, manifest).base.files
     mended += _copy_array_metadata(path, digests, verification.damages)
     mended += _make_array_metadata(path, manifest, digests, verification.damages, mended)
+    if mended or base_records.names:
+        verification = verify(path, stage)
     part_records = rebuild_part_records(path, manifest, verification)
     rebuilt = [*base_records.names, *part_records.names]
     lost = [*base_records.lost, *part_records.lost]
-    if mended or rebuilt:
+    if part_records.names:
         verification = verify(path, stage)
     damages = [damage for damage in verification.damages if damage.file not in mended]
     damages += [damage for damage in lost if all(damage.file != d.file for d in damages)]

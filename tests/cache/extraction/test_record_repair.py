@@ -105,6 +105,17 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a link": make_link,
     "a folder": make_folder,
 }
+BASE_FORGERIES: dict[str, Callable[[Path], object]] = {
+    "files as list": reseal(lambda value: value.update(files=[])),
+    "no arrays": reseal(lambda value: value.pop("arrays")),
+    "a digest of 63": reseal(lambda value: value["files"].update({"head/x": "0" * 63})),
+    "a digest as number": reseal(lambda value: value["files"].update({"head/x": 3})),
+    "an array outside": reseal(lambda value: value["arrays"].update({"../ids": {}})),
+    "an array of parts": reseal(lambda value: value["arrays"].update({"residual/0": {}})),
+    "a shard as word": reseal(lambda value: first_shard(value).update({"x": {}})),
+    "a negative shard": reseal(lambda value: first_shard(value).update({"-1": {}})),
+    "a shard of no bytes": reseal(lambda value: first_shard(value)["0"].pop("bytes")),
+}
 FORGERIES: dict[str, Callable[[Path], object]] = {
     "another part": reseal(lambda value: value.update(part=0)),
     "a part as text": reseal(lambda value: value.update(part="1")),
@@ -233,7 +244,7 @@ def test_a_lost_record_of_an_added_layer_is_not_ok_and_is_made_again(
     assert_same_rows(damaged_extended, extended)
 
 
-@pytest.mark.parametrize("kind", [*DAMAGE, "lost"])
+@pytest.mark.parametrize("kind", [*DAMAGE, *BASE_FORGERIES, "lost"])
 def test_base_records_are_made_again_with_the_same_content(
     tiny_cache: ActivationCache, damaged: Path, kind: str
 ) -> None:
@@ -242,7 +253,7 @@ def test_base_records_are_made_again_with_the_same_content(
     if kind == "lost":
         record.unlink()
     else:
-        DAMAGE[kind](record)
+        (DAMAGE | BASE_FORGERIES)[kind](record)
     assert "journal/base.json" in [damage.file for damage in verify(damaged).damages]
     with pytest.raises((CorruptError, FileNotFoundError), match=r"base\.json"):
         ActivationCache(damaged).residual_array(1)
@@ -250,6 +261,17 @@ def test_base_records_are_made_again_with_the_same_content(
     assert repaired.ok, repaired.left
     assert repaired.rebuilt == ("journal/base.json",)
     assert record.read_bytes() == original
+    assert_same_rows(damaged, tiny_cache)
+
+
+def test_all_records_can_be_lost_at_once(tiny_cache: ActivationCache, damaged: Path) -> None:
+    names = {path.name for path in (damaged / "journal").iterdir()}
+    for path in (damaged / "journal").iterdir():
+        path.unlink()
+    repaired = repair(damaged, NO_MODEL)
+    assert repaired.ok
+    assert {name.removeprefix("journal/") for name in repaired.rebuilt} == names
+    assert verify(damaged).ok
     assert_same_rows(damaged, tiny_cache)
 
 
@@ -344,7 +366,7 @@ def test_a_lost_manifest_comes_back_with_the_same_extraction_and_the_shards_stay
     else:
         DAMAGE[kind](manifest)
     assert "manifest.json" in [damage.file for damage in verify(damaged).damages]
-    with pytest.raises(CorruptError):
+    with pytest.raises(CorruptError, match="the same `residua extract` as before makes it again"):
         repair(damaged, NO_MODEL)
     shards = {path: path.stat().st_mtime_ns for path in damaged.glob("arrays.zarr/**/c/**/*")}
     options = {"root": damaged.parent, "context": 64}
