@@ -20,7 +20,7 @@ from ..files.json_files import file_digest, write_atomically
 from ..files.leases import lease_part
 from ..files.paths import is_remote, list_folder
 from ..files.staging import temporary_folder
-from ..format.array_writer import create_part_array
+from ..format.array_writer import create_part_array, create_table
 from ..format.dtypes import STORED_DTYPES
 from ..format.journal import ShardRecord
 from ..format.layout import array_key, array_name
@@ -30,9 +30,9 @@ from ..forward.part_runner import PartRunner
 from ..model.source import ModelSource
 from ..progress import StageProgress
 from ..store.activation_cache import FOLDERS, ActivationCache
-from ..store.checked_arrays import array_of_metadata
+from ..store.checked_arrays import LABEL_DTYPES, LABELS, TABLE_DTYPES, array_of_metadata
 from ..store.lineage import open_ancestor
-from ..store.verification import Damage, Verification, read_journal, verify
+from ..store.verification import Damage, Verification, read_journal, target_names, verify
 from .model_reload import load_cache_model
 from .record_repair import rebuild_base_records, rebuild_part_records
 
@@ -55,6 +55,8 @@ class Repair:
     whose record was lost: nothing says what their bytes were."""
     removed: tuple[str, ...] = ()
     """Damaged folders of kept moments; the next fit computes them again."""
+    missing_parts: tuple[int, ...] = ()
+    """Parts that lack an array: the same extraction as before goes on with them."""
 
     @property
     def ok(self) -> bool:
@@ -87,7 +89,11 @@ def repair(
         return Repair((), (), ())
     for damage in verification.damages:
         if damage.file == "manifest.json":
-            raise CorruptError(damage.message)
+            raise CorruptError(
+                f"{damage.message}; nothing else in the cache says all that the manifest said: if "
+                "it is damaged or lost, the same `residua extract` as before makes it again and "
+                "keeps the shards"
+            )
     if any(damage.file in FOLDERS and damage.file != "moments" for damage in verification.damages):
         return Repair((), (), verification.damages)  # a link in place of a folder
     manifest = Manifest.read(path / "manifest.json")
@@ -100,14 +106,16 @@ def repair(
     digests = read_journal(path, manifest).base.files
     mended += _copy_array_metadata(path, digests, verification.damages)
     mended += _make_array_metadata(path, manifest, digests, verification.damages, mended)
+    if mended or base_records.names:
+        verification = verify(path, stage)
     part_records = rebuild_part_records(path, manifest, verification)
     rebuilt = [*base_records.names, *part_records.names]
     lost = [*base_records.lost, *part_records.lost]
-    if mended or rebuilt:
+    if part_records.names:
         verification = verify(path, stage)
     damages = [damage for damage in verification.damages if damage.file not in mended]
     damages += [damage for damage in lost if all(damage.file != d.file for d in damages)]
-    damages = [damage for damage in damages if damage.file.removeprefix("moments/") not in removed]
+    damages = [d for d in damages if not d.file.startswith(tuple(f"{name}/" for name in removed))]
 
     # Head and shards, with the model.
     changed: list[str] = []
@@ -121,20 +129,29 @@ def repair(
         rebuilt += shards.unrecorded
 
     done = {*mended, *changed, *rebuilt}
+    contents = read_journal(path, manifest)
+    names, parts = target_names(manifest, contents), contents.parts
+    missing_parts = [
+        part
+        for part in verification.missing_parts
+        if part not in parts or names - parts[part].arrays.keys()
+    ]
     return Repair(
         mended=tuple(mended),
         changed=tuple(changed),
         left=tuple(damage for damage in damages if damage.file not in done),
         rebuilt=tuple(rebuilt),
         removed=tuple(removed),
+        missing_parts=tuple(missing_parts),
     )
 
 
 def _remove_moments(path: Path, verification: Verification) -> list[str]:
     """Remove the folders of damaged moments; their names inside the cache."""
-    names = [damage.file for damage in verification.damages if damage.file.startswith("moments/")]
+    files = [damage.file for damage in verification.damages]
+    names = ["/".join(file.split("/")[:2]) for file in files if file.startswith("moments/")]
     removed = []
-    for name in dict.fromkeys("/".join(name.split("/")[:2]) for name in names):
+    for name in dict.fromkeys(names):
         folder = confined_path(path, f"{name}/x").parent if not _is_link(path / name) else None
         if folder is None:
             (path / name).unlink()
@@ -191,17 +208,35 @@ def _make_array_metadata(
     names = {d.file for d in damages if d.file in digests} - set(mended)
     for name in sorted(names):
         array = array_of_metadata(name)
-        if array is None or not array.startswith(("residual/", "logits/")):
-            continue
-        for dtype in STORED_DTYPES:
+        for dtype in () if array is None else _possible_dtypes(array):
+            assert array is not None
             with temporary_folder() as folder:
-                create_part_array(folder, manifest, array, dtype)
+                _create_array(folder, manifest, array, dtype)
                 new_file = folder / array / "zarr.json"
                 if new_file.is_file() and file_digest(new_file) == digests[name]:
                     if _write_file(path, name, new_file.read_bytes()):
                         restored.append(name)
                     break
     return restored
+
+
+def _possible_dtypes(array: str) -> tuple[str, ...]:
+    """Dtypes that the array may have; empty for one whose length the manifest does not say."""
+    if array.startswith(("residual/", "logits/")):
+        return tuple(STORED_DTYPES)
+    if array.startswith(LABELS):
+        return LABEL_DTYPES
+    return TABLE_DTYPES.get(array, ()) if array.startswith(("tokens/", "sequences/")) else ()
+
+
+def _create_array(store: Path, manifest: Manifest, array: str, dtype: str) -> None:
+    """Create the empty array of the cache of `manifest` in the group `store`."""
+    if array.startswith(("residual/", "logits/")):
+        create_part_array(store, manifest, array, dtype)
+        return
+    tokens = manifest.tokens
+    length = tokens.positions if array.startswith("tokens/") else tokens.sequences
+    create_table(store, array, length, dtype)
 
 
 def _digest_or_none(path: Path, name: str) -> str | None:

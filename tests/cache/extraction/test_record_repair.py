@@ -1,6 +1,5 @@
 """Records that are damaged or lost are named, and made again from what is whole."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,9 +15,10 @@ from residua.cache.files.json_files import read_json, write_json
 from residua.cache.format.journal import Journal
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.verification import verify
+from residua.cache.tokens.token_stream import KeptRuns
 from residua.probes.ridge.ridge_probe import RidgeProbe
 
-from ...support.models import save_model
+from ...support.synthetic import make_cache, random_head
 
 NO_MODEL = "/nowhere/without/a/model"
 """`repair` with this model fails if it needs one."""
@@ -105,6 +105,17 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a link": make_link,
     "a folder": make_folder,
 }
+BASE_FORGERIES: dict[str, Callable[[Path], object]] = {
+    "files as list": reseal(lambda value: value.update(files=[])),
+    "no arrays": reseal(lambda value: value.pop("arrays")),
+    "a digest of 63": reseal(lambda value: value["files"].update({"head/x": "0" * 63})),
+    "a digest as number": reseal(lambda value: value["files"].update({"head/x": 3})),
+    "an array outside": reseal(lambda value: value["arrays"].update({"../ids": {}})),
+    "an array of parts": reseal(lambda value: value["arrays"].update({"residual/0": {}})),
+    "a shard as word": reseal(lambda value: first_shard(value).update({"x": {}})),
+    "a negative shard": reseal(lambda value: first_shard(value).update({"-1": {}})),
+    "a shard of no bytes": reseal(lambda value: first_shard(value)["0"].pop("bytes")),
+}
 FORGERIES: dict[str, Callable[[Path], object]] = {
     "another part": reseal(lambda value: value.update(part=0)),
     "a part as text": reseal(lambda value: value.update(part="1")),
@@ -160,7 +171,11 @@ def test_a_damaged_commit_record_is_named_and_made_again_without_the_model(
 
 
 def test_a_damaged_record_hides_no_other_damage(
-    tiny_cache: ActivationCache, damaged: Path, model_folder: Path, texts_file: Path
+    tiny_cache: ActivationCache,
+    damaged: Path,
+    model_folder: Path,
+    texts_file: Path,
+    tmp_path: Path,
 ) -> None:
     """Of its own part, whose damaged shard the model computes again, and of others."""
     before = files(damaged)
@@ -168,10 +183,10 @@ def test_a_damaged_record_hides_no_other_damage(
     flip_bit(damaged / "journal/00000001.json")
     for shard in shards:
         flip_bit(damaged / shard)
-    with pytest.raises(ModelError):
-        repair(damaged, NO_MODEL)
+    copy = Path(shutil.copytree(damaged, tmp_path / "copy" / damaged.name))
     repaired = repair(damaged, str(model_folder))
     assert repaired.ok
+    assert repaired.missing_parts == ()
     assert {*repaired.rebuilt, *repaired.mended} >= set(shards)
     assert verify(damaged).ok
     after = files(damaged)
@@ -179,6 +194,17 @@ def test_a_damaged_record_hides_no_other_damage(
     options = {"root": damaged.parent, "context": 64, "part_positions": 1024}
     assert residua.extract(model_folder, texts_file, **options).path == damaged
     assert_same_rows(damaged, tiny_cache)
+
+    # Without the model, what needs none is mended, and the extraction goes on with the rest.
+    with pytest.raises(ModelError):
+        repair(copy, NO_MODEL)
+    assert verify(copy).missing_parts == (1,)
+    repaired = repair(copy, str(model_folder))
+    assert (repaired.ok, repaired.missing_parts) == (True, (1,))
+    options["root"] = copy.parent
+    assert residua.extract(model_folder, texts_file, **options).path == copy
+    assert verify(copy).ok
+    assert_same_rows(copy, tiny_cache)
 
 
 def test_a_record_that_is_lost_is_told_from_a_part_that_was_never_extracted(
@@ -218,7 +244,7 @@ def test_a_lost_record_of_an_added_layer_is_not_ok_and_is_made_again(
     assert_same_rows(damaged_extended, extended)
 
 
-@pytest.mark.parametrize("kind", [*DAMAGE, "lost"])
+@pytest.mark.parametrize("kind", [*DAMAGE, *BASE_FORGERIES, "lost"])
 def test_base_records_are_made_again_with_the_same_content(
     tiny_cache: ActivationCache, damaged: Path, kind: str
 ) -> None:
@@ -227,7 +253,7 @@ def test_base_records_are_made_again_with_the_same_content(
     if kind == "lost":
         record.unlink()
     else:
-        DAMAGE[kind](record)
+        (DAMAGE | BASE_FORGERIES)[kind](record)
     assert "journal/base.json" in [damage.file for damage in verify(damaged).damages]
     with pytest.raises((CorruptError, FileNotFoundError), match=r"base\.json"):
         ActivationCache(damaged).residual_array(1)
@@ -235,6 +261,29 @@ def test_base_records_are_made_again_with_the_same_content(
     assert repaired.ok, repaired.left
     assert repaired.rebuilt == ("journal/base.json",)
     assert record.read_bytes() == original
+    assert_same_rows(damaged, tiny_cache)
+
+
+def test_metadata_of_every_array_are_made_again(tiny_cache: ActivationCache, damaged: Path) -> None:
+    before = files(damaged)
+    names = [name for name in before if name.endswith("/zarr.json") and name.count("/") > 2]
+    assert "arrays.zarr/sequences/split/zarr.json" in names
+    for name in names:
+        (damaged / name).unlink()
+    repaired = repair(damaged, NO_MODEL)
+    assert repaired.ok, repaired.left
+    assert sorted(repaired.mended) == sorted(names)
+    assert files(damaged) == before
+
+
+def test_all_records_can_be_lost_at_once(tiny_cache: ActivationCache, damaged: Path) -> None:
+    names = {path.name for path in (damaged / "journal").iterdir()}
+    for path in (damaged / "journal").iterdir():
+        path.unlink()
+    repaired = repair(damaged, NO_MODEL)
+    assert repaired.ok
+    assert {name.removeprefix("journal/") for name in repaired.rebuilt} == names
+    assert verify(damaged).ok
     assert_same_rows(damaged, tiny_cache)
 
 
@@ -329,7 +378,7 @@ def test_a_lost_manifest_comes_back_with_the_same_extraction_and_the_shards_stay
     else:
         DAMAGE[kind](manifest)
     assert "manifest.json" in [damage.file for damage in verify(damaged).damages]
-    with pytest.raises(CorruptError):
+    with pytest.raises(CorruptError, match="the same `residua extract` as before makes it again"):
         repair(damaged, NO_MODEL)
     shards = {path: path.stat().st_mtime_ns for path in damaged.glob("arrays.zarr/**/c/**/*")}
     options = {"root": damaged.parent, "context": 64}
@@ -372,30 +421,30 @@ def test_damaged_moments_are_named_removed_and_computed_again(
     assert probe.moments_["kept"] == 0
 
 
-def test_a_rebuilt_record_quarantines_the_sequences_that_the_lost_one_named(
-    model_folder: Path, texts_file: Path, tmp_path: Path
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_rebuilt_record_quarantines_the_sequences_of_rows_that_are_not_finite(
+    tmp_path: Path, sparse: bool
 ) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    clean = residua.extract(
-        model_folder, texts_file, root=tmp_path / "a", context=64, part_positions=1024
-    )
-    counts = np.bincount(clean.tokens[1024:2048])
-    token = int(np.flatnonzero(counts == counts[counts > 0].min())[0])
-    bad = save_model(tmp_path / "bad")
-    tensors = load_file(bad / "model.safetensors")
-    tensors["gpt_neox.embed_in.weight"][token] = np.nan
-    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
-    try:
-        cache = residua.extract(
-            bad, texts_file, root=tmp_path / "b", context=64, part_positions=1024
-        )
-    except ModelError as error:  # the checks of the model met the token
-        pytest.skip(str(error))
-    record = cache.path / "journal/00000001.json"
-    quarantine = json.loads(record.read_bytes())["quarantine"]
-    assert quarantine
-    record.write_bytes(b"")
-    assert repair(cache.path, NO_MODEL).rebuilt == ("journal/00000001.json",)
-    assert json.loads(record.read_bytes())["quarantine"] == quarantine
-    assert ActivationCache(cache.path).quarantined == cache.quarantined
+    rng = np.random.default_rng(0)
+    lengths, runs = [100, 30, 300, 70, 100], None
+    rows = sum(lengths)
+    if sparse:  # two runs of 20 tokens of each context of 100
+        lengths = [100] * 6
+        sequence = np.repeat(np.arange(6), 2)
+        runs = KeptRuns(sequence, np.tile([3, 60], 6), np.full(12, 20))
+        rows = 12 * 20
+    layers = [rng.normal(size=(rows, 4)).astype(np.float32) for _ in range(2)]
+    layers[0][131:133, 2] = np.inf
+    layers[1][130, :] = np.nan
+    cache = make_cache(tmp_path, layers, lengths, random_head(4, 9), dtype="float16", runs=runs)
+    assert cache.quarantined == {}
+    (cache.path / "journal/00000000.json").write_bytes(b"")
+    assert repair(cache.path, NO_MODEL).ok
+    repaired = ActivationCache(cache.path)
+    first, other = ("6", "7") if sparse else ("2", None)
+    assert {str(number) for number in repaired.quarantined} == {first, *filter(None, [other])}
+    assert repaired.quarantined[int(first)] == "2 non-finite values at layer 0"
+    record = repaired.journal.parts()[0]
+    assert [record.arrays[f"residual/{layer}"].nonfinite for layer in (0, 1)] == [2, 4]
+    finite = layers[1][np.isfinite(layers[1]).all(-1)][:256]
+    assert record.arrays["residual/1"].absmax == pytest.approx(np.abs(finite).max(), rel=1e-3)

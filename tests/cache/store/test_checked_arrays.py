@@ -211,6 +211,7 @@ def test_a_process_reads_base_records_that_were_written_since(forged: Path) -> N
 
 def test_names_of_metadata_and_arrays_agree() -> None:
     assert array_of_metadata(metadata_file("sequences/labels/a")) == "sequences/labels/a"
+    assert array_of_metadata("arrays.zarr/sequences/labels/zarr.json") is None  # a group
     for file in ("arrays.zarr/zarr.json", "head/head.json", "zarr.json", "arrays.zarr/x/c/0"):
         assert array_of_metadata(file) is None
 
