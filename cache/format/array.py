@@ -41,8 +41,8 @@ class CacheArray:
         self._journal = journal
         raw = self._read_metadata()
         meta = parse_json_object(raw, self.path / "zarr.json")
-        self.layout = ArrayLayout.from_zarr_json(meta, str(self.path))
-        self._check_metadata(raw, self.layout)
+        self.layout = ArrayLayout.from_zarr_json(meta, str(self.path / "zarr.json"))
+        self._check_layout()
         self.attributes: dict[str, Any] = meta.get("attributes") or {}
         self.shape = self.layout.shape
         self.ndim = len(self.shape)
@@ -64,8 +64,8 @@ class CacheArray:
         except FileNotFoundError:
             raise CorruptError(f"{self.path} has no zarr.json") from None
 
-    def _check_metadata(self, raw: bytes, layout: ArrayLayout) -> None:
-        """Check the metadata `raw`, parsed as `layout`; an array outside a cache has no check."""
+    def _check_layout(self) -> None:
+        """Check the parsed metadata; an array outside a cache has no check."""
 
     def _check_shard(self, shard: int) -> None:
         """Check the file of a shard before it is opened; a lone array has no check."""

@@ -30,11 +30,10 @@ from ..files.json_fields import (
 )
 from ..files.json_files import parse_json, write_json
 from ..files.paths import is_remote, list_folder, read_all
+from .layout import MAX_PARTS
 from .logits_arrays import FULL_ARRAY, TOP_ARRAYS
 from .manifest import Manifest
 
-MAX_PARTS = 10**8
-"""Parts of a cache: a record's name has 8 digits."""
 MAX_CRC32C = (1 << 32) - 1
 REBUILT = "rebuilt"
 """Key of a commit record that repair made again from the shards."""

@@ -169,7 +169,8 @@ def _check_bytes(path: Path, progress: StageProgress | None) -> None:
             f"{len(damages)} damaged: {damages[0].file}: {damages[0].message}; "
             "`residua verify` names all of them"
         )
-    ActivationCache(path).check_complete()
+    if verification.missing_parts and not ActivationCache(path).complete:
+        raise IncompleteError(f"{len(verification.missing_parts)} parts of this cache are missing")
 
 
 def _check_repository(cache: ActivationCache, repository: dict[str, Any]) -> None:

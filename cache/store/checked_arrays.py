@@ -83,8 +83,8 @@ class ArrayMetadata:
         files = self.journal.base()[1] if self._files is None else self._files
         return files.get(metadata_file(name))
 
-    def check(self, name: str, raw: bytes, layout: ArrayLayout) -> None:
-        """Raise `CorruptError` unless `raw`, parsed as `layout`, is the metadata of `name`."""
+    def check_digest(self, name: str, raw: bytes) -> None:
+        """Raise `CorruptError` unless `raw` is what was written as `zarr.json` of `name`."""
         where = self.path / metadata_file(name)
         digest = self.digest_of(name)
         if digest is None and self._files is None:
@@ -93,7 +93,11 @@ class ArrayMetadata:
             raise CorruptError(
                 f"{where} is not what was written (sha256 differs); run `residua repair`"
             )
+
+    def check_layout(self, name: str, layout: ArrayLayout) -> None:
+        """Raise `CorruptError` unless the manifest allows the array `name` to have `layout`."""
         if reason := metadata_misfit(name, layout, self.manifest):
+            where = self.path / metadata_file(name)
             raise CorruptError(f"{where} is not the metadata of an array of this cache: {reason}")
 
 
@@ -113,11 +117,14 @@ class CheckedArray(CacheArray):
         self._metadata = None
 
     def _read_metadata(self) -> bytes:
-        return read_metadata(self._cache, self._name)
-
-    def _check_metadata(self, raw: bytes, layout: ArrayLayout) -> None:
         assert self._metadata is not None
-        self._metadata.check(self._name, raw, layout)
+        raw = read_metadata(self._cache, self._name)
+        self._metadata.check_digest(self._name, raw)
+        return raw
+
+    def _check_layout(self) -> None:
+        assert self._metadata is not None
+        self._metadata.check_layout(self._name, self.layout)
 
     def _check_shard(self, shard: int) -> None:
         if not self._remote:

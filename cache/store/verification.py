@@ -36,6 +36,8 @@ from .checked_arrays import (
 )
 from .moment_files import damaged_moments
 
+TOKEN_IDS = "tokens/ids"
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -103,7 +105,6 @@ def verify(path: Path, progress: Progress | None = None) -> Verification:
     contents = read_journal(path, manifest, damages)
     damages += _check_files(path, contents.base.files, {damage.file for damage in damages})
     damages += _unnamed_layers(path, contents)
-    lost_records = _lost_records(path, manifest, contents)
 
     # Every shard, of arrays that are written whole and of parts.
     shards = list(_recorded_shards(contents))
@@ -122,14 +123,18 @@ def verify(path: Path, progress: Progress | None = None) -> Verification:
     with _collecting(damages, "moments"):
         damages += [Damage(file, message) for file, message in damaged_moments(path)]
 
-    missing_parts = ()
-    if manifest is not None:
+    missing_parts: tuple[int, ...] = ()
+    lost_records: list[str] = []
+    # The number of parts is that of a stranger until as many tokens are there.
+    if manifest is not None and not any(_is_about_tokens(damage) for damage in damages):
         names = target_names(manifest, contents)
+        parts, n_parts = contents.parts, manifest.layout.parts(manifest.tokens.positions)
         missing_parts = tuple(
             part
-            for part in range(manifest.layout.parts(manifest.tokens.positions))
-            if part not in contents.parts or not contents.parts[part].arrays.keys() >= names
+            for part in range(n_parts)
+            if part not in parts or not parts[part].arrays.keys() >= names
         )
+        lost_records = _lost_records(path, names, contents, missing_parts)
     return Verification(
         damages=tuple(dict.fromkeys(damages)),
         shards=len(shards),
@@ -301,19 +306,30 @@ def layers_with_shards(path: Path) -> list[int]:
     return sorted(layers)
 
 
-def _lost_records(path: Path, manifest: Manifest | None, contents: JournalContents) -> list[str]:
-    """Records that would name the shards of parts that have them all and no record for them."""
-    if manifest is None:
-        return []
-    names = target_names(manifest, contents)
+def _lost_records(
+    path: Path, names: set[str], contents: JournalContents, missing_parts: tuple[int, ...]
+) -> list[str]:
+    """Records that would name the shards of parts that have them all and no record for them.
+
+    `names` are the arrays that every part should have.
+    """
     parts, damaged_parts = contents.parts, contents.damaged_parts
     lost = []
-    for part in range(manifest.layout.parts(manifest.tokens.positions)):
+    for part in missing_parts:
         unnamed = names - (parts[part].arrays.keys() if part in parts else set())
-        if unnamed and part not in damaged_parts and has_shards(path, sorted(unnamed), part):
+        if part not in damaged_parts and has_shards(path, sorted(unnamed), part):
             numbers = [n for n in contents.records if n.startswith(f"{part:08d}.")]
             lost.append(f"journal/{record_name(f'{part:08d}', len(numbers))}")
     return lost
+
+
+def _is_about_tokens(damage: Damage) -> bool:
+    """Whether token ids are missing, so that nobody knows how many parts the cache has."""
+    return damage.array == TOKEN_IDS or damage.file in (
+        metadata_file(TOKEN_IDS),
+        "manifest.json",
+        "arrays.zarr",
+    )
 
 
 def has_shards(path: Path, names: Iterable[str], part: int) -> bool:
@@ -359,18 +375,15 @@ class _Arrays:
 
 def _check_tables(arrays: _Arrays, base: BaseRecord) -> Iterator[Damage]:
     """Arrays that are written whole: do the base records name exactly their shards?"""
-    for file in base.files:
-        name = array_of_metadata(file)
-        if name is None or name.startswith(("residual/", "logits/")):
-            continue
-        array = arrays.open(name)
-        if array is None:
+    for name in {TOKEN_IDS, *filter(None, map(array_of_metadata, base.files))}:
+        if name.startswith(("residual/", "logits/")) or (array := arrays.open(name)) is None:
             continue
         numbers, expected = base.arrays.get(name, {}).keys(), array.layout.shards
         if len(numbers) != expected or any(int(number) >= expected for number in numbers):
             yield Damage(
                 "journal/base.json",
                 f"{len(numbers)} shards of {name} are named; the array has {expected}",
+                name,
             )
 
 
