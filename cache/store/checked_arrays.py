@@ -163,7 +163,8 @@ def metadata_file(name: str) -> str:
 def array_of_metadata(file: str) -> str | None:
     """Inverse of `metadata_file`; None for any other file, and for the metadata of a group."""
     name = file.removeprefix(f"{GROUP}/").removesuffix("/zarr.json")
-    return name if metadata_file(name) == file and "/" in name else None
+    is_group = "/" not in name or f"{name}/" == LABELS
+    return name if metadata_file(name) == file and not is_group else None
 
 
 def named_layers(files: Iterable[str], depth: int) -> tuple[int, ...]:
