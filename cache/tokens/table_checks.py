@@ -1,8 +1,8 @@
-"""Checks of the one-dimensional arrays of a cache against each other: numbers that a reader follows.
+"""Checks of the one-dimensional arrays of a cache against each other, before a reader follows them.
 
-Starts and lengths say which rows a sequence has, ids which row of a matrix is read. Checksums do not
-protect against a stranger's tables, whose checksums are right. `ActivationCache` and `CheckedArray`
-call these functions when they read.
+Starts and lengths say which rows a sequence has, ids which row of a matrix is read. Checksums do
+not protect against a stranger's tables, whose checksums are right. `ActivationCache` and
+`CheckedArray` call these functions when they read.
 """
 
 from collections.abc import Mapping
