@@ -37,7 +37,7 @@ MAX_FEATURES = 1 << 24
 """Most columns of the rows that a probe reads."""
 MAX_OFFSET = 1 << 31
 """Bound of offsets."""
-ARRAY_BYTES = 256 << 20
+ARRAY_BYTES = 64 << 20
 """Most bytes of an array among the parameters or classes."""
 NUMPY_DTYPE = re.compile(r"[<>|=]?([biuf][0-9]{1,2}|U[0-9]{1,5}|O)")
 """dtypes of parameters and classes: numbers, words, and Python's objects of JSON."""
