@@ -24,6 +24,7 @@ DOORS = {
         "cache/model/model_loading.py",
         "cache/model/tokenizer.py",
         "cache/model/transformers_guard.py",
+        "cache/model/config_check.py",
         "cache/extraction/prepare.py",
     },
     "datasets": {"cache/documents/document_loading.py"},

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...cache.errors import MismatchError, ResiduaWarning, UsageError
 from ...cache.head.head import TorchHead
-from ...cache.number_ranges import as_whole_number
+from ...cache.number_ranges import as_whole_number, format_ranges
 from ...cache.progress import Progress
 from ...cache.tokens.segments import PairScope
 from ...probes.base.readout import Readout, ReadoutBatch, check_readout
@@ -123,8 +123,10 @@ def evaluate(
     if undefined:
         warnings.warn(undefined, ResiduaWarning, stacklevel=2)
     shares = map_error_shares(sample, plan)
+    measured_offsets = tuple(sorted({row.offset for row in rows}))
     notes = [
         *plan.notes,
+        *missing_offset_notes(plan.offsets, measured_offsets, split),
         *([undefined] if undefined else []),
         *([units.note] if units.note else []),
         *fitted_split_notes(cache, probe_list, split),
@@ -143,12 +145,11 @@ def evaluate(
         positions=int(cache.sequence_length[sequences].sum()),
         sequences=len(sequences),
         layers=plan.layers,
-        # An offset beyond every sequence has no row.
-        offsets=tuple(sorted({row.offset for row in rows})),
+        offsets=measured_offsets,
         probes=tuple(plan.readouts),
         across_documents=scope.across_documents,
         drop_first=scope.drop_first,
-        crossing=sample.crossing_shares(plan.offsets),
+        crossing=sample.crossing_shares(measured_offsets),
         unit=units.name,
         units=units.count,
         shares=shares,
@@ -289,6 +290,17 @@ def fitted_split_notes(
     return [
         f"the {split} split holds text that these probes were fitted on: {', '.join(kinds)}; "
         "use split='test' for what they say of other text"
+    ]
+
+
+def missing_offset_notes(offsets: Sequence[int], measured: Sequence[int], split: str) -> list[str]:
+    """A note that names the requested `offsets` without a pair, which have no row."""
+    missing = sorted(set(offsets) - set(measured))
+    if not missing:
+        return []
+    return [
+        f"offsets {format_ranges(missing)} have no pair in the measured {split} sequences and no "
+        f"row; the largest with pairs is {max(measured)}"
     ]
 
 

@@ -88,6 +88,11 @@ def load_documents(
     # A folder or hub data set, read by `datasets`.
     if path.is_dir():
         return _load_folder(path, split, text_column)
+    if path.exists():
+        raise DataError(
+            f"{data} is no regular file (a pipe, a device?), and texts are read more than once; "
+            "write them into a file"
+        )
     if file_ending(path) in FILE_FORMATS or data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise DataError(f"{data} does not exist; give a file, a saved data set or a hub id")
     return _dataset_documents(_load_hub(data, split), text_column, data)

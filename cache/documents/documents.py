@@ -9,7 +9,8 @@ How a data source becomes documents:
       saved or hub set  -> `datasets` library            -> DatasetDocuments
 
 Texts lie on the disk: in a temporary copy, or in the files that `datasets` maps. A read takes at
-most `READ_ROWS` documents and about `READ_BYTES` of text, so memory does not grow with the data.
+most `READ_ROWS` documents and about `READ_BYTES` of text, and a long document of a text file or of
+rows is read in slices (`long_text.py`), so memory does not grow with the data.
 `tokenize` (`tokens/tokenization.py`) reads documents in batches, in random order, maybe twice.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from ..errors import DataError
 from .labels import Labels, kind_of_value, label_arrays
+from .long_text import LongText
 
 if TYPE_CHECKING:
     from .text_file import TextFile
@@ -30,6 +32,10 @@ READ_ROWS = 256
 """Largest number of documents of one read."""
 READ_BYTES = 1 << 20
 """Bytes of text of one read; a longer document is read alone."""
+Text = str | LongText
+"""Text of a document; a long one stays on the disk."""
+BLANK, HALF_PAIR = "only whitespace", "half a surrogate pair"
+"""Reasons to leave out a document."""
 FIRST_ROWS = 5
 """Reported document numbers per reason to drop documents."""
 
@@ -76,19 +82,24 @@ class Reading:
         }
 
 
-def reason_to_drop(text: str | None) -> str | None:
+def reason_to_drop(text: Text | None) -> str | None:
     """Why a document with this text is left out (None: missing); None for a usable text."""
     if text is None:
         return "missing"
+    if isinstance(text, LongText):
+        reasons = {reason_to_drop(block) for block in text.blocks()} - {"empty"}
+        if HALF_PAIR in reasons:
+            return HALF_PAIR
+        return None if None in reasons else BLANK
     if not text:
         return "empty"
     if text.isspace():
-        return "only whitespace"
+        return BLANK
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
-            return "half a surrogate pair"
+            return HALF_PAIR
     return None
 
 
@@ -107,7 +118,7 @@ class Documents:
 
     def __iter__(self) -> Iterator[str | None]:
         for numbers in self.batches(np.arange(len(self))):
-            yield from self.texts(numbers)
+            yield from (None if text is None else str(text) for text in self.texts(numbers))
 
     def batches(self, numbers: np.ndarray) -> Iterator[list[int]]:
         """Yield `numbers` in lists of at most `READ_ROWS` documents, about `READ_BYTES` of text."""
@@ -126,8 +137,8 @@ class Documents:
         sizes = getattr(self._texts, "sizes", None)
         return None if sizes is None else sizes(numbers)
 
-    def texts(self, numbers: list[int]) -> list[str | None]:
-        """Texts of the documents `numbers`; None for a missing text."""
+    def texts(self, numbers: list[int]) -> Sequence[Text | None]:
+        """Texts of the documents `numbers`, long ones as `LongText`; None for a missing text."""
         return [self._texts[number] for number in numbers]
 
     def has_column(self, column: str) -> bool:
@@ -179,7 +190,7 @@ class DatasetDocuments(Documents):
         arrays = [chunk.to_numpy(zero_copy_only=False).astype(np.int64) for chunk in lengths]
         return np.concatenate(arrays)[numbers]
 
-    def texts(self, numbers: list[int]) -> list[str | None]:
+    def texts(self, numbers: list[int]) -> Sequence[Text | None]:
         texts = self._read_columns(numbers, [self._name])[self._name]
         return [
             decode_text(text, self._data, f"row {number}")

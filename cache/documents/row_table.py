@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..files.disk_errors import translate_disk_errors
-from .documents import Documents, Reading, decode_text
+from .documents import Documents, Reading, Text, decode_text
 from .labels import (
     EXPLICIT,
     MISSING,
@@ -28,6 +28,7 @@ from .labels import (
     kind_of_value,
     label_arrays,
 )
+from .long_text import LONG_BYTES, LongText
 from .row_files import read_rows, read_sample
 from .row_source import RowFile
 from .text_column import ColumnSample, check_column_exists, choose_text_column, kind_in_words
@@ -62,13 +63,24 @@ class DocumentSpool:
         self._ends.append(self._ends[-1] + len(piece))
 
     def __getitem__(self, number: int) -> bytes:
-        start, stop = self._ends[number], self._ends[number + 1]
+        start, stop = self.bounds(number)
         try:
             self._file.seek(start)  # writes the buffer, so the disk may be full
         except OSError as error:
             with translate_disk_errors(self._folder):
                 raise error
         return self._file.read(stop - start)
+
+    def bounds(self, number: int) -> tuple[int, int]:
+        """First byte and end of the byte string `number` in the file."""
+        return self._ends[number], self._ends[number + 1]
+
+    def text(self, number: int) -> Text:
+        """The byte string `number` as text; a long one stays in the file."""
+        start, stop = self.bounds(number)
+        if stop - start > LONG_BYTES:
+            return LongText(self._file, start, stop)
+        return self[number].decode("utf-8", "surrogatepass")
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
         """Length in bytes of each of the byte strings `numbers`, int64."""
@@ -151,11 +163,9 @@ class RowTable(Documents):
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
         return self._texts_file.sizes(numbers)
 
-    def texts(self, numbers: list[int]) -> list[str | None]:
+    def texts(self, numbers: list[int]) -> Sequence[Text | None]:
         return [
-            None
-            if self._is_missing[number]
-            else self._texts_file[number].decode("utf-8", "surrogatepass")
+            None if self._is_missing[number] else self._texts_file.text(number)
             for number in numbers
         ]
 

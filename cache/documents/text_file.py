@@ -15,6 +15,7 @@ from typing import IO
 import numpy as np
 
 from ..files.disk_errors import translate_disk_errors
+from .long_text import LONG_BYTES, LongText
 from .text_lines import BLOCK_BYTES, text_blocks
 
 SEPARATOR = "<|endoftext|>"
@@ -24,7 +25,7 @@ IN_MEMORY = 16 << 20
 
 
 class TextFile:
-    """A sequence of the documents of a text file, as str.
+    """A sequence of the documents of a text file, as str or, of long ones, `LongText`.
 
     A document is a piece between two `SEPARATOR`s; in a file without them a line, with `lines`, or
     the whole file. Documents without text are left out; `blank` counts those between two
@@ -49,22 +50,26 @@ class TextFile:
             return
 
         # One document per piece (without the line ends around the separators), or per line.
-        for start, piece in self._pieces(SEPARATOR.encode() if has_separator else b"\n"):
-            document = piece.strip(b"\n") if has_separator else piece
-            if document.decode().strip():
-                leading = len(piece) - len(piece.lstrip(b"\n")) if has_separator else 0
-                self._starts.append(start + leading)
-                self._stops.append(start + leading + len(document))
-            elif has_separator and start > 0 and start + len(piece) < size:
+        for start, stop, piece in self._pieces(SEPARATOR.encode() if has_separator else b"\n"):
+            if piece is None:
+                text_start, text_stop = self._text_of_long_piece(start, stop, has_separator)
+            else:
+                text_start, text_stop = _text_of_piece(piece, has_separator)
+                text_start, text_stop = start + text_start, start + text_stop
+            if text_start < text_stop:
+                self._starts.append(text_start)
+                self._stops.append(text_stop)
+            elif has_separator and start > 0 and stop < size:
                 self.blank += 1
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, number: int) -> str:
-        start = self._starts[number]
-        self._file.seek(start)
-        return self._file.read(self._stops[number] - start).decode()
+    def __getitem__(self, number: int) -> str | LongText:
+        start, stop = self._starts[number], self._stops[number]
+        if stop - start > LONG_BYTES:
+            return LongText(self._file, start, stop)
+        return self._read(start, stop).decode()
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray:
         """Bytes of each of the documents `numbers`, int64."""
@@ -86,13 +91,47 @@ class TextFile:
             self._file.seek(0)  # writes the buffer
         return size, has_separator, has_text
 
-    def _pieces(self, mark: bytes) -> Iterator[tuple[int, bytes]]:
-        """Yield first byte and bytes of each piece between two `mark`s."""
-        self._file.seek(0)
-        start, unfinished = 0, b""
-        while block := self._file.read(BLOCK_BYTES):
-            *pieces, unfinished = (unfinished + block).split(mark)
+    def _read(self, start: int, stop: int) -> bytes:
+        self._file.seek(start)
+        return self._file.read(stop - start)
+
+    def _pieces(self, mark: bytes) -> Iterator[tuple[int, int, bytes | None]]:
+        """Yield first byte, end and bytes of each piece between two `mark`s.
+
+        The bytes of a piece longer than `LONG_BYTES` are None, so that memory is bounded.
+        """
+        start = kept_from = position = 0  # of the piece, of `pending`, of the next block
+        pending = b""  # bytes of the piece; of a long one only those in which a mark may begin
+        while block := self._read(position, position + BLOCK_BYTES):
+            position += len(block)
+            *pieces, pending = (pending + block).split(mark)
             for piece in pieces:
-                yield start, piece
-                start += len(piece) + len(mark)
-        yield start, unfinished
+                stop = kept_from + len(piece)
+                yield start, stop, piece if kept_from == start else None
+                start = kept_from = stop + len(mark)
+            if len(pending) > max(LONG_BYTES, len(mark)):
+                kept_from += len(pending) - (len(mark) - 1)
+                pending = pending[len(pending) - (len(mark) - 1) :]
+        yield start, position, pending if kept_from == start else None
+
+    def _text_of_long_piece(self, start: int, stop: int, strip: bool) -> tuple[int, int]:
+        """First byte and end of the text of a piece, see `_text_of_piece`."""
+        if not any(text.strip() for text in LongText(self._file, start, stop).blocks()):
+            return stop, stop
+        while strip and self._read(start, start + 1) == b"\n":
+            start += 1
+        while strip and self._read(stop - 1, stop) == b"\n":
+            stop -= 1
+        return start, stop
+
+
+def _text_of_piece(piece: bytes, strip: bool) -> tuple[int, int]:
+    """First byte and end of the text in `piece`, equal if there is none.
+
+    With `strip` the line ends around the text are no part of it.
+    """
+    if not piece.decode().strip():
+        return len(piece), len(piece)
+    if not strip:
+        return 0, len(piece)
+    return len(piece) - len(piece.lstrip(b"\n")), len(piece.rstrip(b"\n"))

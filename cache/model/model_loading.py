@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from .checkpoint_comparison import compare_with_checkpoint
+from .config_check import check_config_size, describe_error
 from .memory import is_out_of_memory
 from .safetensors_header import read_header
 from .source import ModelSource
@@ -70,6 +71,7 @@ def load_model(
     # Check all weight files first: damaged ones are named.
     for path in source.weight_files:
         read_header(path)
+    check_config_size(source.folder, source.config, source.weight_files, trust_remote_code)
 
     auto: Any = AutoModelForCausalLM
     kwargs: dict[str, Any] = {} if attention == "default" else {"attn_implementation": attention}
@@ -88,7 +90,7 @@ def load_model(
     except (*LOADING_ERRORS, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = describe_error(error)
         if "CONVERSION" in reason:  # transformers refers to a report that is not shown
             reason = (
                 "tensors that are packed together, such as those of all experts of a layer, do not "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, ResiduaError
 from ..files.json_files import json_digest, read_json, write_json
+from .config_check import check_config_readable, describe_error
 from .transformers_guard import guard_transformers
 from .weight_digests import memo_path, remembered_file_digests
 
@@ -178,10 +179,10 @@ def convert_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokeniz
                 "--trust-remote-code (trust_remote_code=True), or save the tokenizer as "
                 "tokenizer.json"
             ) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        check_config_readable(folder, trust_remote_code)  # AutoTokenizer reads it, too
         raise ModelError(
-            f"{folder} has no tokenizer that can be read: {reason}; expected one that "
-            "AutoTokenizer loads as a fast tokenizer"
+            f"{folder} has no tokenizer that can be read: {describe_error(error)}; expected one "
+            "that AutoTokenizer loads as a fast tokenizer"
         ) from None
     added_tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     if tokenizer.get_vocab(with_added_tokens=False).keys() <= added_tokens:

@@ -111,7 +111,7 @@ def _answer_indices(
         [_character_number(value) for value in documents.column_values(rows, ANSWER_START)]
         if documents.has_column(ANSWER_START)
         else [
-            (text or "").rfind(answer)
+            str(text or "").rfind(answer)
             for text, answer in zip(documents.texts(rows), answers, strict=True)
         ]
     )

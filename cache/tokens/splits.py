@@ -9,12 +9,15 @@ import hashlib
 
 import numpy as np
 
+from ..documents.documents import Text
+from ..documents.long_text import LongText
+
 SPLITS = ("train", "validation", "test")
 """Names of the splits; `sequences/split` holds the index into this tuple."""
-TEST_SHARE = 0.1
-VALIDATION_SHARE = 0.1
 HASHED_CHARACTERS = 1 << 20
 """Characters of a text that are hashed at once."""
+TEST_SHARE = 0.1
+VALIDATION_SHARE = 0.1
 
 
 def assign_splits(hashes: np.ndarray) -> np.ndarray:
@@ -60,11 +63,16 @@ def split_in_order(sequences: int) -> np.ndarray:
     return splits
 
 
-def text_hash(text: str) -> int:
+def text_hash(text: Text) -> int:
     """First 64 bits of the sha256 of a document's text in UTF-8; they decide its split and fold."""
     sha256 = hashlib.sha256()
-    for start in range(0, len(text), HASHED_CHARACTERS):  # no second copy of a long text
-        sha256.update(text[start : start + HASHED_CHARACTERS].encode("utf-8", "surrogatepass"))
+    if isinstance(text, LongText):
+        for block in text.encoded_blocks():
+            sha256.update(block)
+    else:
+        for start in range(0, len(text), HASHED_CHARACTERS):  # no second copy of a long text
+            block = text[start : start + HASHED_CHARACTERS]
+            sha256.update(block.encode("utf-8", "surrogatepass"))
     return int.from_bytes(sha256.digest()[:8], "little")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..documents.documents import Text
 from ..errors import DataError
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ WINDOW = 1 << 16
 """Characters of a window."""
 OVERLAP_SHARE = 8
 """A window shares one character of so many with the window before."""
+MOST_CHARACTERS = 2**31 - 1
+"""Characters of the longest document: characters of tokens are stored as int32."""
 AGREEING_TOKENS = 8
 """Smallest number of equal tokens in the middle of an overlap."""
 
@@ -41,13 +44,18 @@ class _Window:
 
 
 def encode_in_windows(
-    tokenizer: "Tokenizer", text: str, window: int = WINDOW
+    tokenizer: "Tokenizer", text: Text, window: int = WINDOW
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield ids `(n,)` and characters `(n, 2)` of the tokens of `text`, both int32, part by part.
 
     No special tokens are added. Together the parts are `tokenizer.encode(text,
     add_special_tokens=False)`; memory is that of a few windows.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise DataError(
+            f"a document has {len(text):,} characters, more than {MOST_CHARACTERS:,}; cut it into "
+            "shorter ones"
+        )
     current, first = _encode_window(tokenizer, text, 0, window), 0
     while current.stop < len(text):
         length = current.stop - current.start
@@ -68,7 +76,7 @@ def encode_in_windows(
     yield current.ids[first:], current.chars[first:]
 
 
-def _encode_window(tokenizer: "Tokenizer", text: str, start: int, length: int) -> _Window:
+def _encode_window(tokenizer: "Tokenizer", text: Text, start: int, length: int) -> _Window:
     stop = min(start + length, len(text))
     encoding = tokenizer.encode(text[start:stop], add_special_tokens=False)
     chars = np.array(encoding.offsets, np.int32).reshape(-1, 2) + np.int32(start)
@@ -76,7 +84,7 @@ def _encode_window(tokenizer: "Tokenizer", text: str, start: int, length: int) -
 
 
 def _following_window(
-    tokenizer: "Tokenizer", text: str, current: _Window, window: int
+    tokenizer: "Tokenizer", text: Text, current: _Window, window: int
 ) -> _Window | None:
     """The next window, from a token near the end of `current`; None without such a token."""
     overlap = (current.stop - current.start) // OVERLAP_SHARE

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..documents.documents import Documents, reason_to_drop
+from ..documents.documents import Documents, Text, reason_to_drop
 from ..documents.labels import LABEL_PREFIX
 from ..errors import DataError
 from ..files.disk_columns import DiskColumn
@@ -178,11 +178,14 @@ def tokenize(
         stream = _pack_by_split(encoder, order, builder, context, max_tokens)
     stream = replace(stream, format=version, reading=documents.reading)
     if not stream.sequences:
-        details = (
-            f"; max_tokens={max_tokens} is less than one sequence" if max_tokens is not None else ""
-        )
-        for reason, dropped in documents.reading.dropped.items():
-            details += f"; {dropped.documents} {reason}"
+        dropped = documents.reading.dropped
+        has_text = len(documents) > sum(entry.documents for entry in dropped.values())
+        if max_tokens is not None and has_text:
+            raise DataError(
+                f"max_tokens={max_tokens} is less than one sequence ({context} tokens, or a "
+                "shorter document); allow more, or take a shorter context"
+            )
+        details = "".join(f"; {entry.documents} {reason}" for reason, entry in dropped.items())
         raise DataError(f"the data hold no text ({len(documents)} documents){details}")
 
     # A sequence that is one document has the document's labels.
@@ -250,7 +253,7 @@ class Encoder:
             if self._progress is not None:
                 self._progress(self._documents_read, len(self.documents))
 
-    def _tokenized(self, texts: list[tuple[int, str, int]]) -> Iterator[DocumentParts]:
+    def _tokenized(self, texts: list[tuple[int, Text, int]]) -> Iterator[DocumentParts]:
         """The documents of one group: (number, text, hash)."""
         if (
             len(texts) == 1
@@ -260,7 +263,7 @@ class Encoder:
             number, text, hash = texts[0]
             yield DocumentParts(number, hash, self._parts_of_long_document(number, text, hash))
             return
-        encodings = self._tokenizer.encode_batch([text for _, text, _ in texts])
+        encodings = self._tokenizer.encode_batch([str(text) for _, text, _ in texts])
         for (number, _, hash), encoding in zip(texts, encodings, strict=True):
             document = _tokenized_document(number, hash, encoding, self._prefix)
             yield DocumentParts(number, hash, iter([document] if len(document.ids) else []))
@@ -276,7 +279,7 @@ class Encoder:
         return added.ids[:before], added.ids[before + len(ids) :]
 
     def _parts_of_long_document(
-        self, number: int, text: str, hash: int
+        self, number: int, text: Text, hash: int
     ) -> Iterator[TokenizedDocument]:
         """The tokens of one document, window by window; added tokens span no characters."""
         assert self._special_tokens is not None
@@ -288,7 +291,7 @@ class Encoder:
             if len(ids):
                 yield TokenizedDocument(number, ids, chars, hash)
 
-    def _valid_texts(self, numbers: list[int]) -> Iterator[tuple[int, str]]:
+    def _valid_texts(self, numbers: list[int]) -> Iterator[tuple[int, Text]]:
         """Yield number and text of each non-empty document; count the others as dropped."""
         for number, text in zip(numbers, self.documents.texts(numbers), strict=True):
             reason = reason_to_drop(text)
@@ -299,8 +302,8 @@ class Encoder:
 
 
 def _groups_of_texts(
-    texts: list[tuple[int, str, int]],
-) -> Iterator[list[tuple[int, str, int]]]:
+    texts: list[tuple[int, Text, int]],
+) -> Iterator[list[tuple[int, Text, int]]]:
     """Consecutive (number, text, hash) of at most `ENCODED_CHARACTERS`, or a longer text alone."""
     group, characters = [], 0
     for entry in texts:

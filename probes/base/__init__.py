@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .fitted_maps import FittedMaps as FittedMaps
     from .fitted_maps import MapKey as MapKey
     from .fitted_probe import FittedProbe as FittedProbe
+    from .pair_offsets import check_pair_offsets as check_pair_offsets
     from .params import Params as Params
     from .readout import LayerOffset as LayerOffset
     from .readout import Readout as Readout

@@ -17,6 +17,7 @@ from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import PairScope, crossing_shares
 from ..base.arguments import as_array, warn_unvalidated
 from ..base.fitted_maps import FittedMaps
+from ..base.pair_offsets import check_pair_offsets
 from ..base.params import Params
 from ..base.readout import LayerOffset, ReadoutBatch
 from ..base.saved_tensors import SavedTensors
@@ -113,6 +114,7 @@ class TunedLens(FittedMaps[LayerOffset], Params):
         )
         layers = X.layers if self.layers is None else as_tuple(self.layers, "layers")
         offsets = as_tuple(self.offsets, "offsets")
+        check_pair_offsets(X, offsets, scope)
         folder = None if checkpoint is None else Path(checkpoint)
 
         # Fit the translators.

@@ -22,6 +22,7 @@ from ...cache.tokens.segments import crossing_shares
 from ..base.arguments import as_array, is_dask, validated
 from ..base.estimator import BaseEstimator, MultiOutputMixin, RegressorMixin
 from ..base.fitted_maps import FittedMaps, MapKey
+from ..base.pair_offsets import check_pair_offsets
 from ..base.readout import ReadoutBatch
 from ..base.resources import available_cores, one_blas_thread
 from ..base.saved_tensors import SavedTensors
@@ -117,6 +118,7 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
             across_documents=self.across_documents,
             drop_first=self.drop_first,
         )
+        check_pair_offsets(X, request.offsets, request.scope, request.split)
         sources = MomentSources()
         moments = obtain_moments(
             X,

@@ -27,6 +27,7 @@ from ...cache.head.head import TorchHead
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.sequence_draw import draw_sequences
 from ...cache.tokens.segments import PairScope
+from ..base.pair_offsets import check_pair_offsets
 from ..base.readout import LayerOffset
 from ..training.minibatches import MinibatchStream
 from ..training.softmax_loss import fast_products
@@ -135,7 +136,9 @@ class CacheVocabFit(VocabFit):
     ) -> "CacheVocabFit":
         """The fit of `pairs` on `cache`; raises `UsageError` if an offset has no pair."""
         scope = scope_of(options)
-        check_pairs(cache, [offset for _, offset in pairs], scope, options["loss"] == "text")
+        check_pair_offsets(
+            cache, [offset for _, offset in pairs], scope, text=options["loss"] == "text"
+        )
         return cls(
             pairs=pairs,
             classes=np.arange(cache.vocab),
@@ -220,42 +223,6 @@ class CacheVocabFit(VocabFit):
 def scope_of(options: dict[str, Any]) -> PairScope:
     """Scope of the pairs (t, t+N) that a probe with the parameters `options` is fitted to."""
     return PairScope(options.get("across_documents", False), options.get("drop_first", 0)).check()
-
-
-def check_pairs(cache: ActivationCache, offsets: list[int], scope: PairScope, text: bool) -> None:
-    """Raise a `UsageError` unless the train split has a pair at each of `offsets`.
-
-    With `text`, a pair counts only if a token of the text follows t+N.
-    """
-    largest_with_pair, largest_requested = -1, max(offsets, default=0)
-    for sequences in cache.blocks(cache.sequences("train")):
-        # Largest N of each position t with (t, t+N) a pair; negative for none.
-        largest_offsets = scope.largest_offsets(cache, sequences)
-        if text:
-            positions = cache.positions_of(sequences)
-            for offset in sorted({offset for offset in offsets if offset > largest_with_pair}):
-                targets = positions[largest_offsets >= offset] + offset
-                if len(targets):
-                    following = cache.following_tokens(targets, scope.across_documents)
-                    if (following >= 0).any():
-                        largest_with_pair = offset
-        else:
-            largest_with_pair = max(largest_with_pair, int(largest_offsets.max(initial=-1)))
-        # Stop reading as soon as every offset has a pair.
-        if largest_with_pair >= largest_requested:
-            return
-    missing = min(offset for offset in offsets if offset > largest_with_pair)
-    condition = " with a token of the text after it" if text else ""
-    segment = "sequence" if scope.across_documents else "document of one sequence"
-    limit = (
-        f"the largest offset is {largest_with_pair}"
-        if largest_with_pair >= 0
-        else "none is long enough"
-    )
-    raise UsageError(
-        f"the train split has no pair at offset {missing}{condition}: t and t+N must lie in one "
-        f"{segment}; {limit}; use smaller offsets or longer sequences"
-    )
 
 
 @dataclass(kw_only=True)

@@ -24,6 +24,7 @@ from residua.cache.errors import (
     UsageError,
 )
 from residua.cache.extraction.request import ExtractionRequest
+from residua.cache.format.array import CacheArray
 from residua.cache.number_ranges import as_tuple, as_whole_number, is_several
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.row_loader import RowLoader
@@ -523,6 +524,35 @@ def test_other_fits_do_not_change_an_unvalidated_one(short_validation):
     np.testing.assert_allclose(alone.map(1).weight, both.map(1, 3).weight, rtol=1e-3, atol=1e-4)
     ridge = RidgeProbe(3, [1]).fit(short_validation, keep=False)
     assert not np.allclose(alone.map(1).weight, ridge.map(1, 3).weight, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "lens", "vocab"])
+def test_an_offset_without_a_pair_is_refused_before_a_row_is_read(cache, monkeypatch, kind):
+    read_shard = CacheArray.shard
+
+    def refuse_residual(array, shard):
+        assert array.path.parent.name != "residual", f"layer {array.path.name} was read"
+        return read_shard(array, shard)
+
+    offsets = range(401)
+    probes: dict[str, Any] = {
+        "ridge": RidgeProbe(offsets, layers=[1], target=2),
+        "lens": TunedLens(offsets, layers=[1]),
+        "vocab": VocabProbe(offsets, layers=[1]),
+    }
+    monkeypatch.setattr(CacheArray, "shard", refuse_residual)
+    cache = ActivationCache(cache.path)
+    expected = "the train split has no pair at offsets 10-400: .* the largest offset is 9; use"
+    with pytest.raises(UsageError, match=expected):
+        probes[kind].fit(cache)
+
+
+def test_offsets_without_a_pair_are_named_by_an_evaluation(cache):
+    evaluation = evaluate(cache, [], split="test", offsets=[0, 9, *range(10, 13)])
+    assert evaluation.offsets == (0, 9)
+    assert set(evaluation.crossing) == {0, 9}
+    expected = "offsets 10-12 have no pair in the measured test sequences and no row; the largest"
+    assert any(note.startswith(expected) for note in evaluation.notes)
 
 
 def test_a_split_without_a_pair_has_no_score(short_validation):

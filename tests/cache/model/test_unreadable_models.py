@@ -1,6 +1,7 @@
 """Folders that are no model to extract from: one message that says what is there and what to do."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,44 @@ def test_a_git_lfs_pointer_is_no_text(name: str, tmp_path: Path) -> None:
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     with pytest.raises(DataError, match="git lfs pull"):
         load_documents(str(path))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "says num_hidden_layers = 1,000,000,000, .* tensors; give"),
+        ({"vocab_size": 10**9}, "describes a model of .* values, its weights hold"),
+        ({"hidden_size": 2**20}, "describes a model of .* values, its weights hold"),
+        ({"intermediate_size": 10**9}, "describes a model of .* values, its weights hold"),
+    ],
+)
+def test_a_configuration_of_another_size_costs_neither_time_nor_memory(
+    model: Path, values: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def load_nothing(*args: Any, **options: Any) -> None:
+        raise AssertionError("transformers builds the model")
+
+    change_json(model / "config.json", **values)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_nothing)
+    with pytest.raises(ModelError, match=f"config.json {message}"):
+        load_model(ModelSource.locate(str(model)))
+
+
+@pytest.mark.parametrize(
+    "values", [{"layer_norm_eps": "x"}, {"dtype": "nope"}, {"eos_token_id": "x"}]
+)
+def test_a_wrong_configuration_is_not_said_of_the_tokenizer(
+    model: Path, values: dict[str, Any]
+) -> None:
+    change_json(model / "config.json", **values)
+    with pytest.raises(ModelError, match=r"config\.json cannot be used: .*; expected the config"):
+        convert_tokenizer(model)
+
+
+def test_pipes_and_devices_are_no_texts(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (tmp_path / "pipe.jsonl", Path("/dev/zero")):
+        with pytest.raises(DataError, match="no regular file"):
+            load_documents(str(path))

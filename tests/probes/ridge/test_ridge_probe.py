@@ -421,7 +421,7 @@ def test_which_map_must_be_clear(noisy: ActivationCache) -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"offsets": 50}, r"layer \d, offset 50: there is no pair"),
+        ({"offsets": 50}, "no pair at offset 50: .* lie in one document .* the largest offset is "),
         ({"layers": [9]}, "layer 9 is not in this cache; it holds 0-2"),
         ({"alpha": 1.0, "alphas": [1.0]}, "give alpha"),
         ({"alpha": -1.0}, "finite and 0 or more"),
