@@ -227,7 +227,9 @@ def print_repair(repair: "Repair") -> None:
         print(f"written anew, not byte for byte the same: {name}")
     for damage in repair.left:
         print(f"cannot be mended: {damage.file}: {damage.message}; extract again")
-    print("ok" if repair.ok else f"{len(repair.left)} damaged")
+    count = len(repair.missing_parts)
+    missing = f", {count} parts not extracted yet: give the same `residua extract`" if count else ""
+    print(f"{'ok' if repair.ok else f'{len(repair.left)} damaged'}{missing}")
 
 
 def print_export(folder: Path, index: dict[str, Any]) -> None:

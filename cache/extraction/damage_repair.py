@@ -32,7 +32,7 @@ from ..progress import StageProgress
 from ..store.activation_cache import FOLDERS, ActivationCache
 from ..store.checked_arrays import array_of_metadata
 from ..store.lineage import open_ancestor
-from ..store.verification import Damage, Verification, read_journal, verify
+from ..store.verification import Damage, Verification, read_journal, target_names, verify
 from .model_reload import load_cache_model
 from .record_repair import rebuild_base_records, rebuild_part_records
 
@@ -55,6 +55,8 @@ class Repair:
     whose record was lost: nothing says what their bytes were."""
     removed: tuple[str, ...] = ()
     """Damaged folders of kept moments; the next fit computes them again."""
+    missing_parts: tuple[int, ...] = ()
+    """Parts that lack an array: the same extraction as before goes on with them."""
 
     @property
     def ok(self) -> bool:
@@ -87,7 +89,11 @@ def repair(
         return Repair((), (), ())
     for damage in verification.damages:
         if damage.file == "manifest.json":
-            raise CorruptError(damage.message)
+            raise CorruptError(
+                f"{damage.message}; nothing else in the cache says all that the manifest said: if "
+                "it is damaged or lost, the same `residua extract` as before makes it again and "
+                "keeps the shards"
+            )
     if any(damage.file in FOLDERS and damage.file != "moments" for damage in verification.damages):
         return Repair((), (), verification.damages)  # a link in place of a folder
     manifest = Manifest.read(path / "manifest.json")
@@ -100,14 +106,16 @@ def repair(
     digests = read_journal(path, manifest).base.files
     mended += _copy_array_metadata(path, digests, verification.damages)
     mended += _make_array_metadata(path, manifest, digests, verification.damages, mended)
+    if mended or base_records.names:
+        verification = verify(path, stage)
     part_records = rebuild_part_records(path, manifest, verification)
     rebuilt = [*base_records.names, *part_records.names]
     lost = [*base_records.lost, *part_records.lost]
-    if mended or rebuilt:
+    if part_records.names:
         verification = verify(path, stage)
     damages = [damage for damage in verification.damages if damage.file not in mended]
     damages += [damage for damage in lost if all(damage.file != d.file for d in damages)]
-    damages = [damage for damage in damages if damage.file.removeprefix("moments/") not in removed]
+    damages = [d for d in damages if not d.file.startswith(tuple(f"{name}/" for name in removed))]
 
     # Head and shards, with the model.
     changed: list[str] = []
@@ -121,20 +129,29 @@ def repair(
         rebuilt += shards.unrecorded
 
     done = {*mended, *changed, *rebuilt}
+    contents = read_journal(path, manifest)
+    names, parts = target_names(manifest, contents), contents.parts
+    missing_parts = [
+        part
+        for part in verification.missing_parts
+        if part not in parts or names - parts[part].arrays.keys()
+    ]
     return Repair(
         mended=tuple(mended),
         changed=tuple(changed),
         left=tuple(damage for damage in damages if damage.file not in done),
         rebuilt=tuple(rebuilt),
         removed=tuple(removed),
+        missing_parts=tuple(missing_parts),
     )
 
 
 def _remove_moments(path: Path, verification: Verification) -> list[str]:
     """Remove the folders of damaged moments; their names inside the cache."""
-    names = [damage.file for damage in verification.damages if damage.file.startswith("moments/")]
+    files = [damage.file for damage in verification.damages]
+    names = ["/".join(file.split("/")[:2]) for file in files if file.startswith("moments/")]
     removed = []
-    for name in dict.fromkeys("/".join(name.split("/")[:2]) for name in names):
+    for name in dict.fromkeys(names):
         folder = confined_path(path, f"{name}/x").parent if not _is_link(path / name) else None
         if folder is None:
             (path / name).unlink()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
+from ..files.confined_files import is_regular
 from ..files.json_files import file_digest, make_folder, write_json
 from ..files.staging import publish_folder, staging_folder, sweep_staging
 from ..format.dtypes import LARGEST, STORED_DTYPES, encode_rows
@@ -99,7 +100,9 @@ def _check_request(
 
 
 def _head_files(cache: ActivationCache) -> list[Path]:
-    return [path for path in (cache.path / "head").iterdir() if path.is_file()]
+    """Files of the head that the journal names; links and other files in `head/` are no part."""
+    names = sorted(name for name in cache.journal.base()[1] if name.startswith("head/"))
+    return [cache.path / name for name in names if is_regular(cache.path, name)]
 
 
 def _table_files(

@@ -109,12 +109,12 @@ def verify(path: Path, progress: Progress | None = None) -> Verification:
     # Every shard, of arrays that are written whole and of parts.
     shards = list(_recorded_shards(contents))
     n_bytes = 0
+    has_bases = not any(damage.file.startswith("journal/base") for damage in damages)
     if manifest is not None:
         # Without all base records, arrays are checked against the manifest alone.
-        has_bases = not any(name.startswith("base") for name in contents.damaged)
         files = None if has_bases else contents.base.files
         arrays = _Arrays(ArrayMetadata(path, manifest, contents.journal, files), damages)
-        damages += _check_tables(arrays, contents.base)
+        damages += _check_tables(arrays, contents.base) if has_bases else ()
         for done, shard in enumerate(shards, 1):
             damages += _check_shard(arrays, shard)
             n_bytes += shard.record.bytes
@@ -125,8 +125,9 @@ def verify(path: Path, progress: Progress | None = None) -> Verification:
 
     missing_parts: tuple[int, ...] = ()
     lost_records: list[str] = []
-    # The number of parts is that of a stranger until as many tokens are there.
-    if manifest is not None and not any(_is_about_tokens(damage) for damage in damages):
+    # The number of parts may be a stranger's, until as many tokens are there.
+    has_tokens = has_bases and not any(_is_about_tokens(damage) for damage in damages)
+    if manifest is not None and has_tokens:
         names = target_names(manifest, contents)
         parts, n_parts = contents.parts, manifest.layout.parts(manifest.tokens.positions)
         missing_parts = tuple(
@@ -175,10 +176,7 @@ def _read_manifest(path: Path, damages: list[Damage]) -> Manifest | None:
             check_regular(path, "manifest.json")
             return Manifest.read(path / "manifest.json")
         except FileNotFoundError:
-            raise NotFoundError(
-                "the manifest is missing, and nothing else says all that it said; the same "
-                "`residua extract` as before makes it again and keeps the shards"
-            ) from None
+            raise NotFoundError("the manifest is missing") from None
     return None
 
 

@@ -14,18 +14,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...cache.errors import CorruptError, NoSpaceError, NotFoundError, UsageError
+from ...cache.files.confined_files import check_regular
 from ...cache.files.json_files import json_digest, make_folder
 from ...cache.files.paths import is_remote, list_folder, store_of, total_bytes, upload_folder
 from ...cache.files.staging import publish_folder, staging_folder, sweep_staging
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.lineage import cache_lineage
 from ...cache.tokens.segments import has_document_borders
-from .moment_set import TABLE, MomentSet, scope_of
+from .moment_set import TABLE, TENSORS, MomentSet, scope_of
 from .moments_table import read_moments_table
 from .pass_plan import MomentRequest
 from .row_identity import layer_digest, same_documents, same_rows, same_sequences, sequences_digest
 from .shifted_sums import LayerOffsetTarget
 
+FOLDER = "moments"
+"""Folder of all kept moments in that of the cache."""
 SHARE = 4
 """By default, kept moments take at most 1/SHARE of the bytes of the residual streams."""
 SPARE_BYTES = 64 << 20
@@ -61,7 +64,7 @@ class Inherited:
 
 def moments_folder(cache: ActivationCache) -> Path:
     """Folder of all kept moments of a cache."""
-    return cache.path / "moments"
+    return cache.path / FOLDER
 
 
 def moment_entries(cache: ActivationCache) -> Iterator[MomentEntry]:
@@ -70,6 +73,8 @@ def moment_entries(cache: ActivationCache) -> Iterator[MomentEntry]:
         if path.name.startswith("."):
             continue
         with suppress(OSError, CorruptError):  # damaged, or removed meanwhile
+            for file in (TABLE, TENSORS):
+                check_regular(cache.path, f"{FOLDER}/{path.name}/{file}")
             yield MomentEntry(path, read_moments_table(path / TABLE, of_cache=True))
 
 

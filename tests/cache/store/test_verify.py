@@ -1,5 +1,7 @@
 """Claims about `verify`: whatever is changed, cut, deleted or swapped is found and named."""
 
+import errno
+import os
 import random
 import shutil
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from residua.cache.files.json_files import json_digest, read_json, write_json
+from residua.cache.format.manifest import Manifest
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.verification import verify
 from residua.probes.ridge.ridge_probe import RidgeProbe
@@ -239,6 +243,81 @@ def test_a_part_that_was_never_committed_is_missing_not_damaged(damaged):
     result = verify(damaged)
     assert result.ok
     assert result.missing_parts == (1,)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("kind", ["link", "FIFO", "folder"])
+def test_a_file_of_another_kind_is_named_and_not_waited_for(damaged, tmp_path, file, kind):
+    """Even a link to the very bytes that were written: they are not in the cache."""
+    path = damaged / file
+    if kind == "link":
+        path.symlink_to(path.rename(tmp_path / "elsewhere"))
+    else:
+        path.unlink()
+        os.mkfifo(path) if kind == "FIFO" else path.mkdir()
+    found = {damage.file: damage.message for damage in verify(damaged).damages}
+    assert f"is a {kind}, where a cache has a regular file" in found[file]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_an_empty_file_is_named(damaged, file):
+    (damaged / file).write_bytes(b"")
+    assert file in [damage.file for damage in verify(damaged).damages]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "manifest.json",
+        "journal/base.json",
+        "journal/00000001.json",
+        "head/head.json",
+        "arrays.zarr/tokens/ids/zarr.json",
+    ],
+)
+def test_a_file_that_the_disk_cannot_read_is_damage(damaged, file, monkeypatch):
+    open_file, read_manifest = os.open, Manifest.read
+
+    def fail(path, *args, **kwargs):
+        if str(path).endswith(Path(file).name):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return open_file(path, *args, **kwargs)
+
+    def fail_to_read(path):
+        if file == "manifest.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read_manifest(path)
+
+    monkeypatch.setattr(os, "open", fail)
+    monkeypatch.setattr(Manifest, "read", fail_to_read)
+    found = {damage.file: damage.message for damage in verify(damaged).damages}
+    assert "input/output error" in found[file]
+
+
+def test_a_record_before_a_later_one_cannot_be_missing(damaged):
+    record = damaged / "journal/00000001.json"
+    record.rename(damaged / "journal/00000001.2.json")
+    found = [damage.file for damage in verify(damaged).damages]
+    assert found == ["journal/00000001.json", "journal/00000001.1.json"]
+
+
+def test_base_records_that_do_not_name_every_shard_of_a_table_are_damage(damaged):
+    base = read_json(damaged / "journal/base.json")
+    for shards in ({}, {"1": base["arrays"]["sequences/split"]["0"]}):
+        base["arrays"]["sequences/split"] = shards
+        write_json(damaged / "journal/base.json", base)
+        found = [damage.file for damage in verify(damaged).damages]
+        assert "journal/base.json" in found
+
+
+def test_a_manifest_of_more_parts_than_tokens_are_there_names_no_parts(damaged):
+    manifest = read_json(damaged / "manifest.json")
+    manifest["identity"]["tokens"]["positions"] = 1 << 26
+    manifest["id"] = json_digest(manifest["identity"])
+    write_json(damaged / "manifest.json", manifest)
+    result = verify(damaged)
+    assert not result.ok
+    assert result.missing_parts == ()
 
 
 def test_progress_counts_shards(pristine):
