@@ -267,9 +267,10 @@ def main() -> None:
             calls = calls_on_cache(target, work / "out", rng)
         n_calls += len(calls)
         for name, text in run_bounded(calls).items():
-            place = f"{failure_place(text)}"
+            place = failure_place(text)
             report = f"{seed} {number} {source.name} {name}: {done}\n{text}"
             failures.setdefault(place, []).append(report)
+            print(f"{number} {place}", file=sys.stderr, flush=True)
         shutil.rmtree(work)
     print(json.dumps({"calls": n_calls, "failures": failures}))
 
