@@ -20,6 +20,7 @@ from ...cache.files.json_fields import (
     as_object,
     as_text,
     checking_fields,
+    digest_field,
     integer_field,
     list_field,
     object_field,
@@ -56,6 +57,8 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{path.parent} holds a probe of kind {shown(kind)}, written by residua "
                 f"{shown(version)}; this version knows {', '.join(KINDS)}"
             )
+        text_field(config, "residua")
+        digest_field(config, "tensors")
         check_params(object_field(config, "params"), with_probe="/" in kind)
         _check_types(config.get("param_types", {}))
         _check_fit(config)

@@ -38,6 +38,7 @@ def forged_probe(
     ("kind", "forge"),
     [
         ("ridge", lambda c, t: c.pop("split")),
+        ("ridge", lambda c, t: c.pop("residua")),
         ("ridge", lambda c, t: c.update(d_model="32")),
         ("ridge", lambda c, t: c.update(d_model=1 << 40)),
         ("ridge", lambda c, t: c.update(d_model=31)),
