@@ -20,7 +20,7 @@ from ..files.confined_files import confined_digest, confined_path, read_confined
 from ..files.json_files import file_digest, write_atomically
 from ..files.leases import lease_part
 from ..files.paths import is_remote, list_folder
-from ..format.array_writer import create_part_array
+from ..format.array_writer import create_part_array, create_table
 from ..format.dtypes import STORED_DTYPES
 from ..format.journal import ShardRecord
 from ..format.layout import array_key, array_name
@@ -30,7 +30,7 @@ from ..forward.part_runner import PartRunner
 from ..model.source import ModelSource
 from ..progress import StageProgress
 from ..store.activation_cache import FOLDERS, ActivationCache
-from ..store.checked_arrays import array_of_metadata
+from ..store.checked_arrays import LABEL_DTYPES, LABELS, TABLE_DTYPES, array_of_metadata
 from ..store.lineage import open_ancestor
 from ..store.verification import Damage, Verification, read_journal, target_names, verify
 from .model_reload import load_cache_model
@@ -208,17 +208,35 @@ def _make_array_metadata(
     names = {d.file for d in damages if d.file in digests} - set(mended)
     for name in sorted(names):
         array = array_of_metadata(name)
-        if array is None or not array.startswith(("residual/", "logits/")):
-            continue
-        for dtype in STORED_DTYPES:
+        for dtype in () if array is None else _possible_dtypes(array):
+            assert array is not None
             with tempfile.TemporaryDirectory(prefix="residua-") as folder:
-                create_part_array(Path(folder), manifest, array, dtype)
+                _create_array(Path(folder), manifest, array, dtype)
                 new_file = Path(folder) / array / "zarr.json"
                 if new_file.is_file() and file_digest(new_file) == digests[name]:
                     if _write_file(path, name, new_file.read_bytes()):
                         restored.append(name)
                     break
     return restored
+
+
+def _possible_dtypes(array: str) -> tuple[str, ...]:
+    """Dtypes that the array may have; empty for one whose length the manifest does not say."""
+    if array.startswith(("residual/", "logits/")):
+        return tuple(STORED_DTYPES)
+    if array.startswith(LABELS):
+        return LABEL_DTYPES
+    return TABLE_DTYPES.get(array, ()) if array.startswith(("tokens/", "sequences/")) else ()
+
+
+def _create_array(store: Path, manifest: Manifest, array: str, dtype: str) -> None:
+    """Create the empty array of the cache of `manifest` in the group `store`."""
+    if array.startswith(("residual/", "logits/")):
+        create_part_array(store, manifest, array, dtype)
+        return
+    tokens = manifest.tokens
+    length = tokens.positions if array.startswith("tokens/") else tokens.sequences
+    create_table(store, array, length, dtype)
 
 
 def _digest_or_none(path: Path, name: str) -> str | None:

@@ -160,11 +160,20 @@ def read_confined(folder: Path, name: str, most: int | None = None) -> bytes:
     if is_remote(folder):
         check_name(folder, name)
         return (folder / name).read_bytes()
-    with open_confined(folder, name) as file:
-        size = os.fstat(file.fileno()).st_size
+    descriptor = open_regular(folder, name)
+    try:
+        size = os.fstat(descriptor).st_size
         if most is not None and size > most:
             raise CorruptError(f"{folder / name} has {size} bytes; such a file has at most {most}")
-        return file.read()
+        blocks = []
+        while block := os.read(descriptor, max(size, 1) + 1):
+            blocks.append(block)
+        return b"".join(blocks)
+    except OSError as error:
+        error.filename = str(folder / name)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def read_confined_json(folder: Path, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .array_writer import create_logits as create_logits
     from .array_writer import create_part_array as create_part_array
     from .array_writer import create_residual as create_residual
+    from .array_writer import create_table as create_table
     from .array_writer import write_table as write_table
     from .compressed_shard import shard_writer_for as shard_writer_for
     from .compression import check_codec as check_codec

@@ -107,18 +107,8 @@ def write_table(
 
     Returns shard number -> `bytes` and `crc32c` of the shard, for the journal.
     """
-    chunk_rows = min(TABLE_CHUNK_ROWS, 1 << max(0, len(values) - 1).bit_length())
-    shard_rows = chunk_rows * TABLE_CHUNKS_PER_SHARD
-    spec = _ArraySpec(
-        name=name,
-        shape=(len(values),),
-        dtype=values.dtype.str,
-        chunk_rows=chunk_rows,
-        shard_rows=shard_rows,
-        axes=(AXES[name.split("/")[0]],),
-        attributes=attributes or {},
-    )
-    array = _create_array(store, spec)
+    array = create_table(store, name, len(values), values.dtype.str, attributes)
+    chunk_rows, shard_rows = array.chunk_rows, array.shard_rows
     record = {}
     for shard in range(array.shards):
         start, stop = shard * shard_rows, min((shard + 1) * shard_rows, len(values))
@@ -127,6 +117,23 @@ def write_table(
             writer.write(first - start, values[first : min(first + chunk_rows, stop)])
         record[str(shard)] = writer.commit()
     return record
+
+
+def create_table(
+    store: Path, name: str, length: int, dtype: str, attributes: dict[str, Any] | None = None
+) -> ArrayLayout:
+    """Create the empty one-dimensional array `name`, `(length,)` of `dtype`, in `store`."""
+    chunk_rows = min(TABLE_CHUNK_ROWS, 1 << max(0, length - 1).bit_length())
+    spec = _ArraySpec(
+        name=name,
+        shape=(length,),
+        dtype=dtype,
+        chunk_rows=chunk_rows,
+        shard_rows=chunk_rows * TABLE_CHUNKS_PER_SHARD,
+        axes=(AXES[name.split("/")[0]],),
+        attributes=attributes or {},
+    )
+    return _create_array(store, spec)
 
 
 @dataclass(frozen=True)

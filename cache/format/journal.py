@@ -6,7 +6,8 @@ compares shards with their records. cache/README.md has the format.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,9 @@ class Journal:
 
     def read_base(self, name: str) -> BaseRecord:
         """Read the base record `name`; raises `NotFoundError` or `CorruptError`."""
-        return parse_base(self._read(name), self.folder / name)
+        raw = self._read(name)
+        with _advising_repair():
+            return parse_base(raw, self.folder / name)
 
     def read_record(self, name: str) -> PartRecord:
         """Read the commit record `name`; raises `NotFoundError` or `CorruptError`."""
@@ -187,10 +190,11 @@ class Journal:
 
     def _parse(self, raw: bytes, path: Path) -> PartRecord:
         """Parse a commit record and compare it with the manifest."""
-        record = parse_record(raw, path)
-        if self._manifest is not None and (reason := misfit(record, self._manifest)):
-            raise CorruptError(f"{path} is not a commit record of this cache: {reason}")
-        return record
+        with _advising_repair():
+            record = parse_record(raw, path)
+            if self._manifest is not None and (reason := misfit(record, self._manifest)):
+                raise CorruptError(f"{path} is not a commit record of this cache: {reason}")
+            return record
 
     def paths(self) -> list[Path]:
         """Files of the commit records by part; later records of a part after earlier ones."""
@@ -211,6 +215,15 @@ class Journal:
                 records.append((match[1], int(match[2] or 0), path))
         records.sort(key=lambda record: record[:2])
         return [(number, path) for _, number, path in records]
+
+
+@contextmanager
+def _advising_repair() -> Iterator[None]:
+    """Say in errors about a damaged record what to do."""
+    try:
+        yield
+    except CorruptError as error:
+        raise CorruptError(f"{error}; {MEND_ADVICE}") from None
 
 
 def _pattern(name: str) -> "re.Pattern[str]":
@@ -263,7 +276,7 @@ def parse_record(raw: bytes, path: Path) -> PartRecord:
     The part must be that of the file's name; unknown fields at the top level are ignored.
     """
     value = parse_json(raw, path)
-    with checking_fields(path, f"a commit record ({MEND_ADVICE})"):
+    with checking_fields(path, "a commit record"):
         part = integer_field(value, "part", 0, MAX_PARTS - 1)
         if path.name.partition(".")[0] != f"{part:08d}":
             raise FieldError(f"part is {part}, not that of the file's name")
@@ -297,7 +310,7 @@ def _parse_shard(shard: dict[str, Any]) -> ShardRecord:
 def parse_base(raw: bytes, path: Path) -> BaseRecord:
     """Parse the bytes of the base record at `path`; raises `CorruptError` for other bytes."""
     value = parse_json(raw, path)
-    with checking_fields(path, f"a base record ({MEND_ADVICE})"):
+    with checking_fields(path, "a base record"):
         arrays: dict[str, dict[str, ShardRecord]] = {}
         for name, shards in object_field(value, "arrays").items():
             if not (_TABLE.fullmatch(name) and is_confined_name(name)):

@@ -75,14 +75,21 @@ class ArrayMetadata:
         self.manifest = manifest
         self.journal = journal or Journal(path / "journal", manifest)
         self._files = files
+        self._base_files: dict[str, str] | None = None
 
     def digest_of(self, name: str) -> str | None:
         """Recorded sha256 of the `zarr.json` of the array `name`; None without a record.
 
         Raises `CorruptError` or `NotFoundError` if a base record is damaged or missing.
         """
-        files = self.journal.base()[1] if self._files is None else self._files
-        return files.get(metadata_file(name))
+        file = metadata_file(name)
+        if self._files is not None:
+            return self._files.get(file)
+        # Layers alone are added later: then the base records are listed again.
+        files = self._base_files
+        if files is None or (file not in files and name.startswith("residual/")):
+            files = self._base_files = self.journal.base()[1]
+        return files.get(file)
 
     def check_digest(self, name: str, raw: bytes) -> None:
         """Raise `CorruptError` unless `raw` is what was written as `zarr.json` of `name`."""

@@ -264,6 +264,18 @@ def test_base_records_are_made_again_with_the_same_content(
     assert_same_rows(damaged, tiny_cache)
 
 
+def test_metadata_of_every_array_are_made_again(tiny_cache: ActivationCache, damaged: Path) -> None:
+    before = files(damaged)
+    names = [name for name in before if name.endswith("/zarr.json") and name.count("/") > 2]
+    assert "arrays.zarr/sequences/split/zarr.json" in names
+    for name in names:
+        (damaged / name).unlink()
+    repaired = repair(damaged, NO_MODEL)
+    assert repaired.ok, repaired.left
+    assert sorted(repaired.mended) == sorted(names)
+    assert files(damaged) == before
+
+
 def test_all_records_can_be_lost_at_once(tiny_cache: ActivationCache, damaged: Path) -> None:
     names = {path.name for path in (damaged / "journal").iterdir()}
     for path in (damaged / "journal").iterdir():
