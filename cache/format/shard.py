@@ -219,7 +219,15 @@ class ShardReader:
         return len(self._bytes)
 
     def first_row(self) -> np.ndarray:
-        """First row of the file, `(1, ...)`, without a check of the checksum."""
+        """First row of the file, `(1, ...)`, without a check of the checksum.
+
+        Raises `CorruptError` for a file that is smaller than a row.
+        """
+        if len(self._bytes) < self.layout.row_bytes:
+            raise CorruptError(
+                f"{self.path} has {len(self._bytes)} bytes, less than one row of "
+                f"{self.layout.row_bytes}; run `residua verify`"
+            )
         row = self._bytes[: self.layout.row_bytes].view(self.layout.stored_dtype)
         return row.reshape(1, *self.layout.shape[1:])
 

@@ -23,9 +23,9 @@ from .head import NORMS, TENSORS, Head
 from .head_files import read_head_tensors
 from .program_head import ProgramHead
 
-LARGEST_FACTOR = 1e30
-"""Bound of eps, scale and softcap: all are numbers of float32."""
-SMALLEST_SOFTCAP = 1e-30
+LARGEST_FACTOR = 2.0**62
+"""Bound of eps, scale and softcap: numbers of float32, and of int64 where they are whole."""
+SMALLEST_SOFTCAP = 1e-18
 """Least softcap, by which logits are divided."""
 
 

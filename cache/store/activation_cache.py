@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import IncompleteError, NotFoundError, UsageError
+from ..errors import CorruptError, IncompleteError, NotFoundError, UsageError
 from ..files.confined_files import check_folders, is_regular, read_confined
 from ..files.json_fields import MAX_JSON_BYTES
 from ..files.paths import as_path, is_remote, total_bytes
@@ -32,6 +32,12 @@ from ..format.logits_arrays import (
 from ..format.manifest import SHORT_ID, Manifest
 from ..number_ranges import format_ranges
 from ..tokens.splits import SPLITS
+from ..tokens.table_checks import (
+    check_contexts,
+    check_extents,
+    check_numbers,
+    words_of_codes,
+)
 from .checked_arrays import LABELS, ArrayMetadata, CheckedArray, array_of_metadata, named_layers
 
 if TYPE_CHECKING:
@@ -191,12 +197,20 @@ class ActivationCache:
     @cached_property
     def sequence_start(self) -> np.ndarray:
         """First position of each sequence, `(sequences,)` int64."""
-        return self.array("sequences/start")[:]
+        return self._sequence_extents[0]
 
     @cached_property
     def sequence_length(self) -> np.ndarray:
         """Tokens of each sequence, `(sequences,)` int64."""
-        return self.array("sequences/length")[:].astype(np.int64)
+        return self._sequence_extents[1]
+
+    @cached_property
+    def _sequence_extents(self) -> tuple[np.ndarray, np.ndarray]:
+        """First position and number of positions of each sequence, checked against each other."""
+        start = self.array("sequences/start")[:]
+        length = self.array("sequences/length")[:].astype(np.int64)
+        check_extents(start, length, self.positions, f"{self.path}: sequences")
+        return start, length
 
     def positions_of(self, sequences: np.ndarray) -> np.ndarray:
         """Positions of the sequences `sequences`, one sequence after the other, `(n,)` int64."""
@@ -232,7 +246,15 @@ class ActivationCache:
         from tokenizers import Tokenizer
 
         raw = read_confined(self.path, "head/tokenizer.json", MAX_JSON_BYTES)
-        return Tokenizer.from_str(raw.decode("utf-8"))
+        try:
+            return Tokenizer.from_str(raw.decode("utf-8"))
+        except BaseException as error:
+            # tokenizers raises bare Exception, and its panics are not even that.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise CorruptError(
+                f"{self.path / 'head' / 'tokenizer.json'} is not a tokenizer: {error}"
+            ) from None
 
     def following_tokens(self, positions: np.ndarray, across_documents: bool = False) -> np.ndarray:
         """Token that follows each of `positions` in its context, `(n,)` int64; -1 at the end.
@@ -323,10 +345,11 @@ class ActivationCache:
             return Contexts(self.tokens, start, length, start, length)
         context_of_sequence = self.sequence_context
         start, length = self.array("contexts/start")[:], self.array("contexts/length")[:]
+        ids = self.array("context/ids")
+        check_extents(start, length, len(ids), f"{self.path}: contexts")
+        check_contexts(context_of_sequence, len(start), f"{self.path}: sequences/context")
         rows = np.bincount(context_of_sequence, self.sequence_length, len(start)).astype(np.int64)
-        return Contexts(
-            self.array("context/ids"), start, length.astype(np.int64), np.cumsum(rows) - rows, rows
-        )
+        return Contexts(ids, start, length.astype(np.int64), np.cumsum(rows) - rows, rows)
 
     @cached_property
     def sequence_context(self) -> np.ndarray:
@@ -428,13 +451,14 @@ class ActivationCache:
         if not self.has_categories(f"sequences/labels/{name}"):
             return values
         words = [*self.categories(f"sequences/labels/{name}"), missing]
+        check_numbers(values, len(words) - 1, f"{self.path}: sequences/labels/{name}", low=-1)
         # numpy's str dtype drops a NUL at the end of a word.
         fits_str = missing is not None and not any(word and word[-1] == "\0" for word in words)
         return np.array(words, None if fits_str else object)[values]
 
     def categories(self, name: str) -> tuple[str, ...]:
         """Word of each code of the array `name`; empty if the array's numbers are not codes."""
-        return tuple(self.array(name).attributes.get("categories", ()))
+        return words_of_codes(self.array(name).attributes, f"{self.path}: {name}")
 
     def has_categories(self, name: str) -> bool:
         """Whether the numbers of the array `name` are codes of words."""

@@ -25,6 +25,7 @@ from ..format.journal import Journal
 from ..format.layout import TABLE_CHUNK_ROWS, TABLE_CHUNKS_PER_SHARD, ArrayLayout
 from ..format.logits_arrays import list_logits_arrays
 from ..format.manifest import Manifest
+from ..tokens.table_checks import TOKEN_IDS, check_numbers
 
 GROUP = "arrays.zarr"
 """Folder of all arrays."""
@@ -119,6 +120,8 @@ class CheckedArray(CacheArray):
         self._cache = metadata.path
         self._name = name
         self._metadata: ArrayMetadata | None = metadata
+        # Token ids choose rows of matrices of this length.
+        self._vocab = metadata.manifest.vocab if name in TOKEN_IDS else None
         super().__init__(metadata.path / GROUP / name, journal)
         # From here on, the array stands for itself; the metadata would be pickled and kept alive.
         self._metadata = None
@@ -132,6 +135,18 @@ class CheckedArray(CacheArray):
     def _check_layout(self) -> None:
         assert self._metadata is not None
         self._metadata.check_layout(self._name, self.layout)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        rows = super().read(start, stop)
+        if self._vocab is not None:
+            check_numbers(rows, self._vocab, f"{self._cache}: {self._name}")
+        return rows
+
+    def take_stored(self, rows: np.ndarray) -> np.ndarray:
+        stored = super().take_stored(rows)
+        if self._vocab is not None:
+            check_numbers(stored, self._vocab, f"{self._cache}: {self._name}")
+        return stored
 
     def _check_shard(self, shard: int) -> None:
         if not self._remote:
@@ -170,8 +185,8 @@ def metadata_file(name: str) -> str:
 def array_of_metadata(file: str) -> str | None:
     """Inverse of `metadata_file`; None for any other file, and for the metadata of a group."""
     name = file.removeprefix(f"{GROUP}/").removesuffix("/zarr.json")
-    is_array = metadata_file(name) == file and "/" in name and f"{name}/" != LABELS
-    return name if is_array else None
+    is_group = "/" not in name or f"{name}/" == LABELS
+    return name if metadata_file(name) == file and not is_group else None
 
 
 def named_layers(files: Iterable[str], depth: int) -> tuple[int, ...]:

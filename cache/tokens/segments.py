@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import CorruptError, UsageError
 
 BLOCK_POSITIONS = 1 << 18
 """Positions per block of a pass over a whole cache."""
@@ -152,7 +152,14 @@ def _indices_between(is_first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def context_indices(cache: SequenceIndex, positions: np.ndarray) -> np.ndarray:
     """Index of each of `positions` in its context, `(n,)` int64."""
     if is_sparse(cache):
-        return cache.token_index.take(positions).astype(np.int64)
+        index = cache.token_index.take(positions).astype(np.int64)
+        context = cache.sequence_context[sequence_of(cache, positions)]
+        if ((index < 0) | (index >= cache.contexts.length[context])).any():
+            raise CorruptError(
+                "tokens/index holds numbers beyond the contexts; copy the cache again, or extract "
+                "it again"
+            )
+        return index
     return positions - cache.sequence_start[sequence_of(cache, positions)]
 
 

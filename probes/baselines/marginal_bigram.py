@@ -11,6 +11,7 @@ import numpy as np
 
 from ...cache.errors import UsageError
 from ..base.readout import ReadoutBatch
+from ..base.saved_tensors import SavedTensors
 from .ngrams import Bigram
 from .token_counts import row_sums, token_array
 
@@ -91,9 +92,9 @@ class MarginalBigram(Bigram):
     def _saved_tensors(self) -> dict[str, np.ndarray]:
         return {**super()._saved_tensors(), "depth": np.array([self.depth_])}
 
-    def _restore_tensors(self, tensors: dict[str, np.ndarray]) -> None:
+    def _restore_tensors(self, tensors: SavedTensors) -> None:
         super()._restore_tensors(tensors)
-        self.depth_ = int(tensors["depth"][0])
+        self.depth_ = int(tensors.array("depth", (1,), "iu")[0])
 
 
 class BigramChain(MarginalBigram):

@@ -17,6 +17,7 @@ import numpy as np
 from ...cache.errors import UsageError
 from ...cache.tokens.segments import context_blocks, context_numbers, document_of
 from ..base.readout import ReadoutBatch
+from ..base.saved_tensors import SavedTensors
 from .token_counts import (
     BLOCK_TOKENS,
     CountBaseline,
@@ -99,8 +100,8 @@ class Bigram(CountBaseline):
     def _saved_tensors(self) -> dict[str, np.ndarray]:
         return pack_table("pairs", self.counts_)
 
-    def _restore_tensors(self, tensors: dict[str, np.ndarray]) -> None:
-        self.counts_ = unpack_table("pairs", tensors, len(self.unigram_))
+    def _restore_tensors(self, tensors: SavedTensors) -> None:
+        self.counts_ = unpack_table("pairs", tensors, len(self.unigram_), len(self.unigram_))
 
 
 class CrossFittedBigram(Bigram):
@@ -205,9 +206,9 @@ class LaggedBigram(CountBaseline):
             tensors |= pack_table(str(offset), table)
         return tensors
 
-    def _restore_tensors(self, tensors: dict[str, np.ndarray]) -> None:
+    def _restore_tensors(self, tensors: SavedTensors) -> None:
         vocab = len(self.unigram_)
-        self.counts_ = {n: unpack_table(str(n), tensors, vocab) for n in self._offsets()}
+        self.counts_ = {n: unpack_table(str(n), tensors, vocab, vocab) for n in self._offsets()}
 
 
 def bigram_log_probabilities(
@@ -258,8 +259,8 @@ class Unigram(CountBaseline):
     def _saved_tensors(self) -> dict[str, np.ndarray]:
         return {"count": self.counts_}
 
-    def _restore_tensors(self, tensors: dict[str, np.ndarray]) -> None:
-        self.counts_ = tensors["count"]
+    def _restore_tensors(self, tensors: SavedTensors) -> None:
+        self.counts_ = tensors.array("count", self.unigram_.shape, "iu")
 
 
 CONTEXTS = 1 << 20
@@ -343,11 +344,11 @@ class Trigram(CountBaseline):
             **pack_table("pairs", self.pairs_),
         }
 
-    def _restore_tensors(self, tensors: dict[str, np.ndarray]) -> None:
+    def _restore_tensors(self, tensors: SavedTensors) -> None:
         vocab = len(self.unigram_)
-        self.contexts_ = tensors["contexts"]
-        self.counts_ = unpack_table("triples", tensors, vocab)
-        self.pairs_ = unpack_table("pairs", tensors, vocab)
+        self.contexts_ = tensors.array("contexts", (None,), "iu")
+        self.counts_ = unpack_table("triples", tensors, vocab, len(self.contexts_))
+        self.pairs_ = unpack_table("pairs", tensors, vocab, vocab)
 
 
 def most_frequent_pairs(pairs: "csr_matrix", number: int) -> np.ndarray:

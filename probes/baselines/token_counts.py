@@ -6,7 +6,7 @@ positions are rows of the cache. Tokens of two documents are no pair, unless `ac
 Tables are sparse, `(contexts, vocab)` int64: row a counts the tokens that follow a.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -17,6 +17,7 @@ from ...cache.number_ranges import as_tuple
 from ...cache.tokens.segments import PairScope, context_blocks, context_numbers
 from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
+from ..base.saved_tensors import SavedTensors
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -89,7 +90,7 @@ class CountBaseline(FittedProbe, Params):
         """The counts as named tensors."""
         raise NotImplementedError
 
-    def _restore_tensors(self, tensors: dict[str, np.ndarray]) -> None:
+    def _restore_tensors(self, tensors: SavedTensors) -> None:
         """Set the counts from the tensors of `_saved_tensors`; `unigram_` is set already."""
         raise NotImplementedError
 
@@ -100,16 +101,17 @@ class CountBaseline(FittedProbe, Params):
 
     @classmethod
     def restore(
-        cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
+        cls, params: dict[str, Any], config: dict[str, Any], tensors: Mapping[str, np.ndarray]
     ) -> Self:
         """The fitted baseline that `state` described."""
+        tensors = SavedTensors.of(tensors)
         offsets = params["offsets"]
         # The first version wrote every tuple as a list, and no types of parameters.
         if "param_types" not in config and isinstance(offsets, list):
             params = {**params, "offsets": tuple(offsets)}
         baseline = cls(**params)
         baseline._restore_origin(config)
-        baseline.unigram_ = tensors["unigram"]
+        baseline.unigram_ = tensors.array("unigram", (None,))
         baseline._restore_tensors(tensors)
         return baseline
 
@@ -272,11 +274,24 @@ def pack_table(name: str, table: "csr_matrix") -> dict[str, np.ndarray]:
     }
 
 
-def unpack_table(name: str, tensors: dict[str, np.ndarray], columns: int) -> "csr_matrix":
-    """The sparse table that `pack_table` turned into tensors."""
+def unpack_table(
+    name: str, tensors: SavedTensors, columns: int, rows: int | None = None
+) -> "csr_matrix":
+    """The sparse table that `pack_table` turned into tensors, of `rows` rows (None: any number).
+
+    Raises `CorruptError` for tensors that are no table of `columns` columns.
+    """
     from scipy.sparse import csr_matrix
 
-    row, column, count = (tensors[f"{name}.{part}"] for part in ("row", "column", "count"))
+    row = tensors.array(f"{name}.row", (None if rows is None else rows + 1,), "iu")
+    column = tensors.array(f"{name}.column", (None,), "iu")
+    count = tensors.array(f"{name}.count", column.shape, "iu")
+    if not len(row) or row[0] != 0 or row[-1] != len(column) or (row[1:] < row[:-1]).any():
+        raise tensors.refuse(f"{name}.row", "does not divide the columns into rows")
+    if len(column) and not (column.min() >= 0 and column.max() < columns):
+        raise tensors.refuse(f"{name}.column", f"has columns beyond the {columns} of the table")
+    if len(count) and count.min() < 0:
+        raise tensors.refuse(f"{name}.count", "has negative counts")
     return csr_matrix((count, column, row), shape=(len(row) - 1, columns))
 
 

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from ...cache.errors import NotFoundError, ResiduaWarning, UsageError
+from ...cache.files.json_fields import integer_field
 from ...cache.number_ranges import as_tuple, as_whole_number
 from ...cache.progress import StageProgress
 from ...cache.store.activation_cache import ActivationCache
 from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
 from ..base.resources import default_memory
+from ..base.saved_tensors import SavedTensors
 from ..lens.logit_lens import LogitLens
 from ..moments.moment_sources import obtain_moments
 from ..moments.moments import Moments, merge_all
@@ -308,14 +310,15 @@ class CausalBasis(FittedProbe, Params):
 
     @classmethod
     def restore(
-        cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
+        cls, params: dict[str, Any], config: dict[str, Any], tensors: Mapping[str, np.ndarray]
     ) -> "CausalBasis":
         """The fitted bases that `state` described."""
-        probe = cls(**params)
+        tensors = SavedTensors.of(tensors)
+        probe, width = cls(**params), config["d_model"]
         probe._rows = {}
         probe.bases_, probe.pca_, probe.random_ = {}, {}, {}
         for row in config["pairs"]:
-            layer = row["layer"]
+            layer = integer_field(row, "layer")
             columns = {name: value for name, value in row.items() if name != "offset"}
             probe._rows[layer] = with_number_keys(columns)
             for name, bases in (
@@ -324,9 +327,9 @@ class CausalBasis(FittedProbe, Params):
                 ("random", probe.random_),
             ):
                 bases[layer] = LayerBasis(
-                    tensors[f"{layer}.{name}.encoder"],
-                    tensors[f"{layer}.{name}.decoder"],
-                    tensors[f"{layer}.reference"],
+                    tensors.array(f"{layer}.{name}.encoder", (None, width)),
+                    tensors.array(f"{layer}.{name}.decoder", (None, width)),
+                    tensors.array(f"{layer}.reference", (width,)),
                 )
         probe.lens_ = config["lens"]
         probe._restore_origin(config)

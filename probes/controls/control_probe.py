@@ -4,6 +4,7 @@
 targets are replaced; positions meet by the permutation of `position_shuffle.py`.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ class ControlProbe(FittedProbe, Params):
 
     @classmethod
     def restore(
-        cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
+        cls, params: dict[str, Any], config: dict[str, Any], tensors: Mapping[str, np.ndarray]
     ) -> "ControlProbe":
         """The fitted control that `state` described; `params["probe"]` is a kind and its params."""
         from ..saved.kinds import probe_class

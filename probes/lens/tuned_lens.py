@@ -20,6 +20,7 @@ from ..base.fitted_maps import FittedMaps
 from ..base.pair_offsets import check_pair_offsets
 from ..base.params import Params
 from ..base.readout import LayerOffset, ReadoutBatch
+from ..base.saved_tensors import SavedTensors
 from ..ridge.solver import AffineMap
 from ..saved.save import check_finite
 
@@ -244,13 +245,17 @@ class TunedLens(FittedMaps[LayerOffset], Params):
 
     @classmethod
     def restore(
-        cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
+        cls, params: dict[str, Any], config: dict[str, Any], tensors: Mapping[str, np.ndarray]
     ) -> "TunedLens":
         """The fitted lens that `state` described."""
-        lens = cls(**params)
+        tensors = SavedTensors.of(tensors)
+        lens, width = cls(**params), config["d_model"]
         rows = {(row["layer"], row["offset"]): row for row in config["pairs"]}
         maps = {
-            (la, n): AffineMap(tensors[f"{la}.{n}.weight"], tensors[f"{la}.{n}.bias"])
+            (la, n): AffineMap(
+                tensors.array(f"{la}.{n}.weight", (width, None)),
+                tensors.array(f"{la}.{n}.bias", (None,)),
+            )
             for la, n in rows
         }
         lens._set_maps(maps, config["d_model"])

@@ -14,13 +14,14 @@ from typing import Any
 
 from ...cache.errors import CorruptError, NoSpaceError, NotFoundError, UsageError
 from ...cache.files.confined_files import check_regular
-from ...cache.files.json_files import json_digest, make_folder, read_json
+from ...cache.files.json_files import json_digest, make_folder
 from ...cache.files.paths import is_remote, list_folder, store_of, total_bytes, upload_folder
 from ...cache.files.staging import publish_folder, staging_folder, sweep_staging, temporary_folder
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.lineage import cache_lineage
 from ...cache.tokens.segments import has_document_borders
 from .moment_set import TABLE, TENSORS, MomentSet, scope_of
+from .moments_table import read_moments_table
 from .pass_plan import MomentRequest
 from .row_identity import layer_digest, same_documents, same_rows, same_sequences, sequences_digest
 from .shifted_sums import LayerOffsetTarget
@@ -73,7 +74,7 @@ def moment_entries(cache: ActivationCache) -> Iterator[MomentEntry]:
         with suppress(OSError, CorruptError):  # damaged, or removed meanwhile
             for file in (TABLE, TENSORS):
                 check_regular(cache.path, f"{FOLDER}/{path.name}/{file}")
-            yield MomentEntry(path, read_json(path / TABLE))
+            yield MomentEntry(path, read_moments_table(path / TABLE, of_cache=True))
 
 
 def find_kept(cache: ActivationCache, request: MomentRequest) -> EntryOf:
@@ -140,8 +141,11 @@ def inherited_moments(
         lacking -= set(entry_of)
 
 
-def load_kept(entry_of: EntryOf, pairs: Iterable[LayerOffsetTarget]) -> MomentSet:
-    """The moments of `pairs`; removes a damaged folder, and raises `CorruptError`."""
+def load_kept(entry_of: EntryOf, pairs: Iterable[LayerOffsetTarget], d_model: int) -> MomentSet:
+    """The moments of `pairs`, of rows of width `d_model`.
+
+    Removes a damaged folder, and raises `CorruptError`.
+    """
     pairs_of_folder: dict[Path, list[LayerOffsetTarget]] = {}
     for pair in pairs:
         pairs_of_folder.setdefault(entry_of[pair].path, []).append(pair)
@@ -149,7 +153,7 @@ def load_kept(entry_of: EntryOf, pairs: Iterable[LayerOffsetTarget]) -> MomentSe
     for path, folder_pairs in pairs_of_folder.items():
         try:
             with local_folder(path) as folder:
-                sets.append(MomentSet.load(folder, folder_pairs))
+                sets.append(MomentSet.load(folder, folder_pairs, d_model))
         except (CorruptError, NotFoundError) as error:
             remove_moments(path)
             raise CorruptError(str(error)) from error
@@ -192,7 +196,7 @@ def sweep_moments(cache: ActivationCache) -> None:
     sweep_staging(moments_folder(cache), ".*.tmp")
     for path in moments_folder(cache).glob("[!.]*"):
         try:
-            entry = MomentEntry(path, read_json(path / TABLE))
+            entry = MomentEntry(path, read_moments_table(path / TABLE, of_cache=True))
         except (CorruptError, NotFoundError):
             shutil.rmtree(path, ignore_errors=True)
             continue

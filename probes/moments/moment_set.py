@@ -15,12 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...cache.errors import CorruptError, MismatchError, ModelError, NotFoundError
-from ...cache.files.json_files import read_json, write_json
+from ...cache.errors import (
+    CorruptError,
+    MismatchError,
+    ModelError,
+    NotFoundError,
+    ResiduaError,
+)
+from ...cache.files.json_files import write_json
 from ...cache.files.read_errors import check_readable
 from ...cache.model.safetensors_header import read_header
 from ...cache.store.activation_cache import ActivationCache
 from .moments import Moments, merge_all
+from .moments_table import read_moments_table
 from .row_identity import layer_digest
 from .shifted_sums import LayerOffsetTarget
 
@@ -173,16 +180,22 @@ class MomentSet:
 
     @classmethod
     def load(
-        cls, path: str | Path, pairs: Iterable[LayerOffsetTarget] | None = None
+        cls,
+        path: str | Path,
+        pairs: Iterable[LayerOffsetTarget] | None = None,
+        width: int | None = None,
     ) -> "MomentSet":
-        """Read a folder of `save`, or some `pairs` of it; a changed byte raises `CorruptError`."""
+        """Read a folder of `save`, or some `pairs` of it, of rows of `width` numbers (None: any).
+
+        Raises `CorruptError` for a changed byte, and for tensors that are no moments.
+        """
         folder = Path(path)
-        table = read_json(folder / TABLE)
+        table = read_moments_table(folder / TABLE)
         row_of = {(row["layer"], row["offset"], row["target"]): row for row in table["pairs"]}
         across_documents, drop_first = scope_of(table)
         with tensor_reader(folder / TENSORS, table["tensors"]) as read:
             moments = {
-                pair: tuple(_read_folds(pair, row_of[pair], read))
+                pair: tuple(_read_folds(pair, row_of[pair], read, width))
                 for pair in (row_of if pairs is None else pairs)
             }
         return cls(
@@ -224,14 +237,22 @@ def merge_pairs(
 
 
 def _read_folds(
-    pair: LayerOffsetTarget, row: dict[str, Any], read: Callable[[str], np.ndarray]
+    pair: LayerOffsetTarget,
+    row: dict[str, Any],
+    read: Callable[[str, int], np.ndarray],
+    width: int | None,
 ) -> Iterator[Moments]:
     """The moments of each fold from a `row` of `moments.json` and the tensors that `read` gives."""
     for fold, (n, yy) in enumerate(zip(row["n"], row["yy"], strict=True)):
         x, y = _tensor_prefixes(*pair, fold)
-        yield Moments(
-            n, read(f"{x}.mean_x"), read(f"{y}.mean_y"), read(f"{x}.xx"), read(f"{y}.xy"), yy
-        )
+        mean_x, mean_y = read(f"{x}.mean_x", 1), read(f"{y}.mean_y", 1)
+        xx, xy = read(f"{x}.xx", 2), read(f"{y}.xy", 2)
+        d_in, d_out = len(mean_x), len(mean_y)
+        if xx.shape != (d_in, d_in) or xy.shape != (d_in, d_out) or not d_in or not d_out:
+            raise ValueError(f"{x}: shapes {xx.shape} and {xy.shape} of {d_in} and {d_out} means")
+        if width is not None and (d_in, d_out) != (width, width):
+            raise ValueError(f"{x}: widths {d_in} and {d_out} of rows of {width}")
+        yield Moments(n, mean_x, mean_y, xx, xy, yy)
 
 
 def _tensor_prefixes(layer: int, offset: int, target: int, fold: int) -> tuple[str, str]:
@@ -240,18 +261,24 @@ def _tensor_prefixes(layer: int, offset: int, target: int, fold: int) -> tuple[s
 
 
 @contextmanager
-def tensor_reader(file: Path, digests: Mapping[str, str]) -> Iterator[Callable[[str], np.ndarray]]:
-    """A function that reads tensors of a file by name, each once, and checks its sha256.
+def tensor_reader(
+    file: Path, digests: Mapping[str, str]
+) -> Iterator[Callable[[str, int], np.ndarray]]:
+    """A function that reads float64 tensors by name and number of axes, each once.
 
-    Raises `CorruptError` if the file is missing, was changed, or lies on a disk that fails.
+    It checks the sha256 of each. Every error of a file with other content, or of a disk that fails,
+    is a `CorruptError`.
     """
     from safetensors import SafetensorError, safe_open
 
     cached: dict[str, np.ndarray] = {}
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, ndim: int) -> np.ndarray:
         if name not in cached:
             check_readable(file, *spans[name])
+            stored = tensors.get_slice(name)
+            if stored.get_dtype() != "F64" or len(stored.get_shape()) != ndim:
+                raise ValueError(f"{name}: {stored.get_dtype()} of shape {stored.get_shape()}")
             tensor = tensors.get_tensor(name)
             if hashlib.sha256(tensor.data).hexdigest() != digests[name]:
                 raise SafetensorError(f"digest of {name}")
@@ -262,7 +289,9 @@ def tensor_reader(file: Path, digests: Mapping[str, str]) -> Iterator[Callable[[
         spans = {name: entry.span for name, entry in read_header(file).items()}
         with safe_open(file, "numpy") as tensors:
             yield read
-    except (OSError, KeyError, ModelError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        if isinstance(error, ResiduaError) and not isinstance(error, ModelError):
+            raise
         raise CorruptError(f"{file} is missing or was changed after it was written") from error
 
 

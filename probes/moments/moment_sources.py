@@ -24,6 +24,7 @@ from .kept_moments import (
 )
 from .moment_collection import collect_pass, collect_passes
 from .moment_set import MomentSet, merge_pairs
+from .moments import Moments
 from .pass_plan import SOLVE_MATRICES, CachePass, MomentRequest, plan_passes
 from .row_identity import layer_digest, same_documents, same_rows, same_sequences, sequences_digest
 from .shifted_sums import LayerOffsetTarget
@@ -74,7 +75,7 @@ def obtain_moments(
     kept_pairs = [pair for pair in request.pairs if pair in entry_of]
     for pairs in _solvable_groups(kept_pairs, request.folds, memory, cache.d_model):
         try:
-            moments = load_kept(entry_of, pairs)
+            moments = load_kept(entry_of, pairs, cache.d_model)
         except CorruptError:  # the damaged folder was removed: collect its moments again, below
             for pair in pairs:
                 del entry_of[pair]
@@ -147,7 +148,11 @@ def _solvable_groups(
 
 def _add_inherited(cache: ActivationCache, new: MomentSet, inherited: Inherited) -> MomentSet:
     """The moments of all sequences: those of the `new` ones merged with `inherited` moments."""
-    pairs = merge_pairs(new.pairs, lambda pair: load_kept(inherited.entry_of, [pair]).pairs[pair])
+
+    def inherited_folds(pair: LayerOffsetTarget) -> tuple[Moments, ...]:
+        return load_kept(inherited.entry_of, [pair], cache.d_model).pairs[pair]
+
+    pairs = merge_pairs(new.pairs, inherited_folds)
     return replace(new, pairs=pairs, sequences=sequences_digest(cache.sequences(str(new.split))))
 
 

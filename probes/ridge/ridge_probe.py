@@ -5,7 +5,7 @@ collected in one pass), `solver.py` (penalty by cross-validation, then the map),
 (warns where few rows make most of the error).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import NotFoundError, UsageError
+from ...cache.files.json_fields import integer_field, number_field
 from ...cache.files.json_files import plain_value
 from ...cache.number_ranges import as_tuple, as_whole_number, is_several
 from ...cache.progress import Progress
@@ -24,6 +25,7 @@ from ..base.fitted_maps import FittedMaps, MapKey
 from ..base.pair_offsets import check_pair_offsets
 from ..base.readout import ReadoutBatch
 from ..base.resources import available_cores, one_blas_thread
+from ..base.saved_tensors import SavedTensors
 from ..moments.moment_collection import check_rows, collect_moments, moments_of_rows
 from ..moments.moment_set import MomentSet
 from ..moments.moment_sources import MomentSources, obtain_moments
@@ -431,9 +433,10 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
 
     @classmethod
     def restore(
-        cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
+        cls, params: dict[str, Any], config: dict[str, Any], tensors: Mapping[str, np.ndarray]
     ) -> "RidgeProbe":
         """The fitted probe that `state` described; old files lack some keys of `config`."""
+        tensors = SavedTensors.of(tensors)
         probe = cls(**params)
         probe._clear()
         probe._restore_origin(config)
@@ -443,16 +446,17 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
             pair = row["layer"], row["offset"], row.get("target", probe.depth_)
             key = probe._key_of(pair)
             name = ".".join(map(str, key))
-            weight, bias, alphas, path = (
-                tensors[f"{name}.{part}"] for part in ("weight", "bias", "alphas", "path")
-            )
+            weight = tensors.array(f"{name}.weight", (config["d_model"], None))
+            bias = tensors.array(f"{name}.bias", weight.shape[1:])
+            alphas = tensors.array(f"{name}.alphas", (None,))
+            path = tensors.array(f"{name}.path", alphas.shape)
             fit = RidgeFit(
                 map=AffineMap(weight, bias),
-                alpha=row["alpha"],
+                alpha=number_field(row, "alpha"),
                 alphas=alphas,
                 path=path,
-                r2=np.nan if row["r2"] is None else row["r2"],
-                n=row["n"],
+                r2=np.nan if row["r2"] is None else number_field(row, "r2"),
+                n=integer_field(row, "n"),
             )
             probe._set_fit(pair, fit)
             if "crossing" in row:

@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +18,6 @@ from ...cache.errors import CorruptError, MismatchError, UsageError
 from ...cache.files.json_files import (
     make_folder,
     plain_value,
-    read_json,
     write_atomically,
     write_json,
 )
@@ -31,6 +29,9 @@ from ...cache.files.staging import (
     staging_folder,
     sweep_staging,
 )
+from ...cache.number_ranges import format_ranges
+from ..base.saved_tensors import SavedTensors
+from .config_file import constructor_params, read_config, restoring, with_param_types
 from .kinds import KINDS, is_known, probe_class
 
 if TYPE_CHECKING:
@@ -122,33 +123,26 @@ def _write_folder(path: Path, data: bytes, config: dict[str, Any]) -> bool:
 def load_probe(folder: str | Path) -> Any:
     """Read a probe that `save_probe` wrote, without its cache.
 
-    Raises `CorruptError` for any changed byte, `UsageError` for a probe of an unknown kind or
-    with NaN or an infinity.
+    Raises `CorruptError` for any changed byte and for values that no fit gives, `UsageError` for a
+    probe of an unknown kind or with NaN or an infinity.
     """
-    from safetensors.numpy import load
-
     # Read both files, and check that the tensors are those of the config.
-    path = as_path(folder)
-    config, file = read_json(path / "config.json"), path / "probe.safetensors"
+    path, file = as_path(folder) / "config.json", as_path(folder) / "probe.safetensors"
+    config = read_config(path)
     while hashlib.sha256(data := _read_tensors(file)).hexdigest() != config.get("tensors"):
         # Perhaps the probe was replaced between the two reads: then the config is another now.
-        config, earlier_config = read_json(path / "config.json"), config
+        config, earlier_config = read_config(path), config
         if config == earlier_config:
             raise CorruptError(
                 f"{file} is missing or was changed after it was written; save it again"
             )
-    if not is_known(config.get("kind")):
-        raise UsageError(
-            f"{folder} holds a probe of kind {config.get('kind')!r}, written by residua "
-            f"{config.get('residua')}; this version knows {', '.join(KINDS)}"
-        )
-    # Copies: arrays of their own, aligned as numpy and torch align those of a fit.
-    tensors = {name: tensor.copy() for name, tensor in load(data).items()}
+    tensors = SavedTensors.parse(data, file)
     check_finite(tensors, str(file))
     # Give the class its parameters, in their types and under today's names.
     kind = probe_class(config["kind"])
-    params = with_param_types(config["params"], config.get("param_types", {}))
-    return kind.restore(constructor_params(kind, params), config, tensors)
+    with restoring(path):
+        params = with_param_types(config["params"], config.get("param_types", {}))
+        return kind.restore(constructor_params(kind, params), config, tensors)
 
 
 def _read_tensors(file: Path) -> bytes:
@@ -184,21 +178,6 @@ def _saved_name(probe: Any, name: str) -> str:
     return getattr(probe, "names_on_disk", {}).get(name, name)
 
 
-def constructor_params(kind: Any, params: dict[str, Any]) -> dict[str, Any]:
-    """Inverse of `saved_params`: keywords for the class `kind`, also of a probe inside.
-
-    Probes that were saved without `across_documents` were fitted to all pairs.
-    """
-    today = {saved: name for name, saved in getattr(kind, "names_on_disk", {}).items()}
-    params = {today.get(name, name): value for name, value in params.items()}
-    if isinstance(base := params.get("probe"), dict):
-        base_params = constructor_params(probe_class(base["kind"]), base["params"])
-        return {**params, "probe": {**base, "params": base_params}}
-    if "across_documents" in signature(kind).parameters:
-        return {"across_documents": True, **params}
-    return params
-
-
 def param_types(probe: Any) -> dict[str, Any]:
     """Types of the parameters that JSON would change, by their key in `config.json`."""
     types: dict[str, Any] = {}
@@ -213,28 +192,6 @@ def param_types(probe: Any) -> dict[str, Any]:
         elif isinstance(value, tuple | range):
             types[name] = type(value).__name__
     return types
-
-
-def with_param_types(params: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
-    """Saved `params` in the types that `param_types` recorded before they became JSON."""
-    typed_params = dict(params)
-    for name, type_name in types.items():
-        value = params[name]
-        if isinstance(type_name, dict):
-            base_params = with_param_types(value["params"], type_name)
-            typed_params[name] = {**value, "params": base_params}
-        elif type_name == "tuple":
-            typed_params[name] = tuple(value)
-        elif type_name == "range":
-            step = value[1] - value[0] if len(value) > 1 else 1
-            stop = value[-1] + (1 if step > 0 else -1) if value else 0
-            typed_params[name] = range(value[0], stop, step) if value else range(0)
-        else:
-            container, dtype = type_name.split()
-            typed_params[name] = (
-                np.array(value, dtype) if container == "array" else np.dtype(dtype).type(value)
-            )
-    return typed_params
 
 
 def check_belongs(probe: Any, cache: "ActivationCache", force: bool = False) -> None:
@@ -255,7 +212,30 @@ def check_belongs(probe: Any, cache: "ActivationCache", force: bool = False) -> 
             f"{probe.kind}: the probe knows {len(classes)} classes that are not the {cache.vocab} "
             "tokens of this cache; fit it on a cache of the same model"
         )
+    check_widths(probe, cache)
     check_finite(dict(_tensors_of(probe)), f"the {probe.kind} probe")
+
+
+def check_widths(probe: Any, cache: "ActivationCache") -> None:
+    """Raise `MismatchError` if the maps or counts of `probe` give no state or logits of `cache`."""
+    allowed = {cache.d_model}
+    if (control := getattr(probe, "probe_", None)) is not None:
+        # The view of a control may have other rows, of which the head reads a part.
+        probe, allowed = control, {cache.d_model, control.n_features_in_}
+    widths = {affine.weight.shape[1] for affine in getattr(probe, "maps_", {}).values()}
+    if getattr(probe, "form", None) == "head":
+        widths |= {len(fit.parameters["bias"]) for fit in getattr(probe, "fitted_", {}).values()}
+    if not widths <= allowed:
+        raise MismatchError(
+            f"{probe.kind}: the probe gives states of width {format_ranges(sorted(widths))}, the "
+            f"head of this cache reads {cache.d_model}; fit it on a cache of the same model"
+        )
+    unigram = getattr(probe, "unigram_", None)
+    if unigram is not None and len(unigram) != cache.vocab:
+        raise MismatchError(
+            f"{probe.kind}: the probe counted {len(unigram)} tokens, this cache has {cache.vocab}; "
+            "fit it on a cache of the same model"
+        )
 
 
 def check_geometry(probe: Any, cache: "ActivationCache") -> None:

@@ -4,7 +4,7 @@
 `fit_groups.py` fits its (layer, offset) pairs; this file keeps, applies and saves the parameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from ...cache.errors import UsageError
+from ...cache.files.json_fields import FieldError, integer_field
 from ...cache.files.json_files import plain_value
+from ...cache.format.manifest import MAX_VOCAB
 from ...cache.number_ranges import as_tuple
 from ...cache.progress import Progress
 from ...cache.store.activation_cache import ActivationCache
@@ -32,6 +34,8 @@ from ..base.estimator import BaseEstimator, ClassifierMixin
 from ..base.fitted_maps import FittedMaps
 from ..base.readout import LayerOffset, ReadoutBatch
 from ..base.resources import default_memory
+from ..base.saved_tensors import SavedTensors
+from ..saved.config_file import array_of
 from ..saved.save import feature_names, saved_params, set_feature_names
 from ..training.softmax_loss import PRODUCTS, ParameterTensors, row_tiles
 from ..training.threads import ThreadCrew
@@ -442,26 +446,35 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
 
     @classmethod
     def restore(
-        cls, params: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray]
+        cls, params: dict[str, Any], config: dict[str, Any], tensors: Mapping[str, np.ndarray]
     ) -> "VocabProbe":
         """The fitted probe that `state` described; old files lack some keys of `config`."""
-        probe = cls(**params)
+        tensors = SavedTensors.of(tensors)
+        probe, width = cls(**params), config["d_model"]
         labels = config["classes"]
         dtype = config.get("classes_dtype")  # the first version did not write it
-        classes = np.arange(config["vocab"]) if labels is None else np.array(labels, dtype)
+        vocab = integer_field(config, "vocab", 1, MAX_VOCAB)
+        classes = np.arange(vocab) if labels is None else array_of(labels, dtype, "classes")
+        if classes.shape != (vocab,):
+            raise FieldError(f"classes have shape {classes.shape}; expected {(vocab,)}")
         probe._clear(VocabFit([], classes, config["d_model"], params))
         probe._restore_origin(config)
         probe.sweep_ = config["sweep"]
         probe.steps_, probe.passes_ = config.get("steps", 0), config.get("passes", 0)
         set_feature_names(probe, config.get("feature_names"))
         for row in config["pairs"]:
-            pair = row["layer"], row["offset"]
+            pair = integer_field(row, "layer"), row["offset"]
             prefix = f"{pair[0]}.{pair[1]}."
-            parameters = {
-                name.removeprefix(prefix): torch.tensor(tensor)
-                for name, tensor in tensors.items()
-                if name.startswith(prefix)
-            }
+            # The names and shapes of `parametrizations.py`.
+            rank = width
+            parameters = {}
+            if f"{prefix}down" in tensors:
+                down = tensors.array(f"{prefix}down", (None, width))
+                parameters["down"], rank = torch.tensor(down), len(down)
+            n_outputs = None if probe.form == "head" else vocab
+            weight = tensors.array(f"{prefix}weight", (n_outputs, rank))
+            bias = tensors.array(f"{prefix}bias", weight.shape[:1])
+            parameters |= {"weight": torch.tensor(weight), "bias": torch.tensor(bias)}
             metrics = {name: value for name, value in row.items() if name != "history"}
             if "crossing" in row:
                 probe._crossing = {**(probe._crossing or {}), pair[1]: row["crossing"]}

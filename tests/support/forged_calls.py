@@ -121,7 +121,7 @@ def set_program_head(path: Path, cache: ActivationCache) -> None:
 def read_tables(path: Path) -> None:
     """Read everything about sequences, documents, contexts and labels."""
     cache = ActivationCache(path)
-    cache.tokens[:10], cache.tokens.take(np.array([0, cache.positions - 1]))
+    _ = cache.tokens[:10], cache.tokens.take(np.array([0, cache.positions - 1]))
     for split in ("train", "validation", "test", "all"):
         sequences = cache.sequences(split)
         list(cache.blocks(sequences, 50))
@@ -144,7 +144,7 @@ def read_rows(path: Path) -> None:
     cache = ActivationCache(path)
     for layer in cache.layers:
         array = cache.residual_array(layer)
-        array[:20], array.take(np.array([3, 0, 5]))
+        _ = array[:20], array.take(np.array([3, 0, 5]))
     cache.head.logits(cache.residual_array(cache.layers[-1])[:4])
     cache.head.torch()(torch.from_numpy(cache.residual_array(cache.layers[-1])[:4]))
     cache.logits()[:5].compute()
@@ -221,7 +221,7 @@ def calls_on_probe(
 
     def use() -> None:
         probe = load_probe(folder)
-        repr(probe), probe.get_params()
+        _ = repr(probe), probe.get_params()
         if hasattr(probe, "pairs"):
             probe.pairs()
         if hasattr(probe, "metrics"):
@@ -267,9 +267,10 @@ def main() -> None:
             calls = calls_on_cache(target, work / "out", rng)
         n_calls += len(calls)
         for name, text in run_bounded(calls).items():
-            place = f"{failure_place(text)}"
+            place = failure_place(text)
             report = f"{seed} {number} {source.name} {name}: {done}\n{text}"
             failures.setdefault(place, []).append(report)
+            print(f"{number} {place}", file=sys.stderr, flush=True)
         shutil.rmtree(work)
     print(json.dumps({"calls": n_calls, "failures": failures}))
 

@@ -438,18 +438,25 @@ def _run_calls(calls: dict[str, Callable[[], Any]], writing: int, bounded: bool)
             # A message that cannot be shown is a failure as well.
             str(error).encode()
         except CallTooLong:
-            failures[name] = f"more than {CPU_SECONDS} s\n{traceback.format_exc()[-1500:]}"
+            failures[name] = f"more than {CPU_SECONDS} s\n{_traceback_text()}"
         except BaseException:
-            failures[name] = traceback.format_exc()[-3000:]
+            failures[name] = _traceback_text()
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
     return failures
 
 
+def _traceback_text() -> str:
+    """The traceback of the present error: its frames in the package, and its last lines."""
+    text = traceback.format_exc()
+    frames = [f for f in text.split("\n  File ") if "residua/" in f.split("\n")[0]]
+    return "".join(f"\n  File {frame.rstrip()}" for frame in frames)[-2500:] + "\n" + text[-400:]
+
+
 def failure_place(text: str) -> str:
     """Last line of the package in a traceback, and the error: one name for equal failures."""
     lines = text.strip().splitlines()
-    own = [line for line in lines if "/residua/" in line or "/site-packages/residua" in line]
+    own = [line for line in lines if "residua/" in line and line.lstrip().startswith("File ")]
     place = own[-1].split("residua/")[-1] if own else "?"
     return f"{place} | {lines[-1][:150]}"

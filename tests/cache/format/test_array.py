@@ -13,6 +13,8 @@ from residua.cache.errors import CorruptError
 from residua.cache.format import array as array_module
 from residua.cache.format.array import CacheArray
 from residua.cache.format.dtypes import encode_rows
+from residua.cache.format.layout import ArrayLayout
+from residua.cache.format.shard import ShardReader, ShardWriter
 from residua.cache.store.activation_cache import ActivationCache
 
 from ...support.synthetic import make_cache, random_head
@@ -198,3 +200,13 @@ def test_a_folder_without_metadata_is_corrupt(tmp_path):
     (tmp_path / "zarr.json").write_text('{"shape": [3]}')
     with pytest.raises(CorruptError, match="not the metadata of an array"):
         CacheArray(tmp_path)
+
+
+def test_a_shard_smaller_than_a_row_is_corrupt(tmp_path: Path) -> None:
+    layout = ArrayLayout((4, 8), "<f4", "float32", 4, 4, raw=True)
+    writer = ShardWriter(tmp_path / "0", layout, 4)
+    writer.write(0, np.zeros((4, 8), "<f4"))
+    writer.commit()
+    wider = ArrayLayout((4, 1 << 20), "<f4", "float32", 4, 4, raw=True)
+    with pytest.raises(CorruptError, match="less than one row"):
+        ShardReader(tmp_path / "0", wider).first_row()

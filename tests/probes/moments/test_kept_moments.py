@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 
 import residua
 from residua.cache.errors import MismatchError, UsageError
+from residua.cache.files.json_files import read_json, write_json
 from residua.cache.format.layout import Layout
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.cache_creation import create_cache
@@ -23,7 +25,7 @@ from residua.cache.tokens.token_stream import from_sequences
 from residua.cli import main
 from residua.probes.moments.kept_moments import find_kept, moment_entries, moments_folder
 from residua.probes.moments.moment_collection import collect_moments
-from residua.probes.moments.moment_set import MomentSet
+from residua.probes.moments.moment_set import MomentSet, write_tensors
 from residua.probes.moments.moment_sources import MomentSources, extend, obtain_moments
 from residua.probes.moments.pass_plan import MomentRequest
 from residua.probes.ridge.ridge_probe import RidgeProbe
@@ -288,6 +290,82 @@ def test_damaged_moments_are_computed_again(tmp_path: Path, name: str) -> None:
     assert sources.computed > 0
     assert_same(found, collect_anew(source, request_for(source)))
     assert obtain_all(source, request_for(source))[1].kept == 9
+
+
+def set_field(*path: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of a table: the value at the end of `path` is put where the rest leads."""
+
+    def change(table: Any) -> None:
+        *parents, name, value = path
+        for parent in parents:
+            table = table[parent]
+        table[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_field("split", "everything"),
+        set_field("split", None),
+        set_field("folds", 1 << 40),
+        set_field("folds", -1),
+        set_field("products", 5),
+        set_field("cache", []),
+        set_field("sequences", "x"),
+        set_field("drop_first", -1),
+        set_field("across_documents", 3),
+        set_field("depth", "3"),
+        set_field("content", {}),
+        set_field("content", "-1", "0" * 64),
+        set_field("content", "0", 7),
+        set_field("tensors", []),
+        set_field("tensors", "0.0.0.xx", "x"),
+        set_field("pairs", {"a": 1}),
+        set_field("pairs", 0, []),
+        set_field("pairs", 0, "layer", {}),
+        set_field("pairs", 0, "offset", -1),
+        set_field("pairs", 0, "target", "1"),
+        set_field("pairs", 0, "n", 5),
+        set_field("pairs", 0, "n", [1]),
+        set_field("pairs", 0, "n", 0, -4),
+        set_field("pairs", 0, "yy", 0, "x"),
+    ],
+)
+def test_forged_moments_are_computed_again(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    source = GrowingCache(tmp_path).first
+    obtain_all(source, request_for(source))
+    (entry,) = moment_entries(source)
+    table = read_json(entry.path / "moments.json")
+    change(table)
+    write_json(entry.path / "moments.json", table)
+    found, sources = obtain_all(source, request_for(source))
+    assert sources.computed > 0
+    assert_same(found, collect_anew(source, request_for(source)))
+    assert obtain_all(source, request_for(source))[1].kept == 9
+
+
+@pytest.mark.parametrize("shape", [(), (3, 1), (2,)])
+def test_forged_shapes_of_moments_are_computed_again(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    source = GrowingCache(tmp_path).first
+    obtain_all(source, request_for(source))
+    (entry,) = moment_entries(source)
+    table, tensors = (
+        read_json(entry.path / "moments.json"),
+        load_file(entry.path / "moments.safetensors"),
+    )
+    name = next(name for name in tensors if name.endswith("mean_x"))
+    tensors[name] = np.zeros(shape)
+    table["tensors"] = write_tensors(entry.path / "moments.safetensors", tensors)
+    write_json(entry.path / "moments.json", table)
+    found, sources = obtain_all(source, request_for(source))
+    assert sources.computed > 0
+    assert_same(found, collect_anew(source, request_for(source)))
 
 
 def test_damaged_moments_of_the_old_cache_cost_a_whole_pass(tmp_path: Path) -> None:
