@@ -21,6 +21,8 @@ from .json_files import make_folder
 from .object_leases import object_lease, object_lease_holder
 from .paths import is_remote
 
+MAX_VANISHED = 1000
+"""Times that the folder of a lock may vanish while the lock is taken."""
 WAIT_SECONDS = 0.2
 """Pause between two attempts to take a lease in an object store."""
 
@@ -92,11 +94,15 @@ def wait_for_lock(file: Path) -> Iterator[None]:
     who waits for a file that was removed makes and locks a new one. Without file locks (some
     network disks) the context is entered at once.
     """
+    vanished = 0
     while True:
-        make_folder(file.parent)
         try:
+            make_folder(file.parent)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # another process removed the folder just now
+            vanished += 1
+            if vanished > MAX_VANISHED:
+                raise
             continue
         try:
             with suppress(OSError):
