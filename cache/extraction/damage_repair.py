@@ -24,6 +24,7 @@ from ..format.layout import array_key, array_name
 from ..format.manifest import Manifest
 from ..forward.part_extraction import PartExtraction
 from ..forward.part_runner import PartRunner
+from ..forward.write_parts import sweep_part
 from ..model.source import ModelSource
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
@@ -144,7 +145,7 @@ def _make_array_metadata(
 
 
 def _copy_file(source: Path, target: Path) -> None:
-    write_atomically(target, source.read_bytes())
+    write_atomically(target, source.read_bytes(), sweep=True)
 
 
 def _mend_head(
@@ -217,6 +218,7 @@ def _rewrite_shards(
         with lease_part(path / "leases", part) as lease:
             if not lease:
                 raise CorruptError(f"part {part} is being written by another process; wait for it")
+            sweep_part(cache, part)
             with PartExtraction(runner, part, keys, lease) as extraction:
                 for _ in extraction.write_batches():
                     pass
