@@ -203,7 +203,9 @@ def _translate_disk_error(error: Exception, folder: Path) -> ResiduaError | None
             f"{folder} cannot be written ({os.strerror(number).lower()}); what is in it is kept: "
             "make it writable and give the same command again, or choose another --root"
         )
-    return _vanished_error(folder) if number in VANISHED else None
+    # `mkdir` of a folder that is there, and is removed before `is_dir`, says that it exists.
+    is_gone = number == errno.EEXIST and not os.path.lexists(str(getattr(error, "filename", "")))
+    return _vanished_error(folder) if number in VANISHED or is_gone else None
 
 
 def _translate_store_error(error: Exception, folder: Path) -> ResiduaError | None:
