@@ -30,6 +30,7 @@ LIMITS = {
     "memory": MemoryError("Unable to allocate 4.00 GiB"),
     "memory is used": OSError(errno.ENOMEM, "as the system says"),
     "ulimit -n": RuntimeError("unable to open file: Too many open files (24)"),
+    "is used up": ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     "used up": RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"),
 }
 """Part of the message -> error of Python, torch or a library in Rust."""
