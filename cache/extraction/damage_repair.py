@@ -27,6 +27,7 @@ from ..format.layout import array_key, array_name
 from ..format.manifest import Manifest
 from ..forward.part_extraction import PartExtraction
 from ..forward.part_runner import PartRunner
+from ..forward.write_parts import sweep_part
 from ..model.source import ModelSource
 from ..progress import StageProgress
 from ..store.activation_cache import FOLDERS, ActivationCache
@@ -255,7 +256,7 @@ def _write_file(path: Path, name: str, data: bytes) -> bool:
         return False
     if not is_remote(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, data)
+    write_atomically(target, data, sweep=True)
     return True
 
 
@@ -341,6 +342,7 @@ def _rewrite_shards(
         with lease_part(path / "leases", part) as lease:
             if not lease:
                 raise CorruptError(f"part {part} is being written by another process; wait for it")
+            sweep_part(cache, part)
             with PartExtraction(runner, part, keys, lease) as extraction:
                 for _ in extraction.write_batches():
                     pass

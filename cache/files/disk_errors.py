@@ -15,10 +15,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from ..errors import CorruptError, NoSpaceError, NotFoundError, ResiduaError, UsageError
+from ..errors import (
+    CorruptError,
+    DataError,
+    ModelError,
+    NoSpaceError,
+    NotFoundError,
+    ResiduaError,
+    UsageError,
+)
 from .json_files import make_folder
 from .paths import check_creates, is_remote, store_error_code
-from .process_limits import limit_error
+from .process_limits import COUNTED_LIMITS, NO_THREAD, limit_error
 
 FULL_DISK = {
     errno.ENOSPC: "the disk of {} is full",
@@ -74,9 +82,17 @@ def translate_store_errors(root: Path) -> Iterator[None]:
 
 @contextmanager
 def translate_any_disk_errors() -> Iterator[None]:
-    """Translate errors of any disk that is full, unwritable, failing or removed, and of limits."""
+    """Translate errors of any disk that is full, unwritable, failing or removed, and of limits.
+
+    A model or texts that cannot be read because of a full disk or a limit are no mistake of the
+    user: then the disk or the limit is named.
+    """
     try:
         yield
+    except (DataError, ModelError) as error:
+        if (reason := _hidden_system_error(error)) is None:
+            raise
+        raise reason from error
     except ResiduaError:
         raise
     except Exception as error:
@@ -113,6 +129,15 @@ def system_error(error: BaseException) -> ResiduaError | None:
                 f"{os.strerror(number)}{where}; what was written is kept: change the permissions, "
                 "or name another place"
             )
+    return None
+
+
+def _hidden_system_error(error: ResiduaError) -> ResiduaError | None:
+    """The full disk, or the limit of files or threads, that `error` was raised for."""
+    for cause in () if error.__context__ is None else _causes(error.__context__):
+        number = _errno_of(cause)
+        if number in FULL_DISK or number in COUNTED_LIMITS or NO_THREAD in str(cause):
+            return system_error(cause)
     return None
 
 
@@ -178,7 +203,9 @@ def _translate_disk_error(error: Exception, folder: Path) -> ResiduaError | None
             f"{folder} cannot be written ({os.strerror(number).lower()}); what is in it is kept: "
             "make it writable and give the same command again, or choose another --root"
         )
-    return _vanished_error(folder) if number in VANISHED else None
+    # `mkdir` of a folder that is there, and is removed before `is_dir`, says that it exists.
+    is_gone = number == errno.EEXIST and not os.path.lexists(str(getattr(error, "filename", "")))
+    return _vanished_error(folder) if number in VANISHED or is_gone else None
 
 
 def _translate_store_error(error: Exception, folder: Path) -> ResiduaError | None:

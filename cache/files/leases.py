@@ -23,6 +23,8 @@ from .paths import is_remote
 
 LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 """A lock file is never a link: its content is written, and a stranger's cache may hold links."""
+MAX_VANISHED = 1000
+"""Times that the folder of a lock may vanish while the lock is taken."""
 WAIT_SECONDS = 0.2
 """Pause between two attempts to take a lease in an object store."""
 
@@ -94,11 +96,15 @@ def wait_for_lock(file: Path) -> Iterator[None]:
     who waits for a file that was removed makes and locks a new one. Without file locks (some
     network disks) the context is entered at once.
     """
+    vanished = 0
     while True:
-        make_folder(file.parent)
         try:
+            make_folder(file.parent)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # another process removed the folder just now
+            vanished += 1
+            if vanished > MAX_VANISHED:
+                raise
             continue
         try:
             with suppress(OSError):

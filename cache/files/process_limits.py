@@ -10,9 +10,16 @@ import resource
 
 from ..errors import LimitError
 
+COUNTED_LIMITS = (errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EAGAIN)
+"""Error numbers of limits of open files, the size of a file, threads and processes."""
 NO_THREAD = "can't start new thread"
 """Message of Python's `RuntimeError` for a thread that the system refuses."""
-NO_MEMORY = ("can't allocate memory", "not enough memory", os.strerror(errno.ENOMEM))
+NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "failed to map segment from shared object",
+    os.strerror(errno.ENOMEM),
+)
 """Parts of the messages of libraries that get no memory, and raise no `MemoryError`."""
 
 

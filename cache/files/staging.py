@@ -86,8 +86,10 @@ def resumable_staging_folder(path: Path, discard_on: tuple[type[Exception], ...]
     leaves the folder for the next maker. Raises `BlockingIOError` while another process fills the
     folder.
     """
+    make_folder(path.parent)
     while True:
-        make_folder(path)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:  # its last maker removed it just now

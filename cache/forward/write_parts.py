@@ -107,7 +107,7 @@ def _write_part(
         keys = tuple(array_key(name) for name in cache.target_names if name not in committed)
         if not keys:
             return
-        _sweep_part(cache, part)
+        sweep_part(cache, part)
         names = [array_name(key) for key in keys]
         if runner.ancestor is not None and link_part(runner.ancestor, cache, part, names):
             start, stop = cache.manifest.layout.rows(part, cache.positions)
@@ -128,7 +128,7 @@ def _commit_part(extraction: PartExtraction, resources: ExitStack) -> None:
         extraction.commit()
 
 
-def _sweep_part(cache: ActivationCache, part: int) -> None:
+def sweep_part(cache: ActivationCache, part: int) -> None:
     """Remove temporary files of writers of this part that died; the caller holds the lease."""
     if is_remote(cache.path):  # objects appear whole or not at all
         return

@@ -236,3 +236,28 @@ def test_log_lines_and_warnings_of_other_libraries_do_not_stand_before_an_error(
         warnings.warn("a warning", stacklevel=1)
     assert capsys.readouterr().err == ""
     assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_what_is_printed_to_a_full_disk_is_an_error_with_one_message(root: Path) -> None:
+    command = [sys.executable, "-m", "residua", "ls", "--root", str(root)]
+    for arguments in (command, [*command, "--json"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert done.returncode == 5
+        assert done.stderr.startswith("Error: No space left on device")
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_panic_of_a_library_in_rust_that_gets_no_thread_is_a_message(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):
+        """As pyo3's, which is no `Exception`."""
+
+    def panic(_: Path) -> None:
+        raise PanicException("ThreadPoolBuildError { kind: IOError(Os { code: 11, kind: WouldBlock")
+
+    monkeypatch.setattr(catalog, "list_caches", panic)
+    assert "no further thread" in error_of("ls", "--root", root, code=5)

@@ -303,3 +303,8 @@ def test_errors_of_the_disk_are_told_apart(tmp_path: Path) -> None:
         save_file({}, tmp_path / "gone" / "file")
     with pytest.raises(PermissionError), translate_disk_errors(tmp_path):
         raise PermissionError(errno.EACCES, "not ours", "/etc/shadow")
+    # A folder that is removed between `mkdir`, which found it, and the look at it.
+    with pytest.raises(NotFoundError, match="vanished"), translate_disk_errors(tmp_path):
+        raise FileExistsError(errno.EEXIST, "as the system says", str(tmp_path / "gone"))
+    with pytest.raises(FileExistsError), translate_disk_errors(tmp_path):
+        raise FileExistsError(errno.EEXIST, "as the system says", str(tmp_path))

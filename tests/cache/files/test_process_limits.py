@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from residua.cache.errors import LimitError, NoSpaceError, UsageError
+from residua.cache.errors import DataError, LimitError, ModelError, NoSpaceError, UsageError
 from residua.cache.files.disk_errors import (
     system_error,
     translate_any_disk_errors,
@@ -30,6 +30,7 @@ LIMITS = {
     "memory": MemoryError("Unable to allocate 4.00 GiB"),
     "memory is used": OSError(errno.ENOMEM, "as the system says"),
     "ulimit -n": RuntimeError("unable to open file: Too many open files (24)"),
+    "is used up": ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     "used up": RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"),
 }
 """Part of the message -> error of Python, torch or a library in Rust."""
@@ -62,6 +63,25 @@ def test_a_cause_is_found_behind_the_error_of_a_library() -> None:
     assert system_error(raised_from(KeyError("name"))) is None
     # A missing file that a library handled is not why it failed.
     assert system_error(raised_from(FileNotFoundError(errno.ENOENT, "", "file"))) is None
+
+
+@pytest.mark.parametrize("kind", [DataError, ModelError])
+def test_texts_and_models_are_not_blamed_for_a_limit(kind: type[Exception]) -> None:
+    def load(cause: Exception) -> None:
+        try:
+            raise raised_from(cause)
+        except ValueError:
+            raise kind("cannot be loaded") from None
+
+    with pytest.raises(LimitError, match="ulimit -n"), translate_any_disk_errors():
+        load(OSError(errno.EMFILE, ""))
+    with pytest.raises(LimitError, match="no further thread"), translate_any_disk_errors():
+        load(RuntimeError("can't start new thread"))
+    with pytest.raises(NoSpaceError), translate_any_disk_errors():
+        load(OSError(errno.ENOSPC, ""))
+    for cause in (KeyError("name"), FileNotFoundError(errno.ENOENT, "", "file"), MemoryError()):
+        with pytest.raises(kind, match="cannot be loaded"), translate_any_disk_errors():
+            load(cause)
 
 
 @pytest.mark.parametrize("compact", [False, True])

@@ -1,6 +1,7 @@
 """Claims about staging folders: targets are whole, and folders of dead makers do not stay."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,10 +12,12 @@ import pytest
 
 from residua.cache.files import staging
 from residua.cache.files.staging import (
+    exchange_folder,
     publish_folder,
     resumable_staging_folder,
     staging_folder,
     sweep_staging,
+    temporary_folder,
 )
 
 
@@ -104,3 +107,61 @@ def test_a_resumable_folder_has_one_maker_at_a_time(tmp_path: Path) -> None:
             pass
         assert path.is_dir()
     assert not path.exists()
+
+
+def test_temporary_folders_of_killed_processes_are_swept_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging.tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os\nfrom residua.cache.files.staging import temporary_folder\n"
+        "with temporary_folder() as folder:\n    os._exit(9)"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    assert len(names(tmp_path)) == 1
+    with temporary_folder() as first, temporary_folder() as second:
+        assert first != second
+        assert (first.stat().st_mode & 0o777) == 0o700
+        assert names(tmp_path) == sorted([first.name, second.name])
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_its_maker_removed_is_no_lock(tmp_path: Path) -> None:
+    """The next maker waits for no one, and makes a folder of its own."""
+    path = tmp_path / ".pull-1"
+    with resumable_staging_folder(path, ()):
+        first = path.stat().st_ino
+        shutil.rmtree(path)
+        with resumable_staging_folder(path, ()):
+            assert path.is_dir()
+            with pytest.raises(BlockingIOError), resumable_staging_folder(path, ()):
+                pass
+    assert first
+    assert names(tmp_path) == []
+
+
+def test_an_interrupted_folder_is_swept_when_it_was_not_used_for_long(tmp_path: Path) -> None:
+    old, new = tmp_path / ".pull-old", tmp_path / ".pull-new"
+    for path in (old, new):
+        path.mkdir()
+    os.utime(old, (0, 0))
+    sweep_staging(tmp_path, ".pull-*", unused_seconds=3600)
+    assert names(tmp_path) == [".pull-new"]
+    os.utime(new, (0, 0))
+    with pytest.raises(KeyError), resumable_staging_folder(new, (ValueError,)):
+        raise KeyError
+    sweep_staging(tmp_path, ".pull-*", unused_seconds=3600)
+    assert names(tmp_path) == [".pull-new"]
+
+
+def test_folders_are_exchanged_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").write_text("")
+    with staging_folder(tmp_path, ".new-") as folder:
+        (folder / "new").write_text("")
+        assert exchange_folder(folder, target)
+        assert names(folder) == ["old"]
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["target"]

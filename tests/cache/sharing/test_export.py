@@ -14,6 +14,7 @@ import torch
 
 from residua.cache.errors import IncompleteError, NoSpaceError, NotFoundError, UsageError
 from residua.cache.files.json_files import file_digest, read_json
+from residua.cache.files.staging import staging_folder
 from residua.cache.format.dtypes import decode_rows
 from residua.cache.sharing import flat_export as export_module
 from residua.cache.sharing.flat_export import export
@@ -218,3 +219,13 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(cache, tmp_path, monkeypa
     with pytest.raises(NoSpaceError, match="out is full"):
         export(cache, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_exports_left_is_swept_by_an_export_to_any_name(cache, tmp_path):
+    for number in range(3):
+        (tmp_path / f".residua-export-{number}.tmp" / "head").mkdir(parents=True)
+    (tmp_path / ".other.tmp").mkdir()
+    with staging_folder(tmp_path, export_module.STAGING_PREFIX, ".tmp") as of_a_living_process:
+        export(cache, tmp_path / "out", layers=[1])
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out", ".other.tmp", of_a_living_process.name}
