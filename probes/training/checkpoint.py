@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from ...cache.errors import CorruptError, MismatchError, NotFoundError, ResiduaError
+from ...cache.files.confined_files import is_confined_name
 from ...cache.files.disk_errors import system_error
+from ...cache.files.json_fields import checking_fields, digest_field, object_field, text_field
 from ...cache.files.json_files import file_digest, make_folder, read_json, sync_folder, write_json
 from ...cache.files.leases import try_lock, wait_for_lock
 
@@ -91,7 +93,9 @@ class Checkpoint:
             saved = read_json(self.file)
         except NotFoundError:
             return None
-        identity = saved["identity"]
+        with checking_fields(self.file, "the state of a fit"):
+            identity, state = object_field(saved, "identity"), object_field(saved, "state")
+            name, digest = text_field(saved, "tensors"), digest_field(saved, "digest")
         changed = [key for key in self.identity if self.identity[key] != identity.get(key)]
         if changed:
             differences = "; ".join(
@@ -101,11 +105,12 @@ class Checkpoint:
                 f"the checkpoint in {self.folder} is of another fit: {differences}; name another "
                 "folder or remove it"
             )
-        file = self.folder / saved["tensors"]
-        if not file.is_file() or file_digest(file) != saved["digest"]:
+        file = self.folder / name
+        is_there = is_confined_name(name) and file.is_file()
+        if not is_there or file_digest(file) != digest:
             raise CorruptError(f"{file} is missing or was changed; remove {self.folder}")
         # Copies: the last bit of a product depends on how its factors are aligned in memory.
-        return saved["state"], {name: value.clone() for name, value in load_file(file).items()}
+        return state, {name: value.clone() for name, value in load_file(file).items()}
 
     def remove(self) -> None:
         """Remove the state of a finished fit, and the folder if nothing else is in it.

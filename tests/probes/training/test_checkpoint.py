@@ -9,7 +9,7 @@ import torch
 
 from residua import VocabProbe, load_probe
 from residua.cache.errors import CorruptError, MismatchError
-from residua.cache.files.json_files import read_json
+from residua.cache.files.json_files import read_json, write_json
 from residua.probes.training.checkpoint import Checkpoint
 from residua.probes.vocabulary import descent
 
@@ -120,6 +120,32 @@ def test_a_changed_checkpoint_is_refused(tmp_path: Path) -> None:
         checkpoint.load()
     checkpoint.remove()
     assert not checkpoint.folder.exists()
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"identity": 3},
+        {"state": []},
+        {"tensors": "../../outside.safetensors"},
+        {"tensors": None},
+        {"digest": 7},
+    ],
+)
+def test_a_forged_checkpoint_is_refused(tmp_path: Path, forged: dict[str, Any]) -> None:
+    checkpoint = Checkpoint(tmp_path / "a" / "fit", {"of": 1})
+    checkpoint.save({"step": 1}, {"x": torch.zeros(2)})
+    (tmp_path / "outside.safetensors").write_bytes(
+        (checkpoint.folder / "00000001.safetensors").read_bytes()
+    )
+    saved = read_json(checkpoint.file)
+    write_json(checkpoint.file, {**saved, **forged})
+    with pytest.raises(CorruptError):
+        checkpoint.load()
+    for name in ("identity", "state", "tensors", "digest"):
+        write_json(checkpoint.file, {key: saved[key] for key in saved if key != name})
+        with pytest.raises(CorruptError, match=name):
+            checkpoint.load()
 
 
 def test_nothing_is_lost_when_a_save_breaks_off(
