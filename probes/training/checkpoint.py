@@ -9,9 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ...cache.errors import CorruptError, MismatchError, NotFoundError, ResiduaError
 from ...cache.files.confined_files import is_confined_name
@@ -19,6 +17,9 @@ from ...cache.files.disk_errors import system_error
 from ...cache.files.json_fields import checking_fields, digest_field, object_field, text_field
 from ...cache.files.json_files import file_digest, make_folder, read_json, sync_folder, write_json
 from ...cache.files.leases import try_lock, wait_for_lock
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOCK = "fit.lock"
 """File in a folder of checkpoints that the process which works there has locked."""
@@ -42,7 +43,7 @@ class Checkpoint:
         """Lock the folder within the context, as `lock_folder`."""
         return lock_folder(self.folder)
 
-    def save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def save(self, state: dict[str, Any], tensors: dict[str, "Tensor"]) -> None:
         """Replace the saved state by `state` (JSON, with a key `step`) and `tensors`.
 
         A process killed at any moment leaves the old state or the new state whole. Raises
@@ -60,7 +61,7 @@ class Checkpoint:
                 "another place)"
             ) from error
 
-    def _save(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def _save(self, state: dict[str, Any], tensors: dict[str, "Tensor"]) -> None:
         from safetensors.torch import save_file
 
         make_folder(self.folder)
@@ -82,7 +83,7 @@ class Checkpoint:
             if other.name != name:
                 other.unlink(missing_ok=True)
 
-    def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def load(self) -> tuple[dict[str, Any], dict[str, "Tensor"]] | None:
         """The saved state and tensors, or None without any.
 
         Raises `MismatchError` for the state of another fit, `CorruptError` for a changed file.

@@ -26,8 +26,10 @@ NO_MODEL = "/nowhere/without/a/model"
 
 @pytest.fixture
 def damaged(tiny_cache: ActivationCache, tmp_path: Path) -> Path:
-    """A copy of the cache, to be damaged."""
-    return Path(shutil.copytree(tiny_cache.path, tmp_path / "root" / tiny_cache.id))
+    """A copy of the cache, to be damaged; without the moments that other tests kept."""
+    path = Path(shutil.copytree(tiny_cache.path, tmp_path / "root" / tiny_cache.id))
+    shutil.rmtree(path / "moments", ignore_errors=True)
+    return path
 
 
 @pytest.fixture(scope="module")
