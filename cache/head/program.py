@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CorruptError
-from ..files.json_fields import shown
+from ..files.json_fields import FieldError, shown
 from .operations import OPS
 
 NODE_LIMIT = 10_000
@@ -90,10 +89,10 @@ class Program:
     def from_json(cls, entries: Any, names: set[str]) -> "Program":
         """Check and load the `nodes` of a `head.json` whose tensors are called `names`.
 
-        Raises `CorruptError` for an unknown operation or an argument of another form.
+        Raises `FieldError` for an unknown operation or an argument of another form.
         """
         if not isinstance(entries, list) or not 0 < len(entries) <= NODE_LIMIT:
-            raise CorruptError(f"a head program has 1 to {NODE_LIMIT} nodes in a list")
+            raise FieldError(f"a head program has 1 to {NODE_LIMIT} nodes in a list")
         return cls(tuple(_parse_node(entry, n, names) for n, entry in enumerate(entries)))
 
 
@@ -129,18 +128,18 @@ def _evaluate(
 def _parse_node(entry: Any, number: int, names: set[str]) -> Node:
     """The node of a JSON object that may read the results 0 to `number`."""
     if not isinstance(entry, dict) or set(entry) != {"op", "args"}:
-        raise CorruptError(f"node {number + 1} of the head program is not an operation")
+        raise FieldError(f"node {number + 1} of the head program is not an operation")
     op = OPS.get(entry["op"]) if isinstance(entry["op"], str) else None
     if op is None:
-        raise CorruptError(f"the head program uses the unknown operation {shown(entry['op'])}")
+        raise FieldError(f"the head program uses the unknown operation {shown(entry['op'])}")
     args = entry["args"]
     if not isinstance(args, dict) or not op.required <= set(args) <= op.allowed:
-        raise CorruptError(f"operation {entry['op']} of the head program has wrong arguments")
+        raise FieldError(f"operation {entry['op']} of the head program has wrong arguments")
     if not all(_is_argument(name, value, number, names) for name, value in args.items()):
-        raise CorruptError(f"node {number + 1} of the head program has a wrong value")
+        raise FieldError(f"node {number + 1} of the head program has a wrong value")
     # Python computes with numbers alone at any length: 7 ** 10 ** 9.
     if not any(_is_array(v, number, names) for v in (*args.values(), *args.get("tensors", ()))):
-        raise CorruptError(f"node {number + 1} of the head program computes with no array")
+        raise FieldError(f"node {number + 1} of the head program computes with no array")
     return Node(entry["op"], args)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CorruptError
+from ..files.json_fields import FieldError
 from .program import Program
 
 LENGTHS = (2, 1 << 16)
@@ -58,14 +58,14 @@ class _Budget:
 def check_bounds(
     program: Program, shapes: Mapping[str, tuple[int, ...]], d_model: int, vocab: int
 ) -> None:
-    """Raise `CorruptError` unless the program maps `(1, n, d_model)` to `(1, n, vocab)` in bounds.
+    """Raise `FieldError` unless the program maps `(1, n, d_model)` to `(1, n, vocab)` in bounds.
 
     `shapes` are those of the head's tensors by name. Memory and work must be those of a head:
     proportional to the number of positions, to the widths and to the size of the tensors.
     """
     stored = sum(math.prod(shape) for shape in shapes.values())
     if vocab > max(stored, SMALL_VOCAB):
-        raise CorruptError(f"the head program has {vocab} logits, but tensors of {stored} numbers")
+        raise FieldError(f"the head program has {vocab} logits, but tensors of {stored} numbers")
     for length in LENGTHS:
         width = max(d_model, vocab)
         budget = _Budget(
@@ -83,7 +83,7 @@ def check_bounds(
             if out.shape != (1, length, vocab):
                 raise ValueError(f"it gives {out.shape}, not {(1, length, vocab)}")
         except RESULTS_OF_FORGERY as error:
-            raise CorruptError(f"the head program does not run: {error}") from None
+            raise FieldError(f"the head program does not run: {error}") from None
 
 
 RESULTS_OF_FORGERY = (

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import CorruptError, UsageError
-from ..files.json_fields import checking_fields, integer_field
+from ..errors import UsageError
+from ..files.json_fields import FieldError, integer_field
 from ..format.manifest import MAX_VOCAB, MAX_WIDTH
 from .head import Head, TorchHead
 from .head_files import save_head
@@ -110,7 +110,7 @@ class ProgramHead(Head):
         save_head(folder, {"kind": self.kind, **self._spec()}, self.tensors, tensors)
 
     def check_bounds(self) -> None:
-        """Raise `CorruptError` if the program needs more memory or work than a head."""
+        """Raise `FieldError` if the program needs more memory or work than a head."""
         shapes = {name: array.shape for name, array in self.tensors.items()}
         check_bounds(self.program, shapes, self.d_model, self.vocab)
 
@@ -118,13 +118,12 @@ class ProgramHead(Head):
     def from_parts(cls, spec: dict[str, Any], tensors: dict[str, np.ndarray]) -> "ProgramHead":
         """Build the head of a `head.json` and its tensors.
 
-        Raises `CorruptError` if the program is malformed, fails, gives another shape, or needs more
+        Raises `FieldError` if the program is malformed, fails, gives another shape, or needs more
         memory or work than a head (`program_bounds.py`).
         """
         program = Program.from_json(spec.get("nodes"), set(tensors))
-        with checking_fields("head.json", "a head program"):
-            d_model = integer_field(spec, "d_model", 1, MAX_WIDTH)
-            vocab = integer_field(spec, "vocab", 1, MAX_VOCAB)
+        d_model = integer_field(spec, "d_model", 1, MAX_WIDTH)
+        vocab = integer_field(spec, "vocab", 1, MAX_VOCAB)
         head = cls(program, tensors, d_model, vocab)
         head.check_bounds()
         # Try the program on two positions, which the bounds make cheap.
@@ -133,9 +132,9 @@ class ProgramHead(Head):
                 x = np.ones((1, 2, d_model), np.float32)
                 out = program.run(x, tensors, NumpyOperations())
         except Exception as error:  # a damaged program can raise any error
-            raise CorruptError(f"the head program does not run: {error}") from None
+            raise FieldError(f"the head program does not run: {error}") from None
         if np.shape(out) != (1, 2, vocab):
-            raise CorruptError(f"the head program gives {np.shape(out)}, not (1, 2, {vocab})")
+            raise FieldError(f"the head program gives {np.shape(out)}, not (1, 2, {vocab})")
         return head
 
 

@@ -266,7 +266,7 @@ def test_shapes_alone_give_the_shape_that_numpy_gives(name: str) -> None:
 def test_forged_sizes_of_a_program_are_refused(sizes: dict[str, int], tmp_path: Path) -> None:
     small_program_head().save(tmp_path)
     forge_head_json(tmp_path, lambda spec: spec.update(sizes))
-    with pytest.raises(CorruptError, match="head"):
+    with pytest.raises(CorruptError, match="is not a head of this format"):
         load_head(tmp_path)
 
 
