@@ -37,7 +37,7 @@ SMALL_VOCAB = 1 << 16
 
 @dataclass
 class _Budget:
-    """Numbers that results may have, and what was used of it."""
+    """Most numbers and products of a program, and the numbers and products counted so far."""
 
     result: int
     """Most numbers of one result."""

@@ -116,7 +116,7 @@ def find_path(name: str | Path, root: str | Path) -> Path:
 
 
 def _is_cache(path: Path) -> bool:
-    """Whether a cache is at `path`, be it one that has lost its manifest."""
+    """Whether `path` is a cache, with or without its manifest."""
     if is_remote(path):
         return (path / "manifest.json").is_file()
     return os.path.lexists(path / "manifest.json") or _has_lost_manifest(path)

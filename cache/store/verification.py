@@ -182,7 +182,7 @@ def _read_manifest(path: Path, damages: list[Damage]) -> Manifest | None:
 
 @dataclass
 class JournalContents:
-    """The records of a journal that can be read, and the names of all that should be there."""
+    """The readable records of a journal, and the names of damaged and missing records."""
 
     journal: Journal
     records: dict[str, PartRecord] = field(default_factory=dict)
@@ -307,7 +307,7 @@ def layers_with_shards(path: Path) -> list[int]:
 def _lost_records(
     path: Path, names: set[str], contents: JournalContents, missing_parts: tuple[int, ...]
 ) -> list[str]:
-    """Records that would name the shards of parts that have them all and no record for them.
+    """Names of the missing records of parts whose shards are all there.
 
     `names` are the arrays that every part should have.
     """
