@@ -155,7 +155,7 @@ def lock_folder(folder: Path | None) -> Iterator[None]:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Remove a folder of checkpoints that this process has locked, if no other file is in the folder.
+    """Remove a folder of checkpoints, locked by this process, if nothing else is in the folder.
 
     Raises `OSError` for a folder that holds more.
     """
