@@ -145,11 +145,12 @@ def read_rows(path: Path) -> None:
     for layer in cache.layers:
         array = cache.residual_array(layer)
         _ = array[:20], array.take(np.array([3, 0, 5]))
-    cache.head.logits(cache.residual_array(cache.layers[-1])[:4])
-    cache.head.torch()(torch.from_numpy(cache.residual_array(cache.layers[-1])[:4]))
+    cache.head.logits(cache.residual_array(cache.n_blocks)[:4])
+    cache.head.torch()(torch.from_numpy(cache.residual_array(cache.n_blocks)[:4]))
     cache.logits()[:5].compute()
     cache.topk(3).values[:5].compute()
-    cache.residual(cache.layers[0])[-10:].compute()
+    for layer in cache.target_layers[:1]:
+        cache.residual(layer)[-10:].compute()
 
 
 def describe(path: Path) -> None:
@@ -161,9 +162,10 @@ def describe(path: Path) -> None:
 
 def load_rows(path: Path) -> None:
     cache = ActivationCache(path)
-    for number, _ in enumerate(RowLoader(cache, cache.layers[0], batch_rows=64)):
-        if number > 3:
-            break
+    for layer in cache.target_layers[:1]:
+        for number, _ in enumerate(RowLoader(cache, layer, batch_rows=64)):
+            if number > 3:
+                break
 
 
 def read_moments(path: Path) -> None:
