@@ -8,10 +8,12 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .errors import InputTypeError
+from .errors import InputTypeError, UsageError
 
 MAX_NUMBERS = 1 << 20
 """Most numbers that `parse_ranges` gives."""
+LARGEST = 1 << 62
+"""Largest layer or offset that `as_tuple` takes: sums with positions are numbers of int64."""
 
 
 def format_ranges(numbers: Sequence[int]) -> str:
@@ -54,9 +56,17 @@ def absolute_numbers(numbers: Sequence[int] | None, last: int) -> tuple[int, ...
 def as_tuple(value: Any, name: str = "numbers") -> tuple[int, ...]:
     """Convert one whole number or several, of Python or numpy, to a tuple of ints.
 
-    Raises `InputTypeError` for any other value: a fraction, a mask, a string. `name` is the
-    parameter that the error names.
+    Raises `InputTypeError` for any other value: a fraction, a mask, a string, and `UsageError` for
+    a number beyond `LARGEST`. `name` is the parameter that the error names.
     """
+    numbers = _as_integers(value, name)
+    if too_large := [number for number in numbers if abs(number) > LARGEST]:
+        raise UsageError(f"{name} must be at most {LARGEST}, got {too_large[0]}")
+    return numbers
+
+
+def _as_integers(value: Any, name: str) -> tuple[int, ...]:
+    """The whole numbers of `as_tuple`, of any size."""
     try:
         if isinstance(value, str | bytes):
             raise TypeError
@@ -78,7 +88,7 @@ def as_whole_number(value: Any, name: str) -> int:
     """
     if is_several(value):
         raise InputTypeError(f"{name} must be one whole number, not {value!r}")
-    return as_tuple(value, name)[0]
+    return _as_integers(value, name)[0]
 
 
 def is_several(value: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...cache.errors import UsageError
+from ...cache.number_ranges import LARGEST
 from ...cache.store.sequence_draw import draw_sequences
 from ...cache.tokens.segments import (
     PairScope,
@@ -118,7 +119,7 @@ class Targets:
         """The positions of `sequences`; pairs in `scope`, targets in the mask `where`."""
         positions = cache.positions_of(sequences)
         # At a larger offset N the source t = target - N is one of the first, dropped positions.
-        drop_limit = context_indices(cache, positions) - scope.drop_first
+        drop_limit = context_indices(cache, positions) - min(scope.drop_first, LARGEST)
         within, across = (
             np.minimum(segment_indices(cache, sequences, across_documents)[0], drop_limit)
             for across_documents in (scope.across_documents, True)
@@ -191,6 +192,8 @@ def evaluation_windows(
     positions, largest_offset = targets.positions, targets.largest_offset
     tokens = cache.tokens[positions].astype(np.int64)
     target_index = np.flatnonzero(targets.in_mask & (largest_offset >= 0))
+    # Offsets without a pair have no source, and may be too large for int64.
+    offsets = [offset for offset in offsets if offset <= largest_offset.max(initial=-1)]
 
     limit = batch_rows or min(MAX_ROWS, max(1, VOCAB_BYTES // (4 * cache.vocab)))
     if where is not None:

@@ -22,6 +22,8 @@ BLOCK_ROWS = 4096
 """Rows of one block of products; 2048 to 16384 are about equally fast."""
 SMALL_ROWS = 512
 """Rows of a block below which products are slow."""
+MOST_FOLDS = 1 << 16
+"""Most folds of a cross-validation; each has moments of its own."""
 SOLVE_MATRICES = 14
 """Float64 matrices `(d_model, d_model)` that the solution of one (layer, offset) works on."""
 
@@ -74,8 +76,8 @@ class MomentRequest:
             raise UsageError(
                 "name at least one layer, one offset and one target; offsets are 0 or more"
             )
-        if self.folds < 1:
-            raise UsageError(f"folds must be at least 1, not {self.folds}")
+        if not 1 <= self.folds <= MOST_FOLDS:
+            raise UsageError(f"folds must be at least 1 and at most {MOST_FOLDS}, not {self.folds}")
         if self.products not in PRODUCTS:
             raise UsageError(
                 f"products must be one of {', '.join(PRODUCTS)}, not {self.products!r}"

@@ -583,3 +583,18 @@ def test_the_command_line_names_what_a_probe_has(cache, tmp_path):
         said = json.loads(result.stdout)
         assert said["error"] == "NotFoundError"
         assert "it has layers 1, offsets 0" in said["message"]
+
+
+@pytest.mark.parametrize("huge", [1 << 62, 10**23])
+def test_huge_numbers_are_answered_and_no_failure_of_int64(cache, huge):
+    for probe in (RidgeProbe(huge), TunedLens(huge), VocabProbe(huge), RidgeProbe(layers=[huge])):
+        with pytest.raises(UsageError):
+            probe.fit(cache)
+    with pytest.raises(UsageError, match="folds must be at least 1 and at most"):
+        RidgeProbe(folds=huge).fit(cache)
+    for options in ({"drop_first": huge}, {"offsets": huge}):
+        with pytest.raises(UsageError):
+            evaluate(cache, [], **options)
+    lagged = residua.LaggedBigram([0, min(huge, 1 << 61)]).fit(cache)
+    evaluation = evaluate(cache, lagged, split="train")
+    assert evaluation.offsets == (0,)
