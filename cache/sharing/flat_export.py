@@ -269,7 +269,7 @@ rows = (hidden[:8].astype(np.uint32) << 16).view(np.float32)"""
 
 
 def _readme(index: dict[str, Any]) -> str:
-    """README.md of the folder: its files, and code that opens one of them."""
+    """Text of the README.md of an export: the files, and code that opens one file."""
     files = list(index["layers"].values())
     dtypes = [index["files"][file]["tensors"]["residual"]["dtype"] for file in files]
     example = _EXAMPLES[index["format"]].format(file=files[-1])

@@ -48,7 +48,11 @@ def check_pair_offsets(
     split: str = "train",
     text: bool = False,
 ) -> None:
-    """Raise `UsageError` unless `split` has a pair at each of `offsets`; see the function above."""
+    """Raise `UsageError` unless `split` has a pair (t, t+N) at each N of `offsets`.
+
+    With `text`, a token of the text must follow t+N, too. The message names the missing offsets and
+    the largest one with a pair.
+    """
     offsets = sorted(set(offsets))
     largest = largest_pair_offset(cache, offsets, scope, split, text)
     missing = [offset for offset in offsets if offset > largest]
