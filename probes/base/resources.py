@@ -3,10 +3,14 @@
 import os
 import threading
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...cache.cluster import threads_of
+from ...cache.devices import choose_accelerator
 from ...cache.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
 
 MEMORY = 2 << 30
 """Largest default budget of a fit, in bytes; less on machines with less than four times that."""
@@ -22,6 +26,23 @@ def available_cores(client: Any = None) -> int:
     from dask.system import CPU_COUNT
 
     return CPU_COUNT if client is None else max(1, sum(threads_of(client).values()))
+
+
+def device_of_fit(
+    device: "str | torch.device" = "auto", client: Any = None
+) -> "torch.device | None":
+    """The device of a fit; None for the CPU, where `auto` finds no GPU, or with a `client`.
+
+    Workers of `client` compute on their CPUs unless a device is named, which each of them then has.
+    Raises `ModelError` for a device that cannot be used.
+    """
+    if client is None:
+        return choose_accelerator(device)
+    if device == "auto" or str(device) == "cpu":
+        return None
+    import torch
+
+    return torch.device(device)
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:

@@ -2,14 +2,15 @@
 
 collect_moments     all moments at once
 collect_passes      group after group, each within the memory (see `pass_plan.py`)
-collect_pass        one pass: blocks of rows -> `ShiftedSums` per task -> `MomentSet`
+collect_pass        one pass: blocks of rows -> `ShiftedSums` per task -> `MomentSet`; on a device
+                    the products are those of `device_sums.py`
 moments_of_rows     the moments of two arrays, numpy or dask, without a cache
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,15 +23,15 @@ from .moment_set import MomentSet
 from .moments import Moments, merge_all
 from .pass_plan import CachePass, MomentRequest, plan_passes
 from .row_identity import sequences_digest
-from .shifted_sums import ShiftedSums
+from .shifted_sums import Shift, ShiftedSums
+from .source_blocks import SourceBlock, source_blocks
+
+if TYPE_CHECKING:
+    import torch
 
 OFFSETS = (0, 1, 2, 3)
-TAIL_ROWS = 512
-"""Rows of a block of sources near the ends of sequences: few, so that they are read soon."""
 SHIFT_ROWS = 256
 """Random rows with the median that rows are shifted by."""
-Shift = dict[int, np.ndarray]
-"""Constant that is subtracted from the rows of each layer, `(d_model,)` float64."""
 
 
 def collect_moments(
@@ -80,8 +81,9 @@ def collect_passes(
 ) -> Iterator[MomentSet]:
     """The moments of one group of layers after the other; `options` are those of `plan_passes`.
 
-    `client` is one of `dask.distributed`, whose workers see the cache under the same path.
-    `progress(done_positions, total_positions)` counts the positions of all passes.
+    `client` is one of `dask.distributed`, whose workers see the cache under the same path; with a
+    `device`, each worker sums on its own. `progress(done_positions, total_positions)` counts the
+    positions of all passes.
     """
     plans = plan_passes(cache, request, client=client, **options)
     counter = ProgressCounter(sum(plan.positions(cache) for plan in plans), progress)
@@ -131,11 +133,13 @@ def median_rows(cache: ActivationCache, sequences: np.ndarray, layers: set[int])
 def _sums_of_threads(
     cache: ActivationCache, plan: CachePass, shift: Shift, counter: ProgressCounter
 ) -> ShiftedSums:
-    """The sums of all tasks, one thread each."""
+    """The sums of all tasks, one thread each; on a device there is one task."""
     from dask.base import compute
     from dask.delayed import delayed
 
     calls = [partial(sum_task, cache, plan, shift, task, counter.add) for task in range(plan.tasks)]
+    if plan.device is not None:
+        return reduce(ShiftedSums.add, (call() for call in calls))
     tasks = [delayed(call, pure=False)() for call in calls]
     return reduce(ShiftedSums.add, compute(*tasks, scheduler="threads", num_workers=plan.tasks))
 
@@ -174,56 +178,17 @@ def sum_task(
 ) -> ShiftedSums:
     """Sums over one contiguous run of sequences; `report` is told the positions of each block."""
     request = plan.request
+    blocks = source_blocks(cache, plan, plan.task_sequences(cache, task), report)
+    if plan.device is not None:
+        from .device_sums import sum_on_device
+
+        return sum_on_device(cache, request, shift, blocks, plan.block_rows, plan.device)
     sums = ShiftedSums(
         request.layers, request.offsets, request.targets, request.folds, cache.d_model
     )
-    for block in source_blocks(cache, plan, plan.task_sequences(cache, task), report):
+    for block in blocks:
         add_block(sums, block, cache, request, shift)
     return sums
-
-
-@dataclass(frozen=True)
-class SourceBlock:
-    """Source positions of one fold and one reach (see `shifted_sums.py`)."""
-
-    fold: int
-    reach: int
-    rows: np.ndarray
-    """Positions in the cache, `(n,)`."""
-
-
-def source_blocks(
-    cache: ActivationCache, plan: CachePass, sequences: np.ndarray, report: Callable[[int], None]
-) -> Iterator[SourceBlock]:
-    """All source positions of `sequences`, in blocks of one fold and one reach.
-
-    Positions wait until their block is full; the last blocks are shorter.
-    """
-    request = plan.request
-    reaches = len(request.offsets)
-    waiting: dict[int, np.ndarray] = {}
-    folds = cache.sequence_folds(request.folds, request.split)
-    for window in cache.blocks(sequences, plan.block_rows * request.folds):
-        # Fold and reach of every position; -1 for positions without a target at any offset.
-        rows, lengths = cache.positions_of(window), cache.sequence_length[window]
-        following = request.scope.largest_offsets(cache, window)
-        reach = np.searchsorted(request.offsets, following, side="right") - 1
-        fold = np.repeat(folds[window], lengths)
-        keys = np.where(reach < 0, -1, fold * reaches + reach)
-        # Yield full blocks, and let the rest wait.
-        for key in np.unique(keys[keys >= 0]).tolist():
-            is_full_reach = key % reaches == reaches - 1
-            size = plan.block_rows if is_full_reach else min(plan.block_rows, TAIL_ROWS)
-            before = [waiting[key]] if key in waiting else []
-            joined = np.concatenate([*before, rows[keys == key]])
-            full = len(joined) // size * size
-            for start in range(0, full, size):
-                yield SourceBlock(key // reaches, key % reaches, joined[start : start + size])
-            waiting[key] = joined[full:]
-        report(len(rows))
-    for key, remaining in waiting.items():
-        if len(remaining):
-            yield SourceBlock(key // reaches, key % reaches, remaining)
 
 
 def add_block(
@@ -235,11 +200,7 @@ def add_block(
 ) -> None:
     """Add the pairs of the sources of `block` to `sums`; reads every layer once."""
     rows, offsets = block.rows, request.offsets[: block.reach + 1]
-    # Targets t+N of all offsets overlap: read each position once.
-    targets = np.concatenate([rows + offset for offset in offsets])
-    distinct, index = (
-        np.unique(targets, return_inverse=True) if len(offsets) > 1 else (targets, None)
-    )
+    distinct, index = block.targets(request.offsets)
     # Targets y, by offset and target layer.
     ys: list[list[np.ndarray]] = [[] for _ in offsets]
     for target, layer in enumerate(request.targets):
@@ -268,15 +229,29 @@ def shifted_rows(
 
 
 def moments_of_rows(
-    x: Any, y: Any, folds: int, products: str, client: Any = None
+    x: Any,
+    y: Any,
+    folds: int,
+    products: str,
+    client: Any = None,
+    *,
+    device: "torch.device | None" = None,
 ) -> tuple[Moments, ...]:
-    """Moments of contiguous folds (as `KFold` cuts them) of numpy or dask arrays of rows."""
+    """Moments of contiguous folds (as `KFold` cuts them) of numpy or dask arrays of rows.
+
+    Products are those of `device`, None for numpy on the CPU or on the workers of `client`.
+    """
     from dask.base import compute
     from dask.delayed import delayed
 
     y = check_rows(x, y, folds)
     rows = max(1024, (2 << 20) // x.shape[1])
     edges = np.cumsum([0] + [len(x) // folds + (fold < len(x) % folds) for fold in range(folds)])
+    if device is not None:
+        from .device_sums import moments_on_device
+
+        bounds = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+        return tuple(moments_on_device(x[a:b], y[a:b], rows, products, device) for a, b in bounds)
     totals = []
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
         # The moments of each block of rows, ...

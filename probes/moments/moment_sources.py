@@ -6,7 +6,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...cache.errors import CorruptError, MismatchError
 from ...cache.format.manifest import SHORT_ID
@@ -28,6 +28,9 @@ from .moments import Moments
 from .pass_plan import SOLVE_MATRICES, CachePass, MomentRequest, plan_passes
 from .row_identity import layer_digest, same_documents, same_rows, same_sequences, sequences_digest
 from .shifted_sums import LayerOffsetTarget
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -59,12 +62,14 @@ def obtain_moments(
     client: Any = None,
     progress: Progress | None = None,
     sources: MomentSources | None = None,
+    device: "torch.device | None" = None,
 ) -> Iterator[MomentSet]:
     """The moments of `request` in groups that fit `memory` bytes; `sources` is filled in.
 
     New moments are kept with the cache if `keep`, by default where `reason_not_to_keep` gives no
     reason; a disk that fills up or fails meanwhile does not end the fit. Raises `UsageError` or
-    `NoSpaceError` before the first pass where `keep` is impossible.
+    `NoSpaceError` before the first pass where `keep` is impossible. Products are computed on
+    `device`, None for numpy on the CPU.
     """
     sources = MomentSources() if sources is None else sources
     memory = memory or default_memory()
@@ -96,7 +101,12 @@ def obtain_moments(
             plan
             for part in request.for_pairs(pairs)
             for plan in plan_passes(
-                cache, part, first_sequence=first_sequence, memory=memory, client=client
+                cache,
+                part,
+                first_sequence=first_sequence,
+                memory=memory,
+                client=client,
+                device=device,
             )
         ]
 

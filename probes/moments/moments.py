@@ -103,7 +103,7 @@ class Accumulator:
             return
         total = self.n + block.n
         dx, dy = block.mean_x - self.mean_x, block.mean_y - self.mean_y
-        root = np.sqrt(self.n * block.n / total)
+        root = float(np.sqrt(self.n * block.n / total))
         # Scatter inside each of the two.
         self.xx += block.xx
         self.xy += block.xy
@@ -111,8 +111,8 @@ class Accumulator:
         # Scatter between their means.
         if self.n:
             # The root on both sides keeps `xx` symmetric to the last bit.
-            self.xx += np.outer(dx * root, dx * root)
-            self.xy += np.outer(dx * root, dy * root)
+            self.xx += (dx * root)[:, None] * (dx * root)
+            self.xy += (dx * root)[:, None] * (dy * root)
             self.yy += float(dy @ dy) * root**2
         self.mean_x = self.mean_x + dx * (block.n / total)
         self.mean_y = self.mean_y + dy * (block.n / total)
@@ -124,8 +124,11 @@ class Accumulator:
 
 
 def merge_all(parts: Sequence[Moments]) -> Moments:
-    """The moments of all `parts`, merged from the first to the last."""
+    """The moments of all `parts`, merged from the first to the last; of numpy or of torch."""
     total = Accumulator(len(parts[0].mean_x), len(parts[0].mean_y))
+    for name in ("mean_x", "mean_y", "xx", "xy"):
+        if hasattr(array := getattr(parts[0], name), "new_zeros"):  # tensors, on their device
+            setattr(total, name, array.new_zeros(array.shape))
     for part in parts:
         total.add(part)
     return total.result()

@@ -6,10 +6,12 @@ A `MomentRequest` says which moments a fit needs; `plan_passes` turns it into `C
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...cache.cluster import threads_of
+from ...cache.devices import memory_budget
 from ...cache.errors import UsageError
 from ...cache.number_ranges import as_tuple
 from ...cache.store.activation_cache import ActivationCache
@@ -17,6 +19,9 @@ from ...cache.tokens.segments import PairScope
 from ..base.resources import available_cores, default_memory
 from .moments import PRODUCTS
 from .shifted_sums import LayerOffsetTarget
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_ROWS = 4096
 """Rows of one block of products; 2048 to 16384 are about equally fast."""
@@ -141,6 +146,8 @@ class CachePass:
     """Contiguous runs of sequences that are summed up at the same time."""
     cores: int
     """Solutions that are computed at the same time afterwards."""
+    device: "torch.device | None" = None
+    """Device of the products; None for numpy on the CPU."""
 
     def bytes(self, d_model: int) -> int:
         """Most memory at a time: sums and blocks of all tasks, or moments and their solutions."""
@@ -149,7 +156,14 @@ class CachePass:
         matrices = SOLVE_MATRICES + request.folds * (len(request.targets) > 1)
         solutions = len(request.layers) * len(request.offsets)
         solving = 8 * matrices * d_model**2 * min(self.cores, solutions)
-        return max(max(self.tasks, 2) * sums + self.block_bytes(d_model), sums + solving)
+        # On a device, sums are added up there and copied once.
+        copies = max(self.tasks, 2) if self.device is None else self.tasks
+        return max(copies * sums + self.block_bytes(d_model), sums + solving)
+
+    def device_bytes(self, d_model: int) -> int:
+        """Most memory of a device at a time: sums and blocks of one task, or a solution's work."""
+        sums, blocks = self.request.bytes(d_model), self.block_bytes(d_model) // self.tasks
+        return max(sums + blocks, 8 * d_model**2 * (SOLVE_MATRICES + 2 * self.request.folds))
 
     def block_bytes(self, d_model: int) -> int:
         """Bytes of the blocks and products that all tasks work on."""
@@ -187,27 +201,42 @@ def plan_passes(
     rows: int | None = None,
     tasks: int | None = None,
     client: Any = None,
+    device: "torch.device | None" = None,
 ) -> list[CachePass]:
     """Passes that stay within `memory` bytes each, over sequences from `first_sequence` on.
 
     A budget that is too small for one (layer, offset, target) with all its folds is exceeded.
     `tasks` runs of sequences are summed up at the same time, by default one per core (of the
-    cluster of `client`), a block of `rows` at a time.
+    cluster of `client`), a block of `rows` at a time. On a `device`, one run at a time (with a
+    `client`, one per worker), and sums and blocks are within its free memory, too.
     """
+    tasks_at_once = available_cores(client)
+    if device is not None:
+        tasks_at_once = 1 if client is None else len(threads_of(client))
     whole = CachePass(
         request,
         first_sequence,
         rows or cache.block_rows(BLOCK_ROWS),
-        tasks or available_cores(client),
-        available_cores(),
+        tasks or tasks_at_once,
+        available_cores() if device is None else 1,
+        device,
     )
-    return divide_pass(whole, memory or default_memory(), cache.d_model)
+    memory = memory or default_memory()
+    # The devices of workers may not be here.
+    on_device = memory if device is None or client is not None else memory_budget(device, memory)
+    return divide_pass(whole, memory, cache.d_model, on_device)
 
 
-def divide_pass(plan: CachePass, memory: int, d_model: int) -> list[CachePass]:
-    """Passes within `memory` bytes: fewer layers, then targets, offsets and tasks each."""
+def divide_pass(
+    plan: CachePass, memory: int, d_model: int, device_memory: int | None = None
+) -> list[CachePass]:
+    """Passes within `memory` bytes: fewer layers, then targets, offsets and tasks each.
+
+    `device_memory` is the number of bytes for the plan's device, by default the same.
+    """
+    on_device = memory if device_memory is None else device_memory
     # Smaller blocks first, down to `SMALL_ROWS`, where blocks would take a quarter of the memory.
-    while plan.block_rows > SMALL_ROWS and plan.block_bytes(d_model) > memory // 4:
+    while plan.block_rows > SMALL_ROWS and plan.block_bytes(d_model) > on_device // 4:
         plan = replace(plan, block_rows=max(SMALL_ROWS, plan.block_rows // 2))
 
     sizes = {name: len(getattr(plan.request, name)) for name in ("layers", "targets", "offsets")}
@@ -222,7 +251,10 @@ def divide_pass(plan: CachePass, memory: int, d_model: int) -> list[CachePass]:
         return replace(plan, request=replace(plan.request, **numbers), tasks=tasks)
 
     def fits() -> bool:
-        return part(dict.fromkeys(sizes, 0)).bytes(d_model) <= memory
+        first = part(dict.fromkeys(sizes, 0))
+        if plan.device is not None and first.device_bytes(d_model) > on_device:
+            return False
+        return first.bytes(d_model) <= memory
 
     # Take fewer of each until the first part fits.
     for name in sizes:

@@ -19,6 +19,8 @@ from .moments import Moments, sum_of_squares
 
 LayerOffsetTarget = tuple[int, int, int]
 """(layer, offset, target layer)."""
+Shift = dict[int, np.ndarray]
+"""Constant that is subtracted from the rows of each layer, `(d_model,)` float64."""
 FIELDS = ("n", "x", "xx", "y", "yy", "xy")
 """Arrays of `ShiftedSums`."""
 

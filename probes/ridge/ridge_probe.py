@@ -5,7 +5,7 @@ collected in one pass), `solver.py` (penalty by cross-validation, then the map),
 (warns where few rows make most of the error).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from ..base.estimator import BaseEstimator, MultiOutputMixin, RegressorMixin
 from ..base.fitted_maps import FittedMaps, MapKey
 from ..base.pair_offsets import check_pair_offsets
 from ..base.readout import ReadoutBatch
-from ..base.resources import available_cores, one_blas_thread
+from ..base.resources import available_cores, device_of_fit, one_blas_thread
 from ..base.saved_tensors import SavedTensors
 from ..moments.moment_collection import check_rows, collect_moments, moments_of_rows
 from ..moments.moment_set import MomentSet
@@ -93,6 +93,7 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
         memory: int | None = None,
         keep: bool | None = None,
         progress: Progress | None = None,
+        device: "str | torch.device" = "auto",
     ) -> "RidgeProbe":
         """Fit a cache (its train split), saved moments, or rows `X` `(n, d_in)`, `y` `(n, d_out)`.
 
@@ -101,12 +102,18 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
         that were kept with the cache, or with one that it extends, are used again; `keep` says
         whether new ones are kept (default: where they take at most a quarter of its bytes).
         `moments_` tells where the moments came from, see `MomentSources`.
+
+        Products and decompositions run on `device`: `auto` is the first GPU, or the CPU (with a
+        `client`: the workers' CPUs). On a device with float64 (CUDA) they are float64 and equal the
+        CPU's to about 1e-12; on one without (Apple's), products of blocks are float32, added up in
+        float64 on the host (moments to about 1e-6, see `products`), and LAPACK solves.
         """
         self._check_params()
+        fit_device = device_of_fit(device, client)
         if isinstance(X, MomentSet):
-            return self._fit_moments([self._select_targets(X)], np.float32)
+            return self._fit_moments([self._select_targets(X)], np.float32, fit_device)
         if not isinstance(X, ActivationCache):
-            return self._fit_rows(X, y, client)
+            return self._fit_rows(X, y, client, fit_device)
 
         request = MomentRequest.of(
             X,
@@ -128,8 +135,10 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
             client=client,
             progress=progress,
             sources=sources,
+            device=fit_device,
         )
-        self._fit_moments(moments, np.float32)
+        # Workers of a cluster collect moments; their devices need not be here.
+        self._fit_moments(moments, np.float32, fit_device if client is None else None)
         self.moments_ = vars(sources).copy()
         self._measure_shares(X, request)
         return self
@@ -169,14 +178,16 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
         pairs = {pair: folds for pair, folds in moments.pairs.items() if pair[2] in targets}
         return replace(moments, pairs=pairs)
 
-    def _fit_moments(self, groups: Iterable[MomentSet], dtype: Any) -> "RidgeProbe":
+    def _fit_moments(
+        self, groups: Iterable[MomentSet], dtype: Any, device: "torch.device | None"
+    ) -> "RidgeProbe":
         """Solve one group of moments after the other; maps are rounded to `dtype` if given."""
         self._clear()
         fits: dict[LayerOffsetTarget, RidgeFit] = {}
         for moments in groups:
             self.cache_id_, self.geometry_ = moments.cache_id, moments.geometry
             self.split_, self.depth_ = moments.split, moments.depth
-            for pair, fit in self._solve(moments).items():
+            for pair, fit in self._solve(moments, device).items():
                 rounded = fit.map if dtype is None else fit.map.astype(dtype)
                 fits[pair] = replace(fit, map=rounded)
             # Free these matrices before the next pass allocates its own.
@@ -188,21 +199,21 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
         self.n_features_in_ = len(self.maps_[next(iter(self.maps_))].weight)
         return self
 
-    def _solve(self, moments: MomentSet) -> dict[LayerOffsetTarget, RidgeFit]:
-        """The fits of all pairs, on all cores; targets of one (layer, offset) share its spectra."""
-        from dask.base import compute
-        from dask.delayed import delayed
+    def _solve(
+        self, moments: MomentSet, device: "torch.device | None"
+    ) -> dict[LayerOffsetTarget, RidgeFit]:
+        """The fits of all pairs; targets of one (layer, offset) share its spectra.
 
+        On all cores at once, or one after the other on a device.
+        """
         pairs_of_source: dict[tuple[int, int], list[LayerOffsetTarget]] = {}
         for pair in moments.pairs:
             pairs_of_source.setdefault(pair[:2], []).append(pair)
-        tasks: list[Any] = []
+        calls: list[Any] = []
         for (layer, offset), pairs in pairs_of_source.items():
             folds, source = [moments.pairs[p] for p in pairs], f"layer {layer}, offset {offset}"
-            call = partial(fit_targets, folds, self.alpha, self.alphas, source)
-            tasks.append(delayed(call, pure=False)())
-        with one_blas_thread():
-            fits = compute(*tasks, scheduler="threads", num_workers=available_cores())
+            calls.append(partial(fit_targets, folds, self.alpha, self.alphas, source))
+        fits = _run_on_cores(calls) if device is None else _run_on_device(calls, device)
         return {
             pair: fit
             for pairs, fits_of_source in zip(pairs_of_source.values(), fits, strict=True)
@@ -254,7 +265,7 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
         }
         warn_of_domination(shares)
 
-    def _fit_rows(self, X: Any, y: Any, client: Any) -> "RidgeProbe":
+    def _fit_rows(self, X: Any, y: Any, client: Any, device: "torch.device | None") -> "RidgeProbe":
         """Fit one map to rows; it has the first of `layers`, `offsets` and `target` as its key."""
         X, y = self._check_rows(X, y)
         is_flat = y.ndim == 1
@@ -262,8 +273,9 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
             as_tuple(numbers)[0] if numbers is not None else 0
             for numbers in (self.layers, self.offsets, self.target)
         )
-        folds = moments_of_rows(X, y, as_whole_number(self.folds, "folds"), self.products, client)
-        self._fit_moments([MomentSet({(layer, offset, target): folds})], None)
+        number = as_whole_number(self.folds, "folds")
+        folds = moments_of_rows(X, y, number, self.products, client, device=device)
+        self._fit_moments([MomentSet({(layer, offset, target): folds})], None, device)
         self._is_flat = is_flat
         self._set_coefficients()
         return self
@@ -467,6 +479,24 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
             probe._set_coefficients()
         set_feature_names(probe, config.get("feature_names"))
         return probe
+
+
+def _run_on_cores(calls: Sequence[Callable[[], Any]]) -> Sequence[Any]:
+    """Results of `calls`, a thread of one BLAS thread for each core."""
+    from dask.base import compute
+    from dask.delayed import delayed
+
+    tasks: list[Any] = [delayed(call, pure=False)() for call in calls]
+    with one_blas_thread():
+        return compute(*tasks, scheduler="threads", num_workers=available_cores())
+
+
+def _run_on_device(calls: "Sequence[partial[Any]]", device: "torch.device") -> Sequence[Any]:
+    """Results of `calls` with the algebra of `device`, one after the other."""
+    from .device_algebra import algebra_on
+
+    algebra = algebra_on(device)
+    return [call(algebra=algebra) for call in calls]
 
 
 def _same_length(y: Any, predicted: Any) -> bool:

@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.linalg import get_lapack_funcs
 
 from ...cache.errors import UsageError
 from ..moments.moments import Moments, merge_all
+from .linear_algebra import HOST_ALGEBRA, HostAlgebra, Spectrum
 
 GRID = np.logspace(-7, 2, 19)
 """Default penalties, in units of the mean eigenvalue of the second moments."""
 Penalties = Sequence[float] | np.ndarray | None
 """Penalties to choose from; None for `GRID`."""
-Spectrum = tuple[np.ndarray, np.ndarray]
-"""Eigenvalues, ascending, and eigenvectors of second moments."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +70,15 @@ class RidgeFit:
 
 
 def fit_targets(
-    targets: Sequence[Sequence[Moments]], alpha: float | None, alphas: Penalties, what: str
+    targets: Sequence[Sequence[Moments]],
+    alpha: float | None,
+    alphas: Penalties,
+    what: str,
+    algebra: HostAlgebra = HOST_ALGEBRA,
 ) -> list[RidgeFit]:
     """`fit_ridge` of several targets of the same rows x, which share the spectra of the folds."""
     spectra: dict[int, Spectrum] | None = {} if len(targets) > 1 else None
-    return [fit_ridge(folds, alpha, alphas, what, spectra) for folds in targets]
+    return [fit_ridge(folds, alpha, alphas, what, spectra, algebra=algebra) for folds in targets]
 
 
 def fit_ridge(
@@ -85,24 +87,28 @@ def fit_ridge(
     alphas: Penalties,
     what: str,
     spectra: dict[int, Spectrum] | None = None,
+    *,
+    algebra: HostAlgebra = HOST_ALGEBRA,
 ) -> RidgeFit:
     """Choose a penalty by exact cross-validation over `folds`, then fit all pairs with it.
 
     `alpha` fixes the penalty, `alphas` are the ones to choose from; `what` names the pairs in
     messages. `spectra`, if given, receives the spectrum of each fold's training moments, for
-    further targets. Raises `UsageError` if the pairs cannot be fitted.
+    further targets. Products and decompositions are those of `algebra`, of numpy or of a device.
+    Raises `UsageError` if the pairs cannot be fitted.
     """
+    folds = algebra.load(folds)
     total = merge_all(folds)
     if total.n == 0:
         raise UsageError(
             f"{what}: there is no pair (t, t+N): all documents, or their parts in one "
             "sequence, are shorter than the offset; use smaller offsets or longer sequences"
         )
-    if not (np.isfinite(total.yy) and np.isfinite(np.trace(total.xx))):
+    if not (np.isfinite(total.yy) and np.isfinite(float(total.xx.trace()))):
         raise UsageError(f"{what}: the rows hold values that are not finite")
     # Error of every penalty on the held-out folds.
     tried = np.array([alpha]) if alpha is not None else penalties(total, alphas)
-    path, held_out = cross_validate(folds, tried, spectra)
+    path, held_out = cross_validate(folds, tried, spectra, algebra)
     if held_out and not np.isfinite(path).any():
         raise UsageError(f"{what}: no penalty gives a finite error; scale the rows down")
     if not held_out and alpha is None:
@@ -118,18 +124,28 @@ def fit_ridge(
     if held_out:
         sse = path[best] * held_out * len(total.mean_y)
         r2 = 1 - sse / total.yy if total.yy else float(sse == 0)
-    return RidgeFit(solve(total, best_alpha), best_alpha, tried, path, float(r2), total.n)
+    return RidgeFit(
+        map=solve(total, best_alpha, algebra),
+        alpha=best_alpha,
+        alphas=tried,
+        path=path,
+        r2=float(r2),
+        n=total.n,
+    )
 
 
 def penalties(total: Moments, alphas: Penalties) -> np.ndarray:
     """`alphas` as an array; by default `GRID` times the mean eigenvalue of the moments of x."""
     if alphas is not None:
         return np.asarray(alphas, np.float64)
-    return GRID * (np.trace(total.xx) / len(total.xx) or 1.0)
+    return GRID * (float(total.xx.trace()) / len(total.xx) or 1.0)
 
 
 def cross_validate(
-    folds: Sequence[Moments], alphas: np.ndarray, spectra: dict[int, Spectrum] | None = None
+    folds: Sequence[Moments],
+    alphas: np.ndarray,
+    spectra: dict[int, Spectrum] | None = None,
+    algebra: HostAlgebra = HOST_ALGEBRA,
 ) -> tuple[np.ndarray, int]:
     """Mean squared error per penalty over all held-out pairs, and the number of these pairs."""
     sse, held_out = np.zeros(len(alphas)), 0
@@ -144,11 +160,10 @@ def cross_validate(
         if len(alphas) > 1:
             spectrum = None if spectra is None else spectra.get(number)
             if spectrum is None:
-                values, vectors = np.linalg.eigh(train.xx)
-                spectrum = values, vectors
+                spectrum = algebra.spectrum(train.xx)
             if spectra is not None:
                 spectra[number] = spectrum
-        sse += path_errors(train, fold, alphas, spectrum)
+        sse += path_errors(train, fold, alphas, spectrum, algebra)
         held_out += fold.n
     width = len(folds[0].mean_y)
     mean = sse / (held_out * width) if held_out else np.full(len(alphas), np.nan)
@@ -156,7 +171,11 @@ def cross_validate(
 
 
 def path_errors(
-    train: Moments, held_out: Moments, alphas: np.ndarray, spectrum: Spectrum | None = None
+    train: Moments,
+    held_out: Moments,
+    alphas: np.ndarray,
+    spectrum: Spectrum | None = None,
+    algebra: HostAlgebra = HOST_ALGEBRA,
 ) -> np.ndarray:
     """Squared error on `held_out` of the ridge solutions of `train`, one per penalty.
 
@@ -171,11 +190,13 @@ def path_errors(
     the sum of squares of y.
     """
     if spectrum is None:
-        return np.array([held_out_sse(solve(train, float(alpha)), held_out) for alpha in alphas])
+        return np.array(
+            [held_out_sse(solve(train, float(a), algebra), held_out, algebra) for a in alphas]
+        )
     values, vectors = spectrum
     cross = vectors.T @ train.xy
     # tr(W'Hxy) = g . linear, tr(W'Hxx W) = g' quadratic g.
-    linear = np.einsum("ij,ij->i", cross, vectors.T @ held_out.xy)
+    linear = algebra.row_products(cross, vectors.T @ held_out.xy)
     quadratic = vectors.T @ held_out.xx @ vectors
     quadratic *= cross @ cross.T
     # Differences of the held-out means from those of training.
@@ -183,22 +204,24 @@ def path_errors(
     shift_y = held_out.mean_y - train.mean_y
     errors = np.empty(len(alphas))
     for index, alpha in enumerate(alphas):
-        gain = inverse(values, float(alpha), train.n)
+        gain = algebra.array(inverse(values, float(alpha), train.n))
         bias = shift_y - (gain * shift_x) @ cross
-        errors[index] = (
+        errors[index] = float(
             held_out.yy - 2 * gain @ linear + gain @ quadratic @ gain + held_out.n * bias @ bias
         )
     return np.maximum(errors, 0.0)
 
 
-def held_out_sse(affine: AffineMap, held_out: Moments) -> float:
+def held_out_sse(
+    affine: AffineMap, held_out: Moments, algebra: HostAlgebra = HOST_ALGEBRA
+) -> float:
     """Squared error of a map over the pairs of `held_out`: Hyy - 2 tr(W'Hxy) + tr(W'Hxx W) + n b'b.
 
     W is the weight, b the error at the mean, Hxx, Hxy, Hyy the centred moments.
     """
-    weight = affine.weight.astype(np.float64, copy=False)
-    bias = held_out.mean_y - held_out.mean_x @ weight - affine.bias
-    explained = np.einsum("ij,ij->", weight, held_out.xx @ weight - 2 * held_out.xy)
+    weight = algebra.array(affine.weight.astype(np.float64, copy=False))
+    bias = held_out.mean_y - held_out.mean_x @ weight - algebra.array(affine.bias)
+    explained = algebra.total_product(weight, held_out.xx @ weight - 2 * held_out.xy)
     return max(float(held_out.yy + explained + held_out.n * bias @ bias), 0.0)
 
 
@@ -216,33 +239,27 @@ def inverse(values: np.ndarray, alpha: float, n: int) -> np.ndarray:
     return np.divide(1.0, shifted, out=np.zeros_like(shifted), where=is_reliable)
 
 
-def solve(moments: Moments, alpha: float) -> AffineMap:
+def solve(moments: Moments, alpha: float, algebra: HostAlgebra = HOST_ALGEBRA) -> AffineMap:
     """The map that minimises SSE + alpha |weight|^2; the bias is not penalised."""
     # Cholesky where the rows have full rank, else eigenvalues, which give the least norm.
-    weight = cholesky(moments, alpha) if moments.n > len(moments.xx) else None
+    weight = cholesky(moments, alpha, algebra) if moments.n > len(moments.xx) else None
     if weight is None:
-        values, vectors = np.linalg.eigh(moments.xx)
-        gain = inverse(values, alpha, moments.n)
+        values, vectors = algebra.spectrum(moments.xx)
+        gain = algebra.array(inverse(values, alpha, moments.n))
         weight = vectors @ (gain[:, None] * (vectors.T @ moments.xy))
-    return AffineMap(weight, moments.mean_y - moments.mean_x @ weight)
+    bias = moments.mean_y - moments.mean_x @ weight
+    return AffineMap(algebra.host_array(weight), algebra.host_array(bias))
 
 
-def cholesky(moments: Moments, alpha: float) -> np.ndarray | None:
+def cholesky(moments: Moments, alpha: float, algebra: HostAlgebra = HOST_ALGEBRA) -> Any | None:
     """(xx + alpha 1)^-1 xy by Cholesky of the matrix scaled to a unit diagonal; None if singular.
 
     The scaling makes the result independent of massive columns.
     """
-    diagonal = np.diagonal(moments.xx) + alpha
-    if not np.all(diagonal > 0):
+    diagonal = moments.xx.diagonal() + alpha
+    if not bool((diagonal > 0).all()):
         return None
-    scale = 1 / np.sqrt(diagonal)
+    scale = 1 / diagonal**0.5
     matrix = moments.xx * scale[:, None] * scale
-    np.fill_diagonal(matrix, 1.0)
-    potrf, pocon, potrs = get_lapack_funcs(("potrf", "pocon", "potrs"), (matrix,))
-    # Singular: the factorisation fails, or the reciprocal condition number is rounding.
-    norm = np.abs(matrix).sum(axis=0).max()
-    factor, failed = potrf(matrix, lower=True)
-    if failed or pocon(factor, norm, uplo="L")[0] < len(matrix) * np.finfo(np.float64).eps:
-        return None
-    solution, _ = potrs(factor, scale[:, None] * moments.xy, lower=True)
-    return scale[:, None] * solution
+    solution = algebra.solve(matrix, scale[:, None] * moments.xy)
+    return None if solution is None else scale[:, None] * solution
