@@ -208,6 +208,8 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
         offsets = as_tuple(self.offsets, "offsets")
         if isinstance(X, ActivationCache):
             layers = X.layers if self.layers is None else as_tuple(self.layers, "layers")
+            if not layers:
+                raise UsageError("name at least one layer; this cache or the probe names none")
             for layer in layers:
                 X.residual_array(layer)
             return CacheVocabFit.of(X, [(la, n) for la in layers for n in offsets], options)
@@ -247,7 +249,7 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
             raise UsageError(f"validation must be a share from 0 to 1, not {self.validation}")
         offsets = as_tuple(self.offsets, "offsets")
         if not offsets or min(offsets) < 0:
-            raise UsageError(f"offsets are 0 or more, not {self.offsets}")
+            raise UsageError(f"name at least one offset; offsets are 0 or more, not {self.offsets}")
 
     def _clear(self, job: VocabFit) -> None:
         """Forget the fit before, and note the data of `job`."""

@@ -369,6 +369,9 @@ def test_mistakes_are_named(echo: ActivationCache) -> None:
             VocabProbe(**wrong).fit(echo)
     with pytest.raises(UsageError, match="offsets"):
         VocabProbe(-1).fit(echo)
+    for wrong in ({"layers": []}, {"offsets": []}):
+        with pytest.raises(UsageError, match="name at least one"):
+            VocabProbe(**wrong).fit(echo)
     with pytest.raises(UsageError, match="rank is for"):
         VocabProbe(form="head", rank=2).fit(echo)
     for offset, loss in ((59, "model"), (58, "text")):
