@@ -10,6 +10,17 @@ if TYPE_CHECKING:
     from .cluster import connected as connected
     from .cluster import results as results
     from .cluster import threads_of as threads_of
+    from .devices import TileRows as TileRows
+    from .devices import choose_device as choose_device
+    from .devices import copy_to_device as copy_to_device
+    from .devices import copy_to_host as copy_to_host
+    from .devices import free_memory as free_memory
+    from .devices import is_out_of_memory as is_out_of_memory
+    from .devices import iterate_on_device as iterate_on_device
+    from .devices import memory_budget as memory_budget
+    from .devices import memory_errors as memory_errors
+    from .devices import release_memory as release_memory
+    from .devices import wide_dtype as wide_dtype
     from .errors import CorruptError as CorruptError
     from .errors import DataError as DataError
     from .errors import HeadMismatchError as HeadMismatchError

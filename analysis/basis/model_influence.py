@@ -109,7 +109,7 @@ def measure_model_influence(
     """
     import torch
 
-    from ...cache.model.memory import memory_errors
+    from ...cache.devices import memory_errors
     from ...cache.model.resume import ResumableRun
     from .layer_pass import LayerPass, LensOnDevice, cached_stream
     from .stimulus_response import AlignmentTally, StimulusPoints

@@ -103,7 +103,14 @@ def plan_evaluation(
         probe_layers = {layer for layer, _ in probe_pairs if layer is not None}
         plan_layers = tuple(sorted(probe_layers)) or cache.layers
     if not plan_offsets or min(plan_offsets) < 0:
-        raise UsageError(f"offsets must be 0 or more, not {list(plan_offsets)}")
+        raise UsageError(
+            f"name at least one offset; offsets are 0 or more, not {list(plan_offsets)}"
+        )
+    if not plan_layers:
+        raise UsageError(
+            "name at least one layer; the cache holds "
+            + (f"layers {format_ranges(cache.layers)}" if cache.layers else "no whole layer")
+        )
 
     # Raises where the cache lacks a layer; the model's own logits come from the last one.
     for layer in (*plan_layers, cache.n_blocks):

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..devices import is_out_of_memory
 from ..errors import ModelError
 from ..forward.batches import BATCH_TOKENS
 from ..model.blocks import DecoderBlocks
-from ..model.memory import is_out_of_memory
 from ..tokens.token_stream import TokenStream
 
 CHECK_TOKENS = 4096

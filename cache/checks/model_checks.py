@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..devices import is_out_of_memory, memory_errors
 from ..errors import CorruptError, HeadMismatchError, MismatchError, ModelError, ResiduaError
 from ..files.disk_columns import row_blocks
 from ..format.dtypes import LARGEST, ValueRange, choose_dtype
@@ -24,7 +25,6 @@ from ..head.head_recording import record_head
 from ..head.program_head import ProgramHead
 from ..model.block_search import find_blocks
 from ..model.blocks import DecoderBlocks, logits_of, run_model
-from ..model.memory import is_out_of_memory, memory_errors
 from ..store.activation_cache import ActivationCache
 from ..tokens.token_stream import TokenStream
 from .independence import (

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..devices import is_out_of_memory
 from ..errors import MismatchError, ModelError
-from ..model.memory import is_out_of_memory
 from ..model.resume import ResumableRun
 from .independence import REPEAT_TOLERANCE, lowest_dtype, row_change
 from .reference_rows import LIMIT

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..checks.reference_rows import check_reference_rows
+from ..devices import choose_device
 from ..errors import MismatchError, ModelError
 from ..model.source import ModelSource
 from ..store.activation_cache import ActivationCache
@@ -47,7 +48,7 @@ def load_cache_model(
 
     Raises as `find_cache_model` does.
     """
-    from ..model.model_loading import choose_device, load_model
+    from ..model.model_loading import load_model
 
     source = find_cache_model(cache, model, trust_remote_code)
     attention = cache.manifest.capture.attention

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks.reference_rows import save_reference_rows
+from ..devices import choose_device, memory_errors
 from ..format.manifest import ALONE, BATCH, CODEC, Manifest
-from ..model.memory import memory_errors
 from ..model.source import ModelSource
 from ..store.cache_creation import create_cache
 from ..store.local_origin import public_name, write_origin
@@ -34,7 +34,7 @@ def load_requested_model(request: ExtractionRequest, source: ModelSource) -> "to
 
     Raises `ModelError` if the model does not fit into memory.
     """
-    from ..model.model_loading import choose_device, load_model
+    from ..model.model_loading import load_model
 
     device = choose_device(request.device)
     with memory_errors(

@@ -10,13 +10,13 @@ model alone, so that the next part, made by another worker, gets the same bytes 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from ..devices import is_out_of_memory
 from ..errors import ModelError
 from ..format.layout import Layout
-from ..model.memory import T, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ..tokens.token_stream import TokenStream
 
 
+T = TypeVar("T")
+"""Result of a forward batch."""
 WINDOW_CHUNKS = 4
 """Chunks per window: sorting sequences inside a window bounds the memory of begun chunks."""
 BATCH_TOKENS = {"cpu": 4096, "gpu": 32768}

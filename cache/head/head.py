@@ -103,8 +103,11 @@ class Head:
             out *= np.float32(self.softcap)
         return out
 
-    def torch(self, device: str = "cpu") -> "TorchHead":
-        """The head on torch tensors of `device`, differentiable in the hidden states."""
+    def torch(self, device: "str | torch.device" = "cpu") -> "TorchHead":
+        """The head on torch tensors of `device`, differentiable in the hidden states.
+
+        On the CPU the tensors are the head's own arrays: nothing may write to them.
+        """
         return TorchHead(self, device)
 
     def describe(self) -> dict[str, Any]:
@@ -129,21 +132,28 @@ class Head:
         return replace(self, unembedding=self.unembedding[:vocab], bias=self.bias[:vocab])
 
 
+def as_head_tensor(array: np.ndarray, device: "str | torch.device") -> "torch.Tensor":
+    """The array of a head as a float32 tensor on `device`; on the CPU without a copy.
+
+    The unembedding of a large model takes gigabytes. Read-only arrays are copied: torch knows no
+    tensor that may not be written.
+    """
+    import torch
+
+    if array.dtype == np.float32 and array.flags.c_contiguous and array.flags.writeable:
+        return torch.from_numpy(array).to(device)
+    return torch.tensor(array, dtype=torch.float32, device=device)
+
+
 class TorchHead:
     """A `Head` on torch tensors; gradients flow to the hidden states."""
 
-    def __init__(self, head: Head, device: str = "cpu") -> None:
-        import torch
-
-        def move(array: np.ndarray) -> torch.Tensor:
-            # A copy: tensors must not be writable views of the head's read-only arrays.
-            return torch.tensor(array, dtype=torch.float32, device=device)
-
+    def __init__(self, head: Head, device: "str | torch.device" = "cpu") -> None:
         self.head = head
-        self.norm_weight = move(head.norm_weight)
-        self.norm_bias = move(head.norm_bias)
-        self.unembedding = move(head.unembedding)
-        self.bias = move(head.bias)
+        self.norm_weight = as_head_tensor(head.norm_weight, device)
+        self.norm_bias = as_head_tensor(head.norm_bias, device)
+        self.unembedding = as_head_tensor(head.unembedding, device)
+        self.bias = as_head_tensor(head.bias, device)
 
     def normalize(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """Apply the final norm with gain and bias: `(..., d_model)` of any dtype to float32."""

@@ -14,7 +14,8 @@ import numpy as np
 from ..errors import CorruptError
 from ..files.json_fields import shown
 from ..files.json_files import write_json
-from ..format.dtypes import decode_rows
+from ..files.read_errors import read_file
+from ..format.dtypes import decode_rows_into
 
 if TYPE_CHECKING:
     import torch
@@ -50,19 +51,17 @@ def save_head(
     write_json(folder / "head.json", {**spec, "tensors": digest})
 
 
-def read_head_tensors(raw: bytes, folder: Path) -> dict[str, np.ndarray]:
-    """Decode the bytes of `head.safetensors` into float32 arrays by name.
+def read_head_tensors(folder: Path, digest: Any) -> dict[str, np.ndarray]:
+    """Read `head.safetensors` in `folder`, with the sha256 `digest`, as float32 arrays by name.
 
-    `folder` is named in errors. Raises `CorruptError` for a malformed file or another dtype.
+    The arrays are writable and share no memory. Peak: the float32 arrays, and the stored bytes once
+    or, before any array is made, twice. Raises `CorruptError` for a file that is missing, changed
+    or malformed, and for another dtype.
     """
-    from safetensors import SafetensorError, deserialize
-
-    try:
-        entries = deserialize(raw)
-    except SafetensorError as error:
-        raise CorruptError(f"{folder / 'head.safetensors'}: {error}") from None
+    entries = _read_entries(folder / "head.safetensors", digest)
     tensors = {}
-    for name, entry in entries:
+    while entries:
+        name, entry = entries.pop(0)
         dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
             raise CorruptError(f"{folder}: tensor {shown(name)} has dtype {entry['dtype']}")
@@ -71,6 +70,23 @@ def read_head_tensors(raw: bytes, folder: Path) -> dict[str, np.ndarray]:
         except ValueError as error:
             raise CorruptError(f"{folder}: tensor {shown(name)}: {error}") from None
         logical = "bfloat16" if entry["dtype"] == "BF16" else stored.dtype.name
+        tensors[name] = np.empty(stored.shape, np.float32)
         with np.errstate(all="ignore"):  # a float64 may be beyond float32
-            tensors[name] = decode_rows(stored, logical)
+            decode_rows_into(stored, logical, tensors[name])
     return tensors
+
+
+def _read_entries(path: Path, digest: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Names of the tensors of a safetensors file with their dtype, shape and bytes."""
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        raw = read_file(path)
+    except FileNotFoundError:
+        raise CorruptError(f"{path} is missing") from None
+    if hashlib.sha256(raw).hexdigest() != digest:
+        raise CorruptError(f"{path} was changed after it was written")
+    try:
+        return deserialize(raw)
+    except SafetensorError as error:
+        raise CorruptError(f"{path}: {error}") from None

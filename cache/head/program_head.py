@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import UsageError
 from ..files.json_fields import FieldError, integer_field
 from ..format.manifest import MAX_VOCAB, MAX_WIDTH
-from .head import Head, TorchHead
+from .head import Head, TorchHead, as_head_tensor
 from .head_files import save_head
 from .operations import NumpyOperations, TorchOperations
 from .program import Program
@@ -89,8 +89,8 @@ class ProgramHead(Head):
         out = self.program.run(rows, self.tensors, NumpyOperations())
         return np.asarray(out, np.float32).reshape(*hidden.shape[:-1], self.vocab)
 
-    def torch(self, device: str = "cpu") -> "TorchHead":
-        """The head on torch tensors of `device`, differentiable in the hidden states."""
+    def torch(self, device: "str | torch.device" = "cpu") -> "TorchHead":
+        """The head on torch tensors of `device`; on the CPU, nothing may write to them."""
         return TorchProgramHead(self, device)
 
     def describe(self) -> dict[str, Any]:
@@ -145,14 +145,11 @@ class TorchProgramHead(TorchHead):
         _ExplicitOnly() for _ in range(5)
     )
 
-    def __init__(self, head: ProgramHead, device: str = "cpu") -> None:
-        import torch
-
+    def __init__(self, head: ProgramHead, device: "str | torch.device" = "cpu") -> None:
         self.head = head
         self._program = head.program
         self._tensors = {
-            name: torch.tensor(array, dtype=torch.float32, device=device)
-            for name, array in head.tensors.items()
+            name: as_head_tensor(array, device) for name, array in head.tensors.items()
         }
 
     def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":

@@ -3,13 +3,11 @@
 `ActivationCache.head` calls `load_head` on the cache's folder `head/`.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import CorruptError
 from ..files.json_fields import (
     FieldError,
     checking_fields,
@@ -18,7 +16,6 @@ from ..files.json_fields import (
     optional_field,
 )
 from ..files.json_files import read_json
-from ..files.read_errors import read_file
 from .head import NORMS, TENSORS, Head
 from .head_files import read_head_tensors
 from .program_head import ProgramHead
@@ -36,13 +33,7 @@ def load_head(folder: Path, d_model: int | None = None, vocab: int | None = None
     `d_model` and `vocab` are given, does not map rows of `d_model` numbers to `vocab` logits.
     """
     spec = read_json(folder / "head.json")
-    try:
-        raw = read_file(folder / "head.safetensors")
-    except FileNotFoundError:
-        raise CorruptError(f"{folder / 'head.safetensors'} is missing") from None
-    if hashlib.sha256(raw).hexdigest() != spec.get("tensors"):
-        raise CorruptError(f"{folder / 'head.safetensors'} was changed after it was written")
-    tensors = read_head_tensors(raw, folder)
+    tensors = read_head_tensors(folder, spec.get("tensors"))
     with checking_fields(folder, "a head of this format"):
         kind = choice_field(spec, "kind", (Head.kind, ProgramHead.kind))
         if kind == ProgramHead.kind:

@@ -9,10 +9,6 @@ if TYPE_CHECKING:
     from .blocks import DecoderBlocks as DecoderBlocks
     from .blocks import logits_of as logits_of
     from .blocks import run_model as run_model
-    from .memory import T as T
-    from .memory import is_out_of_memory as is_out_of_memory
-    from .memory import memory_errors as memory_errors
-    from .model_loading import choose_device as choose_device
     from .model_loading import load_model as load_model
     from .resume import ResumableRun as ResumableRun
     from .source import ModelSource as ModelSource

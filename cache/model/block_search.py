@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..devices import is_out_of_memory
 from ..errors import ModelError
 from .blocks import DecoderBlocks, logits_of, run_model
-from .memory import is_out_of_memory
 from .residual_axes import ResidualAxes, tensors_of
 
 BlockCall = tuple[nn.Module, list[tuple[int, ...]]]

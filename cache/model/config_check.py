@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..devices import is_out_of_memory
 from ..errors import ModelError
-from .memory import is_out_of_memory
 from .safetensors_header import read_header
 from .transformers_guard import guard_transformers
 

@@ -7,10 +7,10 @@ missing ones with random numbers.
 
 from typing import TYPE_CHECKING, Any
 
+from ..devices import is_out_of_memory
 from ..errors import ModelError
 from .checkpoint_comparison import compare_with_checkpoint
 from .config_check import check_config_size, describe_error
-from .memory import is_out_of_memory
 from .safetensors_header import read_header
 from .source import ModelSource
 from .transformers_guard import guard_transformers
@@ -31,22 +31,9 @@ LOADING_ERRORS = (
 """Errors of `from_pretrained` that mean an unusable model folder."""
 
 
-def choose_device(device: str) -> str:
-    """Name of the torch device; `auto` is the first GPU, or the CPU without a GPU."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {device!r} cannot be used: {error}") from None
-    return device
-
-
 def load_model(
     source: ModelSource,
-    device: str = "cpu",
+    device: "str | torch.device" = "cpu",
     attention: str = "default",
     trust_remote_code: bool = False,
 ) -> "torch.nn.Module":

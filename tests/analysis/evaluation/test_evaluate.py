@@ -239,6 +239,12 @@ def test_offsets_longer_than_every_sequence_are_refused(tiny_cache):
         evaluate(tiny_cache, offsets=(-1,))
 
 
+@pytest.mark.parametrize("empty", ["layers", "offsets"])
+def test_at_least_one_layer_and_one_offset_are_named(tiny_cache, empty):
+    with pytest.raises(UsageError, match="name at least one"):
+        evaluate(tiny_cache, **{empty: ()})
+
+
 @pytest.mark.parametrize("offset", [0, 2])
 def test_heatmap_cells_are_the_lens_of_one_position(tiny_cache, offset):
     found = heatmap(tiny_cache, offset=offset, split="train", width=6, start=1)

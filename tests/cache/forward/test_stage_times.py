@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import residua
 from residua.analysis.console.terminal import Meter, bandwidths
+from residua.cache.devices import is_out_of_memory
 from residua.cache.errors import ModelError
 from residua.cache.extraction.answer import answer_request
 from residua.cache.extraction.request import ExtractionRequest
@@ -27,7 +28,6 @@ from residua.cache.forward.batches import (
 from residua.cache.forward.device_copies import DEPTH, HostRows, PendingCopies, PendingCopy
 from residua.cache.forward.stage_times import STAGES, StageTimes
 from residua.cache.model.blocks import DecoderBlocks
-from residua.cache.model.memory import is_out_of_memory
 from residua.cache.tokens.token_stream import TokenStream
 from residua.cli import main
 
