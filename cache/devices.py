@@ -7,6 +7,8 @@ elsewhere asks for no kind of device: how kinds differ is decided here, by what 
 each (streams, float64, free memory), so that `cpu`, `cuda`, `mps` and `xpu` run one path.
 """
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 """What `iterate_on_device` copies: a dataclass, a tuple, a tensor."""
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
+_GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri", "/dev/dxg")
+"""Files of the drivers of GPUs on Linux: NVIDIA, AMD, Intel, and Windows' below WSL."""
 FREE_SHARE = 0.9
 """Share of a device's free memory that a fit plans with; the rest is for torch's own buffers."""
 
@@ -60,6 +64,25 @@ def _default_device() -> "torch.device":
         return accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     kinds = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
     return torch.device(next((k for k, module in kinds.items() if module.is_available()), "cpu"))
+
+
+def choose_accelerator(device: "str | torch.device" = "auto") -> "torch.device | None":
+    """`choose_device`, or None where that is the CPU.
+
+    For fits that numpy does on the CPU: torch, whose import takes seconds, is not imported for
+    `cpu`, nor for `auto` on a machine that shows no GPU.
+    """
+    if str(device) == "cpu" or (device == "auto" and not _may_have_gpu()):
+        return None
+    chosen = choose_device(device)
+    return None if chosen.type == "cpu" else chosen
+
+
+def _may_have_gpu() -> bool:
+    """False on a Linux without the device files of any GPU; torch alone knows better."""
+    if "torch" in sys.modules or sys.platform != "linux":
+        return True
+    return any(os.path.exists(path) for path in _GPU_FILES)
 
 
 def wide_dtype(device: "torch.device") -> "torch.dtype":

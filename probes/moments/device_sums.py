@@ -266,9 +266,14 @@ def moments_on_device(
         ) -> None:
             (mean_x, x_rows), (mean_y, y_rows) = (centred(array[tile], dtype) for array in rows)
             on_device = [copy_to_device(torch.from_numpy(r), device) for r in (x_rows, y_rows)]
-            products = [(on_device[0].T @ right).to(home, torch.float64) for right in on_device]
-            means = [copy_to_device(torch.from_numpy(mean), home) for mean in (mean_x, mean_y)]
-            parts.append(Moments(len(x_rows), *means, *products, sum_of_squares(y_rows)))  # pyright: ignore[reportArgumentType]
+            means: list[Any] = [
+                copy_to_device(torch.from_numpy(mean), home) for mean in (mean_x, mean_y)
+            ]
+            matrices: list[Any] = [
+                copy_to_device(on_device[0].T @ right, home).double() for right in on_device
+            ]
+            squares = sum_of_squares(y_rows)
+            parts.append(Moments(len(x_rows), means[0], means[1], *matrices, squares))
 
         tiles.run(len(rows[0]), add_tile)
         # Tensors take the place of arrays until the end.

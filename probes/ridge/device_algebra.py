@@ -46,7 +46,7 @@ class DeviceAlgebra(HostAlgebra):
         try:
             values, vectors = torch.linalg.eigh(matrix)
             return self.host_array(values), vectors
-        except (NotImplementedError, torch.linalg.LinAlgError):
+        except (NotImplementedError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             pass
         except RuntimeError as error:
             if not is_out_of_memory(error):
