@@ -1,7 +1,8 @@
 """Threads that share independent fits; each runs its own, fixed number of torch's threads.
 
-`ThreadCrew` serves the regressions of a vocabulary probe (`vocabulary/descent.py`); `thread_pool`
-below it also serves `top_tokens.py` and the workers of a cluster.
+`ThreadCrew` serves the regressions of a vocabulary probe (`vocabulary/descent.py`) and the groups
+of rows of a causal basis; on a device, whose work comes from one thread, it has none. `thread_pool`
+also serves `top_tokens.py` and the workers of a cluster.
 """
 
 import threading
@@ -15,6 +16,7 @@ from torch import get_num_threads, set_num_threads
 
 from .softmax_loss import ParameterTensors
 
+CPU = torch.device("cpu")
 _starting = threading.Lock()
 
 
@@ -23,27 +25,34 @@ class ThreadCrew:
     """Threads that share the regressions of a fit, with gradient buffers for each thread."""
 
     workers: int
+    """Number of threads; 0: the thread that calls `map` does the work."""
     threads: int = 1
     """Number of torch's threads of each worker."""
     _local: threading.local = field(default_factory=threading.local)
 
     @classmethod
-    def of(cls, regressions: int) -> "ThreadCrew":
-        """A thread for each regression, at most as many as torch uses; torch's are shared out."""
+    def of(cls, regressions: int, device: torch.device = CPU) -> "ThreadCrew":
+        """A thread for each regression, at most as many as torch uses; torch's are shared out.
+
+        On a `device` other than the CPU the calling thread does the work.
+        """
+        if device.type != "cpu":
+            return cls(0)
         cores = torch.get_num_threads()
         workers = max(1, min(regressions, cores))
         return cls(workers, max(1, cores // workers))
 
     def __enter__(self) -> "ThreadCrew":
-        self._pool = thread_pool(self.workers, self.threads)
+        self._pool = thread_pool(self.workers, self.threads) if self.workers else None
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def map(self, work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         """Results of `work(item)` for all items, in their order; the first error is raised."""
-        return list(self._pool.map(work, items))
+        return list(map(work, items) if self._pool is None else self._pool.map(work, items))
 
     def gradient_buffers(self, parameters: ParameterTensors) -> ParameterTensors:
         """Tensors shaped as `parameters`, reused for every regression that this thread fits."""

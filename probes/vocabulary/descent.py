@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache.devices import copy_to_device, copy_to_host
 from ...cache.files.json_files import plain_value
 from ..base.readout import LayerOffset
 from ..training.checkpoint import Checkpoint
@@ -47,6 +48,8 @@ SWEEP_SHARE, SWEEP_STEPS = 1 / 16, 64
 """Steps of a sweep's fits: this share of the steps of the fit, at most so many."""
 BETAS = (0.9, 0.99)
 """AdamW's decay rates of the moments; .95 and .99 do better than .999 here."""
+PENDING_LOSSES = 64
+"""Most losses of steps that a regression leaves on the device before it asks for them."""
 CHECKPOINT_SECONDS = 60.0
 """Time between two checkpoints, in seconds."""
 
@@ -71,8 +74,13 @@ class Trainer:
     ) -> None:
         self.form, self.axes = form, axes
         self.parameters = {name: parameters[name].contiguous().clone() for name in form.names}
+        # torch has a fused step for the CPU, and chooses the step of other devices itself.
         self.optimiser = torch.optim.AdamW(
-            list(self.parameters.values()), lr=0.0, betas=BETAS, weight_decay=0.0, fused=True
+            list(self.parameters.values()),
+            lr=0.0,
+            betas=BETAS,
+            weight_decay=0.0,
+            fused=True if self.device.type == "cpu" else None,
         )
         self.best: ParameterTensors | None = None
         """Parameters with the lowest held-out loss; None before the first finite loss."""
@@ -83,18 +91,44 @@ class Trainer:
         """Step, mean training loss since the measurement before, held-out loss; nats.
 
         None for a loss that is not finite; without held-out rows the key is missing."""
-        self.loss_sum, self.loss_rows = 0.0, 0
+        self._loss_sum, self.loss_rows = 0.0, 0
+        self._losses: list[Tensor] = []
+        """Sums of the losses of steps that are not in `_loss_sum` yet, on the device."""
+
+    @property
+    def loss_sum(self) -> float:
+        """Sum of the training losses since the measurement before."""
+        for loss in self._losses:
+            self._loss_sum += float(loss)
+        self._losses = []
+        return self._loss_sum
 
     @property
     def stopped(self) -> bool:
         """Whether the held-out loss no longer falls."""
         return self.worse >= PATIENCE
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(iter(self.parameters.values())).device
+
+    def on_device(self, form: Parametrization, device: torch.device) -> "Trainer":
+        """The same regression on `device`, where `form` is the same, too."""
+        axes = self.axes.on_device(device)
+        parameters = {n: copy_to_device(v.detach(), device) for n, v in self.parameters.items()}
+        moved = Trainer(form, axes, parameters)
+        moved.restore(*self.state())
+        return moved
+
     def step(self, x: Tensor, target: Target, lr: float, grads: ParameterTensors) -> None:
         """Take one AdamW step on rows `x` `(n, d)`; `grads` are buffers for the gradients."""
         for name, value in self.parameters.items():
             value.grad = grads[name].zero_()
-        self.loss_sum += float(self.form.losses(self.parameters, x, target, grads).sum())
+        # A number would be waited for: the device then has nothing to do meanwhile.
+        self._losses.append(self.form.losses(self.parameters, x, target, grads).sum())
+        if len(self._losses) == PENDING_LOSSES:
+            _ = self.loss_sum
         self.loss_rows += len(x)
         self.optimiser.param_groups[0]["lr"] = lr
         self.optimiser.step()
@@ -105,7 +139,7 @@ class Trainer:
     def record_losses(self, step: int, held_out_loss: float | None) -> None:
         """Append a row to `history`; save the parameters if the held-out loss is the lowest."""
         training_loss = self.loss_sum / max(1, self.loss_rows)
-        self.loss_sum, self.loss_rows = 0.0, 0
+        self._loss_sum, self.loss_rows = 0.0, 0
         row = {"step": step, "train": plain_value(training_loss)}
         if held_out_loss is not None:
             row["validation"] = plain_value(held_out_loss)
@@ -119,12 +153,16 @@ class Trainer:
 
     def outcome(self) -> Outcome:
         """The best parameters so far, or the last ones if no held-out loss was finite."""
-        parameters = self.form.folded(self.best or self.parameters, self.axes)
+        folded = self.form.folded(self.best or self.parameters, self.axes)
+        parameters = {name: copy_to_host(value) for name, value in folded.items()}
         row = self.history[-1 - self.worse] if self.best is not None else self.history[-1]
         return Outcome(parameters, row, self.history)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Everything that changes during the fit, as JSON and tensors, for a checkpoint."""
+        """Everything that changes during the fit, for a checkpoint: JSON, and tensors on the CPU.
+
+        The device is none of it: a fit may go on on another one.
+        """
         numbers = {
             "worse": self.worse,
             "history": self.history,
@@ -138,22 +176,29 @@ class Trainer:
         for name, value in self.parameters.items():
             for key, moment in self.optimiser.state.get(value, {}).items():
                 tensors[f"{key}.{name}"] = moment
-        return numbers, tensors
+        return numbers, {name: copy_to_host(tensor) for name, tensor in tensors.items()}
 
     def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Set everything to a result of `state`."""
         self.worse, self.history = numbers["worse"], numbers["history"]
         self.loss_rows = numbers["loss_rows"]
-        self.loss_sum = math.nan if numbers["loss_sum"] is None else numbers["loss_sum"]
+        self._losses = []
+        self._loss_sum = math.nan if numbers["loss_sum"] is None else numbers["loss_sum"]
         self.best = None
         if numbers["best_loss"] is not None:
             self.best_loss = numbers["best_loss"]
-            self.best = {name: tensors[f"best.{name}"] for name in self.parameters}
+            self.best = {
+                name: copy_to_device(tensors[f"best.{name}"], value.device)
+                for name, value in self.parameters.items()
+            }
         for name, value in self.parameters.items():
             value.copy_(tensors[f"now.{name}"])
             if f"exp_avg.{name}" in tensors:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self.optimiser.state[value] = {key: tensors[f"{key}.{name}"] for key in keys}
+                # The number of the step stays on the CPU.
+                state = {"step": tensors[f"step.{name}"]}
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = copy_to_device(tensors[f"{key}.{name}"], value.device)
+                self.optimiser.state[value] = state
 
 
 Trainers = dict[Any, Trainer]
@@ -227,7 +272,7 @@ class Descent:
                 self._save(trainers, 0)
             else:
                 first_step = self._restore(trainers, *saved)
-            with ThreadCrew.of(len(self.pairs)) as crew:
+            with ThreadCrew.of(len(self.pairs), self.examples.device) as crew:
                 self._descend(crew, trainers, first_step)
                 outcomes = crew.map(Trainer.outcome, trainers.values())
         return dict(zip(trainers, outcomes, strict=True))
@@ -322,7 +367,7 @@ def held_out_losses(crew: ThreadCrew, trainers: Trainers, validation: Examples) 
     def add_losses(key: Any, x: Tensor, target: Target) -> None:
         trainer = trainers[key]
         losses = trainer.form.losses(trainer.parameters, x, target, None)
-        sums[key] += float(losses.double().sum())
+        sums[key] += float(copy_to_host(losses).double().sum())
         counts[key] += len(x)
 
     for batch in validation.epoch():

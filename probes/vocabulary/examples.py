@@ -1,23 +1,26 @@
 """Training examples of softmax regressions: batches of states with their targets.
 
 `CacheExamples` reads them from a cache (through `MinibatchStream`), `ArrayExamples` from labelled
-rows. `VocabFit.examples` makes them; `Descent` and `VocabProbe.score` read them.
+rows; states and targets come on the device of the fit. `VocabFit.examples` makes them; `Descent`
+and `VocabProbe.score` read them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...cache.devices import copy_to_device, iterate_on_device
 from ...cache.errors import UsageError
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.slab_shuffle import Slabs
 from ..training.minibatches import Minibatch, MinibatchStream
 from ..training.shuffled_batches import ShuffledBatches
 from ..training.softmax_loss import ModelDistribution, Target
+from ..training.threads import CPU
 from ..training.top_tokens import tokens_at
 
 LOSSES = ("model", "text", "kl")
@@ -48,8 +51,9 @@ class CacheExamples:
         loss: str,
         model: ModelDistribution | None,
         top_tokens: TopTokens | None,
+        device: torch.device = CPU,
     ) -> None:
-        self.stream, self.loss = stream, loss
+        self.stream, self.loss, self.device = stream, loss, device
         self.model = model
         """The model's distribution, for the loss `kl`."""
         self.top_tokens = top_tokens
@@ -67,7 +71,9 @@ class CacheExamples:
 
     def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[ExampleBatch]:
         """The batches of `epoch` from number `step` on."""
-        for minibatch in self.stream.epoch(epoch, step):
+        for minibatch in iterate_on_device(
+            self.stream.epoch(epoch, step), self.device, _copy_states
+        ):
             yield ExampleBatch(
                 minibatch.hidden,
                 lambda offset, minibatch=minibatch: self._target(minibatch, offset),
@@ -75,17 +81,34 @@ class CacheExamples:
 
     def _target(self, minibatch: Minibatch, offset: int) -> tuple[Tensor | None, Target]:
         ahead = minibatch.ahead[offset]
+        # Which rows have a target is known on the host: the device is not waited for.
         has_target = ahead.text >= 0 if self.loss == "text" else ahead.valid
         rows = None if bool(has_target.all()) else has_target.nonzero()[:, 0]
         selection = slice(None) if rows is None else rows
+        device_rows = None if rows is None else copy_to_device(rows, self.device)
         if self.loss == "text":
-            return rows, Target(token=ahead.text[selection])
+            token = ahead.text[selection]
+            return device_rows, Target(token=copy_to_device(token, self.device))
         if self.top_tokens is not None:
             positions = minibatch.positions[selection].numpy() + offset
-            return rows, Target(token=tokens_at(self.top_tokens(), positions))
+            token = tokens_at(self.top_tokens(), positions)
+            return device_rows, Target(token=copy_to_device(token, self.device))
         assert ahead.residual is not None
         assert self.model is not None
-        return rows, self.model.distribution(ahead.residual[selection])
+        selection = slice(None) if device_rows is None else device_rows
+        return device_rows, self.model.distribution(ahead.residual[selection])
+
+
+def _copy_states(minibatch: Minibatch, copy: Callable[[Tensor], Tensor]) -> Minibatch:
+    """`minibatch` with its residual streams copied; tokens and positions stay on the host."""
+    hidden = {layer: copy(states) for layer, states in minibatch.hidden.items()}
+    ahead = {
+        offset: targets
+        if targets.residual is None
+        else replace(targets, residual=copy(targets.residual))
+        for offset, targets in minibatch.ahead.items()
+    }
+    return replace(minibatch, hidden=hidden, ahead=ahead)
 
 
 def cache_examples(
@@ -94,12 +117,13 @@ def cache_examples(
     offsets: Sequence[int],
     loss: str,
     top_tokens: TopTokens,
+    device: torch.device = CPU,
     **options: Any,
 ) -> CacheExamples:
-    """Examples of a cache; `options` are those of `MinibatchStream`."""
+    """Examples of a cache, on `device`; `options` are those of `MinibatchStream`."""
     stream = MinibatchStream(cache, layers, offsets, residual=loss == "kl", **options)
-    model = ModelDistribution(cache.head.torch()) if loss == "kl" else None
-    return CacheExamples(stream, loss, model, top_tokens if loss == "model" else None)
+    model = ModelDistribution(cache.head.torch(device)) if loss == "kl" else None
+    return CacheExamples(stream, loss, model, top_tokens if loss == "model" else None, device)
 
 
 @dataclass(frozen=True)
@@ -132,8 +156,10 @@ class LabelledRows:
 class ArrayExamples:
     """Examples of labelled rows in shuffled order, read slab by slab; they have one layer, 0."""
 
-    def __init__(self, data: LabelledRows, order: ShuffledBatches) -> None:
-        self.data, self.order = data, order
+    def __init__(
+        self, data: LabelledRows, order: ShuffledBatches, device: torch.device = CPU
+    ) -> None:
+        self.data, self.order, self.device = data, order, device
 
     @property
     def rows(self) -> int:
@@ -147,24 +173,28 @@ class ArrayExamples:
 
     def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[ExampleBatch]:
         """The batches of `epoch` from number `step` on."""
+        for states, codes in iterate_on_device(
+            self._batches(epoch, step), self.device, lambda batch, copy: tuple(map(copy, batch))
+        ):
+            yield ExampleBatch({0: states}, lambda offset, codes=codes: (None, Target(token=codes)))
+
+    def _batches(self, epoch: int, step: int) -> Iterator[tuple[Tensor, ...]]:
+        """States `(n, d)` float32 and class numbers `(n,)` of each batch, on the host."""
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         for group in self.order.groups(epoch, step):
             x, y = self.data.read(self.order.slabs.select(group.slabs))
             for number, piece in enumerate(group.pieces):
                 parts.append((x[piece], y[piece]))
                 if number < len(group.pieces) - 1 or group.complete:
-                    states, codes = (
+                    yield tuple(
                         torch.from_numpy(np.concatenate(arrays))
                         for arrays in zip(*parts, strict=True)
-                    )
-                    yield ExampleBatch(
-                        {0: states}, lambda offset, codes=codes: (None, Target(token=codes))
                     )
                     parts = []
 
 
 def array_examples(
-    data: LabelledRows, batch: int, seed: int, held_out: float
+    data: LabelledRows, batch: int, seed: int, held_out: float, device: torch.device = CPU
 ) -> tuple[ArrayExamples, ArrayExamples | None]:
     """Examples to fit, and a random share `held_out` of the rows to validate with.
 
@@ -179,12 +209,12 @@ def array_examples(
     shuffled = np.random.default_rng(seed).permutation(len(slabs.sizes))
     train = slabs.select(np.sort(shuffled[held_out_slabs:]))
     batch = max(1, min(batch, train.rows))
-    train_examples = ArrayExamples(data, ShuffledBatches(train, batch, seed))
+    train_examples = ArrayExamples(data, ShuffledBatches(train, batch, seed), device)
     if not held_out_slabs:
         return train_examples, None
     validation = slabs.select(np.sort(shuffled[:held_out_slabs]))
     order = ShuffledBatches(validation, batch, seed, shuffle=False)
-    return train_examples, ArrayExamples(data, order)
+    return train_examples, ArrayExamples(data, order, device)
 
 
 Examples = CacheExamples | ArrayExamples

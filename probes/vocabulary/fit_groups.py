@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from ...cache.cluster import threads_of
+from ...cache.devices import choose_device, memory_budget
 from ...cache.errors import UsageError
 from ...cache.progress import Progress
 from ...cache.store.activation_cache import ActivationCache
@@ -97,13 +98,19 @@ def fit_vocab_groups(
     client: Any = None,
     checkpoints: CheckpointFolder | None = None,
     progress: Progress | None = None,
+    *,
+    worker_device: str = "cpu",
 ) -> tuple[VocabFitPlan, dict[LayerOffset, Outcome]]:
     """Fit all pairs of `fit`; gives the plan and the outcome of each pair.
 
     `lr` is the learning rate, or with `sweep` the middle of the rates to try. `memory` in bytes
-    bounds this process, or each worker of `client`.
+    bounds this process, or each worker of `client`, and the device. Workers fit on their
+    `worker_device`.
     """
-    runner = LocalRunner(fit, memory) if client is None else ClusterRunner(fit, memory, client)
+    if client is None:
+        runner = LocalRunner(fit, memory_budget(fit.device, memory))
+    else:
+        runner = ClusterRunner(fit, memory, client, worker_device)
     # Another process may still work in the same folder: wait for its end.
     with lock_folder(None if checkpoints is None else checkpoints.folder):
         saved_plan = checkpoints.plan_checkpoint().load() if checkpoints else None
@@ -237,7 +244,7 @@ class LocalRunner:
 class ClusterRunner(LocalRunner):
     """Runs tasks on the threads of a dask cluster, each task with one thread of torch's."""
 
-    def __init__(self, fit: VocabFit, memory: int, client: Any) -> None:
+    def __init__(self, fit: VocabFit, memory: int, client: Any, device: str) -> None:
         if not isinstance(fit, CacheVocabFit):
             raise UsageError(
                 "client= is for a fit from a cache, which workers open on their own; rows are "
@@ -246,6 +253,8 @@ class ClusterRunner(LocalRunner):
         threads = threads_of(client).values()
         super().__init__(fit, memory // max(threads))
         self.client, self.cache_fit, self.threads = client, fit, sum(threads)
+        self.device = device
+        """Device of each worker."""
 
     def run_all(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
         """Number and result of every task, as they end; unfinished tasks are cancelled."""
@@ -254,7 +263,7 @@ class ClusterRunner(LocalRunner):
         fit = self.cache_fit
         # Resolve `auto` here: processors of workers may differ.
         options = {**fit.options, "products": fit.products}
-        data = fit.cache, fit.pairs, options, self.scattered_top_tokens
+        data = fit.cache, fit.pairs, options, self.scattered_top_tokens, self.device
         futures = {
             self.client.submit(run_on_worker, task, *data, pure=False): number
             for number, task in enumerate(tasks)
@@ -282,11 +291,12 @@ def run_on_worker(
     pairs: list[LayerOffset],
     options: dict[str, Any],
     top_tokens: np.ndarray | None,
+    device: str,
 ) -> Any:
     """Run `task` on a fit of `cache`, in a new thread that has one thread of torch's."""
 
     def run() -> Any:
-        fit = CacheVocabFit.of(cache, pairs, options)
+        fit = CacheVocabFit.of(cache, pairs, options, choose_device(device))
         fit.shared_top_tokens = top_tokens
         return task(fit)
 

@@ -21,7 +21,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
+from ...cache.devices import multiplies_bfloat16
 from ...cache.errors import UsageError
 from ...cache.head.head import TorchHead
 from ...cache.store.activation_cache import ActivationCache
@@ -31,6 +33,7 @@ from ..base.pair_offsets import check_pair_offsets
 from ..base.readout import LayerOffset
 from ..training.minibatches import MinibatchStream
 from ..training.softmax_loss import fast_products
+from ..training.threads import CPU
 from ..training.top_tokens import find_top_tokens
 from .descent import Descent
 from .examples import Examples, LabelledRows, array_examples, cache_examples
@@ -61,7 +64,9 @@ class VocabFit:
     """Identity of the data; a checkpoint of a fit of other data is refused."""
 
     head: TorchHead | None = None
-    """The model's head, for `form="head"`."""
+    """The model's head on the device, for `form="head"`."""
+    device: torch.device = CPU
+    """Device of parameters and batches."""
     progress: Callable[[int], None] = lambda rows: None
     """Called with numbers of rows: first of positions that are labelled, then of each step."""
 
@@ -101,7 +106,11 @@ class VocabFit:
     def products(self) -> str:
         """dtype of the factors of gradients: `float32` or `bfloat16`."""
         products = self.options["products"]
-        return fast_products() if products == "auto" else products
+        if products != "auto":
+            return products
+        if self.device.type == "cpu":
+            return fast_products()
+        return "bfloat16" if multiplies_bfloat16(self.device) else "float32"
 
     def pairs_in_memory(self, memory: int) -> int:
         """Number of pairs that are fitted in `memory` bytes together, one at least."""
@@ -139,9 +148,16 @@ class CacheVocabFit(VocabFit):
 
     @classmethod
     def of(
-        cls, cache: ActivationCache, pairs: list[LayerOffset], options: dict[str, Any]
+        cls,
+        cache: ActivationCache,
+        pairs: list[LayerOffset],
+        options: dict[str, Any],
+        device: torch.device = CPU,
     ) -> "CacheVocabFit":
-        """The fit of `pairs` on `cache`; raises `UsageError` if an offset has no pair."""
+        """The fit of `pairs` on `cache`, on `device`.
+
+        Raises `UsageError` if an offset has no pair.
+        """
         scope = scope_of(options)
         check_pair_offsets(
             cache, [offset for _, offset in pairs], scope, text=options["loss"] == "text"
@@ -152,7 +168,8 @@ class CacheVocabFit(VocabFit):
             d_in=cache.d_model,
             options=options,
             identity={"cache": cache.id},
-            head=cache.head.torch() if options["form"] == "head" else None,
+            head=cache.head.torch(device) if options["form"] == "head" else None,
+            device=device,
             cache=cache,
         )
 
@@ -164,6 +181,7 @@ class CacheVocabFit(VocabFit):
             "top_tokens": self.top_tokens,
             "buffer_rows": self.buffer_rows,
             "buffer_bytes": 1 << 62,
+            "device": self.device,
             **vars(scope_of(self.options)),
         }
         train = cache_examples(self.cache, layers, offsets, split="train", drop_last=True, **common)
@@ -216,7 +234,7 @@ class CacheVocabFit(VocabFit):
 
     @cached_property
     def _computed_top_tokens(self) -> np.ndarray:
-        return find_top_tokens(self.cache, self.labelled, self.progress)
+        return find_top_tokens(self.cache, self.labelled, self.progress, self.device)
 
     def size(self) -> float:
         """Root mean square of layer L at the first fitted positions of the train split."""
@@ -245,4 +263,5 @@ class ArrayVocabFit(VocabFit):
             batch=self.options["batch"],
             seed=self.options["seed"],
             held_out=self.options["validation"] if len(self.y) >= HELD_OUT_ROWS else 0.0,
+            device=self.device,
         )

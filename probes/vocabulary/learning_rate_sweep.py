@@ -54,7 +54,7 @@ class Sweep:
         """Held-out losses of short fits, all made at once, by (layer, offset, learning rate)."""
         descent, steps = self.descent, self.descent.sweep_steps
         trainers = {fit: descent.new_trainer(fit[:2]) for fit in fits}
-        with ThreadCrew.of(len(fits)) as crew:
+        with ThreadCrew.of(len(fits), descent.examples.device) as crew:
             for number, batch in descent.stream(0, steps):
                 share = schedule(number, steps)
                 advance(crew, trainers, batch, lambda fit, share=share: share * fit[2])

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...cache.devices import copy_to_device
 from ...cache.head.head import TorchHead
 from ..training.softmax_loss import Gradients, ParameterTensors, Target, affine_losses, head_losses
 
@@ -77,6 +78,11 @@ class PrincipalAxes:
         tensors = mean, rotation * scale, (rotation / scale).T
         return cls(*(tensor.float().contiguous() for tensor in tensors))
 
+    def on_device(self, device: torch.device) -> "PrincipalAxes":
+        """The axes on `device`."""
+        tensors = self.mean, self.axes, self.inverse
+        return PrincipalAxes(*(copy_to_device(tensor, device) for tensor in tensors))
+
     def __call__(self, rows: Tensor) -> Tensor:
         """Rotated states x', `(n, d)`."""
         return torch.mm(rows - self.mean, self.axes)
@@ -94,7 +100,8 @@ class FullMatrix:
 
     def start(self, axes: PrincipalAxes, log_frequencies: Tensor) -> ParameterTensors:
         """Weight 0; the bias is the logarithms of the targets' frequencies, `(vocab,)`."""
-        return {"weight": torch.zeros(self.vocab, self.d_in), "bias": log_frequencies.clone()}
+        weight = log_frequencies.new_zeros(self.vocab, self.d_in)
+        return {"weight": weight, "bias": log_frequencies.clone()}
 
     def losses(
         self,
@@ -138,8 +145,8 @@ class LowRank:
     def start(self, axes: PrincipalAxes, log_frequencies: Tensor) -> ParameterTensors:
         """`down` takes the `rank` largest principal axes; weight and bias as in `FullMatrix`."""
         return {
-            "down": torch.eye(self.rank, self.d_in),
-            "weight": torch.zeros(self.vocab, self.rank),
+            "down": torch.eye(self.rank, self.d_in, device=log_frequencies.device),
+            "weight": log_frequencies.new_zeros(self.vocab, self.rank),
             "bias": log_frequencies.clone(),
         }
 
@@ -196,7 +203,10 @@ class ThroughHead:
 
     def start(self, axes: PrincipalAxes, log_frequencies: Tensor) -> ParameterTensors:
         """The logit lens: the head's input is x; `log_frequencies` are not used."""
-        identity = {"weight": torch.eye(self.d_in), "bias": torch.zeros(self.d_in)}
+        identity = {
+            "weight": torch.eye(self.d_in, device=axes.axes.device),
+            "bias": torch.zeros_like(axes.mean),
+        }
         return self.unfolded(identity, axes)
 
     def losses(

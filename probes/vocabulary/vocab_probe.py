@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...cache.devices import choose_device
 from ...cache.errors import UsageError
 from ...cache.files.json_fields import FieldError, integer_field
 from ...cache.files.json_files import plain_value
@@ -127,6 +128,7 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
         checkpoint: str | Path | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         progress: Progress | None = None,
+        device: str | torch.device = "auto",
     ) -> "VocabProbe":
         """Fit the train split of a cache, or rows `X` `(n, d)` (numpy, dask) with labels `y`.
 
@@ -138,8 +140,14 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
         With a folder `checkpoint`, which workers must see too, the state is saved every
         `checkpoint_seconds`. A killed fit that is started again continues to the same result; the
         checkpoint is removed at the end.
+
+        Parameters, AdamW's state and minibatches are on `device`: `auto` is the first GPU, or the
+        CPU (with a `client`: the workers' CPUs). `memory` bounds the weights there, too. Results
+        and checkpoints are on the CPU: a fit may go on on another device. Devices round
+        differently, so that their results differ as those of two seeds do, or less.
         """
-        job = self._vocab_fit(X, y)
+        on_workers = client is not None
+        job = self._vocab_fit(X, y, device="cpu" if on_workers else device)
         rate = job.form.rate if self.lr is None else float(self.lr)
         folder = None
         if checkpoint is not None:
@@ -155,6 +163,7 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
             client=client,
             checkpoints=folder,
             progress=progress,
+            worker_device="cpu" if device == "auto" else str(device),
         )
         self.sweep_ = plan.rows
         for pair, outcome in outcomes.items():
@@ -164,16 +173,20 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
             warn_unvalidated(unvalidated, "they end with their last step")
         return self
 
-    def partial_fit(self, X: Any, y: Any = None, classes: Any = None) -> "VocabProbe":
+    def partial_fit(
+        self, X: Any, y: Any = None, classes: Any = None, *, device: str | torch.device = "auto"
+    ) -> "VocabProbe":
         """One more pass: over the train split of a cache, or over rows `X` with labels `y`.
 
         The first call on rows needs all `classes`. The learning rate is `lr` (default: that of the
-        form) over sqrt(1 + steps / 300); nothing is held out and no sweep is run.
+        form) over sqrt(1 + steps / 300); nothing is held out and no sweep is run. `device` as in
+        `fit`; it may change between calls.
         """
         is_first = not hasattr(self, "fitted_")
         if is_first and classes is None and not isinstance(X, ActivationCache):
             raise UsageError("the first partial_fit on rows needs all classes: classes=[...]")
-        job = self._vocab_fit(X, y, self._agreed_classes(classes), partial=not is_first)
+        agreed = self._agreed_classes(classes)
+        job = self._vocab_fit(X, y, agreed, partial=not is_first, device=device)
         if is_first:
             self._clear(job)
         first_rate = job.form.rate if self.lr is None else float(self.lr)
@@ -182,7 +195,10 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
         if not self._trainers:
             fitted = {pair: fitted.parameters for pair, fitted in self.fitted_.items()}
             self._trainers = {p: descent.new_trainer(p, fitted.get(p)) for p in descent.pairs}
-        with ThreadCrew.of(len(self._trainers)) as crew:
+        for pair, trainer in self._trainers.items():
+            if trainer.device != job.device:
+                self._trainers[pair] = trainer.on_device(job.form, job.device)
+        with ThreadCrew.of(len(self._trainers), job.device) as crew:
             for step in descent.examples.epoch(self.passes_):
                 rate = first_rate / (1 + self.steps_ / PARTIAL_STEPS) ** 0.5
                 advance(crew, self._trainers, step, lambda key, rate=rate: rate)
@@ -203,10 +219,17 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
         return distinct
 
     def _vocab_fit(
-        self, X: Any, y: Any, classes: np.ndarray | None = None, partial: bool = False
+        self,
+        X: Any,
+        y: Any,
+        classes: np.ndarray | None = None,
+        partial: bool = False,
+        *,
+        device: str | torch.device = "auto",
     ) -> VocabFit:
-        """Data, pairs and parameters of a fit; raises `UsageError` if any cannot be right."""
+        """Data, pairs, parameters and device of a fit; `UsageError` if any cannot be right."""
         self._check_params()
+        chosen = choose_device(device)
         # Numbers of numpy as Python's: they come back in checkpoints and metrics.
         options = plain_value(self.get_params())
         offsets = as_tuple(self.offsets, "offsets")
@@ -216,7 +239,8 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
                 raise UsageError("name at least one layer; this cache or the probe names none")
             for layer in layers:
                 X.residual_array(layer)
-            return CacheVocabFit.of(X, [(la, n) for la in layers for n in offsets], options)
+            pairs = [(layer, offset) for layer in layers for offset in offsets]
+            return CacheVocabFit.of(X, pairs, options, chosen)
         if self.loss == "kl":
             raise UsageError("loss='kl' needs a cache: labelled rows have no model's distribution")
         X, y = as_array(X, "X"), as_array(y, "y", kinds=LABELS)
@@ -234,7 +258,9 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
         classes = check_labels(distinct_labels(y) if classes is None else classes)
         pair = (as_tuple(self.layers)[0] if self.layers is not None else 0, offsets[0])
         identity = {"rows": len(y), "classes": len(classes), "width": X.shape[1]}
-        return ArrayVocabFit([pair], classes, X.shape[1], options, identity, X=X, y=y)
+        return ArrayVocabFit(
+            [pair], classes, X.shape[1], options, identity, device=chosen, X=X, y=y
+        )
 
     def _check_params(self) -> None:
         """Raise `UsageError` for a parameter that cannot be right."""
@@ -260,8 +286,9 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
         self.fitted_: dict[LayerOffset, FittedVocabPair] = {}
         self.sweep_: list[dict[str, float | None]] = []
         self.classes_, self.n_features_in_ = job.classes, job.d_in
-        self.head_ = job.head
         cache = job.cache if isinstance(job, CacheVocabFit) else None
+        # Predictions run on the CPU.
+        self.head_ = None if cache is None or job.head is None else cache.head.torch()
         self.cache_id_ = None if cache is None else cache.id
         self.geometry_ = None if cache is None else cache.head.digest
         self.split_ = None if cache is None else "train"
