@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from ...cache.cluster import results, threads_of
+from ...cache.devices import copy_to_device, copy_to_host, is_out_of_memory, release_memory
 from ...cache.errors import UsageError
 from ...cache.head.head import Head, TorchHead
 from ..lens.natural_gradient import sampled_slopes
 from ..ridge.solver import AffineMap
-from ..training.threads import ThreadCrew, thread_pool
+from ..training.threads import CPU, ThreadCrew, thread_pool
 from .basis_rows import BasisRows, divide_rows
 from .kept_rows import CLEAN, TOKENS, KeptRows, plan_places
 from .lens_kl import (
@@ -42,6 +43,8 @@ Directions = tuple[np.ndarray, np.ndarray]
 """Encoder and decoder, `(k, d_model)` each."""
 ALONG_BYTES = 64 << 20
 """Most bytes of the directions by tokens that are in memory at a time."""
+FEWEST_ROWS = 8
+"""Rows of the smallest block, where the memory of a device runs out."""
 SAMPLES = 4
 """Tokens drawn for each row of the Fisher matrix."""
 
@@ -58,12 +61,15 @@ class ObjectiveSpec:
     scratch: Path | None = None
     """Folder of a scratch file for those that do not fit."""
     dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+    """Device of all products, on each worker."""
 
     @property
     def key(self) -> str:
-        """Digest of cache, layer, rows and map."""
+        """Digest of cache, layer, rows, map and device."""
         rows = self.rows
-        hasher = hashlib.sha256(f"{rows.cache.id} {rows.layer} {rows.seed} {self.dtype}".encode())
+        names = rows.cache.id, rows.layer, rows.seed, self.dtype, self.device
+        hasher = hashlib.sha256(" ".join(map(str, names)).encode())
         for array in (rows.positions, rows.reference, self.map.weight, self.map.bias):
             if array is not None:
                 hasher.update(np.ascontiguousarray(array).data)
@@ -97,10 +103,10 @@ def tensor_widths(head: Head) -> dict[str, int]:
     }
 
 
-def tensor_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Dtypes of these tensors, for products in `dtype`."""
+def tensor_dtypes(dtype: torch.dtype, wide: torch.dtype = torch.float64) -> dict[str, torch.dtype]:
+    """Dtypes of these tensors, for products in `dtype` and sums in `wide`."""
     names = ("differences", "output", "expected", "tokens")
-    return {**dict.fromkeys(names, dtype), "log_z": torch.float64}
+    return {**dict.fromkeys(names, dtype), "log_z": wide}
 
 
 def bytes_beyond_memory(head: Head, n: int, memory: int) -> int:
@@ -114,31 +120,55 @@ class GroupEvaluator:
     """Evaluates groups of the rows of a spec; keeps what evaluations share (`KeptRows`)."""
 
     def __init__(self, spec: ObjectiveSpec) -> None:
-        self.spec, self.rows = spec, spec.rows
-        self.kl = make_lens_kl(spec.rows.cache.head, spec.dtype)
+        self.spec, self.rows, self.device = spec, spec.rows, spec.device
+        self.kl = make_lens_kl(spec.rows.cache.head, spec.dtype, spec.device)
         self.groups = self.rows.groups()
-        self.weight = torch.tensor(spec.map.weight, dtype=self.kl.dtype)
-        self.bias = torch.tensor(spec.map.bias, dtype=self.kl.dtype)
-        widths, dtypes = tensor_widths(spec.rows.cache.head), tensor_dtypes(self.kl.dtype)
-        self.kept = KeptRows(self.groups, widths, dtypes, spec.memory, spec.scratch)
+        self.weight, self.bias = self._tensor(spec.map.weight), self._tensor(spec.map.bias)
+        widths = tensor_widths(spec.rows.cache.head)
+        dtypes = tensor_dtypes(self.kl.dtype, self.kl.wide)
+        self.kept = KeptRows(
+            self.groups, widths, dtypes, spec.memory, spec.scratch, device=spec.device
+        )
         self._along_lock = threading.Lock()
         self._along: tuple[bytes, OutputDirections] | None = None
 
     @cached_property
     def head(self) -> TorchHead:
         """The head with its own copy of the unembedding, for what needs the full gradient."""
-        return self.rows.cache.head.torch()
+        return self.rows.cache.head.torch(self.device)
+
+    def call(self, method: str, number: int, *args: Any) -> Any:
+        """Result of a `method` for group `number`; with smaller blocks where memory runs out."""
+        while True:
+            try:
+                return getattr(self, method)(number, *args)
+            except (RuntimeError, MemoryError) as error:
+                is_smallest = self.kl.block_rows <= FEWEST_ROWS
+                if self.device.type == "cpu" or is_smallest or not is_out_of_memory(error):
+                    raise
+            # Outside of `except`: the traceback of the error holds tensors.
+            self.kl.block_rows = max(FEWEST_ROWS, self.kl.block_rows // 2)
+            self.kept.forget()
+            release_memory(self.device)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        """A copy of `array` on the device, in the dtype of the products."""
+        return copy_to_device(torch.tensor(array, dtype=self.kl.dtype), self.device)
+
+    def _wide_zeros(self, *shape: int) -> Tensor:
+        """Zeros on the device in the dtype of sums."""
+        return self.weight.new_zeros(shape, dtype=self.kl.wide)
 
     def gradient(self, number: int, encoder: np.ndarray, output: np.ndarray) -> GroupSums:
         """KL of group `number` and its gradients, for an encoder and output directions `(k, d)`."""
         start = time.thread_time()
         differences, clean = self._clean(number)
         along = self._output_directions(output)
-        encoder_tensor = torch.tensor(encoder, dtype=self.kl.dtype)
+        encoder_tensor = self._tensor(encoder)
         token_gradient = self.kl.zero_token_gradient(len(output))
         loss = 0.0
-        encoder_gradient = torch.zeros(encoder.shape, dtype=torch.float64)
-        output_gradient = torch.zeros(output.shape, dtype=torch.float64)
+        encoder_gradient = self._wide_zeros(*encoder.shape)
+        output_gradient = self._wide_zeros(*output.shape)
         for block in self.kl.blocks(len(differences)):
             rows = differences[block]
             losses, gradient = self.kl.losses_and_gradient(
@@ -149,11 +179,13 @@ class GroupEvaluator:
                 token_gradient,
             )
             loss += float(losses.sum())
-            encoder_gradient += (gradient.coordinates.T @ rows).double()
+            encoder_gradient += (gradient.coordinates.T @ rows).to(self.kl.wide)
             output_gradient += gradient.directions
         output_gradient += self.kl.finish_directions(token_gradient)
         seconds = time.thread_time() - start
-        return GroupSums(loss, encoder_gradient.numpy(), output_gradient.numpy(), seconds)
+        return GroupSums(
+            loss, float64_array(encoder_gradient), float64_array(output_gradient), seconds
+        )
 
     def losses(
         self, number: int, ablations: Sequence[tuple[np.ndarray, np.ndarray]]
@@ -164,16 +196,16 @@ class GroupEvaluator:
         """
         start = time.thread_time()
         differences, clean = self._clean(number)
-        encoders = [torch.tensor(encoder, dtype=self.kl.dtype) for encoder, _ in ablations]
+        encoders = [self._tensor(encoder) for encoder, _ in ablations]
         losses = np.empty((len(ablations), len(differences)))
         for chunk in self._chunks(ablations):
-            alongs = [self.kl.output_directions(torch.tensor(ablations[i][1])) for i in chunk]
+            alongs = [self._prepare_directions(ablations[i][1]) for i in chunk]
             for block in self.kl.blocks(len(differences)):
                 tokens = self._tokens(number, block, clean)
                 for i, along in zip(chunk, alongs, strict=True):
                     coordinates = differences[block] @ encoders[i].T
                     values = self.kl.losses(clean[block], tokens, coordinates, along)
-                    losses[i, block] = values.numpy()
+                    losses[i, block] = float64_array(values)
         return losses, time.thread_time() - start
 
     def full_gradient(self, number: int) -> tuple[np.ndarray, float]:
@@ -187,15 +219,15 @@ class GroupEvaluator:
         differences, clean = self._clean(number)
         row = self.rows.reference
         if isinstance(self.kl, ExplicitLensKL) and self.kl.softcap is None and row is not None:
-            reference = torch.tensor(row, dtype=self.kl.dtype)
+            reference = self._tensor(row)
             output = self.kl.centred((reference @ self.weight + self.bias)[None])[0]
             slopes = self.kl.reference_gradients(clean, output)
         else:
             ablated = clean.output - self.kl.centred(differences @ self.weight)
             slopes = gradients_at(clean.output, ablated, self.head)
-        total = torch.zeros(differences.shape[1], slopes.shape[1], dtype=torch.float64)
+        total = self._wide_zeros(differences.shape[1], slopes.shape[1])
         total += differences.T @ slopes.to(differences.dtype)
-        return total.numpy(), time.thread_time() - start
+        return float64_array(total), time.thread_time() - start
 
     def fisher(self, number: int) -> tuple[np.ndarray, float]:
         """Sum over group `number` of the Fisher matrix of the lens's distribution, CPU seconds.
@@ -206,17 +238,17 @@ class GroupEvaluator:
         start = time.thread_time()
         output = self._clean(number)[1].output.float()
         generator = torch.Generator().manual_seed(self.rows.seed + number)
-        total = torch.zeros(output.shape[1], output.shape[1], dtype=torch.float64)
+        total = self._wide_zeros(output.shape[1], output.shape[1])
         for _ in range(SAMPLES):
             slopes = sampled_slopes(output, self.head, generator)
             total += slopes.T @ slopes
-        return (total / SAMPLES).numpy(), time.thread_time() - start
+        return float64_array(total / SAMPLES), time.thread_time() - start
 
     def second_moments(self, number: int) -> tuple[np.ndarray, float]:
         """Sum of D D' over group `number`, `(d, d)` float64, and CPU seconds."""
         start = time.thread_time()
-        differences = self._clean(number)[0].double()
-        return (differences.T @ differences).numpy(), time.thread_time() - start
+        differences = self._clean(number)[0].to(self.kl.wide)
+        return float64_array(differences.T @ differences), time.thread_time() - start
 
     def close(self) -> None:
         """Free what is kept."""
@@ -231,10 +263,10 @@ class GroupEvaluator:
             if self.kl.dtype == torch.float64:
                 states = states.astype(np.float64)
             differences = self.rows.differences(group, states)
-            rows = torch.tensor(states, dtype=self.kl.dtype)
+            rows = self._tensor(states)
             translated = torch.addmm(self.bias, rows, self.weight)
             clean = self.kl.clean_rows(translated, partial(self._keep_tokens, number))
-            kept = torch.tensor(differences, dtype=self.kl.dtype)
+            kept = self._tensor(differences)
             return kept, clean.output, clean.expected, clean.log_z[:, None]
 
         whole = slice(0, group.stop - group.start)
@@ -257,8 +289,13 @@ class GroupEvaluator:
         key = output.tobytes()
         with self._along_lock:
             if self._along is None or self._along[0] != key:
-                self._along = key, self.kl.output_directions(torch.tensor(output))
+                self._along = key, self._prepare_directions(output)
             return self._along[1]
+
+    def _prepare_directions(self, output: np.ndarray) -> OutputDirections:
+        """`output_directions` of an array `(k, d)`."""
+        # In the dtype of the products at once: the device may lack that of the array.
+        return self.kl.output_directions(self._tensor(output))
 
     def _chunks(self, ablations: Sequence[Directions]) -> list[list[int]]:
         """Numbers of ablations whose directions by tokens fit `ALONG_BYTES` together."""
@@ -297,8 +334,8 @@ class AblationObjective:
         if self.client is None:
             self._evaluator = GroupEvaluator(self.spec)
             # One of torch's threads for each group: bits must not depend on their number.
-            threads = min(len(self.groups), torch.get_num_threads())
-            self._crew = self._exit.enter_context(ThreadCrew(max(1, threads)))
+            threads = ThreadCrew.of(max(1, len(self.groups)), self.spec.device).workers
+            self._crew = self._exit.enter_context(ThreadCrew(threads))
             self._exit.callback(self._evaluator.close)
         else:
             self._workers = sorted(threads_of(self.client))
@@ -366,11 +403,16 @@ class AblationObjective:
         """Results of `method` of the evaluator for the groups `numbers`, in their order."""
         if self._evaluator is not None:
             evaluator = self._evaluator
-            yield from self._crew.map(lambda i: getattr(evaluator, method)(i, *args), numbers)
+            yield from self._crew.map(lambda i: evaluator.call(method, i, *args), numbers)
             return
         # A group goes to the worker that keeps its rows, or to another where that one is gone.
         calls = [(self._spec_on_workers, self._key, (method, number, args)) for number in numbers]
         yield from results(self.client, evaluate_on_worker, calls, self._workers)
+
+
+def float64_array(tensor: Tensor) -> np.ndarray:
+    """A tensor of any device as a numpy array, float64."""
+    return copy_to_host(tensor).double().numpy()
 
 
 def undefined_kl_error(layer: int) -> UsageError:
@@ -398,7 +440,7 @@ def evaluate_on_worker(spec: ObjectiveSpec, key: str, call: tuple[str, int, tupl
         evaluator = _evaluators[key]
         lock = _group_locks.setdefault((key, number), threading.Lock())
     with lock, thread_pool(1) as pool:  # one of torch's threads, as in a single process
-        return pool.submit(getattr(evaluator, method), number, *args).result()
+        return pool.submit(evaluator.call, method, number, *args).result()
 
 
 def forget_evaluator(key: str) -> None:

@@ -8,10 +8,11 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...cache.devices import memory_budget
 from ...cache.errors import NotFoundError, ResiduaWarning, UsageError
 from ...cache.files.json_fields import integer_field
 from ...cache.number_ranges import as_tuple, as_whole_number
@@ -19,7 +20,7 @@ from ...cache.progress import StageProgress
 from ...cache.store.activation_cache import ActivationCache
 from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
-from ..base.resources import default_memory
+from ..base.resources import default_memory, device_of_fit
 from ..base.saved_tensors import SavedTensors
 from ..lens.logit_lens import LogitLens
 from ..moments.moment_sources import obtain_moments
@@ -31,6 +32,9 @@ from ..training.checkpoint import lock_folder
 from .fit_settings import BasisFitSettings
 from .layer_basis import LayerBasis
 from .metric_rows import with_number_keys
+
+if TYPE_CHECKING:
+    import torch
 
 FOLDS = 5
 """Folds of the moments: the same as ridge and lens, so that kept moments serve all of them."""
@@ -104,6 +108,7 @@ class CausalBasis(FittedProbe, Params):
         scratch: str | Path | None = None,
         checkpoint: str | Path | None = None,
         progress: StageProgress | None = None,
+        device: "str | torch.device" = "auto",
     ) -> "CausalBasis":
         """Fit the cache `X` with a fitted `lens`: `TunedLens`, `RidgeProbe` or `LogitLens`.
 
@@ -112,6 +117,11 @@ class CausalBasis(FittedProbe, Params):
         (see `scratch_bytes`), or computed again in every evaluation. With `checkpoint`, a folder,
         a killed fit that is started again goes on to the same bases. `progress` is called with
         (stage, done, total), stages `moments` (positions) and `basis` (evaluations).
+
+        Moments, products and the evaluations run on `device`: `auto` is the first GPU, or the CPU
+        (with a `client`: the workers' CPUs). Its memory bounds what is kept there, too, and blocks
+        of rows are halved where the memory runs out. The search itself, of `(d_model, k)` numbers,
+        runs on the host in float64.
         """
         from .layer_fit import LayerFitTask, checkpoint_of, fit_layer, load_fitted, save_fitted
 
@@ -121,6 +131,9 @@ class CausalBasis(FittedProbe, Params):
             raise UsageError("a causal basis is fitted on a cache: it needs the head beside rows")
         maps = lens_maps(X, lens, self._layers_of(X, lens), as_whole_number(self.offset, "offset"))
         budget = memory or default_memory()
+        fit_device = device_of_fit(device, client)
+        if fit_device is not None and client is None:
+            budget = memory_budget(fit_device, budget)
         folder = None if checkpoint is None else Path(checkpoint)
         digests = {layer: map_digest(affine) for layer, affine in maps.items()}
         checkpoints = {
@@ -140,7 +153,9 @@ class CausalBasis(FittedProbe, Params):
                     progress(stage, int(done), max(1, int(total)))
 
             lacking = [layer for layer in maps if layer not in finished]
-            for moments_of_layer in self._moments(X, lacking, client, memory, report):
+            for moments_of_layer in self._moments(
+                X, lacking, memory, report, client=client, device=fit_device
+            ):
                 for layer, moments in moments_of_layer.items():
 
                     def report_layer(done: float, expected: float) -> None:
@@ -156,6 +171,7 @@ class CausalBasis(FittedProbe, Params):
                         scratch=None if scratch is None else Path(scratch),
                         client=client,
                         checkpoint=checkpoints[layer],
+                        device=fit_device,
                     )
                     finished[layer] = fit_layer(task, moments, report_layer)
                     if (saved := checkpoints[layer]) is not None:
@@ -208,11 +224,14 @@ class CausalBasis(FittedProbe, Params):
         self,
         cache: ActivationCache,
         layers: Sequence[int],
-        client: Any,
         memory: int | None,
         report: Any,
+        **resources: Any,
     ) -> Any:
-        """Second moments of the train rows of `layers`, as many layers at a time as fit memory."""
+        """Second moments of the train rows of `layers`, as many layers at a time as fit memory.
+
+        `resources` are client and device.
+        """
         if not layers:
             return
         drop_first = as_whole_number(self.drop_first, "drop_first")
@@ -222,7 +241,7 @@ class CausalBasis(FittedProbe, Params):
             report("moments", done, total)
 
         for moment_set in obtain_moments(
-            cache, request, memory=memory, client=client, progress=report_moments
+            cache, request, memory=memory, progress=report_moments, **resources
         ):
             totals: dict[int, Moments] = {
                 pair[0]: merge_all(folds) for pair, folds in moment_set.pairs.items()

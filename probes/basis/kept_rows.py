@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cache.devices import copy_to_device, copy_to_host
 from ...cache.errors import NoSpaceError, UsageError
+from ..training.threads import CPU
 
 CLEAN = ("differences", "output", "expected", "log_z")
 """Names of the tensors of clean rows."""
@@ -70,7 +72,8 @@ def plan_places(
 class KeptRows:
     """Tensors by name and group of rows, kept where `plan_places` says.
 
-    Without a folder `scratch`, those that do not fit `memory` are made anew every time.
+    Without a folder `scratch`, those that do not fit `memory` are made anew every time. The memory
+    is that of `device`, where the tensors are.
     """
 
     def __init__(
@@ -80,7 +83,10 @@ class KeptRows:
         dtypes: Mapping[str, torch.dtype],
         memory: int,
         scratch: Path | None = None,
+        *,
+        device: torch.device = CPU,
     ) -> None:
+        self._device = device
         self._widths, self._dtypes = widths, dtypes
         self._memory: dict[tuple[str, int, int], Tensor] = {}
         self._in_file: set[tuple[str, int, int]] = set()
@@ -121,10 +127,14 @@ class KeptRows:
                 self._write(key[0], number, rows, tensor)
                 self._in_file.add(key)
 
-    def close(self) -> None:
-        """Free the memory, and the scratch file, which has no name any more."""
+    def forget(self) -> None:
+        """Free the memory: all tensors are made anew."""
         self._memory.clear()
         self._in_file.clear()
+
+    def close(self) -> None:
+        """Free the memory, and the scratch file, which has no name any more."""
+        self.forget()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -133,7 +143,7 @@ class KeptRows:
         return self._widths[name] * self._dtypes[name].itemsize
 
     def _write(self, name: str, number: int, rows: slice, tensor: Tensor) -> None:
-        data = memoryview(tensor.contiguous().numpy().reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
+        data = memoryview(copy_to_host(tensor.contiguous()).numpy().reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
         offset = self._places.offsets[name, number] + rows.start * self._row_bytes(name)
         while data:
             count = os.pwrite(self._file, data, offset)
@@ -149,7 +159,7 @@ class KeptRows:
             if not count:
                 raise OSError(errno.EIO, "the scratch file ends early")
             data, offset = data[count:], offset + count
-        return tensor
+        return copy_to_device(tensor, self._device)
 
 
 def _open_scratch(folder: Path, size: int) -> int:

@@ -17,8 +17,10 @@ from ...cache.errors import UsageError
 from ...cache.store.activation_cache import ActivationCache
 from ..base.resampling import ResamplingUnits
 from ..moments.moments import Moments
+from ..ridge.device_algebra import algebra_on
 from ..ridge.solver import AffineMap
 from ..training.checkpoint import Checkpoint
+from ..training.threads import CPU
 from .ablation_objective import AblationObjective, ObjectiveSpec, undefined_kl_error
 from .basis_methods import BasisFinder, BasisProgress
 from .basis_rows import BasisRows, draw_positions
@@ -60,6 +62,14 @@ class LayerFitTask:
     scratch: Path | None = None
     client: Any = None
     checkpoint: Checkpoint | None = None
+    device: torch.device | None = None
+    """Device of products, of each worker of `client`; None for the CPU."""
+
+    def objective(self, rows: BasisRows, memory: int) -> AblationObjective:
+        """The objective on `rows`, with `memory` bytes for what evaluations share."""
+        scratch = self.scratch if memory else None
+        spec = ObjectiveSpec(rows, self.map, memory, scratch, device=self.device or CPU)
+        return AblationObjective(spec, self.client)
 
 
 def fit_layer(
@@ -71,14 +81,14 @@ def fit_layer(
     """
     cache, settings = task.cache, task.settings
     drawn = draw_positions(cache, "train", settings.positions, settings.seed, settings.drop_first)
-    coordinates = AblationCoordinates.of(moments, settings.metric)
+    algebra = algebra_on(task.device if task.client is None else None)
+    coordinates = AblationCoordinates.of(moments, settings.metric, algebra)
     coordinates.check_k(settings.k, task.layer)
     reference = _reference_row(settings, moments)
     rows = BasisRows(cache, task.layer, drawn.positions, reference, settings.seed)
-    spec = ObjectiveSpec(rows, task.map, task.memory, task.scratch)
 
     # Find the basis, and measure each of its directions on the rows of the fit.
-    with AblationObjective(spec, task.client) as objective:
+    with task.objective(rows, task.memory) as objective:
         finder = BasisFinder(objective, coordinates, settings.k, _load_progress(task.checkpoint))
         finder.report = _Reporter(task, finder.progress, report)
         columns = finder.find(settings.method)
@@ -152,10 +162,9 @@ def _held_out_measures(task: LayerFitTask, bases: dict[str, LayerBasis]) -> dict
         return empty
     reference = None if resample else bases["span"].reference
     rows = BasisRows(cache, task.layer, drawn.positions, reference, settings.seed)
-    # Every product is used once: nothing is worth keeping.
-    spec = ObjectiveSpec(rows, task.map, memory=0)
     units = ResamplingUnits.of(cache, drawn.sequences, settings.seed)
-    with AblationObjective(spec, task.client) as objective:
+    # Every product is used once: nothing is worth keeping.
+    with task.objective(rows, memory=0) as objective:
         measures = measure_influence(objective, bases, units, drawn.index, settings.seed)
     return {
         "n_test": measures.n,

@@ -21,6 +21,9 @@ exponential per (row, token) is left. With q the ablated distribution:
     dKL/dB      = (a C)' (M - E_q[E]) + norm term
     dKL/da      = E_q[A - C Bv] - Pu.M + C.(M B'),    a = scale / sqrt(mean square + eps)
 
+All tensors are on one device. Sums are float64 where the device has it, else float32 (within a
+group of rows alone: groups are added up in float64).
+
 A softcap makes the logits nonlinear: p is computed again, two tanh and two exp per (row, token).
 """
 
@@ -33,8 +36,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cache.devices import copy_to_device, wide_dtype
 from ...cache.head.head import Head, TorchHead
 from ..training.softmax_loss import Gradients, ModelDistribution, Target, head_losses
+from ..training.threads import CPU
 
 BLOCK_BYTES = 12 << 20
 """Most bytes of the logits of a block of rows: they stay in the processor's shared cache."""
@@ -45,6 +50,8 @@ TILE_BYTES = 1 << 20
 
 Smaller tiles stay in one core's own cache, but need more calls: at d_model 768 and vocabulary
 50,257 a loss with gradient takes .8 of the time of 256 KiB with one direction, .93 with eight."""
+DEVICE_BLOCK_BYTES, DEVICE_BLOCK_ROWS = 256 << 20, 2048
+"""Most bytes and rows of a block on other devices than the CPU: each operation costs a start."""
 LOG2_E = 1 / math.log(2)
 """exp(x) is computed as exp2(x log2 e): torch's exp2 takes half the time of its exp."""
 LEAST_SUM = 1e-30
@@ -90,7 +97,7 @@ class ExplicitLensKL:
     """KL of ablations for a head by formula, in tiles of rows and tokens.
 
     `dtype` is that of all products, float32 or float64; sums over the vocabulary are continued in
-    float64 from tile to tile.
+    `wide`, float64 if the device has it, from tile to tile.
     """
 
     def __init__(
@@ -99,9 +106,13 @@ class ExplicitLensKL:
         dtype: torch.dtype = torch.float32,
         block_rows: int | None = None,
         tile_columns: int | None = None,
+        device: torch.device = CPU,
     ) -> None:
         def tensor(array: object) -> Tensor:
-            return torch.tensor(array).to(dtype)
+            return copy_to_device(torch.tensor(array).to(dtype), device)
+
+        self.wide = wide_dtype(device)
+        """dtype of sums."""
 
         self.norm, self.eps, self.scale = head.norm, head.eps, head.scale
         self.softcap, self.dtype = head.softcap, dtype
@@ -115,9 +126,11 @@ class ExplicitLensKL:
             self.unembedding -= self.unembedding.mean(1, keepdim=True)
         self.vocab, self.width = vocab, head.d_model
         element = torch.finfo(dtype).bits // 8
-        self.block_rows = block_rows or max(8, min(BLOCK_ROWS, BLOCK_BYTES // (element * vocab)))
+        self.block_rows = block_rows or rows_of_block(element * vocab, device)
         """Rows of a block."""
         step = tile_columns or max(256, TILE_BYTES // (element * self.block_rows))
+        if device.type != "cpu":
+            step = tile_columns or vocab
         self._tiles = [slice(i, min(vocab, i + step)) for i in range(0, vocab, step)]
         self._local = threading.local()
 
@@ -131,7 +144,7 @@ class ExplicitLensKL:
         output = self.centred(translated.to(self.dtype))
         needs_expected = self.softcap is None
         expected = output.new_zeros(len(output), self.width if needs_expected else 0)
-        log_z = torch.zeros(len(output), dtype=torch.float64)
+        log_z = output.new_zeros(len(output), dtype=self.wide)
         for rows in self.blocks(len(output)):
             token_part = self.clean_token_part(output[rows])
             logits = token_part * self._inverse_norm(output[rows]).to(self.dtype)[:, None]
@@ -141,7 +154,7 @@ class ExplicitLensKL:
             largest = logits.amax(1, keepdim=True)
             exponentials = logits.sub_(largest).exp_()
             total = exponentials.sum(1, keepdim=True)
-            log_z[rows] = (largest.double() + total.double().log())[:, 0]
+            log_z[rows] = (largest.to(self.wide) + total.to(self.wide).log())[:, 0]
             if needs_expected:
                 expected[rows] = torch.mm(exponentials, self.unembedding).div_(total)
         return CleanRows(output, expected, log_z)
@@ -168,7 +181,7 @@ class ExplicitLensKL:
 
     def zero_token_gradient(self, k: int) -> Tensor:
         """Zeros for `losses_and_gradient` to add to, `(k vocab,)`, tile by tile of tokens."""
-        return torch.zeros(k * self.vocab, dtype=self.dtype)
+        return self.constant.new_zeros(k * self.vocab)
 
     def losses(
         self, clean: CleanRows, token_part: Tensor, coordinates: Tensor, along: OutputDirections
@@ -196,7 +209,7 @@ class ExplicitLensKL:
     def finish_directions(self, token_gradient: Tensor) -> Tensor:
         """Gradient in B `(k, d)` float64 of the sum `token_gradient`."""
         k = len(token_gradient) // self.vocab
-        gradient = torch.zeros(k, self.width, dtype=torch.float64)
+        gradient = token_gradient.new_zeros(k, self.width, dtype=self.wide)
         for columns in self._tiles:
             tile = _tile_of(token_gradient, k, columns)
             gradient += torch.mm(tile, self.unembedding[columns])
@@ -225,12 +238,12 @@ class ExplicitLensKL:
     def _inverse_norm(self, output: Tensor) -> Tensor:
         """a = scale / s of centred rows `output`, `(n,)` float64."""
         if self.norm == "none":
-            return torch.full((len(output),), self.scale, dtype=torch.float64)
+            return output.new_full((len(output),), self.scale, dtype=self.wide)
         return self.scale * self._mean_squares(output).rsqrt()
 
     def _mean_squares(self, output: Tensor) -> Tensor:
         """s^2 = mean square + eps of rows `(n, d)`, `(n,)` float64."""
-        return torch.linalg.vecdot(output, output).double() / self.width + self.eps
+        return torch.linalg.vecdot(output, output).to(self.wide) / self.width + self.eps
 
     def _capped(self, logits: Tensor) -> Tensor:
         """`logits` under the head's softcap, in place."""
@@ -251,7 +264,7 @@ class ExplicitLensKL:
         # Norms of the ablated rows: from the rows themselves, where nothing cancels.
         ablated = torch.addmm(clean.output, coordinates, directions, alpha=-1)
         if self.norm == "none":
-            inverse = clean_inverse = torch.full((len(ablated),), self.scale, dtype=torch.float64)
+            inverse = clean_inverse = self._inverse_norm(ablated)
         else:
             mean_squares = self._mean_squares(ablated)
             inverse, clean_inverse = (
@@ -271,16 +284,17 @@ class ExplicitLensKL:
         # Chain rule: coordinates and directions enter the logits, and the norm.
         direction_slopes, row_slopes = slopes
         gradient = -inverse[:, None] * direction_slopes
-        directions_gradient = torch.zeros(directions.shape, dtype=torch.float64)
+        directions_gradient = directions.new_zeros(directions.shape, dtype=self.wide)
         if clean.expected.shape[1]:
-            directions_gradient += (scaled.T @ clean.expected).double()
+            directions_gradient += (scaled.T @ clean.expected).to(self.wide)
         if self.norm != "none":
-            inverse_slopes = row_slopes - (coordinates.double() * direction_slopes).sum(1)
+            wide_coordinates = coordinates.to(self.wide)
+            inverse_slopes = row_slopes - (wide_coordinates * direction_slopes).sum(1)
             square_slopes = inverse_slopes * -0.5 * inverse / mean_squares  # pyright: ignore
             weights = (square_slopes * (-2 / self.width))[:, None]
-            gradient += weights * (ablated @ directions.T).double()
-            weighted = (coordinates.double() * weights).to(self.dtype)
-            directions_gradient += (weighted.T @ ablated).double()
+            gradient += weights * (ablated @ directions.T).to(self.wide)
+            weighted = (wide_coordinates * weights).to(self.dtype)
+            directions_gradient += (weighted.T @ ablated).to(self.wide)
         return losses, AblationGradient(gradient.to(self.dtype), directions_gradient)
 
     def _sum_over_tokens(
@@ -307,8 +321,8 @@ class ExplicitLensKL:
             left = torch.cat(
                 [-scaled, torch.ones_like(factor), -shift[:, None].to(self.dtype)], dim=1
             ).mul_(LOG2_E)
-            sums = torch.zeros(left.shape, dtype=torch.float64)
-            row_sums = torch.zeros(len(left), dtype=torch.float64)
+            sums = left.new_zeros(left.shape, dtype=self.wide)
+            row_sums = left.new_zeros(len(left), dtype=self.wide)
             for columns, tokens in zip(self._tiles, along.tokens, strict=True):
                 part = token_part[:, columns]
                 tile = torch.mm(left, tokens).addcmul_(part, factor, value=LOG2_E)
@@ -317,9 +331,7 @@ class ExplicitLensKL:
                     continue
                 tile = torch.exp2(tile, out=_tile_of(exponentials, n, columns))
                 sums += torch.mm(tokens, tile.T).T
-                # numpy's sum of products takes half the time of torch's.
-                products = np.einsum("ij,ij->i", tile.numpy(), part.numpy())
-                row_sums += torch.from_numpy(products)
+                row_sums += row_products(tile, part)
             return sums, row_sums
 
         shift = clean.log_z
@@ -332,10 +344,10 @@ class ExplicitLensKL:
 
         # KL from the clean side's few numbers.
         expected = clean.expected
-        expected_directions = (expected @ along.directions.T).double()
-        expected_rows = torch.linalg.vecdot(expected, clean.output).double()
+        expected_directions = (expected @ along.directions.T).to(self.wide)
+        expected_rows = torch.linalg.vecdot(expected, clean.output).to(self.wide)
         losses = (clean_inverse - inverse) * expected_rows
-        losses += (scaled.double() * expected_directions).sum(1)
+        losses += (scaled.to(self.wide) * expected_directions).sum(1)
         losses += total.log() + shift - clean.log_z
         if token_gradient is None or exponentials is None:
             return losses, None
@@ -353,11 +365,11 @@ class ExplicitLensKL:
     ) -> Tensor:
         """The largest ablated logit of each row, `(n,)` float64."""
         left = torch.cat([-scaled, torch.ones_like(factor)], dim=1)
-        largest = torch.full((len(left),), -torch.inf, dtype=torch.float64)
+        largest = left.new_full((len(left),), -torch.inf, dtype=self.wide)
         for columns, tokens in zip(self._tiles, along.tokens, strict=True):
             logits = torch.mm(left, tokens[:-1])
             logits.addcmul_(token_part[:, columns], factor)
-            largest = torch.maximum(largest, logits.amax(1).double())
+            largest = torch.maximum(largest, logits.amax(1).to(self.wide))
         return largest
 
     def _sum_over_capped_tokens(
@@ -379,8 +391,8 @@ class ExplicitLensKL:
         shift = (clean.log_z[:, None] * LOG2_E).to(self.dtype)
         left = torch.cat([-scaled, torch.ones_like(factor), torch.zeros_like(factor)], dim=1)
         p, q, tanh = (torch.empty_like(token_part) for _ in range(3))
-        total = torch.zeros(len(left), dtype=torch.float64)
-        losses = torch.zeros(len(left), dtype=torch.float64)
+        total = left.new_zeros(len(left), dtype=self.wide)
+        losses = left.new_zeros(len(left), dtype=self.wide)
         for columns, tokens in zip(self._tiles, along.tokens, strict=True):
             part = token_part[:, columns]
             clean_tanh = (part * clean_factor).add_(self.constant[columns]).div_(cap).tanh_()
@@ -390,12 +402,13 @@ class ExplicitLensKL:
             q[:, columns] = (tile * (cap * LOG2_E)).sub_(shift).exp2_()
             tanh[:, columns] = tile
             total += q[:, columns].sum(1)
-            losses += torch.linalg.vecdot(p[:, columns], clean_tanh.sub_(tile)).double() * cap
+            products = torch.linalg.vecdot(p[:, columns], clean_tanh.sub_(tile))
+            losses += products.to(self.wide) * cap
         losses += total.log()
         if token_gradient is None:
             return losses, None
-        direction_slopes = torch.zeros(scaled.shape, dtype=torch.float64)
-        row_slopes = torch.zeros(len(left), dtype=torch.float64)
+        direction_slopes = scaled.new_zeros(scaled.shape, dtype=self.wide)
+        row_slopes = left.new_zeros(len(left), dtype=self.wide)
         inverse_total = total.reciprocal().to(self.dtype)[:, None]
         weights = scaled.T.contiguous()
         for columns, tokens in zip(self._tiles, along.tokens, strict=True):
@@ -411,17 +424,18 @@ class ExplicitLensKL:
         """An uninitialised tensor `(size,)` that this thread uses again and again."""
         buffer = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < size:
-            buffer = self._local.buffer = torch.empty(size, dtype=self.dtype)
+            buffer = self._local.buffer = self.constant.new_empty(size)
         return buffer
 
 
 class ProgramLensKL:
     """KL of ablations for a head that is a program: autograd through the head, tile by tile."""
 
-    def __init__(self, head: Head) -> None:
-        self.head = head.torch()
+    def __init__(self, head: Head, device: torch.device = CPU) -> None:
+        self.head = head.torch(device)
+        self.wide, self._device = wide_dtype(device), device
         self.width, self.vocab, self.dtype = head.d_model, head.vocab, torch.float32
-        self.block_rows = max(8, min(BLOCK_ROWS, BLOCK_BYTES // (4 * head.vocab)))
+        self.block_rows = rows_of_block(4 * head.vocab, device)
 
     def clean_rows(
         self, translated: Tensor, keep_tokens: Callable[[slice, Tensor], None] | None = None
@@ -429,7 +443,7 @@ class ProgramLensKL:
         """Translated rows alone: the clean distribution is computed again in each evaluation."""
         output = translated.float()
         empty = output.new_zeros(len(output), 0)
-        return CleanRows(output, empty, torch.zeros(len(output), dtype=torch.float64))
+        return CleanRows(output, empty, output.new_zeros(len(output), dtype=self.wide))
 
     def clean_token_part(self, output: Tensor, out: Tensor | None = None) -> Tensor:
         """Nothing, `(n, 0)`."""
@@ -444,14 +458,14 @@ class ProgramLensKL:
 
     def zero_token_gradient(self, k: int) -> Tensor:
         """Nothing, `(0,)`: gradients do not go through the tokens' own directions."""
-        return torch.zeros(0)
+        return torch.zeros(0, device=self._device)
 
     def losses(
         self, clean: CleanRows, token_part: Tensor, coordinates: Tensor, along: OutputDirections
     ) -> Tensor:
         """KL `(n,)` float64 of the rows of a block, with `coordinates` `(n, k)` ablated."""
         ablated = torch.addmm(clean.output, coordinates, along.directions, alpha=-1)
-        return head_losses(ablated, self.head, self._target(clean.output)).double()
+        return head_losses(ablated, self.head, self._target(clean.output)).to(self.wide)
 
     def losses_and_gradient(
         self,
@@ -465,13 +479,13 @@ class ProgramLensKL:
         ablated = torch.addmm(clean.output, coordinates, along.directions, alpha=-1)
         slopes = torch.zeros_like(ablated)
         target = self._target(clean.output)
-        losses = head_losses(ablated, self.head, target, Gradients(x=slopes)).double()
-        directions = -(coordinates.T @ slopes).double()
+        losses = head_losses(ablated, self.head, target, Gradients(x=slopes)).to(self.wide)
+        directions = -(coordinates.T @ slopes).to(self.wide)
         return losses, AblationGradient(-(slopes @ along.directions.T), directions)
 
     def finish_directions(self, token_gradient: Tensor) -> Tensor:
         """Nothing to add, zero: the gradient in B is complete after each block."""
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=self.wide, device=self._device)
 
     def centred(self, rows: Tensor) -> Tensor:
         """`rows` unchanged: the head centres them itself."""
@@ -485,9 +499,28 @@ LensKL = ExplicitLensKL | ProgramLensKL
 """KL of ablations for either kind of head."""
 
 
-def make_lens_kl(head: Head, dtype: torch.dtype = torch.float32) -> LensKL:
-    """The KL of ablations for `head`; heads that are programs are float32 always."""
-    return ProgramLensKL(head) if head.kind == "program" else ExplicitLensKL(head, dtype)
+def make_lens_kl(
+    head: Head, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> LensKL:
+    """The KL of ablations for `head` on `device`; heads that are programs are float32 always."""
+    if head.kind == "program":
+        return ProgramLensKL(head, device)
+    return ExplicitLensKL(head, dtype, device=device)
+
+
+def rows_of_block(row_bytes: int, device: torch.device) -> int:
+    """Rows of a block, for logits of `row_bytes` a row."""
+    if device.type == "cpu":
+        return max(8, min(BLOCK_ROWS, BLOCK_BYTES // row_bytes))
+    return max(8, min(DEVICE_BLOCK_ROWS, DEVICE_BLOCK_BYTES // row_bytes))
+
+
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Sums of products of the rows of two matrices `(n, columns)`, `(n,)`."""
+    if a.device.type == "cpu":
+        # numpy's takes half the time of torch's.
+        return torch.from_numpy(np.einsum("ij,ij->i", a.numpy(), b.numpy()))
+    return torch.linalg.vecdot(a, b)
 
 
 def _tile_of(flat: Tensor, rows: int, columns: slice) -> Tensor:
@@ -500,9 +533,9 @@ def gradients_at(output: Tensor, ablated: Tensor, head: TorchHead) -> Tensor:
 
     For any head, with two products over the vocabulary a row.
     """
-    slopes = torch.zeros(output.shape)
+    slopes = output.new_zeros(output.shape, dtype=torch.float32)
     ablated = ablated.float().contiguous()
-    rows_per_block = max(8, min(BLOCK_ROWS, BLOCK_BYTES // (4 * head.head.vocab)))
+    rows_per_block = rows_of_block(4 * head.head.vocab, output.device)
     for start in range(0, len(output), rows_per_block):
         rows = slice(start, start + rows_per_block)
         target = ModelDistribution(head).distribution(output[rows].float())
