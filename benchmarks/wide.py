@@ -339,6 +339,28 @@ def run_child(args: argparse.Namespace) -> None:
         print(json.dumps(PART_FUNCTIONS[args.child](Bench(args))))
 
 
+def add_shares(figures: list[Any]) -> None:
+    """Add `share` to each figure: its GFLOP/s over the measured rate of its dtype."""
+    rates = {row["name"]: row["gflops"] for row in figures if row["name"] == row.get("dtype")}
+    for row in figures:
+        if "gflops" in row:
+            row.setdefault("dtype", "float32")
+            row["share"] = row["gflops"] / rates[row["dtype"]]
+
+
+def print_figures(figures: list[Any]) -> None:
+    """Print the figures as a table."""
+    print(f"{'':44}{'ms/row':>10}{'GFLOP/s':>9}{'share':>7}{'peak MiB':>10}")
+    for row in figures:
+        if "gflops" not in row:
+            print(f"{row['name']:44}{row['seconds']:>8.1f} s{row['peak_bytes'] / 2**20:>26.0f}")
+            continue
+        print(
+            f"{row['name']:44}{row['ms_per_row']:10.3f}{row['gflops']:9.1f}{row['share']:7.2f}"
+            f"{row['peak_bytes'] / 2**20:10.0f}"
+        )
+
+
 def main() -> None:
     args = arguments()
     if args.child:
@@ -351,12 +373,12 @@ def main() -> None:
             command = [sys.executable, __file__, "--child", part, "--cache", str(cache.path)]
             for name in ("batch", "rows", "rounds", "device"):
                 command += [f"--{name}", str(getattr(args, name))]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             figures += json.loads(done.stdout.splitlines()[-1])
-    for row in figures:
-        print(row)
+    add_shares(figures)
+    print_figures(figures)
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        args.json.write_text(json.dumps({"figures": figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
