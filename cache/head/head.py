@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .head_files import save_head
+from .row_buffers import reused_rows
 
 if TYPE_CHECKING:
     import torch
@@ -193,13 +194,35 @@ class TorchHead:
 
         with torch.no_grad():
             if products == "bfloat16":
-                product = normed.bfloat16() @ self.rounded_unembedding.T
+                product = reused_rows("product", *out.shape, like=out, dtype=torch.bfloat16)
+                torch.mm(normed.bfloat16(), self.rounded_unembedding.T, out=product)
                 torch.add(product, self.bias, out=out)
                 out.add_((normed @ self._mean_unembedding)[:, None])
             else:
                 torch.addmm(self.bias, normed, self.unembedding.T, out=out)
             if self.head.scale != 1.0:
                 out.mul_(self.head.scale)
+
+    def linear_gradient(
+        self, logits_gradient: "torch.Tensor", products: str = "float32"
+    ) -> "torch.Tensor":
+        """Gradient in the normed rows `(n, d_model)` of that in the logits of `write_linear`.
+
+        No gradients of its own. With `bfloat16`, both factors and the product are rounded.
+        """
+        import torch
+
+        with torch.no_grad():
+            if products == "bfloat16":
+                rounded = reused_rows(
+                    "product", *logits_gradient.shape, like=logits_gradient, dtype=torch.bfloat16
+                )
+                rounded.copy_(logits_gradient)
+                gradient = (rounded @ self.rounded_unembedding).float()
+                gradient.addr_(logits_gradient.sum(1), self._mean_unembedding)
+            else:
+                gradient = logits_gradient @ self.unembedding
+            return gradient if self.head.scale == 1.0 else gradient.mul_(self.head.scale)
 
     @cached_property
     def rounded_unembedding(self) -> "torch.Tensor":

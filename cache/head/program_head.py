@@ -141,8 +141,8 @@ class ProgramHead(Head):
 class TorchProgramHead(TorchHead):
     """A `ProgramHead` on torch tensors; gradients flow to the hidden states."""
 
-    norm_weight, norm_bias, unembedding, bias, normalize, write_linear = (  # pyright: ignore
-        _ExplicitOnly() for _ in range(6)
+    norm_weight, norm_bias, unembedding, bias, normalize, write_linear, linear_gradient = (  # pyright: ignore
+        _ExplicitOnly() for _ in range(7)
     )
 
     def __init__(self, head: ProgramHead, device: "str | torch.device" = "cpu") -> None:

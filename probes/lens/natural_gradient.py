@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cache.devices import copy_to_device
 from ...cache.head.head import TorchHead
 from ..moments.moments import Moments
 from ..ridge.solver import AffineMap
-from ..training.softmax_loss import Gradients, Target, head_losses, row_tiles, softmax_in_place
+from ..training.softmax_loss import Gradients, Target, Tiles, head_losses
 
 DRIFT = 0.05
 """Share of the eigenvalues that every new estimate replaces: an average over some 20 estimates."""
@@ -152,25 +153,19 @@ class NaturalGradientMap:
         return torch.addmm(self.bias, z, self.weight)
 
 
-def sampled_slopes(u: Tensor, head: TorchHead, generator: torch.Generator) -> Tensor:
-    """Gradients g in `u` `(n, d)` of -log q[y], y drawn from q = softmax(head(u)); `(n, d)`."""
-    slopes = torch.zeros_like(u)
-    for tile in row_tiles(len(u), head.head.vocab):
-        with torch.no_grad():
-            q = head(u[tile])
-            softmax_in_place(q)
-            token = draw_tokens(q, generator)
-        head_losses(u[tile], head, Target(token=token), Gradients(x=slopes[tile]))
-    return slopes
+def sampled_slopes(
+    u: Tensor,
+    head: TorchHead,
+    generator: torch.Generator,
+    products: str = "float32",
+    tile_rows: Tiles = None,
+) -> Tensor:
+    """Gradients g in `u` `(n, d)` of -log q[y], y drawn from q = softmax(head(u)); `(n, d)`.
 
-
-def draw_tokens(q: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a token for each row of probabilities `q` `(n, vocab)`; `(n,)` int64.
-
-    `q` is overwritten by its distribution function, whose inverse gives the token: a twentieth of
-    the time of `torch.multinomial`.
+    `generator` is one of the CPU, whatever the device: tokens are then the same everywhere.
     """
-    cumulative = torch.cumsum(q, 1, out=q)
-    threshold = torch.rand(len(q), 1, generator=generator) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return tokens.clamp_max_(q.shape[1] - 1)
+    slopes = torch.zeros_like(u)
+    quantile = copy_to_device(torch.rand(len(u), generator=generator), u.device)
+    gradients = Gradients(x=slopes, products=products)
+    head_losses(u, head, Target(quantile=quantile), gradients, tile_rows)
+    return slopes

@@ -2,7 +2,9 @@
 
 `affine_losses` is the loss of logits = x W' + b (vocabulary probes), `head_losses` that of
 logits = head(u) (lenses); targets are tokens or the distributions of `ModelDistribution`. Memory:
-one tile of logits, never a `(batch, vocab)` autograd graph.
+one tile of logits for each thread, used again for every tile, never a `(batch, vocab)` autograd
+graph. Tensors of any device: on the CPU, passes over the logits take the rows of a tile in blocks
+that stay in the processor's cache.
 
 For logits z and a target distribution p, with q = softmax(z):
 
@@ -14,19 +16,26 @@ tiles over the vocabulary, with a running logsumexp, compute every logit twice a
 as long. Float32; gradients are those of plain autograd to rounding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ...cache.devices import TileRows
 from ...cache.errors import UsageError
 from ...cache.head.head import TorchHead
+from ...cache.head.row_buffers import reused_rows
 
 TILE_BYTES = 16 << 20
 """Size of the float32 logits of a tile, in bytes; a tile has `TILE_ROWS` rows at least."""
-TILE_ROWS = 128
-"""Fewest rows of a tile: the weights are read once per tile, so few rows waste time."""
+TILE_ROWS = 256
+"""Fewest rows of a tile: the weights are read once per tile, so few rows waste time.
+
+At d 2048 and 50,000 tokens, products of 64, 128, 256 and 512 rows run at 28, 33, 36 and 36 GFLOP/s
+forwards, 35, 46, 51 and 59 backwards (one core, AVX2)."""
+CACHE_BYTES = 256 << 10
+"""Size of the logits of a block on the CPU, which its passes find in the processor's cache."""
 PRODUCTS = ("auto", "float32", "bfloat16")
 """dtype of the factors of gradients; `auto` is the dtype that the processor multiplies faster."""
 FAST_BFLOAT16 = ("avx512_bf16", "amx_tile")
@@ -38,7 +47,7 @@ ParameterTensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """Targets of a softmax over the vocabulary: a token per row, or a distribution per row."""
+    """Targets of a softmax over the vocabulary: a token or a distribution per row, or a draw."""
 
     token: Tensor | None = None
     """`(n,)` int64."""
@@ -46,31 +55,60 @@ class Target:
     """`(n, vocab)` float32, rows sum to 1."""
     negentropy: Tensor | None = None
     """sum p log p, `(n,)`."""
+    quantile: Tensor | None = None
+    """Uniform random numbers in [0, 1), `(n,)`: tokens are drawn from the softmax itself."""
 
     def __getitem__(self, rows: slice | Tensor) -> "Target":
-        return Target(*(v if v is None else v[rows] for v in (self.token, self.p, self.negentropy)))
+        fields = self.token, self.p, self.negentropy, self.quantile
+        return Target(*(None if field is None else field[rows] for field in fields))
 
     def __len__(self) -> int:
-        rows = self.p if self.token is None else self.token
-        assert rows is not None
+        rows = next(v for v in (self.token, self.p, self.quantile) if v is not None)
         return len(rows)
 
     def losses(self, logits: Tensor) -> Tensor:
         """Cross-entropy or KL per row, `(n,)`; **`logits` become their gradient**, q - target."""
-        if self.token is not None:
-            # -log q[y] = logsumexp(z) - z[y], gradient q - onehot(y).
-            column = self.token[:, None]
-            token_logits = logits.gather(1, column)[:, 0]
-            losses = softmax_in_place(logits) - token_logits
-            logits.scatter_add_(1, column, logits.new_full(column.shape, -1.0))
-            return losses
+        losses = logits.new_empty(len(logits))
+        for rows in cache_blocks(logits):
+            losses[rows] = self[rows]._block_losses(logits[rows])
+        return losses
+
+    def _block_losses(self, logits: Tensor) -> Tensor:
+        """The same for few rows."""
+        if self.p is None:
+            return self._token_losses(logits)
         # KL(p || q) = logsumexp(z) - sum p z + sum p log p, gradient q - p.
-        assert self.p is not None
         assert self.negentropy is not None
         expected_logit = expectation(self.p, logits)
         losses = softmax_in_place(logits) - expected_logit + self.negentropy
         logits.sub_(self.p)
         return losses
+
+    def _token_losses(self, logits: Tensor) -> Tensor:
+        """-log q[y] = logsumexp(z) - z[y], gradient q - onehot(y)."""
+        if self.token is not None:
+            column = self.token[:, None]
+            token_logits = logits.gather(1, column)[:, 0]
+            losses = softmax_in_place(logits) - token_logits
+        else:
+            assert self.quantile is not None
+            softmax_in_place(logits)
+            cumulative = reused_rows("cumulative", *logits.shape, like=logits).copy_(logits)
+            column = draw_tokens(cumulative, self.quantile)[:, None]
+            losses = -logits.gather(1, column)[:, 0].log_()
+        logits.scatter_add_(1, column, logits.new_full(column.shape, -1.0))
+        return losses
+
+
+def cache_blocks(logits: Tensor) -> Iterator[slice]:
+    """Blocks of the rows of `logits` for passes over them: of `CACHE_BYTES` on the CPU.
+
+    On other devices, all rows at once: each operation costs a start there.
+    """
+    rows = len(logits)
+    if logits.device.type == "cpu":
+        rows = max(1, CACHE_BYTES // (logits.element_size() * logits.shape[1]))
+    yield from (slice(start, start + rows) for start in range(0, len(logits), max(1, rows)))
 
 
 def softmax_in_place(logits: Tensor) -> Tensor:
@@ -82,6 +120,18 @@ def softmax_in_place(logits: Tensor) -> Tensor:
     return largest_logit - logits.amax(1).log_()
 
 
+def draw_tokens(q: Tensor, quantile: Tensor) -> Tensor:
+    """The token at a `quantile` `(n,)` in [0, 1) of each distribution `q` `(n, vocab)`; int64.
+
+    `q` is overwritten by its distribution function, whose inverse gives the token: a twentieth of
+    the time of `torch.multinomial`.
+    """
+    cumulative = torch.cumsum(q, 1, out=q)
+    threshold = quantile[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return tokens.clamp_max_(q.shape[1] - 1)
+
+
 def expectation(p: Tensor, logits: Tensor) -> Tensor:
     """sum p z over the vocabulary, `(n,)`; a logit of -inf adds nothing where p is 0."""
     expected = torch.linalg.vecdot(p, logits)
@@ -90,25 +140,53 @@ def expectation(p: Tensor, logits: Tensor) -> Tensor:
     return expected
 
 
+def first_argmax(logits: Tensor) -> Tensor:
+    """Index of the largest logit of each row `(n, vocab)`, `(n,)` int64: the first on ties.
+
+    The first NaN of a row that has any.
+    """
+    if logits.device.type == "cpu":
+        # A tenth of the time of torch's.
+        return torch.from_numpy(logits.numpy().argmax(1))
+    return logits.argmax(1)
+
+
 def fast_products() -> str:
     """`bfloat16` on a processor that multiplies bfloat16 in hardware, else `float32`."""
     checks = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in FAST_BFLOAT16]
     return "bfloat16" if any(check is not None and check() for check in checks) else "float32"
 
 
+def most_tile_rows(vocab: int) -> int:
+    """Rows of a tile of `vocab` logits: as many as `TILE_BYTES` and `TILE_ROWS` say."""
+    return max(TILE_ROWS, TILE_BYTES // (4 * vocab))
+
+
 def row_tiles(rows: int, vocab: int, tile_rows: int | None = None) -> Iterator[slice]:
     """Cut `rows` rows of `vocab` logits into equal tiles of at most `tile_rows` rows.
 
-    By default as many rows as `TILE_BYTES` and `TILE_ROWS` say."""
-    number = -(-rows // (tile_rows or max(TILE_ROWS, TILE_BYTES // (4 * vocab))))
+    By default those of `most_tile_rows`."""
+    number = -(-rows // (tile_rows or most_tile_rows(vocab)))
     edges = [rows * i // number for i in range(number + 1)]
     yield from (slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True))
+
+
+Tiles = TileRows | int | None
+"""Rows of a tile: those of an object that remembers where memory ran out, a number, or by default
+those of `most_tile_rows`."""
+
+
+def run_tiles(tiles: Tiles, x: Tensor, vocab: int, compute: Callable[[slice], None]) -> None:
+    """Call `compute(tile)` for tiles of the rows of `x`, halved where the device has no memory."""
+    if not isinstance(tiles, TileRows):
+        tiles = TileRows(tiles or most_tile_rows(vocab), x.device)
+    tiles.run(len(x), compute)
 
 
 class ModelDistribution:
     """The model's own distribution, as the target of a fit, from its last residual stream."""
 
-    def __init__(self, head: TorchHead, tile_rows: int | None = None) -> None:
+    def __init__(self, head: TorchHead, tile_rows: Tiles = None) -> None:
         self.head = head
         self.vocab = head.head.vocab
         self.tile_rows = tile_rows
@@ -116,31 +194,52 @@ class ModelDistribution:
     @torch.no_grad()
     def tokens(self, residual: Tensor) -> Target:
         """The model's top token for rows `(n, d_model)`, the lowest id on ties."""
-        tokens = torch.empty(len(residual), dtype=torch.int64)
-        for tile in row_tiles(len(residual), self.vocab, self.tile_rows):
-            logits = self.head(residual[tile])
-            # numpy's argmax takes the first maximum, and the first NaN if there is any: the check
-            # then finds it.
-            tokens[tile] = torch.from_numpy(logits.numpy().argmax(1))
+        tokens = torch.empty(len(residual), dtype=torch.int64, device=residual.device)
+
+        def find_tokens(tile: slice) -> None:
+            rows = residual[tile]
+            logits = reused_rows("logits", len(rows), self.vocab, self._like(rows))
+            self.head.write_logits(rows, logits)
+            # The first NaN, if there is any: the check then finds it.
+            tokens[tile] = first_argmax(logits)
             _check_largest_logits(logits.gather(1, tokens[tile][:, None]))
+
+        run_tiles(self.tile_rows, residual, self.vocab, find_tokens)
         return Target(token=tokens)
 
     @torch.no_grad()
-    def distribution(self, residual: Tensor) -> Target:
+    def distribution(self, residual: Tensor, memory: Tensor | None = None) -> Target:
         """The model's probabilities `(n, vocab)` and their sums p log p, for rows `(n, d_model)`.
 
-        All layers share them: they depend on the position t+N alone."""
-        p = residual.new_empty(len(residual), self.vocab)
-        negentropy = residual.new_empty(len(residual))
-        for tile in row_tiles(len(residual), self.vocab, self.tile_rows):
-            logits = self.head(residual[tile])
-            # With logits shifted by their maximum, log p = z + log(max p): no logarithm per token.
-            largest = logits.amax(1, keepdim=True)
-            _check_largest_logits(largest)
-            logits -= largest
-            probabilities = torch.softmax(logits, 1, out=p[tile])
-            negentropy[tile] = expectation(probabilities, logits) + probabilities.amax(1).log_()
+        All layers share them: they depend on the position t+N alone. The probabilities are written
+        into `memory`, `(n or more, vocab)` float32, if given.
+        """
+        like = self._like(residual)
+        p = like.new_empty(len(residual), self.vocab) if memory is None else memory[: len(residual)]
+        negentropy = like.new_empty(len(residual))
+
+        def write_distribution(tile: slice) -> None:
+            logits = p[tile]
+            self.head.write_logits(residual[tile], logits)
+            _check_largest_logits(logits.amax(1))
+            for rows in cache_blocks(logits):
+                negentropy[tile][rows] = _softmax_with_negentropy(logits[rows])
+
+        run_tiles(self.tile_rows, residual, self.vocab, write_distribution)
         return Target(p=p, negentropy=negentropy)
+
+    def _like(self, rows: Tensor) -> Tensor:
+        """An empty float32 tensor on the device of `rows`."""
+        return rows.new_empty(0, dtype=torch.float32)
+
+
+def _softmax_with_negentropy(logits: Tensor) -> Tensor:
+    """Turn `logits` `(n, vocab)` into probabilities p in place; gives sum p log p, `(n,)`."""
+    # With logits shifted by their maximum, log p = z + log(max p): no logarithm per token.
+    shifted = reused_rows("shifted", *logits.shape, like=logits)
+    torch.sub(logits, logits.amax(1, keepdim=True), out=shifted)
+    torch.softmax(shifted, 1, out=logits)
+    return expectation(logits, shifted) + logits.amax(1).log_()
 
 
 def _check_largest_logits(largest: Tensor) -> None:
@@ -167,8 +266,8 @@ class Gradients:
     products: str = "float32"
     """dtype of the factors of gradients, `float32` or `bfloat16`.
 
-    bfloat16 changes a gradient by some 0.2 %, far less than the draw of the batch does; losses
-    stay exact."""
+    bfloat16 changes a gradient by some 0.2 %, far less than the draw of the batch does. The logits
+    of `affine_losses` stay exact; those of `head_losses` are of the same products, see there."""
 
 
 NO_GRADIENTS = Gradients()
@@ -181,33 +280,48 @@ def affine_losses(
     bias: Tensor,
     target: Target,
     grads: Gradients = NO_GRADIENTS,
-    tile_rows: int | None = None,
+    tile_rows: Tiles = None,
 ) -> Tensor:
     """Losses `(n,)` of logits = x weight^T + bias, for `x` `(n, d)` and `weight` `(vocab, d)`."""
     losses = x.new_empty(len(x))
-    buffer = x.new_empty(0)
-    for tile in row_tiles(len(x), len(weight), tile_rows):
+    factor = weight
+    if grads.products == "bfloat16" and grads.x is not None:
+        factor = weight.bfloat16()
+
+    def add_tile(tile: slice) -> None:
         rows = x[tile]
-        if len(buffer) < len(rows):
-            buffer = x.new_empty(len(rows) + 1, len(weight))
-        z = torch.addmm(bias, rows, weight.T, out=buffer[: len(rows)])
+        z = reused_rows("logits", len(rows), len(weight), x)
+        torch.addmm(bias, rows, weight.T, out=z)
         losses[tile] = target[tile].losses(z)
-        _add_gradients(grads, tile, z, rows, weight)
+        _add_gradients(grads, tile, z, rows, factor)
+
+    run_tiles(tile_rows, x, len(weight), add_tile)
     return losses
 
 
 def _add_gradients(grads: Gradients, tile: slice, z: Tensor, rows: Tensor, weight: Tensor) -> None:
     """Add the gradients of one tile: `z` `(n, vocab)` is the gradient in the logits.
 
-    Weight: z' x; bias: z' 1; x: z weight."""
-    if grads.bias is not None:
-        grads.bias.addmv_(z.T, z.new_ones(len(z)), alpha=grads.scale)
+    Weight: z' x; bias: z' 1; x: z weight. All memory is allocated before anything is added: a tile
+    that did not fit is computed again."""
+    products = []
+    factor = z
     if grads.products == "bfloat16":
-        z, rows = z.bfloat16(), rows.bfloat16()
+        factor, rows = (
+            reused_rows("product", *z.shape, like=z, dtype=torch.bfloat16),
+            rows.bfloat16(),
+        )
+        factor.copy_(z)
         if grads.weight is not None:
-            grads.weight.add_(z.T @ rows, alpha=grads.scale)
+            products.append((grads.weight, factor.T @ rows))
         if grads.x is not None:
-            grads.x[tile].add_(z @ weight.bfloat16(), alpha=grads.scale)
+            products.append((grads.x[tile], factor @ weight))
+    ones = z.new_ones(len(z))
+    for total, product in products:
+        total.add_(product, alpha=grads.scale)
+    if grads.bias is not None:
+        grads.bias.addmv_(z.T, ones, alpha=grads.scale)
+    if grads.products == "bfloat16":
         return
     if grads.weight is not None:
         grads.weight.addmm_(z.T, rows, alpha=grads.scale)
@@ -220,54 +334,64 @@ def head_losses(
     head: TorchHead,
     target: Target,
     grads: Gradients = NO_GRADIENTS,
-    tile_rows: int | None = None,
+    tile_rows: Tiles = None,
 ) -> Tensor:
     """Losses `(n,)` of logits = head(hidden), `hidden` `(n, d_model)`; the head stays frozen.
 
-    autograd differentiates the final norm alone; of heads that are programs, the whole tile.
+    autograd differentiates the final norm alone; of heads that are programs, the whole tile. Both
+    products with the unembedding, forwards and backwards, have the dtype `grads.products` (heads
+    that are programs: always float32). With bfloat16 the losses are those of rounded logits.
     """
     tile_losses = _program_tile if head.head.kind == "program" else _explicit_tile
     losses = hidden.new_empty(len(hidden))
-    for tile in row_tiles(len(hidden), head.head.vocab, tile_rows):
+
+    def add_tile(tile: slice) -> None:
         rows = hidden[tile].detach().requires_grad_(grads.x is not None)
-        losses[tile], gradient = tile_losses(rows, head, target[tile])
+        losses[tile], gradient = tile_losses(rows, head, target[tile], grads.products)
         if grads.x is not None and gradient is not None:
             grads.x[tile].add_(gradient, alpha=grads.scale)
+
+    run_tiles(tile_rows, hidden, head.head.vocab, add_tile)
     return losses
 
 
-def _explicit_tile(rows: Tensor, head: TorchHead, target: Target) -> tuple[Tensor, Tensor | None]:
+def _explicit_tile(
+    rows: Tensor, head: TorchHead, target: Target, products: str
+) -> tuple[Tensor, Tensor | None]:
     """Losses of one tile, and their gradient in `rows`; None if `rows` needs no gradient.
 
     logits = cap(scale (norm(rows) unembedding' + bias)), with cap(z) = softcap tanh(z / softcap).
     """
-    spec = head.head
-    normed = head.normalize(rows)
+    softcap = head.head.softcap
+    with torch.set_grad_enabled(rows.requires_grad):
+        normed = head.normalize(rows)
     with torch.no_grad():
-        z = torch.addmm(head.bias, normed, head.unembedding.T)
-        if spec.scale != 1.0:
-            z.mul_(spec.scale)
+        z = reused_rows("logits", len(rows), head.head.vocab, normed)
+        head.write_linear(normed, z, products)
         cap_derivative = None
-        if spec.softcap is not None:
-            z.div_(spec.softcap).tanh_()
-            cap_derivative = 1 - z.square()
-            z.mul_(spec.softcap)
+        if softcap is not None:
+            z.div_(softcap).tanh_()
+            cap_derivative = torch.square(z, out=reused_rows("cap", *z.shape, like=z))
+            cap_derivative.neg_().add_(1)
+            z.mul_(softcap)
         # The logits become their gradient, which the chain rule takes back to the normed rows.
         losses = target.losses(z)
         if not rows.requires_grad:
             return losses, None
         if cap_derivative is not None:
             z.mul_(cap_derivative)
-        normed_gradient = (z @ head.unembedding).mul_(spec.scale)
+        normed_gradient = head.linear_gradient(z, products)
     return losses, torch.autograd.grad(normed, rows, normed_gradient)[0]
 
 
-def _program_tile(rows: Tensor, head: TorchHead, target: Target) -> tuple[Tensor, Tensor | None]:
-    """The same for a head that is a program, by autograd through the program."""
+def _program_tile(
+    rows: Tensor, head: TorchHead, target: Target, products: str
+) -> tuple[Tensor, Tensor | None]:
+    """The same for a head that is a program, by autograd through the program; always float32."""
     with torch.set_grad_enabled(rows.requires_grad):
         logits = head(rows)
     # A copy: an operation of the program may need its own output for the gradient.
-    gradient = logits.detach().clone()
+    gradient = reused_rows("logits", *logits.shape, like=logits).copy_(logits.detach())
     losses = target.losses(gradient)
     if not rows.requires_grad:
         return losses, None

@@ -22,7 +22,6 @@ from residua.probes.lens import fit_groups as lensgroups
 from residua.probes.lens.natural_gradient import (
     InputWhitening,
     NaturalGradientMap,
-    draw_tokens,
     sampled_slopes,
 )
 from residua.probes.lens.translator_fit import identity_map
@@ -30,7 +29,7 @@ from residua.probes.lens.tuned_lens import FutureLens, TunedLens
 from residua.probes.moments.moments import Moments
 from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.probes.saved.save import check_geometry, load_probe, save_probe
-from residua.probes.training.softmax_loss import ModelDistribution
+from residua.probes.training.softmax_loss import ModelDistribution, draw_tokens
 
 from ...support.defined import not_none
 from ...support.local import local_client
@@ -295,7 +294,8 @@ def test_whitened_inputs_have_second_moments_one() -> None:
 def test_tokens_are_drawn_as_their_probabilities_say() -> None:
     q = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
     n, generator = 100_000, torch.Generator().manual_seed(0)
-    token = draw_tokens(q.repeat_interleave(n, 0), generator).view(2, n)
+    quantile = torch.rand(2 * n, generator=generator)
+    token = draw_tokens(q.repeat_interleave(n, 0), quantile).view(2, n)
     found = torch.stack([row.bincount(minlength=6) for row in token])
     assert not found[q == 0].any()
     # Six standard deviations.

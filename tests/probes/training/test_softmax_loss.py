@@ -12,6 +12,7 @@ from residua.cache.head.head import Head, TorchHead
 from residua.cache.head.program import Program
 from residua.cache.head.program_head import ProgramHead
 from residua.probes.training.softmax_loss import (
+    TILE_ROWS,
     Gradients,
     ModelDistribution,
     Target,
@@ -199,7 +200,7 @@ def test_extreme_logits_stay_exact() -> None:
 def test_tiles_cover_all_rows(rows: int, most: int | None) -> None:
     tiles = list(row_tiles(rows, 1 << 15, most))
     assert [i for t in tiles for i in range(t.start, t.stop)] == list(range(rows))
-    assert max(t.stop - t.start for t in tiles) <= (most or 128)
+    assert max(t.stop - t.start for t in tiles) <= (most or TILE_ROWS)
 
 
 def test_a_target_is_cut_by_rows() -> None:

@@ -1,0 +1,32 @@
+"""Memory that tiles of logits use again: `(rows, vocab)` tensors are not allocated for each tile.
+
+A tile takes megabytes, which the C library gets from the kernel and returns each time; the kernel
+then fills them with zeros, page by page. That took as long as the arithmetic of a tile of a small
+model.
+"""
+
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_memory = threading.local()
+
+
+def reused_rows(
+    name: str, rows: int, width: int, like: "torch.Tensor", dtype: "torch.dtype | None" = None
+) -> "torch.Tensor":
+    """A tensor `(rows, width)` on the device of `like`, by default of its dtype; not initialised.
+
+    Calls of one thread with the same `name` get the same memory: the tensor is valid until the
+    next one. Memory grows to the largest tensor and is freed with its thread.
+    """
+    key = name, like.device, dtype or like.dtype
+    flat = _memory.__dict__.pop(key, None)
+    if flat is not None and flat.shape[0] < rows * width:
+        flat = None  # freed before the larger memory is allocated
+    if flat is None:
+        flat = like.new_empty(rows * width, dtype=dtype or like.dtype)
+    _memory.__dict__[key] = flat
+    return flat[: rows * width].view(rows, width)
