@@ -21,6 +21,7 @@ from ...cache.cluster import results, threads_of
 from ...cache.devices import choose_device
 from ...cache.errors import UsageError
 from ...cache.files.json_files import json_digest
+from ...cache.head.row_buffers import free_reused_rows
 from ...cache.store.activation_cache import ActivationCache
 from ..base.readout import LayerOffset
 from ..base.resources import default_memory
@@ -153,7 +154,10 @@ def fit_group(
     report = report or (lambda stage, done, total: None)
     resources = FitResources.of(len(pairs), cache.d_model, memory or default_memory(), device)
     with lock_folder(None if checkpoint is None else checkpoint.folder):
-        translators = _fit_translators(cache, group, settings, checkpoint, report, resources)
+        try:
+            translators = _fit_translators(cache, group, settings, checkpoint, report, resources)
+        finally:
+            free_reused_rows()
     fitted = {}
     for pair, translator in translators.items():
         translator.restore_best()
