@@ -24,6 +24,7 @@ from residua.analysis.console.options import (
     JsonErrorGroup,
     across_documents_option,
     checkpoint_option,
+    device_option,
     drop_first_option,
     is_given,
     layers_option,
@@ -569,7 +570,10 @@ def baseline(
 @fit.command()
 @probe_options
 @click.option(
-    "--steps", default=400, show_default=True, help="Natural-gradient steps of each translator."
+    "--steps",
+    default=400,
+    show_default=True,
+    help="Most natural-gradient steps of a translator; it stops where its KL no longer falls.",
 )
 @click.option("--batch", default=1024, show_default=True, help="Positions of one step.")
 @click.option(
@@ -578,6 +582,14 @@ def baseline(
     help="Share of the natural gradient's full step.  [default: the best of a short sweep]",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of positions.")
+@click.option(
+    "--products",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="dtype of the head's products in steps; auto is what is multiplied faster.",
+)
+@device_option
 @checkpoint_option
 @residua_command
 def lens(
@@ -592,6 +604,7 @@ def lens(
     batch: int,
     lr: float | None,
     seed: int,
+    products: str,
     **options: Any,
 ) -> Any:
     """Fit a tuned lens: affine maps by KL to the model.
@@ -619,6 +632,7 @@ def lens(
         seed=seed,
         across_documents=across_documents,
         drop_first=drop_first,
+        products=products,
     )
     source, probe, path = fit_and_save(lens, cache, root, quiet, **options)
     metrics = probe.metrics()
