@@ -18,7 +18,7 @@ from ...cache.tokens.segments import segment_indices
 from ...probes.base.readout import Readout, ReadoutBatch, check_readout
 from ...probes.lens.logit_lens import LogitLens
 from ...probes.saved.save import check_belongs
-from .metrics import Reference, divergences, is_distribution, top_token
+from .distributions import Reference, is_distribution, top_token
 from .token_text import byte_text, token_text
 
 if TYPE_CHECKING:
@@ -271,7 +271,8 @@ class _PassageReader:
         )
         logits = self.readout.logits(batch, layer, self.offset).float()
         top = top_token(logits)
-        log_q, kl, _ = divergences(self.reference, logits, top)
+        kl = Divergence.of(self.reference, logits, top).kl
+        log_q = logits.log_softmax(-1)
         q = log_q.exp()
         likeliest = q.topk(min(TOP, q.shape[-1]), dim=-1)
         entropy = -(q * log_q).masked_fill_(q == 0, 0.0).sum(-1)
