@@ -219,7 +219,8 @@ def sum_products(a: "torch.Tensor", b: "torch.Tensor") -> "torch.Tensor":
 
     if a.device.type == "cpu":
         # A product of matrices for each row: BLAS reads both once and writes no matrix.
-        return torch.from_numpy((a.numpy()[:, None, :] @ b.numpy()[:, :, None])[:, 0, 0])
+        with np.errstate(invalid="ignore", over="ignore"):
+            return torch.from_numpy((a.numpy()[:, None, :] @ b.numpy()[:, :, None])[:, 0, 0])
     return torch.linalg.vecdot(a, b)
 
 

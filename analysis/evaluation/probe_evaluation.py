@@ -166,6 +166,7 @@ def evaluate(
         notes=tuple(notes),
         cache=cache,
         readouts=tuple(plan.readouts.values()),
+        device=str(torch_device),
     )
 
 

@@ -96,7 +96,9 @@ class WindowMeasurer:
     def _measure(self, window: EvaluationWindow) -> None:
         # The model's own logits come from the last layer at the targets, once per window.
         n = window.stop - window.start
-        last_layer = self._read(self.cache, self.cache.n_blocks, window.positions[window.target_rows])
+        last_layer = self._read(
+            self.cache, self.cache.n_blocks, window.positions[window.target_rows]
+        )
         logits = self.head.write_logits(last_layer, self._buffers.rows("log_p", n))
         text = copy_to_device(window.next_token, self.device)
         reference = Reference.of(logits, text, log_p=logits, p=self._buffers.rows("p", n))
