@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ...cache.devices import TileRows, choose_device, copy_to_device, copy_to_host
 from ...cache.errors import NotFoundError, ResiduaWarning, UsageError
 from ...cache.number_ranges import as_whole_number, format_ranges
 from ...cache.tokens.segments import segment_indices
 from ...probes.base.readout import Readout, ReadoutBatch, check_readout
 from ...probes.lens.logit_lens import LogitLens
 from ...probes.saved.save import check_belongs
-from .metrics import Reference, divergences, is_distribution, top_token
+from .distributions import Reference, is_distribution, top_token
 from .token_text import byte_text, token_text
 
 if TYPE_CHECKING:
@@ -75,49 +76,82 @@ class Heatmap:
 
 
 def heatmaps(
-    cache: "ActivationCache", readouts: Sequence[Readout], split: str = "test", width: int = WIDTH
+    cache: "ActivationCache",
+    readouts: Sequence[Readout],
+    split: str = "test",
+    width: int = WIDTH,
+    device: "str | torch.device" = "auto",
 ) -> list[Heatmap]:
     """Heatmaps of one telling passage: the logit lens and the first lenses among `readouts`.
 
-    Lenses are readouts with layers at offset 0; `MAX_HEATMAPS` heatmaps at most.
+    Lenses are readouts with layers at offset 0; `MAX_HEATMAPS` heatmaps at most. Computed on
+    `device`, see `heatmap`.
     """
     lenses = [LogitLens.of(cache, (0,))]
     lenses += [r for r in readouts if r.kind != LogitLens.kind and _layers_at(r, 0)]
-    sequence, start = find_telling_passage(cache, split, width)
+    device = choose_device(device)
+    sequence, start = find_telling_passage(cache, split, width, device)
     return [
-        heatmap(cache, lens, split=split, sequence=sequence, start=start, width=width)
+        heatmap(
+            cache, lens, split=split, sequence=sequence, start=start, width=width, device=device
+        )
         for lens in lenses[:MAX_HEATMAPS]
     ]
 
 
-def find_telling_passage(cache: "ActivationCache", split: str, width: int) -> tuple[int, int]:
+def find_telling_passage(
+    cache: "ActivationCache", split: str, width: int, device: "torch.device"
+) -> tuple[int, int]:
     """Sequence and first token of the passage in which most is decided in the upper layers.
 
     Each token scores the model's largest probability, if the logit lens of the middle layer has
     another top token; the passage has the largest sum of scores among the first sequences.
     """
     best_score, best_sequence, best_start = -1.0, _first_long_sequence(cache, split, width), 0
-    middle = cache.layers[len(cache.layers) // 2]
+    scorer = _TokenScorer(cache, device)
     for sequence in cache.sequences(split)[:SEARCHED_SEQUENCES]:
         rows = cache.positions_of(np.array([sequence]))[:SEARCHED_TOKENS]
         if len(rows) < width:
             continue
-        # The model's confidence and top token, and the top token of the middle layer.
-        logits = cache.head.logits(cache.residual_array(cache.n_blocks).take(rows))
-        middle_top = cache.head.logits(cache.residual_array(middle).take(rows)).argmax(-1)
-        largest = logits.max(-1)
-        # Logits that are no distribution (NaN, +inf) score 0.
-        finite = np.isfinite(largest)
-        confidence = np.zeros(len(rows))
-        confidence[finite] = 1 / np.exp(logits[finite] - largest[finite, None]).sum(-1)
         # Sum of the scores of every window of `width` tokens.
-        scores = confidence * (middle_top != logits.argmax(-1))
-        cumulative = np.concatenate([[0.0], np.cumsum(scores)])
+        cumulative = np.concatenate([[0.0], np.cumsum(scorer.scores(rows))])
         window_scores = cumulative[width:] - cumulative[:-width]
         if len(window_scores) and window_scores.max() > best_score:
             best_score, best_start = float(window_scores.max()), int(window_scores.argmax())
             best_sequence = int(sequence)
     return best_sequence, best_start
+
+
+class _TokenScorer:
+    """Scores positions by what `find_telling_passage` looks for, on one device."""
+
+    def __init__(self, cache: "ActivationCache", device: "torch.device") -> None:
+        self.head, self.device = cache.head.torch(device), device
+        middle = cache.layers[len(cache.layers) // 2]
+        self._arrays = [cache.residual_array(layer) for layer in (cache.n_blocks, middle)]
+        self._tiles = TileRows(SEARCHED_TOKENS, device)
+
+    def scores(self, positions: np.ndarray) -> np.ndarray:
+        """The score of each of `positions` `(n,)`, float64; 0 where nothing is defined."""
+        import torch
+
+        scores = np.zeros(len(positions))
+
+        def score(tile: slice) -> None:
+            last, middle = (
+                self.head(
+                    copy_to_device(torch.from_numpy(array.take(positions[tile])), self.device)
+                )
+                for array in self._arrays
+            )
+            reference = Reference.of(last, torch.full_like(top_token(last), -1))
+            # Logits that are no distribution (NaN, +inf) score 0.
+            counts = reference.defined & (top_token(middle) != reference.top)
+            scores[tile] = np.where(copy_to_host(counts).numpy(), reference.confidence, 0.0)
+
+        with torch.inference_mode():
+            self._tiles.run(len(positions), score)
+        return scores
 
 
 def heatmap(
@@ -130,6 +164,7 @@ def heatmap(
     start: int = 0,
     width: int = WIDTH,
     force: bool = False,
+    device: "str | torch.device" = "auto",
 ) -> Heatmap:
     """Heatmap of `width` tokens of a sequence, from token `start` on, as `readout` reads them.
 
@@ -137,7 +172,8 @@ def heatmap(
     control reads the rows of its view of the cache. The passage ends before the first token whose
     target, `offset` tokens later, is of another document. Raises `NotFoundError` if the readout has
     no layer at this offset, `UsageError` if the sequence has no token at `start`, `MismatchError`
-    for a readout of another model, unless `force`.
+    for a readout of another model, unless `force`. Computed on `device`: `auto` is the first GPU,
+    else the CPU; `ModelError` for one that cannot be used.
     """
     import torch
 
@@ -163,7 +199,7 @@ def heatmap(
     first, count = _passage_positions(cache, sequence, start, width, offset)
 
     with torch.inference_mode():
-        reader = _PassageReader(cache, readout, first, count, offset)
+        reader = _PassageReader(cache, readout, first, count, offset, choose_device(device))
         cells = [reader.read(layer) for layer in layers]
 
     names = TokenNames(cache)
@@ -244,16 +280,25 @@ class _PassageReader:
     """Reads a passage, `count` positions from `first` on, layer by layer through `readout`."""
 
     def __init__(
-        self, cache: "ActivationCache", readout: Readout, first: int, count: int, offset: int
+        self,
+        cache: "ActivationCache",
+        readout: Readout,
+        first: int,
+        count: int,
+        offset: int,
+        device: "torch.device",
     ) -> None:
         import torch
 
         view = getattr(readout, "view", None)
         self.source = view(cache) if view else cache
         self.readout, self.first, self.count, self.offset = readout, first, count, offset
-        self.head = cache.head.torch()
+        self.device = device
+        self.head = cache.head.torch(device)
         self.last_token, self.token = (
-            torch.from_numpy(cache.tokens[start : start + count].astype(np.int64))
+            copy_to_device(
+                torch.from_numpy(cache.tokens[start : start + count].astype(np.int64)), device
+            )
             for start in (first + offset, first)
         )
         # The model's own distribution at the targets.
@@ -271,16 +316,17 @@ class _PassageReader:
         )
         logits = self.readout.logits(batch, layer, self.offset).float()
         top = top_token(logits)
-        log_q, kl, _ = divergences(self.reference, logits, top)
+        kl = Divergence.of(self.reference, logits, top).kl
+        log_q = logits.log_softmax(-1)
         q = log_q.exp()
         likeliest = q.topk(min(TOP, q.shape[-1]), dim=-1)
         entropy = -(q * log_q).masked_fill_(q == 0, 0.0).sum(-1)
         undefined = ~is_distribution(logits, top)
         return _LayerCells(
-            top_ids=likeliest.indices.masked_fill(undefined[:, None], -1).numpy(),
-            probability=likeliest.values.numpy(),
-            entropy=entropy.numpy(),
-            kl=kl.masked_fill(undefined | ~self.reference.defined, math.nan).numpy(),
+            top_ids=copy_to_host(likeliest.indices.masked_fill(undefined[:, None], -1)).numpy(),
+            probability=copy_to_host(likeliest.values).numpy(),
+            entropy=copy_to_host(entropy).numpy(),
+            kl=copy_to_host(kl.masked_fill(undefined | ~self.reference.defined, math.nan)).numpy(),
         )
 
     def _states(self, cache: "ActivationCache", layer: int, start: int) -> "torch.Tensor":
@@ -288,7 +334,8 @@ class _PassageReader:
         import torch
 
         # A copy: rows read through a memory map may be read-only.
-        return torch.from_numpy(np.array(cache.residual_array(layer)[start : start + self.count]))
+        rows = np.array(cache.residual_array(layer)[start : start + self.count])
+        return copy_to_device(torch.from_numpy(rows), self.device)
 
 
 class TokenNames:

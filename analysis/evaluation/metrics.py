@@ -11,21 +11,34 @@ mean.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...cache.devices import copy_to_host
 from ...cache.files.json_files import plain_value
 from ...probes.base.resampling import Interval, bootstrap_interval
+from .distributions import (
+    Divergence,
+    MeasureBuffers,
+    Reference,
+    is_distribution,
+    rank_of,
+    top_token,
+    value_at,
+)
 
 if TYPE_CHECKING:
     import torch
 
 KS = (1, 5, 10)
 """The k of precision@k."""
-TILE_BYTES = 4 << 20
-"""Bytes of float32 logits measured at once: intermediate results stay in the processor's cache."""
+TILE_BYTES = {"cpu": 1 << 20, "gpu": 256 << 20}
+"""Bytes of float32 logits measured at once: on a CPU, what its caches hold of several matrices."""
+SHORT_RUN = 8
+"""Runs of less than a tile's rows by this are measured together."""
 COLUMNS = (
     "n",
     "n_undefined",
@@ -101,157 +114,56 @@ def format_measure(value: float | None, digits: int) -> str:
     return "undefined" if value is None else f"{value:.{digits}f}"
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The model's distribution at target positions, computed once and shared by all probes."""
+def measure_distribution(
+    reference: Reference, logits: "torch.Tensor", buffers: MeasureBuffers | None = None
+) -> "torch.Tensor":
+    """The measures `COLUMNS` of every position, `(n, columns)` float64 on the CPU.
 
-    log_p: "torch.Tensor"
-    """Logarithms of the probabilities, `(n, vocab)` float32."""
-    p: "torch.Tensor"
-    """Probabilities, `(n, vocab)` float32."""
-    top: "torch.Tensor"
-    """The model's top token, the lowest id on ties, `(n,)` int64."""
-    text: "torch.Tensor"
-    """The text's next token, -1 at the end of the text, `(n,)` int64."""
-    defined: "torch.Tensor"
-    """Whether the model's logits are a distribution, `(n,)` bool."""
-
-    @classmethod
-    def of(cls, logits: "torch.Tensor", text: "torch.Tensor") -> "Reference":
-        """The reference of the model's logits `(n, vocab)` and the text's next tokens `(n,)`."""
-        logits = logits.float()
-        log_p, top = logits.log_softmax(-1), top_token(logits)
-        return cls(log_p, log_p.exp(), top, text, is_distribution(logits, top))
-
-    @property
-    def confidence(self) -> np.ndarray:
-        """The model's largest probability, `(n,)` float32; NaN where undefined."""
-        return _value_at(self.p, self.top).cpu().numpy()
-
-    def take(self, index: np.ndarray) -> "Reference":
-        """The targets `index`, `(m,)` ascending numbers; no copy if they are neighbours."""
-        first, last = int(index[0]), int(index[-1])
-        rows = slice(first, last + 1) if last - first + 1 == len(index) else index
-        return Reference(
-            self.log_p[rows], self.p[rows], self.top[rows], self.text[rows], self.defined[rows]
-        )
-
-
-def top_token(logits: "torch.Tensor") -> "torch.Tensor":
-    """The lowest id among the largest logits, `(n,)` int64 (torch promises the first maximum).
-
-    A NaN counts as the largest.
-    """
-    return logits.argmax(-1)
-
-
-def is_distribution(logits: "torch.Tensor", top: "torch.Tensor") -> "torch.Tensor":
-    """Whether the softmax of each row is defined, `(n,)` bool; `top` comes from `top_token`."""
-    return _value_at(logits, top).isfinite()
-
-
-def rank_of(logits: "torch.Tensor", token: "torch.Tensor") -> "torch.Tensor":
-    """Rank of `token` by logit, 0 for the largest, `(n,)` int64; lower ids come first on ties.
-
-    A NaN comes before every number, and a token with the logit NaN comes last.
-    """
-    import torch
-
-    token_logit = logits.gather(-1, token[:, None])
-    # Counts the complement of `<=`, because every comparison with NaN is false.
-    rank = logits.shape[-1] - _count_true(logits <= token_logit)
-    # Every token ties with itself; only further ties are worth another pass.
-    ties = logits == token_logit
-    if int(_count_true(ties).sum()) > len(token):
-        ids = torch.arange(logits.shape[-1], device=logits.device)
-        rank += _count_true(ties & (ids < token[:, None]))
-    return rank
-
-
-def _count_true(mask: "torch.Tensor") -> "torch.Tensor":
-    """True values per row, `(n,)` int64; numpy counts five times as fast as torch on a CPU."""
-    import torch
-
-    if mask.device.type != "cpu":
-        return mask.sum(-1)
-    return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=-1))
-
-
-def divergences(
-    reference: Reference, logits: "torch.Tensor", top: "torch.Tensor"
-) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
-    """Log-probabilities of the probe, KL(model || probe) and KL(probe || model) in nats.
-
-    With p the model's and q the probe's probabilities, sums over the vocabulary:
-
-        KL(model || probe) = sum p (log p - log q),    KL(probe || model) = sum q (log q - log p)
-
-    Returns `(n, vocab)`, `(n,)` and `(n,)` float32, from one exp; `top` are the tokens of the
-    probe's largest logits, `(n,)`. 0 log 0 is 0, and rounding below 0 is cut. Logarithms come from
-    logits: a probability that underflows to 0 adds 0 to the sum that the probability weighs, and a
-    finite value to the other sum.
-    """
-    # log q = logits - largest - log(total); q holds the probabilities times `total`.
-    log_q = logits - logits.gather(-1, top[:, None])
-    q = log_q.exp()
-    total = q.sum(-1)
-    log_q.sub_(total.log()[:, None])
-    # Both sums from one matrix of differences, in place.
-    difference = reference.log_p - log_q
-    reverse = -q.mul_(difference).sum(-1).div_(total)
-    kl = difference.mul_(reference.p).sum(-1)
-    # A token without mass adds nothing, even where the other side excludes the token (0 * inf).
-    if not bool(kl.isfinite().all()):
-        kl = difference.masked_fill_(reference.p == 0, 0.0).sum(-1)
-    if not bool(reverse.isfinite().all()):
-        reverse = -q.masked_fill_(log_q.exp() == 0, 0.0).sum(-1).div_(total)
-    return log_q, kl.clamp_min_(0.0), reverse.clamp_min_(0.0)
-
-
-def measure_distribution(reference: Reference, logits: "torch.Tensor") -> "torch.Tensor":
-    """The measures `COLUMNS` of every position, `(n, columns)` float64.
-
-    `logits` are the probe's, `(n, vocab)`; the softmax is float32.
+    `logits` are the probe's, `(n, vocab)`; the softmax is float32. Needs no float64 of the device.
     """
     import torch
 
     # The probe's distribution, and where each reference token stands in its order.
     logits = logits.float()
     top = top_token(logits)
-    log_q, kl, reverse = divergences(reference, logits, top)
+    divergence = Divergence.of(reference, logits, top, buffers)
     has_text = reference.text >= 0
-    text = reference.text.clamp_min(0)
-    rank, text_rank = rank_of(logits, reference.top), rank_of(logits, text)
+    tokens = reference.top, reference.text.clamp_min(0)
+    rank, text_rank = (rank_of(logits, token, max(KS), buffers) for token in tokens)
 
     # Columns in the order of `COLUMNS`: counts, against the model, against the text.
-    zero = torch.zeros((), device=logits.device)
     against_model = [
-        kl,
-        reverse,
+        divergence.kl,
+        divergence.reverse,
         *(rank < k for k in KS),
-        -_value_at(log_q, reference.top),
-        -_value_at(reference.log_p, top),
+        divergence.nll,
+        -value_at(reference.log_p, top),
     ]
     against_text = [
-        torch.where(has_text, -_value_at(log_q, text), zero),
+        divergence.nll_text.masked_fill_(~has_text, 0.0),
         *((text_rank < k) & has_text for k in KS),
     ]
     probe_defined = is_distribution(logits, top)
     both_defined = probe_defined & reference.defined
     columns = [torch.ones_like(has_text), ~both_defined, *against_model, has_text, *against_text]
-    measures = torch.stack([column.double() for column in columns], dim=-1)
+    # One copy from the device, and float64 on the host.
+    values = torch.stack([column.float() for column in (*columns, probe_defined)])
+    *rows, defined = copy_to_host(values).double()
+    measures = torch.stack(rows, dim=-1)
 
     # Undefined positions are NaN: against the text, only the probe's distribution matters.
-    if not bool(both_defined.all()):
+    undefined = measures[:, COLUMNS.index("n_undefined")] > 0
+    if bool(undefined.any()):
         first, first_text = COLUMNS.index("kl"), COLUMNS.index("nll_text")
-        measures[~both_defined, first : first + len(against_model)] = math.nan
-        measures[~probe_defined & has_text, first_text:] = math.nan
+        measures[undefined, first : first + len(against_model)] = math.nan
+        text_undefined = (defined == 0) & (measures[:, COLUMNS.index("n_text")] > 0)
+        measures[text_undefined, first_text:] = math.nan
     return measures
 
 
-def _value_at(values: "torch.Tensor", token: "torch.Tensor") -> "torch.Tensor":
-    """The value of each row at its `token` `(n,)`, from `values` `(n, vocab)`."""
-    return values.gather(-1, token[:, None])[:, 0]
+def default_tile_rows(vocab: int, device: "torch.device") -> int:
+    """Rows of `vocab` logits that are measured at once on `device`."""
+    return max(1, TILE_BYTES["cpu" if device.type == "cpu" else "gpu"] // (4 * vocab))
 
 
 class MetricSums:
@@ -270,17 +182,26 @@ class MetricSums:
         reference: Reference,
         logits: "torch.Tensor",
         targets: np.ndarray | None = None,
+        *,
+        rows: np.ndarray | None = None,
+        buffers: MeasureBuffers | None = None,
     ) -> None:
-        """Add positions of `groups` `(n,)` with the probe's `logits` `(n, vocab)`.
+        """Add positions of `groups` `(n,)` with the probe's `logits`.
 
-        `targets` `(n,)` are the numbers of the positions in `reference`, ascending; default all.
+        `targets` `(n,)` are the numbers of the positions in `reference`, ascending, and `rows`
+        `(n,)` those of their rows in `logits`; both default to 0 to n - 1. `buffers` limit the rows
+        that are measured at once; default `TILE_BYTES`.
         """
-        targets = np.arange(len(groups)) if targets is None else targets
-        tile_rows = max(1, TILE_BYTES // (4 * logits.shape[-1]))
-        for start in range(0, len(groups), tile_rows):
-            tile = slice(start, start + tile_rows)
-            measures = measure_distribution(reference.take(targets[tile]), logits[tile])
-            np.add.at(self.sums, groups[tile], measures.cpu().numpy())
+        n, vocab = len(groups), logits.shape[-1]
+        tile_rows = buffers.rows if buffers else default_tile_rows(vocab, logits.device)
+        buffers = buffers or MeasureBuffers(min(n, tile_rows), vocab, logits.device)
+        targets = np.arange(n) if targets is None else targets
+        rows = np.arange(n) if rows is None else rows
+        for tile in matching_tiles(targets, rows, tile_rows):
+            measures = measure_distribution(
+                reference.take(as_rows(targets[tile])), logits[as_rows(rows[tile])], buffers
+            )
+            np.add.at(self.sums, groups[tile], measures.numpy())
 
     def merge(self, other: "MetricSums") -> None:
         """Add the sums of another pass over the same groups."""
@@ -327,3 +248,29 @@ class MetricSums:
     def _interval(self, name: str, weights: np.ndarray) -> Interval:
         """Interval of the mean `name` over documents, see `bootstrap_interval`."""
         return bootstrap_interval(self.sums[:, 0], self.sums[:, COLUMNS.index(name)], weights)
+
+
+def matching_tiles(targets: np.ndarray, rows: np.ndarray, tile_rows: int) -> Iterator[slice]:
+    """Cut pairs of `targets` and `rows` `(n,)` into slices of at most `tile_rows` pairs.
+
+    A slice ends where neighbouring pairs are no neighbours in both matrices, such as at the end of
+    a document: both are then read without a copy. Where such runs are short, a slice holds several
+    of them, and its rows are copied.
+    """
+    n = len(targets)
+    joined = (np.diff(targets) == 1) & (np.diff(rows) == 1)
+    ends = np.append(np.flatnonzero(~joined) + 1, n) if n else np.zeros(0, np.int64)
+    start = 0
+    while start < n:
+        run = int(ends[np.searchsorted(ends, start, side="right")])
+        stop = min(run, start + tile_rows)
+        if stop - start < tile_rows // SHORT_RUN:
+            stop = min(n, start + tile_rows)
+        yield slice(start, stop)
+        start = stop
+
+
+def as_rows(numbers: np.ndarray) -> "slice | np.ndarray":
+    """Ascending `numbers` `(n,)` as a slice where they are neighbours, else as they are."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    return slice(first, last + 1) if last - first + 1 == len(numbers) else numbers

@@ -4,39 +4,35 @@
 
 1. plan.py decides which probe is read at which layers and offsets, and adds the baselines;
 2. windows.py takes whole sequences of a split and cuts their positions into windows;
-3. for each window, the probes' logits are compared with the model's (metrics.py), and the measures
-   are added up per document and confidence bucket (confidence_buckets.py);
+3. for each window, the probes' logits are compared with the model's (window_tally.py, probe_head.py,
+   distributions.py, metrics.py), and the measures are added up per document and confidence bucket
+   (confidence_buckets.py);
 4. the sums become rows with bootstrap intervals, an `Evaluation` (result.py), which the files of
    analysis/report/ draw.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...cache.errors import MismatchError, ResiduaWarning, UsageError
-from ...cache.head.head import TorchHead
+from ...cache.devices import choose_device
+from ...cache.errors import ResiduaWarning, UsageError
 from ...cache.number_ranges import as_whole_number, format_ranges
 from ...cache.progress import Progress
 from ...cache.tokens.segments import PairScope
-from ...probes.base.readout import Readout, ReadoutBatch, check_readout
+from ...probes.base.readout import Readout, check_readout
 from ...probes.base.resampling import ResamplingUnits, resampling_counts
-from ...probes.lens.logit_lens import LogitLens
 from ...probes.ridge.error_share import ErrorShare, domination_message, error_shares
 from ...probes.saved.save import check_belongs
 from .confidence_buckets import BucketTally, ResultKey
-from .metrics import EvaluationRow, Reference
-from .plan import FITTED_SPLITS, EvaluationPlan, ReadGroup, plan_evaluation
+from .metrics import EvaluationRow
+from .plan import FITTED_SPLITS, EvaluationPlan, plan_evaluation
+from .probe_head import check_products, rounding_notes
 from .result import Evaluation
-from .windows import (
-    EvaluationSample,
-    EvaluationWindow,
-    check_where,
-    choose_sequences,
-    evaluation_windows,
-)
+from .window_tally import tally_windows
+from .windows import EvaluationSample, check_where, choose_sequences
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +52,8 @@ def evaluate(
     layers: int | Iterable[int] | None = None,
     max_positions: int = 16384,
     batch_rows: int | None = None,
+    products: str = "auto",
+    device: "str | torch.device" = "auto",
     seed: int = 0,
     where: np.ndarray | None = None,
     force: bool = False,
@@ -96,6 +94,8 @@ def evaluate(
         check_readout(probe)
         check_belongs(probe, cache, force)
     check_where(cache, where)
+    check_products(products)
+    torch_device = choose_device(device)
 
     # 1. What is measured: sequences and their pairs, probes with their layers and offsets.
     sequences = choose_sequences(cache, split, max_positions, seed)
@@ -113,7 +113,16 @@ def evaluate(
     # 2. and 3. Windows of positions, whose measures are summed per document and bucket.
     units = ResamplingUnits.of(cache, sequences, seed)
     tally = BucketTally(plan.keys, units=units.n_resampled, positions=sample.targets.count)
-    tally_windows(sample, plan, units, tally, batch_rows=batch_rows, progress=progress)
+    products = tally_windows(
+        sample,
+        plan,
+        units,
+        tally,
+        device=torch_device,
+        products=products,
+        batch_rows=batch_rows,
+        progress=progress,
+    )
 
     # 4. Rows with intervals, and what to know when they are read.
     rows, buckets = tally.rows(resampling_counts(units.n_resampled, seed))
@@ -132,6 +141,7 @@ def evaluate(
         *fitted_split_notes(cache, probe_list, split),
         *domination_notes(shares),
         *plan.baseline_notes,
+        *rounding_notes(products),
     ]
     return Evaluation(
         rows=rows,
@@ -156,88 +166,8 @@ def evaluate(
         notes=tuple(notes),
         cache=cache,
         readouts=tuple(plan.readouts.values()),
+        device=str(torch_device),
     )
-
-
-def tally_windows(
-    sample: EvaluationSample,
-    plan: EvaluationPlan,
-    units: ResamplingUnits,
-    tally: BucketTally,
-    *,
-    batch_rows: int | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Add the measures of all positions of `sample` to `tally`, window by window."""
-    import torch
-
-    head, groups = sample.cache.head.torch(), plan.groups(sample.cache)
-    with torch.inference_mode():
-        for window in evaluation_windows(sample, plan.offsets, batch_rows=batch_rows, units=units):
-            # The model's own logits come from the last layer at the targets, once per window.
-            target_positions = window.positions[window.target_rows]
-            last_layer = read_states(sample.cache, sample.cache.n_blocks, target_positions)
-            reference = Reference.of(head(last_layer), window.next_token)
-            cells = tally.cells(window.unit_numbers, reference.confidence)
-            for group in groups:
-                for key, targets, logits in group_logits(group, plan, window, head):
-                    tally.sums[key].add(cells[targets], reference, logits, targets)
-            if progress is not None:
-                progress(window.stop, sample.targets.count)
-
-
-def group_logits(
-    group: ReadGroup, plan: EvaluationPlan, window: EvaluationWindow, head: TorchHead
-) -> "Iterator[tuple[ResultKey, np.ndarray, torch.Tensor]]":
-    """Read one layer of `window` and yield the logits of all results that need the layer.
-
-    Yields the result's key, the numbers of its targets in the window `(pairs,)`, and the logits
-    `(pairs, vocab)`; nothing for a result without a pair in the window.
-    """
-    import torch
-
-    states = None
-    if group.layer is not None:
-        states = read_states(group.cache, group.layer, window.positions)
-    logit_lens = None
-    for key in group.keys:
-        readout, targets = plan.readouts[key.probe], window.targets(key.offset)
-        if not len(targets):
-            continue
-        sources = window.sources(targets, key.offset)
-        if states is not None and type(readout) is LogitLens:
-            # The logit lens says the same at every offset: the head runs once for all of them.
-            logit_lens = head(states) if logit_lens is None else logit_lens
-            logits = logit_lens[sources]
-        else:
-            batch = ReadoutBatch(
-                hidden=None if states is None else states[sources],
-                last_token=window.target_token[targets],
-                head=head,
-                token=window.token[sources],
-                previous_token=window.previous_token[targets],
-                position=torch.from_numpy(window.positions[window.target_rows[targets]]),
-            )
-            logits = readout.logits(batch, key.layer, key.offset)
-            check_logits_shape(logits, key.probe, (len(targets), group.cache.vocab))
-        yield key, targets, logits
-
-
-def read_states(cache: "ActivationCache", layer: int, positions: np.ndarray) -> "torch.Tensor":
-    """Residual stream of `layer` at `positions`, `(n, d_model)` float32."""
-    import torch
-
-    return torch.from_numpy(cache.residual_array(layer)[positions])
-
-
-def check_logits_shape(logits: "torch.Tensor", probe: str, expected: tuple[int, int]) -> None:
-    """Raise `MismatchError` unless `logits` have the shape `expected`, `(pairs, vocab)`."""
-    if tuple(logits.shape) != expected:
-        pairs, vocab = expected
-        raise MismatchError(
-            f"{probe} gives logits of shape {tuple(logits.shape)} for {pairs} pairs of a cache "
-            f"with {vocab} tokens; use a probe of the same model"
-        )
 
 
 def map_error_shares(sample: EvaluationSample, plan: EvaluationPlan) -> dict[ResultKey, ErrorShare]:

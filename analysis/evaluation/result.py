@@ -59,6 +59,8 @@ class Evaluation:
     """The evaluated cache; heatmaps read it."""
     readouts: tuple[Readout, ...] = field(default=(), repr=False, compare=False)
     """The probes, in the order of `probes`."""
+    device: str = field(default="auto", repr=False, compare=False)
+    """Device that heatmaps are computed on."""
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """One dictionary of plain numbers per row; None for infinite and undefined measures."""
@@ -129,4 +131,4 @@ class Evaluation:
         if self.cache is None:
             return []
         lenses = [readout for readout in self.readouts if not hasattr(readout, "view")]
-        return heatmaps(self.cache, lenses, split=split or self.split)
+        return heatmaps(self.cache, lenses, split=split or self.split, device=self.device)

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
     from ...cache.store.activation_cache import ActivationCache
 
-VOCAB_BYTES = 16 << 20
-"""Largest float32 matrix `(rows, vocab)` of a window; about six of them are in memory at a time."""
+VOCAB_BYTES = {"cpu": 4 << 20, "gpu": 256 << 20}
+"""Size of a float32 matrix `(rows, vocab)` of a window; about five are in memory at a time."""
+MIN_ROWS = 256
+"""Rows of a window of a large vocabulary: fewer rows are multiplied at a lower rate."""
 MAX_ROWS = 4096
 """Most target rows of a window."""
 
@@ -163,9 +165,40 @@ class EvaluationWindow:
     previous_token: "torch.Tensor"
     """Token before each target in the text, -1 at the start of the text, `(targets,)` int64."""
 
+    def part(self, targets: slice, offsets: Sequence[int]) -> "EvaluationWindow":
+        """The window of some of the `targets` only, and of the positions read at `offsets`."""
+        if targets == slice(0, self.stop - self.start):
+            return self
+        index = self.sample_index[self.target_rows[targets]]
+        sources = [
+            index[self.largest_offset[targets] >= offset] - offset
+            for offset in offsets
+            if offset <= self.largest_offset.max()
+        ]
+        read = np.unique(np.concatenate([index, *sources]))
+        rows = np.searchsorted(self.sample_index, read)
+        return EvaluationWindow(
+            start=self.start + targets.start,
+            stop=self.start + targets.stop,
+            positions=self.positions[rows],
+            sample_index=read,
+            target_rows=np.searchsorted(read, index),
+            largest_offset=self.largest_offset[targets],
+            unit_numbers=self.unit_numbers[targets],
+            token=self.token[rows],
+            target_token=self.target_token[targets],
+            next_token=self.next_token[targets],
+            previous_token=self.previous_token[targets],
+        )
+
     def targets(self, offset: int) -> np.ndarray:
         """Numbers of the targets that are in a pair at `offset`."""
         return np.flatnonzero(self.largest_offset >= offset)
+
+    def nearest_targets(self) -> np.ndarray:
+        """Number of the first target at or after each of `positions`, else of the last one."""
+        following = np.searchsorted(self.target_rows, np.arange(len(self.positions)))
+        return np.minimum(following, len(self.target_rows) - 1)
 
     def sources(self, targets: np.ndarray, offset: int) -> np.ndarray:
         """Indices in `positions` of the sources t of `targets`, `offset` positions before them."""
@@ -179,11 +212,12 @@ def evaluation_windows(
     *,
     batch_rows: int | None = None,
     units: ResamplingUnits | None = None,
+    device: "torch.device | None" = None,
 ) -> Iterator[EvaluationWindow]:
     """Cut the targets of `sample` into windows; every target comes exactly once.
 
-    `batch_rows` limits the rows of a window (default: `VOCAB_BYTES` and `MAX_ROWS`). `units`
-    default to the documents.
+    `batch_rows` limits the rows of a window (default: `VOCAB_BYTES`, `MIN_ROWS` and `MAX_ROWS` for
+    `device`). `units` default to the documents.
     """
     import torch
 
@@ -195,10 +229,11 @@ def evaluation_windows(
     # Offsets without a pair have no source, and may be too large for int64.
     offsets = [offset for offset in offsets if offset <= largest_offset.max(initial=-1)]
 
-    limit = batch_rows or min(MAX_ROWS, max(1, VOCAB_BYTES // (4 * cache.vocab)))
+    limit = batch_rows or default_window_rows(cache.vocab, device)
     if where is not None:
         # Scattered targets have sources of their own, so each target reads a row per offset.
-        limit = max(1, limit // len({0, *offsets}))
+        fewest = 1 if batch_rows else min(MIN_ROWS, limit)
+        limit = max(fewest, limit // len({0, *offsets}))
 
     for start in range(0, len(target_index), limit):
         # Targets of this window, and the sources of all their pairs, as indices in the sample.
@@ -223,3 +258,9 @@ def evaluation_windows(
             next_token=torch.from_numpy(next_token),
             previous_token=torch.from_numpy(previous_token),
         )
+
+
+def default_window_rows(vocab: int, device: "torch.device | None" = None) -> int:
+    """Rows of a window of `vocab` tokens on `device` (default: the CPU)."""
+    kind = "cpu" if device is None or device.type == "cpu" else "gpu"
+    return min(MAX_ROWS, max(MIN_ROWS, VOCAB_BYTES[kind] // (4 * vocab)))

@@ -160,9 +160,9 @@ class TorchProgramHead(TorchHead):
 
     def write_logits(
         self, hidden: "torch.Tensor", out: "torch.Tensor", products: str = "float32"
-    ) -> None:
-        """Write the logits of `hidden` `(n, d_model)` into `out` `(n, vocab)`; always float32."""
+    ) -> "torch.Tensor":
+        """Write the logits of `hidden` into `out` `(n, vocab)`; always in float32; gives `out`."""
         import torch
 
         with torch.no_grad():
-            out.copy_(self(hidden))
+            return out.copy_(self(hidden))

@@ -244,7 +244,7 @@ def test_a_mask_without_a_pair_is_refused(cache):
 @pytest.mark.parametrize("tile", [1, 200, 1 << 20])
 def test_measures_do_not_depend_on_the_tiles(cache, monkeypatch, tile):
     want = evaluate(cache, split="train", offsets=OFFSETS)
-    monkeypatch.setattr(metrics, "TILE_BYTES", tile)
+    monkeypatch.setitem(metrics.TILE_BYTES, "cpu", tile)
     found = evaluate(cache, split="train", offsets=OFFSETS)
     assert_same_rows(found, want)
 
