@@ -22,7 +22,10 @@ from ..model.memory import is_out_of_memory
 from ..tokens.token_stream import TokenStream
 
 CHECK_TOKENS = 4096
-"""Most tokens of a batch of these checks, or two sequences if these are longer."""
+"""Most tokens, padding included, of the rows of different lengths that run together, or two
+sequences if these are longer."""
+EQUAL_TOKENS = CHECK_TOKENS // 2
+"""Most tokens of the sequences of equal length that run together, or two sequences."""
 CHECKED_LENGTHS = 12
 """Most different lengths that are run."""
 EQUAL_ROWS = 8
@@ -104,10 +107,23 @@ def measure_independence(
     dtype, device = lowest_dtype(stack.model), short_ids.device
     sequences = _StreamSequences(stream, short_ids)
     longest = sequences.longest()
-    _check_repeats(stack, longest, short_ids[:1], dtype)
+    choice, longest_layers = _check_repeats(stack, longest, short_ids[:1], dtype)
+
+    # Later and earlier tokens replaced by others: in the longest sequence by random ones, in the
+    # short rows by each other's.
+    random_ids = sequences.random_tokens(longest.shape)
+    causal = _is_causal(stack, longest, random_ids, longest_layers, dtype, parts=(1 / 3,))
+    if not causal:
+        # A difference of two runs on the same tokens is no sign of later tokens.
+        change = _largest_change(longest_layers, stack.residuals(longest), dtype)
+        refuse_difference(stack.model, longest, change)
+    embedding = _is_embedding(stack, longest, random_ids, dtype)
+    short_layers, other_ids = stack.residuals(short_ids), torch.roll(short_ids, 1, 0)
+    causal = causal and _is_causal(stack, short_ids, other_ids, short_layers, dtype)
+    embedding = embedding and _is_embedding(stack, short_ids, other_ids, dtype)
 
     # The short rows: of equal length, and the first row cut to half the length.
-    batch_error = _batch_error(stack, short_ids, dtype)
+    batch_error = _batch_error(stack, short_ids, dtype, range(len(short_ids)))
     half_row = short_ids[0, : short_ids.shape[1] // 2]
     padding_error = _padding_error(stack, [half_row, *short_ids[1:]], dtype)
 
@@ -116,28 +132,20 @@ def measure_independence(
         batch_tokens = BATCH_TOKENS["cpu" if device.type == "cpu" else "gpu"]
     lengths = np.unique(stream.lengths[stream.lengths <= batch_tokens // 2])
     if len(lengths):
-        rows = max(2, min(EQUAL_ROWS, CHECK_TOKENS // int(lengths[-1])))
+        rows = max(2, min(EQUAL_ROWS, EQUAL_TOKENS // int(lengths[-1])))
         equal_ids = sequences.of_length(int(lengths[-1]), rows)
-        batch_error = max(batch_error, _batch_error(stack, equal_ids, dtype))
+        batch_error = max(batch_error, _batch_error(stack, equal_ids, dtype, (0, rows - 1)))
         checked_lengths = choose_lengths(lengths, _configuration_integers(stack.model))
         for batch_lengths in _mixed_batches(checked_lengths):
             mixed = sequences.of_lengths(batch_lengths)
             padding_error = max(padding_error, _padding_error(stack, mixed, dtype))
 
-    # Later and earlier tokens replaced by others: in the short rows by each other's, in the
-    # longest sequence by random ones.
-    replacements = [
-        (short_ids, torch.roll(short_ids, 1, 0)),
-        (longest, sequences.random_tokens(longest.shape)),
-    ]
-    causal = all(_is_causal(stack, ids, other_ids, dtype) for ids, other_ids in replacements)
-    embedding = all(_is_embedding(stack, ids, other_ids, dtype) for ids, other_ids in replacements)
     return Independence(
         padding_error=padding_error,
         batch_error=batch_error,
         causal=causal,
         embedding=embedding,
-        choice=_choice_among_positions(stack, longest),
+        choice=choice,
         longest=longest.shape[1],
         limit=SHARING_TOLERANCE.get(dtype, 1e-4),
     )
@@ -154,16 +162,20 @@ def choose_lengths(lengths: np.ndarray, constants: list[int]) -> list[int]:
     """At most `CHECKED_LENGTHS` of the ascending `lengths`, longest first.
 
     The shortest and the longest, the last length up to each of `constants` and the first beyond
-    the constant, and quantiles.
+    the constant, and quantiles. Of long sequences as many lengths as `CHECK_TOKENS` holds rows of
+    the longest, at least two.
     """
+    most = max(2, min(CHECKED_LENGTHS, CHECK_TOKENS // int(lengths[-1])))
     candidates = [int(lengths[-1]), int(lengths[0])]
     for constant in constants:
         index = int(np.searchsorted(lengths, constant, side="right"))
         if 0 < index < len(lengths):
             candidates += [int(lengths[index - 1]), int(lengths[index])]
     quantiles = [int(lengths[int(q * (len(lengths) - 1))]) for q in (0.5, 0.25, 0.75)]
-    limit = CHECKED_LENGTHS - len(quantiles)
-    return sorted({*list(dict.fromkeys(candidates))[:limit], *quantiles}, reverse=True)
+    # Quantiles are reserved room unless the rows are long and few.
+    limit = most - len(quantiles) if most == CHECKED_LENGTHS else most
+    chosen = dict.fromkeys([*list(dict.fromkeys(candidates))[:limit], *quantiles])
+    return sorted(list(chosen)[:most], reverse=True)
 
 
 def _configuration_integers(model: Any) -> list[int]:
@@ -272,18 +284,26 @@ def _largest_change(
 
 def _check_repeats(
     stack: DecoderBlocks, longest: torch.Tensor, short: torch.Tensor, dtype: torch.dtype
-) -> None:
+) -> tuple[str | None, Layers]:
     """Refuse a model that gives other residuals for the same tokens when it runs again.
 
-    `longest` and its first three quarters run twice, `short` between: a model may remember the
-    longest sequence that it has read.
+    The first three quarters of `longest` run before and after the whole and `short`: a model may
+    remember the longest sequence that it has read. Returns the choice among positions
+    (`_choice_among_positions`) and the residuals of `longest`.
     """
-    prefix = longest[:, : max(1, 3 * longest.shape[1] // 4)]
-    first_layers = [_run_or_refuse(stack, ids) for ids in (prefix, longest)]
+    length = longest.shape[1]
+    prefix = longest[:, : max(1, length - max(1, length // 4))]
+    with _ScoreChoices() as prefix_choices:
+        prefix_layers = _run_or_refuse(stack, prefix)
+    with _ScoreChoices() as longest_choices:
+        longest_layers = _run_or_refuse(stack, longest)
     stack.residuals(short)
-    for ids, layers in zip((prefix, longest), first_layers, strict=True):
-        change = _largest_change(layers, stack.residuals(ids), dtype)
-        refuse_difference(stack.model, ids, change)
+    change = _largest_change(prefix_layers, stack.residuals(prefix), dtype)
+    refuse_difference(stack.model, prefix, change)
+    if prefix.shape[1] == length:  # one token: nothing to choose from
+        return None, longest_layers
+    choice = _choice_among_positions(longest_choices.choices, prefix_choices.choices)
+    return choice, longest_layers
 
 
 def refuse_difference(model: torch.nn.Module, ids: torch.Tensor, change: float) -> None:
@@ -309,8 +329,10 @@ def _run_or_refuse(stack: DecoderBlocks, ids: torch.Tensor) -> Layers:
         ) from None
 
 
-def _batch_error(stack: DecoderBlocks, ids: torch.Tensor, dtype: torch.dtype) -> float:
-    """Relative change of the rows of `ids` by each other; 1 if they do not fit into memory."""
+def _batch_error(
+    stack: DecoderBlocks, ids: torch.Tensor, dtype: torch.dtype, rows: Iterable[int]
+) -> float:
+    """Relative change of `rows` of `ids` by all others; 1 if they do not fit into memory."""
     try:
         batch_layers = stack.residuals(ids)
     except (RuntimeError, MemoryError) as error:
@@ -318,7 +340,7 @@ def _batch_error(stack: DecoderBlocks, ids: torch.Tensor, dtype: torch.dtype) ->
             raise
         return 1.0
     changes = []
-    for row in range(len(ids)):
+    for row in rows:
         single_layers = stack.residuals(ids[row : row + 1])
         changes.append(
             _largest_change(
@@ -367,12 +389,20 @@ def _padding_error(
 
 
 def _is_causal(
-    stack: DecoderBlocks, ids: torch.Tensor, other_ids: torch.Tensor, dtype: torch.dtype
+    stack: DecoderBlocks,
+    ids: torch.Tensor,
+    other_ids: torch.Tensor,
+    layers: Layers,
+    dtype: torch.dtype,
+    parts: tuple[float, ...] = (1 / 3, 2 / 3),
 ) -> bool:
-    """Whether layers stay the same before a position where tokens of `other_ids` begin."""
+    """Whether `layers`, those of `ids`, stay before a position where tokens of `other_ids` begin.
+
+    The positions are the `parts` of the length, and the last one.
+    """
     length, limit = ids.shape[1], REPEAT_TOLERANCE.get(dtype, 1e-5)
-    layers = stack.residuals(ids)
-    for start in sorted({length // 3, 2 * length // 3, length - 1} - {0}):
+    starts = {*(int(part * length) for part in parts), length - 1} - {0}
+    for start in sorted(starts):
         changed_layers = stack.residuals(torch.cat([ids[:, :start], other_ids[:, start:]], 1))
         change = _largest_change(
             (layer[:, :start] for layer in layers),
@@ -389,26 +419,21 @@ def _is_embedding(
 ) -> bool:
     """Whether layer 0 stays the same in the second half when the first half is `other_ids`."""
     middle, limit = ids.shape[1] // 2, REPEAT_TOLERANCE.get(dtype, 1e-5)
-    layer_0 = stack.residuals(ids)[0]
-    changed_layer_0 = stack.residuals(torch.cat([other_ids[:, :middle], ids[:, middle:]], 1))[0]
+    layer_0 = stack.first_layer(ids)
+    changed_layer_0 = stack.first_layer(torch.cat([other_ids[:, :middle], ids[:, middle:]], 1))
     return row_change(layer_0[:, middle:], changed_layer_0[:, middle:], dtype) <= limit
 
 
-def _choice_among_positions(stack: DecoderBlocks, longest: torch.Tensor) -> str | None:
+Choices = set[tuple[str, int, int]]
+"""Name of an operation, number of scores, number of scores that are taken."""
+
+
+def _choice_among_positions(longest_choices: Choices, shorter_choices: Choices) -> str | None:
     """The first choice of positions by score, as `<operation> <taken> of <scores>`, or None.
 
     A choice is one of positions if the number of scores changes with the length of the sequence;
     the number of experts does not.
     """
-    shorter = longest[:, : longest.shape[1] - max(1, longest.shape[1] // 4)]
-    if not shorter.shape[1]:
-        return None
-    choices_of_runs = []
-    for ids in (longest, shorter):
-        with _ScoreChoices() as recorder:
-            stack.residuals(ids)
-        choices_of_runs.append(recorder.choices)
-    longest_choices, shorter_choices = choices_of_runs
     constant_sizes = {(name, size) for name, size, _ in shorter_choices}
     for name, size, taken in sorted(longest_choices):
         if taken < size and (name, size) not in constant_sizes:
@@ -421,8 +446,7 @@ class _ScoreChoices(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.choices: set[tuple[str, int, int]] = set()
-        """Name of the operation, number of scores, number of scores that are taken."""
+        self.choices: Choices = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -42,6 +42,8 @@ LENGTH = 48
 """Tokens of each of these sequences."""
 HELD_OUT_ROWS, HELD_OUT_LENGTH = 3, LENGTH - 11
 """Shape of the held-out batch: another number of sequences, another length."""
+RANGE_TOKENS = 512
+"""Tokens of a sequence whose values are measured to choose stored dtypes."""
 FIRST_TOKENS = 8
 """Tokens that a model reads before all others, and again at the end."""
 
@@ -336,11 +338,13 @@ def measure_value_ranges(
 ) -> list[ValueRange]:
     """Range of the values of each layer, 0 to L, on the first sequences of `stream`.
 
-    First tokens are included: many models have massive activations there.
+    Of each sequence the first `RANGE_TOKENS` tokens are read: many models have massive activations
+    at the first.
     """
     ranges = [ValueRange()] * (stack.depth + 1)
     for number in range(min(ROWS, len(stream.lengths))):
-        ids = torch.from_numpy(stream.sequence(number).astype(np.int64))[None].to(device)
+        sequence = stream.sequence(number)[:RANGE_TOKENS].astype(np.int64)
+        ids = torch.from_numpy(sequence)[None].to(device)
         for layer, hidden in enumerate(stack.residuals(ids)):
             ranges[layer] = ranges[layer].joined(value_range(hidden))
     return ranges

@@ -92,6 +92,23 @@ class DecoderBlocks:
             raise ModelError(f"{self.name}: {len(layers)} residual streams, not {self.depth + 1}")
         return layers
 
+    def first_layer(self, ids: torch.Tensor) -> torch.Tensor:
+        """Layer 0 for token `ids` `(batch, length)`: `(batch, length, d_model)`; no block runs."""
+        layers: list[torch.Tensor] = []
+
+        def record_input(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            layers.append(self.extract_stream((*args, *kwargs.values()), ids))
+            raise _StopForward
+
+        handle = self.blocks[0].register_forward_pre_hook(record_input, with_kwargs=True)
+        try:
+            run_model(self.model, ids)
+        except _StopForward:
+            pass
+        finally:
+            handle.remove()
+        return layers[0]
+
     def run_tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits of the model with layer L replaced by `hidden`, `(batch, length, vocab)`.
 
