@@ -7,7 +7,7 @@ holds for lengths up to the longest that was run; a stream with longer sequences
 `model_checks.py` calls `measure_independence`; the manifest keeps the result as rules of batches.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,34 +111,48 @@ def measure_independence(
 
     # Later and earlier tokens replaced by others: in the longest sequence by random ones, in the
     # short rows by each other's.
+    start = max(1, longest.shape[1] // 3)
     random_ids = sequences.random_tokens(longest.shape)
-    causal = _is_causal(stack, longest, random_ids, longest_layers, dtype, parts=(1 / 3,))
+    changed_ids = torch.cat([longest[:, :start], random_ids[:, start:]], 1)
+    changed_layers = stack.residuals(changed_ids)
+    causal = _is_same_before(start, longest_layers, changed_layers, dtype)
     if not causal:
         # A difference of two runs on the same tokens is no sign of later tokens.
         change = _largest_change(longest_layers, stack.residuals(longest), dtype)
         refuse_difference(stack.model, longest, change)
+    causal = causal and _is_causal(stack, short_ids, torch.roll(short_ids, 1, 0), dtype)
     embedding = _is_embedding(stack, longest, random_ids, dtype)
-    short_layers, other_ids = stack.residuals(short_ids), torch.roll(short_ids, 1, 0)
-    causal = causal and _is_causal(stack, short_ids, other_ids, short_layers, dtype)
-    embedding = embedding and _is_embedding(stack, short_ids, other_ids, dtype)
+    embedding = embedding and _is_embedding(stack, short_ids, torch.roll(short_ids, 1, 0), dtype)
 
     # The short rows: of equal length, and the first row cut to half the length.
-    batch_error = _batch_error(stack, short_ids, dtype, range(len(short_ids)))
+    batch_error = _batch_error(stack, short_ids, dtype, dict.fromkeys(range(len(short_ids))))
     half_row = short_ids[0, : short_ids.shape[1] // 2]
     padding_error = _padding_error(stack, [half_row, *short_ids[1:]], dtype)
 
-    # Sequences of the stream that are short enough to share a batch.
+    # Sequences of the stream that are short enough to share a batch. Residuals of the longest one
+    # are known, unless they would take more memory than the batch.
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS["cpu" if device.type == "cpu" else "gpu"]
     lengths = np.unique(stream.lengths[stream.lengths <= batch_tokens // 2])
     if len(lengths):
-        rows = max(2, min(EQUAL_ROWS, EQUAL_TOKENS // int(lengths[-1])))
-        equal_ids = sequences.of_length(int(lengths[-1]), rows)
-        batch_error = max(batch_error, _batch_error(stack, equal_ids, dtype, (0, rows - 1)))
+        length = int(lengths[-1])
+        rows = max(2, min(EQUAL_ROWS, EQUAL_TOKENS // length))
+        equal_ids = sequences.of_length(length, rows)
+        equal_layers: dict[int, Layers | None] = {0: None, rows - 1: None}
+        is_longest = length == longest.shape[1] and 2 * length <= CHECK_TOKENS
+        if is_longest:
+            equal_ids[-1:] = changed_ids
+            equal_layers = {0: longest_layers, rows - 1: changed_layers}
+        del changed_layers
+        batch_error = max(batch_error, _batch_error(stack, equal_ids, dtype, equal_layers))
+
+        known_layers = longest_layers if is_longest else None
+        del longest_layers
         checked_lengths = choose_lengths(lengths, _configuration_integers(stack.model))
         for batch_lengths in _mixed_batches(checked_lengths):
             mixed = sequences.of_lengths(batch_lengths)
-            padding_error = max(padding_error, _padding_error(stack, mixed, dtype))
+            layers = known_layers if batch_lengths[0] == length else None
+            padding_error = max(padding_error, _padding_error(stack, mixed, dtype, layers))
 
     return Independence(
         padding_error=padding_error,
@@ -287,12 +301,12 @@ def _check_repeats(
 ) -> tuple[str | None, Layers]:
     """Refuse a model that gives other residuals for the same tokens when it runs again.
 
-    The first three quarters of `longest` run before and after the whole and `short`: a model may
-    remember the longest sequence that it has read. Returns the choice among positions
+    The first half of `longest` runs before and after the whole and `short`: a model may
+    the longest sequence that it has read. Returns the choice among positions
     (`_choice_among_positions`) and the residuals of `longest`.
     """
     length = longest.shape[1]
-    prefix = longest[:, : max(1, length - max(1, length // 4))]
+    prefix = longest[:, : max(1, length // 2)]
     with _ScoreChoices() as prefix_choices:
         prefix_layers = _run_or_refuse(stack, prefix)
     with _ScoreChoices() as longest_choices:
@@ -330,9 +344,15 @@ def _run_or_refuse(stack: DecoderBlocks, ids: torch.Tensor) -> Layers:
 
 
 def _batch_error(
-    stack: DecoderBlocks, ids: torch.Tensor, dtype: torch.dtype, rows: Iterable[int]
+    stack: DecoderBlocks,
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+    single_layers: Mapping[int, Layers | None],
 ) -> float:
-    """Relative change of `rows` of `ids` by all others; 1 if they do not fit into memory."""
+    """Relative change of some rows of `ids` by all others; 1 if they do not fit into memory.
+
+    `single_layers` has the compared rows, with their residuals alone where these are known.
+    """
     try:
         batch_layers = stack.residuals(ids)
     except (RuntimeError, MemoryError) as error:
@@ -340,11 +360,11 @@ def _batch_error(
             raise
         return 1.0
     changes = []
-    for row in rows:
-        single_layers = stack.residuals(ids[row : row + 1])
+    for row, known_layers in single_layers.items():
+        layers = known_layers or stack.residuals(ids[row : row + 1])
         changes.append(
             _largest_change(
-                (layer[0] for layer in single_layers),
+                (layer[0] for layer in layers),
                 (layer[row] for layer in batch_layers),
                 dtype,
             )
@@ -353,12 +373,16 @@ def _batch_error(
 
 
 def _padding_error(
-    stack: DecoderBlocks, sequences: list[torch.Tensor], dtype: torch.dtype
+    stack: DecoderBlocks,
+    sequences: list[torch.Tensor],
+    dtype: torch.dtype,
+    first_layers: Layers | None = None,
 ) -> float:
     """Relative change of the rows of `sequences` in one batch, the shorter ones padded.
 
-    1 if the model takes no attention mask, or memory runs out: then only equal lengths may share
-    a batch.
+    `first_layers`: residuals of the first sequence alone, if these are known. The result is 1 if
+    the model takes no attention mask, or memory runs out: then only equal lengths may share a
+    batch.
     """
     if len(sequences) < 2:
         return 0.0
@@ -377,7 +401,8 @@ def _padding_error(
 
     changes = []
     for row, ids in enumerate(sequences):
-        single_layers = stack.residuals(ids[None])
+        is_known = row == 0 and first_layers is not None
+        single_layers = first_layers if is_known else stack.residuals(ids[None])
         changes.append(
             _largest_change(
                 (layer[0] for layer in single_layers),
@@ -388,30 +413,31 @@ def _padding_error(
     return max(0.0, *changes)
 
 
-def _is_causal(
-    stack: DecoderBlocks,
-    ids: torch.Tensor,
-    other_ids: torch.Tensor,
-    layers: Layers,
-    dtype: torch.dtype,
-    parts: tuple[float, ...] = (1 / 3, 2 / 3),
-) -> bool:
-    """Whether `layers`, those of `ids`, stay before a position where tokens of `other_ids` begin.
+def _is_same_before(start: int, layers: Layers, changed_layers: Layers, dtype: torch.dtype) -> bool:
+    """Whether `layers` and `changed_layers`, of two token ids, are the same before `start`."""
+    change = _largest_change(
+        (layer[:, :start] for layer in layers),
+        (layer[:, :start] for layer in changed_layers),
+        dtype,
+    )
+    return change <= REPEAT_TOLERANCE.get(dtype, 1e-5)
 
-    The positions are the `parts` of the length, and the last one.
-    """
-    length, limit = ids.shape[1], REPEAT_TOLERANCE.get(dtype, 1e-5)
-    starts = {*(int(part * length) for part in parts), length - 1} - {0}
-    for start in sorted(starts):
-        changed_layers = stack.residuals(torch.cat([ids[:, :start], other_ids[:, start:]], 1))
-        change = _largest_change(
-            (layer[:, :start] for layer in layers),
-            (layer[:, :start] for layer in changed_layers),
+
+def _is_causal(
+    stack: DecoderBlocks, ids: torch.Tensor, other_ids: torch.Tensor, dtype: torch.dtype
+) -> bool:
+    """Whether layers stay the same before a position where tokens of `other_ids` begin."""
+    length = ids.shape[1]
+    layers = stack.residuals(ids)
+    return all(
+        _is_same_before(
+            start,
+            layers,
+            stack.residuals(torch.cat([ids[:, :start], other_ids[:, start:]], 1)),
             dtype,
         )
-        if not change <= limit:
-            return False
-    return True
+        for start in sorted({length // 3, 2 * length // 3, length - 1} - {0})
+    )
 
 
 def _is_embedding(

@@ -322,8 +322,8 @@ def _head_error(head: Head, stack: DecoderBlocks, tokens: CheckTokens) -> float:
     Measured on held-out tokens, and on residuals so small that the norm's eps matters.
     """
     dtype = lowest_dtype(stack.model)
-    hidden = stack.residuals(tokens.held_out)[-1]
-    logits = logits_of(run_model(stack.model, tokens.held_out))
+    layers, logits = stack.residuals_and_logits(tokens.held_out)
+    hidden = layers[-1]
     error = verify_head(head, hidden, logits, dtype)
 
     small_hidden = scale_to_std(hidden, SMALL_STD)
@@ -372,8 +372,9 @@ def _logits_errors(
     `dtype`: stored dtype of layer L; `policy`: the request's stored dtype, also for logits.
     """
     ids = ids[:2]
-    hidden = stack.residuals(ids)[-1].float().flatten(0, 1).cpu().numpy()
-    model_logits = logits_of(run_model(stack.model, ids)).float().flatten(0, 1).cpu().numpy()
+    layers, logits = stack.residuals_and_logits(ids)
+    hidden = layers[-1].float().flatten(0, 1).cpu().numpy()
+    model_logits = logits.float().flatten(0, 1).cpu().numpy()
 
     def choose_logits_dtype(logits: np.ndarray) -> str:
         # The head computes in float32 whatever the dtype of the model.
