@@ -7,7 +7,7 @@ holds for lengths up to the longest that was run; a stream with longer sequences
 `model_checks.py` calls `measure_independence`; the manifest keeps the result as rules of batches.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,10 @@ from ..model.blocks import DecoderBlocks
 from ..tokens.token_stream import TokenStream
 
 CHECK_TOKENS = 4096
-"""Most tokens of a batch of these checks, or two sequences if these are longer."""
+"""Most tokens, padding included, of the rows of different lengths that run together, or two
+sequences if these are longer."""
+EQUAL_TOKENS = CHECK_TOKENS // 2
+"""Most tokens of the sequences of equal length that run together, or two sequences."""
 CHECKED_LENGTHS = 12
 """Most different lengths that are run."""
 EQUAL_ROWS = 8
@@ -104,40 +107,59 @@ def measure_independence(
     dtype, device = lowest_dtype(stack.model), short_ids.device
     sequences = _StreamSequences(stream, short_ids)
     longest = sequences.longest()
-    _check_repeats(stack, longest, short_ids[:1], dtype)
+    choice, longest_layers = _check_repeats(stack, longest, short_ids[:1], dtype)
+
+    # Later and earlier tokens replaced by others: in the longest sequence by random ones, in the
+    # short rows by each other's.
+    start = max(1, longest.shape[1] // 3)
+    random_ids = sequences.random_tokens(longest.shape)
+    changed_ids = torch.cat([longest[:, :start], random_ids[:, start:]], 1)
+    changed_layers = stack.residuals(changed_ids)
+    causal = _is_same_before(start, longest_layers, changed_layers, dtype)
+    if not causal:
+        # A difference of two runs on the same tokens is no sign of later tokens.
+        change = _largest_change(longest_layers, stack.residuals(longest), dtype)
+        refuse_difference(stack.model, longest, change)
+    causal = causal and _is_causal(stack, short_ids, torch.roll(short_ids, 1, 0), dtype)
+    embedding = _is_embedding(stack, longest, random_ids, dtype)
+    embedding = embedding and _is_embedding(stack, short_ids, torch.roll(short_ids, 1, 0), dtype)
 
     # The short rows: of equal length, and the first row cut to half the length.
-    batch_error = _batch_error(stack, short_ids, dtype)
+    batch_error = _batch_error(stack, short_ids, dtype, dict.fromkeys(range(len(short_ids))))
     half_row = short_ids[0, : short_ids.shape[1] // 2]
     padding_error = _padding_error(stack, [half_row, *short_ids[1:]], dtype)
 
-    # Sequences of the stream that are short enough to share a batch.
+    # Sequences of the stream that are short enough to share a batch. Residuals of the longest one
+    # are known, unless they would take more memory than the batch.
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS["cpu" if device.type == "cpu" else "gpu"]
     lengths = np.unique(stream.lengths[stream.lengths <= batch_tokens // 2])
     if len(lengths):
-        rows = max(2, min(EQUAL_ROWS, CHECK_TOKENS // int(lengths[-1])))
-        equal_ids = sequences.of_length(int(lengths[-1]), rows)
-        batch_error = max(batch_error, _batch_error(stack, equal_ids, dtype))
+        length = int(lengths[-1])
+        rows = max(2, min(EQUAL_ROWS, EQUAL_TOKENS // length))
+        equal_ids = sequences.of_length(length, rows)
+        equal_layers: dict[int, Layers | None] = {0: None, rows - 1: None}
+        is_longest = length == longest.shape[1] and 2 * length <= CHECK_TOKENS
+        if is_longest:
+            equal_ids[-1:] = changed_ids
+            equal_layers = {0: longest_layers, rows - 1: changed_layers}
+        del changed_layers
+        batch_error = max(batch_error, _batch_error(stack, equal_ids, dtype, equal_layers))
+
+        known_layers = longest_layers if is_longest else None
+        del longest_layers
         checked_lengths = choose_lengths(lengths, _configuration_integers(stack.model))
         for batch_lengths in _mixed_batches(checked_lengths):
             mixed = sequences.of_lengths(batch_lengths)
-            padding_error = max(padding_error, _padding_error(stack, mixed, dtype))
+            layers = known_layers if batch_lengths[0] == length else None
+            padding_error = max(padding_error, _padding_error(stack, mixed, dtype, layers))
 
-    # Later and earlier tokens replaced by others: in the short rows by each other's, in the
-    # longest sequence by random ones.
-    replacements = [
-        (short_ids, torch.roll(short_ids, 1, 0)),
-        (longest, sequences.random_tokens(longest.shape)),
-    ]
-    causal = all(_is_causal(stack, ids, other_ids, dtype) for ids, other_ids in replacements)
-    embedding = all(_is_embedding(stack, ids, other_ids, dtype) for ids, other_ids in replacements)
     return Independence(
         padding_error=padding_error,
         batch_error=batch_error,
         causal=causal,
         embedding=embedding,
-        choice=_choice_among_positions(stack, longest),
+        choice=choice,
         longest=longest.shape[1],
         limit=SHARING_TOLERANCE.get(dtype, 1e-4),
     )
@@ -154,16 +176,20 @@ def choose_lengths(lengths: np.ndarray, constants: list[int]) -> list[int]:
     """At most `CHECKED_LENGTHS` of the ascending `lengths`, longest first.
 
     The shortest and the longest, the last length up to each of `constants` and the first beyond
-    the constant, and quantiles.
+    the constant, and quantiles. Of long sequences as many lengths as `CHECK_TOKENS` holds rows of
+    the longest, at least two.
     """
+    most = max(2, min(CHECKED_LENGTHS, CHECK_TOKENS // int(lengths[-1])))
     candidates = [int(lengths[-1]), int(lengths[0])]
     for constant in constants:
         index = int(np.searchsorted(lengths, constant, side="right"))
         if 0 < index < len(lengths):
             candidates += [int(lengths[index - 1]), int(lengths[index])]
     quantiles = [int(lengths[int(q * (len(lengths) - 1))]) for q in (0.5, 0.25, 0.75)]
-    limit = CHECKED_LENGTHS - len(quantiles)
-    return sorted({*list(dict.fromkeys(candidates))[:limit], *quantiles}, reverse=True)
+    # Quantiles are reserved room unless the rows are long and few.
+    limit = most - len(quantiles) if most == CHECKED_LENGTHS else most
+    chosen = dict.fromkeys([*list(dict.fromkeys(candidates))[:limit], *quantiles])
+    return sorted(list(chosen)[:most], reverse=True)
 
 
 def _configuration_integers(model: Any) -> list[int]:
@@ -272,18 +298,26 @@ def _largest_change(
 
 def _check_repeats(
     stack: DecoderBlocks, longest: torch.Tensor, short: torch.Tensor, dtype: torch.dtype
-) -> None:
+) -> tuple[str | None, Layers]:
     """Refuse a model that gives other residuals for the same tokens when it runs again.
 
-    `longest` and its first three quarters run twice, `short` between: a model may remember the
-    longest sequence that it has read.
+    The first half of `longest` runs before and after the whole and `short`: a model may
+    the longest sequence that it has read. Returns the choice among positions
+    (`_choice_among_positions`) and the residuals of `longest`.
     """
-    prefix = longest[:, : max(1, 3 * longest.shape[1] // 4)]
-    first_layers = [_run_or_refuse(stack, ids) for ids in (prefix, longest)]
+    length = longest.shape[1]
+    prefix = longest[:, : max(1, length // 2)]
+    with _ScoreChoices() as prefix_choices:
+        prefix_layers = _run_or_refuse(stack, prefix)
+    with _ScoreChoices() as longest_choices:
+        longest_layers = _run_or_refuse(stack, longest)
     stack.residuals(short)
-    for ids, layers in zip((prefix, longest), first_layers, strict=True):
-        change = _largest_change(layers, stack.residuals(ids), dtype)
-        refuse_difference(stack.model, ids, change)
+    change = _largest_change(prefix_layers, stack.residuals(prefix), dtype)
+    refuse_difference(stack.model, prefix, change)
+    if prefix.shape[1] == length:  # one token: nothing to choose from
+        return None, longest_layers
+    choice = _choice_among_positions(longest_choices.choices, prefix_choices.choices)
+    return choice, longest_layers
 
 
 def refuse_difference(model: torch.nn.Module, ids: torch.Tensor, change: float) -> None:
@@ -309,8 +343,16 @@ def _run_or_refuse(stack: DecoderBlocks, ids: torch.Tensor) -> Layers:
         ) from None
 
 
-def _batch_error(stack: DecoderBlocks, ids: torch.Tensor, dtype: torch.dtype) -> float:
-    """Relative change of the rows of `ids` by each other; 1 if they do not fit into memory."""
+def _batch_error(
+    stack: DecoderBlocks,
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+    single_layers: Mapping[int, Layers | None],
+) -> float:
+    """Relative change of some rows of `ids` by all others; 1 if they do not fit into memory.
+
+    `single_layers` has the compared rows, with their residuals alone where these are known.
+    """
     try:
         batch_layers = stack.residuals(ids)
     except (RuntimeError, MemoryError) as error:
@@ -318,11 +360,11 @@ def _batch_error(stack: DecoderBlocks, ids: torch.Tensor, dtype: torch.dtype) ->
             raise
         return 1.0
     changes = []
-    for row in range(len(ids)):
-        single_layers = stack.residuals(ids[row : row + 1])
+    for row, known_layers in single_layers.items():
+        layers = known_layers or stack.residuals(ids[row : row + 1])
         changes.append(
             _largest_change(
-                (layer[0] for layer in single_layers),
+                (layer[0] for layer in layers),
                 (layer[row] for layer in batch_layers),
                 dtype,
             )
@@ -331,12 +373,16 @@ def _batch_error(stack: DecoderBlocks, ids: torch.Tensor, dtype: torch.dtype) ->
 
 
 def _padding_error(
-    stack: DecoderBlocks, sequences: list[torch.Tensor], dtype: torch.dtype
+    stack: DecoderBlocks,
+    sequences: list[torch.Tensor],
+    dtype: torch.dtype,
+    first_layers: Layers | None = None,
 ) -> float:
     """Relative change of the rows of `sequences` in one batch, the shorter ones padded.
 
-    1 if the model takes no attention mask, or memory runs out: then only equal lengths may share
-    a batch.
+    `first_layers`: residuals of the first sequence alone, if these are known. The result is 1 if
+    the model takes no attention mask, or memory runs out: then only equal lengths may share a
+    batch.
     """
     if len(sequences) < 2:
         return 0.0
@@ -355,7 +401,8 @@ def _padding_error(
 
     changes = []
     for row, ids in enumerate(sequences):
-        single_layers = stack.residuals(ids[None])
+        is_known = row == 0 and first_layers is not None
+        single_layers = first_layers if is_known else stack.residuals(ids[None])
         changes.append(
             _largest_change(
                 (layer[0] for layer in single_layers),
@@ -366,22 +413,31 @@ def _padding_error(
     return max(0.0, *changes)
 
 
+def _is_same_before(start: int, layers: Layers, changed_layers: Layers, dtype: torch.dtype) -> bool:
+    """Whether `layers` and `changed_layers`, of two token ids, are the same before `start`."""
+    change = _largest_change(
+        (layer[:, :start] for layer in layers),
+        (layer[:, :start] for layer in changed_layers),
+        dtype,
+    )
+    return change <= REPEAT_TOLERANCE.get(dtype, 1e-5)
+
+
 def _is_causal(
     stack: DecoderBlocks, ids: torch.Tensor, other_ids: torch.Tensor, dtype: torch.dtype
 ) -> bool:
     """Whether layers stay the same before a position where tokens of `other_ids` begin."""
-    length, limit = ids.shape[1], REPEAT_TOLERANCE.get(dtype, 1e-5)
+    length = ids.shape[1]
     layers = stack.residuals(ids)
-    for start in sorted({length // 3, 2 * length // 3, length - 1} - {0}):
-        changed_layers = stack.residuals(torch.cat([ids[:, :start], other_ids[:, start:]], 1))
-        change = _largest_change(
-            (layer[:, :start] for layer in layers),
-            (layer[:, :start] for layer in changed_layers),
+    return all(
+        _is_same_before(
+            start,
+            layers,
+            stack.residuals(torch.cat([ids[:, :start], other_ids[:, start:]], 1)),
             dtype,
         )
-        if not change <= limit:
-            return False
-    return True
+        for start in sorted({length // 3, 2 * length // 3, length - 1} - {0})
+    )
 
 
 def _is_embedding(
@@ -389,26 +445,21 @@ def _is_embedding(
 ) -> bool:
     """Whether layer 0 stays the same in the second half when the first half is `other_ids`."""
     middle, limit = ids.shape[1] // 2, REPEAT_TOLERANCE.get(dtype, 1e-5)
-    layer_0 = stack.residuals(ids)[0]
-    changed_layer_0 = stack.residuals(torch.cat([other_ids[:, :middle], ids[:, middle:]], 1))[0]
+    layer_0 = stack.first_layer(ids)
+    changed_layer_0 = stack.first_layer(torch.cat([other_ids[:, :middle], ids[:, middle:]], 1))
     return row_change(layer_0[:, middle:], changed_layer_0[:, middle:], dtype) <= limit
 
 
-def _choice_among_positions(stack: DecoderBlocks, longest: torch.Tensor) -> str | None:
+Choices = set[tuple[str, int, int]]
+"""Name of an operation, number of scores, number of scores that are taken."""
+
+
+def _choice_among_positions(longest_choices: Choices, shorter_choices: Choices) -> str | None:
     """The first choice of positions by score, as `<operation> <taken> of <scores>`, or None.
 
     A choice is one of positions if the number of scores changes with the length of the sequence;
     the number of experts does not.
     """
-    shorter = longest[:, : longest.shape[1] - max(1, longest.shape[1] // 4)]
-    if not shorter.shape[1]:
-        return None
-    choices_of_runs = []
-    for ids in (longest, shorter):
-        with _ScoreChoices() as recorder:
-            stack.residuals(ids)
-        choices_of_runs.append(recorder.choices)
-    longest_choices, shorter_choices = choices_of_runs
     constant_sizes = {(name, size) for name, size, _ in shorter_choices}
     for name, size, taken in sorted(longest_choices):
         if taken < size and (name, size) not in constant_sizes:
@@ -421,8 +472,7 @@ class _ScoreChoices(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.choices: set[tuple[str, int, int]] = set()
-        """Name of the operation, number of scores, number of scores that are taken."""
+        self.choices: Choices = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

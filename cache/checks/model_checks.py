@@ -42,6 +42,8 @@ LENGTH = 48
 """Tokens of each of these sequences."""
 HELD_OUT_ROWS, HELD_OUT_LENGTH = 3, LENGTH - 11
 """Shape of the held-out batch: another number of sequences, another length."""
+RANGE_TOKENS = 512
+"""Tokens of a sequence whose values are measured to choose stored dtypes."""
 FIRST_TOKENS = 8
 """Tokens that a model reads before all others, and again at the end."""
 
@@ -320,8 +322,8 @@ def _head_error(head: Head, stack: DecoderBlocks, tokens: CheckTokens) -> float:
     Measured on held-out tokens, and on residuals so small that the norm's eps matters.
     """
     dtype = lowest_dtype(stack.model)
-    hidden = stack.residuals(tokens.held_out)[-1]
-    logits = logits_of(run_model(stack.model, tokens.held_out))
+    layers, logits = stack.residuals_and_logits(tokens.held_out)
+    hidden = layers[-1]
     error = verify_head(head, hidden, logits, dtype)
 
     small_hidden = scale_to_std(hidden, SMALL_STD)
@@ -336,11 +338,13 @@ def measure_value_ranges(
 ) -> list[ValueRange]:
     """Range of the values of each layer, 0 to L, on the first sequences of `stream`.
 
-    First tokens are included: many models have massive activations there.
+    Of each sequence the first `RANGE_TOKENS` tokens are read: many models have massive activations
+    at the first.
     """
     ranges = [ValueRange()] * (stack.depth + 1)
     for number in range(min(ROWS, len(stream.lengths))):
-        ids = torch.from_numpy(stream.sequence(number).astype(np.int64))[None].to(device)
+        sequence = stream.sequence(number)[:RANGE_TOKENS].astype(np.int64)
+        ids = torch.from_numpy(sequence)[None].to(device)
         for layer, hidden in enumerate(stack.residuals(ids)):
             ranges[layer] = ranges[layer].joined(value_range(hidden))
     return ranges
@@ -368,8 +372,9 @@ def _logits_errors(
     `dtype`: stored dtype of layer L; `policy`: the request's stored dtype, also for logits.
     """
     ids = ids[:2]
-    hidden = stack.residuals(ids)[-1].float().flatten(0, 1).cpu().numpy()
-    model_logits = logits_of(run_model(stack.model, ids)).float().flatten(0, 1).cpu().numpy()
+    layers, logits = stack.residuals_and_logits(ids)
+    hidden = layers[-1].float().flatten(0, 1).cpu().numpy()
+    model_logits = logits.float().flatten(0, 1).cpu().numpy()
 
     def choose_logits_dtype(logits: np.ndarray) -> str:
         # The head computes in float32 whatever the dtype of the model.

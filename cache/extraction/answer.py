@@ -24,11 +24,20 @@ from ..store.activation_cache import ActivationCache
 from ..store.cache_creation import sweep_unfinished
 from ..store.cache_extension import add_layers, add_tokens, join_stream, unnamed_layers
 from ..store.catalog import cache_root
+from ..tokens.stream_summary import StreamSummary
 from ..tokens.token_stream import TokenStream
 from .plan import Estimate, ExtractionPlan, kept_layers, layout_like
 from .prepare import load_requested_model, make_cache, plan_extraction, with_loaded_dtype
 from .request import ExtractionRequest
-from .resolve import CacheMatch, WantedCache, match_cache, read_stream, wanted_cache
+from .resolve import (
+    CacheMatch,
+    WantedCache,
+    match_cache,
+    read_stream,
+    summarize_stream,
+    wanted_cache,
+)
+from .stream_memo import data_stamps, read_stream_memo, write_stream_memo
 
 if TYPE_CHECKING:
     import torch
@@ -130,8 +139,8 @@ def answer_request(
         head_error=head_error,
         written=written,
         seconds=time.perf_counter() - began,
-        cut=lookup.stream.cut_counts,
-        reading=lookup.stream.reading,
+        cut=lookup.summary.cut,
+        reading=lookup.summary.reading,
         stages=stages,
     )
 
@@ -149,8 +158,10 @@ def estimate_request(request: ExtractionRequest, progress: StageProgress | None 
 def find_match(request: ExtractionRequest, progress: StageProgress | None = None) -> CacheMatch:
     """The cache under the root that answers `request` best; loads no weights."""
     source = _locate_model(request)
-    stream = read_stream(request, source, progress)
-    return match_cache(wanted_cache(request, source, stream), cache_root(request.root))
+    summary = read_stream_memo(request, source)
+    if summary is None:
+        _, summary = _read_and_summarize(request, source, progress)
+    return match_cache(wanted_cache(request, source, summary), cache_root(request.root))
 
 
 def _locate_model(request: ExtractionRequest) -> ModelSource:
@@ -163,7 +174,9 @@ class _Lookup:
 
     request: ExtractionRequest
     source: ModelSource
-    stream: TokenStream
+    stream: TokenStream | None
+    """None if a cache was sufficient, and the summary of the stream was known."""
+    summary: StreamSummary
     wanted: WantedCache
     match: CacheMatch
     model: "torch.nn.Module | None"
@@ -177,35 +190,56 @@ def _look_up_or_load(
 ) -> _Lookup:
     """Look for a cache that answers `request`; load the model if no cache is sufficient."""
     source = _locate_model(request)
-    stream = read_stream(request, source, progress)
+    stream, summary = None, None
+    if request.max_bytes is None:
+        summary = read_stream_memo(request, source)
+    if summary is None:
+        stream, summary = _read_and_summarize(request, source, progress)
 
     # The bytes of a cache depend on the model's dtypes and head, so `max_bytes` needs the model.
     model = plan = None
     if request.max_bytes is not None:
+        assert stream is not None
         model = load_requested_model(request, source)
         source = with_loaded_dtype(source, model)
         plan = plan_extraction(request, source, model, stream)
         stream = plan.stream
+        summary = summarize_stream(request, source, stream)
 
-    wanted = wanted_cache(request, source, stream)
+    wanted = wanted_cache(request, source, summary)
     match = match_cache(wanted, root)
     if not match.is_sufficient:
         check_writable(root)
         sweep_unfinished(root)
+        texts_are_read_again = stream is None
+        if stream is None:
+            stream, summary = _read_and_summarize(request, source, progress)
         model = model or load_requested_model(request, source)
         loaded_source = with_loaded_dtype(source, model)
-        if loaded_source is not source:
-            # The configuration names another dtype than the weights have. The dtype of the
-            # weights belongs to the identity, so caches are looked up again.
+        if loaded_source is not source or texts_are_read_again:
+            # The configuration may name another dtype than the weights have, and the dtype of the
+            # weights belongs to the identity; the texts may have changed after the first look.
             source = loaded_source
-            wanted = wanted_cache(request, source, stream)
+            wanted = wanted_cache(request, source, summary)
             match = match_cache(wanted, root)
-    return _Lookup(request, source, stream, wanted, match, model=model, plan=plan)
+    return _Lookup(request, source, stream, summary, wanted, match, model=model, plan=plan)
+
+
+def _read_and_summarize(
+    request: ExtractionRequest, source: ModelSource, progress: StageProgress | None
+) -> tuple[TokenStream, StreamSummary]:
+    """The token stream of `request`, read from the texts, and its summary, which is kept."""
+    stamps = data_stamps(request.data)
+    stream = read_stream(request, source, progress)
+    summary = summarize_stream(request, source, stream)
+    write_stream_memo(request, source, stamps, summary)
+    return stream, summary
 
 
 def _create(lookup: _Lookup, root: Path) -> tuple[Path, str, "DecoderBlocks"]:
     """Make the empty cache of the request; path, status and the model's decoder blocks."""
     assert lookup.model is not None
+    assert lookup.stream is not None
     plan = lookup.plan or plan_extraction(
         lookup.request, lookup.source, lookup.model, lookup.stream
     )
@@ -226,6 +260,7 @@ def _extend(
     request, match = lookup.request, lookup.match
     assert match.path is not None
     assert lookup.model is not None
+    assert lookup.stream is not None
 
     # This machine must compute the rows that the cache has already.
     cache = ActivationCache(match.path)

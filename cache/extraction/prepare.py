@@ -149,6 +149,7 @@ def _provenance(plan: ExtractionPlan, source: ModelSource) -> dict[str, Any]:
         versions["numcodecs"] = version_of("numcodecs")
     return {
         "canary": plan.model_report.to_dict(),
+        "geometry": plan.model_report.head.digest,
         "device": str(next(model.parameters()).device),
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
         # Tensors that the checkpoint lacks and the class computes, and those that no module reads.

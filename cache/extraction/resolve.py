@@ -1,8 +1,8 @@
 """The identity of a requested cache, and the search for a matching cache under the root.
 
 A cache with more layers or more tokens than requested also answers the request.
-`answer_request.py` calls `read_stream`, `wanted_cache` and `match_cache` in this order; none of
-them loads the model's weights.
+`answer.py` calls `read_stream`, `summarize_stream`, `wanted_cache` and `match_cache` in this order;
+none of them loads the model's weights.
 """
 
 from collections import Counter
@@ -32,6 +32,7 @@ from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
 from ..store.catalog import UNREADABLE, cache_root, list_paths
 from ..tokens.positions import keep_positions
+from ..tokens.stream_summary import StreamSummary
 from ..tokens.token_stream import TokenStream
 from ..tokens.tokenization import tokenize
 from .request import ExtractionRequest
@@ -161,21 +162,24 @@ def choose_context(request: ExtractionRequest, source: ModelSource) -> int:
     return request.context
 
 
-def wanted_cache(
+def summarize_stream(
     request: ExtractionRequest, source: ModelSource, stream: TokenStream
+) -> StreamSummary:
+    """The identity of `stream`, the token stream of `request`."""
+    return StreamSummary.of(stream, tokenizer_digest(source.tokenizer_for_format(request.format)))
+
+
+def wanted_cache(
+    request: ExtractionRequest, source: ModelSource, stream: StreamSummary
 ) -> WantedCache:
     """The cache that `request` asks for, by the identity of model, tokens and capture."""
-    digest, hashes = stream.digests()
-    if stream.runs is not None:
-        # A cache of some positions has a sequence for each run of kept positions.
-        hashes = hashes[stream.runs.sequence]
     return WantedCache(
         model=source.identity_for_format(request.format),
         tokens=TokenIdentity(
-            digest=digest,
+            digest=stream.digest,
             positions=stream.positions,
             sequences=stream.sequences,
-            tokenizer=tokenizer_digest(source.tokenizer_for_format(request.format)),
+            tokenizer=stream.tokenizer,
             context=choose_context(request, source),
             packed=request.pack,
             seed=request.seed,
@@ -188,7 +192,7 @@ def wanted_cache(
             positions=request.positions,
             logits=request.logits,
         ),
-        hashes=hashes,
+        hashes=stream.hashes,
         layers=request.layers,
         format=request.format,
     )

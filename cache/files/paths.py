@@ -14,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from ..errors import UsageError
 from .read_errors import read_file
@@ -41,6 +40,8 @@ def as_path(name: str | Path) -> Path:
     if "://" not in name:
         return Path(name).expanduser()
     if name.startswith("file://"):
+        from urllib.request import url2pathname  # imports http.client and email, too
+
         return Path(url2pathname(urlsplit(name).path))
     try:
         from upath import UPath

@@ -12,6 +12,7 @@ from ..files.json_fields import (
     FieldError,
     checking_fields,
     choice_field,
+    list_field,
     number_field,
     optional_field,
 )
@@ -48,6 +49,29 @@ def load_head(folder: Path, d_model: int | None = None, vocab: int | None = None
     return head
 
 
+def describe_head(folder: Path) -> dict[str, Any]:
+    """What `Head.describe` gives for the head in `folder`, from `head.json` alone.
+
+    Raises `CorruptError` if `head.json` was changed after writing or is not of this format.
+    """
+    spec = read_json(folder / "head.json")
+    with checking_fields(folder, "a head of this format"):
+        kind = choice_field(spec, "kind", (Head.kind, ProgramHead.kind))
+        if kind == ProgramHead.kind:
+            return {"kind": kind, "operations": len(list_field(spec, "nodes"))}
+        return {"kind": kind, **_formula(spec)}
+
+
+def _formula(spec: dict[str, Any]) -> dict[str, Any]:
+    """norm, eps, scale and softcap of `head.json`; raises `FieldError` for other values."""
+    return {
+        "norm": choice_field(spec, "norm", NORMS),
+        "eps": number_field(spec, "eps", 0.0, LARGEST_FACTOR),
+        "scale": number_field(spec, "scale", -LARGEST_FACTOR, LARGEST_FACTOR),
+        "softcap": optional_field(number_field, spec, "softcap", SMALLEST_SOFTCAP, LARGEST_FACTOR),
+    }
+
+
 def _explicit_head(spec: dict[str, Any], tensors: dict[str, np.ndarray]) -> Head:
     """The head of a formula; raises `FieldError` for values and shapes that do not make one."""
     if missing := set(TENSORS) - set(tensors):
@@ -60,10 +84,4 @@ def _explicit_head(spec: dict[str, Any], tensors: dict[str, np.ndarray]) -> Head
     for name, expected_shape in expected.items():
         if tensors[name].shape != expected_shape:
             raise FieldError(f"{name} has shape {tensors[name].shape}; expected {expected_shape}")
-    return Head(
-        choice_field(spec, "norm", NORMS),
-        number_field(spec, "eps", 0.0, LARGEST_FACTOR),
-        **{name: tensors[name] for name in TENSORS},
-        scale=number_field(spec, "scale", -LARGEST_FACTOR, LARGEST_FACTOR),
-        softcap=optional_field(number_field, spec, "softcap", SMALLEST_SOFTCAP, LARGEST_FACTOR),
-    )
+    return Head(**_formula(spec), **{name: tensors[name] for name in TENSORS})

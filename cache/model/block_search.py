@@ -10,6 +10,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def find_blocks(
 
     # Run the model and collect candidates.
     try:
-        output, candidates = run_model(model, ids), find_candidates(model, ids)
+        output, candidates = find_candidates(model, ids)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
@@ -106,8 +107,11 @@ def _rejection_reason(
     return f"{blocks.name}: logits are not a function of the last block's output alone"
 
 
-def find_candidates(model: nn.Module, ids: torch.Tensor) -> list[Candidate]:
-    """Candidates for the decoder blocks, most parameters first, then latest call first."""
+def find_candidates(model: nn.Module, ids: torch.Tensor) -> tuple[Any, list[Candidate]]:
+    """The model's output for `ids`, `(batch, length)`, and candidates for the decoder blocks.
+
+    Candidates with most parameters come first, then the latest called.
+    """
     module_lists = {
         name: list(module)
         for name, module in model.named_modules()
@@ -118,10 +122,10 @@ def find_candidates(model: nn.Module, ids: torch.Tensor) -> list[Candidate]:
     # Watch two runs, the second with fewer sequences and fewer tokens; both must make the same
     # calls.
     smaller_ids = ids[:-1, : ids.shape[1] - ids.shape[1] // 4]
-    calls = _record_calls(model, modules, ids)
-    smaller_calls = _record_calls(model, modules, smaller_ids)
+    output, calls = _record_calls(model, modules, ids)
+    _, smaller_calls = _record_calls(model, modules, smaller_ids)
     if [module for module, _ in calls] != [module for module, _ in smaller_calls]:
-        return []
+        return output, []
 
     # Per module list: layouts that the outputs of all its calls share.
     ranked: list[tuple[int, int, Candidate]] = []
@@ -134,7 +138,7 @@ def find_candidates(model: nn.Module, ids: torch.Tensor) -> list[Candidate]:
             size = sum(p.numel() for block in members for p in block.parameters())
             ranked.append((size, numbers[-1], Candidate(name, size, blocks, axes, count)))
     ranked.sort(key=lambda entry: (-entry[0], -entry[1]))
-    return [candidate for _, _, candidate in ranked]
+    return output, [candidate for _, _, candidate in ranked]
 
 
 def _common_layouts(
@@ -166,8 +170,10 @@ def _common_layouts(
             yield axes, count
 
 
-def _record_calls(model: nn.Module, modules: list[nn.Module], ids: torch.Tensor) -> list[BlockCall]:
-    """The calls of `modules` in one forward pass, in order."""
+def _record_calls(
+    model: nn.Module, modules: list[nn.Module], ids: torch.Tensor
+) -> tuple[Any, list[BlockCall]]:
+    """The output of one forward pass, and the calls of `modules` in it, in order."""
     calls: list[BlockCall] = []
 
     def record(module: nn.Module, _: object, output: object) -> None:
@@ -175,8 +181,8 @@ def _record_calls(model: nn.Module, modules: list[nn.Module], ids: torch.Tensor)
 
     handles = [module.register_forward_hook(record) for module in dict.fromkeys(modules)]
     try:
-        run_model(model, ids)
+        output = run_model(model, ids)
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return output, calls

@@ -68,6 +68,17 @@ class DecoderBlocks:
         `mask` `(batch, length)` is the attention mask. Raises `ModelError` if the blocks run less
         often than before.
         """
+        return self._run_and_record(ids, mask, stop_after_blocks=True)[0]
+
+    def residuals_and_logits(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """`residuals(ids)`, and the model's logits `(batch, length, vocab)` of the same pass."""
+        layers, output = self._run_and_record(ids, None, stop_after_blocks=False)
+        return layers, logits_of(output)
+
+    def _run_and_record(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, stop_after_blocks: bool
+    ) -> tuple[list[torch.Tensor], Any]:
+        """Layers 0..L and the output of one pass; no output if the pass stops after the blocks."""
         layers: list[torch.Tensor] = []
 
         def record_input(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -75,14 +86,17 @@ class DecoderBlocks:
                 layers.append(self.extract_stream((*args, *kwargs.values()), ids))
 
         def record_output(_: nn.Module, __: Any, output: Any) -> None:
-            layers.append(self.extract_stream(output, ids))
-            if len(layers) > self.depth:
+            stream = self.extract_stream(output, ids)
+            # What follows the blocks may change their output in place.
+            layers.append(stream if stop_after_blocks else stream.clone())
+            if stop_after_blocks and len(layers) > self.depth:
                 raise _StopForward
 
+        output = None
         handles = [self.blocks[0].register_forward_pre_hook(record_input, with_kwargs=True)]
         handles += [block.register_forward_hook(record_output) for block in self.distinct_blocks()]
         try:
-            run_model(self.model, ids, mask)
+            output = run_model(self.model, ids, mask)
         except _StopForward:
             pass
         finally:
@@ -90,7 +104,24 @@ class DecoderBlocks:
                 handle.remove()
         if len(layers) != self.depth + 1:
             raise ModelError(f"{self.name}: {len(layers)} residual streams, not {self.depth + 1}")
-        return layers
+        return layers, output
+
+    def first_layer(self, ids: torch.Tensor) -> torch.Tensor:
+        """Layer 0 for token `ids` `(batch, length)`: `(batch, length, d_model)`; no block runs."""
+        layers: list[torch.Tensor] = []
+
+        def record_input(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            layers.append(self.extract_stream((*args, *kwargs.values()), ids))
+            raise _StopForward
+
+        handle = self.blocks[0].register_forward_pre_hook(record_input, with_kwargs=True)
+        try:
+            run_model(self.model, ids)
+        except _StopForward:
+            pass
+        finally:
+            handle.remove()
+        return layers[0]
 
     def run_tail(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits of the model with layer L replaced by `hidden`, `(batch, length, vocab)`.

@@ -269,6 +269,13 @@ class ModelSource:
         return self.format1_identity if version == 1 else self.identity
 
     @cached_property
+    def tokenizer_files_digest(self) -> str:
+        """Digest of all that decides the tokenizer, known without loading it."""
+        from .tokenizer import tokenizer_files_digest
+
+        return tokenizer_files_digest(self.folder, self.trust_remote_code)
+
+    @cached_property
     def tokenizer(self) -> "Tokenizer":
         """The model's tokenizer with all its settings, as `AutoTokenizer` loads it."""
         from .tokenizer import load_tokenizer

@@ -103,14 +103,20 @@ def _disable_length_limits(tokenizer: "Tokenizer") -> "Tokenizer":
 
 
 def _memo_path(folder: Path, trust_remote_code: bool) -> Path:
-    """File of the kept tokenizer, named by the digest of the folder's files and the libraries."""
+    """File of the kept tokenizer, named by `tokenizer_files_digest`."""
+    name = f"{tokenizer_files_digest(folder, trust_remote_code)}.json"
+    return memo_path().parent / "tokenizers" / name
+
+
+def tokenizer_files_digest(folder: Path, trust_remote_code: bool) -> str:
+    """sha256 of all that decides the tokenizer: the folder's files and the libraries' versions."""
     files = sorted({path for pattern in PATTERNS for path in folder.glob(pattern)})
     identity = {
         "files": remembered_file_digests(path for path in files if path.is_file()),
         "code": trust_remote_code,
         "versions": [version("transformers"), version("tokenizers")],
     }
-    return memo_path().parent / "tokenizers" / f"{json_digest(identity)}.json"
+    return json_digest(identity)
 
 
 def _read_memo(path: Path) -> "Tokenizer | None":

@@ -74,30 +74,29 @@ def _digests_with_memo(
     digests: dict[Path, Any] = {}
     new_entries: dict[str, list[Any]] = {}
     for file in files:
-        path, stamp = str(file.resolve()), _stamp(file)
+        path, stamp = str(file.resolve()), file_stamp(file)
         entry = memo.get(path)
         if entry is not None and entry[:-1] == stamp:
             digests[file] = entry[-1]
             continue
         digests[file] = compute(file)
         # The digest is kept unless the file changed meanwhile or a moment ago.
-        if _is_settled(stamp) and _stamp(file) == stamp:
+        if stamp[0] >= MIN_BYTES and is_settled(stamp) and file_stamp(file) == stamp:
             new_entries[path] = [*stamp, digests[file]]
     if new_entries:
         _add_to_memo(kind, new_entries)
     return digests
 
 
-def _stamp(file: Path) -> list[int]:
+def file_stamp(file: Path) -> list[int]:
     """Size, time stamps and inode of a file; ctime cannot be set back by programs."""
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _is_settled(stamp: list[int]) -> bool:
-    """Return whether a file is large enough and old enough for the memo."""
-    age = time.time_ns() - max(stamp[1], stamp[2])
-    return stamp[0] >= MIN_BYTES and age > SETTLED_SECONDS * 1e9
+def is_settled(stamp: list[int]) -> bool:
+    """Return whether a file was old enough at its `file_stamp` to show the next change."""
+    return time.time_ns() - max(stamp[1], stamp[2]) > SETTLED_SECONDS * 1e9
 
 
 def _read_memo(kind: str) -> dict[str, list[Any]]:

@@ -164,7 +164,12 @@ def _summary(path: Path) -> dict[str, Any]:
 
 
 def describe_cache(cache: ActivationCache) -> dict[str, Any]:
-    """The JSON object of `residua info`: all facts about `cache` that need no reading of rows."""
+    """The JSON object of `residua info`: all facts about `cache` that need no reading of rows.
+
+    The head's tensors are not read; `geometry`, their digest, is the one that was recorded when the
+    cache was made, None in caches that were made before.
+    """
+    from ..head.saved_head import describe_head
     from .local_origin import read_origin
 
     manifest = cache.manifest
@@ -178,6 +183,7 @@ def describe_cache(cache: ActivationCache) -> dict[str, Any]:
             "absmax": max((record.absmax for record in records), default=None),
             "nonfinite": sum(record.nonfinite for record in records),
         }
+    provenance = read_confined_json(cache.path, "provenance.json")
     return {
         **_summary(cache.path),
         "vocab": manifest.vocab,
@@ -190,7 +196,7 @@ def describe_cache(cache: ActivationCache) -> dict[str, Any]:
         "logits": manifest.capture.logits,
         "codec": manifest.codec,
         "alone": manifest.alone,
-        "head": {**cache.head.describe(), "geometry": cache.head.digest},
-        "provenance": read_confined_json(cache.path, "provenance.json"),
+        "head": {**describe_head(cache.path / "head"), "geometry": provenance.get("geometry")},
+        "provenance": provenance,
         "origin": read_origin(cache.path),
     }

@@ -19,7 +19,7 @@ from residua.cache.head.operations import OPS, NumpyOperations, TorchOperations
 from residua.cache.head.program import Node, Program
 from residua.cache.head.program_bounds import check_bounds
 from residua.cache.head.program_head import ProgramHead
-from residua.cache.head.saved_head import load_head
+from residua.cache.head.saved_head import describe_head, load_head
 
 WIDTH = 8
 GENERATOR = torch.Generator().manual_seed(0)
@@ -126,6 +126,7 @@ def test_a_program_head_is_the_same_after_the_disk(tmp_path: Path) -> None:
     small_program_head().save(tmp_path)
     loaded = load_head(tmp_path)
     assert isinstance(loaded, ProgramHead)
+    assert describe_head(tmp_path) == loaded.describe()
     assert loaded == small_program_head()
     assert loaded.digest == small_program_head().digest
     assert (loaded.d_model, loaded.vocab, loaded.nbytes) == (WIDTH, 5, small_program_head().nbytes)

@@ -11,7 +11,7 @@ import pytest
 from residua.cache.errors import CorruptError, NotFoundError
 from residua.cache.files.json_files import read_json, write_json
 from residua.cache.store.activation_cache import ActivationCache
-from residua.cache.store.catalog import find_cache, find_path, list_caches
+from residua.cache.store.catalog import describe_cache, find_cache, find_path, list_caches
 
 from ...support.synthetic import make_cache, random_head
 
@@ -86,3 +86,28 @@ def test_other_files_and_folders_under_a_root_are_no_caches(tmp_path: Path) -> N
     (tmp_path / "link").symlink_to("nowhere")
     shutil.copytree(cache.path, tmp_path / ".hidden")
     assert [entry["cache"] for entry in list_caches(tmp_path)] == [cache.id]
+
+
+FORMAT1_ROOT = Path(__file__).parents[2] / "format1" / "root"
+
+
+@pytest.mark.parametrize("version", ["present", "format 1"])
+def test_no_tensor_of_the_head_is_read_to_list_and_describe_caches(
+    tiny_cache: ActivationCache, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = FORMAT1_ROOT if version == "format 1" else tiny_cache.path.parent
+    path = next(
+        path for path in root.iterdir() if version == "format 1" or path.name == tiny_cache.id
+    )
+    head = ActivationCache(path).head
+    geometry = head.digest if version == "present" else None  # as recorded
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the head was read")
+
+    monkeypatch.setattr("residua.cache.head.saved_head.load_head", refuse)
+    monkeypatch.setattr("residua.cache.head.head_files.read_head_tensors", refuse)
+    described = describe_cache(ActivationCache(path))
+    assert described["head"] == {**head.describe(), "geometry": geometry}
+    assert (described["vocab"], described["d_model"]) == (head.vocab, head.d_model)
+    assert any(entry["cache"] == path.name for entry in list_caches(root))
