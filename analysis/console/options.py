@@ -224,6 +224,14 @@ out_option = click.option(
 )
 """Adds --out to a fit."""
 
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Device of the computation: auto (the first GPU, or the CPU), cpu, cuda, cuda:1, mps.",
+)
+"""Adds --device to a fit."""
+
 checkpoint_option = click.option(
     "--checkpoint",
     metavar="FOLDER",
