@@ -133,10 +133,12 @@ def test_a_fit_equals_that_of_the_cpu(plain: ActivationCache, method: str) -> No
     expected = new_basis().fit(plain, ridge, device="cpu")
     with pretended_device() as device:
         ours = new_basis().fit(plain, ridge, device="meta")
-    assert any("eigh" in name for name in device.operations)
+    assert any(name.startswith(("addmm", "mm")) for name in device.operations)
     # The search stops where gains are below a thousandth: bases are equal to about its root.
     for name, tensor in expected.state()[1].items():
-        np.testing.assert_allclose(ours.state()[1][name], tensor, rtol=0.02, atol=0.02)
+        np.testing.assert_allclose(
+            ours.state()[1][name], tensor, rtol=0.02, atol=0.02, err_msg=name
+        )
     for row, other in zip(ours.metrics(), expected.metrics(), strict=True):
         for size, measures in other["span"].items():
             assert row["span"][size]["kl"] == pytest.approx(measures["kl"], rel=1e-3)
