@@ -26,7 +26,7 @@ from residua.cache.model.model_devices import (
 )
 from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
-from ...support.models import VOCAB
+from ...support.models import VOCAB, build_model
 from ...support.pretended_device import DEVICE, pretended_device
 from ...support.toys import Block, Toy
 
@@ -63,7 +63,11 @@ def stream() -> TokenStream:
     return from_sequences([rng.integers(0, VOCAB, 50) for _ in range(6)])
 
 
-def test_blocks_on_two_devices_are_read_and_checked_as_on_one() -> None:
+def test_blocks_on_two_devices_are_read_and_checked_as_on_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The pretended device knows no inference mode, whose operations come whole.
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
     expected = check_model(Toy().eval(), stream(), "float32", "auto", "topk:5")
     ids = torch.from_numpy(stream().ids[:40].astype(np.int64)).reshape(2, 20)
     with torch.inference_mode():
@@ -115,10 +119,11 @@ def test_a_model_partly_on_the_disk_gives_the_same_cache(
 ) -> None:
     options: dict[str, Any] = {"context": 32, "max_tokens": 600}
     plain = residua.extract(model_folder, texts_file, root=tmp_path / "plain", **options)
-    names = ["gpt_neox.embed_in", "gpt_neox.final_layer_norm", "gpt_neox.rotary_emb", "embed_out"]
-    devices = dict.fromkeys([*names, "gpt_neox.layers"], "cpu")
+    model: Any = build_model("gpt_neox")
+    outer = [name for name, _ in model.named_children() if name != "gpt_neox"]
+    inner = [name for name, _ in model.gpt_neox.named_children() if name != "layers"]
+    devices = dict.fromkeys([*outer, *(f"gpt_neox.{name}" for name in inner)], "cpu")
     devices |= {f"gpt_neox.layers.{n}": "disk" if n % 2 else "cpu" for n in range(plain.n_blocks)}
-    del devices["gpt_neox.layers"]
     spread = residua.extract(
         model_folder, texts_file, root=tmp_path / "spread", device_map=devices, **options
     )
