@@ -128,6 +128,12 @@ def main() -> None:
     help="Device of the model: auto, cpu, cuda, cuda:1, mps.",
 )
 @click.option(
+    "--device-map",
+    metavar="MAP",
+    help="For a model larger than one device: auto spreads it over all GPUs, the host's memory and "
+    "the disk (by accelerate); also balanced, sequential.",
+)
+@click.option(
     "--batch-tokens",
     type=WHOLE_NUMBER,
     help="Tokens of one forward batch.  [default: 4096 on CPU, on GPU what fits, at most 32768]",
@@ -454,6 +460,7 @@ def fit() -> None:
     help="Keep the second moments with the cache, for later fits.  [default: kept if they take at "
     "most a quarter of the residual streams' bytes]",
 )
+@device_option
 @residua_command
 def ridge(
     root: Path,
@@ -670,6 +677,7 @@ def lens(
     show_default=True,
     help="Time between two checkpoints, in seconds; a killed fit goes on from the last one.",
 )
+@device_option
 @checkpoint_option
 @residua_command
 def vocab(
@@ -764,8 +772,8 @@ def vocab(
     "again]",
 )
 @scheduler_option
+@device_option
 @click.option("--model", help="Folder or hub id of the model: ablate the directions there, too.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, auto.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--html", type=click.Path(path_type=Path), help="Page on the directions to write.")
 @click.option("--png", type=click.Path(path_type=Path), help="Folder of pictures to write.")
@@ -822,6 +830,7 @@ def basis(
         scheduler=scheduler,
         scratch=scratch,
         memory=memory,
+        device=device,
     )
     value = {
         "probe": str(result.path),

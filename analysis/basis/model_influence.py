@@ -110,6 +110,7 @@ def measure_model_influence(
     import torch
 
     from ...cache.devices import memory_errors
+    from ...cache.model.model_devices import input_device
     from ...cache.model.resume import ResumableRun
     from .layer_pass import LayerPass, LensOnDevice, cached_stream
     from .stimulus_response import AlignmentTally, StimulusPoints
@@ -124,7 +125,7 @@ def measure_model_influence(
     seed = _check_count("seed", seed, 0)
     sample = InfluenceSample.draw(cache, positions, drop_first, seed)
     points = StimulusPoints.draw(sample, alignment_positions, seed)
-    device = next(blocks.model.parameters()).device
+    device = input_device(blocks.model)
     head = cache.head.torch(str(device))
     n_units = sample.units.n_resampled
     tallies = {

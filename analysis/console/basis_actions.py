@@ -80,6 +80,7 @@ def fit_and_save_basis(
     scheduler: str | None = None,
     scratch: Path | None = None,
     memory: int | None = None,
+    device: str = "auto",
 ) -> BasisResult:
     """Fit, measure and save `basis` on a cache with a lens, both by name, and write its page.
 
@@ -119,6 +120,7 @@ def fit_and_save_basis(
                 scratch=scratch,
                 checkpoint=checkpoint,
                 progress=meter.stage,
+                device=device,
             )
         save_probe(basis, path)
         influence = None

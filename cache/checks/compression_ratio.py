@@ -15,6 +15,7 @@ from ..format.layout import ArrayKey, Layout, array_name
 from ..format.logits_arrays import LogitsArray
 from ..forward.device_copies import copy_to_host
 from ..forward.kept_logits import KeptLogits, StoredRows
+from ..model.model_devices import input_device
 
 if TYPE_CHECKING:
     from ..tokens.token_stream import TokenStream
@@ -41,8 +42,7 @@ def measure_compression_ratio(
         layer: (layers[layer], dtype) for layer, dtype in report.dtypes.items()
     }
     if logits:
-        device = next(report.stack.model.parameters()).device
-        kept_logits = KeptLogits(report.head, mode, report.logits.dtype, device)
+        kept_logits = KeptLogits(report.head, mode, report.logits.dtype, layers[-1].device)
         chunk_rows = max(layout.chunk_of(array.row_bytes) for array in logits)
         with torch.inference_mode():
             rows = kept_logits(layers[-1][:chunk_rows])
@@ -59,7 +59,7 @@ def _first_residuals(
     report: "ModelReport", stream: "TokenStream", limit: int
 ) -> list[torch.Tensor]:
     """Layers 0 to L of the first sequences, each `(rows, d_model)` with at most `limit` rows."""
-    device = next(report.stack.model.parameters()).device
+    device = input_device(report.stack.model)
     pieces: list[list[torch.Tensor]] = [[] for _ in range(report.stack.depth + 1)]
     rows = 0
     with torch.inference_mode():

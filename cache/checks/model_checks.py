@@ -25,6 +25,7 @@ from ..head.head_recording import record_head
 from ..head.program_head import ProgramHead
 from ..model.block_search import find_blocks
 from ..model.blocks import DecoderBlocks, logits_of, run_model
+from ..model.model_devices import input_device
 from ..store.activation_cache import ActivationCache
 from ..tokens.token_stream import TokenStream
 from .independence import (
@@ -135,7 +136,7 @@ def check_model(
     blocks or head do not give the model's logits, `UsageError` if the mode does not suit the
     vocabulary.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     with torch.inference_mode(), _memory_errors_of_checks(model, int(stream.lengths.max())):
         tokens = _check_tokens(stream, model, _vocabulary_size(model), device)
 
@@ -179,7 +180,7 @@ def recheck_model(model: torch.nn.Module, cache: ActivationCache) -> DecoderBloc
     """
     lengths = cache.contexts.length
     stream = TokenStream(cache.contexts.ids, lengths, np.arange(len(lengths)))
-    device = next(model.parameters()).device
+    device = input_device(model)
     with torch.inference_mode(), _memory_errors_of_checks(model, int(lengths.max())):
         tokens = _check_tokens(stream, model, _vocabulary_size(model), device)
         stack = find_blocks(model, tokens.text, tokens.random)
@@ -199,7 +200,7 @@ def recheck_model(model: torch.nn.Module, cache: ActivationCache) -> DecoderBloc
 def independence_of(stack: DecoderBlocks, stream: TokenStream, batch_tokens: int) -> Independence:
     """`measure_independence` for the sequences of `stream` and the check tokens."""
     model = stack.model
-    device = next(model.parameters()).device
+    device = input_device(model)
     with torch.inference_mode(), _memory_errors_of_checks(model, int(stream.lengths.max())):
         tokens = _check_tokens(stream, model, _vocabulary_size(model), device)
         with _length_errors(model, int(stream.lengths.max())):

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import MismatchError
 from ..files.confined_files import is_regular, read_confined, read_confined_json
+from ..model.model_devices import input_device
 from ..tokens.token_stream import TokenStream
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _compute_layers(stack: "DecoderBlocks", ids: np.ndarray) -> list[np.ndarray]
     """Layers 0 to L of one sequence, each `(tokens, d_model)` float32."""
     import torch
 
-    device = next(stack.model.parameters()).device
+    device = input_device(stack.model)
     tokens = torch.from_numpy(ids)[None].to(device)
     with torch.inference_mode():
         return [hidden[0].float().cpu().numpy() for hidden in stack.residuals(tokens)]

@@ -18,6 +18,7 @@ from ..format.dtypes import choose_dtype
 from ..format.manifest import ALONE, BATCH
 from ..forward.stage_times import StageTimes
 from ..forward.write_parts import write_missing_parts
+from ..model.model_devices import input_device
 from ..model.source import ModelSource
 from ..progress import StageProgress
 from ..store.activation_cache import ActivationCache
@@ -304,7 +305,7 @@ def _stored_dtypes(
 
     capture = cache.manifest.capture
     with torch.inference_mode():
-        ranges = measure_value_ranges(stack, stream, next(stack.model.parameters()).device)
+        ranges = measure_value_ranges(stack, stream, input_device(stack.model))
     return {
         layer: choose_dtype(ranges[layer], capture.compute_dtype, capture.dtype) for layer in layers
     }

@@ -6,7 +6,7 @@ The keywords become an `ExtractionRequest`, which `answer_request.py` answers on
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..files.paths import as_path
 from ..format.manifest import FORMAT
@@ -39,6 +39,7 @@ def extract(
     dtype: str = "auto",
     seed: int = 0,
     device: str = "auto",
+    device_map: "str | dict[str, Any] | None" = None,
     batch_tokens: int | None = None,
     part_positions: int | None = None,
     part: str | None = None,
@@ -79,6 +80,9 @@ def extract(
         dtype: Stored dtype: `auto` (by the range of values), `float16`, `bfloat16` or `float32`.
         seed: Seed of the permutation of the documents.
         device: Device of the model: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        device_map: Devices of a model that is larger than one, through accelerate: `auto` (all
+            GPUs, then the host's memory and disk), `balanced`, `sequential`, or a dict of module
+            name and device. Not part of the cache's identity.
         batch_tokens: Tokens of one forward batch. Default 4096 on a CPU, on a GPU as many as fit,
             at most 32768.
         part_positions: Positions of a part, the unit of commit and resume. Default 24-48 MiB per
@@ -113,6 +117,7 @@ def extract(
         dtype=dtype,
         seed=seed,
         device=device,
+        device_map=device_map,
         batch_tokens=batch_tokens,
         part_positions=part_positions,
         part=part,

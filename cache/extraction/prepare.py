@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..checks.reference_rows import save_reference_rows
 from ..devices import choose_device, memory_errors
 from ..format.manifest import ALONE, BATCH, CODEC, Manifest
+from ..model.model_devices import device_names
 from ..model.source import ModelSource
 from ..store.cache_creation import create_cache
 from ..store.local_origin import public_name, write_origin
@@ -38,10 +39,16 @@ def load_requested_model(request: ExtractionRequest, source: ModelSource) -> "to
 
     device = choose_device(request.device)
     with memory_errors(
-        f"{source.name} does not fit into the memory of {device}; take another --device, or a "
-        "checkpoint of lower precision"
+        f"{source.name} does not fit into the memory of {device}; take another --device, "
+        "--device-map auto (all GPUs, then the host), or a checkpoint of lower precision"
     ):
-        return load_model(source, device, request.attention, request.trust_remote_code)
+        return load_model(
+            source,
+            device,
+            request.attention,
+            request.trust_remote_code,
+            device_map=request.device_map,
+        )
 
 
 def with_loaded_dtype(source: ModelSource, model: "torch.nn.Module") -> ModelSource:
@@ -150,7 +157,7 @@ def _provenance(plan: ExtractionPlan, source: ModelSource) -> dict[str, Any]:
     return {
         "canary": plan.model_report.to_dict(),
         "geometry": plan.model_report.head.digest,
-        "device": str(next(model.parameters()).device),
+        "device": device_names(model),
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
         # Tensors that the checkpoint lacks and the class computes, and those that no module reads.
         "checkpoint": getattr(model, "checkpoint_notes", None),

@@ -5,6 +5,7 @@ An `ExtractionRequest` is checked when it is made; `answer_request.py` answers i
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
 from ..files.json_fields import MAX_INTEGER
@@ -25,6 +26,8 @@ WHOLE_NUMBERS = (
     "format",
 )
 """Fields of `ExtractionRequest` that are whole numbers, or None."""
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+"""Names of device maps that accelerate makes."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class ExtractionRequest:
     """Seed of the permutation of the documents."""
     device: str = "auto"
     """Device of the model: auto, cpu, cuda, cuda:1, mps."""
+    device_map: str | dict[str, Any] | None = None
+    """Devices of a model that is larger than one: auto, balanced, sequential, or by module."""
     batch_tokens: int | None = None
     """Tokens of one forward batch; default 4096 on CPU, on GPU as many as fit, to 32768."""
     part_positions: int | None = None
@@ -109,6 +114,15 @@ class ExtractionRequest:
                 raise UsageError(f"{name} must be at least 1, got {value}")
             if value is not None and value > MAX_INTEGER:
                 raise UsageError(f"{name} must be at most {MAX_INTEGER}, got {value}")
+        if isinstance(self.device_map, str) and self.device_map not in DEVICE_MAPS:
+            raise UsageError(
+                f"device_map {self.device_map!r} is unknown; choose one of "
+                f"{', '.join(DEVICE_MAPS)}, or give a dict of module name and device"
+            )
+        if self.device_map is not None and self.device != "auto":
+            raise UsageError(
+                f"a device map and device {self.device!r} both say where the model goes; give one"
+            )
         if self.format not in FORMATS:
             formats = ", ".join(map(str, FORMATS))
             raise UsageError(f"format {self.format!r} is unknown; formats are {formats}")

@@ -17,6 +17,7 @@ import numpy as np
 from ..devices import is_out_of_memory
 from ..errors import ModelError
 from ..format.layout import Layout
+from ..model.model_devices import input_device
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +185,7 @@ def choose_batch_tokens(stack: "DecoderBlocks", stream: "TokenStream", itemsize:
 
     `itemsize` is the number of bytes of one stored value.
     """
-    if next(stack.model.parameters()).device.type == "cpu":
+    if input_device(stack.model).type == "cpu":
         return BATCH_TOKENS["cpu"]
     token_bytes = (stack.depth + 1) * stack.d_model * itemsize
     return find_batch_tokens(stack, stream, min(BATCH_TOKENS["gpu"], HOST_BYTES // token_bytes))
@@ -201,7 +202,7 @@ def find_batch_tokens(
     import torch
 
     length = int(stream.lengths.max())
-    device = next(stack.model.parameters()).device
+    device = input_device(stack.model)
     n_sequences, tokens = 1, length
     with torch.inference_mode():
         while n_sequences * length <= cap:

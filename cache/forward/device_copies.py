@@ -8,7 +8,7 @@ next batch is computed: call `HostRows.wait` before reading the rows.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -120,6 +120,8 @@ class CudaCopies:
         self._stages = stages
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._other_streams: dict[torch.device, torch.cuda.Stream] = {}
+        """Streams of further devices that have blocks of the model."""
         self._pending = PendingCopies()
 
     def run(
@@ -138,26 +140,48 @@ class CudaCopies:
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(events[1])
                 events[2].record(self._stream)
-                copies = {key: self._copy(arrays[key], dtype) for key, dtype in dtypes.items()}
+                copies = {
+                    key: self._copy(arrays[key], dtype)
+                    for key, dtype in dtypes.items()
+                    if _device_of(arrays[key]) == self._device
+                }
                 events[3].record(self._stream)
+        # A model may be spread over devices: their copies run on streams of their own.
+        others = {key: _device_of(arrays[key]) for key in dtypes if key not in copies}
+        arrivals = [events[-1]]
+        for device in dict.fromkeys(others.values()):
+            keys = [key for key in others if others[key] == device]
+            if device.type != "cuda":
+                copies |= {key: _cast(arrays[key], dtypes[key]) for key in keys}
+                continue
+            stream = self._other_streams.setdefault(device, torch.cuda.Stream(device))
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                copies |= {key: self._copy(arrays[key], dtypes[key], stream) for key in keys}
+                arrivals.append(stream.record_event())
 
         # Waits for the oldest copy if `DEPTH` copies are pending.
         n_bytes = sum(stored.nbytes for stored, _ in copies.values())
-        copy = PendingCopy(events, self._stages, n_bytes, tokens)
+        copy = PendingCopy(events, self._stages, n_bytes, tokens, arrivals=arrivals)
         self._pending.add(copy)
         return {
             key: HostRows(_numpy(stored), _numpy(peaks), copy.wait)
             for key, (stored, peaks) in copies.items()
         }
 
-    def _copy(self, hidden: "torch.Tensor | StoredRows", dtype: str) -> "StoredRows":
-        """Start the copies of one array and its peaks into pinned host memory.
+    def _copy(
+        self,
+        hidden: "torch.Tensor | StoredRows",
+        dtype: str,
+        stream: "torch.cuda.Stream | None" = None,
+    ) -> "StoredRows":
+        """Start the copies of one array and its peaks into pinned host memory, on `stream`.
 
         torch's allocator reuses pinned memory only after the event of the copy.
         """
         for tensor in hidden if isinstance(hidden, tuple) else (hidden,):
             # Else the memory could be reused for the next batch before the cast has run.
-            tensor.record_stream(self._stream)
+            tensor.record_stream(self._stream if stream is None else stream)
         cast, peaks = _cast(hidden, dtype)
         return _pinned(cast), _pinned(peaks)
 
@@ -168,6 +192,10 @@ class CudaCopies:
         self._pending.drain()
         with torch.cuda.device(self._device):
             torch.cuda.empty_cache()
+
+
+def _device_of(hidden: "torch.Tensor | StoredRows") -> "torch.device":
+    return (hidden[0] if isinstance(hidden, tuple) else hidden).device
 
 
 def _pinned(tensor: "torch.Tensor") -> "torch.Tensor":
@@ -205,18 +233,29 @@ class PendingCopies:
 class PendingCopy:
     """Pending copy of the rows of one batch; the first `wait` adds its times to `stages`.
 
-    `events` are CUDA events: forward began, forward ended, copy began, copy ended.
+    `events` are CUDA events: forward began, forward ended, copy began, copy ended. The rows are on
+    the host after all events `arrivals`, by default the last of these.
     """
 
-    def __init__(self, events: list[Any], stages: StageTimes, n_bytes: int, tokens: int) -> None:
+    def __init__(
+        self,
+        events: list[Any],
+        stages: StageTimes,
+        n_bytes: int,
+        tokens: int,
+        *,
+        arrivals: Sequence[Any] = (),
+    ) -> None:
         self._events, self._stages = events, stages
+        self._arrivals = arrivals or events[-1:]
         self._bytes, self._tokens = n_bytes, tokens
         self._lock = threading.Lock()
         self._times_added = False
 
     def wait(self) -> None:
         """Return once all rows are on the host; any thread may call."""
-        self._events[-1].synchronize()
+        for event in self._arrivals:
+            event.synchronize()
         with self._lock:
             if self._times_added:
                 return

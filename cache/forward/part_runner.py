@@ -5,18 +5,20 @@ part and writes the rows. Device to host: `device_copies.py`; kept logits: `kept
 """
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..format.layout import ArrayKey
+from ..model.model_devices import input_device
 from ..store.activation_cache import ActivationCache
 from .batches import BatchHalving, SequenceBatch
 from .device_copies import HostRows, copy_to_device, device_copies_for
 from .stage_times import StageTimes
 
 if TYPE_CHECKING:
+    import torch
+
     from ..model.blocks import DecoderBlocks
     from .kept_logits import KeptLogits
 
@@ -50,7 +52,7 @@ class PartRunner:
         self.lengths = self.contexts.length
         self.sparse = cache.has("context/ids")
         """Whether only some positions of each sequence are kept."""
-        self.device = next(stack.model.parameters()).device
+        self.device = input_device(stack.model)
         self.stages = StageTimes() if stages is None else stages
         self._copies = device_copies_for(self.device, self.stages)
         self._halving = BatchHalving(self.lengths, self._copies.drain)
@@ -58,6 +60,7 @@ class PartRunner:
             tuple[SequenceBatch, tuple[ArrayKey, ...]], SequenceRows
         ] = {}
         """Rows of the latest batch of one sequence: the next part may begin with its end."""
+        self._logits_of_cache: KeptLogits | None = None
 
     def run(
         self, batch: SequenceBatch, dtypes: dict[ArrayKey, str]
@@ -117,18 +120,18 @@ class PartRunner:
 
         # Logits are computed for the kept positions alone.
         keeps_logits = not all(isinstance(key, int) for key in dtypes)
-        compute_logits = self._kept_logits if keeps_logits else None
         kept_rows = None
-        if compute_logits is not None:
+        if keeps_logits:
             kept_rows = torch.from_numpy(self._kept_rows(batch, max(lengths)))
 
         def run_model() -> dict[ArrayKey, Any]:
             device_mask = None if mask is None else copy_to_device(mask, self.device)
             hidden = self.stack.residuals(copy_to_device(tokens, self.device), device_mask)
             arrays: dict[ArrayKey, Any] = dict(enumerate(hidden))
-            if compute_logits is not None and kept_rows is not None:
-                rows = hidden[-1].flatten(0, 1)[copy_to_device(kept_rows, self.device)]
-                arrays |= compute_logits(rows)
+            if kept_rows is not None:
+                last = hidden[-1]  # blocks of one model may be on several devices
+                compute_logits = self._kept_logits(last.device)
+                arrays |= compute_logits(last.flatten(0, 1)[copy_to_device(kept_rows, last.device)])
             return arrays
 
         with torch.inference_mode():
@@ -146,9 +149,11 @@ class PartRunner:
             rows.append(index * length + token_index.astype(np.int64))
         return np.concatenate(rows)
 
-    @cached_property
-    def _kept_logits(self) -> "KeptLogits | None":
-        """Computes the logits that the cache keeps; None if the cache keeps none."""
+    def _kept_logits(self, device: "torch.device") -> "KeptLogits":
+        """Computes the logits that the cache keeps, on the device of layer L."""
         from .kept_logits import KeptLogits
 
-        return KeptLogits.of(self.cache, self.device)
+        if self._logits_of_cache is None:
+            self._logits_of_cache = KeptLogits.of(self.cache, device)
+        assert self._logits_of_cache is not None
+        return self._logits_of_cache

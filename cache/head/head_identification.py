@@ -23,6 +23,7 @@ from torch import nn
 
 from ..errors import HeadMismatchError, ModelError
 from ..model.blocks import DecoderBlocks
+from ..model.model_devices import loaded_parameters, loaded_tensor
 from .head import Head
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -92,11 +93,13 @@ def identify_head(blocks: DecoderBlocks, ids: torch.Tensor) -> tuple[Head, dict[
 
     # The unembedding is a parameter of the model; its padding rows are cut off.
     vocab = natural.logits.shape[-1]
-    bias = unembed.bias.detach().float().cpu() if unembed.bias is not None else torch.zeros(vocab)
+    bias = torch.zeros(vocab)
+    if unembed.bias is not None:
+        bias = loaded_tensor(unembed, "bias").detach().float().cpu()
     tensors = {
         "norm_weight": torch.from_numpy(norm.weight.astype(np.float32)),
         "norm_bias": torch.from_numpy(norm.bias.astype(np.float32)),
-        "unembedding": unembed.weight.detach().cpu()[:vocab],
+        "unembedding": loaded_tensor(unembed, "weight").detach().cpu()[:vocab],
         "bias": bias[:vocab],
     }
     # Copies: the model may be changed or freed while the head lives.
@@ -155,7 +158,7 @@ def observe_tail(
 
 def _float64_rows(tensor: torch.Tensor) -> np.ndarray:
     """`(..., width)` as float64 `(n, width)`."""
-    return tensor.detach().reshape(-1, tensor.shape[-1]).double().cpu().numpy()
+    return tensor.detach().reshape(-1, tensor.shape[-1]).cpu().double().numpy()
 
 
 def _unembedding(model: Any) -> nn.Linear:
@@ -203,7 +206,7 @@ def _identify_norm(model: nn.Module, large: TailObservation, tolerance: float) -
     # Some models (gemma) multiply by 1 + weight.
     vectors = [
         parameter.detach().float().cpu().numpy()
-        for parameter in model.parameters()
+        for parameter in loaded_parameters(model)
         if parameter.shape == fit.weight.shape
     ]
     gains = [*vectors, *(1 + vector for vector in vectors), np.ones_like(fit.weight)]

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from .model_devices import unfilled_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -85,8 +86,7 @@ def compare_with_checkpoint(
 
 def _check_filled(model: "torch.nn.Module") -> None:
     """Raise `ModelError` if a tensor has a shape but no numbers (device `meta`)."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    if empty := sorted(key for key, tensor in tensors if tensor.is_meta):
+    if empty := sorted(unfilled_tensors(model)):
         raise ModelError(
             f"{type(model).__name__}: {len(empty)} tensors were never filled: "
             f"{_first_names(empty)}; load the model once with transformers to see why"

@@ -5,10 +5,11 @@ parameters are compared with the checkpoint (`checkpoint_comparison.py`), becaus
 missing ones with random numbers.
 """
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..devices import is_out_of_memory
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from .checkpoint_comparison import compare_with_checkpoint
 from .config_check import check_config_size, describe_error
 from .safetensors_header import read_header
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 
+DeviceMap = str | dict[str, Any]
+"""`auto`, `balanced`, `sequential`, or module name -> device, as accelerate takes them."""
 LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -31,13 +34,28 @@ LOADING_ERRORS = (
 """Errors of `from_pretrained` that mean an unusable model folder."""
 
 
+def check_accelerate() -> None:
+    """Raise `UsageError` unless accelerate, which spreads models over devices, is installed."""
+    if find_spec("accelerate") is None:
+        raise UsageError(
+            "a device map needs the package accelerate, which is not installed: pip install "
+            "accelerate (or residua[accelerate]), or give one --device"
+        )
+
+
 def load_model(
     source: ModelSource,
     device: "str | torch.device" = "cpu",
     attention: str = "default",
     trust_remote_code: bool = False,
+    *,
+    device_map: "DeviceMap | None" = None,
 ) -> "torch.nn.Module":
     """The model of `source` on `device`: eval mode, no gradients, dtype of the checkpoint.
+
+    With a `device_map` accelerate spreads the model instead: `auto` over all GPUs, then the memory
+    of the host and the disk, whose blocks are brought to a GPU for each call; or module name ->
+    device. Raises `UsageError` if accelerate is not installed.
 
     `attention` is transformers' `attn_implementation`, or `default`. Only safetensors are read;
     code that comes with a model runs only with `trust_remote_code`. The attribute
@@ -62,6 +80,9 @@ def load_model(
 
     auto: Any = AutoModelForCausalLM
     kwargs: dict[str, Any] = {} if attention == "default" else {"attn_implementation": attention}
+    if device_map is not None:
+        check_accelerate()
+        kwargs["device_map"] = device_map
     try:
         with guard_transformers():
             module, info = auto.from_pretrained(
@@ -88,6 +109,8 @@ def load_model(
             f"{source.name} cannot be loaded as a causal language model: {reason}"
         ) from None
     notes = compare_with_checkpoint(module, info, source.name)
-    module = module.to(device).eval().requires_grad_(False)
+    if device_map is None:
+        module = module.to(device)
+    module = module.eval().requires_grad_(False)
     module.checkpoint_notes = notes
     return module

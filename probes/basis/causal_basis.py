@@ -121,7 +121,7 @@ class CausalBasis(FittedProbe, Params):
         Moments, products and the evaluations run on `device`: `auto` is the first GPU, or the CPU
         (with a `client`: the workers' CPUs). Its memory bounds what is kept there, too, and blocks
         of rows are halved where the memory runs out. The search itself, of `(d_model, k)` numbers,
-        runs on the host in float64.
+        and the eigenvectors of the covariance are computed on the host in float64.
         """
         from .layer_fit import LayerFitTask, checkpoint_of, fit_layer, load_fitted, save_fitted
 

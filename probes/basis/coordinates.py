@@ -17,7 +17,6 @@ import numpy as np
 
 from ...cache.errors import UsageError
 from ..moments.moments import Moments
-from ..ridge.linear_algebra import HOST_ALGEBRA, HostAlgebra
 
 LEAST_VARIANCE = 1e-12
 """Share of the largest variance below which a direction counts as constant, not as data."""
@@ -37,15 +36,9 @@ class AblationCoordinates:
     """Eigenvectors of the covariance, one a row, in the order of `variances`; `(d, d)`."""
 
     @classmethod
-    def of(
-        cls, moments: Moments, metric: str, algebra: HostAlgebra = HOST_ALGEBRA
-    ) -> "AblationCoordinates":
-        """Coordinates from the second moments of a layer's rows (`moments.xx`).
-
-        `algebra` decomposes them, on the host or on a device.
-        """
-        variances, vectors = algebra.spectrum(algebra.array(moments.xx / max(moments.n, 1)))
-        vectors = algebra.host_array(vectors)
+    def of(cls, moments: Moments, metric: str) -> "AblationCoordinates":
+        """Coordinates from the second moments of a layer's rows (`moments.xx`)."""
+        variances, vectors = np.linalg.eigh(moments.xx / max(moments.n, 1))
         variances, axes = np.maximum(variances[::-1], 0.0), vectors.T[::-1]
         if metric == "euclidean":
             identity = np.eye(len(axes))

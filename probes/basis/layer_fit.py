@@ -17,7 +17,6 @@ from ...cache.errors import UsageError
 from ...cache.store.activation_cache import ActivationCache
 from ..base.resampling import ResamplingUnits
 from ..moments.moments import Moments
-from ..ridge.device_algebra import algebra_on
 from ..ridge.solver import AffineMap
 from ..training.checkpoint import Checkpoint
 from ..training.threads import CPU
@@ -81,8 +80,8 @@ def fit_layer(
     """
     cache, settings = task.cache, task.settings
     drawn = draw_positions(cache, "train", settings.positions, settings.seed, settings.drop_first)
-    algebra = algebra_on(task.device if task.client is None else None)
-    coordinates = AblationCoordinates.of(moments, settings.metric, algebra)
+    # By LAPACK on every device: PCA and the random directions follow the signs of eigenvectors.
+    coordinates = AblationCoordinates.of(moments, settings.metric)
     coordinates.check_k(settings.k, task.layer)
     reference = _reference_row(settings, moments)
     rows = BasisRows(cache, task.layer, drawn.positions, reference, settings.seed)

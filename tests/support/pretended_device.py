@@ -48,6 +48,12 @@ class DeviceTensor(torch.Tensor):
     ) -> Any:
         return _run(func, args, kwargs or {}, PretendedDevice())
 
+    def __matmul__(self, other: Any) -> Any:
+        # torch changes the shape of the product in place, which a wrapper cannot follow.
+        if self.dim() == 1 and other.dim() == 2:
+            return torch.mv(other.T, self)
+        return super().__matmul__(other)
+
     def tolist(self) -> Any:
         return self.on_cpu.tolist()
 

@@ -125,7 +125,7 @@ def test_rows_are_fitted_on_the_device(rows: Callable[[Any], Any], float64: bool
     y = x @ rng.normal(size=(7, 3)) + rng.normal(size=(3000, 3))
     x[:, 6] = x[:, 5]  # singular: the least norm
     expected = RidgeProbe(alphas=[0.0, 1.0, 10.0]).fit(x, y, device="cpu")
-    with pretended_device(float64=float64, largest=8 * 7 * 1200) as device:
+    with pretended_device(float64=float64, largest=8 * 7 * 550) as device:
         ours = RidgeProbe(alphas=[0.0, 1.0, 10.0]).fit(rows(x), rows(y), device="meta")
     assert device.refused or not float64
     assert_equal_fits(ours, expected, EXACT if float64 else SINGLE)
