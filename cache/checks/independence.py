@@ -301,7 +301,7 @@ def _check_repeats(
 ) -> tuple[str | None, Layers]:
     """Refuse a model that gives other residuals for the same tokens when it runs again.
 
-    The first half of `longest` runs before and after the whole and `short`: a model may
+    The first half of `longest` runs before and after the whole and `short`: a model may remember
     the longest sequence that it has read. Returns the choice among positions
     (`_choice_among_positions`) and the residuals of `longest`.
     """

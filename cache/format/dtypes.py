@@ -4,7 +4,9 @@ numpy and zarr have no bfloat16: its bits (the upper half of a float32) are stor
 `CacheArray` decodes, `PartWriter` encodes, and the model's checks choose dtypes before extraction.
 """
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -48,14 +50,50 @@ def encode_rows(values: np.ndarray, logical_dtype: str) -> np.ndarray:
 
 
 def decode_rows_into(stored: np.ndarray, logical_dtype: str, out: np.ndarray) -> None:
-    """Decode `stored` rows into `out` of the same shape, exactly; both C-contiguous."""
+    """Decode `stored` rows into `out` of the same shape, exactly; both C-contiguous.
+
+    By torch, whose cast is the processor's own, where the program has loaded torch; by numpy else.
+    """
     if logical_dtype not in ("bfloat16", "float16") or out.dtype != np.float32:
         out[...] = stored
+        return
+    torch = sys.modules.get("torch")
+    is_loaded = hasattr(torch, "from_numpy")  # else another thread may be importing it now
+    if is_loaded and not (logical_dtype == "float16" and _has_nonfinite_float16(stored)):
+        _decode_by_torch(torch, stored, logical_dtype, out)
         return
     flat, target = stored.reshape(-1), out.reshape(-1)
     decode_block = _decode_bfloat16 if logical_dtype == "bfloat16" else _decode_float16
     for start in range(0, flat.size, BLOCK):
         decode_block(flat[start : start + BLOCK], target[start : start + BLOCK])
+
+
+def _has_nonfinite_float16(stored: np.ndarray) -> bool:
+    """Whether an infinity or a NaN is among the float16 numbers `stored`."""
+    if not stored.size:
+        return False
+    # Of the bits, positive ones are the largest as int16, negative ones as uint16.
+    return stored.view(np.int16).max() >= 0x7C00 or stored.view(np.uint16).max() >= 0xFC00
+
+
+def _decode_by_torch(torch: Any, stored: np.ndarray, logical_dtype: str, out: np.ndarray) -> None:
+    """Cast by torch, which would set the quiet bit of float16's NaNs; `stored` may be read-only."""
+    bits = stored.view(np.int16) if stored.flags.writeable else np.asarray(_WritableView(stored))
+    bits = torch.from_numpy(bits)
+    torch.from_numpy(out).copy_(bits.view(getattr(torch, logical_dtype)))
+
+
+class _WritableView:
+    """The numbers of a read-only array as int16, for torch, which warns of read-only memory.
+
+    Nothing is written; the array must outlive the view.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        interface = array.__array_interface__
+        address, _ = interface["data"]
+        self.__array_interface__ = {**interface, "typestr": "<i2", "data": (address, False)}
+        self.__array_interface__.pop("descr", None)
 
 
 def _decode_bfloat16(stored: np.ndarray, out: np.ndarray) -> None:
@@ -72,13 +110,11 @@ def _decode_float16(stored: np.ndarray, out: np.ndarray) -> None:
     """
     # numpy's cast for infinities and NaNs of either sign, which would come out finite, and in
     # threads that flush subnormals.
-    signed = stored.view(np.int16)
-    has_nonfinite = signed.max() >= 0x7C00 or stored.view(np.uint16).max() >= 0xFC00
-    if has_nonfinite or (SUBNORMAL * FLOAT16_REBIAS)[0] == 0:
+    if _has_nonfinite_float16(stored) or (SUBNORMAL * FLOAT16_REBIAS)[0] == 0:
         out[...] = stored
         return
     bits = out.view(np.int32)
-    bits[...] = signed
+    bits[...] = stored.view(np.int16)
     np.left_shift(bits, 13, out=bits)
     np.bitwise_and(bits, FLOAT16_BITS, out=bits)
     np.multiply(out, FLOAT16_REBIAS, out=out)

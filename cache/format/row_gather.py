@@ -45,10 +45,11 @@ class MappedRows:
         layout = self._layout
         lowest = min(self._readers.values(), key=lambda reader: reader.address)
         end = max(reader.address + reader.size for reader in self._readers.values())
-        first_row = lowest.first_row()
+        # A row is one item of opaque bytes: numpy copies it whole, not number by number.
+        first_row = lowest.first_row().reshape(-1).view(f"V{layout.row_bytes}")
         count = (end - lowest.address - layout.row_bytes) // self._step + 1
-        shape, strides = (count, *layout.shape[1:]), (self._step, *first_row.strides[1:])
-        return lowest.address, as_strided(first_row, shape, strides, writeable=False)
+        rows = as_strided(first_row, (count,), (self._step,), writeable=False)
+        return lowest.address, rows
 
     def lacks_any(self, shards: Iterable[int]) -> bool:
         """Whether a shard of `shards` is not among the open ones."""
@@ -63,7 +64,8 @@ class MappedRows:
         if not addresses.all():
             return None
         distances = addresses + offsets * self._layout.row_bytes - self._base_address
-        return self._rows[distances // self._step]
+        rows = self._rows[distances // self._step].view(self._layout.stored_dtype)
+        return rows.reshape(len(distances), *self._layout.shape[1:])
 
     def check(self, chunks: np.ndarray) -> None:
         """Check the crc32c of unchecked chunks among `chunks`, whose shards must be open.

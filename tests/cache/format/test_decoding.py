@@ -1,5 +1,7 @@
 """Claims about fast decoding: every float16 and bfloat16 comes out exactly as numpy's cast."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,26 @@ def test_subnormals_survive_a_thread_that_flushes_them_to_zero():
     finally:
         torch.set_flush_denormal(False)
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_numpy_decodes_alike_where_torch_is_not_loaded(dtype, monkeypatch):
+    values = all_values_of(dtype).reshape(-1, 16)
+    by_torch = decoded(values[:1900], dtype)  # finite ones, which torch decodes
+    monkeypatch.delitem(sys.modules, "torch")
+    np.testing.assert_array_equal(decoded(values[:1900], dtype), by_torch)
+    got, expected = decoded(values, dtype), decode_rows(values, dtype)
+    np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_read_only_and_empty_rows_are_decoded_without_a_warning(dtype, recwarn):
+    values = all_values_of(dtype)[:1024].reshape(-1, 16).copy()
+    expected = decode_rows(values, dtype)
+    values.setflags(write=False)
+    np.testing.assert_array_equal(decoded(values, dtype), expected)
+    assert decoded(values[:0], dtype).shape == (0, 16)
+    assert not recwarn.list
 
 
 def test_other_dtypes_are_copied():
