@@ -458,7 +458,7 @@ def fit() -> None:
     "keep",
     default=None,
     help="Keep the second moments with the cache, for later fits.  [default: kept if they take at "
-    "most a quarter of the residual streams' bytes]",
+    "most a quarter of the residual streams' bytes, or 1 GiB and a tenth of the free disk]",
 )
 @device_option
 @residua_command
@@ -577,7 +577,10 @@ def baseline(
 @fit.command()
 @probe_options
 @click.option(
-    "--steps", default=400, show_default=True, help="Natural-gradient steps of each translator."
+    "--steps",
+    default=400,
+    show_default=True,
+    help="Most natural-gradient steps of a translator; it stops where its KL no longer falls.",
 )
 @click.option("--batch", default=1024, show_default=True, help="Positions of one step.")
 @click.option(
@@ -586,6 +589,14 @@ def baseline(
     help="Share of the natural gradient's full step.  [default: the best of a short sweep]",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of positions.")
+@click.option(
+    "--products",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="dtype of the head's products in steps; auto is what is multiplied faster.",
+)
+@device_option
 @checkpoint_option
 @residua_command
 def lens(
@@ -600,6 +611,7 @@ def lens(
     batch: int,
     lr: float | None,
     seed: int,
+    products: str,
     **options: Any,
 ) -> Any:
     """Fit a tuned lens: affine maps by KL to the model.
@@ -627,6 +639,7 @@ def lens(
         seed=seed,
         across_documents=across_documents,
         drop_first=drop_first,
+        products=products,
     )
     source, probe, path = fit_and_save(lens, cache, root, quiet, **options)
     metrics = probe.metrics()

@@ -20,7 +20,7 @@ def reused_rows(
     """A tensor `(rows, width)` on the device of `like`, by default of its dtype; not initialised.
 
     Calls of one thread with the same `name` get the same memory: the tensor is valid until the
-    next one. Memory grows to the largest tensor and is freed with its thread.
+    next one. Memory grows to the largest tensor; `free_reused_rows` frees it, or the thread's end.
     """
     key = name, like.device, dtype or like.dtype
     flat = _memory.__dict__.pop(key, None)
@@ -30,3 +30,8 @@ def reused_rows(
         flat = like.new_empty(rows * width, dtype=dtype or like.dtype)
     _memory.__dict__[key] = flat
     return flat[: rows * width].view(rows, width)
+
+
+def free_reused_rows() -> None:
+    """Free all memory that this thread uses again."""
+    _memory.__dict__.clear()

@@ -1,9 +1,10 @@
-"""Fit of all translators of a tuned lens, in groups of (layer, offset) pairs that fit memory.
+"""Fit of all translators of a tuned lens: starts from moments, one run for all, checkpoints.
 
-`TunedLens.fit` calls `fit_translator_groups`. For each group, `fit_group` takes the ridge maps from
-moments (`moments/obtain_moments.py`), fits the translators by KL (`LensFitRun` in
-`translator_fit.py`) and saves a checkpoint at every check. Groups run one after the other, or on
-the workers of a dask cluster; neither changes the result.
+`TunedLens.fit` calls `fit_translator_groups`. `fit_group` takes the ridge maps from moments
+(`moments/obtain_moments.py`), a part of them at a time, fits all translators by KL (`LensFitRun` in
+`translator_fit.py`) and saves a checkpoint at every check. Translators that need more than the
+memory lie in a temporary file, so that all share every batch and the model's distribution. With a
+dask cluster, its workers share the layers; that does not change the result.
 """
 
 from collections.abc import Sequence
@@ -13,26 +14,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ...cache.cluster import results, threads_of
+from ...cache.devices import choose_device
 from ...cache.errors import UsageError
 from ...cache.files.json_files import json_digest
+from ...cache.head.row_buffers import free_reused_rows
 from ...cache.store.activation_cache import ActivationCache
 from ..base.readout import LayerOffset
-from ..base.resources import available_cores, default_memory
+from ..base.resources import default_memory
 from ..moments.moment_sources import obtain_moments
 from ..moments.moments import merge_all
 from ..moments.pass_plan import MomentRequest
+from ..ridge.device_algebra import algebra_on
 from ..ridge.solver import AffineMap, fit_ridge
 from ..training.checkpoint import Checkpoint, lock_folder
+from ..training.scratch_file import ScratchFile
 from .natural_gradient import InputWhitening, NaturalGradientMap
-from .translator_fit import LensFitRun, LensFitSettings, Report, TranslatorState, identity_map
+from .translator_fit import (
+    CopyTensor,
+    LensFitRun,
+    LensFitSettings,
+    Report,
+    TranslatorState,
+    identity_map,
+)
 
 FOLDS = 5
 """Folds of the cross-validation that chooses ridge's penalty."""
-MATRICES = 8
-"""Float64 matrices `(d, d)` in memory per translator during its fit."""
+STATE_MATRICES = 15
+"""Float32 matrices `(d, d)` of a translator: `InputWhitening`, `NaturalGradientMap.STATE`, its best
+map and, during the sweep, its start."""
+SAMPLE_ROWS, SAMPLE_FACTOR = 1 << 16, 128
+"""Rows of the moments that translators start from: so many, or so many times d if these are more.
+
+A ridge map of n rows has d / n more squared error than the best map, here 1/128 at most; the steps
+correct it."""
 
 Group = tuple[tuple[int, ...], tuple[int, ...]]
 """Layers and offsets that are fitted together."""
@@ -55,14 +74,21 @@ def fit_translator_groups(
     memory: int | None = None,
     folder: Path | None = None,
     report: Report | None = None,
+    device: str = "cpu",
 ) -> dict[LayerOffset, FittedTranslator]:
-    """Fit every layer and offset, group by group, or on the workers of `client`.
+    """Fit every layer and offset, all at once, or on the workers of `client`.
 
     `memory` in bytes bounds this process, or each worker; `folder` holds the checkpoints.
     """
     check_lens_request(cache, layers, offsets, settings)
-    groups = divide_pairs(cache, layers, offsets, client, memory or default_memory())
-    fit = partial(fit_group, settings=settings, folder=folder)
+    groups = divide_pairs(layers, offsets, client)
+    fit = partial(
+        fit_group,
+        settings=settings,
+        folder=folder,
+        memory=memory or default_memory(),
+        device=device,
+    )
 
     def report_group(number: int, stage: str, done: int, total: int) -> None:
         """Report the progress of one group as a share of all groups."""
@@ -104,25 +130,12 @@ def check_lens_request(
         raise UsageError("lr and damping must be positive numbers")
 
 
-def divide_pairs(
-    cache: ActivationCache, layers: Sequence[int], offsets: Sequence[int], client: Any, memory: int
-) -> list[Group]:
-    """Groups that fit `memory`, at least as many as workers: fewer layers, then fewer offsets."""
+def divide_pairs(layers: Sequence[int], offsets: Sequence[int], client: Any) -> list[Group]:
+    """All layers and offsets; with a `client`, as many groups of layers as it has workers."""
     layers, offsets = tuple(sorted(set(layers))), tuple(sorted(set(offsets)))
-    threads = {"": available_cores()} if client is None else threads_of(client)
-    # The larger of two phases: every thread sums moments of its own (two matrices for each fold),
-    # and their total is one more; then a translator is fitted with MATRICES.
-    moment_matrices = 2 * FOLDS * (max(threads.values(), default=1) + 1)
-    pair_bytes = 8 * cache.d_model**2 * max(moment_matrices, MATRICES)
-    pairs_in_memory = max(1, memory // pair_bytes)
-    layers_per_worker = -(-len(layers) // max(1, len(threads)))
-    group_layers = max(1, min(layers_per_worker, pairs_in_memory // len(offsets)))
-    group_offsets = min(len(offsets), pairs_in_memory)
-    return [
-        (layers[i : i + group_layers], offsets[j : j + group_offsets])
-        for i in range(0, len(layers), group_layers)
-        for j in range(0, len(offsets), group_offsets)
-    ]
+    workers = 1 if client is None else max(1, len(threads_of(client)))
+    group_layers = -(-len(layers) // workers)
+    return [(layers[i : i + group_layers], offsets) for i in range(0, len(layers), group_layers)]
 
 
 def fit_group(
@@ -131,6 +144,8 @@ def fit_group(
     settings: LensFitSettings,
     folder: Path | None = None,
     report: Report | None = None,
+    memory: int | None = None,
+    device: str = "cpu",
 ) -> dict[LayerOffset, FittedTranslator]:
     """Fit the translators of one group; continues from its checkpoint in `folder`, if any."""
     pairs = fitted_pairs(cache, group)
@@ -138,13 +153,40 @@ def fit_group(
         return {}
     checkpoint = None if folder is None else group_checkpoint(folder, cache, pairs, settings)
     report = report or (lambda stage, done, total: None)
+    resources = FitResources.of(len(pairs), cache.d_model, memory or default_memory(), device)
     with lock_folder(None if checkpoint is None else checkpoint.folder):
-        translators = _fit_translators(cache, group, settings, checkpoint, report)
+        try:
+            translators = _fit_translators(cache, group, settings, checkpoint, report, resources)
+        finally:
+            free_reused_rows()
     fitted = {}
     for pair, translator in translators.items():
         translator.restore_best()
         fitted[pair] = FittedTranslator(translator.fit.map(), translator.row())
     return fitted
+
+
+@dataclass(frozen=True)
+class FitResources:
+    """Where a fit runs: its device, the memory of its translators and that of its moments."""
+
+    device: torch.device
+    copy: CopyTensor
+    """Copies a tensor to where the translators lie."""
+    memory: int
+    """Bytes for moments."""
+
+    @classmethod
+    def of(cls, translators: int, d_model: int, memory: int, device: str) -> "FitResources":
+        """Translators lie on the device; on the CPU, those that take over half of `memory` lie in
+        a temporary file."""
+        chosen = choose_device(device)
+        size = translators * STATE_MATRICES * 4 * (d_model + 64) ** 2
+        if chosen.type != "cpu":
+            return cls(chosen, lambda tensor: tensor.to(chosen, copy=True), memory)
+        if size <= memory // 2:
+            return cls(chosen, torch.Tensor.clone, memory - size)
+        return cls(chosen, ScratchFile(size).copy, memory)
 
 
 def _fit_translators(
@@ -153,21 +195,22 @@ def _fit_translators(
     settings: LensFitSettings,
     checkpoint: Checkpoint | None,
     report: Report,
+    resources: FitResources,
 ) -> dict[LayerOffset, TranslatorState]:
     """The translators of a group after their last step; continues from `checkpoint`, if any."""
     pairs = fitted_pairs(cache, group)
     saved = None if checkpoint is None else checkpoint.load()
     if saved is None:
-        ridge, translators = start_run(cache, group, pairs, settings, partial(report, "moments"))
-        run = LensFitRun(cache, translators, settings)
-        run.begin(ridge)
-        del ridge
+        moments_report = partial(report, "moments")
+        translators = start_run(cache, group, pairs, settings, moments_report, resources)
+        run = LensFitRun(cache, translators, settings, resources.device)
+        run.begin()
         if settings.steps:
             run.sweep()
     else:
         state, tensors = saved
-        translators = restore_translators(state, tensors, settings.damping)
-        run = LensFitRun(cache, translators, settings)
+        translators = restore_translators(state, tensors, settings.damping, resources.copy)
+        run = LensFitRun(cache, translators, settings, resources.device)
         run.step = state["step"]
 
     def report_and_save() -> None:
@@ -177,6 +220,8 @@ def _fit_translators(
 
     report_and_save()
     run.run(report_and_save)
+    if run.step < settings.steps:
+        report("lens", settings.steps, settings.steps)
     return translators
 
 
@@ -193,22 +238,38 @@ def start_run(
     pairs: Sequence[LayerOffset],
     settings: LensFitSettings,
     report: Any,
-) -> tuple[dict[LayerOffset, AffineMap], dict[LayerOffset, TranslatorState]]:
-    """Ridge maps, and new translators with whitened inputs, from one pass over the moments."""
-    # Moments that a ridge probe saved with the cache serve here too, and the other way round.
-    request = MomentRequest.of(cache, *group, None, folds=FOLDS, **vars(settings.scope))
-    moment_sets = obtain_moments(cache, request, memory=1 << 62, progress=report)
-    folds_of = {pair[:2]: folds for moments in moment_sets for pair, folds in moments.pairs.items()}
-    ridge, translators = {}, {}
-    for pair in pairs:
-        folds = folds_of[pair]
-        ridge_fit = fit_ridge(folds, None, None, f"layer {pair[0]}, offset {pair[1]}")
-        ridge[pair] = ridge_fit.map.astype(np.float32)
-        inputs = InputWhitening.of(merge_all(folds), ridge_fit.alpha)
-        translators[pair] = TranslatorState(
-            fit=NaturalGradientMap(inputs, settings.damping), alpha=ridge_fit.alpha, n=ridge_fit.n
-        )
-    return ridge, translators
+    resources: FitResources,
+) -> dict[LayerOffset, TranslatorState]:
+    """New translators with whitened inputs that start from ridge, from kept or sampled moments."""
+    # Moments that a ridge probe saved with the cache serve here too. Products in float32 are
+    # enough, and so are some of the rows: the fit corrects the maps.
+    request = MomentRequest.of(
+        cache,
+        *group,
+        None,
+        folds=FOLDS,
+        products="float32",
+        max_positions=max(SAMPLE_ROWS, SAMPLE_FACTOR * cache.d_model),
+        **vars(settings.scope),
+    )
+    translators: dict[LayerOffset, TranslatorState] = {}
+    device = None if resources.device.type == "cpu" else resources.device
+    algebra = algebra_on(device)
+    for moments in obtain_moments(
+        cache, request, memory=resources.memory, progress=report, device=device
+    ):
+        for (layer, offset, _), folds in moments.pairs.items():
+            if (layer, offset) not in pairs:
+                continue
+            source = f"layer {layer}, offset {offset}"
+            ridge = fit_ridge(folds, None, None, source, algebra=algebra)
+            inputs = InputWhitening.of(merge_all(folds), ridge.alpha)
+            fit = NaturalGradientMap(inputs, settings.damping, resources.copy)
+            fit.set_map(ridge.map)
+            translators[layer, offset] = TranslatorState(fit=fit, alpha=ridge.alpha, n=ridge.n)
+        # Free the matrices before the next pass allocates its own.
+        del moments, folds
+    return {pair: translators[pair] for pair in pairs}
 
 
 def group_checkpoint(
@@ -224,14 +285,14 @@ def save_run(checkpoint: Checkpoint, run: LensFitRun) -> None:
     """Save the number of steps and the states of all translators."""
     rows, tensors = [], {}
     for (layer, offset), translator in run.translators.items():
-        rows.append({"layer": layer, "offset": offset, **translator.row()})
+        rows.append({"layer": layer, "offset": offset, **translator.checkpoint_row()})
         for name, tensor in translator.tensors():
             tensors[f"{layer}.{offset}.{name}"] = tensor
     checkpoint.save({"step": run.step, "tracks": rows}, tensors)
 
 
 def restore_translators(
-    state: dict[str, Any], tensors: dict[str, Tensor], damping: float
+    state: dict[str, Any], tensors: dict[str, Tensor], damping: float, copy: CopyTensor
 ) -> dict[LayerOffset, TranslatorState]:
     """The translators that `save_run` saved."""
     translators = {}
@@ -243,5 +304,5 @@ def restore_translators(
             if name.startswith(prefix)
         }
         pair = row["layer"], row["offset"]
-        translators[pair] = TranslatorState.of(row, translator_tensors, damping)
+        translators[pair] = TranslatorState.of(row, translator_tensors, damping, copy)
     return translators

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...cache.devices import choose_device
 from ...cache.errors import ResiduaWarning, UsageError
 from ...cache.number_ranges import as_tuple, as_whole_number
 from ...cache.store.activation_cache import ActivationCache
@@ -34,9 +35,12 @@ class TunedLens(FittedMaps[LayerOffset], Params):
     Minimises KL(model || lens), in nats, to the model's distribution at t+N on the train split of
     a cache, for each N of `offsets` (Belrose et al., 2303.08112; several offsets make a future
     lens, Pal et al., 2311.04897). Each (layer, offset) is fitted on its own: from ridge or the
-    logit lens, whichever is better on the validation split, by `steps` steps of `batch` positions
-    along the natural gradient, damped by `damping` of its mean curvature. `lr` is a share of the
-    full step; None takes the best of a short sweep.
+    logit lens, whichever is better on the validation split, by at most `steps` steps of `batch`
+    positions along the natural gradient, damped by `damping` of its mean curvature; it stops when
+    the KL on the validation split has stopped falling. `lr` is a share of the full step; None takes
+    the best of a short sweep. `products` is the dtype of the products with the unembedding in
+    steps: `float32`, `bfloat16`, or `auto`, bfloat16 where the processor or device multiplies it
+    faster.
 
     The translator with the least KL on the validation split is returned, so that none is worse on
     that split than the logit lens. Where the split has no pair at an offset, translators are
@@ -62,6 +66,7 @@ class TunedLens(FittedMaps[LayerOffset], Params):
         seed: int = 0,
         across_documents: bool = False,
         drop_first: int = 0,
+        products: str = "auto",
     ) -> None:
         self.offsets = offsets
         self.layers = layers
@@ -72,6 +77,7 @@ class TunedLens(FittedMaps[LayerOffset], Params):
         self.seed = seed
         self.across_documents = across_documents
         self.drop_first = drop_first
+        self.products = products
 
     def fit(
         self,
@@ -82,6 +88,7 @@ class TunedLens(FittedMaps[LayerOffset], Params):
         memory: int | None = None,
         checkpoint: str | Path | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        device: str = "auto",
     ) -> "TunedLens":
         """Fit the cache `X`; the model is not needed.
 
@@ -89,13 +96,15 @@ class TunedLens(FittedMaps[LayerOffset], Params):
         measurement on the validation split, to the same translators. `client` (of
         `dask.distributed`) shares the layers among its workers, `memory` in bytes bounds each.
         `progress` is called with (stage, done, total), stages `moments` (positions) and `lens`
-        (steps).
+        (steps). Steps run on `device`, `auto` for the first GPU or else the CPU; the result is on
+        the CPU.
         """
         from ..ridge.error_share import error_shares, warn_of_domination
         from .fit_groups import fit_translator_groups
         from .translator_fit import LensFitSettings
 
         # Check the parameters.
+        chosen_device = choose_device(device)
         if not isinstance(X, ActivationCache):
             raise UsageError("a tuned lens is fitted on a cache: it needs the head beside the rows")
         scope = PairScope(self.across_documents, self.drop_first).check()
@@ -111,6 +120,7 @@ class TunedLens(FittedMaps[LayerOffset], Params):
             seed=seed,
             across_documents=scope.across_documents,
             drop_first=scope.drop_first,
+            products=self._products(chosen_device),
         )
         layers = X.layers if self.layers is None else as_tuple(self.layers, "layers")
         offsets = as_tuple(self.offsets, "offsets")
@@ -127,6 +137,7 @@ class TunedLens(FittedMaps[LayerOffset], Params):
             memory=memory,
             folder=folder,
             report=progress,
+            device=str(chosen_device) if client is None else device,
         )
         self._set_maps({pair: fit.map for pair, fit in fits.items()}, X.d_model)
 
@@ -146,6 +157,16 @@ class TunedLens(FittedMaps[LayerOffset], Params):
         self.cache_id_, self.geometry_, self.split_ = X.id, X.head.digest, "train"
         self._warn_of_missing_kl()
         return self
+
+    def _products(self, device: "torch.device") -> str:
+        """dtype of the products with the unembedding; raises `UsageError` for an unknown one."""
+        from ..training.softmax_loss import PRODUCTS, fast_products
+
+        if self.products not in PRODUCTS:
+            raise UsageError(
+                f"products must be one of {', '.join(PRODUCTS)}, not {self.products!r}"
+            )
+        return fast_products(device) if self.products == "auto" else self.products
 
     def _warn_of_missing_kl(self) -> None:
         """Warn of translators that were chosen without a KL on the validation split."""
@@ -223,9 +244,10 @@ class TunedLens(FittedMaps[LayerOffset], Params):
 
         `kl_logit` is the KL of the logit lens, `kl_ridge` of ridge, `kl` of the translator;
         `start` says which of the two the fit began from, `lr` the step length, `steps` the steps
-        up to the returned translator, `sweep` the KL that each rate reached in the sweep, `backs`
-        how often the rate was halved, `crossing` the share of the pairs of its sequences that join
-        two documents (left out unless `across_documents`); the rest are the shares of
+        up to the returned translator, `taken` those of the whole fit, `sweep` the KL that each rate
+        reached in the sweep, `backs` how often the rate was halved, `crossing` the share of the
+        pairs of its sequences that join two documents (left out unless `across_documents`); the
+        rest are the shares of
         `ErrorShare`. A KL is None where it is not finite, or where the split has no pair
         (`n_validation` is 0).
         """
@@ -283,6 +305,7 @@ class FutureLens(TunedLens):
         seed: int = 0,
         across_documents: bool = False,
         drop_first: int = 0,
+        products: str = "auto",
     ) -> None:
         super().__init__(
             offsets=offsets,
@@ -294,4 +317,5 @@ class FutureLens(TunedLens):
             seed=seed,
             across_documents=across_documents,
             drop_first=drop_first,
+            products=products,
         )

@@ -94,7 +94,8 @@ def obtain_moments(
 
     # Decide before any pass whether the other moments will be kept.
     size = sum(part.bytes(cache.d_model) for part in request.for_pairs(lacking))
-    sources.why = reason_not_to_keep(cache, size, keep)
+    is_sample = request.is_sample(cache)
+    sources.why = "of a sample" if is_sample else reason_not_to_keep(cache, size, keep)
 
     def plan_pairs(pairs: Iterable[LayerOffsetTarget], first_sequence: int = 0) -> list[CachePass]:
         return [
@@ -113,7 +114,7 @@ def obtain_moments(
     # Plan passes over the new sequences alone where a cache that this one extends has moments of
     # the others, and over all sequences for the rest.
     passes: list[tuple[CachePass, Inherited | None]] = []
-    for inherited in inherited_moments(cache, request, lacking):
+    for inherited in () if is_sample else inherited_moments(cache, request, lacking):
         lacking = lacking - set(inherited.entry_of)
         plans = plan_pairs(inherited.entry_of, inherited.sequences)
         passes += [(plan, inherited) for plan in plans]

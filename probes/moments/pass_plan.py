@@ -29,6 +29,8 @@ SMALL_ROWS = 512
 """Rows of a block below which products are slow."""
 MOST_FOLDS = 1 << 16
 """Most folds of a cross-validation; each has moments of its own."""
+FEWEST_SEQUENCES = 64
+"""Sequences of a random draw at least, so that every fold has some."""
 SOLVE_MATRICES = 14
 """Float64 matrices `(d_model, d_model)` that the solution of one (layer, offset) works on."""
 
@@ -51,6 +53,8 @@ class MomentRequest:
     """Whether pairs may join two documents of a sequence."""
     drop_first: int = 0
     """Positions at the start of each sequence that are no sources."""
+    max_positions: int | None = None
+    """Most positions that are read, of a random draw of whole sequences; None for all."""
 
     @classmethod
     def of(
@@ -90,6 +94,24 @@ class MomentRequest:
         cache.sequences(self.split)
         self.scope.check()
         return self
+
+    def sequences(self, cache: ActivationCache) -> np.ndarray:
+        """Numbers of the sequences that are counted, ascending."""
+        numbers = cache.sequences(self.split)
+        if not self.is_sample(cache):
+            return numbers
+        shuffled = np.random.default_rng(0).permutation(numbers)
+        drawn = np.cumsum(cache.sequence_length[shuffled]) <= self.max_positions
+        return np.sort(shuffled[: max(int(drawn.sum()), FEWEST_SEQUENCES)])
+
+    def is_sample(self, cache: ActivationCache) -> bool:
+        """Whether some sequences of the split are not counted."""
+        numbers = cache.sequences(self.split)
+        return (
+            self.max_positions is not None
+            and len(numbers) > FEWEST_SEQUENCES
+            and int(cache.sequence_length[numbers].sum()) > self.max_positions
+        )
 
     @property
     def scope(self) -> PairScope:
@@ -175,7 +197,7 @@ class CachePass:
 
     def sequences(self, cache: ActivationCache) -> np.ndarray:
         """Numbers of the sequences of this pass."""
-        numbers = cache.sequences(self.request.split)
+        numbers = self.request.sequences(cache)
         return numbers[np.searchsorted(numbers, self.first_sequence) :]
 
     def positions(self, cache: ActivationCache) -> int:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .minibatches import BUFFER_BYTES as BUFFER_BYTES
     from .minibatches import Minibatch as Minibatch
     from .minibatches import MinibatchStream as MinibatchStream
+    from .scratch_file import ScratchFile as ScratchFile
     from .shuffled_batches import ShuffledBatches as ShuffledBatches
     from .softmax_loss import PRODUCTS as PRODUCTS
     from .softmax_loss import Gradients as Gradients

@@ -151,8 +151,14 @@ def first_argmax(logits: Tensor) -> Tensor:
     return logits.argmax(1)
 
 
-def fast_products() -> str:
-    """`bfloat16` on a processor that multiplies bfloat16 in hardware, else `float32`."""
+def fast_products(device: torch.device | None = None) -> str:
+    """`bfloat16` on a processor that multiplies bfloat16 in hardware, else `float32`.
+
+    `bfloat16` on any other `device`: all that torch knows multiply it at the rate of float32 or
+    faster.
+    """
+    if device is not None and device.type != "cpu":
+        return "bfloat16"
     checks = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in FAST_BFLOAT16]
     return "bfloat16" if any(check is not None and check() for check in checks) else "float32"
 

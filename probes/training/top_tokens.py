@@ -4,20 +4,15 @@
 call it before a fit and in `score`, and read the labels of each batch by `tokens_at`.
 """
 
-import errno
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from ...cache.devices import copy_to_device, copy_to_host
-from ...cache.files.disk_errors import translate_disk_errors
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.row_runs import RowRuns
+from .scratch_file import map_temporary_file
 from .softmax_loss import TILE_BYTES, TILE_ROWS, ModelDistribution
 from .threads import CPU, thread_pool
 
@@ -35,12 +30,7 @@ def find_top_tokens(
     with the number of positions of each block. The head runs on `device`. Raises `NoSpaceError` if
     the folder of temporary files has no space.
     """
-    folder = Path(tempfile.gettempdir())
-    with translate_disk_errors(folder), tempfile.TemporaryFile(prefix="residua-tops-") as file:
-        # The file is removed at once and lives as long as the map. Its bytes are reserved: a disk
-        # that is full when a page of the map is written would kill the process (SIGBUS).
-        _reserve(file, np.dtype(np.int32).itemsize * cache.positions)
-        top_tokens = np.memmap(file, np.int32, "r+", shape=(cache.positions,))
+    top_tokens = map_temporary_file(np.dtype(np.int32), cache.positions)
     last_layer = cache.residual_array(cache.n_blocks)
     model = ModelDistribution(cache.head.torch(device))
     block_rows = max(TILE_ROWS, TILE_BYTES // (4 * cache.vocab))
@@ -62,18 +52,6 @@ def find_top_tokens(
         for rows in pool.map(write_block, blocks):
             progress(rows)
     return top_tokens
-
-
-def _reserve(file: BinaryIO, size: int) -> None:
-    """Give a new `file` its `size` bytes on the disk, zeros; raises `OSError` if they lack."""
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except (AttributeError, OSError) as error:
-        # macOS, and file systems without reservation: the zeros are written.
-        if getattr(error, "errno", None) not in (None, errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        file.write(bytes(size))
-        file.flush()
 
 
 def tokens_at(top_tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor:
