@@ -458,7 +458,7 @@ def fit() -> None:
     "keep",
     default=None,
     help="Keep the second moments with the cache, for later fits.  [default: kept if they take at "
-    "most a quarter of the residual streams' bytes]",
+    "most a quarter of the residual streams' bytes, or 1 GiB and a tenth of the free disk]",
 )
 @device_option
 @residua_command

@@ -96,19 +96,6 @@ def wide_dtype(device: "torch.device") -> "torch.dtype":
     return torch.float64
 
 
-def multiplies_bfloat16(device: "torch.device") -> bool:
-    """Whether a device other than the CPU multiplies bfloat16 in hardware, as far as torch says."""
-    import torch
-
-    check = getattr(getattr(torch, device.type, None), "is_bf16_supported", None)
-    if check is None:
-        return False
-    try:
-        return bool(check(including_emulation=False))
-    except TypeError:  # torch 2.4
-        return bool(check())
-
-
 # Copies
 
 

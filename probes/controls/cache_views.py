@@ -267,7 +267,7 @@ class HeadOfFirstHalf:
         """Logits in float32, `(..., vocab)`."""
         return self._head.logits(hidden[..., : self._width])
 
-    def torch(self, device: str = "cpu") -> "TorchHeadOfFirstHalf":
+    def torch(self, device: "str | torch.device" = "cpu") -> "TorchHeadOfFirstHalf":
         """The same head for torch tensors, differentiable."""
         return TorchHeadOfFirstHalf(self._head.torch(device), self._width)
 
@@ -282,3 +282,9 @@ class TorchHeadOfFirstHalf:
     def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """Logits, `(..., vocab)`."""
         return self._torch_head(hidden[..., : self._width])
+
+    def write_logits(
+        self, hidden: "torch.Tensor", out: "torch.Tensor", products: str = "float32"
+    ) -> None:
+        """Write the logits of `hidden` `(n, d_model)` into `out` `(n, vocab)`, float32."""
+        self._torch_head.write_logits(hidden[..., : self._width], out, products)

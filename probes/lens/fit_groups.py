@@ -28,6 +28,7 @@ from ..base.resources import default_memory
 from ..moments.moment_sources import obtain_moments
 from ..moments.moments import merge_all
 from ..moments.pass_plan import MomentRequest
+from ..ridge.device_algebra import algebra_on
 from ..ridge.solver import AffineMap, fit_ridge
 from ..training.checkpoint import Checkpoint, lock_folder
 from ..training.scratch_file import ScratchFile
@@ -252,11 +253,16 @@ def start_run(
         **vars(settings.scope),
     )
     translators: dict[LayerOffset, TranslatorState] = {}
-    for moments in obtain_moments(cache, request, memory=resources.memory, progress=report):
+    device = None if resources.device.type == "cpu" else resources.device
+    algebra = algebra_on(device)
+    for moments in obtain_moments(
+        cache, request, memory=resources.memory, progress=report, device=device
+    ):
         for (layer, offset, _), folds in moments.pairs.items():
             if (layer, offset) not in pairs:
                 continue
-            ridge = fit_ridge(folds, None, None, f"layer {layer}, offset {offset}")
+            source = f"layer {layer}, offset {offset}"
+            ridge = fit_ridge(folds, None, None, source, algebra=algebra)
             inputs = InputWhitening.of(merge_all(folds), ridge.alpha)
             fit = NaturalGradientMap(inputs, settings.damping, resources.copy)
             fit.set_map(ridge.map)

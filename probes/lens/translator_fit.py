@@ -6,14 +6,17 @@ of `MinibatchStream`, and calls `begin`, `sweep` and `run`. Each translator is f
 
 1. It starts from ridge or the logit lens, whichever has the lower KL on the validation split.
 2. A sweep tries every learning rate for a few steps; the rate with the lowest KL is taken.
-3. Steps follow, at a rate that stays until half of the most steps are taken and then falls to 0.
-   The map that counts is an average of the maps after the steps, of the later ones mostly. Every
-   `CHECK` steps its KL on the validation split is measured: a translator that got worse returns to
-   its best map, at half the rate; one whose KL has stopped falling takes no more steps.
+3. Steps follow, at a rate that stays until the KL has stopped falling and then falls to 0 within
+   half as many steps again. The map that counts is an average of the maps after the steps, of the
+   later ones mostly. Every `CHECK` steps its KL on the validation split is measured: a translator
+   that got worse returns to its best map, at half the rate.
 4. The result is the best averaged map of all checks.
 
 Where the validation split has no pair at an offset, nothing can be compared: the translator starts
 from ridge, takes the lowest rate and all steps, and ends with the average after the last.
+
+No number of steps is known before: a rate that falls over the last third of them ends as low as one
+that falls all the time (Hägele et al., 2405.18392).
 
 A step takes the rows of a batch in tiles: the model's distribution of a tile is computed once, for
 all layers. Rows, translators and head are on one device; numbers that decide are on the host.
@@ -65,8 +68,10 @@ SWEEP = 10
 WORSE = 1.02
 """A KL of more than this many times the best one makes a translator return to its best map."""
 LEAST_GAIN, PATIENCE = 0.003, 2
-"""A translator stops after `PATIENCE` checks in a row that lowered its KL by less than this share
-together."""
+"""The KL has stopped falling after `PATIENCE` checks in a row that lowered it by less than this
+share together."""
+FALL = 0.5
+"""Steps during which the rate falls to 0, as a share of the steps before."""
 LATE = 4
 """Weight of the later maps in the average: of t maps, most of it is of the last t / `LATE`."""
 OUTPUTS = 4
@@ -138,11 +143,18 @@ class TranslatorState:
     """Best KL at the check that `idle` is counted from."""
     idle: int = 0
     """Checks since the KL was `reference_kl`, without a fall by `LEAST_GAIN`."""
+    falls_from: int | None = None
+    """Step from which the rate falls; None before."""
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the KL has stopped falling."""
-        return self.idle >= PATIENCE
+    def rate_at(self, step: int, steps: int) -> float:
+        """Learning rate of a step, of at most `steps`; 0 after the last step of the translator."""
+        start = self.falls_from
+        if start is None:
+            # The rate is 0 after the last step, at the latest.
+            start = int(steps / (1 + FALL))
+        # The rate is 0 at a check.
+        length = min(-(-int(FALL * start) // CHECK) * CHECK, steps - start)
+        return self.rate * min(1.0, max(0.0, 1 - (step - start) / max(1, length)))
 
     def record_check(self, kl: float, step: int) -> None:
         """Save the current map as the best, or return to the best map at half the rate."""
@@ -154,11 +166,13 @@ class TranslatorState:
             self.restore_best()
             self.rate /= 2
             self.backs += 1
-        if not self.n_validation:
+        if not self.n_validation or self.falls_from is not None:
             return
         self.idle += 1
-        if self.kl < (1 - LEAST_GAIN) * self.reference_kl or math.isinf(self.reference_kl):
+        if self.kl < (1 - LEAST_GAIN) * self.reference_kl:
             self.reference_kl, self.idle = self.kl, 0
+        if self.idle >= PATIENCE:
+            self.falls_from = step
 
     def save_as_best(self, kl: float, step: int) -> None:
         """Save the current map, with this KL after `step` steps, as the best one."""
@@ -192,7 +206,7 @@ class TranslatorState:
     def checkpoint_row(self) -> dict[str, Any]:
         """`row`, with the numbers that only a fit that goes on needs."""
         reference = {"reference_kl": plain_value(self.reference_kl), "idle": self.idle}
-        return {**self.row(), **reference}
+        return {**self.row(), **reference, "falls_from": self.falls_from}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, on the host, with their names in a checkpoint."""
@@ -234,6 +248,7 @@ class TranslatorState:
             taken=row["taken"],
             reference_kl=infinite_if_none(row["reference_kl"]),
             idle=row["idle"],
+            falls_from=row["falls_from"],
         )
 
 
@@ -293,6 +308,8 @@ class LensFitRun:
             )
         self.step = 0
         """Number of steps taken."""
+        self.fitted = list(translators)
+        """Pairs whose translators take further steps."""
         self.sweep_steps = min(SWEEP, settings.steps)
         """Number of steps of each learning rate in the sweep."""
 
@@ -343,18 +360,21 @@ class LensFitRun:
 
     def run(self, at_check: Callable[[], None]) -> None:
         """Take all further steps; `at_check` is called after every check."""
+        self._drop_finished()
         batches = self._batches(self.train, self.step)
-        while self.step < self.settings.steps and self._active():
-            # The whole rate, then a line to 0.
-            rate_share = min(1.0, 2 * (1 - self.step / self.settings.steps))
+        while self.step < self.settings.steps and self.fitted:
             # The average of t maps with weights that grow as t to the power of LATE.
             mean_share = (LATE + 1) / (self.step - self.sweep_steps + 1 + LATE)
             self._take_step(
-                self.step, next(batches), lambda t, share=rate_share: share * t.rate, mean_share
+                self.step,
+                next(batches),
+                lambda translator, step=self.step: translator.rate_at(step, self.settings.steps),
+                mean_share,
             )
             self.step += 1
             if self.step % CHECK == 0 or self.step == self.settings.steps:
                 self._judge()
+                self._drop_finished()
                 at_check()
 
     def validation_kl(self, translate: Translate) -> dict[LayerOffset, float]:
@@ -363,7 +383,7 @@ class LensFitRun:
         `translate(translator, x)` gives its rows u. Sums in float64. Infinite where the KL is not
         finite, and without a pair. Sets `n_validation`.
         """
-        sums = {pair: np.zeros(2) for pair in self._active()}
+        sums = {pair: np.zeros(2) for pair in self.fitted}
         if self.validation is not None:
             for batch in islice(self._batches(self.validation), self.validation.steps):
                 for rows in batch:
@@ -377,9 +397,11 @@ class LensFitRun:
             kl[pair] = float(mean) if math.isfinite(mean) else math.inf
         return kl
 
-    def _active(self) -> list[LayerOffset]:
-        """The pairs whose translators take further steps."""
-        return [pair for pair, translator in self.translators.items() if not translator.stopped]
+    def _drop_finished(self) -> None:
+        """Leave out translators that take no further step."""
+        steps = self.settings.steps
+        rates = {pair: t.rate_at(self.step, steps) for pair, t in self.translators.items()}
+        self.fitted = [pair for pair, rate in rates.items() if rate > 0]
 
     def _batches(self, stream: MinibatchStream, step: int = 0) -> Iterator[list[OffsetRows]]:
         """Batches from number `step` on, endlessly: rows of every offset, on the device."""
@@ -400,7 +422,7 @@ class LensFitRun:
         selection: Any = slice(None)
         if not ahead.valid.all():
             selection = copy_to_device(ahead.valid.nonzero()[:, 0], self.device)
-        pairs = [pair for pair in self._active() if pair[1] == offset]
+        pairs = [pair for pair in self.fitted if pair[1] == offset]
         hidden = {pair: minibatch.hidden[pair[0]][selection] for pair in pairs}
         return OffsetRows(offset, ahead.residual[selection], hidden)
 

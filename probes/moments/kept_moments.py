@@ -29,7 +29,12 @@ from .shifted_sums import LayerOffsetTarget
 FOLDER = "moments"
 """Folder of all kept moments in that of the cache."""
 SHARE = 4
-"""By default, kept moments take at most 1/SHARE of the bytes of the residual streams."""
+"""By default, kept moments take at most 1/SHARE of the bytes of the residual streams, or ..."""
+SMALL_BYTES, SMALL_SHARE = 1 << 30, 10
+"""... on a local disk so many bytes, but not more than 1/SMALL_SHARE of the free space.
+
+The moments of a wide model take as much as some thousand positions, however few are cached: a
+second fit would sum them again."""
 SPARE_BYTES = 64 << 20
 """Free space that is left on the disk."""
 
@@ -246,13 +251,20 @@ def reason_not_to_keep(cache: ActivationCache, size: int, keep: bool | None) -> 
         return "not asked for"
     if not is_remote(cache.path) and (reason := _disk_reason(cache, size, bool(keep))):
         return reason
-    limit = residual_bytes(cache) // SHARE
+    limit = max(residual_bytes(cache) // SHARE, _small_bytes(cache))
     if keep is None and total_bytes(moments_folder(cache)) + size > limit:
         return (
             f"moments of {size / 1e6:.1f} MB would take more than 1/{SHARE} of the residual "
-            "streams: not kept unless asked for"
+            f"streams, and more than {_small_bytes(cache) / 1e6:.1f} MB: not kept unless asked for"
         )
     return ""
+
+
+def _small_bytes(cache: ActivationCache) -> int:
+    """Bytes that moments may take by default, however small the residual streams."""
+    if is_remote(cache.path):
+        return 0
+    return min(SMALL_BYTES, shutil.disk_usage(cache.path).free // SMALL_SHARE)
 
 
 def _disk_reason(cache: ActivationCache, size: int, must_keep: bool) -> str:

@@ -100,8 +100,8 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
         Rows are numpy or dask arrays and give one map; their folds are contiguous. `memory` is
         the budget in bytes for a cache's moments, `client` one of `dask.distributed`. Moments
         that were kept with the cache, or with one that it extends, are used again; `keep` says
-        whether new ones are kept (default: where they take at most a quarter of its bytes).
-        `moments_` tells where the moments came from, see `MomentSources`.
+        whether new ones are kept (default: where they take at most a quarter of its bytes, or a
+        gigabyte). `moments_` tells where the moments came from, see `MomentSources`.
 
         Products and decompositions run on `device`: `auto` is the first GPU, or the CPU (with a
         `client`: the workers' CPUs). On a device with float64 (CUDA) they are float64 and equal the

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...cache.devices import multiplies_bfloat16
 from ...cache.errors import UsageError
 from ...cache.head.head import TorchHead
 from ...cache.store.activation_cache import ActivationCache
@@ -106,11 +105,7 @@ class VocabFit:
     def products(self) -> str:
         """dtype of the factors of gradients: `float32` or `bfloat16`."""
         products = self.options["products"]
-        if products != "auto":
-            return products
-        if self.device.type == "cpu":
-            return fast_products()
-        return "bfloat16" if multiplies_bfloat16(self.device) else "float32"
+        return fast_products(self.device) if products == "auto" else products
 
     def pairs_in_memory(self, memory: int) -> int:
         """Number of pairs that are fitted in `memory` bytes together, one at least."""

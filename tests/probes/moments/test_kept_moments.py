@@ -23,6 +23,7 @@ from residua.cache.store.cache_creation import create_cache
 from residua.cache.store.part_writer import PartWriter
 from residua.cache.tokens.token_stream import from_sequences
 from residua.cli import main
+from residua.probes.moments import kept_moments, pass_plan
 from residua.probes.moments.kept_moments import find_kept, moment_entries, moments_folder
 from residua.probes.moments.moment_collection import collect_moments
 from residua.probes.moments.moment_set import MomentSet, write_tensors
@@ -420,8 +421,11 @@ def test_a_cache_that_cannot_be_written_is_fitted_all_the_same(tmp_path: Path) -
         RidgeProbe(OFFSETS, folds=FOLDS).fit(source, keep=True)
 
 
-def test_moments_are_small_beside_the_cache_unless_asked_for(tmp_path: Path) -> None:
+def test_moments_are_small_beside_the_cache_unless_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = GrowingCache(tmp_path).first
+    monkeypatch.setattr(kept_moments, "SMALL_BYTES", 0)
     big = RidgeProbe(range(9), folds=9).fit(source)
     assert "more than 1/4 of the residual streams" in big.moments_["why"]
     assert not list(moment_entries(source))
@@ -429,6 +433,38 @@ def test_moments_are_small_beside_the_cache_unless_asked_for(tmp_path: Path) -> 
     assert not list(moment_entries(source))
     small = RidgeProbe(0, folds=2).fit(source)
     assert (small.moments_["why"], len(list(moment_entries(source)))) == ("", 1)
+
+
+def test_moments_of_few_bytes_are_kept_however_small_the_cache(tmp_path: Path) -> None:
+    source = GrowingCache(tmp_path).first
+    probe = RidgeProbe(range(9), folds=9)
+    assert probe.fit(source).moments_["why"] == ""
+    again = probe.fit(source).moments_
+    assert (again["kept"], again["positions"]) == (9 * len(source.layers), 0)
+
+
+def test_a_sample_of_moments_is_that_of_its_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pass_plan, "FEWEST_SEQUENCES", 3)
+    source = GrowingCache(tmp_path).first
+    whole, numbers = request_for(source), source.sequences("train")
+    most = int(source.sequence_length[numbers].sum()) // 2
+    sample = replace(whole, max_positions=most)
+    drawn = sample.sequences(source)
+    positions = int(source.sequence_length[drawn].sum())
+    assert set(drawn.tolist()) < set(numbers.tolist())
+    assert 3 <= positions <= most
+    (moments,) = obtain_moments(source, sample)
+    # Counted are the pairs of these sequences alone, and no later fit finds them.
+    assert sum(fold.n for fold in moments.pairs[0, 0, source.n_blocks]) == positions
+    assert not list(moment_entries(source))
+    # Moments of all sequences serve the sample, too.
+    obtain_all(source, whole)
+    sources = MomentSources()
+    (kept,) = obtain_moments(source, sample, sources=sources)
+    assert (sources.kept, sources.positions) == (len(whole.pairs), 0)
+    assert sum(fold.n for fold in kept.pairs[0, 0, source.n_blocks]) > positions
 
 
 def test_an_extraction_of_more_tokens_extends_the_moments(
