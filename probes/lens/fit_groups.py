@@ -47,10 +47,10 @@ FOLDS = 5
 STATE_MATRICES = 15
 """Float32 matrices `(d, d)` of a translator: `InputWhitening`, `NaturalGradientMap.STATE`, its best
 map and, during the sweep, its start."""
-SAMPLE_ROWS, SAMPLE_FACTOR = 1 << 16, 128
+SAMPLE_ROWS, SAMPLE_FACTOR = 1 << 16, 64
 """Rows of the moments that translators start from: so many, or so many times d if these are more.
 
-A ridge map of n rows has d / n more squared error than the best map, here 1/128 at most; the steps
+A ridge map of n rows has d / n more squared error than the best map, here 1/64 at most; the steps
 correct it."""
 
 Group = tuple[tuple[int, ...], tuple[int, ...]]
@@ -241,14 +241,14 @@ def start_run(
     resources: FitResources,
 ) -> dict[LayerOffset, TranslatorState]:
     """New translators with whitened inputs that start from ridge, from kept or sampled moments."""
-    # Moments that a ridge probe saved with the cache serve here too. Products in float32 are
-    # enough, and so are some of the rows: the fit corrects the maps.
+    # Moments that a ridge probe saved with the cache serve here too. Else some of the rows are
+    # enough: the fit corrects the maps. Not float32, which is half the work: the rounding of its
+    # sums, different for other groups of layers, turns the axes that the fit is made in.
     request = MomentRequest.of(
         cache,
         *group,
         None,
         folds=FOLDS,
-        products="float32",
         max_positions=max(SAMPLE_ROWS, SAMPLE_FACTOR * cache.d_model),
         **vars(settings.scope),
     )
