@@ -48,7 +48,7 @@ def tally_windows(
     import torch
 
     tiles = TileRows(batch_rows or MAX_ROWS, device)
-    with torch.inference_mode():
+    with torch.no_grad():
         measurer = WindowMeasurer(sample.cache, plan, tally, device, products)
         for window in evaluation_windows(
             sample, plan.offsets, batch_rows=batch_rows, units=units, device=device
@@ -64,7 +64,7 @@ def tally_windows(
 
 
 class WindowMeasurer:
-    """Measures windows of positions on one device; call under `torch.inference_mode`."""
+    """Measures windows of positions on one device; call under `torch.no_grad`."""
 
     def __init__(
         self,
