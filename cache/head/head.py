@@ -174,18 +174,3 @@ class TorchHead:
         if self.head.softcap is not None:
             out = torch.tanh(out / self.head.softcap) * self.head.softcap
         return out
-
-    def write_logits(self, hidden: "torch.Tensor", out: "torch.Tensor") -> "torch.Tensor":
-        """Write the logits of `hidden`, `(n, d_model)`, into `out`, `(n, vocab)` float32; gives `out`.
-
-        Equals a call of the head bit for bit, without gradients and without a new matrix.
-        """
-        import torch
-
-        with torch.no_grad():
-            torch.addmm(self.bias, self.normalize(hidden), self.unembedding.T, out=out)
-            if self.head.scale != 1.0:
-                out.mul_(self.head.scale)
-            if self.head.softcap is not None:
-                out.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
-        return out

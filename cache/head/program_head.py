@@ -157,10 +157,3 @@ class TorchProgramHead(TorchHead):
         rows = hidden.float().reshape(1, -1, hidden.shape[-1])
         out = self._program.run(rows, self._tensors, TorchOperations())
         return out.reshape(*hidden.shape[:-1], -1)
-
-    def write_logits(self, hidden: "torch.Tensor", out: "torch.Tensor") -> "torch.Tensor":
-        """Write the logits of `hidden`, `(n, d_model)`, into `out`, `(n, vocab)`; gives `out`."""
-        import torch
-
-        with torch.no_grad():
-            return out.copy_(self(hidden))
