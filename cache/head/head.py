@@ -164,6 +164,53 @@ class TorchHead:
             hidden = hidden * (hidden.square().mean(-1, keepdim=True) + self.head.eps).rsqrt()
         return hidden * self.norm_weight + self.norm_bias
 
+    def write_logits(
+        self, hidden: "torch.Tensor", out: "torch.Tensor", products: str = "float32"
+    ) -> None:
+        """Write the logits of `hidden` `(n, d_model)` into `out` `(n, vocab)`, float32.
+
+        No gradients. `products` is the dtype of the factors of the head's product, see
+        `write_linear`.
+        """
+        import torch
+
+        with torch.no_grad():
+            self.write_linear(self.normalize(hidden), out, products)
+            if self.head.softcap is not None:
+                out.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+
+    def write_linear(
+        self, normed: "torch.Tensor", out: "torch.Tensor", products: str = "float32"
+    ) -> None:
+        """Write scale (normed unembedding' + bias) into `out` `(n, vocab)`, float32; no gradients.
+
+        With `bfloat16`, normed rows and unembedding are rounded to bfloat16, and so is their
+        product. A mean over the vocabulary, which a softmax would not see, is taken from the
+        unembedding before and added to the logits after: many models have logits far from 0, which
+        would lose most by rounding.
+        """
+        import torch
+
+        with torch.no_grad():
+            if products == "bfloat16":
+                product = normed.bfloat16() @ self.rounded_unembedding.T
+                torch.add(product, self.bias, out=out)
+                out.add_((normed @ self._mean_unembedding)[:, None])
+            else:
+                torch.addmm(self.bias, normed, self.unembedding.T, out=out)
+            if self.head.scale != 1.0:
+                out.mul_(self.head.scale)
+
+    @cached_property
+    def rounded_unembedding(self) -> "torch.Tensor":
+        """The unembedding less its mean over the vocabulary, `(vocab, d_model)` bfloat16."""
+        return (self.unembedding - self._mean_unembedding).bfloat16()
+
+    @cached_property
+    def _mean_unembedding(self) -> "torch.Tensor":
+        """Mean of the unembedding over the vocabulary, `(d_model,)`."""
+        return self.unembedding.mean(0)
+
     def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """Logits `(..., vocab)` in float32 of residuals `hidden`, `(..., d_model)`."""
         import torch

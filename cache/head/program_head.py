@@ -141,8 +141,8 @@ class ProgramHead(Head):
 class TorchProgramHead(TorchHead):
     """A `ProgramHead` on torch tensors; gradients flow to the hidden states."""
 
-    norm_weight, norm_bias, unembedding, bias, normalize = (  # pyright: ignore[reportAssignmentType]
-        _ExplicitOnly() for _ in range(5)
+    norm_weight, norm_bias, unembedding, bias, normalize, write_linear = (  # pyright: ignore
+        _ExplicitOnly() for _ in range(6)
     )
 
     def __init__(self, head: ProgramHead, device: "str | torch.device" = "cpu") -> None:
@@ -157,3 +157,12 @@ class TorchProgramHead(TorchHead):
         rows = hidden.float().reshape(1, -1, hidden.shape[-1])
         out = self._program.run(rows, self._tensors, TorchOperations())
         return out.reshape(*hidden.shape[:-1], -1)
+
+    def write_logits(
+        self, hidden: "torch.Tensor", out: "torch.Tensor", products: str = "float32"
+    ) -> None:
+        """Write the logits of `hidden` `(n, d_model)` into `out` `(n, vocab)`; always float32."""
+        import torch
+
+        with torch.no_grad():
+            out.copy_(self(hidden))
