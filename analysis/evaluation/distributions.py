@@ -45,8 +45,6 @@ class Reference:
     """The text's next token, -1 at the end of the text, `(n,)` int64."""
     defined: "torch.Tensor"
     """Whether the model's logits are a distribution, `(n,)` bool."""
-    log_normalizer: "torch.Tensor"
-    """Difference of the logits and `log_p`, `(n,)` float32."""
 
     @classmethod
     def of(
@@ -71,7 +69,7 @@ class Reference:
         total = p.sum(-1)
         p.div_(total[:, None])
         log_p.sub_(total.log()[:, None])
-        return cls(log_p, p, top, text, largest.isfinite(), largest + total.log())
+        return cls(log_p, p, top, text, largest.isfinite())
 
     @property
     def confidence(self) -> np.ndarray:
@@ -86,7 +84,6 @@ class Reference:
             self.top[rows],
             self.text[rows],
             self.defined[rows],
-            self.log_normalizer[rows],
         )
 
 

@@ -99,7 +99,8 @@ class WindowMeasurer:
         last_layer = self._read(
             self.cache, self.cache.n_blocks, window.positions[window.target_rows]
         )
-        logits = self.head.write_logits(last_layer, self._buffers.rows("log_p", n))
+        logits = self._buffers.rows("log_p", n)
+        self.head.write_logits(last_layer, logits)
         text = copy_to_device(window.next_token, self.device)
         reference = Reference.of(logits, text, log_p=logits, p=self._buffers.rows("p", n))
         self._probe_head.model_rows = None
