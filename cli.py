@@ -866,6 +866,15 @@ def basis(
 @across_documents_option
 @drop_first_option
 @click.option("--seed", default=0, show_default=True, help="Seed of the choice of sequences.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, auto.")
+@click.option(
+    "--products",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Precision of the head's products for probes; auto is bfloat16 for 32,768 tokens and more, "
+    "where the device multiplies it faster.",
+)
 @click.option(
     "--where",
     type=click.Choice(MASKS),

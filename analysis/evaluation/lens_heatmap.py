@@ -19,7 +19,7 @@ from ...cache.tokens.segments import segment_indices
 from ...probes.base.readout import Readout, ReadoutBatch, check_readout
 from ...probes.lens.logit_lens import LogitLens
 from ...probes.saved.save import check_belongs
-from .distributions import Reference, is_distribution, top_token
+from .distributions import Divergence, Reference, is_distribution, top_token
 from .token_text import byte_text, token_text
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class _TokenScorer:
             counts = reference.defined & (top_token(middle) != reference.top)
             scores[tile] = np.where(copy_to_host(counts).numpy(), reference.confidence, 0.0)
 
-        with torch.inference_mode():
+        with torch.no_grad():
             self._tiles.run(len(positions), score)
         return scores
 
@@ -198,7 +198,7 @@ def heatmap(
     sequence = as_whole_number(sequence, "sequence")
     first, count = _passage_positions(cache, sequence, start, width, offset)
 
-    with torch.inference_mode():
+    with torch.no_grad():
         reader = _PassageReader(cache, readout, first, count, offset, choose_device(device))
         cells = [reader.read(layer) for layer in layers]
 

@@ -4,8 +4,8 @@
 
 1. plan.py decides which probe is read at which layers and offsets, and adds the baselines;
 2. windows.py takes whole sequences of a split and cuts their positions into windows;
-3. for each window, the probes' logits are compared with the model's (window_tally.py, probe_head.py,
-   distributions.py, metrics.py), and the measures are added up per document and confidence bucket
+3. for each window, the probes' logits are compared with the model's (window_tally.py,
+   probe_head.py, distributions.py, metrics.py), and added up per document and confidence bucket
    (confidence_buckets.py);
 4. the sums become rows with bootstrap intervals, an `Evaluation` (result.py), which the files of
    analysis/report/ draw.
@@ -69,6 +69,12 @@ def evaluate(
       `max_positions` positions, but one sequence at least.
     - `offsets`, `layers`: default those of the probes, else offsets 0-3 and all layers.
     - `batch_rows`: most rows of a `(rows, vocab)` matrix; default by the size of the vocabulary.
+    - `products`: `float32`, `bfloat16` or `auto`, the precision of the head's products for probes.
+      `bfloat16` rounds the products of the difference to the model (`probe_head.py`), `auto` takes
+      it for 32,768 tokens and more, where the device multiplies it faster; the model's own
+      distribution is float32 always. A note in the result says so.
+    - `device`: torch's device for products and measures; `auto` is the first GPU, else the CPU. A
+      window that does not fit into its memory is halved.
     - `where`: bool mask `(positions,)` of the cache, such as `position_masks.name_mask` makes: only
       pairs whose target t+N is in the mask are counted. The sequences are the same without a mask.
     - `force`: evaluate probes of another model, too.
@@ -82,8 +88,8 @@ def evaluate(
     are no distribution (NaN, +inf) make the measures of their row None; one `ResiduaWarning` and
     the `notes` of the result name the rows.
 
-    Raises `UsageError` if the split is empty or holds no pair, `where` is no such mask, or a probe
-    holds NaN or an infinity; `NotFoundError` for a layer that the cache lacks, an offset that no
+    Raises `UsageError` if the split is empty or holds no pair, `where` is no such mask, `products`
+    is unknown, or a probe holds NaN or an infinity; `ModelError` for a device that cannot be used; `NotFoundError` for a layer that the cache lacks, an offset that no
     probe has, or a probe without any of the requested pairs; `MismatchError` for a probe of another
     model, unless `force`.
     """

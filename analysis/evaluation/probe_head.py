@@ -79,8 +79,6 @@ class ProbeHead(TorchHead):
         self.model_rows: ModelRows | None = None
         """Set for each window if products are in bfloat16."""
         self._name, self._targets = "", np.zeros(0, np.int64)
-        if products == "bfloat16":
-            self._unembedding = head.unembedding.bfloat16()
 
     def __getattr__(self, name: str) -> Any:
         # Tensors of the head; programs refuse theirs with a message.
@@ -105,17 +103,17 @@ class ProbeHead(TorchHead):
             return self._head(hidden)
         out = self._buffers.rows(name, len(hidden))
         if self.model_rows is None:
-            return self._head.write_logits(hidden, out)
+            self._head.write_logits(hidden, out)
+            return out
         return self._write_rounded(hidden, self.model_rows, out)
-
-    def write_logits(self, hidden: "torch.Tensor", out: "torch.Tensor") -> "torch.Tensor":
-        """Write logits in float32 products, see `TorchHead.write_logits`."""
-        return self._head.write_logits(hidden, out)
 
     def _write_rounded(
         self, hidden: "torch.Tensor", model: ModelRows, out: "torch.Tensor"
     ) -> "torch.Tensor":
-        """Write the model's logits and the product of the difference in bfloat16 into `out`."""
+        """Write the model's logits and the product of the difference in bfloat16 into `out`.
+
+        Up to a number for each row, which no softmax sees.
+        """
         import torch
 
         reference = model.reference
@@ -124,9 +122,9 @@ class ProbeHead(TorchHead):
         if self.head.scale != 1.0:
             difference *= self.head.scale
         product = self._buffers.rows("product", len(hidden), torch.bfloat16)
-        torch.mm(difference.bfloat16(), self._unembedding.T, out=product)
+        torch.mm(difference.bfloat16(), self._head.rounded_unembedding.T, out=product)
         torch.index_select(reference.log_p, 0, rows, out=out)
-        return out.add_(product).add_(reference.log_normalizer[rows][:, None])
+        return out.add_(product)
 
 
 def choose_products(products: str, head: TorchHead, device: "torch.device") -> str:

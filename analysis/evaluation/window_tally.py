@@ -48,7 +48,7 @@ def tally_windows(
     import torch
 
     tiles = TileRows(batch_rows or MAX_ROWS, device)
-    with torch.inference_mode():
+    with torch.no_grad():
         measurer = WindowMeasurer(sample.cache, plan, tally, device, products)
         for window in evaluation_windows(
             sample, plan.offsets, batch_rows=batch_rows, units=units, device=device
@@ -64,7 +64,7 @@ def tally_windows(
 
 
 class WindowMeasurer:
-    """Measures windows of positions on one device; call under `torch.inference_mode`."""
+    """Measures windows of positions on one device; call under `torch.no_grad`."""
 
     def __init__(
         self,
@@ -99,7 +99,8 @@ class WindowMeasurer:
         last_layer = self._read(
             self.cache, self.cache.n_blocks, window.positions[window.target_rows]
         )
-        logits = self.head.write_logits(last_layer, self._buffers.rows("log_p", n))
+        logits = self._buffers.rows("log_p", n)
+        self.head.write_logits(last_layer, logits)
         text = copy_to_device(window.next_token, self.device)
         reference = Reference.of(logits, text, log_p=logits, p=self._buffers.rows("p", n))
         self._probe_head.model_rows = None

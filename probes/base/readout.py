@@ -49,7 +49,11 @@ class Readout(Protocol):
         ...
 
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
-        """Logits (or log-probabilities), `(n, vocab)` float32."""
+        """Logits (or log-probabilities), `(n, vocab)` float32, on the device of the batch.
+
+        What `batch.head` gives may be returned, and may be changed; it is written to again for the
+        next batch, so a readout that keeps logits copies them.
+        """
         ...
 
 

@@ -222,7 +222,7 @@ class TunedLens(FittedMaps[LayerOffset], Params):
         Rows of any dtype are cast to the translator's.
         """
         pair = self._find_key(layer, offset)
-        is_torch = type(h).__module__.partition(".")[0] == "torch"
+        is_torch = hasattr(h, "requires_grad")
         rows = h if is_torch else as_array(h, "h", known_length=False)
         if np.shape(rows)[-1:] != (self.n_features_in_,):
             raise UsageError(
