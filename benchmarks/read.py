@@ -81,8 +81,8 @@ def memmap(path: Path, array: CacheArray, stored: bool) -> Read:
     return lambda key: torch.from_numpy(bits[key]).view(dtype).float()
 
 
-def ours(path: Path, stored: bool) -> Read:
-    array = CacheArray(path)
+def ours(cache: ActivationCache, stored: bool) -> Read:
+    array = ActivationCache(cache.path).residual_array(0)
 
     def read(key: Any) -> np.ndarray:
         if isinstance(key, slice):
@@ -139,7 +139,7 @@ def main() -> None:
             for kind, baseline in (("stored", "np.memmap"), ("float32", "np.memmap, `.float()`")):
                 is_stored = kind == "stored"
                 reads = {
-                    "ours": ours(array.path, is_stored),
+                    "ours": ours(cache, is_stored),
                     "theirs": memmap(raw, array, is_stored),
                 }
                 works = {side: partial(read_all, read, wanted) for side, read in reads.items()}

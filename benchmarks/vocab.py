@@ -4,9 +4,10 @@
 
 Plain: `nn.Linear` from zero on standardised rows, `cross_entropy` and AdamW with a cosine decay, as
 many epochs as ours, rows and labels held in RAM; the best of several learning rates, of which one
-run is timed, and reading the rows is not. Ours reads the cache, computes the labels from it, tries learning rates and validates, and all of
-that is timed. Every run is a process of its own; held-out CE is that of the test split, memory the
-growth of the peak of anonymous memory over what imports and the open cache take.
+run is timed, and reading the rows is not. Ours reads the cache, computes the labels from it, tries
+learning rates and validates, and all of that is timed. Every run is a process of its own; held-out
+CE is that of the test split, memory the growth of the peak of anonymous memory over what imports
+and the open cache take.
 """
 
 import argparse
