@@ -1,26 +1,33 @@
-"""Extraction against a bare forward pass over the same batches, in one process, taking turns.
+"""Extraction against bare forward passes over the same batches, in one process, taking turns.
 
     python benchmarks/extract.py                # a random GPT-2 of 14 M parameters
     python benchmarks/extract.py --d-model 512 --layers 8 --tokens 65536
 
-Prints the ratio of wall and CPU time (goal: 1.05), what the writer alone needs, and peak memory
-for one and for ten times the tokens. The bare forward runs the whole model, its head included;
-extraction stops after the last block.
+CPU seconds of one thread. The forward passes and the writing of an extraction are compared with the
+blocks alone (what must be computed: no final norm, no head) and with the whole model; the call of
+`residua.extract` as a whole, on the sample model, with a script that does the same: tokenizer,
+batches, `output_hidden_states`, half precision, one .npy file per layer, fsync. With `--memory`
+also peak memory at one and at ten times the tokens; with `--writer` the shard writer against a raw
+write.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from results import Figure, use_one_core, write_results
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import residua
 from residua.cache.checks.model_checks import check_model
 from residua.cache.format.layout import Layout
 from residua.cache.format.manifest import CaptureIdentity, Manifest, ModelIdentity, TokenIdentity
@@ -30,6 +37,7 @@ from residua.cache.forward.write_parts import write_missing_parts
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.cache_creation import create_cache
 from residua.cache.tokens.token_stream import TokenStream
+from residua.sample import MODEL_DIR, TEXT_PATH
 
 
 def parse() -> argparse.Namespace:
@@ -42,7 +50,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--call-tokens", type=int, default=16384, help="of the whole call")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory")
+    parser.add_argument("--writer", action="store_true", help="also measure the shard writer")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -75,7 +86,29 @@ def prepare(args: argparse.Namespace, root: Path, model: torch.nn.Module, tokens
     return ActivationCache(path), canary.stack
 
 
-def bare(cache: ActivationCache, model: Any) -> None:
+class LastBlockDone(Exception):
+    """Ends a forward pass after the blocks."""
+
+
+def blocks_alone(cache: ActivationCache, model: Any) -> None:
+    """Embeddings and blocks over the batches of the extraction; no norm, no head."""
+
+    def stop(*_: Any) -> None:
+        raise LastBlockDone
+
+    handle = model.transformer.h[-1].register_forward_hook(stop)
+    try:
+        whole_model(cache, lambda **batch: _run_blocks(model, batch))
+    finally:
+        handle.remove()
+
+
+def _run_blocks(model: Any, batch: dict[str, Any]) -> None:
+    with suppress(LastBlockDone):
+        model(**batch)
+
+
+def whole_model(cache: ActivationCache, model: Any) -> None:
     """The whole model over the batches of the extraction; nothing is kept."""
     starts, lengths = cache.sequence_start, cache.sequence_length
     for part in range(cache.n_parts):
@@ -94,6 +127,73 @@ def timed(function: Any, *args: Any) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     function(*args)
     return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def fill_figures(args: argparse.Namespace, root: Path, model: Any) -> list[Figure]:
+    """Forward passes and writes of an extraction against forward passes alone."""
+    seconds: dict[str, list[float]] = {"blocks": [], "model": [], "extract": []}
+    for number in range(-1, args.rounds):  # the first round is not counted
+        cache, stack = prepare(args, root, model, args.tokens)
+        works = {
+            "blocks": (blocks_alone, cache, model),
+            "model": (whole_model, cache, model),
+            "extract": (write_missing_parts, cache, stack),
+        }
+        for name, (function, *operands) in works.items():
+            cpu = timed(function, *operands)[1]
+            if number >= 0:
+                seconds[name].append(cpu)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    what = f"forward passes and writes, GPT-2 of {size:.0f} M parameters, {args.tokens:,} tokens"
+    return [
+        Figure("extract_blocks", what, "the blocks alone", seconds["extract"], seconds["blocks"]),
+        Figure("extract_model", what, "the whole model", seconds["extract"], seconds["model"]),
+    ]
+
+
+def extract_by_hand(folder: Path, args: argparse.Namespace) -> None:
+    """A script's extraction: packed texts, all hidden states in half precision as .npy files."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(MODEL_DIR)
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL_DIR).eval()
+    ids: list[int] = []
+    for line in Path(TEXT_PATH).read_text().splitlines():
+        if len(ids) >= args.call_tokens:
+            break
+        ids += [tokenizer.eos_token_id or 0, *tokenizer(json.loads(line)["text"])["input_ids"]]
+    count = min(len(ids), args.call_tokens) // args.context
+    sequences = torch.tensor(ids[: count * args.context]).reshape(count, args.context)
+    layers: list[list[np.ndarray]] = []
+    with torch.inference_mode():
+        for batch in sequences.split(4096 // args.context):
+            hidden = model(
+                input_ids=batch, output_hidden_states=True, use_cache=False
+            ).hidden_states
+            layers.append([rows.flatten(0, 1).half().numpy() for rows in hidden])
+    for number, rows in enumerate(zip(*layers, strict=True)):
+        with open(folder / f"{number}.npy", "wb") as file:
+            np.save(file, np.concatenate(rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def call_figure(args: argparse.Namespace, root: Path) -> Figure:
+    """The whole call of `residua.extract` against `extract_by_hand`, on the sample model."""
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    tokens = 0
+    for number in range(-1, args.rounds):
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            start = time.process_time()
+            cache = residua.extract(
+                MODEL_DIR, TEXT_PATH, root=folder, context=args.context, max_tokens=args.call_tokens
+            )
+            ours, tokens = time.process_time() - start, cache.positions
+            theirs = timed(extract_by_hand, Path(folder), args)[1]
+        if number >= 0:
+            seconds["ours"].append(ours)
+            seconds["theirs"].append(theirs)
+    what = f"`residua.extract`, the whole call, sample model, {tokens:,} tokens"
+    baseline = "script: `output_hidden_states`, half, .npy, fsync"
+    return Figure("extract_call", what, baseline, seconds["ours"], seconds["theirs"])
 
 
 def writer_ratio(folder: Path, cache: ActivationCache) -> float:
@@ -148,26 +248,13 @@ def main() -> None:
             status = Path("/proc/self/status").read_text()
             print(int(status.split("VmHWM:")[1].split()[0]) / 1024)  # ru_maxrss is the parent's
             return
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{size:.1f} M parameters, {args.tokens:,} tokens, {torch.get_num_threads()} threads")
-        best: dict[str, list[float]] = {}
-        for _ in range(args.rounds):
-            cache, stack = prepare(args, root, model, args.tokens)
-            for name, function, operands in (
-                ("forward", bare, (cache, model)),
-                ("extract", write_missing_parts, (cache, stack)),
-            ):
-                wall, cpu = timed(function, *operands)
-                kept = best.setdefault(name, [wall, cpu])
-                best[name] = [min(kept[0], wall), min(kept[1], cpu)]
-        for name, (wall, cpu) in best.items():
-            print(
-                f"{name:8s} {wall:7.2f} s wall {cpu:7.2f} s CPU {args.tokens / wall:9,.0f} tokens/s"
-            )
-        ratios = [e / f for e, f in zip(best["extract"], best["forward"], strict=True)]
-        print(f"extraction / bare forward: {ratios[0]:.3f} wall, {ratios[1]:.3f} CPU")
-        (root / "c" / "0").mkdir(parents=True)
-        print(f"shard writer: {writer_ratio(root, cache):.2f} of a raw write + fsync")
+        use_one_core()
+        figures = [*fill_figures(args, root, model), call_figure(args, root)]
+        write_results(args.json, figures)
+        if args.writer:
+            cache, _ = prepare(args, root, model, args.tokens)
+            (root / "c" / "0").mkdir(parents=True)
+            print(f"shard writer: {writer_ratio(root, cache):.2f} of a raw write + fsync")
         if args.memory:
             small, large = peak(args, args.tokens), peak(args, 10 * args.tokens)
             growth = large / small - 1

@@ -1,36 +1,40 @@
-"""Local reads of a cache against np.memmap of the same bytes, in one process, interleaved.
+"""Local reads of a cache against np.memmap of the same bytes, in one process, taking turns.
 
     python benchmarks/read.py
     python benchmarks/read.py --dtype bfloat16 --rounds 9
 
-Three patterns: `sequential` (4096-row steps), `blocks` (128-row slabs in random order) and `rows`
-(256 random rows at a time). *stored* delivers the bytes as they are kept, *float32* decodes them,
-on both sides. `first` is the first epoch of a fresh reader, which checks every chunk's crc32c and
-maps every page, against the first epoch of a fresh np.memmap; `later` are epochs after it. The
-ratio is the best np.memmap round over the best of ours: 1.00 is as fast as np.memmap.
-The last line is `RowLoader` (4096-row batches of shuffled rows as float32 tensors) against true
-random 4096-row batches of np.memmap made float32 by torch, one thread each.
+Three patterns: `sequential` (4096-row steps), `slabs` (128-row slabs in random order) and `rows`
+(256 random rows at a time). *stored* delivers a copy of the bytes as they are kept; *float32*
+decodes them, for the baseline by torch's `.float()`, the fastest conversion that a script has.
+Epochs after the first are measured: the first also checks every chunk's crc32c. The last figure is
+`RowLoader` (4096-row batches of shuffled rows as float32 tensors) against true random batches of
+np.memmap made float32 by torch. CPU seconds of one thread.
 """
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from results import Figure, take_turns, use_one_core, write_results
 
 from residua.cache.format.array import CacheArray
-from residua.cache.format.dtypes import decode_rows, encode_rows
+from residua.cache.format.dtypes import encode_rows
 from residua.cache.store.activation_cache import ActivationCache
+from residua.cache.store.row_loader import RowLoader
 from residua.tests.support.synthetic import make_cache, random_head
 
-TARGETS = {"sequential": 0.80, "blocks": 0.80, "rows": 0.65}
 STEP, SLAB, BATCH = 4096, 128, 256
-Read = Callable[[Any], np.ndarray]
-Source = Callable[[], Read]
-"""Opens the file or array anew and returns what reads a slice or row numbers."""
+PATTERNS = {
+    "sequential": f"{STEP} rows in order",
+    "slabs": f"slabs of {SLAB} rows",
+    "rows": f"{BATCH} random rows",
+}
+Read = Callable[[Any], Any]
 
 
 def arguments() -> argparse.Namespace:
@@ -41,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunk-rows", type=int, default=2048)
     parser.add_argument("--part-rows", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--folder", help="where to put the files; default: the temporary folder")
     return parser.parse_args()
 
@@ -62,34 +67,30 @@ def synthetic(root: Path, args: argparse.Namespace) -> ActivationCache:
     )
 
 
-def memmap(path: Path, array: CacheArray, stored: bool) -> Source:
-    """np.memmap of `path`; both sides give an array of their own."""
+def memmap(path: Path, array: CacheArray, stored: bool) -> Read:
+    """np.memmap of `path`; gives rows of its own, numpy's as stored or torch's float32."""
     layout = array.layout
+    # Copy on write, so that torch takes the memory without a warning.
+    rows = np.memmap(path, layout.stored_dtype, mode="c", shape=layout.shape)
+    if stored:
+        return lambda key: np.array(rows[key]) if isinstance(key, slice) else rows[key]
+    if layout.logical_dtype == "float32":
+        return lambda key: torch.from_numpy(np.array(rows[key]))
+    dtype = getattr(torch, layout.logical_dtype)
+    bits = rows.view(np.int16)
+    return lambda key: torch.from_numpy(bits[key]).view(dtype).float()
 
-    def fresh() -> Read:
-        rows = np.memmap(path, layout.stored_dtype, mode="r", shape=layout.shape)
-        if stored:
-            return lambda key: np.array(rows[key]) if isinstance(key, slice) else rows[key]
-        if layout.logical_dtype == "float32":
-            return lambda key: np.array(rows[key])
-        return lambda key: decode_rows(rows[key], layout.logical_dtype)
 
-    return fresh
+def ours(cache: ActivationCache, stored: bool) -> Read:
+    array = ActivationCache(cache.path).residual_array(0)
 
+    def read(key: Any) -> np.ndarray:
+        if isinstance(key, slice):
+            reader = array.read_stored if stored else array.read
+            return reader(key.start, key.stop)
+        return array.take_stored(key) if stored else array.take(key)
 
-def ours(path: Path, stored: bool) -> Source:
-    def fresh() -> Read:
-        array = CacheArray(path)
-
-        def read(key: Any) -> np.ndarray:
-            if isinstance(key, slice):
-                reader = array.read_stored if stored else array.read
-                return reader(key.start, key.stop)
-            return array.take_stored(key) if stored else array.take(key)
-
-        return read
-
-    return fresh
+    return read
 
 
 def keys(pattern: str, positions: int, seed: int) -> Iterator[Any]:
@@ -101,83 +102,62 @@ def keys(pattern: str, positions: int, seed: int) -> Iterator[Any]:
         return
     size = STEP if pattern == "sequential" else SLAB
     starts = np.arange(0, positions, size)
-    if pattern == "blocks":
+    if pattern == "slabs":
         rng.shuffle(starts)
     yield from (slice(int(i), min(int(i) + size, positions)) for i in starts)
 
 
-def epoch(read: Read, wanted: list[Any]) -> float:
-    start = time.perf_counter()
+def read_all(read: Read, wanted: list[Any]) -> None:
     for key in wanted:
         read(key)
-    return time.perf_counter() - start
 
 
-def measure(sources: tuple[Source, Source], pattern: str, args: argparse.Namespace) -> np.ndarray:
-    """Best seconds, `(first or later, np.memmap or ours)`."""
-    best = np.full((2, 2), np.inf)
-    for number in range(args.rounds):
-        wanted = list(keys(pattern, args.positions, number))
-        reads = [source() for source in sources]
-        for age in (0, 1, 1):
-            for side, read in enumerate(reads):
-                best[age, side] = min(best[age, side], epoch(read, wanted))
-    return best
-
-
-def loaders(cache: ActivationCache, path: Path) -> tuple[Callable[[], None], Callable[[], None]]:
-    """One epoch of shuffled float32 batches: np.memmap, and ours."""
-    import torch
-
-    from residua.cache.store.row_loader import RowLoader
-
-    torch.set_num_threads(1)
-    layout = cache.residual_array(0).layout
-    rows = np.memmap(path, layout.stored_dtype, mode="r", shape=layout.shape)
-    bfloat16 = layout.logical_dtype == "bfloat16"
+def loader_works(cache: ActivationCache, path: Path) -> dict[str, Callable[[], None]]:
+    """One epoch of shuffled float32 batches: ours, and np.memmap."""
+    read = memmap(path, cache.residual_array(0), stored=False)
     order = np.random.default_rng(0).permutation(cache.positions)
+    batches = [order[start : start + STEP] for start in range(0, len(order), STEP)]
     loader = RowLoader(cache, 0, split="all", batch_rows=STEP)
 
-    def baseline() -> None:
-        for start in range(0, len(order), STEP):
-            found = rows[order[start : start + STEP]]
-            signed = found.view(np.int16) if bfloat16 else found
-            tensor = torch.from_numpy(signed)
-            (tensor.view(torch.bfloat16) if bfloat16 else tensor).float()
-
-    def ours() -> None:
+    def load() -> None:
         for _ in loader:
             pass
 
-    return baseline, ours
-
-
-def timed(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    return {"ours": load, "theirs": lambda: read_all(read, batches)}
 
 
 def main() -> None:
     args = arguments()
+    use_one_core()
+    figures = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         cache = synthetic(Path(folder), args)
-        array = cache.residual_array(0)
-        size = args.positions * array.layout.row_bytes
-        print(f"{args.positions} x {args.d_model} {args.dtype}, {size / 1e6:.0f} MB, warm")
-        print(f"{'':22s}{'first':>8s}{'later':>8s}{'target':>8s}   later, GB/s: memmap, ours")
-        for pattern, target in TARGETS.items():
-            for stored in (True, False):
-                sources = memmap(Path(folder) / "raw.bin", array, stored), ours(array.path, stored)
-                best = measure(sources, pattern, args)
-                first, later = best[:, 0] / best[:, 1]
-                rates = size / best[1] / 1e9
-                name = f"{pattern}, {'stored' if stored else 'float32'}"
-                print(f"{name:22s}{first:8.2f}{later:8.2f}{target:8.2f}   {rates.round(2)}")
-        works = loaders(cache, Path(folder) / "raw.bin")
-        seconds = np.array([[timed(work) for work in works] for _ in range(args.rounds)]).min(0)
-        ratio, rates = seconds[0] / seconds[1], size / seconds / 1e9
-        print(f"{'loader, float32':22s}{'':8s}{ratio:8.2f}{'':8s}   {rates.round(2)}")
+        array, raw = cache.residual_array(0), Path(folder) / "raw.bin"
+        size = f"{args.positions:,} x {args.d_model} {args.dtype}"
+        for pattern, steps in PATTERNS.items():
+            wanted = list(keys(pattern, args.positions, 0))
+            for kind, baseline in (("stored", "np.memmap"), ("float32", "np.memmap, `.float()`")):
+                is_stored = kind == "stored"
+                reads = {
+                    "ours": ours(cache, is_stored),
+                    "theirs": memmap(raw, array, is_stored),
+                }
+                works = {side: partial(read_all, read, wanted) for side, read in reads.items()}
+                # The first epoch, which checks checksums and maps pages, is not counted.
+                seconds = take_turns(works, args.rounds)
+                key, what = f"read_{pattern}_{kind}", f"reads of {size}, {steps}, as {kind}"
+                figures.append(Figure(key, what, baseline, seconds["ours"], seconds["theirs"]))
+        seconds = take_turns(loader_works(cache, raw), args.rounds)
+        figures.append(
+            Figure(
+                "read_loader",
+                f"`RowLoader` of {size}, float32 batches of {STEP}",
+                "np.memmap, random rows, `.float()`",
+                seconds["ours"],
+                seconds["theirs"],
+            )
+        )
+    write_results(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ Three things, each beside its baseline in the same run:
 - the pass that collects moments, against the same products of numpy on float32 blocks in memory,
   and against the rate of `x.T @ x` alone; by CPU time, in one thread;
 - the whole fit (every layer and offset: the cross-validated error of 19 penalties, and the map
-  with the best one), against `RidgeCV` in memory with the same folds and penalties, and against
-  one `Ridge` per layer and offset with the penalty known; residua runs one task per core, so on
-  an idle machine give scikit-learn `--blas CORES`;
+  with the best one), in CPU seconds of one thread, against four baselines on float64 rows in
+  memory: numpy, with moments per fold and one eigendecomposition per fold, which is what residua
+  does out of core; `RidgeCV`'s default, generalised cross-validation, which gives every row its
+  own fold; `RidgeCV` with the same folds, which solves anew for each fold and penalty; and one
+  `Ridge` with the penalty known;
 - peak memory of a process that fits the cache and one of four times the rows: what is private,
   and with the pages of mapped files, which the kernel takes back when others need memory.
 """
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import Figure, take_turns, use_one_core, write_results
 from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import PredefinedSplit
 from threadpoolctl import threadpool_limits
@@ -66,9 +69,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--offsets", type=int, default=2, help="offsets 0 to this, exclusive")
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--products", default="float32", choices=("float64", "float32"))
+    parser.add_argument("--products", default="float64", choices=("float64", "float32"))
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the pass, the best counts")
-    parser.add_argument("--blas", type=int, default=1, help="BLAS threads of scikit-learn")
+    parser.add_argument("--fits", type=int, default=3, help="rounds of the whole fits")
+    parser.add_argument("--json", type=Path, help="file to write the figures of the fits to")
+    parser.add_argument("--only-fits", action="store_true", help="leave out pass and memory")
     parser.add_argument("--only-memory", action="store_true", help="leave out all timings")
     parser.add_argument("--no-grid", action="store_true", help="leave out the slow baseline")
     return parser.parse_args()
@@ -153,47 +158,110 @@ def efficiency(cache: ActivationCache, args: argparse.Namespace) -> None:
     )
 
 
-def cross_validated(rows: dict[tuple[int, int], Rows], probe: RidgeProbe) -> dict[Any, Any]:
-    """scikit-learn's search over the penalties that the probe tried, on its folds."""
-    return {
-        pair: RidgeCV(probe.alphas_[pair], cv=PredefinedSplit(fold)).fit(x, y)
-        for pair, (x, y, fold) in rows.items()
-    }
+def numpy_path(x: np.ndarray, y: np.ndarray, fold: np.ndarray, alphas: np.ndarray) -> Any:
+    """The best penalty by held-out squared error and its coefficients `(d, targets)`, by numpy.
+
+    Moments are summed per fold; the rows of all other folds are the total less the fold's.
+    """
+    moments = []
+    for number in range(fold.max() + 1):
+        a, b = x[fold == number], y[fold == number]
+        sums = np.r_[len(a), a.sum(0)], b.sum(0)
+        moments.append([*sums, a.T @ a, a.T @ b, np.array((b * b).sum())])
+    total = [sum(parts) for parts in zip(*moments, strict=True)]
+
+    def decompose(rest: list[Any]) -> tuple[np.ndarray, ...]:
+        count, mean_x, mean_y = rest[0][0], rest[0][1:] / rest[0][0], rest[1] / rest[0][0]
+        values, vectors = np.linalg.eigh(rest[2] - count * np.outer(mean_x, mean_x))
+        return (
+            mean_x,
+            mean_y,
+            values,
+            vectors,
+            vectors.T @ (rest[3] - count * np.outer(mean_x, mean_y)),
+        )
+
+    errors = np.zeros(len(alphas))
+    for held in moments:
+        rest = [t - h for t, h in zip(total, held, strict=True)]
+        mean_x, mean_y, values, vectors, cross = decompose(rest)
+        count, sum_x, sum_y = held[0][0], held[0][1:], held[1]
+        # Held-out moments about the means of the other folds.
+        xx = held[2] - np.outer(sum_x, mean_x) - np.outer(mean_x, sum_x - count * mean_x)
+        xy = held[3] - np.outer(sum_x, mean_y) - np.outer(mean_x, sum_y - count * mean_y)
+        yy = held[4] - 2 * sum_y @ mean_y + count * mean_y @ mean_y
+        quadratic = (vectors.T @ xx @ vectors) * (cross @ cross.T)
+        linear = (cross * (vectors.T @ xy)).sum(1)
+        for index, alpha in enumerate(alphas):
+            shrink = 1 / (values + alpha)
+            errors[index] += yy - 2 * shrink @ linear + shrink @ quadratic @ shrink
+    alpha = alphas[errors.argmin()]
+    _, _, values, vectors, cross = decompose(total)
+    return alpha, vectors @ (cross / (values + alpha)[:, None])
 
 
-def single(rows: dict[tuple[int, int], Rows], probe: RidgeProbe) -> dict[Any, Any]:
-    """One scikit-learn fit per pair with the penalty that the probe chose."""
-    return {p: Ridge(alpha=probe.alpha_[p]).fit(x, y) for p, (x, y, _) in rows.items()}
+def difference(probe: RidgeProbe, coefficients: dict[Any, np.ndarray]) -> float:
+    """Largest difference of coefficients `(d, targets)`, relative to the largest one."""
+    return max(
+        float(np.abs(probe.maps_[pair].weight - other).max() / np.abs(other).max())
+        for pair, other in coefficients.items()
+    )
 
 
-def difference(probe: RidgeProbe, models: dict[Any, Any]) -> float:
-    """Largest difference of coefficients, relative to the largest coefficient."""
-    worst = 0.0
-    for pair, model in models.items():
-        gap = np.abs(probe.maps_[pair].weight.T - model.coef_).max()
-        worst = max(worst, float(gap / np.abs(model.coef_).max()))
-    return worst
-
-
-def against_sklearn(cache: ActivationCache, args: argparse.Namespace) -> None:
-    """Time of the whole fit, and of scikit-learn's on the same rows in memory."""
-    probe = RidgeProbe(range(args.offsets), folds=args.folds, products=args.products)
-    RidgeProbe(0, [0], alpha=1.0, folds=1).fit(cache, keep=False)  # imports and page cache
-    _, wall, cpu = measure(lambda: probe.fit(cache, keep=False))
+def fits(cache: ActivationCache, args: argparse.Namespace) -> list[Figure]:
+    """The whole fit against each baseline on the same rows in memory."""
     pairs = [(la, n) for la in cache.layers for n in range(args.offsets)]
     rows = {pair: in_memory(cache, *pair, args.folds) for pair in pairs}
-    print(f"residua, out of core   {wall:8.2f} s wall {cpu:8.2f} s CPU")
-    runs = {"sklearn, penalty known": single}
-    if not args.no_grid:
-        runs["sklearn, RidgeCV"] = cross_validated
-    for name, run in runs.items():
-        with threadpool_limits(args.blas, user_api="blas"):
-            models, other_wall, other_cpu = measure(lambda run=run: run(rows, probe))
-        print(
-            f"{name:22s} {other_wall:8.2f} s wall {other_cpu:8.2f} s CPU   "
-            f"ratio {other_wall / wall:6.1f} wall {other_cpu / cpu:6.1f} CPU   "
-            f"coefficients differ by {difference(probe, models):.1e}"
-        )
+    probe = RidgeProbe(range(args.offsets), folds=args.folds, products=args.products)
+    probe.fit(cache, keep=False)
+    found: dict[str, dict[Any, Any]] = {}
+
+    def numpy_fits() -> None:
+        found["numpy"] = {
+            pair: numpy_path(x, y, fold, np.asarray(probe.alphas_[pair]))[1]
+            for pair, (x, y, fold) in rows.items()
+        }
+
+    def gcv() -> None:
+        for pair, (x, y, _) in rows.items():
+            RidgeCV(probe.alphas_[pair]).fit(x, y)
+
+    def grid() -> None:
+        found["grid"] = {
+            pair: RidgeCV(probe.alphas_[pair], cv=PredefinedSplit(fold)).fit(x, y).coef_.T
+            for pair, (x, y, fold) in rows.items()
+        }
+
+    def known() -> None:
+        found["known"] = {
+            pair: Ridge(alpha=probe.alpha_[pair]).fit(x, y).coef_.T
+            for pair, (x, y, _) in rows.items()
+        }
+
+    baselines = {
+        "numpy": (numpy_fits, "numpy, moments and `eigh` per fold"),
+        "gcv": (gcv, "`RidgeCV`, its default (other folds)"),
+        "grid": (grid, "`RidgeCV`, the same folds"),
+        "known": (known, "`Ridge`, penalty known"),
+    }
+    if args.no_grid:
+        del baselines["grid"]
+    size = f"{len(next(iter(rows.values()))[0]):,} rows x {args.d_model}"
+    what = f"ridge, {len(pairs)} x {size}, {args.folds} folds, 19 penalties, rows from the cache"
+    figures = []
+    with threadpool_limits(1, user_api="blas"):
+        for name, (work, words) in baselines.items():
+            works = {"ours": lambda: probe.fit(cache, keep=False), "theirs": work}
+            seconds = take_turns(works, args.fits, warm=name != "grid")
+            note = (
+                f"coefficients differ by {difference(probe, found[name]):.0e}"
+                if name in found
+                else ""
+            )
+            figures.append(
+                Figure(f"ridge_{name}", what, words, seconds["ours"], seconds["theirs"], note)
+            )
+    return figures
 
 
 def memory(args: argparse.Namespace) -> None:
@@ -228,9 +296,12 @@ def main() -> None:
     if not args.only_memory:
         with tempfile.TemporaryDirectory() as folder:
             cache = synthetic(Path(folder), args)
-            efficiency(cache, args)
-            against_sklearn(cache, args)
-    memory(args)
+            if not args.only_fits:
+                efficiency(cache, args)
+            use_one_core()
+            write_results(args.json, fits(cache, args))
+    if not args.only_fits:
+        memory(args)
 
 
 if __name__ == "__main__":

@@ -120,9 +120,11 @@ def measure_independence(
         # A difference of two runs on the same tokens is no sign of later tokens.
         change = _largest_change(longest_layers, stack.residuals(longest), dtype)
         refuse_difference(stack.model, longest, change)
-    causal = causal and _is_causal(stack, short_ids, torch.roll(short_ids, 1, 0), dtype)
+    short_layers = stack.residuals(short_ids)
+    other_ids = torch.roll(short_ids, 1, 0)
+    causal = causal and _is_causal(stack, short_ids, short_layers, other_ids, dtype)
     embedding = _is_embedding(stack, longest, random_ids, dtype)
-    embedding = embedding and _is_embedding(stack, short_ids, torch.roll(short_ids, 1, 0), dtype)
+    embedding = embedding and _is_embedding(stack, short_ids, other_ids, dtype)
 
     # The short rows: of equal length, and the first row cut to half the length.
     batch_error = _batch_error(stack, short_ids, dtype, dict.fromkeys(range(len(short_ids))))
@@ -424,11 +426,14 @@ def _is_same_before(start: int, layers: Layers, changed_layers: Layers, dtype: t
 
 
 def _is_causal(
-    stack: DecoderBlocks, ids: torch.Tensor, other_ids: torch.Tensor, dtype: torch.dtype
+    stack: DecoderBlocks,
+    ids: torch.Tensor,
+    layers: Layers,
+    other_ids: torch.Tensor,
+    dtype: torch.dtype,
 ) -> bool:
-    """Whether layers stay the same before a position where tokens of `other_ids` begin."""
+    """Whether `layers` of `ids` stay before a position where tokens of `other_ids` begin."""
     length = ids.shape[1]
-    layers = stack.residuals(ids)
     return all(
         _is_same_before(
             start,

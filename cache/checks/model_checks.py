@@ -43,7 +43,7 @@ LENGTH = 48
 """Tokens of each of these sequences."""
 HELD_OUT_ROWS, HELD_OUT_LENGTH = 3, LENGTH - 11
 """Shape of the held-out batch: another number of sequences, another length."""
-RANGE_TOKENS = 512
+RANGE_TOKENS = 10 * LENGTH
 """Tokens of a sequence whose values are measured to choose stored dtypes."""
 FIRST_TOKENS = 8
 """Tokens that a model reads before all others, and again at the end."""

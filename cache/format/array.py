@@ -36,6 +36,9 @@ class CacheArray:
     `CorruptError` if `zarr.json` is missing or not of this format.
     """
 
+    is_finite = False
+    """Whether the journal says that no number is infinite or NaN; False where nobody asked."""
+
     def __init__(self, path: Path, journal: Journal | None = None) -> None:
         self.path = as_path(path)
         self._journal = journal
@@ -124,7 +127,8 @@ class CacheArray:
             shard, first = divmod(start, layout.shard_rows)
             end = min(first + stop - start, layout.shard_rows)
             for piece in self.shard(shard).pieces(first, end):
-                decode_rows_into(piece, layout.logical_dtype, out[done : done + len(piece)])
+                rows = out[done : done + len(piece)]
+                decode_rows_into(piece, layout.logical_dtype, rows, self.is_finite)
                 done += len(piece)
             start += end - first
 
@@ -132,7 +136,7 @@ class CacheArray:
         """Read the rows `rows` (numbers in any order, or a mask); floats come as float32."""
         stored = self.take_stored(rows)
         out = np.empty(stored.shape, self.dtype)
-        decode_rows_into(stored, self.layout.logical_dtype, out)
+        decode_rows_into(stored, self.layout.logical_dtype, out, self.is_finite)
         return out
 
     def take_stored(self, rows: np.ndarray) -> np.ndarray:

@@ -49,17 +49,22 @@ def encode_rows(values: np.ndarray, logical_dtype: str) -> np.ndarray:
     return values.astype(np.dtype(logical_dtype), copy=False)
 
 
-def decode_rows_into(stored: np.ndarray, logical_dtype: str, out: np.ndarray) -> None:
+def decode_rows_into(
+    stored: np.ndarray, logical_dtype: str, out: np.ndarray, is_finite: bool = False
+) -> None:
     """Decode `stored` rows into `out` of the same shape, exactly; both C-contiguous.
 
     By torch, whose cast is the processor's own, where the program has loaded torch; by numpy else.
+    Torch sets the quiet bit of float16's NaNs, so rows with one are numpy's. `is_finite` says that
+    there is none, and spares the look.
     """
     if logical_dtype not in ("bfloat16", "float16") or out.dtype != np.float32:
         out[...] = stored
         return
     torch = sys.modules.get("torch")
     is_loaded = hasattr(torch, "from_numpy")  # else another thread may be importing it now
-    if is_loaded and not (logical_dtype == "float16" and _has_nonfinite_float16(stored)):
+    is_exact = is_finite or logical_dtype == "bfloat16" or not _has_nonfinite_float16(stored)
+    if is_loaded and is_exact:
         _decode_by_torch(torch, stored, logical_dtype, out)
         return
     flat, target = stored.reshape(-1), out.reshape(-1)
@@ -77,7 +82,7 @@ def _has_nonfinite_float16(stored: np.ndarray) -> bool:
 
 
 def _decode_by_torch(torch: Any, stored: np.ndarray, logical_dtype: str, out: np.ndarray) -> None:
-    """Cast by torch, which would set the quiet bit of float16's NaNs; `stored` may be read-only."""
+    """Cast by torch; `stored` may be read-only."""
     bits = stored.view(np.int16) if stored.flags.writeable else np.asarray(_WritableView(stored))
     bits = torch.from_numpy(bits)
     torch.from_numpy(out).copy_(bits.view(getattr(torch, logical_dtype)))

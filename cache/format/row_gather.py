@@ -28,17 +28,23 @@ class MappedRows:
         self._layout = layout
         self._chunks_per_shard = layout.shard_rows // layout.chunk_rows
 
-        # Address of every chunk of the array; 0 if its shard is not open, or the chunk unchecked.
-        self._chunk_addresses = np.zeros(layout.shards * self._chunks_per_shard, np.int64)
-        for shard, reader in readers.items():
-            first = shard * self._chunks_per_shard
-            chunks = slice(first, first + self._chunks_per_shard)
-            self._chunk_addresses[chunks] = reader.checked_addresses()
-
         # Bytes between two overlapping rows: these divide the distance of any two stored rows.
         itemsize = np.dtype(layout.stored_dtype).itemsize
         self._step = math.gcd(itemsize, *(reader.step for reader in readers.values()))
+        self._rows_per_row = layout.row_bytes // self._step
         self._base_address, self._rows = self._overlapping_rows()
+
+        # Overlapping row at which each chunk of the array begins; negative if its shard is not
+        # open, or the chunk unchecked.
+        self._chunk_starts = np.full(layout.shards * self._chunks_per_shard, -1, np.int64)
+        for shard, reader in readers.items():
+            first = shard * self._chunks_per_shard
+            self._chunk_starts[first : first + self._chunks_per_shard] = self._starts_of(reader)
+
+    def _starts_of(self, reader: ShardReader) -> np.ndarray:
+        """Overlapping row at which each chunk of an open shard begins; -1 for unchecked chunks."""
+        addresses = reader.checked_addresses()
+        return np.where(addresses == 0, -1, (addresses - self._base_address) // self._step)
 
     def _overlapping_rows(self) -> tuple[int, np.ndarray]:
         """Address of the lowest map, and rows that begin at every `step` bytes from there."""
@@ -60,19 +66,18 @@ class MappedRows:
 
         Chunks are numbered through the whole array. None if a chunk is unchecked or not open.
         """
-        addresses = self._chunk_addresses[chunks]
-        if not addresses.all():
+        starts = self._chunk_starts[chunks]
+        if starts.min() < 0:
             return None
-        distances = addresses + offsets * self._layout.row_bytes - self._base_address
-        rows = self._rows[distances // self._step].view(self._layout.stored_dtype)
-        return rows.reshape(len(distances), *self._layout.shape[1:])
+        rows = self._rows[starts + offsets * self._rows_per_row].view(self._layout.stored_dtype)
+        return rows.reshape(len(chunks), *self._layout.shape[1:])
 
     def check(self, chunks: np.ndarray) -> None:
         """Check the crc32c of unchecked chunks among `chunks`, whose shards must be open.
 
         Raises `CorruptError` if a chunk is damaged.
         """
-        for chunk in chunks[self._chunk_addresses[chunks] == 0].tolist():
+        for chunk in chunks[self._chunk_starts[chunks] < 0].tolist():
             shard, number = divmod(chunk, self._chunks_per_shard)
             self._readers[shard].chunk(number)
-            self._chunk_addresses[chunk] = self._readers[shard].checked_addresses()[number]
+            self._chunk_starts[chunk] = self._starts_of(self._readers[shard])[number]

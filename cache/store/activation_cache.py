@@ -157,7 +157,10 @@ class ActivationCache:
         if array is None:
             # A complete layer needs no journal: every row is committed.
             name = f"residual/{self._check_layer(layer)}"
-            array = self._residual_arrays[layer] = CheckedArray(self.array_metadata, name)
+            records = (record.arrays.get(name) for record in self.committed.values())
+            is_finite = all(record is not None and not record.nonfinite for record in records)
+            array = CheckedArray(self.array_metadata, name, is_finite=is_finite)
+            self._residual_arrays[layer] = array
         return array
 
     def residual(self, layer: int, dtype: Any = np.float32) -> "dask.array.Array":

@@ -116,7 +116,14 @@ class CheckedArray(CacheArray):
     `IncompleteError`. Pickles as the path of the cache and the name of the array.
     """
 
-    def __init__(self, metadata: ArrayMetadata, name: str, journal: Journal | None = None) -> None:
+    def __init__(
+        self,
+        metadata: ArrayMetadata,
+        name: str,
+        journal: Journal | None = None,
+        is_finite: bool = False,
+    ) -> None:
+        self.is_finite = is_finite
         self._cache = metadata.path
         self._name = name
         self._metadata: ArrayMetadata | None = metadata
@@ -157,7 +164,7 @@ class CheckedArray(CacheArray):
                 return  # the reader says it
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self._cache, self._name, self._journal is not None)
+        return _reopen, (self._cache, self._name, self._journal is not None, self.is_finite)
 
 
 def read_metadata(cache: Path, name: str) -> bytes:
@@ -276,14 +283,14 @@ def _metadata_of(path: Path) -> ArrayMetadata:
     return ArrayMetadata(path)
 
 
-def _reopen(path: Path, name: str, by_parts: bool) -> CheckedArray:
+def _reopen(path: Path, name: str, by_parts: bool, is_finite: bool = False) -> CheckedArray:
     """Rebuild a pickled array; what the process knows of the cache is read again if it differs."""
     path = as_path(path)
     journal = Journal(path / "journal") if by_parts else None
     if is_remote(path):
-        return CheckedArray(ArrayMetadata(path), name, journal)
+        return CheckedArray(ArrayMetadata(path), name, journal, is_finite)
     try:
-        return CheckedArray(_metadata_of(path), name, journal)
+        return CheckedArray(_metadata_of(path), name, journal, is_finite)
     except (CorruptError, NotFoundError):
         _metadata_of.cache_clear()
-        return CheckedArray(_metadata_of(path), name, journal)
+        return CheckedArray(_metadata_of(path), name, journal, is_finite)

@@ -1,0 +1,75 @@
+"""The numbers in README.md and docs/benchmarks.md are those that the benchmarks wrote."""
+
+import importlib.util
+import json
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import residua
+
+FOLDER = Path(residua.__file__ or "").parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    """The module `benchmarks/results.py`, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("results", FOLDER / "results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["results"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_those_of_the_files(results: ModuleType) -> None:
+    found = results.read_results()
+    assert results.table_of(results.PAGE.read_text()) == results.page_table(found)
+    assert results.table_of(results.README.read_text()) == results.readme_table(found)
+
+
+def test_every_file_names_machine_command_and_rounds(results: ModuleType) -> None:
+    for name, result in results.read_results().items():
+        assert (FOLDER / f"{name}.py").is_file()
+        assert result["command"].startswith(f"python benchmarks/{name}.py")
+        assert result["machine"]["processor"]
+        assert {"python", "torch", "numpy"} <= set(result["machine"]["versions"])
+        for figure in result["figures"]:
+            assert len(figure["ours"]) == len(figure["theirs"]) > 1
+            assert min(figure["ours"] + figure["theirs"]) > 0
+
+
+def test_a_table_shows_median_and_spread_of_the_rounds(results: ModuleType) -> None:
+    figure = results.Figure("k", "work", "numpy", [2.0, 3.0, 4.0], [1.0, 3.0, 1.0], "error 0")
+    value = {
+        "command": "python benchmarks/k.py",
+        "machine": {"processor": "p", "versions": {"numpy": "2"}},
+        "figures": [vars(figure)],
+    }
+    (row,) = (line for line in results.page_table({"k": value}).splitlines() if "work" in line)
+    assert (
+        row == "| work (error 0) | numpy | 3.00 [2.00-4.00] | 1.00 [1.00-3.00] | 2.00 [1.00-4.00] |"
+    )
+    assert statistics.median(figure.ratios) == 2
+
+
+def test_works_take_turns_and_results_are_written(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    works = {name: (lambda name=name: calls.append(name)) for name in ("ours", "theirs")}
+    seconds = results.take_turns(works, rounds=2)
+    assert calls == ["ours", "theirs"] * 3  # one round is not counted
+    assert [len(rounds) for rounds in seconds.values()] == [2, 2]
+
+    path = tmp_path / "x.json"
+    monkeypatch.setattr(sys, "argv", ["x.py", "--rounds", "2", "--json", str(path)])
+    results.write_results(path, [results.Figure("k", "work", "numpy", [1.0, 2.0], [1.0, 1.0])])
+    written = json.loads(path.read_text())
+    assert written["command"] == "python benchmarks/x.py --rounds 2"
+    assert written["figures"][0]["ours"] == [1.0, 2.0]
+    results.write_results(None, [])
