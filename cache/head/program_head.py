@@ -165,4 +165,4 @@ class TorchProgramHead(TorchHead):
         import torch
 
         with torch.no_grad():
-            out.copy_(self(hidden))
+            return out.copy_(self(hidden))

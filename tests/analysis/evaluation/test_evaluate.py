@@ -241,8 +241,9 @@ def test_offsets_longer_than_every_sequence_are_refused(tiny_cache):
 
 @pytest.mark.parametrize("empty", ["layers", "offsets"])
 def test_at_least_one_layer_and_one_offset_are_named(tiny_cache, empty):
+    options: dict[str, Any] = {empty: ()}
     with pytest.raises(UsageError, match="name at least one"):
-        evaluate(tiny_cache, **{empty: ()})
+        evaluate(tiny_cache, **options)
 
 
 @pytest.mark.parametrize("offset", [0, 2])
