@@ -1,7 +1,7 @@
 """Hours and bytes of every step for large models, from the figures of `wide.py`; writes a table.
 
-    python benchmarks/wide.py --json benchmarks/results/wide.json
-    python benchmarks/scale.py                # the table of docs/scale.md
+    python benchmarks/wide.py --json benchmarks/wide.json
+    python benchmarks/scale.py                # writes the tables of docs/scale.md
 
 Hours are FLOPs over rate: the FLOPs of a row times the rows that a step reads by default, at the
 measured share of the measured rate of products (CPU), or at half of the published rate (GPU, not
@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from results import replace_table
+
 from residua.probes.vocabulary.parametrizations import default_rank
 
-RESULTS = Path(__file__).parent / "results" / "wide.json"
+FIGURES = Path(__file__).parent / "wide.json"
+PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 CORES_SHARE = 0.9
 """Rate of n cores, as a part of n times the rate of one: an assumption."""
 GPU_SHARE = 0.5
@@ -109,7 +112,7 @@ def steps(model: Model, figures: dict[str, Any], rows: int) -> Iterator[Step]:
     yield Step("ridge: solution", 7.0 * EIGH_FLOPS * d**3, 0, "float64", 0.5)
     lens_rows = STEP_ROWS * STEPS + CURVATURE_ROWS * d
     teacher = head / model.layers
-    lens = "lens: loss, gradient, step"
+    lens = "lens: one step"
     yield Step(
         "tuned lens, 400 steps", (2 * head + 12 * d * d + teacher) * lens_rows, lens_rows,
         figures[lens]["dtype"], share(lens),
@@ -187,19 +190,44 @@ def table_rows(figures: dict[str, Any]) -> Iterator[list[str]]:
         yield ["causal basis, one layer", *cells, "not measured"]
 
 
-def table(figures: dict[str, Any]) -> str:
-    """The table in Markdown."""
+def scale_table(figures: dict[str, Any]) -> str:
+    """Hours and bytes in Markdown."""
     header = ["", *(machine.name for machine in machines(figures))]
-    lines = [header, ["---"] * len(header), *table_rows(figures)]
+    return _markdown([header, ["---"] * len(header), *table_rows(figures)])
+
+
+def cost_table(figures: dict[str, Any]) -> str:
+    """What was measured, per row, in Markdown."""
+    header = ["", "ms per row", "GFLOP/s", "share of the rate of products", "peak"]
+    lines = [header, ["---"] * len(header)]
+    for name, row in figures.items():
+        if "gflops" not in row:
+            lines.append(
+                [name, f"{row['seconds']:.0f} s in all", "", "", format_bytes(row["peak_bytes"])]
+            )
+        elif row["name"] == row["dtype"]:
+            lines.append([f"products, {name}", "", f"{row['gflops']:.0f}", "", ""])
+        else:
+            work = [f"{row['ms_per_row']:.3g}", f"{row['gflops']:.1f}"]
+            share = "" if "ns_per_token" in row else f"{row['share']:.2f} ({row['dtype']})"
+            lines.append([name, *work, share, format_bytes(row["peak_bytes"])])
+    return _markdown(lines)
+
+
+def _markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def page_tables(result: dict[str, Any]) -> str:
+    """Both tables of docs/scale.md."""
+    figures = {row["name"]: row for row in result["figures"]}
+    machine = f"`{result['command']}` on {result['machine']['processor']}, one thread."
+    return "\n\n".join([machine, cost_table(figures), scale_table(figures)])
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="written by wide.py --json")
-    args = parser.parse_args()
-    rows = json.loads(args.results.read_text())["figures"]
-    print(table({row["name"]: row for row in rows}))
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    replace_table(PAGE, page_tables(json.loads(FIGURES.read_text())))
 
 
 if __name__ == "__main__":

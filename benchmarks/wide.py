@@ -1,6 +1,6 @@
 """Fits and evaluation of a wide model, per row, against the products that they are made of.
 
-    python benchmarks/wide.py --json wide.json           # 10 to 20 minutes of one thread
+    python benchmarks/wide.py --json benchmarks/wide.json    # some 20 minutes of one thread
     python benchmarks/wide.py --quick
     python benchmarks/wide.py --device cuda --batch 4096 --rows 16384
 
@@ -9,7 +9,7 @@ Synthetic residual streams (d_model 4,096) and a bfloat16 head (vocabulary 128,2
 
     rates       products of large matrices: float64, float32, bfloat16
     moments     second moments of one (layer, offset), float64 and float32; a whole ridge fit
-    lens        one step of a translator: the model's distribution, loss, gradient, natural gradient
+    lens        one step of a translator: the model's distribution, loss, gradient, new map
     vocabulary  one step of a vocabulary probe of the default form
     evaluation  ridge and the logit lens at one layer and offset, with all measures
     basis       the set-up of a causal basis, and one loss with gradient in one direction
@@ -23,6 +23,7 @@ cache and its head.
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -34,10 +35,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import describe_machine
 
 from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.cache.devices import choose_device
 from residua.cache.head.head import TENSORS, Head
+from residua.cache.head.row_buffers import reused_rows
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.base.readout import ReadoutBatch
 from residua.probes.base.resources import default_memory, one_blas_thread
@@ -47,7 +50,14 @@ from residua.probes.lens.natural_gradient import InputWhitening, NaturalGradient
 from residua.probes.moments.moment_collection import collect_moments
 from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.probes.ridge.solver import AffineMap
-from residua.probes.training.softmax_loss import ModelDistribution, fast_products
+from residua.probes.training.softmax_loss import (
+    Gradients,
+    ModelDistribution,
+    Target,
+    fast_products,
+    head_losses,
+    row_tiles,
+)
 from residua.probes.vocabulary.descent import Trainer
 from residua.probes.vocabulary.parametrizations import (
     FullMatrix,
@@ -224,25 +234,55 @@ def measure_moments(bench: Bench) -> list[Any]:
 
 
 def measure_lens(bench: Bench) -> list[Any]:
-    """One step of a translator, with its parts."""
+    """One step of a translator in tiles of rows, as `LensFitRun` takes it, and its parts."""
     n, d, vocab = bench.args.batch, bench.d, bench.vocab
-    identity, zeros = torch.eye(d, device=bench.device), torch.zeros(d, device=bench.device)
-    fit = NaturalGradientMap(InputWhitening(zeros, identity, identity.clone()), damping=0.1)
+    products = fast_products(bench.device)
+    identity, zeros = torch.eye(d), torch.zeros(d)
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(bench.device, copy=True)
+
+    fit = NaturalGradientMap(InputWhitening(zeros, identity, identity.clone()), 0.1, copy)
     fit.set_map(bench.affine())
     fit.curvature.fill_(1.0)
     x, last = bench.rows(0, n), bench.rows(bench.cache.n_blocks, n)
+    tiles = list(row_tiles(n, vocab))
+
+    def distribution(tile: slice) -> Target:
+        size = tile.stop - tile.start
+        memory = reused_rows("model", size, vocab, last)
+        return ModelDistribution(head, size).distribution(last[tile], memory)
+
+    def run_teacher() -> torch.Tensor | None:
+        return [distribution(tile).negentropy for tile in tiles][-1]
+
+    def measure_loss() -> torch.Tensor:
+        u = fit.translate_by_mean(fit.inputs(x))
+        return [
+            head_losses(u[tile], head, distribution(tile), tile_rows=tile.stop - tile.start)
+            for tile in tiles
+        ][-1]
+
+    def take_step() -> torch.Tensor:
+        z, gradient = fit.inputs(x), torch.zeros_like(x)
+        for tile in tiles:
+            options = Gradients(x=gradient[tile], scale=1 / n, products=products)
+            u, target = fit.translate(z[tile]), distribution(tile)
+            head_losses(u, head, target, options, tile.stop - tile.start)
+        fit.apply_gradient(z, gradient, rate=1e-3)
+        return fit.bias
+
+    head = bench.cache.head.torch(bench.device)
     with Peak() as peak:
-        head = bench.cache.head.torch(bench.device)
-        model = ModelDistribution(head)
-        target = model.distribution(last)
-        teacher = bench.seconds(lambda: model.distribution(last).negentropy)
-        step = bench.seconds(lambda: fit.step(x, head, target, 1e-3))
-        check = bench.seconds(lambda: fit.losses(x, head, target))
+        teacher = bench.seconds(run_teacher)
+        step = bench.seconds(take_step)
+        check = bench.seconds(measure_loss)
     product = 2 * d * vocab
+    flops = 3 * product + 12 * d * d
     return [
-        figure("lens: model's distribution", teacher, n, product, peak.bytes, dtype="float32"),
-        figure("lens: loss, gradient, step", step, n, 2 * product + 12 * d * d, peak.bytes),
-        figure("lens: loss alone", check, n, product + 4 * d * d, peak.bytes),
+        figure("lens: the model's distribution", teacher, n, product, peak.bytes),
+        figure("lens: one step", step, n, flops, peak.bytes, dtype=products),
+        figure("lens: loss alone", check, n, 2 * product + 4 * d * d, peak.bytes),
     ]
 
 
@@ -258,7 +298,7 @@ def measure_vocabulary(bench: Bench) -> list[Any]:
     identity = torch.eye(d, device=bench.device)
     axes = PrincipalAxes(torch.zeros(d, device=bench.device), identity, identity.clone())
     with Peak() as peak:
-        products = fast_products()
+        products = fast_products(bench.device)
         form = LowRank(vocab, d, rank, products) if rank else FullMatrix(vocab, d, products)
         trainer = Trainer(form, axes, form.start(axes, torch.zeros(vocab, device=bench.device)))
         grads = {name: torch.zeros_like(value) for name, value in trainer.parameters.items()}
@@ -268,7 +308,16 @@ def measure_vocabulary(bench: Bench) -> list[Any]:
     flops = 4 * width * vocab + (2 * width * vocab + 6 * width * d if rank else 0)
     return [
         figure("vocabulary: label", labels, n, 2 * d * vocab, label_peak.bytes),
-        figure("vocabulary: step", step, n, flops, peak.bytes, weights=form.weights, rank=rank),
+        figure(
+            "vocabulary: step",
+            step,
+            n,
+            flops,
+            peak.bytes,
+            weights=form.weights,
+            rank=rank,
+            dtype=products,
+        ),
     ]
 
 
@@ -295,7 +344,14 @@ def measure_evaluation(bench: Bench) -> list[Any]:
         # The first evaluation makes what later ones find: it is not counted.
         for n in (256, bench.args.batch, 2 * bench.args.batch):
             times[n] = bench.seconds(
-                lambda n=n: evaluate(bench.cache, [probe], split="all", max_positions=n, offsets=0),
+                lambda n=n: evaluate(
+                    bench.cache,
+                    [probe],
+                    split="all",
+                    max_positions=n,
+                    offsets=0,
+                    device=bench.device,
+                ),
                 1,
             )
     n = bench.args.batch
@@ -361,6 +417,11 @@ def print_figures(figures: list[Any]) -> None:
         )
 
 
+def _arguments_of(args: argparse.Namespace) -> list[str]:
+    """The arguments of this command but for --json."""
+    return [word for word in sys.argv[1:] if word not in ("--json", str(args.json))]
+
+
 def main() -> None:
     args = arguments()
     if args.child:
@@ -378,7 +439,9 @@ def main() -> None:
     add_shares(figures)
     print_figures(figures)
     if args.json:
-        args.json.write_text(json.dumps({"figures": figures}, indent=1) + "\n")
+        command = shlex.join(["python", "benchmarks/wide.py", *_arguments_of(args)])
+        value = {"command": command, "machine": describe_machine(), "figures": figures}
+        args.json.write_text(json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

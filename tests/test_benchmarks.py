@@ -14,22 +14,51 @@ import residua
 FOLDER = Path(residua.__file__ or "").parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def results() -> ModuleType:
-    """The module `benchmarks/results.py`, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("results", FOLDER / "results.py")
+def load_benchmark(name: str) -> ModuleType:
+    """The module `benchmarks/<name>.py`, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["results"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    return load_benchmark("results")
+
+
+@pytest.fixture(scope="module")
+def scale(results: ModuleType) -> ModuleType:
+    return load_benchmark("scale")
 
 
 def test_the_tables_are_those_of_the_files(results: ModuleType) -> None:
     found = results.read_results()
     assert results.table_of(results.PAGE.read_text()) == results.page_table(found)
     assert results.table_of(results.README.read_text()) == results.readme_table(found)
+
+
+def test_the_tables_of_scale_are_those_of_the_measured_figures(
+    results: ModuleType, scale: ModuleType
+) -> None:
+    measured = json.loads(scale.FIGURES.read_text())
+    assert results.table_of(scale.PAGE.read_text()) == scale.page_tables(measured)
+
+
+def test_hours_follow_from_flops_rates_and_bytes(scale: ModuleType) -> None:
+    model = scale.Model("m", d_model=100, vocab=1000, layers=2, parameters=1e6, tokens=10)
+    machine = scale.Machine("x", 1e9, 2e9, 4e9, read=1e6)
+    slow = scale.Step("s", flops=3.6e12, rows=10, dtype="float32", share=0.5)
+    assert scale.hours_of(slow, model, machine) == (1.0, "products")
+    long = scale.Step("s", flops=1e6, rows=9_000_000, dtype="float32", share=0.5)
+    # Two layers of 200-byte rows.
+    assert scale.hours_of(long, model, machine) == (1.0, "reading")
+    texts = [scale.format_hours(hours) for hours in (1e-3, 0.1, 1.0, 30.0, 50.0, 24 * 730.0)]
+    assert texts == ["3.6 s", "6 min", "1 h", "30 h", "2.1 days", "2 years"]
+    assert [scale.format_bytes(n) for n in (5e5, 2.7e12)] == ["500 KB", "2.7 TB"]
 
 
 def test_every_file_names_machine_command_and_rounds(results: ModuleType) -> None:
