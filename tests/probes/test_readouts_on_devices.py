@@ -12,6 +12,7 @@ from residua.probes.base.resources import device_of_fit
 from residua.probes.baselines.token_counts import unfitted_baselines
 from residua.probes.controls.control_probe import ControlProbe
 from residua.probes.ridge.ridge_probe import RidgeProbe
+from residua.probes.vocabulary import descent as descent_module
 from residua.probes.vocabulary.vocab_probe import VocabProbe
 
 from ..support.pretended_device import DEVICE, pretended_device
@@ -56,7 +57,10 @@ def test_baselines_give_their_logits_on_the_device_of_the_batch(
 
 
 @pytest.mark.parametrize("control", ["shuffled", "permuted", "next-token"])
-def test_controls_are_fitted_and_read_on_the_device(cache: ActivationCache, control: str) -> None:
+def test_controls_are_fitted_and_read_on_the_device(
+    cache: ActivationCache, control: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descent_module, "LEAST_STEPS", 12)
     options: dict[str, Any] = {"offsets": [1], "layers": [1]}
     new_probes = (
         lambda: RidgeProbe(alphas=np.logspace(1, 5, 5), **options),
