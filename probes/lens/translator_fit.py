@@ -67,7 +67,7 @@ SWEEP = 10
 """Steps of each learning rate in the sweep."""
 WORSE = 1.02
 """A KL of more than this many times the best one makes a translator return to its best map."""
-LEAST_GAIN, PATIENCE = 0.003, 2
+LEAST_GAIN, PATIENCE = 0.003, 3
 """The KL has stopped falling after `PATIENCE` checks in a row that lowered it by less than this
 share together."""
 FALL = 0.5

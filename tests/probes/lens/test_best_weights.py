@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import residua
 from residua.cache.head.head import TorchHead
 from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.lens import translator_fit
 from residua.probes.lens.tuned_lens import TunedLens
 from residua.probes.vocabulary.vocab_probe import VocabProbe
 
@@ -74,7 +75,12 @@ def test_a_vocabulary_probe_that_is_resumed_ends_at_its_best(
     assert evaluation_row(few_rows, probe).nll_text == pytest.approx(best, abs=1e-5)
 
 
-def test_a_lens_ends_at_its_best(few_rows: ActivationCache) -> None:
+def test_a_lens_ends_at_its_best(
+    few_rows: ActivationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without averages, and with all steps, the lens overfits.
+    monkeypatch.setattr(translator_fit, "LATE", 1e9)
+    monkeypatch.setattr(translator_fit, "LEAST_GAIN", -1.0)
     lens = TunedLens(layers=[0], lr=1.0, steps=200, batch=128).fit(few_rows)
     (row,) = lens.metrics()
     # Worse at the end, but not by so much that it would have gone back.
@@ -112,8 +118,11 @@ def fisher_eigenvalues(
     return total
 
 
-def test_the_curvature_of_a_lens_follows_it(tmp_path: Path) -> None:
+def test_the_curvature_of_a_lens_follows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A lens that starts flat and ends sharp: eigenvalues of the start would be far off."""
+    monkeypatch.setattr(translator_fit, "LEAST_GAIN", -1.0)  # takes all steps
     rng = np.random.default_rng(1)
     last = rng.normal(size=(6000, WIDTH)) * 3
     first = np.tanh(last) @ rng.normal(size=(WIDTH, WIDTH))
@@ -140,3 +149,36 @@ def test_the_curvature_of_a_lens_follows_it(tmp_path: Path) -> None:
     )
     assert now < 0.1
     assert at_the_start > 2 * now
+
+
+def test_a_lens_whose_kl_has_stopped_falling_takes_no_more_steps(few_rows: ActivationCache) -> None:
+    ends = []
+
+    def count(stage: str, done: int, total: int) -> None:
+        ends.append((done, total))
+
+    lens = TunedLens(layers=[0], lr=0.2, steps=5000, batch=128).fit(few_rows, progress=count)
+    (row,) = lens.metrics()
+    assert 0 < row["steps"] <= row["taken"] < 1000
+    assert row["taken"] % translator_fit.CHECK == 0
+    # Progress ends at the total all the same.
+    assert ends[-1] == (5000, 5000)
+    assert evaluation_row(few_rows, lens).kl == pytest.approx(row["kl"], rel=1e-5)
+
+
+def test_a_translator_stops_by_itself(tmp_path: Path) -> None:
+    """Beside a translator that stopped, another one is that of a fit of its own."""
+    rng = np.random.default_rng(1)
+    last = rng.normal(size=(6000, WIDTH)) * 3
+    curved = np.tanh(last) @ rng.normal(size=(WIDTH, WIDTH))
+    layers = [rng.normal(size=last.shape), curved, last]
+    cache = make_cache(
+        tmp_path, [layer.astype("f4") for layer in layers], [50] * 120, random_head(WIDTH, VOCAB)
+    )
+    options: dict[str, Any] = {"lr": 0.15, "steps": 300, "batch": 256}
+    both = TunedLens(layers=[0, 1], **options).fit(cache)
+    taken = [row["taken"] for row in both.metrics()]
+    assert taken[0] < taken[1]
+    alone = TunedLens(layers=[1], **options).fit(cache)
+    assert alone.metrics()[0]["taken"] == taken[1]
+    np.testing.assert_allclose(alone.map(1).weight, both.map(1).weight, atol=1e-4)
