@@ -638,13 +638,13 @@ def lens(
 )
 @click.option(
     "--form",
-    type=click.Choice(["full", "head"]),
-    default="full",
+    type=click.Choice(["auto", "full", "head"]),
+    default="auto",
     show_default=True,
-    help="Parametrization: a matrix to the vocabulary (full), or a map in front of the head "
-    "(head).",
+    help="Parametrization: a matrix to the vocabulary (full; auto: of lower rank above 100 million "
+    "weights), or a map in front of the head (head).",
 )
-@click.option("--rank", type=int, help="Rank of the matrix.  [default: full]")
+@click.option("--rank", type=int, help="Rank of the matrix.  [default: that of --form]")
 @click.option("--lr", type=NUMBER, help="Learning rate.  [default: the best of a short sweep]")
 @click.option(
     "--epochs", default=3, show_default=True, help="Largest number of passes over the train split."

@@ -284,6 +284,11 @@ def print_fit(
         )
         if moments["why"]:
             print(f"  {moments['why']}")
+    if kind == "vocab" and "rank" in metrics[0]:
+        print(
+            "rank: chosen for the size of the full matrix; --form full fits that, --form head a "
+            "map in front of the head"
+        )
     if "crossing" in metrics[0]:
         print("crossing: share of the pairs of sequences that join two documents")
     if "top_error" in metrics[0]:

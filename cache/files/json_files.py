@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import CorruptError, NotFoundError
 from .json_fields import MAX_JSON_BYTES, parse_json_object
-from .paths import create_object, is_remote, write_object
+from .paths import create_object, is_remote, open_new, write_object
 from .read_errors import translate_read_errors
 
 DIGEST_KEY = "sha256"
@@ -117,7 +117,7 @@ def write_atomically(path: Path, data: bytes, sweep: bool = False) -> None:
         _sweep_temporary_files(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open_new(temporary) as file:
             with suppress(OSError):  # no locks here: then nobody sweeps
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write(data)

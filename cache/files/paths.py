@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -65,6 +65,15 @@ def store_of(path: Path) -> tuple[Any, str]:
     """The fsspec file system of a remote `path`, and the key of the object in the file system."""
     remote: Any = path
     return remote.fs, remote.path
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Open a new file `path` for writing, in place of a file or link of this name.
+
+    In a folder of strangers a link may wait under the name of a temporary file.
+    """
+    path.unlink(missing_ok=True)
+    return open(path, "xb")
 
 
 def write_object(path: Path, data: bytes) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import CorruptError
 from ..files.json_files import sync_folder
-from ..files.paths import is_remote, write_object
+from ..files.paths import is_remote, open_new, write_object
 from ..files.process_limits import leaves_free_files, limit_error, raise_file_limit
 from ..files.read_errors import check_readable
 from .layout import CHECKSUM_BYTES, ArrayLayout
@@ -73,7 +73,7 @@ class ShardWriter:
             return tempfile.TemporaryFile(prefix="residua-")
         if make_folders:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(self._temporary, "wb")  # noqa: SIM115 (closed by `_publish` or `abandon`)
+        file = open_new(self._temporary)  # closed by `_publish` or `abandon`
         if leaves_free_files(file.fileno()):
             return file
         file.close()

@@ -173,6 +173,7 @@ class RowLoader(IterableDataset[Batch]):
 
     def _batches(self, worker: int, workers: int, first_batch: int) -> Iterator[Batch]:
         """The batches of a worker from number `first_batch` on."""
+        self._read_first_row()
         first_row = first_batch * self.batch_rows
         rows_left = self._row_count(worker, workers) - first_row
         batch, filled = self._empty_batch(rows_left), 0
@@ -188,6 +189,14 @@ class RowLoader(IterableDataset[Batch]):
                     yield (residual, batch[1]) if self.with_tokens else residual
                     rows_left -= filled
                     batch, filled = self._empty_batch(rows_left), 0
+
+    def _read_first_row(self) -> None:
+        """Read one row of each layer: a cache with rows of a forged width fails before memory for
+        many of them is taken."""
+        positions = self._runs.positions(0, 1)
+        first = positions.start if isinstance(positions, slice) else int(positions[0])
+        for array in self._layer_arrays:
+            array.read_stored(first, first + 1)
 
     def _empty_batch(self, rows_left: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for rows `(n, layers, d_model)` and token ids `(n,)` of the next batch."""

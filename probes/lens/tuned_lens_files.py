@@ -15,6 +15,7 @@ import numpy as np
 
 from ...cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
 from ...cache.files.json_files import make_folder, sync_folder, write_atomically
+from ...cache.files.paths import open_new
 from ..ridge.solver import AffineMap
 from ..saved.save import check_finite
 from .tuned_lens import TunedLens
@@ -96,7 +97,8 @@ def write_tuned_lens(
     path = Path(folder)
     make_folder(path)
     temporary = path / ".params.pt.tmp"
-    torch.save(state, temporary)
+    with open_new(temporary) as file:
+        torch.save(state, file)
     sync_folder(temporary)
     temporary.replace(path / "params.pt")
     sync_folder(path)

@@ -68,6 +68,7 @@ class Checkpoint:
         name = f"{state['step']:08d}.safetensors"
         temporary = self.folder / f".{name}.{os.getpid()}.tmp"
         try:
+            temporary.unlink(missing_ok=True)
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
             sync_folder(temporary)
             os.replace(temporary, self.folder / name)

@@ -34,7 +34,7 @@ from ..training.softmax_loss import fast_products
 from ..training.top_tokens import find_top_tokens
 from .descent import Descent
 from .examples import Examples, LabelledRows, array_examples, cache_examples
-from .parametrizations import FullMatrix, LowRank, Parametrization, ThroughHead
+from .parametrizations import FullMatrix, LowRank, Parametrization, ThroughHead, default_rank
 
 VALIDATION_POSITIONS = 8192
 """Most positions of the validation split on which a fit is measured."""
@@ -78,10 +78,17 @@ class VocabFit:
         """Root mean square of the head's input."""
         return 1.0
 
+    @property
+    def rank(self) -> int | None:
+        """Rank of the matrix, the given one or that of `form="auto"`; None for a full matrix."""
+        if self.options["rank"] is None and self.options["form"] == "auto":
+            return default_rank(len(self.classes), self.d_in)
+        return self.options["rank"]
+
     @cached_property
     def form(self) -> Parametrization:
         """Parametrization of every regression."""
-        vocab, rank = len(self.classes), self.options["rank"]
+        vocab, rank = len(self.classes), self.rank
         if self.options["form"] == "head":
             if self.head is None:
                 raise UsageError("form='head' needs a cache: labelled rows have no head")

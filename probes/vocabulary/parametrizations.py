@@ -29,7 +29,22 @@ FLOOR = 1e-7
 """Least variance of an axis, as a share of the largest: float32 products resolve no less."""
 POWER = 0.25
 """Default power of `PrincipalAxes`; 0 to 0.5 are about as good, 1 is worse than raw states."""
-PARAMETRIZATIONS = ("full", "head")
+PARAMETRIZATIONS = ("auto", "full", "head")
+LARGEST_MATRIX = 100_000_000
+"""Most weights of a matrix that is fitted where nobody names its form.
+
+With gradients and AdamW's state, a fit keeps five numbers per weight: 2 GB here, 10 GB for the full
+matrix of a vocabulary of 128,000 and d_model 4,096."""
+RANK_STEP = 64
+"""Ranks that `default_rank` gives are multiples of this."""
+
+
+def default_rank(vocab: int, d_in: int) -> int | None:
+    """Largest rank at which a matrix `(vocab, d_in)` keeps to `LARGEST_MATRIX`; None: full rank."""
+    if vocab * d_in <= LARGEST_MATRIX:
+        return None
+    rank = LARGEST_MATRIX // (vocab + d_in) // RANK_STEP * RANK_STEP
+    return max(RANK_STEP, rank) if min(vocab, d_in) > RANK_STEP else None
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,9 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
     the N, one or several. `loss` is `model` (cross-entropy to the model's own top token), `text`
     (to the text's token at t+N+1) or `kl` (KL to the model's distribution). The matrix is `(vocab,
     d_model)`, of rank `rank` if given, or with `form="head"` a `(d_model, d_model)` map in front
-    of the frozen head. Without `lr` a short sweep chooses.
+    of the frozen head. `form="auto"` is the full matrix, or above 100 million weights the largest
+    rank within (`default_rank`; 704 for d_model 4,096 and a vocabulary of 128,256), which `metrics`
+    name; `form="full"` is full whatever its size. Without `lr` a short sweep chooses.
 
     The fit takes at most `epochs` passes over the train split in batches of `batch` positions; a
     (layer, offset) stops when its loss on the validation split no longer falls. Pairs (t, t+N) stay
@@ -82,13 +84,15 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
     kind = "vocab"
     fitted_attribute = "fitted_"
     not_pickled = ("_trainers",)
+    _chosen_rank: int | None = None
+    """Rank that `form="auto"` chose, None for a full matrix or a given rank."""
 
     def __init__(
         self,
         offsets: int | Sequence[int] = 0,
         layers: Sequence[int] | None = None,
         loss: str = "model",
-        form: str = "full",
+        form: str = "auto",
         rank: int | None = None,
         lr: float | None = None,
         epochs: int = 3,
@@ -240,7 +244,7 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
             if value not in values:
                 raise UsageError(f"{name} must be one of {', '.join(values)}, not {value!r}")
         if self.form == "head" and self.rank is not None:
-            raise UsageError("rank is for form='full'; a map in front of the head has none")
+            raise UsageError("rank is for a matrix; a map in front of the head has none")
         for name in ("epochs", "batch", "rank", "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -267,6 +271,7 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
             offsets, train = layers_and_offsets(job.pairs)[1], cache.sequences("train")
             self._crossing = crossing_shares(cache, train, offsets, scope_of(job.options))
         self._trainers: dict[Any, Trainer] = {}
+        self._chosen_rank = job.rank if job.options["rank"] is None else None
 
     def _set_fit(self, pair: LayerOffset, outcome: Outcome, lr: float, rows: int) -> None:
         """Enter a fit of `rows` positions; raises `UsageError` if the fit diverged."""
@@ -288,6 +293,7 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
                 "train": last["train"],
                 "validation": last.get("validation"),
                 "n": rows,
+                **({} if self._chosen_rank is None else {"rank": self._chosen_rank}),
                 **({} if self._crossing is None else {"crossing": self._crossing[pair[1]]}),
             },
             outcome.history,
@@ -297,7 +303,8 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
         """One row per (layer, offset): learning rate, steps taken, losses in nats, positions.
 
         Of a cache also `crossing`, the share of the pairs of its sequences that join two documents
-        (left out unless `across_documents`).
+        (left out unless `across_documents`), and `rank` where `form="auto"` did not take the full
+        matrix.
         """
         self.check_fitted()
         return [dict(fitted.row) for fitted in self.fitted_.values()]

@@ -1,6 +1,8 @@
 """Claims about the loader: every row once, one order per seed and epoch, resumable, bounded."""
 
 import pickle
+import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from residua.cache.errors import IncompleteError, MismatchError, NotFoundError, UsageError
+from residua.cache.errors import (
+    CorruptError,
+    IncompleteError,
+    MismatchError,
+    NotFoundError,
+    UsageError,
+)
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.store.row_loader import RowLoader
 from residua.cache.store.row_runs import RowRuns
 
+from ...support.forging import forge_sizes
 from ...support.synthetic import make_cache, random_head
 
 LENGTHS = np.random.default_rng(5).integers(1, 90, 60).tolist()
@@ -212,6 +221,32 @@ def test_a_loader_travels_to_a_process_that_is_spawned(cache):
 def test_wrong_requests_are_refused(cache, wrong, error, message):
     with pytest.raises(error, match=message):
         RowLoader(cache, **{"layer": 0, **wrong})
+
+
+def test_rows_of_a_forged_width_are_refused_before_memory_is_taken(
+    tmp_path: Path,
+) -> None:
+    layers = [np.zeros((600, 16), np.float32)] * 2
+    cache = make_cache(tmp_path, layers, [600], random_head(16, 9), dtype="float16")
+
+    class WideRows(random.Random):
+        """Draws the forged size."""
+
+        def choice(self, seq: Any) -> Any:
+            return "d_model" if "d_model" in seq else 1 << 20
+
+    assert forge_sizes(cache.path, WideRows()) == "d_model is 1048576"
+    loader = RowLoader(ActivationCache(cache.path), 1, split="all")
+    assert loader.cache.d_model == 1 << 20
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptError):
+            next(iter(loader))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # A row takes 2 MiB, the rows of the split 1.2 GiB.
+    assert peak < 20 << 20
 
 
 def test_an_unfinished_cache_is_refused(tmp_path):

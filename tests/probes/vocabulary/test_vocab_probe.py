@@ -16,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch.nn import functional as F
 
+import residua.probes.vocabulary.parametrizations as parametrizations
 from residua import VocabProbe, evaluate, load_probe, save_probe
 from residua.analysis.report.html_report import write_report
 from residua.cache.errors import MismatchError, NotFoundError, UsageError
@@ -31,6 +32,7 @@ from residua.probes.vocabulary.parametrizations import (
     PrincipalAxes,
     ThroughHead,
     apply_parametrization,
+    default_rank,
 )
 
 from ...support.defined import not_none
@@ -356,6 +358,26 @@ def test_a_probe_of_another_geometry_is_refused(echo: ActivationCache, tmp_path:
     other = make_cache(tmp_path, [np.ones((60, WIDTH))] * 2, [20] * 3, random_head(WIDTH, VOCAB, 5))
     with pytest.raises(MismatchError, match="head"):
         check_geometry(probe, other)
+
+
+def test_a_large_matrix_has_a_lower_rank_that_is_said(
+    echo: ActivationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert default_rank(50_257, 1600) is None
+    assert default_rank(128_256, 4096) == 704
+    assert default_rank(1_000_000, 8192) == 64
+    assert default_rank(200_000_000, 3) is None
+    assert "rank" not in VocabProbe(0, [0], epochs=1, lr=0.01).fit(echo).metrics()[0]
+    # A limit so low that the matrix of this cache is a large one.
+    monkeypatch.setattr(parametrizations, "LARGEST_MATRIX", 2 * (VOCAB + WIDTH) + 1)
+    monkeypatch.setattr(parametrizations, "RANK_STEP", 2)
+    chosen = VocabProbe(0, [0], epochs=1, lr=0.01).fit(echo)
+    given = VocabProbe(0, [0], epochs=1, lr=0.01, rank=2).fit(echo)
+    assert chosen.metrics()[0]["rank"] == 2
+    assert "rank" not in given.metrics()[0]
+    for name, tensor in given.map().items():
+        assert torch.equal(chosen.map()[name], tensor)
+    assert "down" not in VocabProbe(0, [0], epochs=1, lr=0.01, form="full").fit(echo).map()
 
 
 def test_mistakes_are_named(echo: ActivationCache) -> None:
