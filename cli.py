@@ -872,8 +872,8 @@ def basis(
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Precision of the head's products for probes; auto is bfloat16 for 32,768 tokens and more, "
-    "where the device multiplies it faster.",
+    help="Precision of the head's products for probes; auto is bfloat16 for a vocabulary of 32,768 "
+    "and more, where the device multiplies it faster.",
 )
 @click.option(
     "--where",

@@ -89,9 +89,10 @@ def evaluate(
     the `notes` of the result name the rows.
 
     Raises `UsageError` if the split is empty or holds no pair, `where` is no such mask, `products`
-    is unknown, or a probe holds NaN or an infinity; `ModelError` for a device that cannot be used; `NotFoundError` for a layer that the cache lacks, an offset that no
-    probe has, or a probe without any of the requested pairs; `MismatchError` for a probe of another
-    model, unless `force`.
+    is unknown, or a probe holds NaN or an infinity; `ModelError` for a device that cannot be used;
+    `NotFoundError` for a layer that the cache lacks, an offset that no probe has, or a probe
+    without any of the requested pairs; `MismatchError` for a probe of another model, unless
+    `force`.
     """
     max_positions = as_whole_number(max_positions, "max_positions")
     seed = as_whole_number(seed, "seed")

@@ -8,7 +8,9 @@ The head's product is therefore taken of the *difference* to the model,
     logits of the probe = logits of the model + (z_probe - z_model) Wᵀ,    z = norm(h)
 
 where the model's logits are exact in float32: the rounding is a part of the difference, which is
-what KL measures, and vanishes with it.
+what KL measures, and vanishes with it. On random heads (d 256 and 1024, vocabulary 4,000 and
+16,000) a mean KL of .01 to 4.4 nats moved by 1e-6 to 3e-4 of itself and a single row's by .2 %;
+with rounded logits, by 1e-4 to 1.4e-2 and up to 7 %.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -153,6 +155,7 @@ def rounding_notes(products: str) -> list[str]:
     if products != "bfloat16":
         return []
     return [
-        "the head's products of the probes' difference to the model are in bfloat16: a KL differs "
-        "by about TODO of itself from that of float32 products; the model's distribution is exact"
+        "the head's products for probes are in bfloat16, of the difference to the model: a KL "
+        "moves by some 0.03 % of itself, that of a single pair by 0.2 %; the model's distribution is "
+        "float32"
     ]
