@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-README_FIGURES = ("extract_blocks", "read_rows_float32", "ridge_grid")
+README_FIGURES = ("extract_blocks", "extract_call", "ridge_numpy")
 """Keys of the figures in README.md."""
 LIBRARIES = ("torch", "numpy", "scikit-learn", "transformers")
 

@@ -127,7 +127,8 @@ def measure_independence(
     embedding = embedding and _is_embedding(stack, short_ids, other_ids, dtype)
 
     # The short rows: of equal length, and the first row cut to half the length.
-    batch_error = _batch_error(stack, short_ids, dtype, dict.fromkeys(range(len(short_ids))))
+    single_layers = dict.fromkeys(range(len(short_ids)))
+    batch_error = _batch_error(stack, short_ids, dtype, single_layers, short_layers)
     half_row = short_ids[0, : short_ids.shape[1] // 2]
     padding_error = _padding_error(stack, [half_row, *short_ids[1:]], dtype)
 
@@ -350,13 +351,15 @@ def _batch_error(
     ids: torch.Tensor,
     dtype: torch.dtype,
     single_layers: Mapping[int, Layers | None],
+    batch_layers: Layers | None = None,
 ) -> float:
     """Relative change of some rows of `ids` by all others; 1 if they do not fit into memory.
 
-    `single_layers` has the compared rows, with their residuals alone where these are known.
+    `single_layers` has the compared rows, with their residuals alone where these are known;
+    `batch_layers` are the residuals of all rows together, if known.
     """
     try:
-        batch_layers = stack.residuals(ids)
+        batch_layers = batch_layers or stack.residuals(ids)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -150,12 +150,14 @@ class CacheArray:
             rows = np.flatnonzero(rows)
         if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
             raise IndexError(f"rows must be a list of integers, got {rows.dtype} {rows.shape}")
-        rows = rows.astype(np.int64)
-        rows = np.where(rows < 0, rows + self.shape[0], rows)
-        if rows.size and (rows.min() < 0 or rows.max() >= self.shape[0]):
-            raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
+        rows = rows.astype(np.int64, copy=False)
         if not rows.size:
             return np.empty((0, *self.shape[1:]), self._stored)
+        lowest = rows.min()
+        if lowest < 0:
+            rows = np.where(rows < 0, rows + self.shape[0], rows)
+        if lowest < -self.shape[0] or rows.max() >= self.shape[0]:
+            raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
         # Raw chunks on disk are indexed through their maps, others decoded or fetched whole.
         if not self.layout.is_native:
             self._check_committed(np.unique(rows // self.layout.shard_rows).tolist())
@@ -183,10 +185,12 @@ class CacheArray:
 
     def _gather_mapped(self, rows: np.ndarray) -> np.ndarray:
         """Random rows of raw chunks on disk, through `MappedRows`."""
-        chunks, offsets = np.divmod(rows, self.layout.chunk_rows)
+        size = self.layout.chunk_rows
+        is_power = size & (size - 1) == 0
+        chunks = rows >> (size.bit_length() - 1) if is_power else rows // size
         # Usually all chunks are open and checked already.
         mapped = self._mapped_rows
-        taken = mapped.take(chunks, offsets) if mapped else None
+        taken = mapped.take(rows, chunks) if mapped else None
         if taken is not None:
             return taken
         # Else open and check what is missing.
@@ -195,7 +199,7 @@ class CacheArray:
         if len(shards) <= OPEN_SHARDS:
             mapped = self._map_shards(shards.tolist())
             mapped.check(touched)
-            taken = mapped.take(chunks, offsets)
+            taken = mapped.take(rows, chunks)
             assert taken is not None
             return taken
         # Rows of more shards than may be open are gathered in two halves.

@@ -16,6 +16,9 @@ from numpy.lib.stride_tricks import as_strided
 from .layout import ArrayLayout
 from .shard import ShardReader
 
+UNCHECKED = np.int64(-(1 << 62))
+"""Shift of a chunk that is not open or not checked."""
+
 
 class MappedRows:
     """Rows of the open shards of one array; `readers` is shard number -> reader.
@@ -34,17 +37,20 @@ class MappedRows:
         self._rows_per_row = layout.row_bytes // self._step
         self._base_address, self._rows = self._overlapping_rows()
 
-        # Overlapping row at which each chunk of the array begins; negative if its shard is not
-        # open, or the chunk unchecked.
-        self._chunk_starts = np.full(layout.shards * self._chunks_per_shard, -1, np.int64)
+        # What to add to `row * rows_per_row` for the index of a row among the overlapping ones, by
+        # chunk; so low that the sum is negative if the shard is not open, or the chunk unchecked.
+        self._shifts = np.full(layout.shards * self._chunks_per_shard, UNCHECKED, np.int64)
         for shard, reader in readers.items():
             first = shard * self._chunks_per_shard
-            self._chunk_starts[first : first + self._chunks_per_shard] = self._starts_of(reader)
+            chunks = np.arange(first, first + self._chunks_per_shard)
+            self._shifts[chunks] = self._shifts_of(reader, chunks)
 
-    def _starts_of(self, reader: ShardReader) -> np.ndarray:
-        """Overlapping row at which each chunk of an open shard begins; -1 for unchecked chunks."""
+    def _shifts_of(self, reader: ShardReader, chunks: np.ndarray) -> np.ndarray:
+        """`_shifts` of the chunks of an open shard, whose numbers in the array are `chunks`."""
         addresses = reader.checked_addresses()
-        return np.where(addresses == 0, -1, (addresses - self._base_address) // self._step)
+        first_rows = chunks * self._layout.chunk_rows
+        shifts = (addresses - self._base_address) // self._step - first_rows * self._rows_per_row
+        return np.where(addresses == 0, UNCHECKED, shifts)
 
     def _overlapping_rows(self) -> tuple[int, np.ndarray]:
         """Address of the lowest map, and rows that begin at every `step` bytes from there."""
@@ -61,23 +67,26 @@ class MappedRows:
         """Whether a shard of `shards` is not among the open ones."""
         return any(shard not in self._readers for shard in shards)
 
-    def take(self, chunks: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
-        """Gather row `offsets[i]` of chunk `chunks[i]` in the stored dtype, `(n, ...)`.
+    def take(self, rows: np.ndarray, chunks: np.ndarray) -> np.ndarray | None:
+        """Gather the rows `rows`, which lie in `chunks`, in the stored dtype, `(n, ...)`.
 
-        Chunks are numbered through the whole array. None if a chunk is unchecked or not open.
+        Both are numbered through the whole array. None if a chunk is unchecked or not open.
         """
-        starts = self._chunk_starts[chunks]
-        if starts.min() < 0:
+        indices = rows * self._rows_per_row
+        indices += self._shifts[chunks]
+        if indices.min() < 0:
             return None
-        rows = self._rows[starts + offsets * self._rows_per_row].view(self._layout.stored_dtype)
-        return rows.reshape(len(chunks), *self._layout.shape[1:])
+        taken = self._rows[indices].view(self._layout.stored_dtype)
+        return taken.reshape(len(rows), *self._layout.shape[1:])
 
     def check(self, chunks: np.ndarray) -> None:
         """Check the crc32c of unchecked chunks among `chunks`, whose shards must be open.
 
         Raises `CorruptError` if a chunk is damaged.
         """
-        for chunk in chunks[self._chunk_starts[chunks] < 0].tolist():
+        for chunk in chunks[self._shifts[chunks] == UNCHECKED].tolist():
             shard, number = divmod(chunk, self._chunks_per_shard)
-            self._readers[shard].chunk(number)
-            self._chunk_starts[chunk] = self._starts_of(self._readers[shard])[number]
+            reader = self._readers[shard]
+            reader.chunk(number)
+            of_shard = np.arange(chunk - number, chunk - number + self._chunks_per_shard)
+            self._shifts[chunk] = self._shifts_of(reader, of_shard)[number]
