@@ -13,6 +13,8 @@ import residua
 from residua.cache.head.head import TorchHead
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.lens import translator_fit
+from residua.probes.lens.natural_gradient import InputWhitening, NaturalGradientMap
+from residua.probes.lens.translator_fit import TranslatorState
 from residua.probes.lens.tuned_lens import TunedLens
 from residua.probes.vocabulary.vocab_probe import VocabProbe
 
@@ -168,6 +170,22 @@ def test_a_lens_whose_kl_has_stopped_falling_takes_no_more_steps(few_rows: Activ
     # Progress ends at the total all the same.
     assert ends[-1] == (5000, 5000)
     assert evaluation_row(few_rows, lens).kl == pytest.approx(row["kl"], rel=1e-5)
+
+
+def test_the_rate_falls_to_zero_at_a_check_or_at_the_last_step() -> None:
+    inputs = InputWhitening(torch.zeros(2), torch.eye(2), torch.eye(2))
+    translator = TranslatorState(NaturalGradientMap(inputs, 0.1), alpha=1.0, n=1, rate=2.0)
+
+    def rates(*steps: int) -> list[float]:
+        return [translator.rate_at(step, 300) for step in steps]
+
+    expected = [2.0, 2.0, 1.0, 0.0]
+    assert rates(0, 200, 250, 300) == expected
+    # It does not rise where the KL stops falling late.
+    translator.falls_from = 250
+    assert rates(0, 200, 250, 300) == expected
+    translator.falls_from = 100
+    assert rates(0, 100, 125, 150, 300) == [2.0, 2.0, 1.0, 0.0, 0.0]
 
 
 def test_a_translator_stops_by_itself(tmp_path: Path) -> None:
