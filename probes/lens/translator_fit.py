@@ -144,15 +144,15 @@ class TranslatorState:
     idle: int = 0
     """Checks since the KL was `reference_kl`, without a fall by `LEAST_GAIN`."""
     falls_from: int | None = None
-    """Step from which the rate falls; None before."""
+    """Step of the check at which the KL had stopped falling; None before."""
 
     def rate_at(self, step: int, steps: int) -> float:
         """Learning rate of a step, of at most `steps`; 0 after the last step of the translator."""
-        start = self.falls_from
-        if start is None:
-            # The rate is 0 after the last step, at the latest.
-            start = int(steps / (1 + FALL))
-        # The rate is 0 at a check.
+        # The rate is 0 after the last step at the latest, ...
+        start = int(steps / (1 + FALL))
+        if self.falls_from is not None:
+            start = min(start, self.falls_from)
+        # ... and at a check.
         length = min(-(-int(FALL * start) // CHECK) * CHECK, steps - start)
         return self.rate * min(1.0, max(0.0, 1 - (step - start) / max(1, length)))
 
