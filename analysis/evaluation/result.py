@@ -93,9 +93,8 @@ class Evaluation:
     def facts(self) -> list[str]:
         """Plain-text sentences on pairs, intervals and squared errors, then the notes."""
         plural = "" if self.units == 1 else "s"
-        sentences = [
-            f"intervals resample the {self.units:,} {self.unit}{plural} evaluated{self._width_fact()}"
-        ]
+        resampled = f"{self.units:,} {self.unit}{plural}"
+        sentences = [f"intervals resample the {resampled} evaluated{self._width_fact()}"]
 
         shares = [f"{100 * share:.1f} % at N = {n}" for n, share in self.crossing.items() if share]
         if shares:
