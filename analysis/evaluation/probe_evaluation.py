@@ -173,6 +173,7 @@ def evaluate(
         notes=tuple(notes),
         cache=cache,
         readouts=tuple(plan.readouts.values()),
+        split_positions=int(cache.sequence_length[cache.sequences(split)].sum()),
         device=str(torch_device),
     )
 

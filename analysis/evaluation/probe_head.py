@@ -156,6 +156,6 @@ def rounding_notes(products: str) -> list[str]:
         return []
     return [
         "the head's products for probes are in bfloat16, of the difference to the model: a KL "
-        "moves by some 0.03 % of itself, that of a single pair by 0.2 %; the model's distribution is "
-        "float32"
+        "moves by some 0.03 % of itself, that of a single pair by 0.2 %; the model's distribution "
+        "is float32"
     ]

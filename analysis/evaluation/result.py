@@ -15,6 +15,9 @@ from .metrics import EvaluationRow
 if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
 
+WANTED_WIDTH = 0.05
+"""Half width of an interval of KL, as a share of KL, that two probes are usually told apart by."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -59,6 +62,8 @@ class Evaluation:
     """The evaluated cache; heatmaps read it."""
     readouts: tuple[Readout, ...] = field(default=(), repr=False, compare=False)
     """The probes, in the order of `probes`."""
+    split_positions: int = field(default=0, repr=False, compare=False)
+    """Positions of the whole split."""
     device: str = field(default="auto", repr=False, compare=False)
     """Device that heatmaps are computed on."""
 
@@ -88,7 +93,8 @@ class Evaluation:
     def facts(self) -> list[str]:
         """Plain-text sentences on pairs, intervals and squared errors, then the notes."""
         plural = "" if self.units == 1 else "s"
-        sentences = [f"intervals resample the {self.units:,} {self.unit}{plural} evaluated"]
+        resampled = f"{self.units:,} {self.unit}{plural}"
+        sentences = [f"intervals resample the {resampled} evaluated{self._width_fact()}"]
 
         shares = [f"{100 * share:.1f} % at N = {n}" for n, share in self.crossing.items() if share]
         if shares:
@@ -113,6 +119,31 @@ class Evaluation:
                     f"{100 * share.top_target:.1f} % of the target's variance"
                 )
         return [*sentences, *(f"note: {note}" for note in self.notes)]
+
+    @property
+    def kl_half_width(self) -> float | None:
+        """Half of the 95 % interval of KL as a share of KL, in the median row; None without one."""
+        widths = sorted(
+            (row.kl_high - row.kl_low) / (2 * row.kl)
+            for row in self.rows
+            if row.kl and row.kl_low is not None and row.kl_high is not None
+        )
+        return widths[len(widths) // 2] if widths else None
+
+    def _width_fact(self) -> str:
+        """How wide the intervals are, and how many positions would make them `WANTED_WIDTH`."""
+        width = self.kl_half_width
+        if width is None:
+            return ""
+        fact = f": KL is known to {100 * width:.1f} % of itself in the median row"
+        if width <= WANTED_WIDTH or self.positions >= self.split_positions:
+            return fact
+        # An interval narrows with the root of the number of documents.
+        positions = min(self.split_positions, self.positions * (width / WANTED_WIDTH) ** 2)
+        return (
+            f"{fact}; for {100 * WANTED_WIDTH:.0f} % take about {positions:,.0f} of the "
+            f"{self.split_positions:,} positions of the split (max_positions)"
+        )
 
     def select(self, probe: str, offset: int) -> list[EvaluationRow]:
         """Rows of one probe at one offset, by layer."""

@@ -195,6 +195,7 @@ def test_first_positions_that_dominate_are_warned_of_and_can_be_left_out(tmp_pat
     evaluated = evaluate(cache, [all_rows], offsets=[0], split="all")
     assert any("few rows" in note for note in evaluated.notes)
     assert any("largest 0.1 %" in fact for fact in evaluated.facts())
+    assert "intervals resample" in evaluated.facts()[0]
 
 
 def test_shares_of_the_error_are_those_of_the_rows_one_by_one(cache: ActivationCache) -> None:
@@ -281,3 +282,25 @@ def test_the_command_line_has_both_options_and_says_what_they_do(
     plain = CliRunner().invoke(main, ["evaluate", id_, str(tmp_path / "a"), *root[:2]])
     assert "intervals resample the" in plain.output
     assert "pairs that join two documents are left out" in plain.output
+
+
+def test_the_facts_say_how_wide_intervals_are_and_what_narrows_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    layers = [rng.normal(size=(1200, 8)) for _ in range(2)]
+    tiny_cache = make_cache(tmp_path, layers, [20] * 60, random_head(8, 30))
+    evaluation = evaluate(tiny_cache, split="all", max_positions=tiny_cache.positions // 3)
+    widths = sorted(
+        (row.kl_high - row.kl_low) / (2 * row.kl)
+        for row in evaluation.rows
+        if row.kl and row.kl_low is not None and row.kl_high is not None
+    )
+    width = evaluation.kl_half_width
+    assert width == widths[len(widths) // 2]
+    assert width > 0.05
+    wanted = min(tiny_cache.positions, evaluation.positions * (width / 0.05) ** 2)
+    assert (
+        f"take about {wanted:,.0f} of the {tiny_cache.positions:,} positions"
+        in (evaluation.facts()[0])
+    )
+    whole = evaluate(tiny_cache, split="all", max_positions=tiny_cache.positions)
+    assert "max_positions" not in whole.facts()[0]
