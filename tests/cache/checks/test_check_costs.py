@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from residua.cache.checks.model_checks import check_model
 from residua.cache.forward.batches import BATCH_TOKENS
@@ -17,7 +16,7 @@ CONTEXT = 1024
 
 
 @pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
+def model() -> Any:
     """A tiny llama with a long context, whose configuration has many integers."""
     return build_architecture("llama", max_position_embeddings=2 * LARGEST_BATCH)
 
@@ -27,7 +26,7 @@ def stream_of(lengths: list[int]) -> TokenStream:
     return from_sequences([rng.integers(3, VOCAB - 1, length) for length in lengths])
 
 
-def block_tokens(model: torch.nn.Module, stream: TokenStream) -> int:
+def block_tokens(model: Any, stream: TokenStream) -> int:
     """Tokens, padding included, that the last block reads in the checks of `model`.
 
     The blocks cost nearly all of a forward pass; embeddings alone (`first_layer`) cost nothing.
@@ -39,7 +38,7 @@ def block_tokens(model: torch.nn.Module, stream: TokenStream) -> int:
         hidden = output[0] if isinstance(output, tuple) else output
         tokens += hidden.shape[0] * hidden.shape[1]
 
-    handle = model.model.layers[-1].register_forward_hook(count)  # type: ignore[union-attr]
+    handle = model.model.layers[-1].register_forward_hook(count)
     try:
         check_model(model, stream, "float32", "auto")
     finally:
@@ -58,8 +57,6 @@ def block_tokens(model: torch.nn.Module, stream: TokenStream) -> int:
     ],
     ids=["packed", "documents", "short", "long", "one sequence a batch"],
 )
-def test_checks_cost_at_most_five_largest_batches(
-    model: torch.nn.Module, lengths: list[int]
-) -> None:
+def test_checks_cost_at_most_five_largest_batches(model: Any, lengths: list[int]) -> None:
     tokens = block_tokens(model, stream_of(lengths))
     assert tokens <= 5 * max(LARGEST_BATCH, max(lengths)), tokens / LARGEST_BATCH
