@@ -6,7 +6,7 @@ model.
 """
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -22,13 +22,14 @@ def reused_rows(
     Calls of one thread with the same `name` get the same memory: the tensor is valid until the
     next one. Memory grows to the largest tensor; `free_reused_rows` frees it, or the thread's end.
     """
+    memory: dict[Any, torch.Tensor] = _memory.__dict__
     key = name, like.device, dtype or like.dtype
-    flat = _memory.__dict__.pop(key, None)
+    flat = memory.pop(key, None)
     if flat is not None and flat.shape[0] < rows * width:
         flat = None  # freed before the larger memory is allocated
     if flat is None:
         flat = like.new_empty(rows * width, dtype=dtype or like.dtype)
-    _memory.__dict__[key] = flat
+    memory[key] = flat
     return flat[: rows * width].view(rows, width)
 
 

@@ -64,9 +64,9 @@ class LayerFitTask:
     device: torch.device | None = None
     """Device of products, of each worker of `client`; None for the CPU."""
 
-    def objective(self, rows: BasisRows, memory: int) -> AblationObjective:
-        """The objective on `rows`, with `memory` bytes for what evaluations share."""
-        scratch = self.scratch if memory else None
+    def objective(self, rows: BasisRows, keeps: bool = True) -> AblationObjective:
+        """The objective on `rows`; it `keeps` what evaluations share, in memory or scratch file."""
+        memory, scratch = (self.memory, self.scratch) if keeps else (0, None)
         spec = ObjectiveSpec(rows, self.map, memory, scratch, device=self.device or CPU)
         return AblationObjective(spec, self.client)
 
@@ -87,7 +87,7 @@ def fit_layer(
     rows = BasisRows(cache, task.layer, drawn.positions, reference, settings.seed)
 
     # Find the basis, and measure each of its directions on the rows of the fit.
-    with task.objective(rows, task.memory) as objective:
+    with task.objective(rows) as objective:
         finder = BasisFinder(objective, coordinates, settings.k, _load_progress(task.checkpoint))
         finder.report = _Reporter(task, finder.progress, report)
         columns = finder.find(settings.method)
@@ -163,7 +163,7 @@ def _held_out_measures(task: LayerFitTask, bases: dict[str, LayerBasis]) -> dict
     rows = BasisRows(cache, task.layer, drawn.positions, reference, settings.seed)
     units = ResamplingUnits.of(cache, drawn.sequences, settings.seed)
     # Every product is used once: nothing is worth keeping.
-    with task.objective(rows, memory=0) as objective:
+    with task.objective(rows, keeps=False) as objective:
         measures = measure_influence(objective, bases, units, drawn.index, settings.seed)
     return {
         "n_test": measures.n,

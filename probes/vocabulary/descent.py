@@ -103,6 +103,10 @@ class Trainer:
         self._losses = []
         return self._loss_sum
 
+    @loss_sum.setter
+    def loss_sum(self, value: float) -> None:
+        self._loss_sum, self._losses = value, []
+
     @property
     def stopped(self) -> bool:
         """Whether the held-out loss no longer falls."""

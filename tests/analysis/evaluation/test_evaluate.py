@@ -1,6 +1,7 @@
 """Claims about evaluation: streamed equals whole, no pair crosses a sequence, the end is exact."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest

@@ -29,7 +29,7 @@ def curved(tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
 
 
 @pytest.fixture(scope="module")
-def future(curved: ActivationCache) -> FutureLens:
+def future(curved: ActivationCache) -> TunedLens:
     return FutureLens(offsets=(0, 2), **FAST).fit(curved, device="cpu")
 
 

@@ -117,7 +117,7 @@ def test_a_fit_equals_that_of_the_cpu(cache: ActivationCache, target: Any, float
         assert isinstance(affine.weight, np.ndarray)
 
 
-@pytest.mark.parametrize("rows", [np.asarray, lambda array: da.from_array(array, chunks=700)])
+@pytest.mark.parametrize("rows", [np.asarray, lambda array: da.from_array(array, chunks=(700, -1))])
 @pytest.mark.parametrize("float64", [True, False])
 def test_rows_are_fitted_on_the_device(rows: Callable[[Any], Any], float64: bool) -> None:
     rng = np.random.default_rng(1)
