@@ -148,7 +148,7 @@ class CudaCopies:
                 events[3].record(self._stream)
         # A model may be spread over devices: their copies run on streams of their own.
         others = {key: _device_of(arrays[key]) for key in dtypes if key not in copies}
-        arrivals = [events[-1]]
+        arrivals: list[Any] = [events[-1]]
         for device in dict.fromkeys(others.values()):
             keys = [key for key in others if others[key] == device]
             if device.type != "cuda":
