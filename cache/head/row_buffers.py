@@ -6,12 +6,20 @@ model.
 """
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-_memory = threading.local()
+
+class _ThreadMemory(threading.local):
+    """Tensors of one thread, one-dimensional, by name, device and dtype."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
+
+
+_memory = _ThreadMemory()
 
 
 def reused_rows(
@@ -22,17 +30,16 @@ def reused_rows(
     Calls of one thread with the same `name` get the same memory: the tensor is valid until the
     next one. Memory grows to the largest tensor; `free_reused_rows` frees it, or the thread's end.
     """
-    memory: dict[Any, torch.Tensor] = _memory.__dict__
     key = name, like.device, dtype or like.dtype
-    flat = memory.pop(key, None)
+    flat = _memory.tensors.pop(key, None)
     if flat is not None and flat.shape[0] < rows * width:
         flat = None  # freed before the larger memory is allocated
     if flat is None:
         flat = like.new_empty(rows * width, dtype=dtype or like.dtype)
-    memory[key] = flat
+    _memory.tensors[key] = flat
     return flat[: rows * width].view(rows, width)
 
 
 def free_reused_rows() -> None:
     """Free all memory that this thread uses again."""
-    _memory.__dict__.clear()
+    _memory.tensors.clear()

@@ -268,7 +268,6 @@ def start_run(
             fit.set_map(ridge.map)
             translators[layer, offset] = TranslatorState(fit=fit, alpha=ridge.alpha, n=ridge.n)
         # Free the matrices before the next pass allocates its own.
-        folds = None
         del moments
     return {pair: translators[pair] for pair in pairs}
 
