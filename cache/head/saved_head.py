@@ -93,4 +93,5 @@ def _explicit_head(spec: dict[str, Any], tensors: dict[str, np.ndarray]) -> Head
     for name, expected_shape in expected.items():
         if tensors[name].shape != expected_shape:
             raise FieldError(f"{name} has shape {tensors[name].shape}; expected {expected_shape}")
-    return Head(**_formula(spec), **{name: tensors[name] for name in TENSORS})
+    arrays: dict[str, Any] = {name: tensors[name] for name in TENSORS}
+    return Head(**_formula(spec), **arrays)
