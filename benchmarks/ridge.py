@@ -228,13 +228,15 @@ def fits(cache: ActivationCache, args: argparse.Namespace) -> list[Figure]:
 
     def grid() -> None:
         found["grid"] = {
-            pair: RidgeCV(probe.alphas_[pair], cv=PredefinedSplit(fold)).fit(x, y).coef_.T
+            pair: np.transpose(
+                RidgeCV(probe.alphas_[pair], cv=PredefinedSplit(fold)).fit(x, y).coef_
+            )
             for pair, (x, y, fold) in rows.items()
         }
 
     def known() -> None:
         found["known"] = {
-            pair: Ridge(alpha=probe.alpha_[pair]).fit(x, y).coef_.T
+            pair: np.transpose(Ridge(alpha=probe.alpha_[pair]).fit(x, y).coef_)
             for pair, (x, y, _) in rows.items()
         }
 

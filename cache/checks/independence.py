@@ -406,8 +406,8 @@ def _padding_error(
 
     changes = []
     for row, ids in enumerate(sequences):
-        is_known = row == 0 and first_layers is not None
-        single_layers = first_layers if is_known else stack.residuals(ids[None])
+        known_layers = first_layers if row == 0 else None
+        single_layers = known_layers or stack.residuals(ids[None])
         changes.append(
             _largest_change(
                 (layer[0] for layer in single_layers),
