@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -269,11 +269,11 @@ def moments_on_device(
             means: list[Any] = [
                 copy_to_device(torch.from_numpy(mean), home) for mean in (mean_x, mean_y)
             ]
-            matrices: list[Any] = [
-                copy_to_device(on_device[0].T @ right, home).double() for right in on_device
-            ]
-            squares = sum_of_squares(y_rows)
-            parts.append(Moments(len(x_rows), means[0], means[1], *matrices, squares))
+            xx, xy = (
+                cast(Any, copy_to_device(on_device[0].T @ right, home).double())
+                for right in on_device
+            )
+            parts.append(Moments(len(x_rows), means[0], means[1], xx, xy, sum_of_squares(y_rows)))
 
         tiles.run(len(rows[0]), add_tile)
         # Tensors take the place of arrays until the end.

@@ -295,6 +295,7 @@ def test_the_facts_say_how_wide_intervals_are_and_what_narrows_them(tmp_path: Pa
         if row.kl and row.kl_low is not None and row.kl_high is not None
     )
     width = evaluation.kl_half_width
+    assert width is not None
     assert width == widths[len(widths) // 2]
     assert width > 0.05
     wanted = min(tiny_cache.positions, evaluation.positions * (width / 0.05) ** 2)

@@ -117,7 +117,12 @@ def test_a_fit_equals_that_of_the_cpu(cache: ActivationCache, target: Any, float
         assert isinstance(affine.weight, np.ndarray)
 
 
-@pytest.mark.parametrize("rows", [np.asarray, lambda array: da.from_array(array, chunks=(700, -1))])
+def as_dask(array: np.ndarray) -> Any:
+    chunks: Any = (700, -1)
+    return da.from_array(array, chunks=chunks)
+
+
+@pytest.mark.parametrize("rows", [np.asarray, as_dask])
 @pytest.mark.parametrize("float64", [True, False])
 def test_rows_are_fitted_on_the_device(rows: Callable[[Any], Any], float64: bool) -> None:
     rng = np.random.default_rng(1)
