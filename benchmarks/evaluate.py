@@ -133,7 +133,7 @@ def main() -> None:
         cache = synthetic_cache(Path(folder), args)
         offsets = list(range(args.offsets))
         probe = RidgeProbe(offsets, [0], alpha=1.0, folds=1, products="float32")
-        probe.fit(cache, split="all", keep=False)
+        probe.fit(cache, keep=False)
 
         def ours(products: str = args.products) -> Evaluation:
             return evaluate(

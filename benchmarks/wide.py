@@ -150,6 +150,8 @@ class Bench:
         self.device = choose_device(args.device)
         self.cache = ActivationCache(args.cache)
         self.d, self.vocab = self.cache.d_model, self.cache.vocab
+        self.head = self.cache.head
+        """Loaded here: peaks are beside it."""
 
     def seconds(self, run: Callable[[], Any], rounds: int | None = None) -> float:
         """The least seconds of `rounds` runs: CPU seconds, or on a GPU seconds until it is done."""
@@ -362,19 +364,22 @@ def measure_evaluation(bench: Bench) -> list[Any]:
 def measure_basis(bench: Bench) -> list[Any]:
     """The products of clean rows, and one loss with gradient in one direction."""
     n, d, vocab = bench.args.batch, bench.d, bench.vocab
-    rows = BasisRows(bench.cache, 0, np.arange(n), np.zeros(d, np.float32), seed=0)
     direction = np.random.default_rng(2).standard_normal((1, d)) / d**0.5
-    with (
-        Peak() as peak,
-        AblationObjective(ObjectiveSpec(rows, bench.affine(), default_memory())) as objective,
-    ):
-        first = bench.seconds(lambda: objective.evaluate((direction, direction)), 1)
-        later = bench.seconds(lambda: objective.evaluate((direction, direction)))
+    first: dict[int, float] = {}
+    later: dict[int, float] = {}
+    with Peak() as peak:
+        for rows in (n // 2, n):
+            positions = BasisRows(bench.cache, 0, np.arange(rows), np.zeros(d, np.float32), seed=0)
+            spec = ObjectiveSpec(positions, bench.affine(), default_memory(), device=bench.device)
+            with AblationObjective(spec) as objective:
+                first[rows] = bench.seconds(lambda: objective.evaluate((direction, direction)), 1)  # noqa: B023
+                later[rows] = bench.seconds(lambda: objective.evaluate((direction, direction)))  # noqa: B023
+    set_up = (first[n] - later[n]) - (first[n // 2] - later[n // 2])
     return [
-        figure("basis: set-up", first - later, n, 4 * d * vocab, peak.bytes),
+        figure("basis: set-up", set_up, n - n // 2, 4 * d * vocab, peak.bytes),
         figure(
-            "basis: loss and gradient, one direction", later, n, 6 * vocab, peak.bytes,
-            ns_per_token=1e9 * later / (n * vocab),
+            "basis: loss and gradient, one direction", later[n], n, 6 * vocab, peak.bytes,
+            ns_per_token=1e9 * later[n] / (n * vocab),
         ),
     ]  # fmt: skip
 
@@ -440,6 +445,11 @@ def main() -> None:
     print_figures(figures)
     if args.json:
         command = shlex.join(["python", "benchmarks/wide.py", *_arguments_of(args)])
+        if args.json.exists():
+            # Figures of parts that were not measured now stay.
+            names = {row["name"] for row in figures}
+            earlier = json.loads(args.json.read_text())["figures"]
+            figures = [*(row for row in earlier if row["name"] not in names), *figures]
         value = {"command": command, "machine": describe_machine(), "figures": figures}
         args.json.write_text(json.dumps(value, indent=1) + "\n")
 

@@ -27,6 +27,8 @@ class FittedProbe:
     """Attribute that exists only after `fit`."""
     names_on_disk: ClassVar[dict[str, str]] = {}
     """Parameter -> its key in a saved `config.json`, for parameters that were renamed."""
+    later_params: ClassVar[dict[str, Any]] = {}
+    """Parameter -> its default, for parameters that earlier versions of this kind lacked."""
 
     cache_id_: str | None
     """Id of the cache; None for arrays."""

@@ -7,7 +7,7 @@ takes natural-gradient steps (`translator_fit.py`); this file keeps, applies and
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class TunedLens(FittedMaps[LayerOffset], Params):
     """
 
     kind = "lens"
+    later_params: ClassVar[dict[str, Any]] = {"products": "auto"}
     map_name = "translator"
 
     def __init__(

@@ -162,15 +162,23 @@ def package_version() -> str:
 
 
 def saved_params(probe: Any) -> dict[str, Any]:
-    """Constructor parameters of `probe` as in `config.json`; a probe inside as kind and params."""
+    """Constructor parameters of `probe` as in `config.json`; a probe inside as kind and params.
+
+    A parameter of `later_params` is left out where it has its default: so a probe of an earlier
+    version, loaded and saved again, has the same bytes.
+    """
 
     def saved_value(value: Any) -> Any:
         if hasattr(value, "get_params"):
             return {"kind": value.kind, "params": saved_params(value)}
         return plain_value(value)
 
-    params = probe.get_params()
-    return {_saved_name(probe, name): saved_value(value) for name, value in params.items()}
+    later = getattr(probe, "later_params", {})
+    return {
+        _saved_name(probe, name): saved_value(value)
+        for name, value in probe.get_params().items()
+        if name not in later or value != later[name]
+    }
 
 
 def _saved_name(probe: Any, name: str) -> str:

@@ -1,7 +1,6 @@
 """Vocabulary probes on a device: the numbers of the CPU, checkpoints that change devices."""
 
 import copy
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,12 +153,10 @@ def test_top_tokens_of_a_device_are_those_of_the_cpu(echo: ActivationCache) -> N
     np.testing.assert_array_equal(ours, find_top_tokens(echo, sequences))
 
 
-def test_memory_that_runs_out_halves_the_tiles(
-    echo: ActivationCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_runs_out_halves_the_tiles(echo: ActivationCache) -> None:
     """The logits of 128 rows do not fit, those of 64 do."""
     # Memory of earlier fits would be used again.
-    monkeypatch.setattr(row_buffers, "_memory", threading.local())
+    row_buffers.free_reused_rows()
     options: dict[str, Any] = {"lr": 0.05, "epochs": 1, "batch": 128, "products": "float32"}
     expected = VocabProbe(2, [0], loss="text", **options).fit(echo, device="cpu")
     with pretended_device(largest=4 * VOCAB * 100) as device:
