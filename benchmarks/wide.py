@@ -447,9 +447,11 @@ def main() -> None:
         command = shlex.join(["python", "benchmarks/wide.py", *_arguments_of(args)])
         if args.json.exists():
             # Figures of parts that were not measured now stay.
-            names = {row["name"] for row in figures}
-            earlier = json.loads(args.json.read_text())["figures"]
-            figures = [*(row for row in earlier if row["name"] not in names), *figures]
+            names, earlier = {row["name"] for row in figures}, json.loads(args.json.read_text())
+            kept = [row for row in earlier["figures"] if row["name"] not in names]
+            figures = [*kept, *figures]
+            if kept:
+                command = f"{earlier['command']}; {command}"
         value = {"command": command, "machine": describe_machine(), "figures": figures}
         args.json.write_text(json.dumps(value, indent=1) + "\n")
 
