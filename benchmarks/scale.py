@@ -33,8 +33,8 @@ BASIS_ROWS, BASIS_EVALUATIONS = 16_384, 60
 """Causal basis: rows, and evaluations of a joint search."""
 VOCABULARY_ROWS = 2_000_000
 """Rows of all passes of a vocabulary probe, which stops when its loss no longer falls."""
-EIGH_FLOPS = 22
-"""FLOPs of a symmetric eigendecomposition with vectors, divided by d^3."""
+FOLDS, MEASURED_FOLDS = 5, 2
+"""Folds of ridge by default, each with an eigendecomposition, and in the fit of `wide.py`."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,12 @@ def steps(model: Model, figures: dict[str, Any], rows: int) -> Iterator[Step]:
         return figures[name]["share"]
 
     yield Step("ridge: moments", 4.0 * d * d * rows, rows, "float64", share("moments float64"))
-    yield Step("ridge: solution", 7.0 * EIGH_FLOPS * d**3, 0, "float64", 0.5)
+    # The measured fit has few rows: nearly all of it is the solution, whose work grows as d^3.
+    moments, one = figures["moments float64"], figures["float64"]["gflops"] * 1e9
+    measured_d = math.sqrt(moments["gflop_per_row"] * 1e9 / 4)
+    folds = FOLDS / MEASURED_FOLDS * (d / measured_d) ** 3
+    solution = figures["ridge, whole fit"]["seconds"] * folds * one
+    yield Step("ridge: solution", solution, 0, "float64", 1.0)
     lens_rows = STEP_ROWS * STEPS + CURVATURE_ROWS * d
     teacher = head / model.layers
     lens = "lens: one step"

@@ -66,7 +66,7 @@ class ModelRows:
 
 
 class ProbeHead(TorchHead):
-    """A head whose calls write logits into a buffer; else the head that it is made of.
+    """A head whose calls write logits into a buffer, and which otherwise is the given head.
 
     The first call after `start_batch` with the rows of the batch gives a matrix of the buffers,
     valid until the next batch. Other calls, as of a probe that calls the head twice, give matrices
