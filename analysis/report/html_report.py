@@ -125,7 +125,7 @@ def write_report(
     )
     path = Path(path)
     make_folder(path.parent)
-    write_atomically(path, page.encode(), sweep=True)
+    write_atomically(path, page.encode())
     return path
 
 

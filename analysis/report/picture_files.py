@@ -18,4 +18,4 @@ def write_figure(figure: "Figure", path: Path) -> None:
     picture = BytesIO()
     # No version or date in the file: equal numbers give equal bytes.
     figure.savefig(picture, format="png", dpi=DPI, metadata={"Software": None})
-    write_atomically(path, picture.getvalue(), sweep=True)
+    write_atomically(path, picture.getvalue())

@@ -256,7 +256,7 @@ def _write_file(path: Path, name: str, data: bytes) -> bool:
         return False
     if not is_remote(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, data, sweep=True)
+    write_atomically(target, data)
     return True
 
 

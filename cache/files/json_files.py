@@ -13,7 +13,7 @@ import math
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -70,7 +70,8 @@ def write_json(path: Path, value: dict[str, Any], new: bool = False) -> None:
     if new and is_remote(path):
         create_object(path, data)
     else:
-        write_atomically(path, data)
+        # Of new files, as the records of parts, a folder holds thousands; their writers sweep.
+        write_atomically(path, data, sweep=not new)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def write_atomically(path: Path, data: bytes, sweep: bool = False) -> None:
+def write_atomically(path: Path, data: bytes, sweep: bool = True) -> None:
     """Write `path` so that readers see the old file or the whole new one, even after a power cut.
 
     Temporary file, fsync, rename, fsync of the folder; a remote object is written at once. With
@@ -117,9 +118,7 @@ def write_atomically(path: Path, data: bytes, sweep: bool = False) -> None:
         _sweep_temporary_files(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open_new(temporary) as file:
-            with suppress(OSError):  # no locks here: then nobody sweeps
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _open_locked(temporary) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -133,12 +132,31 @@ def write_atomically(path: Path, data: bytes, sweep: bool = False) -> None:
     sync_folder(path.parent)
 
 
+def _open_locked(temporary: Path) -> BinaryIO:
+    """Open the new file `temporary` and lock it, so that no other writer sweeps it."""
+    while True:
+        file = open_new(temporary)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # waits for a sweep that saw the file before its lock
+        except OSError:
+            return file  # no locks here: then nobody sweeps
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(temporary)):
+                return file
+        file.close()
+
+
 def _sweep_temporary_files(path: Path) -> None:
     """Remove temporary files of `path` that no living process has locked."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO or link may wait under the name
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with suppress(OSError), open(temporary, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            temporary.unlink()
+        with suppress(OSError):
+            descriptor = os.open(temporary, flags)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                temporary.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -184,9 +184,13 @@ def test_layers_that_a_killed_process_created_get_into_the_journal(
         with pytest.raises(KeyboardInterrupt):
             answer_request(request(0, 2))
     (path,) = list_paths(tmp_path)
-    (path / "journal" / ".base.1.json.99.tmp").write_bytes(b"{")  # of one that died in it
+    left = [path / "journal" / ".base.1.json.99.tmp"]  # of processes that died in it
+    left.append(path / "arrays.zarr" / "residual" / "2" / ".zarr.json.99.tmp")
+    for temporary in left:
+        temporary.write_bytes(b"{")
     answer_request(request(0, 2))
     assert_complete(tmp_path)
+    assert not [temporary for temporary in left if temporary.exists()]
 
 
 def test_sharing_parts_again_never_takes_a_committed_shard_away(

@@ -1,4 +1,4 @@
-"""Temporary files are made anew: a link that waits under their name is replaced, not followed."""
+"""Temporary files are made anew, never followed, and swept when their writer was killed."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from residua.cache.files.json_files import write_json
+from residua.cache.files.json_files import write_atomically, write_json
 from residua.cache.files.paths import open_new
 from residua.cache.format.layout import ArrayLayout
 from residua.cache.format.shard import ShardWriter
@@ -75,3 +75,31 @@ def test_no_writer_follows_a_link_under_its_temporary_name(
     assert outside.read_text() == "theirs"
     assert (folder / name).is_file()
     assert not (folder / name).is_symlink()
+
+
+def test_a_sweep_neither_follows_links_nor_waits_for_a_pipe(tmp_path: Path, outside: Path) -> None:
+    os.mkfifo(tmp_path / ".record.json.1.tmp")
+    (tmp_path / ".record.json.2.tmp").symlink_to(outside)
+    (tmp_path / ".record.json.3.tmp").mkdir()
+    write_json(tmp_path / "record.json", {"a": 1})
+    assert outside.read_text() == "theirs"
+    assert (tmp_path / ".record.json.2.tmp").is_symlink()
+    assert (tmp_path / ".record.json.3.tmp").is_dir()
+
+
+def test_a_file_that_another_writer_sweeps_before_its_lock_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "record.json"
+    swept: list[int] = []
+
+    def lock_late(file: object, operation: int) -> None:
+        if not swept:  # as if another process swept between the open and the lock
+            swept.append(operation)
+            (tmp_path / f".record.json.{os.getpid()}.tmp").unlink()
+
+    monkeypatch.setattr("fcntl.flock", lock_late)
+    write_atomically(path, b"whole", sweep=False)
+    assert swept
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+    assert path.read_bytes() == b"whole"
