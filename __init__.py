@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from .analysis.basis.model_influence import (
         measure_model_influence as measure_model_influence,
     )
+    from .analysis.basis_report.basis_page import write_basis_report as write_basis_report
     from .analysis.evaluation.probe_evaluation import evaluate as evaluate
     from .analysis.evaluation.result import Evaluation as Evaluation
-    from .analysis.report.basis_page import write_basis_report as write_basis_report
     from .analysis.report.html_report import write_report as write_report
     from .cache.errors import ResiduaError as ResiduaError
     from .cache.extraction.api import extract as extract

@@ -35,6 +35,7 @@ FLOORS = (
     "",
     "analysis",
     "analysis.console",
+    "analysis.basis_report",
     "analysis.report",
     "analysis.basis",
     "analysis.evaluation",

@@ -1,6 +1,6 @@
 """What the directions of causal bases mean to a person: tokens, passages, matches (`LayerReading`).
 
-`read_directions` reads the cache, without the model. analysis/report/basis_page.py shows the
+`read_directions` reads the cache, without the model. analysis/basis_report/basis_page.py shows the
 readings; `LayerReading.to_dict` gives them as JSON.
 """
 

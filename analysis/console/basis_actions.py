@@ -189,7 +189,7 @@ def write_basis_outputs(
         return []
     from ...probes.basis.causal_basis import lens_maps
     from ..basis.direction_readings import read_directions
-    from ..report.basis_page import write_basis_png, write_basis_report
+    from ..basis_report.basis_page import write_basis_png, write_basis_report
 
     rows = basis.metrics()
     written = []

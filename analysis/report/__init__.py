@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING
 from ...cache.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
-    from .basis_page import write_basis_png as write_basis_png
-    from .basis_page import write_basis_report as write_basis_report
     from .html_report import write_pngs as write_pngs
     from .html_report import write_report as write_report
     from .tables import offset_tables as offset_tables

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ...cache.files.json_files import make_folder, write_atomically
 from ...cache.format.manifest import SHORT_ID
 from ..basis import LayerReading
+from ..report.html_page import PAGE, SORT, STYLE, figure_html, glossary_html
+from ..report.picture_files import write_figure
+from ..report.probe_style import short_model_name
 from .basis_tables import directions_table, span_table, summary_table
 from .basis_texts import BASIS_GLOSSARY, BASIS_STYLE, INTRODUCTION, MODEL_GLOSSARY, SUMMARY_NOTE
-from .html_page import PAGE, SORT, STYLE, figure_html, glossary_html
-from .picture_files import write_figure
-from .probe_style import short_model_name
 from .span_curves import check_metrics, estimates_by_k, format_estimate
 
 if TYPE_CHECKING:

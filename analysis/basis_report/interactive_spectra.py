@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...cache.files.json_files import plain_value
-from .interactive_figures import LINEAR_AXIS, LOG_AXIS, escape_markup, lay_out
+from ..report.interactive_figures import LINEAR_AXIS, LOG_AXIS, escape_markup, lay_out
 from .span_curves import (
     BASIS_COLORS,
     SpanCurve,

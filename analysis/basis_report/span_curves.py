@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...cache import UsageError
-from .probe_style import KL_FLOOR, OTHER_COLOR
+from ..report.probe_style import KL_FLOOR, OTHER_COLOR
 
 ROW_KEYS = (
     "layer",

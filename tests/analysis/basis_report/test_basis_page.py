@@ -16,10 +16,10 @@ from residua.analysis.basis.direction_passages import Passage
 from residua.analysis.basis.direction_readings import DirectionReading, LayerReading
 from residua.analysis.basis.layer_persistence import DirectionMatch
 from residua.analysis.basis.token_changes import TokenChange
-from residua.analysis.report import interactive_spectra, static_spectra
-from residua.analysis.report.basis_page import write_basis_png, write_basis_report
-from residua.analysis.report.basis_texts import BASIS_GLOSSARY, MODEL_GLOSSARY
-from residua.analysis.report.span_curves import format_number, span_curves
+from residua.analysis.basis_report import interactive_spectra, static_spectra
+from residua.analysis.basis_report.basis_page import write_basis_png, write_basis_report
+from residua.analysis.basis_report.basis_texts import BASIS_GLOSSARY, MODEL_GLOSSARY
+from residua.analysis.basis_report.span_curves import format_number, span_curves
 from residua.cache.errors import UsageError
 from residua.cache.store.activation_cache import ActivationCache
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .probe_style import printable, short_model_name
+from ..report.probe_style import printable, short_model_name
 from .span_curves import axis_floor, span_curves
 
 if TYPE_CHECKING:
