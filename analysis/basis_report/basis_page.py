@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ...cache.files.json_files import make_folder, write_atomically
 from ...cache.format.manifest import SHORT_ID
 from ..basis import LayerReading
-from ..report.html_page import PAGE, SORT, STYLE, figure_html, glossary_html
+from ..report.html_page import figure_html, glossary_html
+from ..report.page_frame import STYLE, fill_page
 from ..report.picture_files import write_figure
 from ..report.probe_style import short_model_name
 from .basis_tables import directions_table, span_table, summary_table
@@ -63,13 +64,7 @@ def write_basis_report(
         "<h2 id='glossary'>Glossary</h2>",
         glossary_html(BASIS_GLOSSARY | (MODEL_GLOSSARY if influences else {})),
     ]
-    page = PAGE.format(
-        title=escape(title),
-        style=STYLE + BASIS_STYLE,
-        plotly=get_plotlyjs(),
-        body="\n".join(body),
-        sort=SORT,
-    )
+    page = fill_page(title, "\n".join(body), get_plotlyjs(), STYLE + BASIS_STYLE)
     path = Path(path)
     make_folder(path.parent)
     write_atomically(path, page.encode())

@@ -67,13 +67,12 @@ SUMMARY_NOTE = (
     "ablated, with 95 % intervals in brackets. Click a column's name to sort by it."
 )
 BASIS_STYLE = """
-.contents a { display: inline-block; margin: 0 12px 4px 0; color: #0072B2; }
-.notes { color: #44525f; padding-left: 20px; }
-.numbers a { color: #0072B2; }
+.contents a { display: inline-block; margin: 0 12px 4px 0; color: var(--link); }
+.numbers a { color: var(--link); }
 .directions { border-collapse: collapse; font-size: 13px; width: 100%; }
-.directions th { background: #f1f5f9; padding: 6px 9px; text-align: left; vertical-align: bottom;
+.directions th { background: var(--panel); padding: 6px 9px; text-align: left; vertical-align: bottom;
   position: sticky; top: 0; }
-.directions td { padding: 8px 9px; vertical-align: top; border-top: 1px solid #d8dee5; }
+.directions td { padding: 8px 9px; vertical-align: top; border-top: 1px solid var(--rule); }
 .directions .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .directions th.number { white-space: normal; }
 .directions .number { width: 1%; padding: 8px 5px; }
@@ -82,10 +81,10 @@ BASIS_STYLE = """
 .directions .tokens div { display: flex; justify-content: space-between; gap: 10px;
   line-height: 1.35; }
 .directions bdi { overflow-wrap: anywhere; white-space: pre-wrap; }
-.directions .change, .directions .sd { color: #5b6a78; font-variant-numeric: tabular-nums;
+.directions .change, .directions .sd { color: var(--faint); font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 .passage { display: flex; gap: 8px; margin-bottom: 4px; line-height: 1.35; }
 .passage .sd { min-width: 52px; text-align: right; }
-.passages hr { border: 0; border-top: 1px dashed #c3ccd5; margin: 6px 0; }
-mark { background: #fde68a; padding: 0 1px; }
+.passages hr { border: 0; border-top: 1px dashed var(--rule); margin: 6px 0; }
+mark { background: var(--passage); color: inherit; padding: 0 1px; }
 """

@@ -175,6 +175,7 @@ def evaluate(
         readouts=tuple(plan.readouts.values()),
         split_positions=int(cache.sequence_length[cache.sequences(split)].sum()),
         device=str(torch_device),
+        where=where,
     )
 
 

@@ -6,13 +6,17 @@
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ...cache.tokens.segments import PairScope
 from ...probes.base.readout import Readout
 from ...probes.ridge.error_share import ErrorShare
 from .confidence_buckets import BucketRow, ResultKey
+from .kl_examples import COUNT, KlExamples, find_kl_examples
 from .lens_heatmap import Heatmap, heatmaps
 from .metrics import EvaluationRow
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ...cache.store.activation_cache import ActivationCache
 
 WANTED_WIDTH = 0.05
@@ -62,6 +66,8 @@ class Evaluation:
     """The evaluated cache; heatmaps read it."""
     readouts: tuple[Readout, ...] = field(default=(), repr=False, compare=False)
     """The probes, in the order of `probes`."""
+    where: "np.ndarray | None" = field(default=None, repr=False, compare=False)
+    """Mask of the positions whose pairs were counted; examples come from the same."""
     split_positions: int = field(default=0, repr=False, compare=False)
     """Positions of the whole split."""
     device: str = field(default="auto", repr=False, compare=False)
@@ -163,3 +169,34 @@ class Evaluation:
             return []
         lenses = [readout for readout in self.readouts if not hasattr(readout, "view")]
         return heatmaps(self.cache, lenses, split=split or self.split, device=self.device)
+
+    def kl_examples(self, count: int = COUNT) -> list[KlExamples]:
+        """Pairs with the largest and the smallest KL, of every lens in its middle layer.
+
+        Of the probes that read layers, without controls, at their smallest offset; pairs come from
+        the first of the evaluated sequences. Empty without a cache.
+        """
+        if self.cache is None:
+            return []
+        found = []
+        for name, readout in zip(self.probes, self.readouts, strict=False):
+            rows = [row for row in self.rows if row.probe == name and row.layer is not None]
+            if not rows or hasattr(readout, "view"):
+                continue
+            offset = min(row.offset for row in rows)
+            layers = sorted(row.layer or 0 for row in rows if row.offset == offset)
+            examples = find_kl_examples(
+                self.cache,
+                readout,
+                layer=layers[len(layers) // 2],
+                offset=offset,
+                split=self.split,
+                seed=self.seed,
+                scope=PairScope(self.across_documents, self.drop_first),
+                where=self.where,
+                name=name,
+                count=count,
+                device=self.device,
+            )
+            found.append(examples)
+        return [examples for examples in found if examples.n]

@@ -70,66 +70,6 @@ BUCKET_NOTE = (
     "confidence is its largest probability there. Buckets without a pair have no row."
 )
 TABLE_NOTE = "Click a column's name to sort by it."
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none';
- script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
-<title>{title}</title>
-<style>{style}</style>
-<script>{plotly}</script>
-</head>
-<body>
-<main>
-{body}
-</main>
-<script>{sort}</script>
-</body>
-</html>
-"""
-STYLE = """
-body { margin: 0; color: #1c2733; background: #fff;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 24px 28px 64px; }
-h1 { font-size: 27px; line-height: 1.25; margin: 8px 0 18px; }
-h2 { font-size: 20px; margin: 40px 0 6px; padding-top: 14px; border-top: 1px solid #d8dee5; }
-p { margin: 4px 0 12px; max-width: 76ch; color: #44525f; }
-code { font: 13px/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-.facts th { text-align: left; font-weight: 500; color: #5b6a78; padding: 1px 20px 1px 0;
-  vertical-align: top; white-space: nowrap; }
-.headlines { padding: 14px 18px 14px 36px; background: #f1f5f9; border-radius: 6px; }
-.scroll { overflow: auto; max-height: 560px; border: 1px solid #d8dee5; border-radius: 6px; }
-.numbers { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-.numbers th { position: sticky; top: 0; background: #f1f5f9; cursor: pointer; padding: 6px 9px;
-  text-align: right; white-space: nowrap; }
-.numbers td { padding: 3px 9px; text-align: right; white-space: nowrap; }
-.numbers .name, .numbers th:first-child { text-align: left; }
-.numbers tbody tr:nth-child(even) { background: #f8fafc; }
-dt { font-weight: 600; margin-top: 8px; }
-dd { margin: 0 0 0 20px; max-width: 76ch; color: #44525f; }
-"""
-SORT = """
-document.querySelectorAll(".numbers th").forEach(head => {
-  const column = head.cellIndex;
-  let down = false;
-  head.addEventListener("click", () => {
-    const body = head.closest("table").tBodies[0];
-    const value = row => row.cells[column].dataset.v;
-    const compare = (a, b) => {
-      const x = value(a), y = value(b);
-      if (x === "" || y === "") return (x === "") - (y === "");
-      const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
-      return down ? -order : order;
-    };
-    [...body.rows].sort(compare).forEach(row => body.append(row));
-    down = !down;
-  });
-});
-"""
-
-
 def figure_html(figure: "Figure", name: str) -> str:
     """HTML of an interactive figure, a `div` with the id `name`; plotly stands in the page."""
     return figure.to_html(

@@ -46,42 +46,23 @@ def escape_markup(text: str) -> str:
     return escape_html(text, quote=False)
 
 
-def curves(evaluation: Evaluation, measures: Sequence[str]) -> "Figure":
-    """One panel per offset with one line per probe: a measure by layer (a plotly figure).
+def panel_figure(evaluation: Evaluation, measure: str, offset: int) -> "Figure":
+    """One line per probe at one offset: a measure by layer (a plotly figure without a legend).
 
-    Buttons choose among several `measures`; the first is shown.
+    Values too small for a logarithmic axis are drawn at its lower end.
     """
-    from plotly.subplots import make_subplots
+    from plotly.graph_objects import Figure
 
-    columns = min(2, len(evaluation.offsets))
-    lines = math.ceil(len(evaluation.offsets) / columns)
-    figure = make_subplots(
-        lines,
-        columns,
-        subplot_titles=[panel_title(evaluation, offset) for offset in evaluation.offsets],
-        horizontal_spacing=0.09,
-        vertical_spacing=0.3 / lines,
-    )
-
-    # Traces of all measures, panel by panel.
-    trace_measures: list[str] = []
-    for panel, offset in enumerate(evaluation.offsets):
-        line, column = divmod(panel, columns)
-        offset_rows = [row for row in evaluation.rows if row.offset == offset]
-        log = measures[0] == "kl" and needs_log(offset_rows)
-        for measure in measures:
-            traces = _probe_traces(evaluation, measure, offset, KL_FLOOR if log else 0.0)
-            figure.add_traces(traces, rows=line + 1, cols=column + 1)
-            trace_measures += [measure] * len(traces)
-        figure.update_yaxes(LOG_AXIS if log else LINEAR_AXIS, row=line + 1, col=column + 1)
-
-    # Axes, legend and buttons.
-    figure.update_yaxes(title_text=MEASURES[measures[0]])
+    rows = [row for row in evaluation.rows if row.offset == offset]
+    floor = log_floor(rows) if measure == "kl" else 0.0
+    figure = Figure(_probe_traces(evaluation, measure, offset, floor))
+    figure.update_yaxes(LOG_AXIS if floor else LINEAR_AXIS, title_text=MEASURES[measure])
+    if floor:
+        largest = max(value for row in rows if (value := plotted_value(row, measure)) > 0)
+        figure.update_yaxes(range=[math.log10(floor) - 0.05, math.log10(largest) + 0.08])
     figure.update_xaxes(title_text="layer", dtick=math.ceil(len(evaluation.layers) / 14))
-    lay_out(figure, 340 * lines + 110)
-    _show_names_once(figure, trace_measures, measures[0])
-    if len(measures) > 1:
-        figure.update_layout(updatemenus=[_measure_buttons(figure, trace_measures, measures)])
+    lay_out(figure, 300)
+    figure.update_layout(showlegend=False, margin={"l": 62, "r": 8, "t": 12, "b": 46})
     return figure
 
 
@@ -90,54 +71,13 @@ def lay_out(figure: "Figure", height: int) -> None:
     figure.update_layout(
         height=height,
         template="plotly_white",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": 13},
         margin={"l": 70, "r": 20, "t": 70, "b": 90},
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
         hoverlabel={"align": "left"},
     )
-
-
-def _show_names_once(figure: "Figure", trace_measures: Sequence[str], first: str) -> None:
-    """Show the traces of the measure `first`, and each probe once per measure in the legend.
-
-    `trace_measures` are the measures of the traces, in their order. Bands (`fill`) have no name.
-    """
-    named: set[tuple[str, str]] = set()
-    traces: Any = figure.data
-    for trace, measure in zip(traces, trace_measures, strict=True):
-        key = (measure, trace.name)
-        trace.visible = measure == first
-        trace.showlegend = trace.fill is None and key not in named
-        if trace.fill is None:
-            named.add(key)
-
-
-def _measure_buttons(
-    figure: "Figure", trace_measures: Sequence[str], measures: Sequence[str]
-) -> dict[str, Any]:
-    """A menu of buttons, each of which shows the traces of one measure."""
-    axes = [name for name in figure.layout.to_plotly_json() if name.startswith("yaxis")]
-    choices = [
-        {
-            "label": measure_title(measure),
-            "method": "update",
-            "args": [
-                {"visible": [trace_measure == measure for trace_measure in trace_measures]},
-                {f"{axis}.title.text": MEASURES[measure] for axis in axes},
-            ],
-        }
-        for measure in measures
-    ]
-    return {
-        "type": "buttons",
-        "direction": "right",
-        "buttons": choices,
-        "x": 0,
-        "xanchor": "left",
-        "y": 1.0,
-        "yanchor": "bottom",
-        "pad": {"b": 26},
-    }
 
 
 def _probe_traces(
