@@ -20,7 +20,7 @@ import numpy as np
 from ...cache.devices import choose_device
 from ...cache.errors import ResiduaWarning, UsageError
 from ...cache.number_ranges import as_whole_number, format_ranges
-from ...cache.progress import Progress
+from ...cache.progress import Auto, Progress, show_stage
 from ...cache.tokens.segments import PairScope
 from ...probes.base.readout import Readout, check_readout
 from ...probes.base.resampling import ResamplingUnits, resampling_counts
@@ -59,7 +59,7 @@ def evaluate(
     force: bool = False,
     across_documents: bool = False,
     drop_first: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | Auto | None = "auto",
 ) -> Evaluation:
     """Measure `probes` (or one), the logit lens and a bigram on whole sequences of `split`.
 
@@ -81,7 +81,8 @@ def evaluate(
     - `across_documents`: allow pairs (t, t+N), and tokens of the text after them, of two documents
       of one sequence. By default both lie in one document.
     - `drop_first`: positions at the start of each sequence that are no sources t.
-    - `progress`: called with (positions done, positions in all).
+    - `progress`: "auto" (bars in a terminal or notebook, elsewhere lines of the logger `residua`),
+      None (nothing), or a function that is called with (positions done, positions in all).
 
     Intervals resample documents. The bigram is counted on the train split; where that split is
     evaluated (`train`, `all`), on its documents of other folds (`CrossFittedBigram`). Logits that
@@ -120,16 +121,17 @@ def evaluate(
     # 2. and 3. Windows of positions, whose measures are summed per document and bucket.
     units = ResamplingUnits.of(cache, sequences, seed)
     tally = BucketTally(plan.keys, units=units.n_resampled, positions=sample.targets.count)
-    products = tally_windows(
-        sample,
-        plan,
-        units,
-        tally,
-        device=torch_device,
-        products=products,
-        batch_rows=batch_rows,
-        progress=progress,
-    )
+    with show_stage(progress, "evaluate") as report:
+        products = tally_windows(
+            sample,
+            plan,
+            units,
+            tally,
+            device=torch_device,
+            products=products,
+            batch_rows=batch_rows,
+            progress=report,
+        )
 
     # 4. Rows with intervals, and what to know when they are read.
     rows, buckets = tally.rows(resampling_counts(units.n_resampled, seed))
