@@ -12,7 +12,7 @@
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,14 +22,16 @@ from ...cache.errors import ResiduaWarning, UsageError
 from ...cache.number_ranges import as_whole_number, format_ranges
 from ...cache.progress import Auto, Progress, show_stage
 from ...cache.tokens.segments import PairScope
-from ...probes.base.readout import Readout, check_readout
+from ...probes.base.readout import Readout
 from ...probes.base.resampling import ResamplingUnits, resampling_counts
+from ...probes.baselines.ngrams import CrossFittedBigram
 from ...probes.ridge.error_share import ErrorShare, domination_message, error_shares
 from ...probes.saved.save import check_belongs
 from .confidence_buckets import BucketTally, ResultKey
 from .metrics import EvaluationRow
 from .plan import FITTED_SPLITS, EvaluationPlan, plan_evaluation
 from .probe_head import check_products, rounding_notes
+from .probe_names import probe_list
 from .result import Evaluation
 from .window_tally import tally_windows
 from .windows import EvaluationSample, check_where, choose_sequences
@@ -45,7 +47,7 @@ MAX_UNDEFINED_NAMED = 3
 
 def evaluate(
     cache: "ActivationCache",
-    probes: Readout | Sequence[Readout] = (),
+    probes: Readout | Sequence[Readout] | Mapping[str, Readout] = (),
     *,
     split: str = "test",
     offsets: int | Iterable[int] | None = None,
@@ -61,10 +63,13 @@ def evaluate(
     drop_first: int = 0,
     progress: Progress | Auto | None = "auto",
 ) -> Evaluation:
-    """Measure `probes` (or one), the logit lens and a bigram on whole sequences of `split`.
+    """Measure `probes`, the logit lens and a bigram on whole sequences of `split`.
 
     Logits are float32, sums of measures float64.
 
+    - `probes`: one probe, several, or several with names: `{"long": ridge, "short": other}`.
+      Without names a probe is called by its kind, the second of a kind `ridge 2`; the notes of the
+      result say which probe a given name or a number stands for.
     - `split`: train, validation, test or all. Sequences are taken in a seeded random order, up to
       `max_positions` positions, but one sequence at least.
     - `offsets`, `layers`: default those of the probes, else offsets 0-3 and all layers.
@@ -97,9 +102,8 @@ def evaluate(
     """
     max_positions = as_whole_number(max_positions, "max_positions")
     seed = as_whole_number(seed, "seed")
-    probe_list = list(probes) if isinstance(probes, Iterable) else [probes]
-    for probe in probe_list:
-        check_readout(probe)
+    listed = probe_list(probes)
+    for probe in listed:
         check_belongs(probe, cache, force)
     check_where(cache, where)
     check_products(products)
@@ -111,7 +115,7 @@ def evaluate(
     sample = EvaluationSample(cache, sequences, scope, where)
     plan = plan_evaluation(
         cache,
-        probe_list,
+        probes if isinstance(probes, Mapping) else listed,
         offsets=offsets,
         layers=layers,
         split=split,
@@ -147,7 +151,7 @@ def evaluate(
         *missing_offset_notes(plan.offsets, measured_offsets, split),
         *([undefined] if undefined else []),
         *([units.note] if units.note else []),
-        *fitted_split_notes(cache, probe_list, split),
+        *fitted_split_notes(cache, plan.readouts, split),
         *domination_notes(shares),
         *plan.baseline_notes,
         *rounding_notes(products),
@@ -221,14 +225,19 @@ def describe_undefined(rows: Sequence[EvaluationRow]) -> str:
 
 
 def fitted_split_notes(
-    cache: "ActivationCache", probes: Sequence[Readout], split: str
+    cache: "ActivationCache", probes: Mapping[str, Readout], split: str
 ) -> list[str]:
     """A note that names the probes fitted on the text of `split`; none for held-out text."""
-    kinds = [probe.kind for probe in probes if getattr(probe, "cache_id_", None) == cache.id]
-    if split not in FITTED_SPLITS or not kinds:
+    names = [
+        name
+        for name, probe in probes.items()
+        if getattr(probe, "cache_id_", None) == cache.id
+        and not isinstance(probe, CrossFittedBigram)
+    ]
+    if split not in FITTED_SPLITS or not names:
         return []
     return [
-        f"the {split} split holds text that these probes were fitted on: {', '.join(kinds)}; "
+        f"the {split} split holds text that these probes were fitted on: {', '.join(names)}; "
         "use split='test' for what they say of other text"
     ]
 
