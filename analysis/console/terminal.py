@@ -6,6 +6,7 @@ that none reaches the terminal. While a command works, `other_output_on_stderr` 
 what libraries print.
 """
 
+import logging
 import os
 import re
 import sys
@@ -13,14 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...cache.progress import Progress
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.progress import Task
-    from rich.text import Text
+from ...cache.progress import (
+    LOG_SECONDS,
+    LOGGER,
+    Progress,
+    ProgressBars,
+    ProgressLog,
+    StageDisplay,
+    stderr_is_terminal,
+)
 
 PIPE_WIDTH = 160
 """Width of tables in a pipe or file, in letters."""
@@ -29,60 +33,35 @@ CONTROL = re.compile(
 )
 """Characters that a terminal obeys (all but tab and line end), that turn the direction of text, or
 that cannot be printed."""
-UNITS = {
-    "basis": "evaluations",
-    "lens": "steps",
-    "readings": "layers",
-    "tokenize": "documents",
-    "verify": "shards",
-}
-"""Unit of a stage's progress; positions for other stages."""
 
 
 class Meter:
-    """Live progress of named stages on stderr: bar, rate, time left; silent without a terminal."""
+    """Progress of named stages on stderr: bars on a terminal, else lines of the log.
+
+    Off a terminal, a stage that takes longer than half a minute has a line each half minute: the
+    log of a batch job says what is going on. Nothing is shown if `quiet`.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            ProgressColumn,
-            TaskProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as RichProgress
-        from rich.text import Text
-
-        class RateColumn(ProgressColumn):
-            def render(self, task: "Task") -> "Text":
-                speed = task.finished_speed or task.speed
-                return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", "cyan")
-
-        class ProgressWithNotes(RichProgress):
-            """Notes have a line of their own: beside a bar they would not fit a terminal."""
-
-            def get_renderables(self) -> "Iterator[RenderableType]":
-                yield from super().get_renderables()
-                for task in self.tasks:
-                    if note := notes.get(task.description, str)():
-                        yield Text(f"{'':>11}{note}", "dim", no_wrap=True, overflow="ellipsis")
-
-        notes = self._notes = dict[str, Callable[[], str]]()
-        console = Console(stderr=True)
-        self._progress = ProgressWithNotes(
-            TextColumn("{task.description:>10}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            RateColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=quiet or not console.is_terminal,
-        )
-        self._tasks: dict[str, Any] = {}
+        self._display: StageDisplay | None = None
+        self._handler: logging.Handler | None = None
+        if quiet:
+            return
+        if stderr_is_terminal():
+            self._display = ProgressBars()
+            return
+        self._display = ProgressLog(least_seconds=LOG_SECONDS)
+        self._level = LOGGER.level
+        if not LOGGER.hasHandlers():
+            self._handler = logging.StreamHandler()
+            self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
 
     def __enter__(self) -> "Meter":
-        self._progress.start()
+        if self._handler is not None:
+            LOGGER.addHandler(self._handler)
+            LOGGER.setLevel(logging.INFO)
+        if self._display is not None:
+            self._display.__enter__()
         return self
 
     def __exit__(
@@ -91,22 +70,25 @@ class Meter:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        if self._display is not None:
+            self._display.__exit__(kind, value, trace)
+        if self._handler is not None:
+            LOGGER.removeHandler(self._handler)
+            LOGGER.setLevel(self._level)
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Show that stage `name` has done `done` of `total`; a `StageProgress` callback."""
-        if name not in self._tasks:
-            unit = UNITS.get(name, "positions")
-            self._tasks[name] = self._progress.add_task(name, total=total, unit=unit)
-        self._progress.update(self._tasks[name], completed=done, total=total)
+        if self._display is not None:
+            self._display.stage(name, done, total)
 
     def progress_of(self, name: str) -> Progress:
         """The callback `(done, total)` of stage `name`."""
         return lambda done, total: self.stage(name, done, total)
 
     def note(self, name: str, text: Callable[[], str]) -> None:
-        """Show `text()` under the progress of stage `name`; called at every redraw."""
-        self._notes[name] = text
+        """Show `text()` under the bar of stage `name`; called at every redraw."""
+        if isinstance(self._display, ProgressBars):
+            self._display.note(name, text)
 
 
 def visible_text(text: str) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .metrics import precision_sort_key as precision_sort_key
     from .position_masks import MASKS as MASKS
     from .probe_evaluation import evaluate as evaluate
+    from .probe_names import ProbeName as ProbeName
     from .result import Evaluation as Evaluation
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -101,7 +101,7 @@ class EvaluationRow:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain numbers for JSON; None for undefined and for infinite measures."""
-        return plain_value(asdict(self))
+        return plain_value({**asdict(self), "probe": str(self.probe)})
 
 
 def kl_sort_key(row: EvaluationRow) -> float:

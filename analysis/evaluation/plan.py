@@ -5,19 +5,19 @@ has the layers and the probes have the offsets. `evaluate` then reads the plan g
 group is all results that read the same rows of the same layer.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ...cache.errors import NotFoundError, UsageError
-from ...cache.format.manifest import SHORT_ID
 from ...cache.number_ranges import as_tuple, format_ranges
 from ...probes.base.readout import Readout
 from ...probes.baselines.ngrams import Bigram, CrossFittedBigram
 from ...probes.baselines.token_counts import CountBaseline
 from ...probes.lens.logit_lens import LogitLens
 from .confidence_buckets import ResultKey
+from .probe_names import describe_names, name_readouts, probe_list
 
 if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
@@ -36,8 +36,8 @@ class EvaluationPlan:
     layers: tuple[int, ...]
     offsets: tuple[int, ...]
     notes: tuple[str, ...] = ()
-    """Sentences that name the probes without some of the layers and offsets, and tell probes of
-    one kind apart."""
+    """Sentences that name the probes without some of the layers and offsets, and say which probe a
+    given name, or the number of a kind, stands for."""
     baseline_notes: tuple[str, ...] = ()
     """Sentences that say why a baseline is left out."""
 
@@ -78,7 +78,7 @@ class ReadGroup:
 
 def plan_evaluation(
     cache: "ActivationCache",
-    probes: Sequence[Readout],
+    probes: Sequence[Readout] | Mapping[str, Readout],
     *,
     offsets: int | Iterable[int] | None = None,
     layers: int | Iterable[int] | None = None,
@@ -93,7 +93,8 @@ def plan_evaluation(
     """
     requested_offsets = None if offsets is None else as_tuple(offsets, "offsets")
     requested_layers = None if layers is None else as_tuple(layers, "layers")
-    probe_pairs = [pair for probe in probes for pair in probe.pairs()]
+    listed = probe_list(probes)
+    probe_pairs = [pair for probe in listed for pair in probe.pairs()]
 
     # Defaults come from the probes.
     plan_offsets, plan_layers = requested_offsets, requested_layers
@@ -119,7 +120,7 @@ def plan_evaluation(
     coverage_notes = check_coverage(probes, requested_layers, requested_offsets)
 
     # Baselines beside the probes, unless the caller gives a probe of the same kind.
-    kinds = {probe.kind for probe in probes}
+    kinds = {probe.kind for probe in listed}
     baselines: list[Readout] = []
     baseline_notes: list[str] = []
     later_offsets = tuple(offset for offset in plan_offsets if offset > 0)
@@ -132,18 +133,20 @@ def plan_evaluation(
     if LogitLens.kind not in kinds:
         baselines.append(LogitLens(plan_layers, plan_offsets))
 
-    readouts = name_readouts([*baselines, *probes])
+    readouts = name_readouts(probes, baselines)
     return EvaluationPlan(
         readouts=readouts,
         layers=plan_layers,
         offsets=plan_offsets,
-        notes=(*coverage_notes, *describe_namesakes(readouts)),
+        notes=(*coverage_notes, *describe_names(readouts)),
         baseline_notes=tuple(baseline_notes),
     )
 
 
 def check_coverage(
-    probes: Sequence[Readout], layers: Sequence[int] | None, offsets: Sequence[int] | None
+    probes: Sequence[Readout] | Mapping[str, Readout],
+    layers: Sequence[int] | None,
+    offsets: Sequence[int] | None,
 ) -> list[str]:
     """Notes on the probes that lack some of the requested `layers` and `offsets` (None: all).
 
@@ -170,7 +173,7 @@ def check_coverage(
 
     # Every offset needs one probe at least, unless all probes are baselines.
     offsets_of = {name: {n for _, n in probe.pairs()} for name, probe in probe_by_name.items()}
-    if any(not isinstance(probe, CountBaseline) for probe in probes):
+    if any(not isinstance(probe, CountBaseline) for probe in probe_by_name.values()):
         for offset in offsets or ():
             if not any(offset in probe_offsets for probe_offsets in offsets_of.values()):
                 coverage = "; ".join(
@@ -198,30 +201,3 @@ def format_coverage(probe: Readout) -> str:
     layers = sorted({layer for layer, _ in probe.pairs() if layer is not None})
     offsets = f"offsets {format_ranges(sorted({offset for _, offset in probe.pairs()}))}"
     return f"layers {format_ranges(layers)}, {offsets}" if layers else offsets
-
-
-def name_readouts(readouts: Sequence[Readout]) -> dict[str, Readout]:
-    """Readouts by kind; the second readout of a kind is named `ridge 2`."""
-    readout_by_name: dict[str, Readout] = {}
-    for readout in readouts:
-        namesakes = sum(named.kind == readout.kind for named in readout_by_name.values())
-        name = f"{readout.kind} {namesakes + 1}" if namesakes else readout.kind
-        readout_by_name[name] = readout
-    return readout_by_name
-
-
-def describe_namesakes(readouts: dict[str, Readout]) -> list[str]:
-    """Sentences that say which probe each name stands for, where several probes share a kind."""
-    kinds = [readout.kind for readout in readouts.values()]
-    notes = []
-    for name, readout in readouts.items():
-        if kinds.count(readout.kind) > 1:
-            folder = getattr(readout, "folder_", None)
-            cache_id = getattr(readout, "cache_id_", None)
-            description = [
-                " ".join(repr(readout).split()),
-                *([f"of cache {cache_id[:SHORT_ID]}"] if cache_id else []),
-                *([f"in {folder}"] if folder else []),
-            ]
-            notes.append(f"{name} is {' '.join(description)}")
-    return notes

@@ -12,7 +12,7 @@
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,16 +20,18 @@ import numpy as np
 from ...cache.devices import choose_device
 from ...cache.errors import ResiduaWarning, UsageError
 from ...cache.number_ranges import as_whole_number, format_ranges
-from ...cache.progress import Progress
+from ...cache.progress import Auto, Progress, show_stage
 from ...cache.tokens.segments import PairScope
-from ...probes.base.readout import Readout, check_readout
+from ...probes.base.readout import Readout
 from ...probes.base.resampling import ResamplingUnits, resampling_counts
+from ...probes.baselines.ngrams import CrossFittedBigram
 from ...probes.ridge.error_share import ErrorShare, domination_message, error_shares
 from ...probes.saved.save import check_belongs
 from .confidence_buckets import BucketTally, ResultKey
 from .metrics import EvaluationRow
 from .plan import FITTED_SPLITS, EvaluationPlan, plan_evaluation
 from .probe_head import check_products, rounding_notes
+from .probe_names import probe_list
 from .result import Evaluation
 from .window_tally import tally_windows
 from .windows import EvaluationSample, check_where, choose_sequences
@@ -45,7 +47,7 @@ MAX_UNDEFINED_NAMED = 3
 
 def evaluate(
     cache: "ActivationCache",
-    probes: Readout | Sequence[Readout] = (),
+    probes: Readout | Sequence[Readout] | Mapping[str, Readout] = (),
     *,
     split: str = "test",
     offsets: int | Iterable[int] | None = None,
@@ -59,12 +61,15 @@ def evaluate(
     force: bool = False,
     across_documents: bool = False,
     drop_first: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | Auto | None = "auto",
 ) -> Evaluation:
-    """Measure `probes` (or one), the logit lens and a bigram on whole sequences of `split`.
+    """Measure `probes`, the logit lens and a bigram on whole sequences of `split`.
 
     Logits are float32, sums of measures float64.
 
+    - `probes`: one probe, several, or several with names: `{"long": ridge, "short": other}`.
+      Without names a probe is called by its kind, the second of a kind `ridge 2`; the notes of the
+      result say which probe a given name or a number stands for.
     - `split`: train, validation, test or all. Sequences are taken in a seeded random order, up to
       `max_positions` positions, but one sequence at least.
     - `offsets`, `layers`: default those of the probes, else offsets 0-3 and all layers.
@@ -81,7 +86,8 @@ def evaluate(
     - `across_documents`: allow pairs (t, t+N), and tokens of the text after them, of two documents
       of one sequence. By default both lie in one document.
     - `drop_first`: positions at the start of each sequence that are no sources t.
-    - `progress`: called with (positions done, positions in all).
+    - `progress`: "auto" (bars in a terminal or notebook, elsewhere lines of the logger `residua`),
+      None (nothing), or a function that is called with (positions done, positions in all).
 
     Intervals resample documents. The bigram is counted on the train split; where that split is
     evaluated (`train`, `all`), on its documents of other folds (`CrossFittedBigram`). Logits that
@@ -96,9 +102,8 @@ def evaluate(
     """
     max_positions = as_whole_number(max_positions, "max_positions")
     seed = as_whole_number(seed, "seed")
-    probe_list = list(probes) if isinstance(probes, Iterable) else [probes]
-    for probe in probe_list:
-        check_readout(probe)
+    listed = probe_list(probes)
+    for probe in listed:
         check_belongs(probe, cache, force)
     check_where(cache, where)
     check_products(products)
@@ -110,7 +115,7 @@ def evaluate(
     sample = EvaluationSample(cache, sequences, scope, where)
     plan = plan_evaluation(
         cache,
-        probe_list,
+        probes if isinstance(probes, Mapping) else listed,
         offsets=offsets,
         layers=layers,
         split=split,
@@ -120,16 +125,17 @@ def evaluate(
     # 2. and 3. Windows of positions, whose measures are summed per document and bucket.
     units = ResamplingUnits.of(cache, sequences, seed)
     tally = BucketTally(plan.keys, units=units.n_resampled, positions=sample.targets.count)
-    products = tally_windows(
-        sample,
-        plan,
-        units,
-        tally,
-        device=torch_device,
-        products=products,
-        batch_rows=batch_rows,
-        progress=progress,
-    )
+    with show_stage(progress, "evaluate") as report:
+        products = tally_windows(
+            sample,
+            plan,
+            units,
+            tally,
+            device=torch_device,
+            products=products,
+            batch_rows=batch_rows,
+            progress=report,
+        )
 
     # 4. Rows with intervals, and what to know when they are read.
     rows, buckets = tally.rows(resampling_counts(units.n_resampled, seed))
@@ -145,7 +151,7 @@ def evaluate(
         *missing_offset_notes(plan.offsets, measured_offsets, split),
         *([undefined] if undefined else []),
         *([units.note] if units.note else []),
-        *fitted_split_notes(cache, probe_list, split),
+        *fitted_split_notes(cache, plan.readouts, split),
         *domination_notes(shares),
         *plan.baseline_notes,
         *rounding_notes(products),
@@ -220,14 +226,19 @@ def describe_undefined(rows: Sequence[EvaluationRow]) -> str:
 
 
 def fitted_split_notes(
-    cache: "ActivationCache", probes: Sequence[Readout], split: str
+    cache: "ActivationCache", probes: Mapping[str, Readout], split: str
 ) -> list[str]:
     """A note that names the probes fitted on the text of `split`; none for held-out text."""
-    kinds = [probe.kind for probe in probes if getattr(probe, "cache_id_", None) == cache.id]
-    if split not in FITTED_SPLITS or not kinds:
+    names = [
+        name
+        for name, probe in probes.items()
+        if getattr(probe, "cache_id_", None) == cache.id
+        and not isinstance(probe, CrossFittedBigram)
+    ]
+    if split not in FITTED_SPLITS or not names:
         return []
     return [
-        f"the {split} split holds text that these probes were fitted on: {', '.join(kinds)}; "
+        f"the {split} split holds text that these probes were fitted on: {', '.join(names)}; "
         "use split='test' for what they say of other text"
     ]
 

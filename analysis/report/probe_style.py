@@ -2,7 +2,7 @@
 
 static_figures.py (matplotlib) and interactive_figures.py (plotly) take their style from here, so
 that a probe looks the same in both. A probe's name is `kind[/control][ number]`: `ridge`,
-`ridge 2`, `ridge/shuffled`.
+`ridge 2`, `ridge/shuffled`; or what the user gave, a `ProbeName`, which knows its kind.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any
 
 from ..evaluation.lens_heatmap import Heatmap
 from ..evaluation.metrics import KS, EvaluationRow
+from ..evaluation.probe_names import ProbeName
 from ..evaluation.result import Evaluation
 
 MORE_STROKES = (
@@ -82,7 +83,9 @@ CELL_LETTERS = 8
 
 def label(probe: str) -> str:
     """A probe's name for people: `ridge lens 2` of `ridge 2`, `ridge lens, shuffled states` of
-    `ridge/shuffled`."""
+    `ridge/shuffled`; a name that the user gave as it is."""
+    if isinstance(probe, ProbeName) and probe.is_given:
+        return str(probe)
     kind, _, number = probe.partition(" ")
     names = ", ".join(LABELS.get(part, part) for part in kind.split("/"))
     return f"{names} {number}".strip()
@@ -90,11 +93,18 @@ def label(probe: str) -> str:
 
 def base_kind(probe: str) -> str:
     """The kind of a probe without its number and its control: `ridge` of `ridge/shuffled 2`."""
-    return probe.partition(" ")[0].partition("/")[0]
+    return _kind_and_control(probe).partition("/")[0]
+
+
+def _kind_and_control(probe: str) -> str:
+    """The kind of a probe with its control: `ridge/shuffled` of `ridge/shuffled 2`."""
+    return probe.kind if isinstance(probe, ProbeName) else probe.partition(" ")[0]
 
 
 def series_number(probe: str) -> int:
     """Number of a probe among the probes of its kind: 2 for `ridge 2`, 1 for `ridge`."""
+    if isinstance(probe, ProbeName):
+        return probe.number
     number = probe.partition(" ")[2]
     return int(number) if number.isdecimal() else 1
 
@@ -109,7 +119,7 @@ def stroke(probe: str, default: Any = ("-", "solid")) -> tuple[Any, str]:
 
     `default` is the style of the first probe of a kind; `ridge 2` and `ridge 3` have other styles.
     """
-    control = probe.partition(" ")[0].partition("/")[2]
+    control = _kind_and_control(probe).partition("/")[2]
     number = series_number(probe)
     kind_style = MORE_STROKES[(number - 2) % len(MORE_STROKES)] if number > 1 else default
     return STROKES.get(control, kind_style)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..evaluation.metrics import KS, EvaluationRow, format_measure, kl_sort_key, precision_sort_key
 from ..evaluation.result import Evaluation
-from .probe_style import format_offset, label
+from .probe_style import base_kind, format_offset, label
 
 PRECISIONS = tuple(f"precision_at_{k}" for k in KS)
 """Names of the precision measures."""
@@ -103,7 +103,7 @@ def _precision_headline(rows: list[EvaluationRow]) -> str:
 
 def _tokens_read(row: EvaluationRow) -> str:
     """The tokens that a baseline without a layer reads, as text."""
-    kind, offset = row.probe.partition(" ")[0], row.offset
+    kind, offset = base_kind(row.probe), row.offset
     tokens_of_kind = {
         "unigram": "nothing",
         "lagged": "token t",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..files.paths import as_path
 from ..format.manifest import FORMAT
 from ..number_ranges import as_tuple
-from ..progress import StageProgress
+from ..progress import Auto, StageProgress, show_stages
 from ..store.activation_cache import ActivationCache
 from .answer import answer_request
 from .request import ExtractionRequest
@@ -49,7 +49,7 @@ def extract(
     trust_remote_code: bool = False,
     format: int = FORMAT,
     client: "Client | None" = None,
-    progress: StageProgress | None = None,
+    progress: StageProgress | Auto | None = "auto",
 ) -> ActivationCache:
     """Run `model` on the texts of `data` once and return the cache of its residual streams.
 
@@ -96,8 +96,9 @@ def extract(
         format: Format of the cache; 1 finds, finishes and extends caches of the first version.
         client: Client of `dask.distributed` whose workers share the work; they must see the same
             files.
-        progress: Called with (stage, done, total) for the stages `tokenize` (documents) and
-            `extract` (positions).
+        progress: "auto" (bars in a terminal or notebook, elsewhere lines of the logger
+            `residua`), None (nothing), or a function that is called with (stage, done, total) for
+            the stages `tokenize` (documents) and `extract` (positions).
     """
     request = ExtractionRequest(
         model=str(model),
@@ -127,8 +128,9 @@ def extract(
         trust_remote_code=trust_remote_code,
         format=format,
     )
-    if client is not None:
-        from .distributed import answer_on_cluster
+    with show_stages(progress) as report:
+        if client is not None:
+            from .distributed import answer_on_cluster
 
-        return answer_on_cluster(client, request, progress).cache
-    return answer_request(request, progress).cache
+            return answer_on_cluster(client, request, report).cache
+        return answer_request(request, report).cache

@@ -16,7 +16,7 @@ from ...cache.devices import memory_budget
 from ...cache.errors import NotFoundError, ResiduaWarning, UsageError
 from ...cache.files.json_fields import integer_field
 from ...cache.number_ranges import as_tuple, as_whole_number
-from ...cache.progress import StageProgress
+from ...cache.progress import Auto, StageProgress, show_stages
 from ...cache.store.activation_cache import ActivationCache
 from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
@@ -107,7 +107,7 @@ class CausalBasis(FittedProbe, Params):
         memory: int | None = None,
         scratch: str | Path | None = None,
         checkpoint: str | Path | None = None,
-        progress: StageProgress | None = None,
+        progress: StageProgress | Auto | None = "auto",
         device: "str | torch.device" = "auto",
     ) -> "CausalBasis":
         """Fit the cache `X` with a fitted `lens`: `TunedLens`, `RidgeProbe` or `LogitLens`.
@@ -115,8 +115,10 @@ class CausalBasis(FittedProbe, Params):
         `memory` in bytes bounds this process, or each worker of `client` (of `dask.distributed`).
         Products `(positions, vocab)` that do not fit are kept in a file in the folder `scratch`
         (see `scratch_bytes`), or computed again in every evaluation. With `checkpoint`, a folder,
-        a killed fit that is started again goes on to the same bases. `progress` is called with
-        (stage, done, total), stages `moments` (positions) and `basis` (evaluations).
+        a killed fit that is started again goes on to the same bases. `progress` is "auto"
+        (bars in a terminal or notebook, elsewhere lines of the logger `residua`), None (nothing),
+        or a function that is called with (stage, done, total), stages `moments` (positions) and
+        `basis` (evaluations).
 
         Moments, products and the evaluations run on `device`: `auto` is the first GPU, or the CPU
         (with a `client`: the workers' CPUs). Its memory bounds what is kept there, too, and blocks
@@ -140,7 +142,7 @@ class CausalBasis(FittedProbe, Params):
             layer: None if folder is None else checkpoint_of(folder, X, layer, settings, digest)
             for layer, digest in digests.items()
         }
-        with lock_folder(folder):
+        with lock_folder(folder), show_stages(progress) as show:
             finished = {
                 layer: fitted
                 for layer, saved in checkpoints.items()
@@ -149,8 +151,8 @@ class CausalBasis(FittedProbe, Params):
 
             # Fit the layers, group by group of moments that fit the memory.
             def report(stage: str, done: float, total: float) -> None:
-                if progress is not None:
-                    progress(stage, int(done), max(1, int(total)))
+                if show is not None:
+                    show(stage, int(done), max(1, int(total)))
 
             lacking = [layer for layer in maps if layer not in finished]
             for moments_of_layer in self._moments(

@@ -5,7 +5,7 @@ takes natural-gradient steps (`translator_fit.py`); this file keeps, applies and
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +14,7 @@ import numpy as np
 from ...cache.devices import choose_device
 from ...cache.errors import ResiduaWarning, UsageError
 from ...cache.number_ranges import as_tuple, as_whole_number
+from ...cache.progress import Auto, StageProgress, show_stages
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import PairScope, crossing_shares
 from ..base.arguments import as_array, warn_unvalidated
@@ -88,7 +89,7 @@ class TunedLens(FittedMaps[LayerOffset], Params):
         client: Any = None,
         memory: int | None = None,
         checkpoint: str | Path | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: StageProgress | Auto | None = "auto",
         device: str = "auto",
     ) -> "TunedLens":
         """Fit the cache `X`; the model is not needed.
@@ -96,9 +97,10 @@ class TunedLens(FittedMaps[LayerOffset], Params):
         With `checkpoint`, a folder, a killed fit that is started again continues from its last
         measurement on the validation split, to the same translators. `client` (of
         `dask.distributed`) shares the layers among its workers, `memory` in bytes bounds each.
-        `progress` is called with (stage, done, total), stages `moments` (positions) and `lens`
-        (steps). Steps run on `device`, `auto` for the first GPU or else the CPU; the result is on
-        the CPU.
+        `progress` is "auto" (bars in a terminal or notebook, elsewhere lines of the logger
+        `residua`), None (nothing), or a function that is called with (stage, done, total), stages
+        `moments` (positions) and `lens` (steps). Steps run on `device`, `auto` for the first GPU or
+        else the CPU; the result is on the CPU.
         """
         from ..ridge.error_share import error_shares, warn_of_domination
         from .fit_groups import fit_translator_groups
@@ -129,17 +131,18 @@ class TunedLens(FittedMaps[LayerOffset], Params):
         folder = None if checkpoint is None else Path(checkpoint)
 
         # Fit the translators.
-        fits = fit_translator_groups(
-            X,
-            layers,
-            offsets,
-            settings,
-            client=client,
-            memory=memory,
-            folder=folder,
-            report=progress,
-            device=str(chosen_device) if client is None else device,
-        )
+        with show_stages(progress) as report:
+            fits = fit_translator_groups(
+                X,
+                layers,
+                offsets,
+                settings,
+                client=client,
+                memory=memory,
+                folder=folder,
+                report=report,
+                device=str(chosen_device) if client is None else device,
+            )
         self._set_maps({pair: fit.map for pair, fit in fits.items()}, X.d_model)
 
         # Measure how few rows make most of their squared error, and which pairs join documents.

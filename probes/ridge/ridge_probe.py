@@ -16,7 +16,7 @@ from ...cache.errors import NotFoundError, UsageError
 from ...cache.files.json_fields import integer_field, number_field
 from ...cache.files.json_files import plain_value
 from ...cache.number_ranges import as_tuple, as_whole_number, is_several
-from ...cache.progress import Progress
+from ...cache.progress import Auto, Progress, show_stage
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import crossing_shares
 from ..base.arguments import as_array, is_dask, validated
@@ -92,7 +92,7 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
         client: Any = None,
         memory: int | None = None,
         keep: bool | None = None,
-        progress: Progress | None = None,
+        progress: Progress | Auto | None = "auto",
         device: "str | torch.device" = "auto",
     ) -> "RidgeProbe":
         """Fit a cache (its train split), saved moments, or rows `X` `(n, d_in)`, `y` `(n, d_out)`.
@@ -101,7 +101,9 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
         the budget in bytes for a cache's moments, `client` one of `dask.distributed`. Moments
         that were kept with the cache, or with one that it extends, are used again; `keep` says
         whether new ones are kept (default: where they take at most a quarter of its bytes, or a
-        gigabyte). `moments_` tells where the moments came from, see `MomentSources`.
+        gigabyte). `moments_` tells where the moments came from, see `MomentSources`. `progress` is
+        "auto" (bars in a terminal or notebook, elsewhere lines of the logger `residua`), None
+        (nothing), or a function that is called with (positions done, positions in all).
 
         Products and decompositions run on `device`: `auto` is the first GPU, or the CPU (with a
         `client`: the workers' CPUs). On a device with float64 (CUDA) they are float64 and equal the
@@ -127,18 +129,19 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
         )
         check_pair_offsets(X, request.offsets, request.scope, request.split)
         sources = MomentSources()
-        moments = obtain_moments(
-            X,
-            request,
-            keep=None if keep is None else bool(keep),
-            memory=memory,
-            client=client,
-            progress=progress,
-            sources=sources,
-            device=fit_device,
-        )
-        # Workers of a cluster collect moments; their devices need not be here.
-        self._fit_moments(moments, np.float32, fit_device if client is None else None)
+        with show_stage(progress, "moments") as report:
+            moments = obtain_moments(
+                X,
+                request,
+                keep=None if keep is None else bool(keep),
+                memory=memory,
+                client=client,
+                progress=report,
+                sources=sources,
+                device=fit_device,
+            )
+            # Workers of a cluster collect moments; their devices need not be here.
+            self._fit_moments(moments, np.float32, fit_device if client is None else None)
         self.moments_ = vars(sources).copy()
         self._measure_shares(X, request)
         return self

@@ -18,7 +18,7 @@ from ...cache.files.json_fields import FieldError, integer_field
 from ...cache.files.json_files import plain_value
 from ...cache.format.manifest import MAX_VOCAB
 from ...cache.number_ranges import as_tuple
-from ...cache.progress import Progress
+from ...cache.progress import Auto, Progress, show_stage
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import crossing_shares
 from ..base.arguments import (
@@ -127,7 +127,7 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
         memory: int | None = None,
         checkpoint: str | Path | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
-        progress: Progress | None = None,
+        progress: Progress | Auto | None = "auto",
         device: str | torch.device = "auto",
     ) -> "VocabProbe":
         """Fit the train split of a cache, or rows `X` `(n, d)` (numpy, dask) with labels `y`.
@@ -139,7 +139,9 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
 
         With a folder `checkpoint`, which workers must see too, the state is saved every
         `checkpoint_seconds`. A killed fit that is started again continues to the same result; the
-        checkpoint is removed at the end.
+        checkpoint is removed at the end. `progress` is "auto" (bars in a terminal or notebook,
+        elsewhere lines of the logger `residua`), None (nothing), or a function that is called with
+        (positions done, positions in all).
 
         Parameters, AdamW's state and minibatches are on `device`: `auto` is the first GPU, or the
         CPU (with a `client`: the workers' CPUs). `memory` bounds the weights there, too. Results
@@ -155,16 +157,17 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
             folder = CheckpointFolder(Path(checkpoint).absolute(), identity, checkpoint_seconds)
         memory = memory or default_memory()
         self._clear(job)
-        plan, outcomes = fit_vocab_groups(
-            job,
-            rate,
-            sweep=self.lr is None,
-            memory=memory,
-            client=client,
-            checkpoints=folder,
-            progress=progress,
-            worker_device="cpu" if device == "auto" else str(device),
-        )
+        with show_stage(progress, "vocab") as report:
+            plan, outcomes = fit_vocab_groups(
+                job,
+                rate,
+                sweep=self.lr is None,
+                memory=memory,
+                client=client,
+                checkpoints=folder,
+                progress=report,
+                worker_device="cpu" if device == "auto" else str(device),
+            )
         self.sweep_ = plan.rows
         for pair, outcome in outcomes.items():
             self._set_fit(pair, outcome, plan.rates[pair], plan.positions)
