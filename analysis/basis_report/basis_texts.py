@@ -70,8 +70,8 @@ BASIS_STYLE = """
 .contents a { display: inline-block; margin: 0 12px 4px 0; color: var(--link); }
 .numbers a { color: var(--link); }
 .directions { border-collapse: collapse; font-size: 13px; width: 100%; }
-.directions th { background: var(--panel); padding: 6px 9px; text-align: left; vertical-align: bottom;
-  position: sticky; top: 0; }
+.directions th { background: var(--panel); padding: 6px 9px; text-align: left;
+  vertical-align: bottom; position: sticky; top: 0; }
 .directions td { padding: 8px 9px; vertical-align: top; border-top: 1px solid var(--rule); }
 .directions .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .directions th.number { white-space: normal; }

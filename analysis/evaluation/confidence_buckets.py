@@ -5,6 +5,7 @@ and confidence bucket; `BucketTally.rows` makes `EvaluationRow`s over all pairs 
 bucket. The buckets are those of Future Lens (Pal et al., 2311.04897).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -17,6 +18,10 @@ EDGES = (0.0, 0.3, 0.6, 0.9, 1.0)
 """Ends of the buckets: [0, 0.3), [0.3, 0.6), [0.6, 0.9) and [0.9, 1]."""
 BUCKETS = tuple(zip(EDGES[:-1], EDGES[1:], strict=True))
 """Lower and upper end of each bucket."""
+
+
+LEAST_DIFFERENCE = 0.1
+"""Difference of precision@1 between buckets that is worth a picture."""
 
 
 class ResultKey(NamedTuple):
@@ -56,6 +61,24 @@ class BucketRow(EvaluationRow):
 def bucket_name(low: float, high: float) -> str:
     """Name of a bucket: `30-60 %` from 0.3 and 0.6."""
     return f"{100 * low:.0f}-{100 * high:.0f} %"
+
+
+def buckets_differ(rows: Sequence[BucketRow]) -> bool:
+    """Whether precision@1 depends on the confidence, in the bucket `rows` of one probe and offset.
+
+    It does where, at some layer, two buckets are `LEAST_DIFFERENCE` apart and their 95 % intervals
+    are disjoint; without intervals nothing is known to differ.
+    """
+    by_layer: dict[int | None, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        low, value, high = row.precision_at_1_low, row.precision_at_1, row.precision_at_1_high
+        if low is not None and value is not None and high is not None:
+            by_layer.setdefault(row.layer, []).append((low, value, high))
+    return any(
+        one[2] < other[0] and other[1] - one[1] >= LEAST_DIFFERENCE
+        for buckets in by_layer.values()
+        for one, other in itertools.permutations(buckets, 2)
+    )
 
 
 def bucket_of(confidence: np.ndarray) -> np.ndarray:

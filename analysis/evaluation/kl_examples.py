@@ -3,7 +3,6 @@
 `Evaluation.kl_examples` chooses lenses and layers; analysis/report/example_tables.py shows them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 

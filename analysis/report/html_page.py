@@ -1,11 +1,13 @@
-"""Texts, style sheet, script and figures of HTML pages; html_report.py puts the numbers in.
+"""Texts, legends and figures of HTML pages; html_report.py puts the numbers in.
 
-basis_page.py writes pages of the same frame, style and script.
+page_frame.py has the frame, style sheet and scripts, which pages of causal bases share.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
+
+from .probe_style import color, label, marker, stroke
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -13,6 +15,29 @@ if TYPE_CHECKING:
 PLOTLY_BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]
 """Plotly's buttons that work without a network."""
 
+DASHES = {
+    "solid": "none",
+    "dash": "9 4",
+    "dot": "2 3",
+    "dashdot": "9 3 2 3",
+    "longdash": "14 5",
+    "longdashdot": "12 3 2 3",
+}
+"""Patterns of SVG lines for plotly's dashes."""
+SHAPES = {
+    "circle": "M19 3a4 4 0 1 0 .01 0z",
+    "square": "M15 3h8v8h-8z",
+    "triangle-up": "M19 2l5 9h-10z",
+    "triangle-down": "M19 12l5-9h-10z",
+    "diamond": "M19 2l5 5-5 5-5-5z",
+    "x": "M15 4.5l1.5-1.5 2.5 2.5 2.5-2.5 1.5 1.5-2.5 2.5 2.5 2.5-1.5 1.5-2.5-2.5-2.5 2.5"
+    "-1.5-1.5 2.5-2.5z",
+    "cross": "M17.5 2.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z",
+    "star": "M19 1.5l1.6 3.6 3.9.4-2.9 2.7.8 3.9-3.4-2-3.4 2 .8-3.9-2.9-2.7 3.9-.4z",
+    "pentagon": "M19 2l5 3.7-1.9 5.8h-6.2l-1.9-5.8z",
+    "hexagon": "M19 2l4.4 2.5v5l-4.4 2.5-4.4-2.5v-5z",
+}
+"""SVG paths of plotly's markers around (19, 7)."""
 GLOSSARY = {
     "layer": "0 is the embedding output, l the output of block l; the last one comes before the "
     "final norm, so there the logit lens at N = 0 is the model itself.",
@@ -55,28 +80,95 @@ GLOSSARY = {
 }
 KL_NOTE = (
     "How far each probe is from the model at t+N: lower is better. Bands are 95 % intervals, "
-    "dashed lines read tokens alone. On a logarithmic axis, values below 0.001 are drawn there."
+    "dashed lines read tokens alone. A logarithmic axis ends below the smallest value that is not "
+    "the model itself; what lies below is drawn at that end."
 )
 PRECISION_NOTE = (
     "How often the model's top token is among the probe's k likeliest: higher is better. The "
     "panels have scales of their own."
 )
 MAP_NOTE = (
-    "One passage of the evaluated split. A cell is the token that the lens finds likeliest at this "
+    "Passages of the evaluated split. A cell is the token that the lens finds likeliest at this "
     "layer after this input token; darker is more probable. Hover for more."
 )
 BUCKET_NOTE = (
     "The same numbers where the model itself is less or more sure of what it says at t+N; its "
     "confidence is its largest probability there. Buckets without a pair have no row."
 )
+EXAMPLE_NOTE = (
+    "Pairs at which a lens is farthest from the model and nearest to it, in its middle layer at "
+    "its smallest N, at most one of each sequence. The grey words at the end of a text come after "
+    "the token that the lens reads."
+)
+CONFIDENCE_NOTE = (
+    "Precision@1 by layer, a line for each range of the model's largest probability at t+N. Panels "
+    "in which the ranges do not differ are left out."
+)
 TABLE_NOTE = "Click a column's name to sort by it."
+
+
 def figure_html(figure: "Figure", name: str) -> str:
     """HTML of an interactive figure, a `div` with the id `name`; plotly stands in the page."""
     return figure.to_html(
         include_plotlyjs=False,
         full_html=False,
         div_id=name,
-        config={"displaylogo": False, "responsive": True, "modeBarButtons": [PLOTLY_BUTTONS]},
+        config={
+            "displaylogo": False,
+            "responsive": figure.layout.autosize is not False,
+            "modeBarButtons": [PLOTLY_BUTTONS],
+        },
+    )
+
+
+def panel_html(figure: "Figure", name: str, caption: str, *, wide: bool = False) -> str:
+    """HTML of a figure with a plain-text `caption` above; a `wide` one scrolls in itself."""
+    div = figure_html(figure, name)
+    inner = f"<div class='wide'>{div}</div>" if wide else div
+    return f"<figure class='panel'><figcaption>{escape(caption)}</figcaption>{inner}</figure>"
+
+
+def buttons_html(labels: Sequence[str]) -> str:
+    """HTML of buttons that each show one part (`data-part`, a number) of a section."""
+    buttons = (
+        f"<button value='{number}' aria-pressed='{'false' if number else 'true'}'>"
+        f"{escape(label)}</button>"
+        for number, label in enumerate(labels)
+    )
+    return f"<div class='choice'>{''.join(buttons)}</div>"
+
+
+def list_html(title: str, labels: Sequence[str]) -> str:
+    """HTML of a list to choose one part of a section from, like `buttons_html`."""
+    options = (
+        f"<option value='{number}'>{escape(label)}</option>" for number, label in enumerate(labels)
+    )
+    return (
+        f"<div class='choice'><label>{escape(title)} <select>{''.join(options)}</select></label>"
+        "</div>"
+    )
+
+
+def legend_html(probes: Mapping[str, bool]) -> str:
+    """HTML of a legend of `probes`, name -> whether it reads layers; a click hides a probe."""
+    entries = (
+        f"<li><button value='{escape(probe)}' aria-pressed='true'>{_sign(probe, reads_layers)}"
+        f"{escape(label(probe))}</button></li>"
+        for probe, reads_layers in probes.items()
+    )
+    return f"<ul class='legend'>{''.join(entries)}</ul>"
+
+
+def _sign(probe: str, reads_layers: bool) -> str:
+    """An SVG of the line and the marker of a probe, as plotly draws them."""
+    dash = stroke(probe, ("-", "solid") if reads_layers else ("--", "dash"))[1]
+    pattern = DASHES.get(dash, dash.replace("px", ""))
+    shape = SHAPES.get(marker(probe)[1], SHAPES["circle"]) if reads_layers else ""
+    return (
+        f"<svg width='38' height='14' viewBox='0 0 38 14' data-color='{color(probe)}' "
+        f"style='color: {color(probe)}' aria-hidden='true'>"
+        f"<path d='M1 7H37' stroke='currentColor' stroke-width='2' stroke-dasharray='{pattern}'/>"
+        f"<path d='{shape}' fill='currentColor'/></svg>"
     )
 
 

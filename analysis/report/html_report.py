@@ -4,7 +4,7 @@
 interactive_figures.py and static_figures.py, texts from html_page.py, sentences from tables.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,29 +12,40 @@ from typing import TYPE_CHECKING
 from ...cache.files.json_files import make_folder, plain_value, write_atomically
 from ...cache.format.manifest import SHORT_ID
 from ..evaluation.confidence_buckets import BucketRow
+from ..evaluation.kl_examples import KlExamples
 from ..evaluation.lens_heatmap import Heatmap
 from ..evaluation.metrics import EvaluationRow, format_measure
 from ..evaluation.result import Evaluation
+from .example_tables import examples_html
 from .html_page import (
     BUCKET_NOTE,
+    CONFIDENCE_NOTE,
+    EXAMPLE_NOTE,
     GLOSSARY,
     KL_NOTE,
     MAP_NOTE,
-    PAGE,
     PRECISION_NOTE,
-    SORT,
-    STYLE,
     TABLE_NOTE,
-    figure_html,
+    buttons_html,
     glossary_html,
+    legend_html,
+    list_html,
+    panel_html,
 )
+from .page_frame import fill_page
 from .picture_files import write_figure
-from .probe_style import label, short_model_name
+from .probe_style import (
+    heatmap_title,
+    label,
+    measure_title,
+    panel_title,
+    passage_name,
+    short_model_name,
+    telling_confidence,
+)
 from .tables import PRECISIONS, format_interval, headlines
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
     from ...cache.store.activation_cache import ActivationCache
 
 
@@ -81,6 +92,7 @@ def write_report(
     *,
     cache: "ActivationCache | None" = None,
     heatmaps: Sequence[Heatmap] | None = None,
+    examples: Sequence[KlExamples] | None = None,
     title: str | None = None,
     command: str | None = None,
 ) -> Path:
@@ -88,41 +100,38 @@ def write_report(
 
     The file needs no network and no fonts and holds no date: the same evaluation gives the same
     bytes. The file describes `cache` (default: the evaluated cache), shows `heatmaps` (default:
-    `evaluation.heatmaps()`) under `title`, and quotes the command line `command`.
+    `evaluation.heatmaps()`) and `examples` (default: `evaluation.kl_examples()`) under `title`, and
+    quotes the command line `command`.
     """
     from plotly.offline import get_plotlyjs
 
-    from . import interactive_figures as interactive
-
     cache = cache or evaluation.cache
     heatmaps = evaluation.heatmaps() if heatmaps is None else heatmaps
+    examples = evaluation.kl_examples() if examples is None else examples
     title = (
         title or f"What {short_model_name(evaluation.model_name)} already says in its middle layers"
     )
-    kl = interactive.curves(evaluation, ("kl",))
-    precision = interactive.curves(evaluation, PRECISIONS)
-    maps = [interactive.heatmap_figure(heatmap) for heatmap in heatmaps]
     body = [
         f"<h1>{escape(title)}</h1>",
         _facts(evaluation, cache, command),
         "<ul class='headlines'>",
-        *(f"<li>{escape(text)}</li>" for text in (*headlines(evaluation), *evaluation.notes)),
+        *(f"<li>{escape(text)}</li>" for text in headlines(evaluation)),
         "</ul>",
-        _section("KL to the model by layer", KL_NOTE, [kl], "kl"),
-        _section("Precision@k by layer", PRECISION_NOTE, [precision], "precision"),
-        _section("What each layer says, token by token", MAP_NOTE, maps, "map") if maps else "",
+        _section("KL to the model by layer", KL_NOTE, _curve_panels(evaluation, ("kl",))),
+        _section("Precision@k by layer", PRECISION_NOTE, _curve_panels(evaluation, PRECISIONS)),
+        _section("What each layer says, token by token", MAP_NOTE, _passages(heatmaps)),
+        _section("Examples", EXAMPLE_NOTE, examples_html(examples) if examples else ""),
+        _section("Precision by the model's confidence", CONFIDENCE_NOTE, _confidence(evaluation)),
         "<h2>All numbers</h2>",
         f"<p>{TABLE_NOTE}</p>",
         _table(evaluation.rows, COLUMNS),
-        "<h2>By the model's confidence</h2>",
+        "<h2>All numbers by the model's confidence</h2>",
         f"<p>{BUCKET_NOTE}</p>",
         _table(evaluation.buckets, BUCKET_COLUMNS),
         "<h2>Glossary</h2>",
         glossary_html(GLOSSARY),
     ]
-    page = PAGE.format(
-        title=escape(title), style=STYLE, plotly=get_plotlyjs(), body="\n".join(body), sort=SORT
-    )
+    page = fill_page(title, "\n".join(body), get_plotlyjs())
     path = Path(path)
     make_folder(path.parent)
     write_atomically(path, page.encode())
@@ -143,7 +152,7 @@ def write_pngs(
 
     # All figures by the name of their file.
     figure_of = {measure: figures.curves(evaluation, measure) for measure in ("kl", *PRECISIONS)}
-    if any(row.layer is not None for row in evaluation.buckets):
+    if telling_confidence(evaluation):
         figure_of["confidence"] = figures.confidence_figure(evaluation)
     for number, heatmap in enumerate(heatmaps):
         probe = "".join(letter if letter.isalnum() else "_" for letter in heatmap.probe)
@@ -191,10 +200,71 @@ def _code(name: str, value: str) -> str:
     return f"<code>{text}</code>" if name in ("cache", "command") else text
 
 
-def _section(title: str, note: str, figures: "Iterable[Figure]", name: str) -> str:
-    """HTML: a heading, a paragraph `note` and interactive figures, with ids from `name`."""
-    divs = [figure_html(figure, f"{name}-{number}") for number, figure in enumerate(figures)]
-    return f"<h2>{escape(title)}</h2><p>{note}</p>" + "".join(divs)
+def _section(title: str, note: str, content: str) -> str:
+    """HTML: a heading, a paragraph `note` and `content`; empty without content."""
+    return f"<section><h2>{escape(title)}</h2><p>{note}</p>{content}</section>" if content else ""
+
+
+def _curve_panels(evaluation: Evaluation, measures: Sequence[str]) -> str:
+    """HTML: a panel per offset with a line per probe; buttons choose among several `measures`."""
+    from .interactive_figures import panel_figure
+
+    probes = {
+        probe: any(row.layer is not None for row in evaluation.rows if row.probe == probe)
+        for probe in evaluation.probes
+        if any(row.probe == probe for row in evaluation.rows)
+    }
+    groups = []
+    for number, measure in enumerate(measures):
+        panels = (
+            panel_html(
+                panel_figure(evaluation, measure, offset),
+                f"{measure}-{offset}",
+                panel_title(evaluation, offset),
+            )
+            for offset in evaluation.offsets
+        )
+        hidden = " hidden" if number else ""
+        groups.append(f"<div class='panels' data-part='{number}'{hidden}>{''.join(panels)}</div>")
+    titles = [measure_title(measure) for measure in measures]
+    choice = buttons_html(titles) if len(measures) > 1 else ""
+    return f"<div>{choice}{legend_html(probes)}{''.join(groups)}</div>"
+
+
+def _confidence(evaluation: Evaluation) -> str:
+    """HTML: a panel per probe and offset at which the confidence makes a difference."""
+    from .interactive_figures import confidence_panel
+
+    panels = [
+        panel_html(
+            confidence_panel(evaluation, probe, offset),
+            f"confidence-{number}",
+            f"{label(probe)}, {panel_title(evaluation, offset)}",
+        )
+        for number, (probe, offset) in enumerate(telling_confidence(evaluation))
+    ]
+    return f"<div class='panels'>{''.join(panels)}</div>" if panels else ""
+
+
+def _passages(heatmaps: Sequence[Heatmap]) -> str:
+    """HTML: the heatmaps of one passage, and a list to choose among several passages."""
+    from .interactive_figures import heatmap_figure
+
+    by_passage: dict[str, list[Heatmap]] = {}
+    for heatmap in heatmaps:
+        by_passage.setdefault(passage_name(heatmap), []).append(heatmap)
+    parts = []
+    for number, passage in enumerate(by_passage.values()):
+        panels = (
+            panel_html(
+                heatmap_figure(heatmap), f"map-{number}-{order}", heatmap_title(heatmap), wide=True
+            )
+            for order, heatmap in enumerate(passage)
+        )
+        hidden = " hidden" if number else ""
+        parts.append(f"<div class='choice-of' data-part='{number}'{hidden}>{''.join(panels)}</div>")
+    choice = list_html("passage", list(by_passage)) if len(by_passage) > 1 else ""
+    return f"<div>{choice}{''.join(parts)}</div>" if parts else ""
 
 
 def _table(rows: Sequence[EvaluationRow] | Sequence[BucketRow], columns: dict[str, str]) -> str:

@@ -9,21 +9,23 @@ from html import escape as escape_html
 from typing import TYPE_CHECKING, Any
 
 from ...cache.files.json_files import plain_value
+from ..evaluation.confidence_buckets import BUCKETS
 from ..evaluation.lens_heatmap import Heatmap
 from ..evaluation.metrics import EvaluationRow
 from ..evaluation.result import Evaluation
 from .probe_style import (
-    KL_FLOOR,
+    BUCKET_COLORS,
+    BUCKET_MARKERS,
+    CONFIDENCE_MEASURE,
     MEASURES,
     SCALE,
     color,
-    heatmap_title,
     interval_of,
     label,
+    letter_color,
+    log_floor,
     marker,
     measure_title,
-    needs_log,
-    panel_title,
     plotted_value,
     shorten,
     stroke,
@@ -37,6 +39,8 @@ LOG_AXIS: dict[str, Any] = {
     "dtick": 1,
     "exponentformat": "power",
 }
+CELL_WIDTH, CELL_HEIGHT = 52, 26
+"""Size of a cell of a heatmap in pixels: seven letters of 11 pixels are readable."""
 LINEAR_AXIS: dict[str, Any] = {"rangemode": "tozero"}
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
@@ -151,6 +155,39 @@ def _lens_traces(rows: list[EvaluationRow], measure: str, floor: float) -> "list
     return [band, line]
 
 
+def confidence_panel(evaluation: Evaluation, probe: str, offset: int) -> "Figure":
+    """Precision@1 by layer, a line per confidence bucket of one probe (a plotly figure)."""
+    from plotly.graph_objects import Figure, Scatter
+
+    traces = []
+    for number, bucket in enumerate(BUCKETS):
+        rows = [
+            row
+            for row in evaluation.select_buckets(probe, offset)
+            if (row.confidence_from, row.confidence_to) == bucket
+        ]
+        if not rows:
+            continue
+        shade = BUCKET_COLORS[number]
+        line = Scatter(
+            x=[row.layer or 0 for row in rows],
+            y=plain_value([plotted_value(row, CONFIDENCE_MEASURE) for row in rows]),
+            mode="lines+markers",
+            line={"color": shade, "width": 2},
+            marker={"symbol": BUCKET_MARKERS[number][1], "size": 7, "color": shade},
+            name=f"{rows[0].bucket} ({100 * rows[0].share:.0f} % of the pairs)",
+            hovertext=[_hover_text(row, CONFIDENCE_MEASURE) for row in rows],
+            hoverinfo="text",
+        )
+        traces.append(line)
+    figure = Figure(traces)
+    figure.update_yaxes(title_text=MEASURES[CONFIDENCE_MEASURE], range=[0, 1.02])
+    figure.update_xaxes(title_text="layer", dtick=math.ceil(len(evaluation.layers) / 14))
+    lay_out(figure, 370)
+    figure.update_layout(margin={"l": 62, "r": 8, "t": 12, "b": 120})
+    return figure
+
+
 def _hover_text(row: EvaluationRow, measure: str) -> str:
     """Text of a point of a curve: probe, layer, value, interval, n."""
     number = getattr(row, measure)
@@ -168,20 +205,16 @@ def _hover_text(row: EvaluationRow, measure: str) -> str:
 def heatmap_figure(heatmap: Heatmap) -> "Figure":
     """Tokens by layers with the likeliest token in each cell (a plotly figure).
 
-    Hovering over a cell shows its likeliest tokens, entropy and KL.
+    Hovering over a cell shows its likeliest tokens, entropy and KL. The width grows with the
+    tokens, so that letters stay readable; the page scrolls.
     """
-    from plotly.graph_objects import Figure
+    from plotly.graph_objects import Figure, Scatter
     from plotly.graph_objects import Heatmap as Cells
 
     tokens, layers = range(len(heatmap.tokens)), range(len(heatmap.layers))
     figure = Figure(
         Cells(
             z=plain_value(heatmap.probability[:, :, 0]),
-            text=[
-                [escape_markup(shorten(heatmap.top[la][t][0], 7)) for t in tokens] for la in layers
-            ],
-            texttemplate="%{text}",
-            textfont={"size": 9.5},
             hovertext=[[_cell_text(heatmap, la, t) for t in tokens] for la in layers],
             hoverinfo="text",
             zmin=0,
@@ -192,18 +225,45 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
             ygap=1,
         )
     )
+    cells = [(layer, token) for layer in layers for token in tokens]
+    figure.add_trace(
+        Scatter(
+            x=[token for _, token in cells],
+            y=[layer for layer, _ in cells],
+            text=[escape_markup(shorten(heatmap.top[la][t][0], 7)) for la, t in cells],
+            mode="text",
+            textfont={
+                "size": 11,
+                "color": [letter_color(float(heatmap.probability[la, t, 0])) for la, t in cells],
+            },
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    )
     names = [escape_markup(shorten(token)) for token in heatmap.tokens]
     figure.update_xaxes(
+        showgrid=False,
+        zeroline=False,
+        range=[-0.5, len(heatmap.tokens) - 0.5],
         title_text="input token (␣ is a space)",
         tickvals=list(tokens),
         ticktext=names,
         tickangle=-45,
     )
     numbers = [str(layer) for layer in heatmap.layers]
-    figure.update_yaxes(title_text="layer", tickvals=list(layers), ticktext=numbers)
-    lay_out(figure, 24 * len(heatmap.layers) + 200)
+    figure.update_yaxes(
+        title_text="layer",
+        tickvals=list(layers),
+        ticktext=numbers,
+        showgrid=False,
+        zeroline=False,
+        range=[-0.5, len(heatmap.layers) - 0.5],
+    )
+    lay_out(figure, CELL_HEIGHT * len(heatmap.layers) + 110)
     figure.update_layout(
-        title={"text": escape_markup(heatmap_title(heatmap)), "font": {"size": 15}}
+        autosize=False,
+        width=CELL_WIDTH * len(heatmap.tokens) + 150,
+        margin={"l": 50, "r": 10, "t": 10, "b": 90},
     )
     return figure
 

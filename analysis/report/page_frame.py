@@ -139,14 +139,16 @@ document.querySelectorAll(".choice").forEach(choice => {
 });
 
 // Legends: a click hides or shows a probe in all panels of the section.
-document.querySelectorAll(".legend button").forEach(button => button.addEventListener("click", () => {
+const toggle = button => {
   const shown = button.getAttribute("aria-pressed") !== "true";
   button.setAttribute("aria-pressed", shown);
   button.closest(".legend").parentElement.querySelectorAll(".js-plotly-plot").forEach(plot => {
     const traces = [...plot.data.keys()].filter(n => plot.data[n].legendgroup === button.value);
     if (traces.length) Plotly.restyle(plot, {visible: shown}, traces);
   });
-}));
+};
+document.querySelectorAll(".legend button").forEach(button =>
+  button.addEventListener("click", () => toggle(button)));
 
 // Colours of figures follow the page. Dark colours of lines are mixed with white on a dark page.
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -163,14 +165,17 @@ const readable = hex => {
 };
 const paint = () => {
   const style = getComputedStyle(document.documentElement);
-  const [ink, rule, page] = ["--ink", "--rule", "--page"].map(name => style.getPropertyValue(name).trim());
+  const value = name => style.getPropertyValue(name).trim();
+  const [ink, rule, page] = ["--ink", "--rule", "--page"].map(value);
   document.querySelectorAll(".legend svg").forEach(sign => {
     sign.style.color = readable(sign.dataset.color);
   });
   plots().forEach(plot => {
-    const layout = {"font.color": ink, "hoverlabel.bgcolor": page, "hoverlabel.font.color": ink};
+    const layout = {"font.color": ink, "hoverlabel.bgcolor": page, "hoverlabel.font.color": ink,
+      "modebar.bgcolor": "rgba(0,0,0,0)", "modebar.color": rule, "modebar.activecolor": ink};
     Object.keys(plot.layout).filter(name => /^[xy]axis[0-9]*$/.test(name)).forEach(name => {
-      for (const part of ["gridcolor", "linecolor", "zerolinecolor"]) layout[name + "." + part] = rule;
+      for (const part of ["gridcolor", "linecolor", "zerolinecolor"])
+        layout[name + "." + part] = rule;
     });
     Plotly.relayout(plot, layout);
     plot.lightColors ??= plot.data.map(trace => trace.type === "scatter" && trace.mode !== "text"
@@ -187,6 +192,10 @@ const paint = () => {
 };
 dark.addEventListener("change", paint);
 paint();
+// A panel was drawn before the next ones took their share of the width.
+plots().forEach(plot => {
+  if (plot.layout.autosize !== false && plot.offsetParent) Plotly.Plots.resize(plot);
+});
 """
 
 

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...cache.errors import UsageError
 from ..evaluation.confidence_buckets import BUCKETS, BucketRow, bucket_name
 from ..evaluation.lens_heatmap import Heatmap
 from ..evaluation.metrics import EvaluationRow
 from ..evaluation.result import Evaluation
 from .probe_style import (
-    KL_FLOOR,
+    BUCKET_COLORS,
+    BUCKET_MARKERS,
+    CONFIDENCE_MEASURE,
     MEASURES,
     SCALE,
     color,
@@ -21,15 +24,17 @@ from .probe_style import (
     heatmap_title,
     interval_of,
     label,
+    letter_color,
+    log_floor,
     marker,
     measure_title,
-    needs_log,
     panel_title,
     plotted_value,
     printable,
     short_model_name,
     shorten,
     stroke,
+    telling_confidence,
 )
 
 if TYPE_CHECKING:
@@ -39,14 +44,6 @@ if TYPE_CHECKING:
 
 LEGEND_COLUMNS = 5
 """Names side by side under a figure."""
-
-
-CONFIDENCE_MEASURE = "precision_at_1"
-"""Measure that is drawn by confidence."""
-BUCKET_COLORS = ("#8fc1e3", "#3f93cf", "#1a5fa5", "#08264d")
-"""Colours of the buckets, darker for higher confidence; lightness falls evenly."""
-BUCKET_MARKERS = ("v", "s", "o", "^")
-"""Markers of the buckets."""
 
 
 def curves(evaluation: Evaluation, measure: str) -> "Figure":
@@ -91,7 +88,8 @@ def _draw_panel(axes: "Axes", evaluation: Evaluation, measure: str, offset: int)
     """Draw all probes at one offset: lenses as lines, baselines as horizontal lines."""
     from matplotlib.ticker import MaxNLocator
 
-    log = measure == "kl" and needs_log([r for r in evaluation.rows if r.offset == offset])
+    offset_rows = [row for row in evaluation.rows if row.offset == offset]
+    floor = log_floor(offset_rows) if measure == "kl" else 0.0
     for probe in evaluation.probes:
         rows = evaluation.select(probe, offset)
         if rows and rows[0].layer is None:
@@ -102,14 +100,15 @@ def _draw_panel(axes: "Axes", evaluation: Evaluation, measure: str, offset: int)
                 label=label(probe),
             )
         elif rows:
-            _draw_lens(axes, rows, measure, KL_FLOOR if log else 0.0)
+            _draw_lens(axes, rows, measure, floor)
     axes.set_title(panel_title(evaluation, offset), fontsize=10)
     axes.set_xlabel("layer")
     axes.set_ylabel(MEASURES[measure])
     axes.grid(alpha=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if log:
+    if floor:
         axes.set_yscale("log")
+        axes.set_ylim(bottom=0.9 * floor)
     else:
         axes.set_ylim(bottom=0)
 
@@ -155,7 +154,7 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
             column,
             row,
             printable(shorten(heatmap.top[row][column][0])),
-            color="white" if value > 0.75 else "#222222",
+            color=letter_color(float(value)),
             ha="center",
             va="center",
             fontsize=6.5,
@@ -176,23 +175,30 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
 def confidence_figure(evaluation: Evaluation) -> "Figure":
     """Precision@1 by layer, a line per confidence bucket (a matplotlib figure).
 
-    A row of panels per probe that reads layers, a column per offset.
+    A row of panels per probe, a column per offset; without those in which the buckets do not
+    differ. Raises `UsageError` if they differ nowhere (`telling_confidence`).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    probes_with_layers = {row.probe for row in evaluation.buckets if row.layer is not None}
-    probes = [name for name in evaluation.probes if name in probes_with_layers]
-    lines, columns = len(probes), len(evaluation.offsets)
+    telling = telling_confidence(evaluation)
+    if not telling:
+        raise UsageError("precision@1 does not depend on the model's confidence: nothing to draw")
+    probes = [name for name in evaluation.probes if any(name == probe for probe, _ in telling)]
+    offsets = [n for n in evaluation.offsets if any(n == offset for _, offset in telling)]
+    lines, columns = len(probes), len(offsets)
     figure = Figure(
         figsize=(max(5.6, 2.7 * columns + 0.6), 2.1 * lines + 1.7), layout="constrained"
     )
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for (row, column), axes in np.ndenumerate(grid):
-        probe, offset = probes[row], evaluation.offsets[column]
-        rows = evaluation.select_buckets(probe, offset)
-        _draw_confidence_panel(axes, rows)
+        probe, offset = probes[row], offsets[column]
+        if (probe, offset) in telling:
+            _draw_confidence_panel(axes, evaluation.select_buckets(probe, offset))
+        else:
+            middle = {"ha": "center", "va": "center", "transform": axes.transAxes}
+            axes.text(0.5, 0.5, "no difference", color="#5b6a78", **middle)
         if row == 0:
             axes.set_title(_confidence_title(evaluation, offset), fontsize=9)
         if column == 0:
@@ -231,7 +237,7 @@ def _draw_confidence_panel(axes: "Axes", rows: list[BucketRow]) -> None:
             color=BUCKET_COLORS[number],
             label=bucket_name(*bucket),
             linewidth=1.5,
-            marker=BUCKET_MARKERS[number],
+            marker=BUCKET_MARKERS[number][0],
             markersize=3.5,
         )
         intervals = [interval_of(row, CONFIDENCE_MEASURE) for row in bucket_rows]

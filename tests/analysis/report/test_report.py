@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from plotly.offline import get_plotlyjs
 
+from residua.analysis.evaluation.kl_examples import KlExample, KlExamples
 from residua.analysis.evaluation.lens_heatmap import Heatmap
 from residua.analysis.evaluation.metrics import EvaluationRow
 from residua.analysis.evaluation.probe_evaluation import evaluate
@@ -17,6 +19,7 @@ from residua.analysis.report import interactive_figures as interactive
 from residua.analysis.report import static_figures as plots
 from residua.analysis.report.html_page import GLOSSARY
 from residua.analysis.report.html_report import BUCKET_COLUMNS, COLUMNS, write_pngs, write_report
+from residua.analysis.report.probe_style import SCALE, letter_color, log_floor
 from residua.analysis.report.tables import headlines
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.baselines.ngrams import Unigram
@@ -84,10 +87,12 @@ def test_texts_and_names_cannot_inject(tmp_path, evaluation):
     rows = [*evaluation.rows, replace(evaluation.rows[-1], probe=EVIL)]
     names = {"model_name": EVIL, "data_name": EVIL, "split": EVIL}
     evil = replace(evaluation, rows=rows, probes=(*evaluation.probes, EVIL), **names)
-    clean = write_report(evaluation, tmp_path / "a.html", heatmaps=[odd_heatmap()])
-    path = write_report(
-        evil, tmp_path / "b.html", heatmaps=[odd_heatmap()], title=EVIL, command=EVIL
-    )
+    tokens = ((EVIL, 0.5), (ODD[1], 0.1))
+    example = KlExample(0, 1, 2.0, EVIL, ODD[1], tokens, tokens)
+    examples = [KlExamples(EVIL, 1, 0, 9, (example,), (example,))]
+    shown = {"heatmaps": [odd_heatmap()], "examples": examples}
+    clean = write_report(evaluation, tmp_path / "a.html", **shown)
+    path = write_report(evil, tmp_path / "b.html", **shown, title=EVIL, command=EVIL)
     page = page_without_plotly(path)
     assert page.count("<script") == page_without_plotly(clean).count("<script")
     assert "alert(1)" in page
@@ -105,7 +110,7 @@ def test_equal_numbers_give_equal_bytes(tmp_path, evaluation):
 
 def test_the_report_holds_every_number_and_word(tmp_path, tiny_cache, evaluation):
     page = page_without_plotly(write_report(evaluation, tmp_path / "report.html"))
-    whole, buckets = re.findall(r"<tbody>(.*?)</tbody>", page, re.S)
+    whole, buckets = re.findall(r"class='numbers'>.*?<tbody>(.*?)</tbody>", page, re.S)
     tables = (
         (whole, evaluation.rows, COLUMNS),
         (buckets, evaluation.buckets, BUCKET_COLUMNS),
@@ -165,13 +170,33 @@ def test_kl_is_logarithmic_only_where_it_spans_more(evaluation):
     row = evaluation.rows[-1]
     wide = [replace(row, kl=value) for value in (0.01, 5.0)]
     narrow = [replace(row, kl=value) for value in (0.5, 5.0)]
-    assert plots.needs_log(wide)
-    assert not plots.needs_log(narrow)
-    assert plots.needs_log([replace(row, kl=0.0), replace(row, kl=3.0)])
+    assert log_floor(wide) == pytest.approx(0.007)
+    assert log_floor(narrow) == 0.0
+
+
+def test_the_model_itself_does_not_stretch_the_axis_of_kl(evaluation):
+    row = evaluation.rows[-1]
+    assert log_floor([replace(row, kl=0.0), replace(row, kl=3.0)]) == 0.0
+    assert log_floor([]) == 0.0
+    rows = [replace(row, kl=value) for value in (0.0, 1e-6, 0.1, 9.0, None, float("inf"))]
+    assert log_floor(rows) == pytest.approx(0.07)
+
+
+@pytest.mark.parametrize("value", [*np.linspace(0, 1, 41), float("nan")])
+def test_letters_in_cells_are_readable(value):
+    def luminance(rgb):
+        parts = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return float(parts @ [0.2126, 0.7152, 0.0722])
+
+    colors = LinearSegmentedColormap.from_list("probability", list(SCALE), N=4096)
+    cell = luminance(np.array(colors(0.0 if np.isnan(value) else value)[:3]))
+    letters = luminance(np.array(to_rgb(letter_color(value))))
+    high, low = max(cell, letters), min(cell, letters)
+    assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
 def test_hover_tells_value_interval_and_n(evaluation):
-    figure = interactive.curves(evaluation, ("kl",))
+    figure = interactive.panel_figure(evaluation, "kl", 1)
     row: EvaluationRow = evaluation.select("logit", 1)[2]
     texts = [str(text) for trace in figure.data for text in trace.hovertext or ()]  # pyright: ignore
     told = next(t for t in texts if "layer 2" in t and "N = 1" in t)
@@ -180,14 +205,34 @@ def test_hover_tells_value_interval_and_n(evaluation):
     assert f"n = {row.n:,}" in told
 
 
-def test_buttons_show_one_measure_at_a_time(evaluation):
-    measures = ("precision_at_1", "precision_at_5", "precision_at_10")
-    figure = interactive.curves(evaluation, measures).to_plotly_json()
-    buttons = figure["layout"]["updatemenus"][0]["buttons"]
-    shown = np.array([button["args"][0]["visible"] for button in buttons])
-    assert shown.shape == (3, len(figure["data"]))
-    assert (shown.sum(0) == 1).all()
-    assert [trace["visible"] for trace in figure["data"]] == shown[0].tolist()
+def test_one_part_of_each_section_is_shown_at_first(tmp_path, evaluation):
+    here = evaluation.heatmaps()
+    later = [replace(heatmap, sequence=7, start=5) for heatmap in here]
+    path = write_report(evaluation, tmp_path / "r.html", heatmaps=[*here, *later])
+    page = page_without_plotly(path)
+    sections = re.findall(r"<section><h2>(.*?)</h2>(.*?)</section>", page, re.S)
+    parts = {
+        title: re.findall(r"data-part='(\d+)'( hidden)?>", content) for title, content in sections
+    }
+    chosen = [("0", ""), ("1", " hidden"), ("2", " hidden")]
+    assert parts["Precision@k by layer"] == chosen
+    assert parts["KL to the model by layer"] == chosen[:1]
+    assert parts["What each layer says, token by token"] == chosen[:2]
+    # A control for each part, and a panel for each offset and measure.
+    contents = dict(sections)
+    assert re.findall(r"<button value='(\d)' aria", contents["Precision@k by layer"]) == [*"012"]
+    for offset in evaluation.offsets:
+        assert f'id="precision_at_5-{offset}"' in contents["Precision@k by layer"]
+
+
+def test_the_legend_names_every_probe_once(tmp_path, evaluation):
+    page = page_without_plotly(write_report(evaluation, tmp_path / "r.html"))
+    legend = re.search(r"<ul class='legend'>.*?</ul>", page, re.S)
+    assert legend is not None
+    named = re.findall(r"<button value='(.*?)'", legend[0])
+    assert named == list(evaluation.probes)
+    groups = {trace.legendgroup for trace in interactive.panel_figure(evaluation, "kl", 1).data}
+    assert groups <= set(named)
 
 
 def test_an_evaluation_without_a_cache_is_still_a_report(tmp_path, evaluation):
@@ -212,7 +257,7 @@ def test_probes_of_one_kind_are_told_apart(tiny_cache, tmp_path):
         note = next(note for note in found.notes if note.startswith(f"{name} is "))
         assert told in note
         assert tiny_cache.id[:12] in note
-    figure = interactive.curves(found, ("kl",))
+    figure = interactive.panel_figure(found, "kl", 0)
     lines = [trace for trace in figure.data if trace.fill is None]  # pyright: ignore
     looks = [(t.line.color, t.line.dash, t.marker.symbol) for t in lines]  # pyright: ignore
     assert len(set(looks)) == len(lines) == 7

@@ -243,7 +243,7 @@ def test_names_for_people(tiny_cache, tmp_path):
     page = write_report(evaluate(tiny_cache, [probe]), tmp_path / "report.html").read_text()
     assert "ridge lens, shuffled states" in page
     assert (stroke("ridge"), stroke("ridge/shuffled 2")) == (("-", "solid"), (":", "dot"))
-    assert color("ridge/shuffled 2") == color("ridge")
+    assert color("ridge/shuffled") == color("ridge") != color("ridge/shuffled 2")
     assert tuple(views.CONTROLS) == CONTROLS
 
 
