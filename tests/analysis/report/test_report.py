@@ -231,7 +231,8 @@ def test_the_legend_names_every_probe_once(tmp_path, evaluation):
     assert legend is not None
     named = re.findall(r"<button value='(.*?)'", legend[0])
     assert named == list(evaluation.probes)
-    groups = {trace.legendgroup for trace in interactive.panel_figure(evaluation, "kl", 1).data}
+    traces = interactive.panel_figure(evaluation, "kl", 1).to_plotly_json()["data"]
+    groups = {trace["legendgroup"] for trace in traces}
     assert groups <= set(named)
 
 
