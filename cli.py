@@ -910,6 +910,8 @@ def evaluate(
     residua evaluate 3f2a ridge-3f2a --html report.html --png pictures
     """
     from residua.analysis.console.actions import check_outputs, write_outputs
+
+    check_outputs(html, png)
     from residua.analysis.console.messages import print_evaluation
     from residua.analysis.console.terminal import Meter
     from residua.analysis.evaluation.position_masks import MASKS as MASK_FUNCTIONS
@@ -918,7 +920,6 @@ def evaluate(
     from residua.cache.store.catalog import find_cache
     from residua.probes.saved.library import find_probe, load_probe_for
 
-    check_outputs(html, png)
     source = find_cache(cache, root)
     options["layers"] = absolute_numbers(options["layers"], source.n_blocks)
     loaded_probes = [load_probe_for(source, find_probe(name, root), force) for name in probes]
@@ -968,6 +969,9 @@ def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> An
     residua quickstart
     residua quickstart --out /tmp/residua --json
     """
+    from residua.cache.optional_libraries import require_extra
+
+    require_extra("all", "the quickstart")
     from residua.analysis.console.messages import print_quickstart
     from residua.analysis.console.quickstart import run_quickstart
     from residua.analysis.console.terminal import Meter
