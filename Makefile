@@ -27,7 +27,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv || ($(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install pip)
 
 .venv/run: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all]'
 	touch $@
 
 .venv/dev: $(BIN)/python pyproject.toml constraints.txt

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .cache.lazy_exports import lazy_exports
+from .cache.optional_libraries import name_extras
 
 if TYPE_CHECKING:
     from .analysis.basis.direction_readings import read_directions as read_directions
@@ -49,4 +50,5 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+name_extras()
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -18,6 +18,7 @@ from residua.analysis.console.options import (
     CONTEXT,
     LAYERS,
     MASKS,
+    MODE_WITH_COUNT,
     NUMBER,
     NUMBERS,
     WHOLE_NUMBER,
@@ -62,7 +63,7 @@ def main() -> None:
 @click.argument("data")
 @click.option(
     "--context",
-    type=int,
+    type=WHOLE_NUMBER,
     help="Longest sequence in tokens.  [default: the model's, at most 1024]",
 )
 @click.option(
@@ -89,6 +90,7 @@ def main() -> None:
 )
 @click.option(
     "--positions",
+    type=MODE_WITH_COUNT,
     default="all",
     show_default=True,
     help="Positions to keep: all, last, sample:K, answer or explicit (columns `answer`, "
@@ -96,17 +98,21 @@ def main() -> None:
 )
 @click.option(
     "--logits",
+    type=MODE_WITH_COUNT,
     default="recompute",
     show_default=True,
     help="Logits to keep: recompute (none: the last layer and the head give them), topk:K or full.",
 )
 @click.option(
-    "--max-tokens", type=WHOLE_NUMBER, help="Most tokens of text; stops at the end of a sequence."
+    "--max-tokens",
+    type=WHOLE_NUMBER,
+    help="Read at most this many tokens of text. Only whole sequences count, so there may be up to "
+    "a context less; such as 1000000, 1e6 or 1M.",
 )
 @click.option(
     "--max-bytes",
     type=BYTE_COUNT,
-    help="Largest size of the cache in bytes, or like 50GB; stops at the end of a sequence.",
+    help="Make a cache of at most this many bytes, such as 50GB; stops at the end of a sequence.",
 )
 @click.option(
     "--codec",
@@ -120,7 +126,13 @@ def main() -> None:
     show_default=True,
     help="Stored dtype: auto (the model's), float16, bfloat16 or float32.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the order of documents.")
+@click.option(
+    "--seed",
+    type=WHOLE_NUMBER,
+    default=0,
+    show_default=True,
+    help="Seed of the order of documents.",
+)
 @click.option(
     "--device",
     default="auto",
@@ -173,8 +185,21 @@ def main() -> None:
     help="Address of a dask scheduler, like tcp://host:8786, whose workers share the work.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the size of the cache and write nothing.")
+@click.option(
+    "--no-tty",
+    is_flag=True,
+    help="Print progress as lines with rate and time left, every half minute, as is done without a "
+    "terminal; with --json, too.",
+)
 @residua_command
-def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **options: Any) -> Any:
+def extract(
+    root: Path,
+    quiet: bool,
+    scheduler: str | None,
+    dry_run: bool,
+    no_tty: bool,
+    **options: Any,
+) -> Any:
     """Run MODEL on the texts of DATA and keep every layer.
 
     The cache holds the residual stream of every layer at every token, and the model's head.
@@ -193,6 +218,7 @@ def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **opt
     residua extract gpt2 texts.jsonl --codec compact --dtype bfloat16
     """
     from residua.analysis.console.messages import print_estimate, print_extraction
+    from residua.analysis.console.progress_lines import ProgressLines
     from residua.analysis.console.terminal import Meter, bandwidths
     from residua.cache.extraction.answer import answer_request, estimate_request
     from residua.cache.extraction.distributed import answer_at_address
@@ -201,7 +227,8 @@ def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **opt
 
     request = ExtractionRequest(root=root, **options)
     stages = StageTimes()
-    with Meter(quiet) as meter:
+    lines = no_tty or not (quiet or sys.stderr.isatty())
+    with ProgressLines() if lines else Meter(quiet) as meter:
         meter.note("extract", lambda: bandwidths(stages.to_dict()))
         if dry_run:
             estimate = estimate_request(request, meter.stage).to_dict()
@@ -210,7 +237,7 @@ def extract(root: Path, quiet: bool, scheduler: str | None, dry_run: bool, **opt
             value = answer_request(request, meter.stage, stages).to_dict()
         else:
             value = answer_at_address(scheduler, request, meter.stage, stages).to_dict()
-    return value, lambda: print_extraction(value)
+    return value, lambda: print_extraction(value, request.max_tokens)
 
 
 @main.command()
@@ -253,23 +280,87 @@ def list_(root: Path, quiet: bool) -> Any:
 
 
 @main.command()
-@click.argument("cache")
 @residua_command
-def info(root: Path, quiet: bool, cache: str) -> Any:
-    """Show the contents of CACHE and its measured errors.
+def probes(root: Path, quiet: bool) -> Any:
+    """List the probes under the root.
 
-    Contents are model, tokens, layers, dtypes and splits. CACHE is any unique prefix of an id,
-    or a path.
+    Kind, layers, offsets N, the cache of the fit, and the KL to the model where the fit measured
+    it.
+
+    \b
+    residua probes
+    residua probes --root caches --json
+    """
+    from residua.analysis.console.saved_messages import print_probes
+    from residua.probes.saved.probe_list import list_probes
+
+    saved = list_probes(root)
+    return {"root": str(root), "probes": saved}, lambda: print_probes(root, saved)
+
+
+@main.command()
+@click.argument("name", metavar="CACHE|PROBE")
+@residua_command
+def info(root: Path, quiet: bool, name: str) -> Any:
+    """Show the contents of a cache and its measured errors, or a probe and its measures.
+
+    Contents of a cache are model, tokens, layers, dtypes and splits; of a probe its cache, its
+    parameters and a line per layer and offset. CACHE is any unique prefix of an id, PROBE one of a
+    name; or a path.
 
     \b
     residua info 3f2a
+    residua info ridge-3f2a
     residua info caches/3f2a... --json
     """
     from residua.analysis.console.messages import print_cache
-    from residua.cache.store.catalog import describe_cache, find_cache
+    from residua.analysis.console.saved_actions import find_saved
+    from residua.analysis.console.saved_messages import print_probe
+    from residua.cache.store.activation_cache import ActivationCache
+    from residua.cache.store.catalog import describe_cache
+    from residua.probes.saved.probe_list import describe_probe
 
-    value = describe_cache(find_cache(cache, root))
+    item = find_saved(name, root)
+    if item.kind == "probe":
+        probe = describe_probe(item.path)
+        return probe, lambda: print_probe(probe)
+    value = describe_cache(ActivationCache(item.path))
     return value, lambda: print_cache(value)
+
+
+@main.command("rm")
+@click.argument("names", nargs=-1, required=True, metavar="CACHE|PROBE...")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@residua_command
+def remove(root: Path, quiet: bool, names: tuple[str, ...], yes: bool) -> Any:
+    """Remove caches and probes, after asking.
+
+    Caches that extend a removed cache, or were copied from it on the same disk, keep the files that
+    they share with it. A cache that another process writes is left alone (exit code 2). Probes of a
+    removed cache stay.
+
+    \b
+    residua rm 3f2a
+    residua rm ridge-3f2a lens-3f2a --yes
+    """
+    from residua.analysis.console.saved_actions import plan_removals, remove_saved
+    from residua.analysis.console.saved_messages import describe_removal, print_removals
+    from residua.cache.errors import UsageError
+
+    removals = plan_removals(names, root)
+    if not yes:
+        if quiet:
+            raise UsageError("rm asks before it removes, and --json cannot: give --yes too")
+        for removal in removals:
+            click.echo(describe_removal(removal), err=True)
+        try:
+            yes = click.confirm("Remove?", err=True)
+        except click.Abort:  # the input has ended
+            raise UsageError("nobody answered, so nothing was removed: give --yes") from None
+    for removal in removals if yes else ():
+        remove_saved(removal)
+    value = {"removed": [removal.to_dict() for removal in removals if yes]}
+    return value, lambda: print_removals(removals, yes)
 
 
 @main.command()
@@ -278,12 +369,12 @@ def info(root: Path, quiet: bool, cache: str) -> Any:
 def verify(root: Path, quiet: bool, cache: str) -> Any:
     """Re-read every byte of CACHE and name damaged files.
 
-    The exit code is 4 if a file is damaged.
+    The exit code is 4 if a file is damaged; then the last line is the command that mends it.
 
     \b
     residua verify 3f2a
     """
-    from residua.analysis.console.messages import print_verification
+    from residua.analysis.console.messages import print_verification, repair_command
     from residua.analysis.console.terminal import Meter
     from residua.cache.store.catalog import find_path
     from residua.cache.store.verification import verify as verify_cache
@@ -292,8 +383,9 @@ def verify(root: Path, quiet: bool, cache: str) -> Any:
     with Meter(quiet) as meter:
         verification = verify_cache(path, meter.progress_of("verify"))
     exit_code = 0 if verification.ok else 4
-    value = {"path": str(path), **verification.to_dict(), "exit_code": exit_code}
-    return value, lambda: print_verification(verification)
+    remedy = repair_command(path, verification)
+    value = {"path": str(path), **verification.to_dict(), "next": remedy, "exit_code": exit_code}
+    return value, lambda: print_verification(verification, remedy)
 
 
 @main.command()
@@ -369,58 +461,64 @@ def export(root: Path, quiet: bool, cache: str, folder: Path, **options: Any) ->
 
 
 @main.command()
-@click.argument("cache")
-@click.argument("repo", metavar="USER/NAME")
+@click.argument("name", metavar="CACHE|PROBE")
+@click.argument("target", metavar="USER/NAME|ROOT")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--revision", help="Branch to push to, created if needed.  [default: main]")
-@click.option("--verify/--no-verify", default=True, help="Re-read every byte before sending.")
+@click.option("--verify/--no-verify", default=True, help="Re-read every byte of a cache.")
 @residua_command
-def push(root: Path, quiet: bool, cache: str, repo: str, **options: Any) -> Any:
-    """Upload CACHE to the Hugging Face hub, with a card.
+def push(root: Path, quiet: bool, name: str, target: str, **options: Any) -> Any:
+    """Share a cache or probe: upload it to the Hugging Face hub, or copy it to another root.
 
-    USER/NAME is a dataset repository, created if needed. Log in first (`hf auth login`, or set
-    HF_TOKEN). An interrupted push goes on where it stopped; a card that the repository already
-    has is not changed.
+    USER/NAME is a repository of the hub (data sets for caches, models for probes), created if
+    needed and given a card. Log in first (`hf auth login`, or set HF_TOKEN). A card that the
+    repository already has is not changed. Any other target, and a folder that exists, is a ROOT: a
+    folder that others see too, or a URL such as s3://bucket/caches. On one disk the copy shares the
+    files. An interrupted push goes on where it stopped.
 
     \b
     residua push 3f2a me/gpt2-residuals
     residua push 3f2a me/gpt2-residuals --private --revision pile-1m
+    residua push 3f2a /shared/caches
+    residua push ridge-3f2a /shared/caches
     """
-    from residua.analysis.console.messages import print_push
+    from residua.analysis.console.messages import root_option
+    from residua.analysis.console.saved_actions import push_saved
+    from residua.analysis.console.saved_messages import print_push
     from residua.analysis.console.terminal import Meter
-    from residua.cache.sharing.hub import push_cache
-    from residua.cache.store.catalog import find_cache
 
     with Meter(quiet) as meter:
-        pushed = push_cache(find_cache(cache, root), repo, progress=meter.stage, **options)
-    return vars(pushed), lambda: print_push(pushed)
+        value = push_saved(name, target, root, meter.stage, **options)
+    return value, lambda: print_push(value, root_option(target))
 
 
 @main.command()
-@click.argument("repo", metavar="USER/NAME")
+@click.argument("source", metavar="USER/NAME|PATH")
 @click.option("--expect", help="Beginning of the cache's id; another cache is refused.")
 @click.option("--revision", help="Branch, tag or commit.  [default: main]")
 @residua_command
-def pull(root: Path, quiet: bool, repo: str, expect: str | None, revision: str | None) -> Any:
-    """Download a cache from the Hugging Face hub.
+def pull(root: Path, quiet: bool, source: str, expect: str | None, revision: str | None) -> Any:
+    """Fetch a cache from the Hugging Face hub, or a cache or probe from a path.
 
-    USER/NAME is a dataset repository that `residua push` made. Every byte is checked before the
-    cache appears under the root; a cache that is already there is not downloaded. An
+    USER/NAME is a dataset repository that `residua push` made. PATH is the folder of a cache or
+    probe under another root; the last part may be the beginning of its name. Every byte is checked
+    before the cache appears under the root; a cache that is already there is not fetched. An
     interrupted pull goes on where it stopped.
 
     \b
     residua pull someone/gpt2-residuals
     residua pull someone/gpt2-residuals --expect 3f2a --root caches
+    residua pull /shared/caches/3f2a
+    residua pull /shared/caches/probes/ridge-3f2a
     """
-    from residua.analysis.console.messages import print_pull
+    from residua.analysis.console.messages import root_option
+    from residua.analysis.console.saved_actions import pull_saved
+    from residua.analysis.console.saved_messages import print_shared
     from residua.analysis.console.terminal import Meter
-    from residua.cache.sharing.hub import pull_cache
 
     with Meter(quiet) as meter:
-        value = pull_cache(
-            repo, root, expect=expect, revision=revision, progress=meter.stage
-        ).to_dict()
-    return value, lambda: print_pull(value)
+        value = pull_saved(source, root, meter.stage, expect=expect, revision=revision)
+    return value, lambda: print_shared(value, root_option(str(root)))
 
 
 @main.group()
@@ -444,7 +542,13 @@ def fit() -> None:
     help="Fixed penalty, as in scikit-learn's Ridge.  [default: the best of a path by "
     "cross-validation]",
 )
-@click.option("--folds", default=5, show_default=True, help="Folds of the cross-validation.")
+@click.option(
+    "--folds",
+    type=WHOLE_NUMBER,
+    default=5,
+    show_default=True,
+    help="Folds of the cross-validation.",
+)
 @click.option(
     "--products",
     type=click.Choice(["float64", "float32"]),
@@ -578,17 +682,26 @@ def baseline(
 @probe_options
 @click.option(
     "--steps",
+    type=WHOLE_NUMBER,
     default=400,
     show_default=True,
     help="Most natural-gradient steps of a translator; it stops where its KL no longer falls.",
 )
-@click.option("--batch", default=1024, show_default=True, help="Positions of one step.")
+@click.option(
+    "--batch", type=WHOLE_NUMBER, default=1024, show_default=True, help="Positions of one step."
+)
 @click.option(
     "--lr",
     type=NUMBER,
     help="Share of the natural gradient's full step.  [default: the best of a short sweep]",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the order of positions.")
+@click.option(
+    "--seed",
+    type=WHOLE_NUMBER,
+    default=0,
+    show_default=True,
+    help="Seed of the order of positions.",
+)
 @click.option(
     "--products",
     type=click.Choice(["auto", "float32", "bfloat16"]),
@@ -665,10 +778,14 @@ def lens(
     help="Parametrization: a matrix to the vocabulary (full; auto: of lower rank above 100 million "
     "weights), or a map in front of the head (head).",
 )
-@click.option("--rank", type=int, help="Rank of the matrix.  [default: that of --form]")
+@click.option("--rank", type=WHOLE_NUMBER, help="Rank of the matrix.  [default: that of --form]")
 @click.option("--lr", type=NUMBER, help="Learning rate.  [default: the best of a short sweep]")
 @click.option(
-    "--epochs", default=3, show_default=True, help="Largest number of passes over the train split."
+    "--epochs",
+    type=WHOLE_NUMBER,
+    default=3,
+    show_default=True,
+    help="Largest number of passes over the train split.",
 )
 @click.option(
     "--checkpoint-seconds",
@@ -734,7 +851,7 @@ def vocab(
     help="Saved tuned lens or ridge probe: its path, or the beginning of its name; or logit.",
 )
 @layers_option
-@click.option("-k", default=8, show_default=True, help="Number of directions.")
+@click.option("-k", type=WHOLE_NUMBER, default=8, show_default=True, help="Number of directions.")
 @click.option(
     "--method",
     type=click.Choice(BASIS_METHODS),
@@ -757,12 +874,26 @@ def vocab(
     show_default=True,
     help="What ablated coordinates become: the mean's, zero, or those of another position.",
 )
-@click.option("--offset", default=0, show_default=True, help="Offset N of the lens.")
-@click.option("--positions", default=16384, show_default=True, help="Train positions to fit on.")
 @click.option(
-    "--test-positions", default=8192, show_default=True, help="Test positions to measure on."
+    "--offset", type=WHOLE_NUMBER, default=0, show_default=True, help="Offset N of the lens."
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the draw of positions.")
+@click.option(
+    "--positions",
+    type=WHOLE_NUMBER,
+    default=16384,
+    show_default=True,
+    help="Train positions to fit on.",
+)
+@click.option(
+    "--test-positions",
+    type=WHOLE_NUMBER,
+    default=8192,
+    show_default=True,
+    help="Test positions to measure on.",
+)
+@click.option(
+    "--seed", type=WHOLE_NUMBER, default=0, show_default=True, help="Seed of the draw of positions."
+)
 @drop_first_option
 @memory_option
 @click.option(
@@ -865,7 +996,13 @@ def basis(
 )
 @across_documents_option
 @drop_first_option
-@click.option("--seed", default=0, show_default=True, help="Seed of the choice of sequences.")
+@click.option(
+    "--seed",
+    type=WHOLE_NUMBER,
+    default=0,
+    show_default=True,
+    help="Seed of the choice of sequences.",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, auto.")
 @click.option(
     "--products",
@@ -910,6 +1047,8 @@ def evaluate(
     residua evaluate 3f2a ridge-3f2a --html report.html --png pictures
     """
     from residua.analysis.console.actions import check_outputs, write_outputs
+
+    check_outputs(html, png)
     from residua.analysis.console.messages import print_evaluation
     from residua.analysis.console.terminal import Meter
     from residua.analysis.evaluation.position_masks import MASKS as MASK_FUNCTIONS
@@ -918,7 +1057,6 @@ def evaluate(
     from residua.cache.store.catalog import find_cache
     from residua.probes.saved.library import find_probe, load_probe_for
 
-    check_outputs(html, png)
     source = find_cache(cache, root)
     options["layers"] = absolute_numbers(options["layers"], source.n_blocks)
     loaded_probes = [load_probe_for(source, find_probe(name, root), force) for name in probes]
@@ -955,7 +1093,7 @@ def evaluate(
 @click.option(
     "--max-tokens",
     type=WHOLE_NUMBER,
-    help="Most tokens of text.  [default: all of the sample]",
+    help="Read at most this many tokens of text, in whole sequences.  [default: all of the sample]",
 )
 @residua_command
 def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> Any:
@@ -968,6 +1106,9 @@ def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> An
     residua quickstart
     residua quickstart --out /tmp/residua --json
     """
+    from residua.cache.optional_libraries import require_extra
+
+    require_extra("all", "the quickstart")
     from residua.analysis.console.messages import print_quickstart
     from residua.analysis.console.quickstart import run_quickstart
     from residua.analysis.console.terminal import Meter

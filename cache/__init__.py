@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .errors import LeaseLostError as LeaseLostError
     from .errors import LimitError as LimitError
     from .errors import MismatchError as MismatchError
+    from .errors import MissingLibraryError as MissingLibraryError
     from .errors import ModelError as ModelError
     from .errors import NoSpaceError as NoSpaceError
     from .errors import NotFoundError as NotFoundError
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from .number_ranges import format_ranges as format_ranges
     from .number_ranges import is_several as is_several
     from .number_ranges import parse_ranges as parse_ranges
+    from .optional_libraries import is_installed as is_installed
+    from .optional_libraries import missing_library as missing_library
+    from .optional_libraries import name_extras as name_extras
+    from .optional_libraries import require_extra as require_extra
     from .progress import Progress as Progress
     from .progress import StageProgress as StageProgress
 

@@ -5,6 +5,7 @@
     │   ├── DataError            2   texts that cannot be read or are empty
     │   ├── ModelError           2   a model that cannot be loaded or captured
     │   ├── InputTypeError       2   (also TypeError) rows or labels of a type that is not read
+    │   ├── MissingLibraryError  2   (also ModuleNotFoundError) a library of an extra is missing
     │   └── NotFoundError        2   (also FileNotFoundError) no such cache, probe, layer
     ├── MismatchError            3   a cache, probe or request that does not fit another
     │   └── HeadMismatchError    3   the stored head does not give the model's logits
@@ -43,6 +44,14 @@ class ModelError(UsageError):
 
 class InputTypeError(UsageError, TypeError):
     """Rows, labels or numbers of a type that cannot be read."""
+
+
+class MissingLibraryError(UsageError, ModuleNotFoundError):
+    """A library that is not installed; the message names the extra that brings it."""
+
+    def __init__(self, message: str, name: str | None = None) -> None:
+        """`name` is the library's top module, as in every `ModuleNotFoundError`."""
+        ImportError.__init__(self, message, name=name)
 
 
 class NotFoundError(UsageError, FileNotFoundError):

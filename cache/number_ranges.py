@@ -1,17 +1,21 @@
 """Whole numbers as users write them: `0-4, 6`, one int, lists of ints, numpy arrays.
 
-`format_ranges` and `parse_ranges` are for messages and command-line options (layers, offsets);
+`format_ranges`, `parse_ranges` and `parse_count` are for messages and command-line options;
 `as_tuple` and `as_whole_number` normalize arguments of public functions.
 """
 
 import operator
+import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from .errors import InputTypeError, UsageError
 
 MAX_NUMBERS = 1 << 20
 """Most numbers that `parse_ranges` gives."""
+COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+"""Unit of a count in lower case -> number."""
 LARGEST = 1 << 62
 """Largest layer or offset that `as_tuple` takes: sums with positions are numbers of int64."""
 
@@ -40,6 +44,25 @@ def parse_ranges(text: str) -> tuple[int, ...]:
             raise OverflowError(text)
         numbers.update(piece_numbers)
     return tuple(sorted(numbers))
+
+
+def parse_count(text: str) -> int:
+    """Parse a count: `1000000`, `1_000_000`, `1e6`, `10M`, `1.5k`, `2B` (units of 1000).
+
+    Raises `ValueError` for other text and for a count that is no whole number.
+    """
+    match = re.fullmatch(
+        r"([+-]?[0-9][0-9_]*(?:\.[0-9]+)?(?:e[+-]?[0-9]{1,2})?) ?([kmgb]?)", text.strip().lower()
+    )
+    if match is None:
+        raise ValueError(text)
+    try:
+        count = Decimal(match[1]) * COUNT_UNITS[match[2]]  # exact, as no float is
+    except ArithmeticError:
+        raise ValueError(text) from None
+    if count != int(count):
+        raise ValueError(text)
+    return int(count)
 
 
 def absolute_numbers(numbers: Sequence[int] | None, last: int) -> tuple[int, ...] | None:

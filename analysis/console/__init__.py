@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from .messages import print_export as print_export
     from .messages import print_extraction as print_extraction
     from .messages import print_fit as print_fit
-    from .messages import print_pull as print_pull
-    from .messages import print_push as print_push
     from .messages import print_quickstart as print_quickstart
     from .messages import print_repair as print_repair
     from .messages import print_verification as print_verification
@@ -31,7 +29,18 @@ if TYPE_CHECKING:
     from .options import probe_options as probe_options
     from .options import residua_command as residua_command
     from .options import scheduler_option as scheduler_option
+    from .progress_lines import ProgressLines as ProgressLines
     from .quickstart import run_quickstart as run_quickstart
+    from .saved_actions import find_saved as find_saved
+    from .saved_actions import plan_removals as plan_removals
+    from .saved_actions import pull_saved as pull_saved
+    from .saved_actions import push_saved as push_saved
+    from .saved_actions import remove_saved as remove_saved
+    from .saved_messages import print_probe as print_probe
+    from .saved_messages import print_probes as print_probes
+    from .saved_messages import print_push as print_push
+    from .saved_messages import print_removals as print_removals
+    from .saved_messages import print_shared as print_shared
     from .terminal import Meter as Meter
     from .terminal import bandwidths as bandwidths
 

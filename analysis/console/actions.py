@@ -11,6 +11,7 @@ from ...cache.cluster import connected
 from ...cache.errors import UsageError
 from ...cache.files.disk_errors import check_target
 from ...cache.number_ranges import absolute_numbers
+from ...cache.optional_libraries import require_extra
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.catalog import find_cache
 from ...probes.controls.control_probe import as_control
@@ -57,7 +58,12 @@ def fit_and_save(
 
 
 def check_outputs(html: Path | None, png: Path | None) -> None:
-    """Raise `UsageError` unless a report can be written to `html` and pictures below `png`."""
+    """Raise `UsageError` unless a report can be written to `html` and pictures below `png`.
+
+    `MissingLibraryError`, one of these, names the extra whose libraries draw them.
+    """
+    if html is not None or png is not None:
+        require_extra("report", "a report")
     if html is not None:
         if html.suffix.lower() not in ("", ".html", ".htm"):
             raise UsageError(

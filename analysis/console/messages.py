@@ -16,16 +16,20 @@ from .terminal import bandwidths, format_bytes, print_table, short_source_name
 
 if TYPE_CHECKING:
     from ...cache.extraction.damage_repair import Repair
-    from ...cache.sharing.hub import PushedCache
     from ...cache.store.verification import Verification
     from ..evaluation.result import Evaluation
     from .basis_actions import BasisResult
 
 
-def print_extraction(value: dict[str, Any]) -> None:
-    """Print what `residua extract` did, from the dictionary of its result."""
+def print_extraction(value: dict[str, Any], max_tokens: int | None = None) -> None:
+    """Print what `residua extract` did, from the dictionary of its result.
+
+    `max_tokens` is the limit of the request, which a cache of fewer positions mentions.
+    """
     print(f"{value['status']}: cache {value['cache'][:12]}")
     print(f"  {_format_contents(value)}, head error {value['head_error']:.1e}")
+    if max_tokens is not None and value["positions"] < max_tokens:
+        print(f"  --max-tokens {max_tokens:,} is at most: whole sequences are read")
     if speeds := bandwidths(value["stages"]):
         print(f"  {speeds}")
     print(f"  {value['path']}")
@@ -197,8 +201,23 @@ def _print_logits_errors(cache_mode: str, measured: dict[str, Any]) -> None:
     print_table(title, columns, rows)
 
 
-def print_verification(verification: "Verification") -> None:
-    """Print the damage that `residua verify` found, or that the cache is whole."""
+def repair_command(path: Path, verification: "Verification") -> str | None:
+    """The command that mends what `residua verify` found; None for a whole cache.
+
+    A manifest is made again by the extraction alone, whose options only its user knows.
+    """
+    if verification.ok:
+        return None
+    if any(damage.file == "manifest.json" for damage in verification.damages):
+        return "the same `residua extract` as before, which makes the manifest again"
+    return f"residua repair {path.name[:12]}{root_option(str(path.parent))}"
+
+
+def print_verification(verification: "Verification", remedy: str | None = None) -> None:
+    """Print the damage that `residua verify` found, or that the cache is whole.
+
+    `remedy` is the command that mends the damage.
+    """
     for damage in verification.damages:
         rows = f" rows {damage.start}-{damage.stop - 1}" if damage.stop else ""
         print(f"damaged: {damage.file}{rows}: {damage.message}")
@@ -213,6 +232,8 @@ def print_verification(verification: "Verification") -> None:
     missing = f", {count} parts not extracted yet" if count else ""
     size = format_bytes(verification.bytes)
     print(f"{state}: {verification.shards} shards, {size} read{missing}")
+    if remedy is not None:
+        print(f"next: {remedy}")
 
 
 def print_repair(repair: "Repair") -> None:
@@ -237,26 +258,6 @@ def print_export(folder: Path, index: dict[str, Any]) -> None:
     total = sum(entry["bytes"] for entry in index["files"].values())
     print(f"{index['positions']:,} positions, {len(index['layers'])} layers, {format_bytes(total)}")
     print(f"  {folder} (README.md says how to open it)")
-
-
-def print_push(pushed: "PushedCache") -> None:
-    """Print what `residua push` sent, and where."""
-    from ...cache.sharing.dataset_card import NO_LICENCE
-
-    print(f"pushed: {pushed.files:,} files, {format_bytes(pushed.bytes)}")
-    print(f"  {pushed.url}")
-    if pushed.card:
-        print(f"{NO_LICENCE}: set `license:` in the card (README.md) there")
-    print(f"next: residua pull {pushed.repo_id} --root another-root")
-
-
-def print_pull(value: dict[str, Any]) -> None:
-    """Print which cache `residua pull` fetched, and where the cache is."""
-    print(f"{value['status']}: cache {value['cache'][:12]}")
-    print(f"  {_format_contents(value)}")
-    print(f"  {value['path']}")
-    root = root_option(value["path"].rpartition("/")[0])
-    print(f"next: residua info {value['cache'][:12]}{root}")
 
 
 def print_fit(

@@ -71,25 +71,35 @@ LAYERS = LayerRanges()
 
 
 class WholeNumber(click.ParamType):
-    """A whole number: `1000000`, `1_000_000` or `1e6`."""
+    """A whole number: `1000000`, `1_000_000`, `1e6` or `1M`."""
 
     name = "INTEGER"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        from ...cache.number_ranges import parse_count
+
         try:
-            return int(value)
+            return parse_count(str(value))
         except ValueError:
-            pass
-        try:
-            number = float(value)
-        except ValueError:
-            number = float("nan")
-        if not isfinite(number) or number != int(number):
-            self.fail(f"{value!r} is no whole number; write it like 1000000 or 1e6", param, ctx)
-        return int(number)
+            message = f"{value!r} is no whole number; write it like 1000000, 1e6 or 1M"
+            self.fail(message, param, ctx)
 
 
 WHOLE_NUMBER = WholeNumber()
+
+
+class ModeWithCount(click.ParamType):
+    """A word, or a word and a count: `all`, `sample:1000`, `sample:1k`, `topk:64`."""
+
+    name = "TEXT"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        mode, colon, count = str(value).partition(":")
+        # The count goes into the identity of the cache: 1k and 1000 are one request.
+        return f"{mode}:{WHOLE_NUMBER.convert(count, param, ctx)}" if colon else mode
+
+
+MODE_WITH_COUNT = ModeWithCount()
 
 BYTES_OF_UNIT = {
     unit: base**power
@@ -199,7 +209,7 @@ across_documents_option = click.option(
 
 drop_first_option = click.option(
     "--drop-first",
-    type=int,
+    type=WHOLE_NUMBER,
     default=0,
     show_default=True,
     help="Number of first positions of each sequence to leave out as sources t: attention sinks "

@@ -11,6 +11,7 @@ from ..checks.reference_rows import check_reference_rows
 from ..devices import choose_device
 from ..errors import MismatchError, ModelError
 from ..model.source import ModelSource
+from ..optional_libraries import require_extra
 from ..store.activation_cache import ActivationCache
 from ..store.local_origin import read_origin
 from .resolve import describe, differing_fields
@@ -33,6 +34,7 @@ def load_model_of(
     that comes with the model runs only with `trust_remote_code`. Raises `MismatchError` if the
     model, its head or its rows are not those of the cache, `ModelError` if no model is found.
     """
+    require_extra("extract", "running a model")
     from ..checks.model_checks import recheck_model
 
     _, module = load_cache_model(cache, model, device, trust_remote_code)

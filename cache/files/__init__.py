@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from .paths import upload_folder as upload_folder
     from .paths import write_object as write_object
     from .process_limits import raise_file_limit as raise_file_limit
+    from .removal import exclusive_bytes as exclusive_bytes
+    from .removal import remove_folder as remove_folder
     from .staging import publish_folder as publish_folder
     from .staging import resumable_staging_folder as resumable_staging_folder
     from .staging import staging_folder as staging_folder

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from ..errors import UsageError
+from ..errors import MissingLibraryError, UsageError
+from ..optional_libraries import missing_library
 from .read_errors import read_file
 
 EXISTS_CODES = ("PreconditionFailed", "ConditionalRequestConflict")
@@ -31,7 +32,8 @@ def as_path(name: str | Path) -> Path:
 
     URLs become paths of `universal_pathlib`, which behave like those of pathlib; options of a
     store (endpoint, credentials) come from its own environment variables and files. Raises
-    `UsageError` for a URL whose library is not installed, or that no library knows.
+    `MissingLibraryError` for a URL whose library is not installed, `UsageError` for one that no
+    library knows.
     """
     if isinstance(name, Path) and re.match(r"\w{2,}:/[^/]", str(name)):
         raise UsageError(f"{name} was a URL, and lost a slash in pathlib.Path; give it as a str")
@@ -48,10 +50,13 @@ def as_path(name: str | Path) -> Path:
 
         # No cache of listings: other processes write too.
         return cast(Path, UPath(name, use_listings_cache=False))
-    except ImportError as error:
-        raise UsageError(
-            f"{name} needs a library that is not installed ({error}); for s3:// give: pip "
-            "install 'residua[s3]', for other stores the package of fsspec that reads them"
+    except MissingLibraryError:
+        raise
+    except ImportError as error:  # UPath asks fsspec for the library of this kind of URL
+        if urlsplit(name).scheme in ("s3", "s3a"):
+            raise missing_library("s3fs", name) from None
+        raise MissingLibraryError(
+            f"{name} needs a library that is not installed: {error}", error.name
         ) from None
     except ValueError as error:
         raise UsageError(f"{name} is not the URL of a store that fsspec knows: {error}") from None

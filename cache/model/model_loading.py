@@ -5,11 +5,11 @@ parameters are compared with the checkpoint (`checkpoint_comparison.py`), becaus
 missing ones with random numbers.
 """
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..devices import is_out_of_memory
-from ..errors import ModelError, UsageError
+from ..errors import ModelError
+from ..optional_libraries import is_installed, missing_library
 from .checkpoint_comparison import compare_with_checkpoint
 from .config_check import check_config_size, describe_error
 from .safetensors_header import read_header
@@ -35,12 +35,9 @@ LOADING_ERRORS = (
 
 
 def check_accelerate() -> None:
-    """Raise `UsageError` unless accelerate, which spreads models over devices, is installed."""
-    if find_spec("accelerate") is None:
-        raise UsageError(
-            "a device map needs the package accelerate, which is not installed: pip install "
-            "accelerate (or residua[accelerate]), or give one --device"
-        )
+    """Raise `MissingLibraryError` unless accelerate is there: it spreads models over devices."""
+    if not is_installed("accelerate"):
+        raise missing_library("accelerate", "a device map")
 
 
 def load_model(
@@ -55,7 +52,7 @@ def load_model(
 
     With a `device_map` accelerate spreads the model instead: `auto` over all GPUs, then the memory
     of the host and the disk, whose blocks are brought to a GPU for each call; or module name ->
-    device. Raises `UsageError` if accelerate is not installed.
+    device. Raises `MissingLibraryError` if accelerate is not installed.
 
     `attention` is transformers' `attn_implementation`, or `default`. Only safetensors are read;
     code that comes with a model runs only with `trust_remote_code`. The attribute

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 from ..files.json_files import file_digest, json_digest
 from ..format.manifest import ModelIdentity
+from ..optional_libraries import require_extra
 from .safetensors_header import RUNNING_DTYPES, read_header
 from .weight_digests import remembered_file_digests, remembered_tensor_digests
 
@@ -58,6 +59,7 @@ class ModelSource:
 
         Raises `ModelError` if `name` is neither.
         """
+        require_extra("extract", "running a model")
         folder = Path(name).expanduser()
         if folder.is_dir():
             if not (folder / "config.json").is_file():

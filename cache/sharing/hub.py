@@ -53,9 +53,9 @@ class PulledCache:
 
     cache: ActivationCache
     status: str
-    """`pulled`, or `hit` if the cache was under the root already."""
+    """`pulled`, `copied`, or `hit` if the cache was under the root already."""
     commit: str | None
-    """Commit of the repository."""
+    """Commit of the repository; None for a copy by path."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `residua pull`."""
@@ -99,7 +99,7 @@ def push_cache(
     names = cache_files(cache.path)
     n_bytes = check_limits(cache.path, names)
     if verify:
-        _check_bytes(cache.path, progress)
+        check_bytes(cache.path, progress)
     repository = {"repo_id": repo_id, "repo_type": "dataset", "revision": revision, "token": token}
     with translate_hub_errors(repo_id):
         import huggingface_hub as hub
@@ -159,7 +159,7 @@ def _other_files(path: Path, names: set[str]) -> Iterator[str]:
             yield name
 
 
-def _check_bytes(path: Path, progress: StageProgress | None) -> None:
+def check_bytes(path: Path, progress: StageProgress | None) -> None:
     """Raise `CorruptError` or `IncompleteError` unless every byte is as it was written."""
     stage = None if progress is None else lambda done, total: progress("verify", done, total)
     verification = verify_cache(path, stage)
@@ -237,11 +237,11 @@ def pull_cache(
             )
         target = root / cache_id
         if (target / "manifest.json").is_file():
-            return PulledCache(_open_complete(target), "hit", commit)
+            return PulledCache(open_complete(target), "hit", commit)
 
         check_space(parent, sum(sizes.values()), "free some, or pull to another --root")
         download(list(CONTENTS))
-        _check_bytes(staging, progress)
+        check_bytes(staging, progress)
         ActivationCache(staging).check_complete()
         _tidy(staging)
         publish_cache(staging, target)
@@ -293,7 +293,7 @@ def _staging_folder(parent: Path, repo_id: str, commit: str | None) -> Iterator[
         yield staging
 
 
-def _open_complete(target: Path) -> ActivationCache:
+def open_complete(target: Path) -> ActivationCache:
     """The cache in the folder `target`; raises `IncompleteError` if it is not complete."""
     cache = ActivationCache(target)
     if not cache.complete:

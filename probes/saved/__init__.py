@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from .library import load_probe_for as load_probe_for
     from .library import new_probe_path as new_probe_path
     from .library import probe_path as probe_path
+    from .probe_files import copy_probe as copy_probe
+    from .probe_files import remove_probe as remove_probe
+    from .probe_list import describe_probe as describe_probe
+    from .probe_list import list_probes as list_probes
     from .save import check_belongs as check_belongs
     from .save import check_finite as check_finite
     from .save import feature_names as feature_names

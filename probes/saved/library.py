@@ -1,7 +1,7 @@
 """Saved probes under a root folder: where a fit is saved, and how a name finds a probe.
 
-<root>/probes/<kind>-<cache>-<digest of the parameters>/        written by `save_probe`
-<root>/checkpoints/<same name>/                                 state of an unfinished fit
+<root>/probes/<kind>-<cache>-n<offsets>-<digest of the parameters>/     written by `save_probe`
+<root>/checkpoints/<same name>/                                         state of an unfinished fit
 """
 
 import warnings
@@ -12,6 +12,7 @@ from ...cache.errors import MismatchError, NotFoundError, ResiduaWarning, UsageE
 from ...cache.files.disk_errors import check_target
 from ...cache.files.json_files import json_digest
 from ...cache.files.paths import as_path, is_remote
+from ...cache.number_ranges import as_tuple, format_ranges
 from .save import check_belongs, load_probe, saved_params
 
 if TYPE_CHECKING:
@@ -19,17 +20,39 @@ if TYPE_CHECKING:
 
 FOLDER = "probes"
 CHECKPOINTS = "checkpoints"
+OFFSETS_LENGTH = 24
+"""Longest list of offsets in a name, in characters; of more, the first and the last are named."""
 
 
 def probe_path(root: Path, probe: Any, cache_id: str | None = None) -> Path:
-    """`<root>/probes/<kind>-<cache>-<parameters>`: the same fit again has the same name.
+    """`<root>/probes/<kind>-<cache>-n<offsets>-<parameters>`: the same fit has the same name.
 
-    `cache_id` is needed for a probe that is not fitted yet.
+    Such as `ridge-3f2a51c09d7e-n0-3-8acc50e0` for offsets 0 to 3. `cache_id` is needed for a probe
+    that is not fitted yet.
     """
-    parameters = json_digest(saved_params(probe))[:8]
     # `ridge/shuffled` becomes `shuffled-ridge`: a name that begins with `ridge` finds no control.
     kind = "-".join(reversed(probe.kind.split("/")))
-    return root / FOLDER / f"{kind}-{(cache_id or probe.cache_id_)[:12]}-{parameters}"
+    cache, parameters = (cache_id or probe.cache_id_)[:12], json_digest(saved_params(probe))[:8]
+    return root / FOLDER / "-".join([kind, cache, *_offsets_in_name(probe), parameters])
+
+
+def _offsets_in_name(probe: Any) -> list[str]:
+    """`n0-3`, `n0+2+5`, or `n0..96` for a long list; nothing for a probe without offsets."""
+    while hasattr(probe, "probe"):  # a control
+        probe = probe.probe
+    value = getattr(probe, "offsets", getattr(probe, "offset", None))
+    if value is None:
+        return []
+    offsets = sorted(set(as_tuple(value, "offsets")))
+    text = format_ranges(offsets).replace(", ", "+")
+    return [f"n{text if len(text) <= OFFSETS_LENGTH else f'{offsets[0]}..{offsets[-1]}'}"]
+
+
+def earlier_probe_path(root: Path, probe: Any, cache_id: str) -> Path:
+    """The folder that `probe` had before names said the offsets."""
+    path = probe_path(root, probe, cache_id)
+    offsets = "".join(f"-{part}" for part in _offsets_in_name(probe))
+    return path.with_name(path.name.replace(offsets, "", 1) if offsets else path.name)
 
 
 def checkpoint_path(
@@ -62,9 +85,11 @@ def checkpoint_path(
 def new_probe_path(root: Path, probe: Any, cache_id: str, out: Path | None = None) -> Path:
     """Folder to save `probe` in: `out`, or `probe_path` under `root`.
 
-    Raises `UsageError` before the fit if the folder cannot be written.
+    A fit that is there under its earlier name keeps that. Raises `UsageError` before the fit if the
+    folder cannot be written.
     """
-    path = out or probe_path(root, probe, cache_id)
+    earlier = earlier_probe_path(root, probe, cache_id)
+    path = out or (earlier if earlier.is_dir() else probe_path(root, probe, cache_id))
     if path.is_file():
         raise UsageError(f"{path} is a file; name a folder for the probe")
     check_target(path)

@@ -84,11 +84,15 @@ def save_probe(probe: SavedProbe, folder: str | Path) -> Path:
         "residua": package_version(),
         "tensors": hashlib.sha256(data).hexdigest(),
     }
-    config = {**plain_value(config), **about}
+    write_probe(path, data, {**plain_value(config), **about})
+    return path
+
+
+def write_probe(path: Path, data: bytes, config: dict[str, Any]) -> None:
+    """Write the two files of a probe, tensors `data` and `config`, to the folder `path`."""
     if is_remote(path) or not _write_folder(path, data, config):
         make_folder(path)
         _write_files(path, data, config)
-    return path
 
 
 def _write_files(folder: Path, data: bytes, config: dict[str, Any]) -> None:

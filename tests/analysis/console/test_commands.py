@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from residua.analysis.console.options import NumberRanges
 from residua.cache.extraction.request import ExtractionRequest
+from residua.cache.number_ranges import parse_count
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cli import main
 
@@ -53,7 +55,7 @@ def test_every_command_has_root_json_an_example_and_help_for_every_option() -> N
 
 
 def test_options_of_extract_are_the_fields_of_its_request() -> None:
-    names = {p.name for p in dict(commands())["extract"].params} - {"as_json", "dry_run"}
+    names = {p.name for p in dict(commands())["extract"].params} - {"as_json", "dry_run", "no_tty"}
     names -= {"scheduler"}  # who does the work, not what is asked for
     assert names == {field.name for field in dataclasses.fields(ExtractionRequest)}
 
@@ -190,3 +192,35 @@ def test_numbers_are_read_as_ranges_and_lists() -> None:
     assert NumberRanges().convert("5,0,2-3", None, None) == (0, 2, 3, 5)
     with pytest.raises(click.BadParameter):
         NumberRanges().convert("3-1", None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1000000", 10**6), ("1_000", 1000), ("1e6", 10**6), ("10M", 10**7), ("1.5k", 1500),
+     ("2B", 2 * 10**9), ("3 G", 3 * 10**9), ("0.1m", 10**5), ("-1", -1)],
+)  # fmt: skip
+def test_counts_are_taken_as_people_write_them(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1.5", "1e-3", "k", "M1", "1KB", "10 %", "nan", "1e999", "inf"]
+)
+def test_what_is_no_count_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        parse_count(text)
+
+
+def test_every_count_and_size_takes_units() -> None:
+    for name, command in commands():
+        for parameter in command.params:
+            if parameter.name != "format":
+                assert parameter.type.name != "integer", (name, parameter.name)
+
+
+def test_a_count_in_a_mode_is_one_request_however_it_is_written() -> None:
+    command = dict(commands())["extract"]
+    words = ["m", "d", "--positions", "sample:1k", "--logits", "topk:0.1k", "--context", "1e3"]
+    options = command.make_context("extract", words).params
+    assert (options["positions"], options["logits"]) == ("sample:1000", "topk:100")
+    assert options["context"] == 1000

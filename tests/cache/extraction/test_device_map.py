@@ -137,8 +137,8 @@ def test_a_model_partly_on_the_disk_gives_the_same_cache(
 def test_a_map_without_accelerate_says_what_to_install(
     model_folder: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_loading, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install accelerate"):
+    monkeypatch.setattr(model_loading, "is_installed", lambda library: False)
+    with pytest.raises(UsageError, match=r"pip install 'residua\[accelerate\]'"):
         residua.extract(model_folder, texts_file, root=tmp_path, device_map="auto")
     assert not list(tmp_path.rglob("manifest.json"))
 

@@ -11,7 +11,7 @@ from residua.cache.extraction.request import ExtractionRequest
 from residua.cli import main
 
 ONLY_KEYWORDS = {"client", "progress"}
-ONLY_OPTIONS = {"scheduler", "dry_run", "as_json"}
+ONLY_OPTIONS = {"scheduler", "dry_run", "no_tty", "as_json"}
 
 
 def request_defaults() -> dict[str, Any]:

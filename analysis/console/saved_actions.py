@@ -1,0 +1,178 @@
+"""Steps of `residua info`, `rm`, `push` and `pull`: caches and probes, found by name or path."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...cache.errors import NotFoundError, UsageError
+from ...cache.files.paths import as_path
+from ...cache.files.removal import exclusive_bytes, remove_folder
+from ...cache.format.manifest import EXTENDS
+from ...cache.progress import StageProgress
+from ...cache.sharing.hub import pull_cache, push_cache
+from ...cache.sharing.root_transfer import copy_cache
+from ...cache.store.activation_cache import ActivationCache
+from ...cache.store.catalog import UNREADABLE, find_path, list_paths
+from ...probes.saved.hub import push_probe
+from ...probes.saved.library import FOLDER as PROBES_FOLDER
+from ...probes.saved.library import find_probe
+from ...probes.saved.probe_files import copy_probe, remove_probe
+from ...probes.saved.probe_list import is_probe
+
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
+"""USER/NAME of a repository of the hub."""
+
+
+@dataclass(frozen=True)
+class SavedItem:
+    """A cache or a saved probe, found by its name or path."""
+
+    kind: str
+    """`cache` or `probe`."""
+    path: Path
+
+
+def find_saved(name: str, root: Path) -> SavedItem:
+    """The cache or the probe called `name`: a path, a prefix of an id, or of a probe's name.
+
+    Raises `NotFoundError` if there is neither, `UsageError` if a prefix is that of several.
+    """
+    if is_probe(as_path(name)):
+        return SavedItem("probe", as_path(name))
+    try:
+        return SavedItem("cache", find_path(name, root))
+    except NotFoundError as no_cache:
+        try:
+            return SavedItem("probe", find_probe(name, root))
+        except NotFoundError as no_probe:
+            raise NotFoundError(f"{no_cache}; and {no_probe}") from None
+
+
+def is_hub_id(target: str) -> bool:
+    """Whether `target` is USER/NAME on the hub, and no folder that exists here."""
+    return HUB_ID.fullmatch(target) is not None and not Path(target).exists()
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A cache or probe to remove, with what the removal frees."""
+
+    item: SavedItem
+    freed: int
+    """Bytes that no other folder links."""
+    shared: int
+    """Bytes that other caches link, and keep."""
+    extended_by: tuple[str, ...]
+    """Ids of the caches under the same root that extend this one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """An entry of the JSON object of `residua rm`."""
+        return {
+            "kind": self.item.kind,
+            "path": str(self.item.path),
+            "freed": self.freed,
+            "shared": self.shared,
+            "extended_by": list(self.extended_by),
+        }
+
+
+def plan_removals(names: Sequence[str], root: Path) -> list[Removal]:
+    """What `residua rm` would remove; every name must be that of a cache or probe."""
+    items = dict.fromkeys(find_saved(name, root) for name in names)
+    return [
+        Removal(item, *exclusive_bytes(item.path), extended_by=_caches_that_extend(item))
+        for item in items
+    ]
+
+
+def _caches_that_extend(item: SavedItem) -> tuple[str, ...]:
+    """Ids of the readable caches beside `item` that extend it."""
+    if item.kind != "cache":
+        return ()
+    ids = []
+    for path in list_paths(item.path.parent):
+        try:
+            cache = ActivationCache(path)
+            if cache.manifest.extra.get(EXTENDS) == item.path.name:
+                ids.append(cache.id)
+        except UNREADABLE:
+            continue
+    return tuple(ids)
+
+
+def remove_saved(removal: Removal) -> None:
+    """Remove the cache or probe; raises `UsageError` while another process writes it."""
+    if removal.item.kind == "probe":
+        remove_probe(removal.item.path)
+    else:
+        remove_folder(removal.item.path, marker="manifest.json")
+
+
+def push_saved(
+    name: str,
+    target: str,
+    root: Path,
+    progress: StageProgress,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Push a cache or probe to the hub, or copy it to another root; the JSON object of the push."""
+    item = find_saved(name, root)
+    if is_hub_id(target):
+        if item.kind == "cache":
+            pushed = push_cache(
+                ActivationCache(item.path),
+                target,
+                private=private,
+                revision=revision,
+                verify=verify,
+                progress=progress,
+            )
+            return {"status": "pushed", "kind": "cache", **vars(pushed)}
+        url = push_probe(item.path, target, private=private, revision=revision)
+        return {"status": "pushed", "kind": "probe", "url": url, "probe": item.path.name}
+    if private or revision is not None:
+        raise UsageError(
+            f"--private and --revision are for the hub (USER/NAME); {target} is taken for a root"
+        )
+    return _copy(item, as_path(target), verify, progress)
+
+
+def pull_saved(
+    source: str,
+    root: Path,
+    progress: StageProgress,
+    *,
+    expect: str | None = None,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """Pull a cache from the hub, or copy a cache or probe from a path; the JSON object."""
+    if is_hub_id(source):
+        pulled = pull_cache(source, root, expect=expect, revision=revision, progress=progress)
+        return {"kind": "cache", **pulled.to_dict()}
+    if revision is not None:
+        raise UsageError(f"--revision is for the hub (USER/NAME); {source} is taken for a path")
+    path = as_path(source)
+    item = find_saved(path.name, _root_of(path)) if not is_probe(path) else find_saved(source, root)
+    return _copy(item, root, True, progress, expect)
+
+
+def _root_of(path: Path) -> Path:
+    """Root of the cache or probe at `path`, whose last part may be a prefix of its name."""
+    return path.parent.parent if path.parent.name == PROBES_FOLDER else path.parent
+
+
+def _copy(
+    item: SavedItem, root: Path, verify: bool, progress: StageProgress, expect: str | None = None
+) -> dict[str, Any]:
+    """Copy `item` to `root`; the JSON object."""
+    if item.kind == "probe":
+        path, status = copy_probe(item.path, root)
+        return {"status": status, "kind": "probe", "probe": path.name, "path": str(path)}
+    cache = ActivationCache(item.path)
+    copied = copy_cache(cache, root, expect=expect, verify=verify, progress=progress)
+    return {"kind": "cache", **copied.to_dict()}
