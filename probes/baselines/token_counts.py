@@ -18,7 +18,7 @@ from ...cache.tokens.segments import PairScope, context_blocks, context_numbers
 from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
 from ..base.saved_tensors import SavedTensors
-from ..saved.probe_files import ProbeFiles
+from ..saved.probe_methods import ProbeFiles
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix

@@ -27,7 +27,7 @@ from ..moments.moment_sources import obtain_moments
 from ..moments.moments import Moments, merge_all
 from ..moments.pass_plan import MomentRequest
 from ..ridge.solver import AffineMap
-from ..saved.probe_files import ProbeFiles
+from ..saved.probe_methods import ProbeFiles
 from ..saved.save import check_belongs
 from ..training.checkpoint import lock_folder
 from .fit_settings import BasisFitSettings

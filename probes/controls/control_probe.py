@@ -17,7 +17,7 @@ from ...cache.store.activation_cache import ActivationCache
 from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
 from ..base.readout import ReadoutBatch, check_readout
-from ..saved.probe_files import ProbeFiles
+from ..saved.probe_methods import ProbeFiles
 from .cache_views import (
     CONTROLS,
     CacheView,

@@ -24,7 +24,7 @@ from ..base.params import Params
 from ..base.readout import LayerOffset, ReadoutBatch
 from ..base.saved_tensors import SavedTensors
 from ..ridge.solver import AffineMap
-from ..saved.probe_files import ProbeFiles
+from ..saved.probe_methods import ProbeFiles
 from ..saved.save import check_finite
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from ..moments.moment_sources import MomentSources, obtain_moments
 from ..moments.moments import PRODUCTS
 from ..moments.pass_plan import MomentRequest
 from ..moments.shifted_sums import LayerOffsetTarget
-from ..saved.probe_files import ProbeFiles
+from ..saved.probe_methods import ProbeFiles
 from ..saved.save import feature_names, set_feature_names
 from .error_share import SHARES, error_shares, warn_of_domination
 from .solver import AffineMap, RidgeFit, fit_targets, held_out_sse

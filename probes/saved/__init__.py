@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .library import load_probe_for as load_probe_for
     from .library import new_probe_path as new_probe_path
     from .library import probe_path as probe_path
-    from .probe_files import ProbeFiles as ProbeFiles
+    from .probe_methods import ProbeFiles as ProbeFiles
     from .save import check_belongs as check_belongs
     from .save import check_finite as check_finite
     from .save import feature_names as feature_names

@@ -37,7 +37,7 @@ from ..base.readout import LayerOffset, ReadoutBatch
 from ..base.resources import default_memory
 from ..base.saved_tensors import SavedTensors
 from ..saved.config_file import array_of
-from ..saved.probe_files import ProbeFiles
+from ..saved.probe_methods import ProbeFiles
 from ..saved.save import feature_names, saved_params, set_feature_names
 from ..training.softmax_loss import PRODUCTS, ParameterTensors, row_tiles
 from ..training.threads import ThreadCrew

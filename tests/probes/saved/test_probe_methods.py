@@ -9,7 +9,7 @@ from sklearn.exceptions import NotFittedError
 import residua
 from residua.cache.errors import MismatchError, NotFoundError, UsageError
 from residua.probes.saved.kinds import KINDS, probe_class
-from residua.probes.saved.probe_files import ProbeFiles
+from residua.probes.saved.probe_methods import ProbeFiles
 
 from .test_hub import LocalHub, hub, small_cache  # noqa: F401
 
