@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .cache.sharing.hub import push_cache as push_cache
     from .cache.store.activation_cache import ActivationCache as ActivationCache
     from .cache.store.catalog import find_cache as find_cache
+    from .cache.store.catalog import open as open
     from .cache.store.row_loader import RowLoader as RowLoader
     from .cache.store.verification import verify as verify
     from .probes.baselines.marginal_bigram import BigramChain as BigramChain
@@ -51,4 +52,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 name_extras()
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__, __all__ = lazy_exports(  # pyright: ignore[reportUnsupportedDunderAll]
+    __name__, __file__, outside_all=("open",)
+)

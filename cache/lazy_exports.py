@@ -12,12 +12,13 @@ from typing import Any
 
 
 def lazy_exports(
-    package: str, file: str
+    package: str, file: str, outside_all: tuple[str, ...] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """`__getattr__`, `__dir__` and `__all__` of `package`, whose `__init__.py` is `file`.
 
     The names are those that `file` imports from modules of the package under
-    `if TYPE_CHECKING:`; a module is imported when one of its names is first asked for.
+    `if TYPE_CHECKING:`; a module is imported when one of its names is first asked for. The names
+    `outside_all` are left out of `__all__`: `from package import *` would hide names of Python.
     """
     module_of = {
         alias.name: f".{node.module}"
@@ -36,4 +37,4 @@ def lazy_exports(
     def list_names() -> list[str]:
         return sorted(module_of)
 
-    return import_name, list_names, list_names()
+    return import_name, list_names, [name for name in list_names() if name not in outside_all]

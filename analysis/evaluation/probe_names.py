@@ -46,7 +46,7 @@ def name_readouts(
     readouts: "Sequence[Readout] | Mapping[str, Readout]",
     baselines: Sequence[Readout] = (),
 ) -> dict[str, Readout]:
-    """`baselines`, then `readouts`, by `ProbeName`: those of a mapping, else kinds (`ridge`, `ridge 2`).
+    """`baselines`, then `readouts`, by `ProbeName`: given names, else kinds (`ridge`, `ridge 2`).
 
     Raises `UsageError` for a name that is no printable text, or that two probes would share.
     """

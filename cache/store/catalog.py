@@ -127,6 +127,19 @@ def find_cache(name: str | Path, root: str | Path) -> ActivationCache:
     return ActivationCache(find_path(name, root))
 
 
+def open(name: str | Path, root: str | Path | None = None) -> ActivationCache:
+    """Open a cache by its path, or by the beginning of its id under `root`; as `residua.open`.
+
+    `root` defaults to that of `extract`: $RESIDUA_ROOT, else the XDG cache folder. Raises
+    `NotFoundError` where no cache is, and `UsageError` if several ids begin with `name` or the
+    folder holds a probe.
+    """
+    path = as_path(name)
+    if not _is_cache(path) and (path / "probe.safetensors").is_file():
+        raise UsageError(f"{path} holds a probe, not a cache; read it with residua.load_probe")
+    return find_cache(name, cache_root(root))
+
+
 def list_caches(root: str | Path) -> list[dict[str, Any]]:
     """JSON objects of all caches under `root`; the state of a damaged cache says the error."""
     root = as_path(root)

@@ -39,6 +39,13 @@ class FittedProbe:
     n_features_in_: int
     """Width of the rows that the probe reads; scikit-learn's name."""
 
+    folder_: str
+    """Folder, or repository of the hub, that the probe was loaded from; absent after a fit."""
+
+    def _forget_folder(self) -> None:
+        """The probe is fitted anew: no longer the one that was loaded."""
+        self.__dict__.pop("folder_", None)
+
     def check_fitted(self) -> None:
         """Raise scikit-learn's `NotFittedError` before `fit`."""
         if not hasattr(self, self.fitted_attribute):

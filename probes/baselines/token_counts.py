@@ -18,6 +18,7 @@ from ...cache.tokens.segments import PairScope, context_blocks, context_numbers
 from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
 from ..base.saved_tensors import SavedTensors
+from ..saved.probe_methods import ProbeFiles
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -28,7 +29,7 @@ BLOCK_TOKENS = 1 << 20
 """Tokens counted at a time."""
 
 
-class CountBaseline(FittedProbe, Params):
+class CountBaseline(FittedProbe, ProbeFiles, Params):
     """Base of the baselines that count tokens: parameters, metrics, saving.
 
     Count baselines read no residual stream, so their layer is None. A fit takes a pass or two over
@@ -64,6 +65,7 @@ class CountBaseline(FittedProbe, Params):
 
     def _begin_fit(self, cache: "ActivationCache") -> None:
         """Check the parameters, and note which cache is counted."""
+        self._forget_folder()
         offsets = self._offsets()
         if not offsets or min(offsets) < self.least_offset:
             raise UsageError(

@@ -27,6 +27,7 @@ from ..moments.moment_sources import obtain_moments
 from ..moments.moments import Moments, merge_all
 from ..moments.pass_plan import MomentRequest
 from ..ridge.solver import AffineMap
+from ..saved.probe_methods import ProbeFiles
 from ..saved.save import check_belongs
 from ..training.checkpoint import lock_folder
 from .fit_settings import BasisFitSettings
@@ -44,7 +45,7 @@ BUFFERS = 64 << 20
 """Bytes of the buffers of each thread."""
 
 
-class CausalBasis(FittedProbe, Params):
+class CausalBasis(FittedProbe, ProbeFiles, Params):
     """k directions of every layer whose ablation changes a lens's predictions most.
 
     Causal basis extraction (Belrose et al., 2303.08112, section 4) from a cache. The objective is
@@ -183,6 +184,7 @@ class CausalBasis(FittedProbe, Params):
             for saved in checkpoints.values():
                 if saved is not None:
                     saved.remove()
+        self._forget_folder()
         fitted_layers = {layer: finished[layer] for layer in sorted(finished)}
         self.bases_ = {layer: fitted.basis for layer, fitted in fitted_layers.items()}
         self.pca_ = {layer: fitted.pca for layer, fitted in fitted_layers.items()}

@@ -17,6 +17,7 @@ from ...cache.store.activation_cache import ActivationCache
 from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
 from ..base.readout import ReadoutBatch, check_readout
+from ..saved.probe_methods import ProbeFiles
 from .cache_views import (
     CONTROLS,
     CacheView,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class ControlProbe(FittedProbe, Params):
+class ControlProbe(FittedProbe, ProbeFiles, Params):
     """`probe` fitted, by its own code, on a cache in which one thing is changed by `control`.
 
     - `shuffled`: the probe reads the state of a position of another sequence, in the fit and in
@@ -71,6 +72,7 @@ class ControlProbe(FittedProbe, Params):
         if "keep" in signature(probe.fit).parameters:
             # Moments of a control are no use to another fit.
             options["keep"] = False
+        self._forget_folder()
         self.probe_ = probe.fit(view, **options)
         self.cache_id_, self.geometry_, self.split_ = X.id, X.head.digest, "train"
         self.n_features_in_ = X.d_model

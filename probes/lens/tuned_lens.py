@@ -24,13 +24,14 @@ from ..base.params import Params
 from ..base.readout import LayerOffset, ReadoutBatch
 from ..base.saved_tensors import SavedTensors
 from ..ridge.solver import AffineMap
+from ..saved.probe_methods import ProbeFiles
 from ..saved.save import check_finite
 
 if TYPE_CHECKING:
     import torch
 
 
-class TunedLens(FittedMaps[LayerOffset], Params):
+class TunedLens(FittedMaps[LayerOffset], ProbeFiles, Params):
     """Translators h + A h + b for every layer, so that head(translated) is close to the model.
 
     Minimises KL(model || lens), in nats, to the model's distribution at t+N on the train split of
@@ -188,6 +189,7 @@ class TunedLens(FittedMaps[LayerOffset], Params):
 
     def _set_maps(self, maps: Mapping[LayerOffset, AffineMap], d_model: int) -> None:
         """Replace the fit before by `maps`, of no cache yet."""
+        self._forget_folder()
         self.maps_ = {pair: maps[pair] for pair in sorted(maps)}
         self.n_features_in_ = d_model
         self._rows: dict[LayerOffset, dict[str, Any]] = {}

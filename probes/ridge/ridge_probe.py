@@ -32,6 +32,7 @@ from ..moments.moment_sources import MomentSources, obtain_moments
 from ..moments.moments import PRODUCTS
 from ..moments.pass_plan import MomentRequest
 from ..moments.shifted_sums import LayerOffsetTarget
+from ..saved.probe_methods import ProbeFiles
 from ..saved.save import feature_names, set_feature_names
 from .error_share import SHARES, error_shares, warn_of_domination
 from .solver import AffineMap, RidgeFit, fit_targets, held_out_sse
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstimator):
+class RidgeProbe(FittedMaps[MapKey], ProbeFiles, MultiOutputMixin, RegressorMixin, BaseEstimator):
     """Predicts residual_L[t+N] from residual_l[t] by ridge regression, for every layer and offset.
 
     `offsets` are the N, one or several. `alpha` is scikit-learn's penalty (squared error + alpha
@@ -225,6 +226,7 @@ class RidgeProbe(FittedMaps[MapKey], MultiOutputMixin, RegressorMixin, BaseEstim
 
     def _clear(self) -> None:
         """Forget the fit before."""
+        self._forget_folder()
         self.maps_: dict[MapKey, AffineMap] = {}
         self.alpha_: dict[MapKey, float] = {}
         self.alphas_: dict[MapKey, np.ndarray] = {}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .probe_files import remove_probe as remove_probe
     from .probe_list import describe_probe as describe_probe
     from .probe_list import list_probes as list_probes
+    from .probe_methods import ProbeFiles as ProbeFiles
     from .save import check_belongs as check_belongs
     from .save import check_finite as check_finite
     from .save import feature_names as feature_names

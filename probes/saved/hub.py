@@ -118,7 +118,9 @@ def pull_probe(repo_id: str, *, revision: str | None = None, token: str | None =
         folder = hub.snapshot_download(
             repo_id, repo_type="model", revision=revision, allow_patterns=list(FILES), token=token
         )
-    return load_probe(folder)
+    probe = load_probe(folder)
+    probe.folder_ = repo_id  # where a person finds it, in notes of evaluations
+    return probe
 
 
 def _check_replaces(config: dict[str, Any], repository: dict[str, Any]) -> None:

@@ -121,6 +121,4 @@ def load_probe_for(cache: "ActivationCache", path: Path, force: bool = False) ->
         check_belongs(probe, cache, force)
     except MismatchError as error:
         raise MismatchError(f"{path}: {error}") from None
-    # Reports tell probes of one kind apart by their folders.
-    probe.folder_ = str(path)
     return probe

@@ -146,7 +146,10 @@ def load_probe(folder: str | Path) -> Any:
     kind = probe_class(config["kind"])
     with restoring(path):
         params = with_param_types(config["params"], config.get("param_types", {}))
-        return kind.restore(constructor_params(kind, params), config, tensors)
+        probe = kind.restore(constructor_params(kind, params), config, tensors)
+    # Evaluations tell probes of one kind apart by their folders.
+    probe.folder_ = str(path.parent)
+    return probe
 
 
 def _read_tensors(file: Path) -> bytes:

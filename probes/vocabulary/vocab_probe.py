@@ -37,6 +37,7 @@ from ..base.readout import LayerOffset, ReadoutBatch
 from ..base.resources import default_memory
 from ..base.saved_tensors import SavedTensors
 from ..saved.config_file import array_of
+from ..saved.probe_methods import ProbeFiles
 from ..saved.save import feature_names, saved_params, set_feature_names
 from ..training.softmax_loss import PRODUCTS, ParameterTensors, row_tiles
 from ..training.threads import ThreadCrew
@@ -63,7 +64,7 @@ class FittedVocabPair:
     """Step, mean training loss since the row before, held-out loss; nats."""
 
 
-class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
+class VocabProbe(FittedMaps[LayerOffset], ProbeFiles, ClassifierMixin, BaseEstimator):
     """Predicts the token that follows t+N from residual_l[t], for every layer and offset at once.
 
     Softmax regression, the vocabulary probe of Future Lens (Pal et al., 2311.04897); `offsets` are
@@ -286,6 +287,7 @@ class VocabProbe(FittedMaps[LayerOffset], ClassifierMixin, BaseEstimator):
 
     def _clear(self, job: VocabFit) -> None:
         """Forget the fit before, and note the data of `job`."""
+        self._forget_folder()
         self.fitted_: dict[LayerOffset, FittedVocabPair] = {}
         self.sweep_: list[dict[str, float | None]] = []
         self.classes_, self.n_features_in_ = job.classes, job.d_in

@@ -9,7 +9,7 @@ import pytest
 
 import residua
 from residua.analysis.evaluation.probe_names import ProbeName, name_readouts
-from residua.analysis.report.interactive_figures import curves
+from residua.analysis.report.interactive_figures import panel_figure
 from residua.analysis.report.probe_style import color, label, marker, stroke
 from residua.cache.errors import UsageError
 from residua.cache.store.activation_cache import ActivationCache
@@ -66,7 +66,7 @@ def test_a_given_name_is_written_as_it_is_and_drawn_by_its_kind(
     assert {color(name) for name in names} == {color("ridge")}
     assert [marker(name) for name in names] == [marker("ridge"), marker("ridge 2")]
     assert [stroke(name) for name in names] == [stroke("ridge"), stroke("ridge 2")]
-    traces: Any = curves(evaluation, ("kl",)).data
+    traces: Any = panel_figure(evaluation, "kl", 0).data
     styles = {
         trace.name: (trace.line.color, trace.line.dash, trace.marker.symbol)
         for trace in traces

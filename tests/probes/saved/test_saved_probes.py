@@ -28,8 +28,9 @@ from ...support.evaluations import assert_same_rows
 from ...support.synthetic import make_cache, random_head
 
 WIDTH, VOCAB = 10, 24
-NOT_SAVED = {"_device_copies", "_trainers", "_transition_parts", "head_"}
-"""Attributes that are made again from others; the head is the cache's, `geometry_` names it."""
+NOT_SAVED = {"_device_copies", "_trainers", "_transition_parts", "head_", "folder_"}
+"""Attributes that are made again from others; the head is the cache's, `geometry_` names it, and
+`folder_` is where the probe was loaded from."""
 STEPS: dict[str, Any] = {"steps": 10, "batch": 128, "lr": 0.1}
 EPOCHS: dict[str, Any] = {"epochs": 1, "batch": 128, "lr": 0.05}
 PROBES: dict[str, Any] = {
