@@ -188,8 +188,8 @@ def main() -> None:
 @click.option(
     "--no-tty",
     is_flag=True,
-    help="Print progress as lines with rate and time left, every half minute, as is done without a "
-    "terminal; with --json, too.",
+    help="Print progress as lines with rate and time left, every half minute, as is done for long "
+    "work without a terminal; with --json, too.",
 )
 @residua_command
 def extract(
@@ -218,7 +218,6 @@ def extract(
     residua extract gpt2 texts.jsonl --codec compact --dtype bfloat16
     """
     from residua.analysis.console.messages import print_estimate, print_extraction
-    from residua.analysis.console.progress_lines import ProgressLines
     from residua.analysis.console.terminal import Meter, bandwidths
     from residua.cache.extraction.answer import answer_request, estimate_request
     from residua.cache.extraction.distributed import answer_at_address
@@ -227,8 +226,7 @@ def extract(
 
     request = ExtractionRequest(root=root, **options)
     stages = StageTimes()
-    lines = no_tty or not (quiet or sys.stderr.isatty())
-    with ProgressLines() if lines else Meter(quiet) as meter:
+    with Meter(quiet and not no_tty, lines=no_tty) as meter:
         meter.note("extract", lambda: bandwidths(stages.to_dict()))
         if dry_run:
             estimate = estimate_request(request, meter.stage).to_dict()

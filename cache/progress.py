@@ -241,6 +241,7 @@ class ProgressLog:
     def __init__(self, least_seconds: float = 0.0) -> None:
         self.least_seconds = least_seconds
         self._stages: dict[str, _LoggedStage] = {}
+        self._notes: dict[str, Callable[[], str]] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -266,11 +267,21 @@ class ProgressLog:
             seconds = now - stage.began
             if done >= total:
                 if not stage.ended and seconds >= self.least_seconds:
-                    LOGGER.info("%s: %s %s in %s", name, f"{total:,}", unit, _time(seconds))
+                    text = f"{total:,} {unit} in {_time(seconds)}"
+                    LOGGER.info("%s: %s%s", name, text, self._note(name))
                 stage.ended = True
             elif now >= stage.next_line:
                 stage.next_line = now + LOG_SECONDS
-                LOGGER.info("%s: %s", name, stage.describe(total, unit, seconds))
+                text = stage.describe(total, unit, seconds)
+                LOGGER.info("%s: %s%s", name, text, self._note(name))
+
+    def note(self, name: str, text: Callable[[], str]) -> None:
+        """Add `text()` to the lines of stage `name`."""
+        self._notes[name] = text
+
+    def _note(self, name: str) -> str:
+        note = self._notes[name]() if name in self._notes else ""
+        return f"; {note}" if note else ""
 
 
 class _LoggedStage:

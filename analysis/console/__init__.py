@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .options import probe_options as probe_options
     from .options import residua_command as residua_command
     from .options import scheduler_option as scheduler_option
-    from .progress_lines import ProgressLines as ProgressLines
     from .quickstart import run_quickstart as run_quickstart
     from .saved_actions import find_saved as find_saved
     from .saved_actions import plan_removals as plan_removals

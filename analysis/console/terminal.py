@@ -39,18 +39,19 @@ class Meter:
     """Progress of named stages on stderr: bars on a terminal, else lines of the log.
 
     Off a terminal, a stage that takes longer than half a minute has a line each half minute: the
-    log of a batch job says what is going on. Nothing is shown if `quiet`.
+    log of a batch job says what is going on. With `lines`, every stage has lines, on a terminal,
+    too. Nothing is shown if `quiet`.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, lines: bool = False) -> None:
         self._display: StageDisplay | None = None
         self._handler: logging.Handler | None = None
         if quiet:
             return
-        if stderr_is_terminal():
+        if stderr_is_terminal() and not lines:
             self._display = ProgressBars()
             return
-        self._display = ProgressLog(least_seconds=LOG_SECONDS)
+        self._display = ProgressLog(least_seconds=0.0 if lines else LOG_SECONDS)
         self._level = LOGGER.level
         if not LOGGER.hasHandlers():
             self._handler = logging.StreamHandler()
@@ -86,8 +87,8 @@ class Meter:
         return lambda done, total: self.stage(name, done, total)
 
     def note(self, name: str, text: Callable[[], str]) -> None:
-        """Show `text()` under the bar of stage `name`; called at every redraw."""
-        if isinstance(self._display, ProgressBars):
+        """Show `text()` with stage `name`: under its bar, at every redraw, or in its lines."""
+        if isinstance(self._display, ProgressBars | ProgressLog):
             self._display.note(name, text)
 
 

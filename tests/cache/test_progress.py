@@ -2,6 +2,8 @@
 
 import io
 import logging
+import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -216,3 +218,36 @@ def test_a_closed_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(choose_display(), ProgressLog)
     monkeypatch.setattr(sys, "stderr", None)
     assert isinstance(choose_display(), ProgressLog)
+
+
+def test_lines_carry_the_note_of_their_stage(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "residua")
+    clock = Clock(monkeypatch)
+    with Meter(lines=True) as meter:
+        meter.note("extract", lambda: "forward 3k tok/s")
+        meter.stage("extract", 0, 10)
+        meter.stage("tokenize", 0, 10)
+        clock.now = 40.0
+        meter.stage("extract", 10, 10)
+    assert log_lines(caplog) == [
+        "extract: 0 of 10 positions; forward 3k tok/s",
+        "tokenize: 0 of 10 documents",
+        "extract: 10 positions in 40 s; forward 3k tok/s",
+    ]
+
+
+def test_extraction_prints_lines_where_it_is_asked_to_and_json_stays_alone(
+    model_folder: Path, texts_file: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "residua", "extract", str(model_folder), str(texts_file)]
+    command += ["--root", str(tmp_path), "--context", "64", "--max-tokens"]
+    shown = []
+    for options in (["1k", "--no-tty"], ["1.5k", "--json"], ["2k", "--json", "--no-tty"]):
+        shown.append(subprocess.run([*command, *options], capture_output=True, text=True))
+        assert shown[-1].returncode == 0, shown[-1].stderr
+    assert re.search(r" extract: 960 positions in [0-9.]+ s", shown[0].stderr)
+    assert "--max-tokens 1,000 is at most" in shown[0].stdout
+    assert [result.stdout.count("\n") for result in shown[1:]] == [1, 1]
+    assert ["extract: " in result.stderr for result in shown[1:]] == [False, True]

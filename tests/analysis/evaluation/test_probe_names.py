@@ -63,7 +63,7 @@ def test_a_given_name_is_written_as_it_is_and_drawn_by_its_kind(
     evaluation = residua.evaluate(tiny_cache, {"lens": ridges[0], "future 3": ridges[1]}, **FEW)
     names = evaluation.probes[1:]
     assert [label(name) for name in names] == ["lens", "future 3"]
-    assert {color(name) for name in names} == {color("ridge")}
+    assert [color(name) for name in names] == [color("ridge"), color("ridge 2")]
     assert [marker(name) for name in names] == [marker("ridge"), marker("ridge 2")]
     assert [stroke(name) for name in names] == [stroke("ridge"), stroke("ridge 2")]
     traces: Any = panel_figure(evaluation, "kl", 0).data
