@@ -151,14 +151,25 @@ def pull_saved(
     revision: str | None = None,
 ) -> dict[str, Any]:
     """Pull a cache from the hub, or copy a cache or probe from a path; the JSON object."""
-    if is_hub_id(source):
+    path = as_path(source)
+    if is_hub_id(source) and not _is_beside_a_root(path):
         pulled = pull_cache(source, root, expect=expect, revision=revision, progress=progress)
         return {"kind": "cache", **pulled.to_dict()}
     if revision is not None:
         raise UsageError(f"--revision is for the hub (USER/NAME); {source} is taken for a path")
-    path = as_path(source)
     item = find_saved(path.name, _root_of(path)) if not is_probe(path) else find_saved(source, root)
     return _copy(item, root, True, progress, expect)
+
+
+def _is_beside_a_root(path: Path) -> bool:
+    """Whether the folder above `path` has a cache or probe whose name begins like its last part."""
+    try:
+        find_saved(path.name, _root_of(path))
+    except NotFoundError:
+        return False
+    except UsageError:  # several do
+        return True
+    return True
 
 
 def _root_of(path: Path) -> Path:

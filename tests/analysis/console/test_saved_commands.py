@@ -176,7 +176,7 @@ def test_rm_says_which_caches_extend_a_removed_one(
 
 
 def test_push_and_pull_go_from_root_to_root(
-    root: Path, tiny_cache: ActivationCache, tmp_path: Path
+    root: Path, tiny_cache: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared, mine = tmp_path / "shared", tmp_path / "mine"
     pushed = json_of("push", tiny_cache.id[:6], shared, "--root", root)
@@ -195,6 +195,8 @@ def test_push_and_pull_go_from_root_to_root(
     copy = residua.load_probe(again["path"])
     np.testing.assert_array_equal(copy.map(1, 0).weight, direct.map(1, 0).weight)
     assert json_of("evaluate", tiny_cache.id, "ridge", "--root", mine)["rows"]
+    monkeypatch.chdir(tmp_path)
+    assert json_of("pull", f"shared/{tiny_cache.id[:6]}", "--root", mine)["status"] == "hit"
     shown = invoke("push", tiny_cache.id, shared, "--root", root).stdout
     assert f"next: residua info {tiny_cache.id[:12]} --root {shared}" in shown
 
