@@ -9,7 +9,7 @@ from typing import Any
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.files.paths import as_path
 from ...cache.files.removal import exclusive_bytes, remove_folder
-from ...cache.format.manifest import EXTENDS
+from ...cache.format.manifest import EXTENDS, SHORT_ID
 from ...cache.progress import StageProgress
 from ...cache.sharing.hub import pull_cache, push_cache
 from ...cache.sharing.root_transfer import copy_cache
@@ -157,8 +157,21 @@ def pull_saved(
         return {"kind": "cache", **pulled.to_dict()}
     if revision is not None:
         raise UsageError(f"--revision is for the hub (USER/NAME); {source} is taken for a path")
-    item = find_saved(path.name, _root_of(path)) if not is_probe(path) else find_saved(source, root)
-    return _copy(item, root, True, progress, expect)
+    return _copy(_find_at(path), root, True, progress, expect)
+
+
+def _find_at(path: Path) -> SavedItem:
+    """The cache or probe at `path`, whose last part may be the beginning of its name."""
+    if not path.is_dir():
+        return find_saved(path.name, _root_of(path))
+    try:
+        return find_saved(str(path), _root_of(path))
+    except NotFoundError:
+        ids = ", ".join(folder.name[:SHORT_ID] for folder in list_paths(path)) or "no caches"
+        raise NotFoundError(
+            f"{path} is neither a cache nor a probe; name one in it, such as {path}/3f2a (it has: "
+            f"{ids})"
+        ) from None
 
 
 def _is_beside_a_root(path: Path) -> bool:
