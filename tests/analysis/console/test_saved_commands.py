@@ -245,7 +245,7 @@ def completions(words: str, root: Path) -> list[str]:
     environment = {"_RESIDUA_COMPLETE": "bash_complete", "COMP_WORDS": words}
     environment |= {"COMP_CWORD": str(len(words.split()) - 1), "RESIDUA_ROOT": str(root)}
     result = CliRunner().invoke(main, [], prog_name="residua", env=environment)
-    return [line.partition(",")[2] for line in result.output.splitlines()]
+    return [line.partition(",")[2] for line in result.output.splitlines() if line]
 
 
 def test_the_shell_completes_commands_caches_and_probes(
