@@ -24,7 +24,9 @@ from residua.analysis.console.options import (
     WHOLE_NUMBER,
     JsonErrorGroup,
     across_documents_option,
+    cache_argument,
     checkpoint_option,
+    complete_names,
     device_option,
     drop_first_option,
     is_given,
@@ -297,7 +299,7 @@ def probes(root: Path, quiet: bool) -> Any:
 
 
 @main.command()
-@click.argument("name", metavar="CACHE|PROBE")
+@click.argument("name", metavar="CACHE|PROBE", shell_complete=complete_names)
 @residua_command
 def info(root: Path, quiet: bool, name: str) -> Any:
     """Show the contents of a cache and its measured errors, or a probe and its measures.
@@ -327,7 +329,9 @@ def info(root: Path, quiet: bool, name: str) -> Any:
 
 
 @main.command("rm")
-@click.argument("names", nargs=-1, required=True, metavar="CACHE|PROBE...")
+@click.argument(
+    "names", nargs=-1, required=True, metavar="CACHE|PROBE...", shell_complete=complete_names
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @residua_command
 def remove(root: Path, quiet: bool, names: tuple[str, ...], yes: bool) -> Any:
@@ -362,7 +366,7 @@ def remove(root: Path, quiet: bool, names: tuple[str, ...], yes: bool) -> Any:
 
 
 @main.command()
-@click.argument("cache")
+@cache_argument()
 @residua_command
 def verify(root: Path, quiet: bool, cache: str) -> Any:
     """Re-read every byte of CACHE and name damaged files.
@@ -387,7 +391,7 @@ def verify(root: Path, quiet: bool, cache: str) -> Any:
 
 
 @main.command()
-@click.argument("cache")
+@cache_argument()
 @click.option("--model", help="Folder or hub id of the model.  [default: where it was]")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, auto.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
@@ -416,7 +420,7 @@ def repair(
 
 
 @main.command()
-@click.argument("cache")
+@cache_argument()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--format",
@@ -459,7 +463,7 @@ def export(root: Path, quiet: bool, cache: str, folder: Path, **options: Any) ->
 
 
 @main.command()
-@click.argument("name", metavar="CACHE|PROBE")
+@click.argument("name", metavar="CACHE|PROBE", shell_complete=complete_names)
 @click.argument("target", metavar="USER/NAME|ROOT")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--revision", help="Branch to push to, created if needed.  [default: main]")
@@ -623,7 +627,7 @@ def ridge(
 
 
 @fit.command()
-@click.argument("cache")
+@cache_argument()
 @click.argument("kinds", nargs=-1, metavar="[KIND]...", type=click.Choice(BASELINES))
 @click.option(
     "--offsets",
@@ -842,7 +846,7 @@ def vocab(
 
 
 @fit.command()
-@click.argument("cache")
+@cache_argument()
 @click.option(
     "--lens",
     required=True,
@@ -971,8 +975,8 @@ def basis(
 
 
 @main.command()
-@click.argument("cache")
-@click.argument("probes", nargs=-1, metavar="PROBE...")
+@cache_argument()
+@click.argument("probes", nargs=-1, metavar="PROBE...", shell_complete=complete_names)
 @click.option(
     "--offsets",
     type=NUMBERS,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from ...cache.errors import Interrupted, ResiduaError, ResiduaWarning, UsageError
 from .terminal import VisibleStream, other_output_on_stderr, visible_text
@@ -252,10 +253,32 @@ checkpoint_option = click.option(
 """Adds --checkpoint to a fit that can be resumed."""
 
 
+def complete_names(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Names that begin like `incomplete`, for the shell: ids of caches, or names of probes."""
+    from ...cache.store.catalog import cache_root, list_paths
+    from ...probes.saved.probe_list import probe_folders
+
+    try:
+        root = cache_root(ctx.params.get("root"))
+        kinds = str(param.metavar or param.name).upper()
+        names = [path.name[:12] for path in list_paths(root)] if "CACHE" in kinds else []
+        names += [path.name for path in probe_folders(root)] if "PROBE" in kinds else []
+    except (ResiduaError, OSError):  # no root that can be read: nothing to complete
+        return []
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def cache_argument(name: str = "cache") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the argument CACHE, which the shell completes."""
+    return click.argument(name, shell_complete=complete_names)
+
+
 def probe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the argument CACHE and the options that all fits of probes share."""
     parameters = (
-        click.argument("cache"),
+        cache_argument(),
         click.option(
             "--offsets",
             type=NUMBERS,

@@ -9,7 +9,7 @@ from typing import Any
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.files.paths import as_path
 from ...cache.files.removal import exclusive_bytes, remove_folder
-from ...cache.format.manifest import EXTENDS
+from ...cache.format.manifest import EXTENDS, SHORT_ID
 from ...cache.progress import StageProgress
 from ...cache.sharing.hub import pull_cache, push_cache
 from ...cache.sharing.root_transfer import copy_cache
@@ -151,14 +151,38 @@ def pull_saved(
     revision: str | None = None,
 ) -> dict[str, Any]:
     """Pull a cache from the hub, or copy a cache or probe from a path; the JSON object."""
-    if is_hub_id(source):
+    path = as_path(source)
+    if is_hub_id(source) and not _is_beside_a_root(path):
         pulled = pull_cache(source, root, expect=expect, revision=revision, progress=progress)
         return {"kind": "cache", **pulled.to_dict()}
     if revision is not None:
         raise UsageError(f"--revision is for the hub (USER/NAME); {source} is taken for a path")
-    path = as_path(source)
-    item = find_saved(path.name, _root_of(path)) if not is_probe(path) else find_saved(source, root)
-    return _copy(item, root, True, progress, expect)
+    return _copy(_find_at(path), root, True, progress, expect)
+
+
+def _find_at(path: Path) -> SavedItem:
+    """The cache or probe at `path`, whose last part may be the beginning of its name."""
+    if not path.is_dir():
+        return find_saved(path.name, _root_of(path))
+    try:
+        return find_saved(str(path), _root_of(path))
+    except NotFoundError:
+        ids = ", ".join(folder.name[:SHORT_ID] for folder in list_paths(path)) or "no caches"
+        raise NotFoundError(
+            f"{path} is neither a cache nor a probe; name one in it, such as {path}/3f2a (it has: "
+            f"{ids})"
+        ) from None
+
+
+def _is_beside_a_root(path: Path) -> bool:
+    """Whether the folder above `path` has a cache or probe whose name begins like its last part."""
+    try:
+        find_saved(path.name, _root_of(path))
+    except NotFoundError:
+        return False
+    except UsageError:  # several do
+        return True
+    return True
 
 
 def _root_of(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Caches for others: plain files, dataset repositories of the hub, their cards."""
+"""Caches for others: plain files, other roots, dataset repositories of the hub, their cards."""
 
 from typing import TYPE_CHECKING
 

@@ -176,7 +176,7 @@ def test_rm_says_which_caches_extend_a_removed_one(
 
 
 def test_push_and_pull_go_from_root_to_root(
-    root: Path, tiny_cache: ActivationCache, tmp_path: Path
+    root: Path, tiny_cache: ActivationCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared, mine = tmp_path / "shared", tmp_path / "mine"
     pushed = json_of("push", tiny_cache.id[:6], shared, "--root", root)
@@ -195,6 +195,8 @@ def test_push_and_pull_go_from_root_to_root(
     copy = residua.load_probe(again["path"])
     np.testing.assert_array_equal(copy.map(1, 0).weight, direct.map(1, 0).weight)
     assert json_of("evaluate", tiny_cache.id, "ridge", "--root", mine)["rows"]
+    monkeypatch.chdir(tmp_path)
+    assert json_of("pull", f"shared/{tiny_cache.id[:6]}", "--root", mine)["status"] == "hit"
     shown = invoke("push", tiny_cache.id, shared, "--root", root).stdout
     assert f"next: residua info {tiny_cache.id[:12]} --root {shared}" in shown
 
@@ -206,6 +208,8 @@ def test_wrong_sources_and_targets_say_what_is_expected(
     assert "are for the hub" in private["message"]
     other = json_of("pull", root / tiny_cache.id, "--expect", "0" * 8, "--root", tmp_path, code=3)
     assert other["error"] == "MismatchError"
+    whole_root = json_of("pull", root, "--root", tmp_path, code=2)
+    assert f"(it has: {tiny_cache.id[:12]})" in whole_root["message"]
     missing = json_of("pull", root / "nothing", "--root", tmp_path, code=2)
     assert "no cache 'nothing'" in missing["message"]
     (folder,) = (root / "probes").glob("ridge-*")
@@ -236,9 +240,23 @@ def test_verify_ends_with_the_command_that_mends(root: Path, tiny_cache: Activat
     assert residua.verify(root / tiny_cache.id).ok
 
 
-def test_completion_knows_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = {"_RESIDUA_COMPLETE": "bash_complete", "COMP_WORDS": "residua ver"}
-    result = CliRunner().invoke(
-        main, [], prog_name="residua", env={**environment, "COMP_CWORD": "1"}
-    )
-    assert "plain,verify" in result.output
+def completions(words: str, root: Path) -> list[str]:
+    """What bash is offered for the last of `words`."""
+    environment = {"_RESIDUA_COMPLETE": "bash_complete", "COMP_WORDS": words}
+    environment |= {"COMP_CWORD": str(len(words.split()) - 1), "RESIDUA_ROOT": str(root)}
+    result = CliRunner().invoke(main, [], prog_name="residua", env=environment)
+    return [line.partition(",")[2] for line in result.output.splitlines() if line]
+
+
+def test_the_shell_completes_commands_caches_and_probes(
+    root: Path, tiny_cache: ActivationCache, tmp_path: Path
+) -> None:
+    short = tiny_cache.id[:12]
+    assert completions("residua ver", root) == ["verify"]
+    assert completions(f"residua verify {short[:4]}", root) == [short]
+    assert completions(f"residua fit ridge {short[:4]}", root) == [short]
+    (probe,) = completions("residua info ri", root)
+    assert probe.startswith(f"ridge-{short}-n0-1-")
+    assert completions(f"residua evaluate {short} lens", root)[0].startswith("lens-")
+    assert completions("residua verify ri", root) == []
+    assert completions("residua info x", tmp_path / "none") == []
