@@ -39,8 +39,6 @@ UNDEFINED = "no token"
 """Label where logits are no distribution (NaN, +inf); no token's label has a space."""
 JOINERS = "\u200c\u200d"
 """Invisible letters that shape their neighbours."""
-MAX_HEATMAPS = 3
-"""Most heatmaps that `heatmaps` makes."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,9 @@ def heatmaps(
     width: int = WIDTH,
     device: "str | torch.device" = "auto",
 ) -> list[Heatmap]:
-    """Heatmaps of one telling passage: the logit lens and the first lenses among `readouts`.
+    """Heatmaps of one telling passage: the logit lens and every lens among `readouts`.
 
-    Lenses are readouts with layers at offset 0; `MAX_HEATMAPS` heatmaps at most. Computed on
-    `device`, see `heatmap`.
+    Lenses are readouts with layers at offset 0. Computed on `device`, see `heatmap`.
     """
     lenses = [LogitLens.of(cache, (0,))]
     lenses += [r for r in readouts if r.kind != LogitLens.kind and _layers_at(r, 0)]
@@ -95,7 +92,7 @@ def heatmaps(
         heatmap(
             cache, lens, split=split, sequence=sequence, start=start, width=width, device=device
         )
-        for lens in lenses[:MAX_HEATMAPS]
+        for lens in lenses
     ]
 
 

@@ -3,9 +3,14 @@
 `evaluate` makes an `Evaluation`; analysis/report/ draws one as HTML, pictures and tables.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...cache.format.manifest import SHORT_ID
+from ...cache.function_above import call_above
+from ...cache.number_ranges import format_ranges
 from ...cache.tokens.segments import PairScope
 from ...probes.base.readout import Readout
 from ...probes.ridge.error_share import ErrorShare
@@ -16,6 +21,9 @@ from .metrics import EvaluationRow
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from plotly.graph_objects import Figure as PlotlyFigure
 
     from ...cache.store.activation_cache import ActivationCache
 
@@ -80,6 +88,74 @@ class Evaluation:
     def bucket_dicts(self) -> list[dict[str, Any]]:
         """One dictionary of plain numbers per row of `buckets`; None as in `to_dicts`."""
         return [row.to_dict() for row in self.buckets]
+
+    def to_dataframe(self, buckets: bool = False) -> "pd.DataFrame":
+        """The rows as a data frame of pandas, one column per field; of `buckets` instead if asked.
+
+        Undefined measures are NaN, and a baseline's layer is <NA>. Raises `UsageError` where pandas
+        is not installed.
+        """
+        rows = self.buckets if buckets else self.rows
+        return call_above("analysis.display.frames", "rows_frame", rows)
+
+    def plot(
+        self,
+        measure: str = "kl",
+        x: str = "layer",
+        *,
+        layer: int | Iterable[int] | None = None,
+        offset: int | Iterable[int] | None = None,
+        probes: str | Iterable[str] | None = None,
+        ax: "Axes | None" = None,
+        backend: str = "matplotlib",
+    ) -> "Axes | PlotlyFigure":
+        """Draw a measure of all probes against the layer or the offset, with 95 % intervals.
+
+        Args:
+            measure: Field of `EvaluationRow`, such as `kl`, `precision_at_1` (or `precision@1`),
+                `nll`, `surprisal`.
+            x: `layer`, or `offset` for N.
+            layer: With x="offset": the layer that is read, or several. Default the middle one.
+            offset: With x="layer": the offset, or several. Default the smallest.
+            probes: Names of the probes to draw. Default all.
+            ax: Axes of matplotlib to draw on. Default new ones of `matplotlib.pyplot`.
+            backend: `matplotlib`, which gives axes, or `plotly`, which gives a figure.
+
+        Raises `UsageError` for an unknown measure, `NotFoundError` for a layer, an offset or a
+        probe that was not measured.
+        """
+        options: dict[str, Any] = {"layer": layer, "offset": offset, "probes": probes}
+        return call_above(
+            "analysis.display.evaluation_plots",
+            "plot_evaluation",
+            self,
+            measure,
+            x,
+            ax=ax,
+            backend=backend,
+            **options,
+        )
+
+    def to_png(self, folder: str | Path) -> list[Path]:
+        """Write all figures as PNG files into `folder`, 150 dpi, and return their paths.
+
+        Curves of each measure, confidence, the heatmap of every lens, and for several offsets
+        `future_lens.png`: precision@1 against N at one layer and against the layer at one N.
+        """
+        return call_above(
+            "analysis.display.evaluation_plots", "write_evaluation_pngs", self, folder
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"<Evaluation of {', '.join(self.probes)} on cache {self.cache_id[:SHORT_ID]}: "
+            f"{self.split} split, {self.n} positions, layers {format_ranges(self.layers)}, offsets "
+            f"{format_ranges(self.offsets)}>"
+        )
+
+    def _repr_html_(self) -> str:
+        """The tables by offset, for notebooks."""
+        return call_above("analysis.display.object_html", "evaluation_html", self)
 
     def about(self) -> dict[str, Any]:
         """Plain values about the data for JSON: split, pairs, unit of the intervals, notes."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import DataError
 from .documents import DatasetDocuments, Documents, is_label_feature
+from .given_rows import GivenTexts
 from .row_files import ROW_FORMATS
 from .row_source import RowFile, file_ending
 from .row_table import RowTable
@@ -98,6 +99,22 @@ def load_documents(
     return _dataset_documents(_load_hub(data, split), text_column, data)
 
 
+def load_given_documents(
+    texts: GivenTexts,
+    text_column: str | None = None,
+    split: str | None = None,
+    scratch: Path | None = None,
+    labels: bool = True,
+) -> Documents:
+    """Documents of texts that were given in Python; see `load_documents`."""
+    if texts.path is not None:
+        if split is not None:
+            raise DataError(f"split is for data sets that have several, not for {texts.name}")
+        file = RowFile(texts.path, "json", None, scratch, name=texts.name)
+        return RowTable(file, text_column, labels)
+    return _documents_of_split(texts.dataset, split, text_column, texts.name)
+
+
 def _load_folder(path: Path, split: str | None, text_column: str | None) -> DatasetDocuments:
     """Documents of a folder saved by `datasets`: of `split`, else of `train`, else of its first."""
     import datasets
@@ -108,18 +125,25 @@ def _load_folder(path: Path, split: str | None, text_column: str | None) -> Data
         raise DataError(
             f"{path} is not a folder saved by datasets.save_to_disk: {_short_message(error)}"
         ) from None
+    return _documents_of_split(saved, split, text_column, str(path))
+
+
+def _documents_of_split(
+    rows: Any, split: str | None, text_column: str | None, data: str
+) -> DatasetDocuments:
+    """Documents of a `Dataset`, or of one split of a `DatasetDict`; `data` names them."""
     # A data set without splits.
-    if not isinstance(saved, datasets.DatasetDict):
-        if split is not None and split != str(saved.split):
-            raise DataError(f"{path} has no split {split!r}; it is one data set without splits")
-        return _dataset_documents(saved, text_column, str(path))
+    if not isinstance(rows, dict):
+        if split is not None and split != str(rows.split):
+            raise DataError(f"{data} has no split {split!r}; it is one data set without splits")
+        return _dataset_documents(rows, text_column, data)
 
     # A data set with splits.
-    name = split or ("train" if "train" in saved else next(iter(saved), "train"))
-    names = ", ".join(map(str, saved)) or "none"
-    if name not in saved:
-        raise DataError(f"{path} has no split {name!r}; it has {names}")
-    documents = _dataset_documents(saved[name], text_column, str(path))
+    name = split or ("train" if "train" in rows else next(iter(rows), "train"))
+    names = ", ".join(map(str, rows)) or "none"
+    if name not in rows:
+        raise DataError(f"{data} has no split {name!r}; it has {names}")
+    documents = _dataset_documents(rows[name], text_column, data)
     if split is None and name != "train":
         documents.reading.notes.append(
             f"the split {name!r} is read; there is no 'train' in {names}"

@@ -96,7 +96,7 @@ class RowTable(Documents):
     """
 
     def __init__(self, file: RowFile, text_column: str | None = None, labels: bool = True) -> None:
-        self._data = str(file.path)
+        self._data = file.label
         self._is_csv = file.format in ("csv", "tsv")
 
         # Choose the text column by the first rows.

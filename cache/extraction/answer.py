@@ -166,6 +166,8 @@ def find_match(request: ExtractionRequest, progress: StageProgress | None = None
 
 
 def _locate_model(request: ExtractionRequest) -> ModelSource:
+    if request.given.model is not None:
+        return request.given.model
     return ModelSource.locate(request.model, request.revision, request.trust_remote_code)
 
 

@@ -4,7 +4,7 @@ The keywords become an `ExtractionRequest`, which `answer_request.py` answers on
 `distributed.py` on a dask cluster.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,19 @@ from ..format.manifest import FORMAT
 from ..number_ranges import as_tuple
 from ..progress import Auto, StageProgress, show_stages
 from ..store.activation_cache import ActivationCache
+from ..store.catalog import cache_root
 from .answer import answer_request
+from .given_inputs import hold_inputs
 from .request import ExtractionRequest
 
 if TYPE_CHECKING:
+    import torch
     from distributed import Client
 
 
 def extract(
-    model: str | Path,
-    data: str | Path,
+    model: "str | Path | torch.nn.Module",
+    data: str | Path | Iterable[str | Mapping[str, Any] | None],
     *,
     root: str | Path | None = None,
     context: int | None = None,
@@ -48,6 +51,7 @@ def extract(
     revision: str | None = None,
     trust_remote_code: bool = False,
     format: int = FORMAT,
+    tokenizer: Any = None,
     client: "Client | None" = None,
     progress: StageProgress | Auto | None = "auto",
 ) -> ActivationCache:
@@ -58,9 +62,12 @@ def extract(
     `HeadMismatchError`, `UsageError` and `NoSpaceError` are raised before anything is written.
 
     Args:
-        model: Folder of a model saved by transformers, or a hub id.
+        model: Folder of a model saved by transformers, a hub id, or a loaded model of transformers
+            (in eval mode, on its device). A loaded model has the identity of its tensors: while
+            they are those of the folder it came from, both find the same caches.
         data: .txt, .jsonl, .json, .csv, .tsv or .parquet file, a saved `datasets` folder, or a
-            hub id (`name` or `name:config`).
+            hub id (`name` or `name:config`); or the texts: a list of strings, an iterable of
+            dictionaries (one per row, read once), a data frame, a `datasets.Dataset`.
         root: Folder of caches, or the URL of an object store. Default $RESIDUA_ROOT, else the XDG
             cache folder.
         context: Longest sequence in tokens. Default the model's, at most 1024.
@@ -94,41 +101,47 @@ def extract(
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run code that comes with the model.
         format: Format of the cache; 1 finds, finishes and extends caches of the first version.
+        tokenizer: Tokenizer of a loaded model, a fast one of transformers or a
+            `tokenizers.Tokenizer`. Default that of the folder that the model was loaded from.
         client: Client of `dask.distributed` whose workers share the work; they must see the same
             files.
         progress: "auto" (bars in a terminal or notebook, elsewhere lines of the logger
             `residua`), None (nothing), or a function that is called with (stage, done, total) for
             the stages `tokenize` (documents) and `extract` (positions).
     """
-    request = ExtractionRequest(
-        model=str(model),
-        data=str(data),
-        root=None if root is None else as_path(root),
-        context=context,
-        pack=pack,
-        text_column=text_column,
-        separator=separator,
-        split=split,
-        layers=None if layers is None else as_tuple(layers, "layers"),
-        positions=positions,
-        logits=logits,
-        max_tokens=max_tokens,
-        max_bytes=max_bytes,
-        codec=codec,
-        dtype=dtype,
-        seed=seed,
-        device=device,
-        device_map=device_map,
-        batch_tokens=batch_tokens,
-        part_positions=part_positions,
-        part=part,
-        on_error=on_error,
-        attention=attention,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        format=format,
-    )
-    with show_stages(progress) as report:
+    with (
+        show_stages(progress) as report,
+        hold_inputs(model, data, tokenizer, cache_root(root)) as inputs,
+    ):
+        request = ExtractionRequest(
+            model=inputs.model,
+            data=inputs.data,
+            root=None if root is None else as_path(root),
+            context=context,
+            pack=pack,
+            text_column=text_column,
+            separator=separator,
+            split=split,
+            layers=None if layers is None else as_tuple(layers, "layers"),
+            positions=positions,
+            logits=logits,
+            max_tokens=max_tokens,
+            max_bytes=max_bytes,
+            codec=codec,
+            dtype=dtype,
+            seed=seed,
+            device=device,
+            device_map=device_map,
+            batch_tokens=batch_tokens,
+            part_positions=part_positions,
+            part=part,
+            on_error=on_error,
+            attention=inputs.attention(attention),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            format=format,
+            given=inputs.given,
+        )
         if client is not None:
             from .distributed import answer_on_cluster
 

@@ -18,7 +18,7 @@ from ..errors import CorruptError, ResiduaError
 from ..files.confined_files import confined_digest, confined_path, read_confined
 from ..files.json_files import file_digest, write_atomically
 from ..files.leases import lease_part
-from ..files.paths import is_remote, list_folder
+from ..files.paths import as_path, is_remote, list_folder
 from ..files.staging import temporary_folder
 from ..format.array_writer import create_part_array, create_table
 from ..format.dtypes import STORED_DTYPES
@@ -34,7 +34,7 @@ from ..store.activation_cache import FOLDERS, ActivationCache
 from ..store.checked_arrays import LABEL_DTYPES, LABELS, TABLE_DTYPES, array_of_metadata
 from ..store.lineage import open_ancestor
 from ..store.verification import Damage, Verification, read_journal, target_names, verify
-from .model_reload import load_cache_model
+from .model_reload import hold_cache_model
 from .record_repair import rebuild_base_records, rebuild_part_records
 
 if TYPE_CHECKING:
@@ -70,20 +70,24 @@ class Repair:
 
 
 def repair(
-    path: Path,
-    model: str | None = None,
+    path: str | Path,
+    model: "str | Path | torch.nn.Module | None" = None,
     device: str = "auto",
     progress: StageProgress | None = None,
     trust_remote_code: bool = False,
+    *,
+    tokenizer: Any = None,
 ) -> Repair:
     """Verify the cache at `path` and write its damaged records, shards, head and metadata anew.
 
-    `model` is the present folder or hub id of the model; default the one of the extraction. Code
-    that comes with the model runs only with `trust_remote_code`. `progress` is called for the
-    stages `verify` and `repair` (parts). Raises `MismatchError` if the model is not the cache's,
-    `CorruptError` if the manifest itself is damaged. Damaged tokens cannot be mended. Nothing is
-    written outside the folder of the cache, and nothing through a link in it.
+    `model` is the present folder or hub id of the model, or the loaded model itself with its
+    `tokenizer`; default the one of the extraction. A cache of a loaded model needs it again
+    (`ModelError`). Code that comes with the model runs only with `trust_remote_code`. `progress` is
+    called for the stages `verify` and `repair` (parts). Raises `MismatchError` if the model is not
+    the cache's, `CorruptError` if the manifest itself is damaged. Damaged tokens cannot be mended.
+    Nothing is written outside the folder of the cache, and nothing through a link in it.
     """
+    path = as_path(path)
     stage = progress and (lambda done, total: progress("verify", done, total))
     verification = verify(path, stage)
     if verification.ok:
@@ -122,9 +126,9 @@ def repair(
     changed: list[str] = []
     if any(_is_of_part(damage) or damage.file.startswith("head/") for damage in damages):
         cache = ActivationCache(path)
-        source, loaded_model = load_cache_model(cache, model, device, trust_remote_code)
-        mended += _mend_head(path, source, loaded_model, manifest, damages)
-        shards = _rewrite_shards(path, loaded_model, damages, progress)
+        with hold_cache_model(cache, model, device, trust_remote_code, tokenizer) as held:
+            mended += _mend_head(path, *held, manifest, damages)
+            shards = _rewrite_shards(path, held[1], damages, progress)
         mended += shards.same
         changed += shards.different
         rebuilt += shards.unrecorded

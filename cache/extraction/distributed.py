@@ -59,6 +59,11 @@ def answer_on_cluster(
 
     Raises the error of a worker if all workers failed. Workers that die only cost time.
     """
+    if request.given:
+        raise UsageError(
+            "workers of a cluster read model and texts themselves; give paths or hub ids, not a "
+            "loaded model or texts in Python"
+        )
     if request.part is not None:
         raise UsageError("part and a scheduler exclude each other: its workers share all parts")
     began = time.perf_counter()

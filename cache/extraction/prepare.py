@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from ..checks.reference_rows import save_reference_rows
 from ..devices import choose_device, memory_errors
 from ..format.manifest import ALONE, BATCH, CODEC, Manifest
+from ..model.loaded_model import LoadedModel
 from ..model.model_devices import device_names
 from ..model.source import ModelSource
 from ..store.cache_creation import create_cache
 from ..store.local_origin import public_name, write_origin
 from ..tokens.token_stream import TokenStream
+from .given_inputs import LOADED
 from .plan import ExtractionPlan, kept_layers
 from .request import ExtractionRequest
 from .resolve import WantedCache
@@ -37,6 +39,8 @@ def load_requested_model(request: ExtractionRequest, source: ModelSource) -> "to
     """
     from ..model.model_loading import load_model
 
+    if isinstance(source, LoadedModel):
+        return source.module
     device = choose_device(request.device)
     with memory_errors(
         f"{source.name} does not fit into the memory of {device}; take another --device, "
@@ -166,6 +170,8 @@ def _provenance(plan: ExtractionPlan, source: ModelSource) -> dict[str, Any]:
         "revision": source.revision,
         "cut": plan.stream.cut_counts,
         "reading": plan.stream.reading.to_dict(),
+        # Only a caller that still holds the model can give it to a repair.
+        **({LOADED: True} if isinstance(source, LoadedModel) and not source.is_in_folder else {}),
     }
 
 

@@ -3,7 +3,7 @@
 An `ExtractionRequest` is checked when it is made; `answer_request.py` answers it with a cache.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..format.logits_arrays import check_logits_mode
 from ..format.manifest import FORMAT, FORMATS
 from ..number_ranges import as_tuple, as_whole_number
 from ..tokens.positions import check_positions
+from .given_inputs import GivenInputs
 
 WHOLE_NUMBERS = (
     "context",
@@ -91,6 +92,8 @@ class ExtractionRequest:
     """Run code that comes with the model."""
     format: int = FORMAT
     """Format of the cache; 1 finds, finishes and extends caches of the first version."""
+    given: GivenInputs = field(default_factory=GivenInputs, repr=False, compare=False)
+    """Model and texts in memory; `model` and `data` are then their names."""
 
     def __post_init__(self) -> None:
         # Plain Python types: numpy's cannot be written as JSON.
@@ -118,6 +121,11 @@ class ExtractionRequest:
             raise UsageError(
                 f"device_map {self.device_map!r} is unknown; choose one of "
                 f"{', '.join(DEVICE_MAPS)}, or give a dict of module name and device"
+            )
+        if self.given.model is not None and (self.device != "auto" or self.device_map is not None):
+            raise UsageError(
+                "a loaded model stays on the device where it is; leave device and device_map out, "
+                "or give the model's folder"
             )
         if self.device_map is not None and self.device != "auto":
             raise UsageError(

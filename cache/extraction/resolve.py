@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..documents.document_loading import load_documents
+from ..documents.document_loading import load_documents, load_given_documents
+from ..documents.documents import Documents
 from ..errors import ModelError, UsageError
 from ..files.disk_columns import row_blocks, scratch_folder
 from ..format.logits_arrays import logits_mode_covers
@@ -114,15 +115,7 @@ def read_stream(
     model's vocabulary.
     """
     scratch = scratch_folder(cache_root(request.root))
-    documents = load_documents(
-        request.data,
-        request.text_column,
-        request.split,
-        lines=not request.pack,
-        scratch=scratch,
-        separator=request.separator,
-        labels=not request.pack,
-    )
+    documents = _load_documents(request, scratch)
     stream = tokenize(
         documents,
         source.tokenizer_for_format(request.format),
@@ -145,6 +138,26 @@ def read_stream(
             f"{vocab}; the tokenizer files do not belong to this model"
         )
     return keep_positions(request.positions, stream, documents, request.seed)
+
+
+def _load_documents(request: ExtractionRequest, scratch: Path | None) -> Documents:
+    """The texts of `request`: those that were given, or those of its file or data set."""
+    texts = request.given.texts
+    if texts is not None:
+        if request.separator is not None:
+            raise UsageError(f"separator is for .csv and .tsv files, not for {texts.name}")
+        return load_given_documents(
+            texts, request.text_column, request.split, scratch=scratch, labels=not request.pack
+        )
+    return load_documents(
+        request.data,
+        request.text_column,
+        request.split,
+        lines=not request.pack,
+        scratch=scratch,
+        separator=request.separator,
+        labels=not request.pack,
+    )
 
 
 def choose_context(request: ExtractionRequest, source: ModelSource) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..function_above import call_above
 from .head_files import save_head
 from .row_buffers import reused_rows
 
@@ -110,6 +111,13 @@ class Head:
         On the CPU the tensors are the head's own arrays: nothing may write to them.
         """
         return TorchHead(self, device)
+
+    def __repr__(self) -> str:
+        return f"<Head {self.norm}: {self.d_model} -> {self.vocab} logits>"
+
+    def _repr_html_(self) -> str:
+        """Formula and shape, for notebooks."""
+        return call_above("analysis.display.object_html", "head_html", self)
 
     def describe(self) -> dict[str, Any]:
         """Kind, norm, eps, scale and softcap, for reports."""

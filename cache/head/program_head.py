@@ -65,7 +65,8 @@ class ProgramHead(Head):
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"ProgramHead({self.d_model} -> {self.vocab}, {len(self.program.nodes)} operations)"
+        count = len(self.program.nodes)
+        return f"<ProgramHead of {count} operations: {self.d_model} -> {self.vocab} logits>"
 
     @property
     def nbytes(self) -> int:

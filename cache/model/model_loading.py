@@ -111,3 +111,20 @@ def load_model(
     module = module.eval().requires_grad_(False)
     module.checkpoint_notes = notes
     return module
+
+
+def checkpoint_tensors(
+    module: "torch.nn.Module", tensors: "dict[str, torch.Tensor]"
+) -> "dict[str, torch.Tensor]":
+    """`tensors` of the state dict of `module`, named and cut as its checkpoint has them.
+
+    transformers renames and packs some tensors when it loads a model, and does the reverse when it
+    saves one.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 has the names of the checkpoint in the model
+        return tensors
+    revert: Any = revert_weight_conversion
+    with guard_transformers():
+        return revert(module, dict(tensors))

@@ -33,7 +33,7 @@ POSITIONS_AFTER_PADDING = frozenset(
     "longformer ibert".split()
 )
 """Model types whose first token has position `pad_token_id` + 1."""
-_NO_IDENTITY = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+NO_IDENTITY = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of config.json outside the model's identity."""
 
 
@@ -81,7 +81,18 @@ class ModelSource:
         return cls._from_hub(name, revision, trust_remote_code)
 
     @classmethod
-    def _from_hub(cls, name: str, revision: str | None, trust_remote_code: bool) -> "ModelSource":
+    def downloaded(cls, name: str, revision: str | None = None) -> "ModelSource":
+        """The source of a hub id whose files are on this machine; raises `ModelError` without."""
+        return cls._from_hub(name, revision, False, local_files_only=True)
+
+    @classmethod
+    def _from_hub(
+        cls,
+        name: str,
+        revision: str | None,
+        trust_remote_code: bool,
+        local_files_only: bool = False,
+    ) -> "ModelSource":
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             HfHubHTTPError,
@@ -90,7 +101,14 @@ class ModelSource:
         )
 
         try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+            folder = Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    allow_patterns=HUB_FILES,
+                    local_files_only=local_files_only,
+                )
+            )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(
@@ -227,9 +245,9 @@ class ModelSource:
 
     @property
     def _config_digest(self) -> str:
-        """sha256 of config.json without the keys `_NO_IDENTITY`."""
+        """sha256 of config.json without the keys `NO_IDENTITY`."""
         return json_digest(
-            {key: value for key, value in self.config.items() if key not in _NO_IDENTITY}
+            {key: value for key, value in self.config.items() if key not in NO_IDENTITY}
         )
 
     @property

@@ -52,9 +52,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer"
     tokenizer = _read_memo(path)
     if tokenizer is None:
         tokenizer = convert_tokenizer(folder, trust_remote_code)
-        _disable_length_limits(tokenizer)
+        without_length_limits(tokenizer)
         _write_memo(path, tokenizer)
-    return _disable_length_limits(tokenizer)
+    return without_length_limits(tokenizer)
 
 
 def _has_vocabulary(folder: Path) -> bool:
@@ -85,7 +85,7 @@ def read_tokenizer_file(path: Path) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     try:
-        return _disable_length_limits(Tokenizer.from_file(str(path)))
+        return without_length_limits(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(f"{path} is not a tokenizer: {error}") from None
 
@@ -95,7 +95,7 @@ def tokenizer_digest(tokenizer: "Tokenizer") -> str:
     return json_digest(json.loads(tokenizer.to_str()))
 
 
-def _disable_length_limits(tokenizer: "Tokenizer") -> "Tokenizer":
+def without_length_limits(tokenizer: "Tokenizer") -> "Tokenizer":
     """`tokenizer` itself, with truncation and padding switched off."""
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -30,6 +30,7 @@ from ..format.logits_arrays import (
     unpack_top,
 )
 from ..format.manifest import SHORT_ID, Manifest
+from ..function_above import call_above
 from ..number_ranges import format_ranges
 from ..tokens.splits import SPLITS
 from ..tokens.table_checks import (
@@ -107,6 +108,10 @@ class ActivationCache:
             f"<ActivationCache {self.id[:SHORT_ID]} of {self.manifest.model_name!r}: "
             f"{self.positions} positions x {self.d_model}, layers {format_ranges(self.layers)}>"
         )
+
+    def _repr_html_(self) -> str:
+        """Model, data, shape, splits and size, for notebooks."""
+        return call_above("analysis.display.object_html", "cache_html", self)
 
     # Identity and shape
 

@@ -6,6 +6,8 @@
 
 from typing import Any, ClassVar
 
+from .display_methods import DisplayMethods
+
 
 class NotFittedError(ValueError, AttributeError):
     """A probe was used before `fit`; the stand-in where scikit-learn is not installed."""
@@ -20,7 +22,7 @@ def not_fitted_error() -> type[Exception]:
     return exceptions.NotFittedError
 
 
-class FittedProbe:
+class FittedProbe(DisplayMethods):
     """The cache, head and split that a probe was fitted on; attributes that `fit` sets."""
 
     fitted_attribute: ClassVar[str] = "maps_"

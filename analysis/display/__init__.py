@@ -1,0 +1,12 @@
+"""What scripts and notebooks show: data frames, plots, objects as HTML, heatmaps of lenses."""
+
+from typing import TYPE_CHECKING
+
+from ...cache.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from .evaluation_plots import future_lens_figure as future_lens_figure
+    from .evaluation_plots import plot_evaluation as plot_evaluation
+    from .frames import data_frame as data_frame
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
