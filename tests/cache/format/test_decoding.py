@@ -91,7 +91,9 @@ def test_a_decoded_copy_is_exact_and_its_own_memory(dtype, repeats, recwarn):
     finite = values[:1900]  # no infinity, no NaN
     for rows, is_finite in ((values, False), (finite, True), (finite[:0], True)):
         got, expected = decoded_copy(rows, dtype, is_finite), decode_rows(rows, dtype)
-        assert got.dtype == np.float32 and got.flags.writeable and got.flags.c_contiguous
+        assert got.dtype == np.float32
+        assert got.flags.writeable
+        assert got.flags.c_contiguous
         assert not np.shares_memory(got, values)
         np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
     assert not recwarn.list
@@ -104,5 +106,6 @@ def test_a_decoded_copy_is_exact_and_its_own_memory(dtype, repeats, recwarn):
 def test_a_decoded_copy_of_other_dtypes_has_floats_as_float32(dtype, expected):
     for rows in (np.arange(6, dtype=dtype).reshape(2, 3), np.zeros((0, 3), dtype)):
         got = decoded_copy(rows, dtype)
-        assert got.dtype == expected and not np.shares_memory(got, rows)
+        assert got.dtype == expected
+        assert not np.shares_memory(got, rows)
         np.testing.assert_array_equal(got, rows)
