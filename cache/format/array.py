@@ -54,7 +54,8 @@ class CacheArray:
         self.dtype = np.dtype(np.float32) if is_float else stored
         self._stored = stored
         self._remote = is_remote(self.path)
-        self._is_mapped = self.layout.raw and not self._remote
+        self.is_mapped = self.layout.raw and not self._remote
+        """Whether rows are read through memory maps of the files, as they are stored."""
         self._shard_rows = self.layout.shard_rows
         self._shards: dict[int, Any] = {}
         self._checked: dict[int, np.ndarray] = {}
@@ -129,7 +130,7 @@ class CacheArray:
 
     def _view_of(self, start: int, stop: int) -> np.ndarray | None:
         """Rows `start:stop` as `ShardReader.view` gives them; None if they have no such view."""
-        if not self._is_mapped:
+        if not self.is_mapped:
             return None
         shard, first = divmod(start, self._shard_rows)
         reader = self._shards.get(shard) or self.shard(shard)
@@ -146,6 +147,20 @@ class CacheArray:
                 rows = out[done : done + len(piece)]
                 decode_rows_into(piece, layout.logical_dtype, rows, self.is_finite)
                 done += len(piece)
+            start += end - first
+
+    def load(self, start: int, stop: int) -> None:
+        """Bring rows `start:stop` of mapped files into memory, and check chunks not checked yet.
+
+        Rows that `take_stored` gathers next are then read from the disk in order, and a disk that
+        fails raises `CorruptError`.
+        """
+        size = self._shard_rows
+        while start < stop:
+            shard, first = divmod(start, size)
+            end = min(first + stop - start, size)
+            for _ in self.shard(shard).pieces(first, end):
+                pass
             start += end - first
 
     def take(self, rows: np.ndarray) -> np.ndarray:
@@ -178,7 +193,7 @@ class CacheArray:
         if not self.layout.is_native:
             self._check_committed(np.unique(rows // self.layout.shard_rows).tolist())
             return np.asarray(self._open_zarr().oindex[rows])
-        return self._gather_mapped(rows) if self._is_mapped else self._gather_chunks(rows)
+        return self._gather_mapped(rows) if self.is_mapped else self._gather_chunks(rows)
 
     def _gather_chunks(self, rows: np.ndarray) -> np.ndarray:
         """Random rows of compressed or remote chunks: every chunk is decoded once."""
