@@ -222,6 +222,11 @@ def fits(cache: ActivationCache, args: argparse.Namespace) -> list[Figure]:
             for pair, (x, y, fold) in rows.items()
         }
 
+    def numpy_reads_and_fits() -> None:
+        for pair in pairs:
+            x, y, fold = in_memory(cache, *pair, args.folds)
+            numpy_path(x, y, fold, np.asarray(probe.alphas_[pair]))
+
     def gcv() -> None:
         for pair, (x, y, _) in rows.items():
             RidgeCV(probe.alphas_[pair]).fit(x, y)
@@ -242,6 +247,7 @@ def fits(cache: ActivationCache, args: argparse.Namespace) -> list[Figure]:
 
     baselines = {
         "numpy": (numpy_fits, "numpy, moments and `eigh` per fold"),
+        "read": (numpy_reads_and_fits, "the same, after reading the rows"),
         "gcv": (gcv, "`RidgeCV`, its default (other folds)"),
         "grid": (grid, "`RidgeCV`, the same folds"),
         "known": (known, "`Ridge`, penalty known"),
