@@ -184,11 +184,12 @@ class CacheArray:
         rows = rows.astype(np.int64, copy=False)
         if not rows.size:
             return np.empty((0, *self.shape[1:]), self._stored)
-        # As unsigned numbers, negative ones are the largest.
-        if rows.view(np.uint64).max() >= self.shape[0]:
+        # Of few numbers, argmin and argmax take half the time of min and max.
+        lowest, highest = rows.item(rows.argmin()), rows.item(rows.argmax())
+        if lowest < -self.shape[0] or highest >= self.shape[0]:
+            raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
+        if lowest < 0:
             rows = np.where(rows < 0, rows + self.shape[0], rows)
-            if rows.min() < 0 or rows.max() >= self.shape[0]:
-                raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
         # Raw chunks on disk are indexed through their maps, others decoded or fetched whole.
         if not self.layout.is_native:
             self._check_committed(np.unique(rows // self.layout.shard_rows).tolist())
