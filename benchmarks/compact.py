@@ -1,22 +1,23 @@
-"""Compact caches against raw ones and against zarr-python, in one process, interleaved.
+"""Compact caches against raw ones and against zarr-python, in one process, taking turns.
 
     python benchmarks/compact.py
     python benchmarks/compact.py --model sample/sample-neox --text sample/heldout.jsonl
 
-Extracts the rows of a model's last layers once, then writes and reads them both ways. `saved` is
-raw over compact bytes; the other figures are CPU seconds of this process per GB of rows (one
-thread, best of the rounds), each beside what it is compared with.
+Extracts the rows of a model's last layers once, then writes and reads them both ways, and reads
+the compact files through zarr-python, with the same codecs. CPU seconds of one thread.
 """
 
 import argparse
+import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import Figure, take_turns, use_one_core, write_results
 
 import residua
 from residua.cache.format.array import CacheArray
@@ -35,15 +36,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(MODEL_DIR))
     parser.add_argument("--text", default=str(TEXT_PATH))
     parser.add_argument("--tokens", type=int, default=60_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--folder", help="where to put the files; default: the temporary folder")
     return parser.parse_args()
-
-
-def cpu(work: Callable[[], None]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def write(store: Path, rows: np.ndarray, dtype: str, layout: Layout, codec: str) -> None:
@@ -71,36 +67,60 @@ def through_zarr(path: Path) -> Callable[[int, int], Any]:
     return lambda start, stop: array[start:stop]
 
 
-def measure(folder: Path, values: np.ndarray, dtype: str, rounds: int) -> None:
+def figures_of(folder: Path, values: np.ndarray, dtype: str, rounds: int) -> list[Figure]:
+    """Writing and reading of `values`, kept in `dtype`."""
     rows = encode_rows(values, dtype)
     layout = Layout.choose(rows.shape[1], rows.itemsize)
-    best: dict[str, float] = {}
+    stores = {codec: folder / f"{dtype}-{codec}" for codec in ("raw", "compact")}
 
-    def book(name: str, work: Callable[[], None]) -> None:
-        best[name] = min(best.get(name, np.inf), cpu(work) / (rows.nbytes / 1e9))
+    def write_anew(codec: str) -> None:
+        shutil.rmtree(stores[codec], ignore_errors=True)
+        write(stores[codec], rows, dtype, layout, codec)
 
-    for number in range(rounds):
-        for codec in ("raw", "compact"):
-            store = folder / f"{dtype}-{codec}-{number}"
-            book(f"write {codec}", lambda s=store, c=codec: write(s, rows, dtype, layout, c))
-            path = store / "residual/0"
-            array = CacheArray(path)
-            DECODED_CHUNKS.max_bytes = 8 << 20  # nothing of one epoch is left for the next
-            book(f"read {codec}", lambda a=array: steps(a.read_stored, len(rows)))
-            api = through_zarr(path)
-            book(f"zarr {codec}", lambda r=api: steps(r, len(rows)))
-            assert np.array_equal(array.read_stored(0, 100), rows[:100])
-    sizes = {codec: sum(f.stat().st_size for f in folder.glob(f"{dtype}-{codec}-0/**/c/*/0"))
-             for codec in ("raw", "compact")}  # fmt: skip
-    print(f"{dtype:9s} saved {sizes['raw'] / sizes['compact']:5.2f}   "
-          f"write {best['write raw']:.2f} -> {best['write compact']:.2f}   "
-          f"read {best['read raw']:.2f} -> {best['read compact']:.2f}   "
-          f"zarr-python {best['zarr compact']:.2f} "
-          f"({best['zarr compact'] / best['read compact']:.1f} x ours)")  # fmt: skip
+    writes = take_turns({codec: partial(write_anew, codec) for codec in stores}, rounds)
+    sizes = {
+        codec: sum(file.stat().st_size for file in store.glob("**/c/*/0"))
+        for codec, store in stores.items()
+    }
+    DECODED_CHUNKS.max_bytes = 8 << 20  # nothing of one epoch is left for the next
+    arrays = {codec: CacheArray(store / "residual/0") for codec, store in stores.items()}
+    for array in arrays.values():
+        assert np.array_equal(array.read_stored(0, 100), rows[:100])
+    works = {codec: partial(steps, array.read_stored, len(rows)) for codec, array in arrays.items()}
+    works["zarr"] = partial(steps, through_zarr(stores["compact"] / "residual/0"), len(rows))
+    reads = take_turns(works, rounds)
+    size = f"{len(rows):,} x {rows.shape[1]} {dtype}, {STEP} rows in order"
+    note = f"{sizes['raw'] / sizes['compact']:.2f} times fewer bytes"
+    return [
+        Figure(
+            f"compact_write_{dtype}",
+            f"writes of a compact array of {size}",
+            "the same uncompressed",
+            writes["compact"],
+            writes["raw"],
+            note,
+        ),
+        Figure(
+            f"compact_read_{dtype}",
+            f"reads of a compact array of {size}, as stored",
+            "the same uncompressed",
+            reads["compact"],
+            reads["raw"],
+        ),
+        Figure(
+            f"compact_zarr_{dtype}",
+            f"reads of a compact array of {size}, as stored",
+            "zarr-python, the same files",
+            reads["compact"],
+            reads["zarr"],
+        ),
+    ]
 
 
 def main() -> None:
     args = arguments()
+    use_one_core()
+    figures = []
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         cache = residua.extract(
@@ -109,9 +129,9 @@ def main() -> None:
         )  # fmt: skip
         layers = [cache.residual_array(layer)[:] for layer in (cache.n_blocks // 2, cache.n_blocks)]
         values = np.concatenate(layers)
-        print(f"{len(values)} x {cache.d_model}, CPU s/GB, raw -> compact")
         for dtype in DTYPES:
-            measure(folder, values, dtype, args.rounds)
+            figures += figures_of(folder, values, dtype, args.rounds)
+    write_results(args.json, figures)
 
 
 if __name__ == "__main__":

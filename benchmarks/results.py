@@ -3,9 +3,10 @@
     python benchmarks/results.py            # writes the tables anew from benchmarks/results/*.json
 
 A benchmark that is called with `--json FILE` writes its figures there by `write_results`. A figure
-compares residua with a baseline: the CPU seconds of both in every round, in which they take turns,
-on one thread. Its ratio is residua's seconds over the baseline's, the median of the rounds.
-`tests/test_benchmarks.py` checks that the tables are those of the files.
+compares residua with a baseline: the seconds of both in every round, in which they take turns, CPU
+seconds of one thread unless its clock is `wall`. Its ratio is residua's seconds over the
+baseline's, the median of the rounds. `tests/test_benchmarks.py`
+checks that the tables are those of the files.
 """
 
 import json
@@ -33,7 +34,7 @@ LIBRARIES = ("torch", "numpy", "scikit-learn", "transformers")
 
 @dataclass(frozen=True)
 class Figure:
-    """CPU seconds of residua and of a baseline, one number per round."""
+    """Seconds of residua and of a baseline, one number per round."""
 
     key: str
     what: str
@@ -44,6 +45,8 @@ class Figure:
     theirs: Sequence[float]
     note: str = ""
     """Further result of the comparison, such as an error."""
+    clock: str = "CPU"
+    """`CPU` or `wall`: which seconds; one clock for all figures of a benchmark."""
 
     @property
     def ratios(self) -> list[float]:
@@ -77,7 +80,7 @@ def take_turns(
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor and versions of this process."""
+    """Processor, cores that this process may use, and versions of libraries."""
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -89,7 +92,9 @@ def describe_machine() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return {"processor": processor, "versions": versions}
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return {"processor": processor, "cores": cores, "versions": versions}
 
 
 def write_results(path: Path | None, figures: Sequence[Figure]) -> None:
@@ -143,15 +148,17 @@ def page_table(results: Mapping[str, Mapping[str, Any]]) -> str:
             f"{library} {number}" for library, number in machine["versions"].items()
         )
         rows = ["| " + " | ".join(_cells(figure)) + " |" for figure in result["figures"]]
+        clock, cores = result["figures"][0].get("clock", "CPU"), machine.get("cores", 1)
         sections.append(
             "\n".join(
                 [
                     f"### {name}",
                     "",
-                    f"`{result['command']}` on {machine['processor']}, one core, "
+                    f"`{result['command']}` on {machine['processor']}, "
+                    f"{'one core' if cores == 1 else f'{cores} cores'}, "
                     f"{len(result['figures'][0]['ours'])} rounds; {versions}.",
                     "",
-                    "| what | baseline | residua, CPU s | baseline, CPU s | ratio |",
+                    f"| what | baseline | residua, {clock} s | baseline, {clock} s | ratio |",
                     "|---|---|---|---|---|",
                     *rows,
                 ]

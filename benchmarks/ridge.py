@@ -8,11 +8,11 @@ Three things, each beside its baseline in the same run:
 - the pass that collects moments, against the same products of numpy on float32 blocks in memory,
   and against the rate of `x.T @ x` alone; by CPU time, in one thread;
 - the whole fit (every layer and offset: the cross-validated error of 19 penalties, and the map
-  with the best one), in CPU seconds of one thread, against four baselines on float64 rows in
+  with the best one), in CPU seconds of one thread, against five baselines on float64 rows in
   memory: numpy, with moments per fold and one eigendecomposition per fold, which is what residua
-  does out of core; `RidgeCV`'s default, generalised cross-validation, which gives every row its
-  own fold; `RidgeCV` with the same folds, which solves anew for each fold and penalty; and one
-  `Ridge` with the penalty known;
+  does out of core; the same with the reading of the rows; `RidgeCV`'s default, generalised
+  cross-validation, which gives every row its own fold; `RidgeCV` with the same folds, which solves
+  anew for each fold and penalty; and one `Ridge` with the penalty known;
 - peak memory of a process that fits the cache and one of four times the rows: what is private,
   and with the pages of mapped files, which the kernel takes back when others need memory.
 """
@@ -222,6 +222,11 @@ def fits(cache: ActivationCache, args: argparse.Namespace) -> list[Figure]:
             for pair, (x, y, fold) in rows.items()
         }
 
+    def numpy_reads_and_fits() -> None:
+        for pair in pairs:
+            x, y, fold = in_memory(cache, *pair, args.folds)
+            numpy_path(x, y, fold, np.asarray(probe.alphas_[pair]))
+
     def gcv() -> None:
         for pair, (x, y, _) in rows.items():
             RidgeCV(probe.alphas_[pair]).fit(x, y)
@@ -242,6 +247,7 @@ def fits(cache: ActivationCache, args: argparse.Namespace) -> list[Figure]:
 
     baselines = {
         "numpy": (numpy_fits, "numpy, moments and `eigh` per fold"),
+        "read": (numpy_reads_and_fits, "the same, after reading the rows"),
         "gcv": (gcv, "`RidgeCV`, its default (other folds)"),
         "grid": (grid, "`RidgeCV`, the same folds"),
         "known": (known, "`Ridge`, penalty known"),

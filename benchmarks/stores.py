@@ -4,10 +4,10 @@
     python benchmarks/stores.py --server radosgw       # Ceph's gateway, where it is installed
     python benchmarks/stores.py --root s3://bucket/x   # a store of yours (AWS_* say which)
 
-Reads: all rows of a float16 layer in steps of 16 MiB of float32, checked and decoded. `zarr` is
-zarr-python on the same store, `bare` the same ranges with nothing done to them. Extraction: the
-stories that come along, into the store and into a folder, interleaved. A ratio of 1.00 is as fast
-as what it is compared with. The server runs on the same cores.
+Reads: all rows of a float16 layer in steps of 16 MiB of float32, checked and decoded, against
+zarr-python on the same store and against the same ranges with nothing done to them. Extraction: the
+stories that come along, into the store and into a folder. Wall seconds, taking turns; the server
+runs on the same cores.
 """
 
 import argparse
@@ -16,10 +16,11 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from results import Figure, write_results
 
 from residua import extract
 from residua.cache.files.paths import as_path, store_of, upload_folder
@@ -37,21 +38,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     return parser.parse_args()
 
 
-def seconds(*calls: Callable[[], object], rounds: int) -> list[float]:
-    """Least wall time of each call, called in turn."""
-    best = [float("inf")] * len(calls)
-    for _ in range(rounds):
-        for number, call in enumerate(calls):
+def wall_seconds(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Wall time of each work in every round, called in turn; a round before is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(-1, rounds):
+        for name, work in works.items():
             began = time.perf_counter()
-            call()
-            best[number] = min(best[number], time.perf_counter() - began)
-    return best
+            work()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
 
 
-def reads(root: Path, args: argparse.Namespace) -> None:
+def read_figures(root: Path, args: argparse.Namespace) -> list[Figure]:
+    """Reads against zarr-python and against bare requests."""
     values = np.random.default_rng(0).standard_normal(
         (args.positions, args.d_model), dtype=np.float32
     )
@@ -88,21 +92,43 @@ def reads(root: Path, args: argparse.Namespace) -> None:
             first = [chunk % per_shard * layout.chunk_bytes for chunk in chunks]
             store.cat_ranges(keys, first, [f + layout.chunk_bytes for f in first])
 
-    mine, theirs, least = seconds(ours, zarrs, bare, rounds=args.rounds)
-    size = values.nbytes / 2 / 1e6
-    print(f"reads, {size:.0f} MB: {theirs / mine:.2f} of zarr, {least / mine:.2f} of bare requests")
+    found = wall_seconds({"ours": ours, "zarr": zarrs, "bare": bare}, args.rounds)
+    size = f"{args.positions:,} x {args.d_model} float16, steps of 16 MiB, as float32"
+    what = f"reads of {size}, from {args.root or args.server}"
+    return [
+        Figure("stores_zarr", what, "zarr-python", found["ours"], found["zarr"], clock="wall"),
+        Figure(
+            "stores_bare",
+            what,
+            "the requests alone, nothing decoded",
+            found["ours"],
+            found["bare"],
+            clock="wall",
+        ),
+    ]
 
 
-def extraction(root: Path, args: argparse.Namespace) -> None:
+def extraction_figure(root: Path, args: argparse.Namespace) -> Figure:
+    """The whole call into a store against the same into a folder."""
+
     def into(place: Path) -> None:
         fresh = place / uuid.uuid4().hex
         extract(MODEL_DIR, TEXT_PATH, root=fresh, max_tokens=args.tokens, part_positions=8192)
 
     with tempfile.TemporaryDirectory() as folder:
-        there, here = seconds(
-            lambda: into(root), lambda: into(Path(folder)), rounds=args.rounds
-        )  # fmt: skip
-    print(f"extraction of {args.tokens:,} tokens: {here / there:.2f} of a folder's throughput")
+        works = {"ours": lambda: into(root), "theirs": lambda: into(Path(folder))}
+        found = wall_seconds(works, args.rounds)
+    what = (
+        f"`residua.extract` into {args.root or args.server}, sample model, {args.tokens:,} tokens"
+    )
+    return Figure(
+        "stores_extract",
+        what,
+        "the same into a folder",
+        found["ours"],
+        found["theirs"],
+        clock="wall",
+    )
 
 
 def main() -> None:
@@ -114,8 +140,7 @@ def main() -> None:
             os.environ |= server.environment()
             url = f"s3://{server.bucket}/{uuid.uuid4().hex}"
         root = as_path(url)
-        reads(root, args)
-        extraction(root, args)
+        write_results(args.json, [*read_figures(root, args), extraction_figure(root, args)])
 
 
 if __name__ == "__main__":

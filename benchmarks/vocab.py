@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import Figure, write_results
+from results import Figure, use_one_core, write_results
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -300,6 +300,8 @@ def main() -> None:
         torch.optim.AdamW([torch.zeros(2)], fused=True).step()
         print(json.dumps(RUNS[args.run](ActivationCache(args.cache), args)))
         return
+    if args.threads == 1:
+        use_one_core()  # the processes of the runs inherit it
     if args.cache:
         compare(args, ActivationCache(args.cache))
         return

@@ -17,7 +17,7 @@ from ..files.confined_files import read_confined
 from ..files.json_fields import MAX_JSON_BYTES, parse_json_object
 from ..files.paths import as_path, is_remote, store_of
 from .compressed_shard import CompressedShardReader
-from .dtypes import decode_rows, decode_rows_into
+from .dtypes import decode_rows, decode_rows_into, decoded_copy
 from .journal import Journal
 from .layout import ArrayLayout
 from .remote_shard import RemoteShard
@@ -54,6 +54,9 @@ class CacheArray:
         self.dtype = np.dtype(np.float32) if is_float else stored
         self._stored = stored
         self._remote = is_remote(self.path)
+        self.is_mapped = self.layout.raw and not self._remote
+        """Whether rows are read through memory maps of the files, as they are stored."""
+        self._shard_rows = self.layout.shard_rows
         self._shards: dict[int, Any] = {}
         self._checked: dict[int, np.ndarray] = {}
         self._mapped_rows: MappedRows | None = None
@@ -103,6 +106,9 @@ class CacheArray:
         """Read rows `start:stop`, `(stop - start, ...)`; floats come as float32."""
         if not self.layout.is_native:
             return decode_rows(self.read_stored(start, stop), self.layout.logical_dtype)
+        view = self._view_of(start, stop)
+        if view is not None:
+            return decoded_copy(view, self.layout.logical_dtype, self.is_finite)
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
         self._read_into(start, stop, out)
         return out
@@ -110,6 +116,9 @@ class CacheArray:
     def read_stored(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Read rows `start:stop` in the stored dtype (bfloat16 as uint16), into `out` if given."""
         if out is None:
+            view = self._view_of(start, stop)
+            if view is not None:
+                return view.copy()
             out = np.empty((stop - start, *self.shape[1:]), self._stored)
         if self.layout.is_native:
             self._read_into(start, stop, out)
@@ -118,6 +127,14 @@ class CacheArray:
             self._check_committed(range(start // rows, -(-stop // rows)))
             out[...] = self._open_zarr()[start:stop]
         return out
+
+    def _view_of(self, start: int, stop: int) -> np.ndarray | None:
+        """Rows `start:stop` as `ShardReader.view` gives them; None if they have no such view."""
+        if not self.is_mapped:
+            return None
+        shard, first = divmod(start, self._shard_rows)
+        reader = self._shards.get(shard) or self.shard(shard)
+        return reader.view(first, stop - start)
 
     def _read_into(self, start: int, stop: int, out: np.ndarray) -> None:
         """Fill `out`, of the stored dtype or float32, with rows `start:stop`, shard by shard."""
@@ -132,12 +149,26 @@ class CacheArray:
                 done += len(piece)
             start += end - first
 
+    def load(self, start: int, stop: int) -> None:
+        """Bring rows `start:stop` of mapped files into memory, and check chunks not checked yet.
+
+        Rows that `take_stored` gathers next are then read from the disk in order, and a disk that
+        fails raises `CorruptError`.
+        """
+        size = self._shard_rows
+        while start < stop:
+            shard, first = divmod(start, size)
+            end = min(first + stop - start, size)
+            for _ in self.shard(shard).pieces(first, end):
+                pass
+            start += end - first
+
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Read the rows `rows` (numbers in any order, or a mask); floats come as float32."""
         stored = self.take_stored(rows)
-        out = np.empty(stored.shape, self.dtype)
-        decode_rows_into(stored, self.layout.logical_dtype, out, self.is_finite)
-        return out
+        if stored.dtype == self.dtype:
+            return stored
+        return decoded_copy(stored, self.layout.logical_dtype, self.is_finite)
 
     def take_stored(self, rows: np.ndarray) -> np.ndarray:
         """Read the rows `rows` (numbers in any order, or a mask) in the stored dtype."""
@@ -153,17 +184,17 @@ class CacheArray:
         rows = rows.astype(np.int64, copy=False)
         if not rows.size:
             return np.empty((0, *self.shape[1:]), self._stored)
-        lowest = rows.min()
+        # Of few numbers, argmin and argmax take half the time of min and max.
+        lowest, highest = rows.item(rows.argmin()), rows.item(rows.argmax())
+        if lowest < -self.shape[0] or highest >= self.shape[0]:
+            raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
         if lowest < 0:
             rows = np.where(rows < 0, rows + self.shape[0], rows)
-        if lowest < -self.shape[0] or rows.max() >= self.shape[0]:
-            raise IndexError(f"rows must lie in 0..{self.shape[0] - 1}")
         # Raw chunks on disk are indexed through their maps, others decoded or fetched whole.
         if not self.layout.is_native:
             self._check_committed(np.unique(rows // self.layout.shard_rows).tolist())
             return np.asarray(self._open_zarr().oindex[rows])
-        is_mapped = self.layout.raw and not self._remote
-        return self._gather_mapped(rows) if is_mapped else self._gather_chunks(rows)
+        return self._gather_mapped(rows) if self.is_mapped else self._gather_chunks(rows)
 
     def _gather_chunks(self, rows: np.ndarray) -> np.ndarray:
         """Random rows of compressed or remote chunks: every chunk is decoded once."""

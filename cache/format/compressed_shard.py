@@ -83,6 +83,9 @@ class CompressedShardReader(ShardReader):
             DECODED_CHUNKS.put(key, rows)
         return rows
 
+    def _decodable_chunk(self, number: int) -> np.ndarray:
+        return self.chunk(number)  # `DECODED_CHUNKS` alone keeps decompressed rows
+
     def _load_rows(self, number: int, offset: int, count: int) -> None:
         """Do nothing: decompressed rows are in memory."""
 

@@ -21,6 +21,8 @@ FP16_ROUNDING = 1.001 * 2.0**-11
 which float16 has fewer bits, lose more."""
 BLOCK = 1 << 15
 """Values that `decode_rows_into` decodes at a time, few enough for the processor's cache."""
+FEW_BYTES = 1 << 20
+"""Largest size of rows that `decoded_copy` lets torch make memory for; numpy's has large pages."""
 FLOAT16_BITS = np.int32(-0x7000_0001)
 """Mask of sign, exponent and mantissa of a sign-extended float16 shifted left by 13."""
 FLOAT16_REBIAS = np.float32(2.0**112)
@@ -49,6 +51,23 @@ def encode_rows(values: np.ndarray, logical_dtype: str) -> np.ndarray:
     return values.astype(np.dtype(logical_dtype), copy=False)
 
 
+def decoded_copy(stored: np.ndarray, logical_dtype: str, is_finite: bool = False) -> np.ndarray:
+    """`stored` rows as a new C-contiguous array: floats as float32, integers as they are.
+
+    As `decode_rows_into` decodes, and somewhat quicker where the rows are few: then torch makes the
+    memory too, and begins it at a multiple of 64 bytes.
+    """
+    is_half = logical_dtype in ("bfloat16", "float16")
+    is_exact = is_finite or logical_dtype == "bfloat16"
+    torch: Any = sys.modules.get("torch")
+    if is_half and is_exact and stored.nbytes <= FEW_BYTES and hasattr(torch, "from_numpy"):
+        return _as_tensor(torch, stored, logical_dtype).float().numpy()
+    is_float = is_half or stored.dtype.kind == "f"
+    out = np.empty(stored.shape, np.float32 if is_float else stored.dtype)
+    decode_rows_into(stored, logical_dtype, out, is_finite)
+    return out
+
+
 def decode_rows_into(
     stored: np.ndarray, logical_dtype: str, out: np.ndarray, is_finite: bool = False
 ) -> None:
@@ -56,21 +75,43 @@ def decode_rows_into(
 
     By torch, whose cast is the processor's own, where the program has loaded torch; by numpy else.
     Torch sets the quiet bit of float16's NaNs, so rows with one are numpy's. `is_finite` says that
-    there is none, and spares the look.
+    there is none, and spares the look. Read-only rows cost some microseconds more, unless they are
+    a `writable_view`.
     """
     if logical_dtype not in ("bfloat16", "float16") or out.dtype != np.float32:
         out[...] = stored
         return
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     is_loaded = hasattr(torch, "from_numpy")  # else another thread may be importing it now
-    is_exact = is_finite or logical_dtype == "bfloat16" or not _has_nonfinite_float16(stored)
-    if is_loaded and is_exact:
-        _decode_by_torch(torch, stored, logical_dtype, out)
+    is_exact = is_finite or logical_dtype == "bfloat16"
+    if is_loaded and (is_exact or not _has_nonfinite_float16(stored)):
+        torch.from_numpy(out).copy_(_as_tensor(torch, stored, logical_dtype))
         return
     flat, target = stored.reshape(-1), out.reshape(-1)
-    decode_block = _decode_bfloat16 if logical_dtype == "bfloat16" else _decode_float16
     for start in range(0, flat.size, BLOCK):
-        decode_block(flat[start : start + BLOCK], target[start : start + BLOCK])
+        block, decoded = flat[start : start + BLOCK], target[start : start + BLOCK]
+        if logical_dtype == "bfloat16":
+            _decode_bfloat16(block, decoded)
+        else:
+            _decode_float16(block, decoded, is_finite)
+
+
+def writable_view(array: np.ndarray) -> np.ndarray:
+    """A view of a read-only `array` that is flagged as writable, since torch warns of others.
+
+    Nothing may be written to it: where the array is a map of a file, that would kill the process.
+    """
+    return np.asarray(_WritableFlag(array))
+
+
+class _WritableFlag:
+    """The memory of an array as numpy's interface describes it, but for the flag."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        interface = array.__array_interface__
+        address, _ = interface["data"]
+        self.__array_interface__ = {**interface, "data": (address, False)}
+        self._array = array  # keeps the memory alive
 
 
 def _has_nonfinite_float16(stored: np.ndarray) -> bool:
@@ -81,24 +122,13 @@ def _has_nonfinite_float16(stored: np.ndarray) -> bool:
     return stored.view(np.int16).max() >= 0x7C00 or stored.view(np.uint16).max() >= 0xFC00
 
 
-def _decode_by_torch(torch: Any, stored: np.ndarray, logical_dtype: str, out: np.ndarray) -> None:
-    """Cast by torch; `stored` may be read-only."""
-    bits = stored.view(np.int16) if stored.flags.writeable else np.asarray(_WritableView(stored))
-    bits = torch.from_numpy(bits)
-    torch.from_numpy(out).copy_(bits.view(getattr(torch, logical_dtype)))
-
-
-class _WritableView:
-    """The numbers of a read-only array as int16, for torch, which warns of read-only memory.
-
-    Nothing is written; the array must outlive the view.
-    """
-
-    def __init__(self, array: np.ndarray) -> None:
-        interface = array.__array_interface__
-        address, _ = interface["data"]
-        self.__array_interface__ = {**interface, "typestr": "<i2", "data": (address, False)}
-        self.__array_interface__.pop("descr", None)
+def _as_tensor(torch: Any, stored: np.ndarray, logical_dtype: str) -> Any:
+    """The memory of `stored`, bfloat16 or float16, as a tensor; it may be read-only."""
+    if not stored.flags.writeable:
+        stored = writable_view(stored)
+    if logical_dtype == "bfloat16":
+        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(stored)
 
 
 def _decode_bfloat16(stored: np.ndarray, out: np.ndarray) -> None:
@@ -108,14 +138,15 @@ def _decode_bfloat16(stored: np.ndarray, out: np.ndarray) -> None:
     np.left_shift(bits, 16, out=bits)
 
 
-def _decode_float16(stored: np.ndarray, out: np.ndarray) -> None:
+def _decode_float16(stored: np.ndarray, out: np.ndarray, is_finite: bool) -> None:
     """Shift the bits of float16 into those of float32, then rebias the exponent by one product.
 
     F. Giesen, "Half to float done quic(k)", 2012; several times faster than numpy's cast.
     """
     # numpy's cast for infinities and NaNs of either sign, which would come out finite, and in
     # threads that flush subnormals.
-    if _has_nonfinite_float16(stored) or (SUBNORMAL * FLOAT16_REBIAS)[0] == 0:
+    has_nonfinite = not is_finite and _has_nonfinite_float16(stored)
+    if has_nonfinite or (SUBNORMAL * FLOAT16_REBIAS)[0] == 0:
         out[...] = stored
         return
     bits = out.view(np.int32)

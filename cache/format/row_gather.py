@@ -44,6 +44,8 @@ class MappedRows:
             first = shard * self._chunks_per_shard
             chunks = np.arange(first, first + self._chunks_per_shard)
             self._shifts[chunks] = self._shifts_of(reader, chunks)
+        self._has_unchecked = bool((self._shifts == UNCHECKED).any())
+        self._stored_dtype = np.dtype(layout.stored_dtype)
 
     def _shifts_of(self, reader: ShardReader, chunks: np.ndarray) -> np.ndarray:
         """`_shifts` of the chunks of an open shard, whose numbers in the array are `chunks`."""
@@ -74,10 +76,10 @@ class MappedRows:
         """
         indices = rows * self._rows_per_row
         indices += self._shifts[chunks]
-        if indices.min() < 0:
+        if self._has_unchecked and indices.min() < 0:
             return None
-        taken = self._rows[indices].view(self._layout.stored_dtype)
-        return taken.reshape(len(rows), *self._layout.shape[1:])
+        shape = len(rows), *self._layout.shape[1:]
+        return np.ndarray(shape, self._stored_dtype, self._rows[indices])
 
     def check(self, chunks: np.ndarray) -> None:
         """Check the crc32c of unchecked chunks among `chunks`, whose shards must be open.
@@ -90,3 +92,4 @@ class MappedRows:
             reader.chunk(number)
             of_shard = np.arange(chunk - number, chunk - number + self._chunks_per_shard)
             self._shifts[chunk] = self._shifts_of(reader, of_shard)[number]
+        self._has_unchecked = bool((self._shifts == UNCHECKED).any())

@@ -25,6 +25,7 @@ from ..files.json_files import sync_folder
 from ..files.paths import is_remote, open_new, write_object
 from ..files.process_limits import leaves_free_files, limit_error, raise_file_limit
 from ..files.read_errors import check_readable
+from .dtypes import writable_view
 from .layout import CHECKSUM_BYTES, ArrayLayout
 
 ABSENT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
@@ -186,6 +187,7 @@ class ShardReader:
     def __init__(self, path: Path, layout: ArrayLayout, checked: np.ndarray | None = None) -> None:
         self.path = path
         self.layout = layout
+        self._chunk_rows = layout.chunk_rows
         try:
             self._map = _map_file(path)
         except FileNotFoundError:
@@ -206,6 +208,7 @@ class ShardReader:
         self.checked = np.zeros(len(self._index), bool) if checked is None else checked
         """One flag per chunk: the crc32c was checked and matched."""
         self._views: list[np.ndarray | None] = [None] * len(self._index)
+        self._decodable_views: list[np.ndarray | None] = [None] * len(self._index)
         self._loaded_at = [-math.inf] * len(self._index)
         self.address = self._bytes.ctypes.data
         """Address of the map in memory."""
@@ -317,17 +320,37 @@ class ShardReader:
         return damaged, combine_checksums(checksums)
 
     def pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield rows `start:stop` of this shard in order, as views of chunks."""
+        """Yield rows `start:stop` of this shard in order, as `view` gives them, chunk by chunk."""
         size = self.layout.chunk_rows
         while start < stop:
-            number, offset = divmod(start, size)
-            count = min(stop - start, size - offset)
-            rows = self.chunk(number)
-            # The pages of a chunk that was checked may have left memory since.
-            if time.monotonic() - self._loaded_at[number] > LOADED_SECONDS:
-                self._load_rows(number, offset, count)
-            yield rows[offset : offset + count]
+            count = min(stop - start, size - start % size)
+            rows = self.view(start, count)
+            assert rows is not None
+            yield rows
             start += count
+
+    def view(self, row: int, count: int) -> np.ndarray | None:
+        """`count` rows of this shard from `row` on, as a view; None if they lie in several chunks.
+
+        Views of raw chunks are each a `writable_view`, which decodes fastest: nothing may be
+        written to them.
+        """
+        number, offset = divmod(row, self._chunk_rows)
+        stop = offset + count
+        if stop > self._chunk_rows:
+            return None
+        rows = self._decodable_chunk(number)
+        # The pages of a chunk that was checked may have left memory since.
+        if time.monotonic() - self._loaded_at[number] > LOADED_SECONDS:
+            self._load_rows(number, offset, count)
+        return rows[offset:stop]
+
+    def _decodable_chunk(self, number: int) -> np.ndarray:
+        """`chunk`, as a view that `decode_rows_into` takes fastest."""
+        rows = self._decodable_views[number]
+        if rows is None:
+            rows = self._decodable_views[number] = writable_view(self.chunk(number))
+        return rows
 
     def _load_rows(self, number: int, offset: int, count: int) -> None:
         """Bring `count` rows of a raw chunk into memory, from row `offset` of the chunk on."""

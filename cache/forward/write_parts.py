@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from ..model.blocks import DecoderBlocks
 
 WAIT_SECONDS = 0.2
-"""Pause between two looks at parts that other processes write."""
+"""Longest pause between two looks at parts that other processes write."""
+FIRST_WAIT_SECONDS = 0.01
+"""First pause, for parts that are just being committed; each further one is twice as long."""
 NOTICE_SECONDS = 10.0
 """Time without any part to write after which progress names the process that is waited for."""
 
@@ -58,7 +60,7 @@ def write_missing_parts(
     written = 0
     with translate_disk_errors(cache.path), stop_signals() as stop, BackgroundThread() as commits:
         runner = PartRunner(cache, stack, open_ancestor(cache), on_error, stages)
-        idle_since = time.monotonic()
+        idle_since, wait = time.monotonic(), FIRST_WAIT_SECONDS
         while missing := missing_parts(cache, share):
             # One round over the parts that were missing at its beginning.
             done_before = done_positions(cache)
@@ -80,12 +82,13 @@ def write_missing_parts(
             if share != (1, 1):
                 break
             if written > written_before:
-                idle_since = time.monotonic()
+                idle_since, wait = time.monotonic(), FIRST_WAIT_SECONDS
                 continue
             if time.monotonic() - idle_since > NOTICE_SECONDS:
                 holder = lease_holder(cache.path / "leases", missing[0])
                 report(f"waiting for {holder}", done_before, cache.positions)
-            stop.after_batch.wait(WAIT_SECONDS)
+            stop.after_batch.wait(wait)
+            wait = min(2 * wait, WAIT_SECONDS)
             stop.check()
     return written
 

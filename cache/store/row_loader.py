@@ -3,9 +3,15 @@
 A `RowLoader` is an `IterableDataset` over one split of an `ActivationCache`: pass it to a torch
 DataLoader. The order of rows is that of `slab_shuffle.py` (slabs in random order, shuffled in a
 buffer); this file reads the slabs, decodes rows in the shuffled order and cuts them into batches.
+Files on disk that are not compressed need no buffer: their slabs are brought into memory, and rows
+gathered from the memory maps.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,24 +19,30 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import MismatchError, UsageError
-from ..format.array import CacheArray
+from ..format.array import OPEN_SHARDS, CacheArray
+from ..format.shard import LOADED_SECONDS
 from ..number_ranges import as_tuple, is_several
 from .activation_cache import ActivationCache
 from .row_runs import RowRuns
 from .slab_shuffle import Slabs, SlabShuffle
 
-GATHER_ROWS = 256
-"""Rows gathered and decoded at a time: few enough to stay in the processor's cache."""
+GATHER_BYTES = 8 << 20
+"""Size of rows that are gathered, then decoded, at a time: a batch of usual size, as a rule."""
+ALIGNMENT = 64
+"""Bytes of a vector register: processors write whole ones faster."""
 Batch = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """Rows, or (rows, token ids)."""
+Gather = Callable[[np.ndarray], np.ndarray]
+"""Gives the rows of an array with these numbers, in the stored dtype."""
 
 
 class RowLoader(IterableDataset[Batch]):
     """Batches of rows of one layer, `(batch_rows, d_model)`, or of several, `(rows, layers, d)`.
 
     One iteration is one epoch: every row of the split once, in an order that follows from `seed`
-    and `set_epoch` alone. With `with_tokens` a batch is `(rows, token ids)`. Memory: a buffer of
-    `buffer_rows` rows in the stored dtype, per layer and worker. Give it to a DataLoader with
+    and `set_epoch` alone. With `with_tokens` a batch is `(rows, token ids)`. Memory: `buffer_rows`
+    rows in the stored dtype, per layer and worker; of uncompressed files on disk, these are pages
+    of the files. Give it to a DataLoader with
     `batch_size=None`; its workers, and the `world_size` ranks of a distributed run, share the
     slabs of an epoch. With `drop_last` all of them give equally many batches. `slab_rows` is by
     default 128, or a whole chunk where chunks are read as a whole: from an object store, or
@@ -176,19 +188,22 @@ class RowLoader(IterableDataset[Batch]):
         self._read_first_row()
         first_row = first_batch * self.batch_rows
         rows_left = self._row_count(worker, workers) - first_row
-        batch, filled = self._empty_batch(rows_left), 0
-        for buffers, order in self._filled_buffers(worker, workers, first_row):
+        memory = BatchMemory()
+        batch, filled = self._empty_batch(memory, rows_left), 0
+        gather_rows = max(1, GATHER_BYTES // max(a.layout.row_bytes for a in self._layer_arrays))
+        for gathers, order in self._fillings(worker, workers, first_row):
             start = 0
             while start < len(order):
-                # Gather until the batch is full or the buffer is empty.
-                rows = order[start : start + min(GATHER_ROWS, len(batch[0]) - filled)]
-                self._gather_into(batch, filled, buffers, rows)
+                # Gather until the batch is full or the filling is used up.
+                rows = order[start : start + min(gather_rows, len(batch[0]) - filled)]
+                self._gather_into(batch, filled, gathers, rows)
                 start, filled = start + len(rows), filled + len(rows)
                 if filled == len(batch[0]):
                     residual = batch[0] if self.stacked else batch[0][:, 0]
                     yield (residual, batch[1]) if self.with_tokens else residual
                     rows_left -= filled
-                    batch, filled = self._empty_batch(rows_left), 0
+                    del residual, batch  # so that memory of batches that nobody keeps is free
+                    batch, filled = self._empty_batch(memory, rows_left), 0
 
     def _read_first_row(self) -> None:
         """Read one row of each layer: a cache with rows of a forged width fails before memory for
@@ -198,45 +213,58 @@ class RowLoader(IterableDataset[Batch]):
         for array in self._layer_arrays:
             array.read_stored(first, first + 1)
 
-    def _empty_batch(self, rows_left: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _empty_batch(
+        self, memory: "BatchMemory", rows_left: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for rows `(n, layers, d_model)` and token ids `(n,)` of the next batch."""
         rows = max(0, min(rows_left, self.batch_rows))
         shape = (rows, len(self.layers), self.cache.d_model)
-        return torch.empty(shape, dtype=self.dtype), torch.empty(rows, dtype=torch.int64)
+        return memory.empty(shape, self.dtype), torch.empty(rows, dtype=torch.int64)
 
     def _gather_into(
         self,
         batch: tuple[torch.Tensor, torch.Tensor],
         start: int,
-        buffers: list[np.ndarray],
+        gathers: list[Gather],
         rows: np.ndarray,
     ) -> None:
-        """Copy `rows` of the buffers, decoded, into a batch from its row `start` on."""
+        """Write the rows that `gathers` give, decoded, into a batch from its row `start` on."""
         residual, tokens = (tensor[start : start + len(rows)] for tensor in batch)
         for number, array in enumerate(self._layer_arrays):
-            stored = np.take(buffers[number], rows, axis=0)
-            residual[:, number] = _decoded(stored, array.layout.logical_dtype)
+            residual[:, number] = _decoded(gathers[number](rows), array.layout.logical_dtype)
         if self.with_tokens:
-            tokens[:] = torch.from_numpy(np.take(buffers[-1], rows))
+            tokens[:] = torch.from_numpy(gathers[-1](rows))
 
-    def _filled_buffers(
+    def _fillings(
         self, worker: int, workers: int, first_row: int
-    ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
-        """Filled buffers (one per layer, then tokens) and the order in which their rows are given.
+    ) -> Iterator[tuple[list[Gather], np.ndarray]]:
+        """For each filling, what gathers its rows (one per layer, then tokens), and their order.
 
-        The first `first_row` rows of the epoch are skipped. The buffers are filled again at the
-        next step of the iterator.
+        The first `first_row` rows of the epoch are skipped. A filling's rows are lost at the next
+        step of the iterator.
         """
         shuffle = self._shuffle_of(worker, workers)
         arrays = [*self._layer_arrays, *([self.cache.tokens] if self.with_tokens else [])]
+        fillings = shuffle.fillings(self.epoch, first_row)
+        if all(_is_gathered_from_maps(array) for array in arrays):
+            for filling in fillings:
+                positions = self._positions_of(shuffle.slabs.select(filling.slabs))
+                gathers = [MappedSlabs(array, positions).gather for array in arrays]
+                yield gathers, positions[filling.rows]
+            return
         buffers = [
             np.empty((shuffle.buffer_size, *array.shape[1:]), array.layout.stored_dtype)
             for array in arrays
         ]
-        for filling in shuffle.fillings(self.epoch, first_row):
+        for filling in fillings:
             for array, buffer in zip(arrays, buffers, strict=True):
                 self._read_slabs(array, shuffle.slabs.select(filling.slabs), buffer)
-            yield buffers, filling.rows
+            yield [partial(np.take, buffer, axis=0) for buffer in buffers], filling.rows
+
+    def _positions_of(self, slabs: Slabs) -> np.ndarray:
+        """Positions of the rows of `slabs`, one slab after the other, `(rows,)` int64."""
+        row_shifts = slabs.starts - (np.cumsum(slabs.sizes) - slabs.sizes)
+        return self._runs.positions_of(np.arange(slabs.rows) + np.repeat(row_shifts, slabs.sizes))
 
     def _read_slabs(self, array: CacheArray, slabs: Slabs, buffer: np.ndarray) -> None:
         """Read the rows of `slabs` into `buffer`, one slab after the other."""
@@ -250,6 +278,70 @@ class RowLoader(IterableDataset[Batch]):
                 array.read_stored(positions.start, positions.stop, target)
             else:
                 target[...] = array.take_stored(positions)
+
+
+class BatchMemory:
+    """Two blocks of memory for batches; a block is used again when no tensor refers to it.
+
+    A batch of some MB that the system's allocator gives anew, page by page, costs as much as the
+    rows in it. In a usual loop a batch lives until the next one is made: so two blocks.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[np.ndarray, Callable[[], Any]]] = []
+        """Blocks, the newest last, each with a weak reference to the part that a tensor has."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of any numbers, at an address that is a multiple of 64."""
+        size = math.prod(shape) * dtype.itemsize
+        for index, (block, part) in enumerate(self._blocks):
+            if part() is None and len(block) >= size + ALIGNMENT:
+                del self._blocks[index]
+                break
+        else:
+            block = np.empty(size + ALIGNMENT, np.uint8)
+            del self._blocks[:-1]
+        first = -block.ctypes.data % ALIGNMENT
+        part_of_block = block[first : first + size]
+        # Tensors, and all views of them, keep alive the array that they were made from.
+        self._blocks.append((block, weakref.ref(part_of_block)))
+        return torch.from_numpy(part_of_block).view(dtype).view(shape)
+
+
+class MappedSlabs:
+    """Slabs in the memory maps of an array, brought into memory, from which rows are gathered.
+
+    `positions` are those of the rows, slab by slab.
+    """
+
+    def __init__(self, array: CacheArray, positions: np.ndarray) -> None:
+        self._array = array
+        is_first = np.ones(len(positions), bool)
+        np.not_equal(positions[1:], positions[:-1] + 1, out=is_first[1:])
+        starts = positions[is_first]
+        sizes = np.diff(np.flatnonzero(is_first), append=len(positions))
+        order = np.argsort(starts)  # as on disk
+        self._runs = list(zip(starts[order].tolist(), sizes[order].tolist(), strict=True))
+        self._load()
+
+    def _load(self) -> None:
+        for start, size in self._runs:
+            self._array.load(start, start + size)
+        self._loaded_at = time.monotonic()
+
+    def gather(self, positions: np.ndarray) -> np.ndarray:
+        """Rows at some of the positions, `(n, ...)`, in the stored dtype."""
+        # Pages of rows that wait for a slow consumer may have left memory.
+        if time.monotonic() - self._loaded_at > LOADED_SECONDS:
+            self._load()
+        return self._array.take_stored(positions)
+
+
+def _is_gathered_from_maps(array: Any) -> bool:
+    """Whether any rows of `array` are gathered from maps that stay open; false for views."""
+    if not isinstance(array, CacheArray):
+        return False
+    return array.is_mapped and array.layout.shards <= OPEN_SHARDS
 
 
 def _check_arguments(sizes: dict[str, int], rank: int, world_size: int, seed: int) -> None:

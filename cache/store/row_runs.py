@@ -48,6 +48,9 @@ class RowRuns:
         if stop <= self.rows[run + 1]:
             shift = int(self.starts[run] - self.rows[run])
             return slice(start + shift, stop + shift)
-        rows = np.arange(start, stop)
+        return self.positions_of(np.arange(start, stop))
+
+    def positions_of(self, rows: np.ndarray) -> np.ndarray:
+        """Positions of rows in any order, `(n,)` int64."""
         runs = np.searchsorted(self.rows, rows, "right") - 1
         return self.starts[runs] + rows - self.rows[runs]

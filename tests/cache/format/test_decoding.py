@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from residua.cache.format.dtypes import BLOCK, decode_rows, decode_rows_into
+from residua.cache.format.dtypes import (
+    BLOCK,
+    FEW_BYTES,
+    decode_rows,
+    decode_rows_into,
+    decoded_copy,
+)
 
 ALL_BITS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 
@@ -75,3 +81,31 @@ def test_other_dtypes_are_copied():
     out = np.empty((2, 3), np.int32)
     decode_rows_into(values, "int32", out)
     np.testing.assert_array_equal(out, values)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("repeats", [1, FEW_BYTES // ALL_BITS.nbytes + 1])
+def test_a_decoded_copy_is_exact_and_its_own_memory(dtype, repeats, recwarn):
+    values = np.tile(all_values_of(dtype), repeats).reshape(-1, 16)
+    values.setflags(write=False)
+    finite = values[:1900]  # no infinity, no NaN
+    for rows, is_finite in ((values, False), (finite, True), (finite[:0], True)):
+        got, expected = decoded_copy(rows, dtype, is_finite), decode_rows(rows, dtype)
+        assert got.dtype == np.float32
+        assert got.flags.writeable
+        assert got.flags.c_contiguous
+        assert not np.shares_memory(got, values)
+        np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("int32", "int32"), ("uint16", "uint16"), ("float32", "float32"), ("float64", "float32")],
+)
+def test_a_decoded_copy_of_other_dtypes_has_floats_as_float32(dtype, expected):
+    for rows in (np.arange(6, dtype=dtype).reshape(2, 3), np.zeros((0, 3), dtype)):
+        got = decoded_copy(rows, dtype)
+        assert got.dtype == expected
+        assert not np.shares_memory(got, rows)
+        np.testing.assert_array_equal(got, rows)

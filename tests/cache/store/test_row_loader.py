@@ -1,5 +1,6 @@
 """Claims about the loader: every row once, one order per seed and epoch, resumable, bounded."""
 
+import os
 import pickle
 import random
 import tracemalloc
@@ -18,8 +19,10 @@ from residua.cache.errors import (
     NotFoundError,
     UsageError,
 )
+from residua.cache.format import shard as shard_module
+from residua.cache.store import row_loader as row_loader_module
 from residua.cache.store.activation_cache import ActivationCache
-from residua.cache.store.row_loader import RowLoader
+from residua.cache.store.row_loader import BatchMemory, RowLoader
 from residua.cache.store.row_runs import RowRuns
 
 from ...support.forging import forge_sizes
@@ -194,11 +197,82 @@ def test_batches_own_their_memory(cache):
     assert sorted(positions_in_order(loader)) == positions_of_split(cache, "train")
 
 
-def test_the_buffer_bounds_what_is_read_ahead(cache):
+def test_the_buffer_bounds_what_is_read_ahead(cache, monkeypatch):
     loader = RowLoader(cache, 0, **SMALL)
-    (buffers, order), *_ = loader._filled_buffers(0, 1, 0)
-    assert [buffer.shape for buffer in buffers] == [(256, WIDTH)]
-    assert len(order) <= 256
+    sizes = [len(order) for _, order in loader._fillings(0, 1, 0)]
+    assert max(sizes) <= 256
+    assert sum(sizes) == len(positions_of_split(cache, "train"))
+
+
+@pytest.mark.parametrize("with_tokens", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_rows_from_buffers_are_those_gathered_from_the_maps(
+    cache, monkeypatch, shuffle, with_tokens
+):
+    """Caches of more parts than maps stay open are read through buffers."""
+    options = {**SMALL, "shuffle": shuffle, "with_tokens": with_tokens}
+    from_maps: Any = list(RowLoader(cache, (0, 2), **options))
+    monkeypatch.setattr(row_loader_module, "OPEN_SHARDS", 0)
+    monkeypatch.setattr(row_loader_module, "MappedSlabs", None)
+    from_buffers: Any = list(RowLoader(cache, (0, 2), **options))
+    assert len(from_maps) == len(from_buffers)
+    for a, b in zip(from_maps, from_buffers, strict=True):
+        if with_tokens:
+            assert torch.equal(a[1], b[1])
+            a, b = a[0], b[0]
+        assert torch.equal(a, b)
+
+
+def test_few_bytes_are_gathered_at_a_time(cache, monkeypatch):
+    batches: Any = list(RowLoader(cache, 0, **SMALL))
+    monkeypatch.setattr(row_loader_module, "GATHER_BYTES", 7 * WIDTH * 4)
+    in_pieces: Any = RowLoader(cache, 0, **SMALL)
+    for a, b in zip(batches, in_pieces, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_that_wait_for_a_slow_consumer_are_read_with_care(tmp_path, monkeypatch):
+    """A file that was cut gives no page, as a disk that fails: an error, and no killed process."""
+    values = [np.random.default_rng(0).standard_normal((4096, 64)).astype(np.float32)]
+    cache = make_cache(tmp_path, values, [4096], random_head(64, 9), part_rows=4096, chunk_rows=512)
+    batches = iter(RowLoader(cache, 0, split="all", batch_rows=64))
+    next(batches)
+    (shard,) = (cache.path / "arrays.zarr/residual/0/c").rglob("0/0")
+    os.truncate(shard, 8192)
+    monkeypatch.setattr(row_loader_module, "LOADED_SECONDS", -1.0)
+    monkeypatch.setattr(shard_module, "LOADED_SECONDS", -1.0)
+    with pytest.raises(CorruptError, match="cannot be read: the disk fails"):
+        list(batches)
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nothing_refers_to_it():
+    memory = BatchMemory()
+    first = memory.empty((100, 3), torch.float32)
+    first.fill_(1)
+    address = first.data_ptr()
+    assert address % 64 == 0
+    view = first.numpy()[5:]  # keeps the memory
+    del first
+    second = memory.empty((100, 3), torch.float32)
+    second.fill_(2)
+    third = memory.empty((90, 2), torch.bfloat16)  # two blocks are in use
+    third.fill_(3)
+    assert (view == 1).all()
+    assert (second == 2).all()
+    del view
+    addresses = {second.data_ptr(), third.data_ptr()}
+    del second
+    assert memory.empty((100, 3), torch.float32).data_ptr() in addresses
+    assert (third == 3).all()
+    assert memory.empty((0, 3), torch.float32).shape == (0, 3)
+
+
+def test_a_loop_over_batches_uses_two_blocks_of_memory(cache):
+    addresses = set()
+    for batch in RowLoader(cache, 0, **SMALL):
+        assert isinstance(batch, torch.Tensor)
+        addresses.add(batch.data_ptr())
+    assert len(addresses) == 2
 
 
 def test_a_loader_travels_to_a_process_that_is_spawned(cache):
