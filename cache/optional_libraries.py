@@ -19,6 +19,7 @@ EXTRA_OF = {
     "datasets": "extract",
     "pyarrow": "extract",
     "tokenizers": "extract",
+    "tqdm": "extract",
     "transformers": "extract",
     "torch": "fit",
     "huggingface_hub": "hub",

@@ -233,13 +233,17 @@ class NotebookBars:
 
 
 class ProgressLog:
-    """Lines of the logger `residua` (level INFO): when a stage begins, every half minute, its end.
+    """Lines about stages: when a stage begins, every half minute, and at its end.
 
-    A stage shorter than `least_seconds` has no line.
+    A stage shorter than `least_seconds` has no line. `write` takes a line; by default it goes to
+    the logger `residua`, level INFO.
     """
 
-    def __init__(self, least_seconds: float = 0.0) -> None:
+    def __init__(
+        self, least_seconds: float = 0.0, write: Callable[[str], None] = LOGGER.info
+    ) -> None:
         self.least_seconds = least_seconds
+        self._write = write
         self._stages: dict[str, _LoggedStage] = {}
         self._notes: dict[str, Callable[[], str]] = {}
         self._lock = threading.Lock()
@@ -268,12 +272,12 @@ class ProgressLog:
             if done >= total:
                 if not stage.ended and seconds >= self.least_seconds:
                     text = f"{total:,} {unit} in {_time(seconds)}"
-                    LOGGER.info("%s: %s%s", name, text, self._note(name))
+                    self._write(f"{name}: {text}{self._note(name)}")
                 stage.ended = True
             elif now >= stage.next_line:
                 stage.next_line = now + LOG_SECONDS
                 text = stage.describe(total, unit, seconds)
-                LOGGER.info("%s: %s%s", name, text, self._note(name))
+                self._write(f"{name}: {text}{self._note(name)}")
 
     def note(self, name: str, text: Callable[[], str]) -> None:
         """Add `text()` to the lines of stage `name`."""

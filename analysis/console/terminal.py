@@ -6,10 +6,10 @@ that none reaches the terminal. While a command works, `other_output_on_stderr` 
 what libraries print.
 """
 
-import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 
 from ...cache.progress import (
     LOG_SECONDS,
-    LOGGER,
     Progress,
     ProgressBars,
     ProgressLog,
@@ -45,22 +44,14 @@ class Meter:
 
     def __init__(self, quiet: bool = False, lines: bool = False) -> None:
         self._display: StageDisplay | None = None
-        self._handler: logging.Handler | None = None
         if quiet:
             return
         if stderr_is_terminal() and not lines:
             self._display = ProgressBars()
-            return
-        self._display = ProgressLog(least_seconds=0.0 if lines else LOG_SECONDS)
-        self._level = LOGGER.level
-        if not LOGGER.hasHandlers():
-            self._handler = logging.StreamHandler()
-            self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        else:
+            self._display = ProgressLog(0.0 if lines else LOG_SECONDS, print_line)
 
     def __enter__(self) -> "Meter":
-        if self._handler is not None:
-            LOGGER.addHandler(self._handler)
-            LOGGER.setLevel(logging.INFO)
         if self._display is not None:
             self._display.__enter__()
         return self
@@ -73,9 +64,6 @@ class Meter:
     ) -> None:
         if self._display is not None:
             self._display.__exit__(kind, value, trace)
-        if self._handler is not None:
-            LOGGER.removeHandler(self._handler)
-            LOGGER.setLevel(self._level)
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Show that stage `name` has done `done` of `total`; a `StageProgress` callback."""
@@ -90,6 +78,11 @@ class Meter:
         """Show `text()` with stage `name`: under its bar, at every redraw, or in its lines."""
         if isinstance(self._display, ProgressBars | ProgressLog):
             self._display.note(name, text)
+
+
+def print_line(text: str) -> None:
+    """Print `text` on stderr after the time of day; commands turn `logging` off."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def visible_text(text: str) -> str:
