@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from .analysis.basis.model_influence import (
         measure_model_influence as measure_model_influence,
     )
+    from .analysis.display.lens_maps import CachePassage as CachePassage
     from .analysis.display.lens_maps import LensMaps as LensMaps
-    from .analysis.display.lens_maps import Passage as Passage
     from .analysis.display.lens_maps import read_lens_maps as read_lens_maps
     from .analysis.evaluation.probe_evaluation import evaluate as evaluate
     from .analysis.evaluation.result import Evaluation as Evaluation

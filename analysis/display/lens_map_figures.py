@@ -33,7 +33,7 @@ def lens_maps_figure(maps: LensMaps) -> "Figure":
     from matplotlib.figure import Figure
 
     tokens = max(len(entry.tokens) for entry in maps)
-    heights = [0.3 * len(entry.layers) + 1.9 for entry in maps]
+    heights = [(0.42 if entry.is_difference else 0.3) * len(entry.layers) + 1.9 for entry in maps]
     figure = Figure(
         figsize=(max(6.0, 0.6 * tokens + 2.2), max(2.8, sum(heights))), layout="constrained"
     )
@@ -56,7 +56,7 @@ def _draw_map(figure: "Figure", axes: "Axes", entry: LensMap, maps: LensMaps) ->
         axes.text(
             column,
             row,
-            printable(_cell_text(entry, maps, row, column)),
+            "\n".join(map(printable, _cell_lines(entry, maps, row, column))),
             color=_letter_color(face),
             ha="center",
             va="center",
@@ -104,19 +104,19 @@ def _bar_title(entry: LensMap, maps: LensMaps) -> str:
     return f"difference of {title}" if entry.is_difference else title
 
 
-def _cell_text(entry: LensMap, maps: LensMaps, row: int, column: int) -> str:
-    """Letters of a cell: the likeliest token, or the number of a tracked one."""
+def _cell_lines(entry: LensMap, maps: LensMaps, row: int, column: int) -> list[str]:
+    """Lines of a cell: the likeliest token, of a difference those of both lenses where they differ;
+    or the number of a tracked token."""
     value = entry.values[maps.measure][row, column]
     tops = entry.top[row][column]
     if maps.tracked is not None and maps.measure in ("probability", "rank"):
         if not math.isfinite(value):
-            return "-"
-        return f"{value:+.2f}" if entry.is_difference else _number(value, maps.measure)
-    if entry.is_difference:
-        if entry.agrees[row, column]:
-            return shorten(tops[0], LETTERS)
-        return f"{shorten(tops[0], LETTERS - 1)}\n{shorten(tops[1], LETTERS - 1)}"
-    return shorten(tops[0], LETTERS)
+            return ["-"]
+        if entry.is_difference:
+            return [f"{value:+.2f}" if maps.measure == "probability" else f"{value:+,.0f}"]
+        return [_number(value, maps.measure)]
+    differs = entry.is_difference and not entry.agrees[row, column]
+    return [shorten(top, LETTERS) for top in (tops if differs else tops[:1])]
 
 
 def _number(value: float, measure: str) -> str:

@@ -38,7 +38,7 @@ TOP = 5
 
 
 @dataclass(frozen=True)
-class Passage:
+class CachePassage:
     """Consecutive tokens of one sequence of a cache."""
 
     cache: ActivationCache
@@ -173,7 +173,7 @@ def check_measure(measure: str) -> str:
 
 def read_lens_maps(
     lenses: Readout | Sequence[Readout] | Mapping[str, Readout],
-    passage: str | Passage | ActivationCache,
+    passage: str | CachePassage | ActivationCache,
     *,
     layers: int | Iterable[int] | None = None,
     offsets: int | Iterable[int] | None = None,
@@ -188,8 +188,8 @@ def read_lens_maps(
 
     Args:
         lenses: A lens, several, or several with names: any probe that reads layers.
-        passage: A text of your own, which the model reads; or a `Passage` of a cache; or a cache,
-            for a telling passage of its test split.
+        passage: A text of your own, which the model reads; a `CachePassage`; or a cache, for a
+            telling passage of its test split.
         layers: Layers to show. Default those of each lens.
         offsets: Offsets N to show, a map each. Default the smallest of each lens.
         measure: Colour of the cells: `probability`, `entropy`, `kl` or `rank`.
@@ -226,11 +226,11 @@ def read_lens_maps(
             raise UsageError(
                 "the model is for a text of your own; a passage of a cache needs none: leave it out"
             )
-        place = Passage(passage) if isinstance(passage, ActivationCache) else passage
-        if not isinstance(place, Passage):
+        place = CachePassage(passage) if isinstance(passage, ActivationCache) else passage
+        if not isinstance(place, CachePassage):
             raise UsageError(
                 f"a passage cannot be a {type(passage).__name__}; give a text, a "
-                "residua.Passage(cache, ...) or a cache"
+                "residua.CachePassage(cache, ...) or a cache"
             )
         streams = _streams_of_cache(place, ahead, torch_device)
     owner: Any = streams
@@ -272,7 +272,7 @@ def _layers_of(
     return tuple(layers)
 
 
-def _streams_of_cache(passage: Passage, ahead: int, device: "torch.device") -> PassageStreams:
+def _streams_of_cache(passage: CachePassage, ahead: int, device: "torch.device") -> PassageStreams:
     """The residual streams of a passage of a cache, and of `ahead` tokens after it."""
     import torch
 

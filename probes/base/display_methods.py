@@ -40,8 +40,8 @@ class HeatmapMethods:
         """What this lens reads in a text or a passage, layer by layer and token by token.
 
         Args:
-            passage: A text of your own, which `model` reads; a `residua.Passage` of a cache; or a
-                cache, for a telling passage of its test split.
+            passage: A text of your own, which `model` reads; a `residua.CachePassage`; or a cache,
+                for a telling passage of its test split.
             layers: Layers to show. Default all that were fitted.
             offsets: Offsets N to show, a map each. Default the smallest.
             measure: Colour of the cells: `probability`, `entropy`, `kl` or `rank`.

@@ -58,7 +58,7 @@ def test_cells_of_a_passage_are_those_of_numpy(
     tiny_cache: ActivationCache, ridge: residua.RidgeProbe, offset: int
 ) -> None:
     sequence = int(tiny_cache.sequences("test")[0])
-    passage = residua.Passage(tiny_cache, sequence=sequence, start=3, width=9)
+    passage = residua.CachePassage(tiny_cache, sequence=sequence, start=3, width=9)
     (entry,) = ridge.heatmap(passage, offsets=offset)
     first = int(tiny_cache.sequence_start[sequence]) + 3
     rows = np.arange(first, first + len(entry.tokens))
@@ -106,7 +106,7 @@ def test_offsets_have_a_map_each_and_end_with_the_document(
 def test_a_tracked_token_has_its_probability_and_rank(
     tiny_cache: ActivationCache, ridge: residua.RidgeProbe
 ) -> None:
-    passage = residua.Passage(tiny_cache, sequence=0, width=5)
+    passage = residua.CachePassage(tiny_cache, sequence=0, width=5)
     by_id = ridge.heatmap(passage, track=7, layers=1)
     text = tiny_cache.tokenizer().decode([7], skip_special_tokens=False)
     by_text = ridge.heatmap(passage, track=text, layers=1)
@@ -129,7 +129,7 @@ def test_a_tracked_token_has_its_probability_and_rank(
 def test_the_difference_of_two_lenses(
     tiny_cache: ActivationCache, ridge: residua.RidgeProbe, lens: residua.TunedLens
 ) -> None:
-    passage = residua.Passage(tiny_cache, sequence=0, width=6)
+    passage = residua.CachePassage(tiny_cache, sequence=0, width=6)
     a, b = ridge.heatmap(passage, measure="kl"), lens.heatmap(passage)
     difference = a - b
     (entry,) = difference
@@ -143,7 +143,7 @@ def test_the_difference_of_two_lenses(
                 b[0].top[row][column][0],
             )
     assert not (a - a)[0].values["kl"].any()
-    other = lens.heatmap(residua.Passage(tiny_cache, sequence=1, width=6))
+    other = lens.heatmap(residua.CachePassage(tiny_cache, sequence=1, width=6))
     with pytest.raises(UsageError, match="read both of one passage"):
         _ = a - other
     with pytest.raises(UsageError, match="read both of one passage at one offset"):
@@ -184,7 +184,7 @@ def test_own_text_has_the_residual_stream_of_the_model(
     tokens = tiny_cache.tokens[start : start + length]
     text = tiny_cache.tokenizer().decode(tokens.tolist(), skip_special_tokens=True)
     own = ridge.heatmap(text, cache=tiny_cache)
-    stored = ridge.heatmap(residua.Passage(tiny_cache, sequence=0, width=length))
+    stored = ridge.heatmap(residua.CachePassage(tiny_cache, sequence=0, width=length))
     count = min(len(own[0].tokens), len(stored[0].tokens))
     assert count > 3
     assert own[0].tokens[:count] == stored[0].tokens[:count]
@@ -222,7 +222,7 @@ def test_what_cannot_be_read_is_named(
     with pytest.raises(UsageError, match="a passage cannot be a int"):
         read(ridge, 3)
     with pytest.raises(UsageError, match="sequence must lie in"):
-        read(ridge, residua.Passage(tiny_cache, sequence=10**6))
+        read(ridge, residua.CachePassage(tiny_cache, sequence=10**6))
     control = residua.ControlProbe(residua.RidgeProbe([0], layers=[1])).fit(tiny_cache)
     assert len(read(control, tiny_cache)) == 1
     with pytest.raises(UsageError, match="ridge/shuffled is a control"):
@@ -239,7 +239,7 @@ def test_pictures_and_frames(
     lens: residua.TunedLens,
     tmp_path: Path,
 ) -> None:
-    passage = residua.Passage(tiny_cache, sequence=0, width=6)
+    passage = residua.CachePassage(tiny_cache, sequence=0, width=6)
     maps = residua.read_lens_maps([ridge, lens], passage)
     for shown in (
         maps,
