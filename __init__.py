@@ -11,6 +11,9 @@ if TYPE_CHECKING:
         measure_model_influence as measure_model_influence,
     )
     from .analysis.basis_report.basis_page import write_basis_report as write_basis_report
+    from .analysis.display.lens_maps import CachePassage as CachePassage
+    from .analysis.display.lens_maps import LensMaps as LensMaps
+    from .analysis.display.lens_maps import read_lens_maps as read_lens_maps
     from .analysis.evaluation.probe_evaluation import evaluate as evaluate
     from .analysis.evaluation.result import Evaluation as Evaluation
     from .analysis.report.html_report import write_report as write_report

@@ -36,6 +36,7 @@ FLOORS = (
     "analysis",
     "analysis.console",
     "analysis.basis_report",
+    "analysis.display",
     "analysis.report",
     "analysis.basis",
     "analysis.evaluation",
@@ -274,6 +275,19 @@ def test_reading_a_cache_needs_no_torch(tiny_cache: residua.ActivationCache) -> 
 def test_every_public_name_can_be_imported_and_has_a_docstring() -> None:
     for name in residua.__all__:
         assert getattr(residua, name).__doc__, name
+
+
+def test_functions_that_lower_floors_call_by_name_exist() -> None:
+    calls = [
+        node
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "call_above"
+    ]
+    assert len(calls) > 5
+    for call in calls:
+        module, function = (ast.literal_eval(argument) for argument in call.args[:2])
+        assert callable(getattr(import_module(f"residua.{module}"), function))
 
 
 def test_every_module_says_first_what_it_is_for() -> None:

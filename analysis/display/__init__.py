@@ -8,5 +8,9 @@ if TYPE_CHECKING:
     from .evaluation_plots import future_lens_figure as future_lens_figure
     from .evaluation_plots import plot_evaluation as plot_evaluation
     from .frames import data_frame as data_frame
+    from .lens_maps import CachePassage as CachePassage
+    from .lens_maps import LensMap as LensMap
+    from .lens_maps import LensMaps as LensMaps
+    from .lens_maps import read_lens_maps as read_lens_maps
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -269,7 +269,7 @@ def _plotly_figure(lines: Sequence[PlotLine], measure: str, x: str, title: str) 
     lay_out(figure, 430)
     figure.update_layout(title={"text": escape_markup(title), "font": {"size": 15}})
     figure.update_xaxes(title_text="layer" if x == "layer" else "N (tokens further ahead)")
-    figure.update_yaxes(title_text=TITLES[measure], **({"type": "log"} if floor else {}))
+    figure.update_yaxes(title_text=TITLES[measure], type="log" if floor else "linear")
     return figure
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVa
 import numpy as np
 
 from ...cache.errors import NotFoundError, UsageError
+from .display_methods import HeatmapMethods
 from .fitted_probe import FittedProbe
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class WeightAndBias(Protocol):
     def astype(self, dtype: Any) -> Self: ...
 
 
-class FittedMaps(FittedProbe, Generic[Key]):
+class FittedMaps(FittedProbe, HeatmapMethods, Generic[Key]):
     """Fitted maps of a probe by (layer, offset[, target layer])."""
 
     names_on_disk: ClassVar[dict[str, str]] = {"offsets": "offset"}

@@ -14,6 +14,7 @@ import numpy as np
 from ...cache.errors import UsageError
 from ...cache.number_ranges import as_tuple, as_whole_number
 from ...cache.store.activation_cache import ActivationCache
+from ..base.display_methods import HeatmapMethods
 from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
 from ..base.readout import ReadoutBatch, check_readout
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class ControlProbe(FittedProbe, ProbeFiles, Params):
+class ControlProbe(FittedProbe, HeatmapMethods, ProbeFiles, Params):
     """`probe` fitted, by its own code, on a cache in which one thing is changed by `control`.
 
     - `shuffled`: the probe reads the state of a position of another sequence, in the fit and in

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ...cache.number_ranges import as_tuple
+from ..base.display_methods import DisplayMethods, HeatmapMethods
 from ..base.readout import ReadoutBatch
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
 
 
-class LogitLens:
+class LogitLens(DisplayMethods, HeatmapMethods):
     """The model's head applied to the unchanged residual stream of `layers`, at all `offsets`.
 
     At every offset N the prediction is that for the token after t, scored against t+N.
@@ -27,6 +28,9 @@ class LogitLens:
     def __init__(self, layers: int | Iterable[int], offsets: int | Iterable[int]) -> None:
         self.layers = as_tuple(layers, "layers")
         self.offsets = as_tuple(offsets, "offsets")
+
+    def __repr__(self) -> str:
+        return f"LogitLens(layers={self.layers}, offsets={self.offsets})"
 
     @classmethod
     def of(cls, cache: "ActivationCache", offsets: int | Iterable[int]) -> "LogitLens":
