@@ -24,7 +24,7 @@ all layers. Rows, translators and head are on one device; numbers that decide ar
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -41,11 +41,12 @@ from ...cache.store.slab_shuffle import BUFFER_ROWS
 from ...cache.tokens.segments import PairScope
 from ..base.readout import LayerOffset
 from ..ridge.solver import AffineMap
-from ..training.minibatches import BUFFER_BYTES, Minibatch, MinibatchStream
+from ..training.minibatches import BUFFER_BYTES, Minibatch, MinibatchStream, copy_minibatch
 from ..training.softmax_loss import (
     Gradients,
     ModelDistribution,
     Target,
+    add_head_gradients,
     head_losses,
     most_tile_rows,
 )
@@ -475,13 +476,13 @@ class LensFitRun:
         gradients = {pair: torch.empty_like(whitened) for pair, whitened in z.items()}
 
         def write_gradients(tile: slice) -> None:
-            target = self._model_distribution(rows.residual[tile])
+            # Gradients of rounded products, and without losses: most of the work of a fit.
+            products = self.settings.products
+            target = self._model_distribution(rows.residual[tile], products, negentropy=False)
             for pair, whitened in z.items():
                 u = self.translators[pair].fit.translate(whitened[tile])
-                options = Gradients(
-                    x=gradients[pair][tile].zero_(), scale=1 / n, products=self.settings.products
-                )
-                head_losses(u, self.head, target, options, len(u))
+                options = Gradients(x=gradients[pair][tile].zero_(), scale=1 / n, products=products)
+                add_head_gradients(u, self.head, target, options, len(u))
 
         self.tiles.run(n, write_gradients)
         return gradients
@@ -501,10 +502,13 @@ class LensFitRun:
         self.tiles.run(len(rows.residual), write_losses)
         return losses
 
-    def _model_distribution(self, residual: Tensor) -> Target:
+    def _model_distribution(
+        self, residual: Tensor, products: str = "float32", negentropy: bool = True
+    ) -> Target:
         """The model's distribution for the rows of a tile; valid until the next tile."""
         memory = reused_rows("model", len(residual), self.head.head.vocab, residual)
-        return ModelDistribution(self.head, len(residual)).distribution(residual, memory)
+        model = ModelDistribution(self.head, len(residual))
+        return model.distribution(residual, memory, products=products, negentropy=negentropy)
 
     def _judge(self) -> None:
         for pair, kl in self.validation_kl(translate_by_mean).items():
@@ -514,17 +518,6 @@ class LensFitRun:
         """Random tokens of a pair at a step, whatever other pairs are fitted."""
         seed = np.random.SeedSequence([self.settings.seed, *pair, step]).generate_state(1)[0]
         return torch.Generator().manual_seed(int(seed))
-
-
-def copy_minibatch(minibatch: Minibatch, copy: CopyTensor) -> Minibatch:
-    """The minibatch with its residual streams on a device; tokens and masks stay on the host."""
-    ahead = {
-        offset: replace(targets, residual=copy(targets.residual))
-        for offset, targets in minibatch.ahead.items()
-        if targets.residual is not None
-    }
-    hidden = {layer: copy(rows) for layer, rows in minibatch.hidden.items()}
-    return replace(minibatch, hidden=hidden, ahead=ahead)
 
 
 def rows_of_pairs(batch: list[OffsetRows]) -> Iterator[tuple[LayerOffset, Tensor]]:

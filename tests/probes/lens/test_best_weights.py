@@ -84,7 +84,7 @@ def test_a_lens_ends_at_its_best(
     measure = translator_fit.LensFitRun.validation_kl
 
     def rising_kl(run: translator_fit.LensFitRun, translate: Any) -> dict[Any, float]:
-        factor = 1 + 2e-4 * max(0, run.step - 100)
+        factor = 1 + 1e-4 * max(0, run.step - 100)
         return {pair: factor * kl for pair, kl in measure(run, translate).items()}
 
     monkeypatch.setattr(translator_fit.LensFitRun, "validation_kl", rising_kl)
