@@ -73,13 +73,15 @@ class Target:
             losses[rows] = self[rows].block_losses(logits[rows])
         return losses
 
-    def block_losses(self, logits: Tensor) -> Tensor:
-        """The same for few rows."""
+    def block_losses(self, logits: Tensor, gradient: bool = True) -> Tensor:
+        """The same for few rows; without `gradient`, `logits` may become anything."""
         if self.p is None:
             return self._token_losses(logits)
         # KL(p || q) = logsumexp(z) - sum p z + sum p log p, gradient q - p.
         assert self.negentropy is not None
         expected_logit = expectation(self.p, logits)
+        if not gradient:
+            return torch.logsumexp(logits, 1) - expected_logit + self.negentropy
         losses = softmax_in_place(logits) - expected_logit + self.negentropy
         logits.sub_(self.p)
         return losses
@@ -142,7 +144,8 @@ def draw_tokens(q: Tensor, quantile: Tensor) -> Tensor:
 
 def expectation(p: Tensor, logits: Tensor) -> Tensor:
     """sum p z over the vocabulary, `(n,)`; a logit of -inf adds nothing where p is 0."""
-    expected = torch.linalg.vecdot(p, logits)
+    products = reused_rows("expectation", *logits.shape, like=logits)
+    expected = torch.mul(p, logits, out=products).sum(1)
     if not math.isfinite(expected.sum().item()):
         expected = (p * logits).masked_fill_(p == 0, 0).sum(1)
     return expected
@@ -432,7 +435,7 @@ def _explicit_tile(
             if losses is None:
                 target[block].write_block_gradient(logits)
             else:
-                losses[block] = target[block].block_losses(logits)
+                losses[block] = target[block].block_losses(logits, rows.requires_grad)
             if rows.requires_grad:
                 tile.take_gradient(block, logits)
         return head.norm_gradient(rows, tile.normed_gradient()) if rows.requires_grad else None
