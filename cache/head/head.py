@@ -173,6 +173,29 @@ class TorchHead:
             hidden = hidden * (hidden.square().mean(-1, keepdim=True) + self.head.eps).rsqrt()
         return hidden * self.norm_weight + self.norm_bias
 
+    def norm_gradient(self, hidden: "torch.Tensor", gradient: "torch.Tensor") -> "torch.Tensor":
+        """Gradient in `hidden` `(n, d_model)` of the `gradient` in `normalize(hidden)`; float32.
+
+        With x, the rows (less their means), r = 1 / sqrt(mean x^2 + eps), y = x r and g, the
+        gradient in y: r (g - y mean(g y)), less its mean where the rows lost theirs. autograd would
+        import sympy, which takes longer than a short fit's steps.
+        """
+        import torch
+
+        with torch.no_grad():
+            gradient = gradient * self.norm_weight
+            if self.head.norm == "none":
+                return gradient
+            x = hidden.float()
+            if self.head.norm == "layernorm":
+                x = x - x.mean(-1, keepdim=True)
+            scale = (x.square().mean(-1, keepdim=True) + self.head.eps).rsqrt()
+            y = x * scale
+            gradient.addcmul_(y, (gradient * y).mean(-1, keepdim=True), value=-1).mul_(scale)
+            if self.head.norm == "layernorm":
+                gradient.sub_(gradient.mean(-1, keepdim=True))
+            return gradient
+
     def write_logits(
         self, hidden: "torch.Tensor", out: "torch.Tensor", products: str = "float32"
     ) -> "torch.Tensor":
@@ -206,40 +229,19 @@ class TorchHead:
                 product = reused_rows("product", *out.shape, like=out, dtype=torch.bfloat16)
                 torch.mm(normed.bfloat16(), self.rounded_unembedding.T, out=product)
                 torch.add(product, self.bias, out=out)
-                out.add_((normed @ self._mean_unembedding)[:, None])
+                out.add_((normed @ self.mean_unembedding)[:, None])
             else:
                 torch.addmm(self.bias, normed, self.unembedding.T, out=out)
             if self.head.scale != 1.0:
                 out.mul_(self.head.scale)
 
-    def linear_gradient(
-        self, logits_gradient: "torch.Tensor", products: str = "float32"
-    ) -> "torch.Tensor":
-        """Gradient in the normed rows `(n, d_model)` of that in the logits of `write_linear`.
-
-        No gradients of its own. With `bfloat16`, both factors and the product are rounded.
-        """
-        import torch
-
-        with torch.no_grad():
-            if products == "bfloat16":
-                rounded = reused_rows(
-                    "product", *logits_gradient.shape, like=logits_gradient, dtype=torch.bfloat16
-                )
-                rounded.copy_(logits_gradient)
-                gradient = (rounded @ self.rounded_unembedding).float()
-                gradient.addr_(logits_gradient.sum(1), self._mean_unembedding)
-            else:
-                gradient = logits_gradient @ self.unembedding
-            return gradient if self.head.scale == 1.0 else gradient.mul_(self.head.scale)
-
     @cached_property
     def rounded_unembedding(self) -> "torch.Tensor":
         """The unembedding less its mean over the vocabulary, `(vocab, d_model)` bfloat16."""
-        return (self.unembedding - self._mean_unembedding).bfloat16()
+        return (self.unembedding - self.mean_unembedding).bfloat16()
 
     @cached_property
-    def _mean_unembedding(self) -> "torch.Tensor":
+    def mean_unembedding(self) -> "torch.Tensor":
         """Mean of the unembedding over the vocabulary, `(d_model,)`."""
         return self.unembedding.mean(0)
 

@@ -142,7 +142,7 @@ class ProgramHead(Head):
 class TorchProgramHead(TorchHead):
     """A `ProgramHead` on torch tensors; gradients flow to the hidden states."""
 
-    norm_weight, norm_bias, unembedding, bias, normalize, write_linear, linear_gradient = (  # pyright: ignore
+    norm_weight, norm_bias, unembedding, bias, normalize, norm_gradient, write_linear = (  # pyright: ignore
         _ExplicitOnly() for _ in range(7)
     )
 

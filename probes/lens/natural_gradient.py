@@ -22,7 +22,7 @@ from ...cache.devices import copy_to_device, copy_to_host
 from ...cache.head.head import TorchHead
 from ..moments.moments import Moments
 from ..ridge.solver import AffineMap
-from ..training.softmax_loss import Gradients, Target, Tiles, head_losses
+from ..training.softmax_loss import Gradients, Target, Tiles, add_head_gradients, head_losses
 
 DRIFT = 0.05
 """Share of the eigenvalues that every new estimate replaces: an average over some 20 estimates."""
@@ -235,5 +235,5 @@ def sampled_slopes(
     slopes = torch.zeros_like(u)
     quantile = copy_to_device(torch.rand(len(u), generator=generator), u.device)
     gradients = Gradients(x=slopes, products=products)
-    head_losses(u, head, Target(quantile=quantile), gradients, tile_rows)
+    add_head_gradients(u, head, Target(quantile=quantile), gradients, tile_rows)
     return slopes

@@ -6,25 +6,27 @@ of `MinibatchStream`, and calls `begin`, `sweep` and `run`. Each translator is f
 
 1. It starts from ridge or the logit lens, whichever has the lower KL on the validation split.
 2. A sweep tries every learning rate for a few steps; the rate with the lowest KL is taken.
-3. Steps follow, at a rate that stays until the KL has stopped falling and then falls to 0 within
-   half as many steps again. The map that counts is an average of the maps after the steps, of the
-   later ones mostly. Every `CHECK` steps its KL on the validation split is measured: a translator
-   that got worse returns to its best map, at half the rate.
+3. Steps follow, at a rate that stays until the KL has stopped falling, for a third of the steps at
+   most, and then falls to 0 within twice as many steps again. The map that counts is an average of
+   the maps after the steps, of the later ones mostly. Every `CHECK` steps its KL on the validation
+   split is measured: a translator that got worse returns to its best map, at half the rate.
 4. The result is the best averaged map of all checks.
 
 Where the validation split has no pair at an offset, nothing can be compared: the translator starts
 from ridge, takes the lowest rate and all steps, and ends with the average after the last.
 
-No number of steps is known before: a rate that falls over the last third of them ends as low as one
-that falls all the time (Hägele et al., 2405.18392).
+No number of steps is known before: a rate that falls over the last part of them ends as low as one
+that falls all the time (Hägele et al., 2405.18392). Measured on a llama of 5 layers x 64 with
+287,000 rows, 400 steps: a rate that falls over the last third ended at 1.2940 nats (mean of layers,
+test split), over the last two thirds at 1.2915, along half a cosine at 1.2912.
 
 A step takes the rows of a batch in tiles: the model's distribution of a tile is computed once, for
 all layers. Rows, translators and head are on one device; numbers that decide are on the host.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -41,11 +43,12 @@ from ...cache.store.slab_shuffle import BUFFER_ROWS
 from ...cache.tokens.segments import PairScope
 from ..base.readout import LayerOffset
 from ..ridge.solver import AffineMap
-from ..training.minibatches import BUFFER_BYTES, Minibatch, MinibatchStream
+from ..training.minibatches import BUFFER_BYTES, Minibatch, MinibatchStream, copy_minibatch
 from ..training.softmax_loss import (
     Gradients,
     ModelDistribution,
     Target,
+    add_head_gradients,
     head_losses,
     most_tile_rows,
 )
@@ -70,12 +73,14 @@ WORSE = 1.02
 LEAST_GAIN, PATIENCE = 0.003, 3
 """The KL has stopped falling after `PATIENCE` checks in a row that lowered it by less than this
 share together."""
-FALL = 0.5
+FALL = 2.0
 """Steps during which the rate falls to 0, as a share of the steps before."""
 LATE = 4
 """Weight of the later maps in the average: of t maps, most of it is of the last t / `LATE`."""
 OUTPUTS = 4
 """Rows per output dimension from which the curvature at the start is measured, at least."""
+FIRST_BYTES = 64 << 20
+"""Most memory of the first batches, which the curvature and each rate of the sweep take anew."""
 REFRESH = 4
 """Every `REFRESH` steps, one row in `REFRESH` measures the curvature again: 1/16 of the rows."""
 
@@ -93,7 +98,7 @@ class LensFitSettings:
     drop_first: int = 0
     products: str = "float32"
     """dtype of the products with the unembedding in steps, `float32` or `bfloat16`; the KL on the
-    validation split and the model's distribution are always of float32."""
+    validation split is always of float32."""
 
     @property
     def scope(self) -> PairScope:
@@ -312,11 +317,13 @@ class LensFitRun:
         """Pairs whose translators take further steps."""
         self.sweep_steps = min(SWEEP, settings.steps)
         """Number of steps of each learning rate in the sweep."""
+        self._first: list[list[OffsetRows]] = []
+        """The first batches until the sweep ends, where they fit `FIRST_BYTES`."""
 
     def begin(self) -> None:
         """Choose between ridge, the present maps, and the logit lens; measure the curvature."""
-        kl_logit = self.validation_kl(lambda _, x: x)
-        for pair, kl_ridge in self.validation_kl(translate_by_mean).items():
+        kl_logit, kl_of_ridge = self.validation_kls(lambda _, x: x, translate_by_mean)
+        for pair, kl_ridge in kl_of_ridge.items():
             translator = self.translators[pair]
             translator.kl_logit, translator.kl_ridge = kl_logit[pair], kl_ridge
             if translator.n_validation and kl_logit[pair] <= kl_ridge:
@@ -338,10 +345,9 @@ class LensFitRun:
             for pair, translator in self.translators.items():
                 if number:
                     translator.fit.restore(starts[pair])
-            batches = self._batches(self.train)
-            for step in range(steps):
+            for step, batch in enumerate(self._first_batches(steps)):
                 falling_rate = rate * (1 - step / steps)
-                self._take_step(step, next(batches), lambda _, rate=falling_rate: rate, 1.0)
+                self._take_step(step, batch, lambda _, rate=falling_rate: rate, 1.0)
             for pair, kl in self.validation_kl(translate_by_mean).items():
                 translator = self.translators[pair]
                 if not translator.n_validation:
@@ -351,6 +357,7 @@ class LensFitRun:
                 translator.sweep[rate] = kl
                 if kl < translator.kl:
                     translator.save_as_best(kl, steps)
+        self._first = []
         for translator in self.translators.values():
             by_rate = translator.sweep
             translator.rate = min(by_rate, key=lambda rate: by_rate[rate], default=min(rates))
@@ -380,22 +387,30 @@ class LensFitRun:
     def validation_kl(self, translate: Translate) -> dict[LayerOffset, float]:
         """KL on the validation split of every translator that is fitted, in nats.
 
-        `translate(translator, x)` gives its rows u. Sums in float64. Infinite where the KL is not
-        finite, and without a pair. Sets `n_validation`.
+        `translate(translator, x)` gives its rows u. Infinite where the KL is not finite, and
+        without a pair. Sets `n_validation`.
         """
-        sums = {pair: np.zeros(2) for pair in self.fitted}
+        (kl,) = self.validation_kls(translate)
+        return kl
+
+    def validation_kls(self, *translations: Translate) -> list[dict[LayerOffset, float]]:
+        """`validation_kl` of several maps of each translator, which share the model's distribution.
+
+        Sums in float64.
+        """
+        sums = {(pair, i): np.zeros(2) for pair in self.fitted for i in range(len(translations))}
         if self.validation is not None:
             for batch in islice(self._batches(self.validation), self.validation.steps):
                 for rows in batch:
-                    for pair, losses in self._validation_losses(rows, translate).items():
+                    for key, losses in self._validation_losses(rows, translations).items():
                         total = copy_to_host(losses).sum(dtype=torch.float64).item()
-                        sums[pair] += total, len(losses)
-        kl = {}
-        for pair, (total, n) in sums.items():
+                        sums[key] += total, len(losses)
+        kls: list[dict[LayerOffset, float]] = [{} for _ in translations]
+        for (pair, i), (total, n) in sums.items():
             self.translators[pair].n_validation = int(n)
             mean = total / n if n else math.inf
-            kl[pair] = float(mean) if math.isfinite(mean) else math.inf
-        return kl
+            kls[i][pair] = float(mean) if math.isfinite(mean) else math.inf
+        return kls
 
     def _drop_finished(self) -> None:
         """Leave out translators that take no further step."""
@@ -415,6 +430,19 @@ class LensFitRun:
                 ]
                 step += 1
 
+    def _first_batches(self, number: int) -> Iterator[list[OffsetRows]]:
+        """The first `number` batches of the train split; read once where they fit `FIRST_BYTES`.
+
+        To read one batch, a whole buffer of shuffled rows is filled.
+        """
+        most = max(number, self.sweep_steps)
+        rows = most * self.settings.batch * (len(self.train.layers) + len(self.train.offsets))
+        if 4 * rows * self.train.cache.d_model > FIRST_BYTES:
+            return islice(self._batches(self.train), number)
+        if len(self._first) < most:
+            self._first = list(islice(self._batches(self.train), most))
+        return iter(self._first[:number])
+
     def _offset_rows(self, minibatch: Minibatch, offset: int) -> OffsetRows:
         """The rows of a minibatch, on the device, that have a target at `offset`."""
         ahead = minibatch.ahead[offset]
@@ -432,7 +460,7 @@ class LensFitRun:
         batches = min(self.train.steps, -(-OUTPUTS * width // self.settings.batch))
         options = {"products": self.settings.products, "tile_rows": self.tiles}
         # First pass: the output factors G, and their eigenvectors, in the place of these.
-        for step, batch in enumerate(islice(self._batches(self.train), batches)):
+        for step, batch in enumerate(self._first_batches(batches)):
             for pair, x in rows_of_pairs(batch):
                 fit = self.translators[pair].fit
                 factor = fit.output_factor(x, self.head, self._generator(pair, step), **options)
@@ -440,7 +468,7 @@ class LensFitRun:
         for translator in self.translators.values():
             translator.fit.outputs.copy_(eigenvectors(translator.fit.outputs))
         # Second pass: the eigenvalues in that basis, as the mean over the batches.
-        for step, batch in enumerate(islice(self._batches(self.train), batches)):
+        for step, batch in enumerate(self._first_batches(batches)):
             for pair, x in rows_of_pairs(batch):
                 generator = self._generator(pair, step)
                 fit = self.translators[pair].fit
@@ -475,36 +503,43 @@ class LensFitRun:
         gradients = {pair: torch.empty_like(whitened) for pair, whitened in z.items()}
 
         def write_gradients(tile: slice) -> None:
-            target = self._model_distribution(rows.residual[tile])
+            # Gradients of rounded products, and without losses: most of the work of a fit.
+            products = self.settings.products
+            target = self._model_distribution(rows.residual[tile], products, negentropy=False)
             for pair, whitened in z.items():
                 u = self.translators[pair].fit.translate(whitened[tile])
-                options = Gradients(
-                    x=gradients[pair][tile].zero_(), scale=1 / n, products=self.settings.products
-                )
-                head_losses(u, self.head, target, options, len(u))
+                options = Gradients(x=gradients[pair][tile].zero_(), scale=1 / n, products=products)
+                add_head_gradients(u, self.head, target, options, len(u))
 
         self.tiles.run(n, write_gradients)
         return gradients
 
     def _validation_losses(
-        self, rows: OffsetRows, translate: Translate
-    ) -> dict[LayerOffset, Tensor]:
-        """KL of each pair for every row, `(n,)`."""
-        losses = {pair: x.new_empty(len(x)) for pair, x in rows.hidden.items()}
+        self, rows: OffsetRows, translations: Sequence[Translate]
+    ) -> dict[tuple[LayerOffset, int], Tensor]:
+        """KL of each pair and number of a translation for every row, `(n,)`."""
+        losses = {
+            (pair, i): x.new_empty(len(x))
+            for pair, x in rows.hidden.items()
+            for i in range(len(translations))
+        }
 
         def write_losses(tile: slice) -> None:
             target = self._model_distribution(rows.residual[tile])
-            for pair, x in rows.hidden.items():
-                u = translate(self.translators[pair], x[tile])
-                losses[pair][tile] = head_losses(u, self.head, target, tile_rows=len(u))
+            for (pair, i), pair_losses in losses.items():
+                u = translations[i](self.translators[pair], rows.hidden[pair][tile])
+                pair_losses[tile] = head_losses(u, self.head, target, tile_rows=len(u))
 
         self.tiles.run(len(rows.residual), write_losses)
         return losses
 
-    def _model_distribution(self, residual: Tensor) -> Target:
+    def _model_distribution(
+        self, residual: Tensor, products: str = "float32", negentropy: bool = True
+    ) -> Target:
         """The model's distribution for the rows of a tile; valid until the next tile."""
         memory = reused_rows("model", len(residual), self.head.head.vocab, residual)
-        return ModelDistribution(self.head, len(residual)).distribution(residual, memory)
+        model = ModelDistribution(self.head, len(residual))
+        return model.distribution(residual, memory, products=products, negentropy=negentropy)
 
     def _judge(self) -> None:
         for pair, kl in self.validation_kl(translate_by_mean).items():
@@ -514,17 +549,6 @@ class LensFitRun:
         """Random tokens of a pair at a step, whatever other pairs are fitted."""
         seed = np.random.SeedSequence([self.settings.seed, *pair, step]).generate_state(1)[0]
         return torch.Generator().manual_seed(int(seed))
-
-
-def copy_minibatch(minibatch: Minibatch, copy: CopyTensor) -> Minibatch:
-    """The minibatch with its residual streams on a device; tokens and masks stay on the host."""
-    ahead = {
-        offset: replace(targets, residual=copy(targets.residual))
-        for offset, targets in minibatch.ahead.items()
-        if targets.residual is not None
-    }
-    hidden = {layer: copy(rows) for layer, rows in minibatch.hidden.items()}
-    return replace(minibatch, hidden=hidden, ahead=ahead)
 
 
 def rows_of_pairs(batch: list[OffsetRows]) -> Iterator[tuple[LayerOffset, Tensor]]:

@@ -8,6 +8,7 @@ moments_of_rows     the moments of two arrays, numpy or dask, without a cache
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
@@ -134,14 +135,17 @@ def _sums_of_threads(
     cache: ActivationCache, plan: CachePass, shift: Shift, counter: ProgressCounter
 ) -> ShiftedSums:
     """The sums of all tasks, one thread each; on a device there is one task."""
-    from dask.base import compute
-    from dask.delayed import delayed
-
     calls = [partial(sum_task, cache, plan, shift, task, counter.add) for task in range(plan.tasks)]
     if plan.device is not None:
         return reduce(ShiftedSums.add, (call() for call in calls))
-    tasks = [delayed(call, pure=False)() for call in calls]
-    return reduce(ShiftedSums.add, compute(*tasks, scheduler="threads", num_workers=plan.tasks))
+    with ThreadPoolExecutor(plan.tasks) as pool:
+        futures = [pool.submit(call) for call in calls]
+        try:
+            return reduce(ShiftedSums.add, (future.result() for future in futures))
+        finally:
+            # After an error or an interrupt, tasks that have not begun do not run.
+            for future in futures:
+                future.cancel()
 
 
 def _sums_of_cluster(

@@ -4,11 +4,12 @@
 `kept_moments.py` (find, load, save), `pass_plan.py` (plan) and `collect_moments.py` (collect).
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ...cache.errors import CorruptError, MismatchError
+from ...cache.errors import CorruptError, MismatchError, ResiduaWarning
 from ...cache.format.manifest import SHORT_ID
 from ...cache.progress import Progress
 from ...cache.store.activation_cache import ActivationCache
@@ -25,7 +26,7 @@ from .kept_moments import (
 from .moment_collection import collect_pass, collect_passes
 from .moment_set import MomentSet, merge_pairs
 from .moments import Moments
-from .pass_plan import SOLVE_MATRICES, CachePass, MomentRequest, plan_passes
+from .pass_plan import SOLVE_MATRICES, CachePass, MomentRequest, plan_passes, reason_of_passes
 from .row_identity import layer_digest, same_documents, same_rows, same_sequences, sequences_digest
 from .shifted_sums import LayerOffsetTarget
 
@@ -67,7 +68,8 @@ def obtain_moments(
     """The moments of `request` in groups that fit `memory` bytes; `sources` is filled in.
 
     New moments are kept with the cache if `keep`, by default where `reason_not_to_keep` gives no
-    reason; a disk that fills up or fails meanwhile does not end the fit. Raises `UsageError` or
+    reason; a disk that fills up or fails meanwhile does not end the fit. A `ResiduaWarning` before
+    the first pass says what does not fit the memory (`reason_of_passes`). Raises `UsageError` or
     `NoSpaceError` before the first pass where `keep` is impossible. Products are computed on
     `device`, None for numpy on the CPU.
     """
@@ -119,6 +121,10 @@ def obtain_moments(
         plans = plan_pairs(inherited.entry_of, inherited.sequences)
         passes += [(plan, inherited) for plan in plans]
     passes += [(plan, None) for plan in plan_pairs(lacking)]
+    if new := [plan for plan, inherited in passes if inherited is None]:
+        reason = reason_of_passes(new, request.for_pairs(lacking), memory, cache.d_model)
+        if reason is not None:
+            warnings.warn(reason, ResiduaWarning, stacklevel=2)
 
     # Run the passes; complete, keep and hand over the moments of each.
     counter = ProgressCounter(sum(plan.positions(cache) for plan, _ in passes), progress)

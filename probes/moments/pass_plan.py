@@ -249,6 +249,35 @@ def plan_passes(
     return divide_pass(whole, memory, cache.d_model, on_device)
 
 
+def reason_of_passes(
+    passes: Sequence[CachePass], requests: Sequence[MomentRequest], memory: int, d_model: int
+) -> str | None:
+    """Say what of `requests` does not fit `memory` bytes, and that it takes these `passes`.
+
+    None where each request takes one pass within the memory.
+    """
+    if not passes:
+        return None
+    largest = max(plan.bytes(d_model) for plan in passes)
+    if largest > memory:
+        folds = passes[0].request.folds
+        return (
+            f"the moments of one (layer, offset) in {folds} folds and their solution take "
+            f"{largest / 1e6:,.1f} MB, more than the memory of {memory / 1e6:,.1f} MB: they are "
+            f"collected one by one, and that much is taken, in {len(passes)} passes over the rows"
+        )
+    if len(passes) <= len(requests):
+        return None
+    whole = max(replace(passes[0], request=request).bytes(d_model) for request in requests)
+    pairs = [len(plan.request.pairs) for plan in passes]
+    return (
+        f"moments of {sum(pairs)} (layer, offset) do not fit the memory of {memory / 1e6:,.1f} MB: "
+        f"up to {max(pairs)} are collected at a time, in {len(passes)} passes over the rows, each "
+        f"of which reads the target layer again; with {whole / 1e6:,.1f} MB (--memory), all are "
+        "collected at once"
+    )
+
+
 def divide_pass(
     plan: CachePass, memory: int, d_model: int, device_memory: int | None = None
 ) -> list[CachePass]:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .minibatches import BUFFER_BYTES as BUFFER_BYTES
     from .minibatches import Minibatch as Minibatch
     from .minibatches import MinibatchStream as MinibatchStream
+    from .minibatches import copy_minibatch as copy_minibatch
     from .scratch_file import ScratchFile as ScratchFile
     from .shuffled_batches import ShuffledBatches as ShuffledBatches
     from .softmax_loss import PRODUCTS as PRODUCTS
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .softmax_loss import ModelDistribution as ModelDistribution
     from .softmax_loss import ParameterTensors as ParameterTensors
     from .softmax_loss import Target as Target
+    from .softmax_loss import add_head_gradients as add_head_gradients
     from .softmax_loss import affine_losses as affine_losses
     from .softmax_loss import fast_products as fast_products
     from .softmax_loss import head_losses as head_losses

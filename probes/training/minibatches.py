@@ -6,8 +6,8 @@ vocabulary probes (`vocabulary/examples.py`) are fitted on them. The order of po
 `shuffled_batches.py`; `_SlabBuffer` reads the slabs and decodes rows from them.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,18 @@ class Minibatch:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+
+def copy_minibatch(minibatch: Minibatch, copy: Callable[[torch.Tensor], torch.Tensor]) -> Minibatch:
+    """The minibatch with its residual streams copied by `copy`; the rest stays on the host."""
+    hidden = {layer: copy(rows) for layer, rows in minibatch.hidden.items()}
+    ahead = {
+        offset: targets
+        if targets.residual is None
+        else replace(targets, residual=copy(targets.residual))
+        for offset, targets in minibatch.ahead.items()
+    }
+    return replace(minibatch, hidden=hidden, ahead=ahead)
 
 
 class MinibatchStream:

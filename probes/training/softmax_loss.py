@@ -16,6 +16,7 @@ tiles over the vocabulary, with a running logsumexp, compute every logit twice a
 as long. Float32; gradients are those of plain autograd to rounding.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from ...cache.devices import TileRows
 from ...cache.errors import UsageError
 from ...cache.head.head import TorchHead
 from ...cache.head.row_buffers import reused_rows
+from .head_tile import HeadTile, cache_blocks
 
 TILE_BYTES = 16 << 20
 """Size of the float32 logits of a tile, in bytes; a tile has `TILE_ROWS` rows at least."""
@@ -34,8 +36,6 @@ TILE_ROWS = 256
 
 At d 2048 and 50,000 tokens, products of 64, 128, 256 and 512 rows run at 28, 33, 36 and 36 GFLOP/s
 forwards, 35, 46, 51 and 59 backwards (one core, AVX2)."""
-CACHE_BYTES = 256 << 10
-"""Size of the logits of a block on the CPU, which its passes find in the processor's cache."""
 PRODUCTS = ("auto", "float32", "bfloat16")
 """dtype of the factors of gradients; `auto` is the dtype that the processor multiplies faster."""
 FAST_BFLOAT16 = ("avx512_bf16", "amx_tile")
@@ -70,45 +70,55 @@ class Target:
         """Cross-entropy or KL per row, `(n,)`; **`logits` become their gradient**, q - target."""
         losses = logits.new_empty(len(logits))
         for rows in cache_blocks(logits):
-            losses[rows] = self[rows]._block_losses(logits[rows])
+            losses[rows] = self[rows].block_losses(logits[rows])
         return losses
 
-    def _block_losses(self, logits: Tensor) -> Tensor:
-        """The same for few rows."""
+    def block_losses(self, logits: Tensor, gradient: bool = True) -> Tensor:
+        """The same for few rows; without `gradient`, `logits` may become anything."""
         if self.p is None:
             return self._token_losses(logits)
         # KL(p || q) = logsumexp(z) - sum p z + sum p log p, gradient q - p.
         assert self.negentropy is not None
         expected_logit = expectation(self.p, logits)
+        if not gradient:
+            return torch.logsumexp(logits, 1) - expected_logit + self.negentropy
         losses = softmax_in_place(logits) - expected_logit + self.negentropy
         logits.sub_(self.p)
         return losses
 
+    def write_block_gradient(self, logits: Tensor) -> None:
+        """Turn the `logits` of few rows into their gradient, q - target, without the losses."""
+        torch.softmax(logits, 1, out=logits)
+        if self.p is not None:
+            logits.sub_(self.p)
+            return
+        self._subtract_tokens(logits, self._tokens(logits))
+
     def _token_losses(self, logits: Tensor) -> Tensor:
         """-log q[y] = logsumexp(z) - z[y], gradient q - onehot(y)."""
         if self.token is not None:
-            column = self.token[:, None]
+            column = self._tokens(logits)
             token_logits = logits.gather(1, column)[:, 0]
             losses = softmax_in_place(logits) - token_logits
         else:
-            assert self.quantile is not None
             softmax_in_place(logits)
-            cumulative = reused_rows("cumulative", *logits.shape, like=logits).copy_(logits)
-            column = draw_tokens(cumulative, self.quantile)[:, None]
+            column = self._tokens(logits)
             losses = -logits.gather(1, column)[:, 0].log_()
-        logits.scatter_add_(1, column, logits.new_full(column.shape, -1.0))
+        self._subtract_tokens(logits, column)
         return losses
 
+    def _tokens(self, q: Tensor) -> Tensor:
+        """The token of each row, `(n, 1)` int64; with `quantile` it is drawn from `q`."""
+        if self.token is not None:
+            return self.token[:, None]
+        assert self.quantile is not None
+        cumulative = reused_rows("cumulative", *q.shape, like=q).copy_(q)
+        return draw_tokens(cumulative, self.quantile)[:, None]
 
-def cache_blocks(logits: Tensor) -> Iterator[slice]:
-    """Blocks of the rows of `logits` for passes over them: of `CACHE_BYTES` on the CPU.
-
-    On other devices, all rows at once: each operation costs a start there.
-    """
-    rows = len(logits)
-    if logits.device.type == "cpu":
-        rows = max(1, CACHE_BYTES // (logits.element_size() * logits.shape[1]))
-    yield from (slice(start, start + rows) for start in range(0, len(logits), max(1, rows)))
+    @staticmethod
+    def _subtract_tokens(q: Tensor, column: Tensor) -> None:
+        """Subtract 1 from the probability of the token of each row."""
+        q.scatter_add_(1, column, q.new_full(column.shape, -1.0))
 
 
 def softmax_in_place(logits: Tensor) -> Tensor:
@@ -134,8 +144,9 @@ def draw_tokens(q: Tensor, quantile: Tensor) -> Tensor:
 
 def expectation(p: Tensor, logits: Tensor) -> Tensor:
     """sum p z over the vocabulary, `(n,)`; a logit of -inf adds nothing where p is 0."""
-    expected = torch.linalg.vecdot(p, logits)
-    if not bool(expected.isfinite().all()):
+    products = reused_rows("expectation", *logits.shape, like=logits)
+    expected = torch.mul(p, logits, out=products).sum(1)
+    if not math.isfinite(expected.sum().item()):
         expected = (p * logits).masked_fill_(p == 0, 0).sum(1)
     return expected
 
@@ -214,36 +225,63 @@ class ModelDistribution:
         return Target(token=tokens)
 
     @torch.no_grad()
-    def distribution(self, residual: Tensor, memory: Tensor | None = None) -> Target:
+    def distribution(
+        self,
+        residual: Tensor,
+        memory: Tensor | None = None,
+        *,
+        products: str = "float32",
+        negentropy: bool = True,
+    ) -> Target:
         """The model's probabilities `(n, vocab)` and their sums p log p, for rows `(n, d_model)`.
 
         All layers share them: they depend on the position t+N alone. The probabilities are written
-        into `memory`, `(n or more, vocab)` float32, if given.
+        into `memory`, `(n or more, vocab)` float32, if given. `products` is the dtype of the
+        factors of the product with the unembedding; gradients alone need no `negentropy`.
         """
         like = self._like(residual)
         p = like.new_empty(len(residual), self.vocab) if memory is None else memory[: len(residual)]
-        negentropy = like.new_empty(len(residual))
+        sums = like.new_empty(len(residual)) if negentropy else None
 
         def write_distribution(tile: slice) -> None:
-            logits = p[tile]
-            self.head.write_logits(residual[tile], logits)
-            _check_largest_logits(logits.amax(1))
-            for rows in cache_blocks(logits):
-                negentropy[tile][rows] = _softmax_with_negentropy(logits[rows])
+            largest = like.new_empty(len(p[tile]))
+            for rows, logits in self._logit_blocks(residual[tile], p[tile], products):
+                torch.amax(logits, 1, out=largest[rows])
+                if sums is None:
+                    torch.softmax(logits, 1, out=logits)
+                else:
+                    sums[tile][rows] = _softmax_with_negentropy(logits, largest[rows])
+            _check_largest_logits(largest)
 
         run_tiles(self.tile_rows, residual, self.vocab, write_distribution)
-        return Target(p=p, negentropy=negentropy)
+        return Target(p=p, negentropy=sums)
+
+    def _logit_blocks(
+        self, residual: Tensor, out: Tensor, products: str
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The logits of a tile in blocks of rows, written into `out` `(n, vocab)`.
+
+        A number added to all logits of a row may be left out.
+        """
+        if self.head.head.kind == "program":
+            self.head.write_logits(residual, out)
+            yield from ((rows, out[rows]) for rows in cache_blocks(out))
+            return
+        tile = HeadTile(self.head, self.head.normalize(residual), products, out)
+        yield from ((rows, tile.logits(rows)) for rows in tile.blocks())
 
     def _like(self, rows: Tensor) -> Tensor:
         """An empty float32 tensor on the device of `rows`."""
         return rows.new_empty(0, dtype=torch.float32)
 
 
-def _softmax_with_negentropy(logits: Tensor) -> Tensor:
-    """Turn `logits` `(n, vocab)` into probabilities p in place; gives sum p log p, `(n,)`."""
+def _softmax_with_negentropy(logits: Tensor, largest: Tensor) -> Tensor:
+    """Turn `logits` `(n, vocab)` into probabilities p in place; gives sum p log p, `(n,)`.
+
+    `largest` `(n,)` are the largest logits."""
     # With logits shifted by their maximum, log p = z + log(max p): no logarithm per token.
     shifted = reused_rows("shifted", *logits.shape, like=logits)
-    torch.sub(logits, logits.amax(1, keepdim=True), out=shifted)
+    torch.sub(logits, largest[:, None], out=shifted)
     torch.softmax(shifted, 1, out=logits)
     return expectation(logits, shifted) + logits.amax(1).log_()
 
@@ -344,61 +382,78 @@ def head_losses(
 ) -> Tensor:
     """Losses `(n,)` of logits = head(hidden), `hidden` `(n, d_model)`; the head stays frozen.
 
-    autograd differentiates the final norm alone; of heads that are programs, the whole tile. Both
-    products with the unembedding, forwards and backwards, have the dtype `grads.products` (heads
-    that are programs: always float32). With bfloat16 the losses are those of rounded logits.
+    autograd differentiates heads that are programs. Both products with the unembedding, forwards
+    and backwards, have the dtype `grads.products` (heads that are programs: always float32). With
+    bfloat16 the losses are those of rounded logits.
     """
-    tile_losses = _program_tile if head.head.kind == "program" else _explicit_tile
     losses = hidden.new_empty(len(hidden))
+    _run_head(hidden, head, target, grads, tile_rows, losses)
+    return losses
+
+
+def add_head_gradients(
+    hidden: Tensor,
+    head: TorchHead,
+    target: Target,
+    grads: Gradients,
+    tile_rows: Tiles = None,
+) -> None:
+    """Add the gradients of `head_losses` to `grads`, without the losses: some passes fewer."""
+    _run_head(hidden, head, target, grads, tile_rows, None)
+
+
+def _run_head(
+    hidden: Tensor,
+    head: TorchHead,
+    target: Target,
+    grads: Gradients,
+    tile_rows: Tiles,
+    losses: Tensor | None,
+) -> None:
+    """Write the losses into `losses`, if given, and add the gradients to `grads`, tile by tile."""
+    run_tile = _program_tile if head.head.kind == "program" else _explicit_tile
 
     def add_tile(tile: slice) -> None:
         rows = hidden[tile].detach().requires_grad_(grads.x is not None)
-        losses[tile], gradient = tile_losses(rows, head, target[tile], grads.products)
+        tile_losses = None if losses is None else losses[tile]
+        gradient = run_tile(rows, head, target[tile], grads.products, tile_losses)
         if grads.x is not None and gradient is not None:
             grads.x[tile].add_(gradient, alpha=grads.scale)
 
     run_tiles(tile_rows, hidden, head.head.vocab, add_tile)
-    return losses
 
 
 def _explicit_tile(
-    rows: Tensor, head: TorchHead, target: Target, products: str
-) -> tuple[Tensor, Tensor | None]:
-    """Losses of one tile, and their gradient in `rows`; None if `rows` needs no gradient.
-
-    logits = cap(scale (norm(rows) unembedding' + bias)), with cap(z) = softcap tanh(z / softcap).
-    """
-    softcap = head.head.softcap
-    with torch.set_grad_enabled(rows.requires_grad):
-        normed = head.normalize(rows)
+    rows: Tensor, head: TorchHead, target: Target, products: str, losses: Tensor | None
+) -> Tensor | None:
+    """Write the losses of one tile; gives their gradient in `rows`, None if these need none."""
     with torch.no_grad():
-        z = reused_rows("logits", len(rows), head.head.vocab, normed)
-        head.write_linear(normed, z, products)
-        cap_derivative = None
-        if softcap is not None:
-            z.div_(softcap).tanh_()
-            cap_derivative = torch.square(z, out=reused_rows("cap", *z.shape, like=z))
-            cap_derivative.neg_().add_(1)
-            z.mul_(softcap)
-        # The logits become their gradient, which the chain rule takes back to the normed rows.
-        losses = target.losses(z)
-        if not rows.requires_grad:
-            return losses, None
-        if cap_derivative is not None:
-            z.mul_(cap_derivative)
-        normed_gradient = head.linear_gradient(z, products)
-    return losses, torch.autograd.grad(normed, rows, normed_gradient)[0]
+        tile = HeadTile(head, head.normalize(rows), products)
+        for block in tile.blocks():
+            logits = tile.logits(block, slope=rows.requires_grad)
+            # The logits become their gradient, which the chain rule takes back to the rows.
+            if losses is None:
+                target[block].write_block_gradient(logits)
+            else:
+                losses[block] = target[block].block_losses(logits, rows.requires_grad)
+            if rows.requires_grad:
+                tile.take_gradient(block, logits)
+        return head.norm_gradient(rows, tile.normed_gradient()) if rows.requires_grad else None
 
 
 def _program_tile(
-    rows: Tensor, head: TorchHead, target: Target, products: str
-) -> tuple[Tensor, Tensor | None]:
+    rows: Tensor, head: TorchHead, target: Target, products: str, losses: Tensor | None
+) -> Tensor | None:
     """The same for a head that is a program, by autograd through the program; always float32."""
     with torch.set_grad_enabled(rows.requires_grad):
         logits = head(rows)
     # A copy: an operation of the program may need its own output for the gradient.
     gradient = reused_rows("logits", *logits.shape, like=logits).copy_(logits.detach())
-    losses = target.losses(gradient)
+    if losses is None:
+        for block in cache_blocks(gradient):
+            target[block].write_block_gradient(gradient[block])
+    else:
+        losses.copy_(target.losses(gradient))
     if not rows.requires_grad:
-        return losses, None
-    return losses, torch.autograd.grad(logits, rows, gradient)[0]
+        return None
+    return torch.autograd.grad(logits, rows, gradient)[0]

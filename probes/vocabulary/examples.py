@@ -6,7 +6,7 @@ and `VocabProbe.score` read them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ...cache.devices import copy_to_device, iterate_on_device
 from ...cache.errors import UsageError
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.slab_shuffle import Slabs
-from ..training.minibatches import Minibatch, MinibatchStream
+from ..training.minibatches import Minibatch, MinibatchStream, copy_minibatch
 from ..training.shuffled_batches import ShuffledBatches
 from ..training.softmax_loss import ModelDistribution, Target
 from ..training.threads import CPU
@@ -72,7 +72,7 @@ class CacheExamples:
     def epoch(self, epoch: int = 0, step: int = 0) -> Iterator[ExampleBatch]:
         """The batches of `epoch` from number `step` on."""
         for minibatch in iterate_on_device(
-            self.stream.epoch(epoch, step), self.device, _copy_states
+            self.stream.epoch(epoch, step), self.device, copy_minibatch
         ):
             yield ExampleBatch(
                 minibatch.hidden,
@@ -97,18 +97,6 @@ class CacheExamples:
         assert self.model is not None
         selection = slice(None) if device_rows is None else device_rows
         return device_rows, self.model.distribution(ahead.residual[selection])
-
-
-def _copy_states(minibatch: Minibatch, copy: Callable[[Tensor], Tensor]) -> Minibatch:
-    """`minibatch` with its residual streams copied; tokens and positions stay on the host."""
-    hidden = {layer: copy(states) for layer, states in minibatch.hidden.items()}
-    ahead = {
-        offset: targets
-        if targets.residual is None
-        else replace(targets, residual=copy(targets.residual))
-        for offset, targets in minibatch.ahead.items()
-    }
-    return replace(minibatch, hidden=hidden, ahead=ahead)
 
 
 def cache_examples(

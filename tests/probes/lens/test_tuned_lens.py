@@ -1,5 +1,6 @@
 """Lenses from a cache: never worse than their start, resumed to the same bits."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,12 +14,13 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 import residua
-from residua.cache.errors import MismatchError, NotFoundError, UsageError
+from residua.cache.errors import MismatchError, NotFoundError, ResiduaWarning, UsageError
 from residua.cache.head.head_recording import SHAPES, merge_recordings, record_program
 from residua.cache.head.program_head import ProgramHead
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.base.readout import ReadoutBatch
 from residua.probes.lens import fit_groups as lensgroups
+from residua.probes.lens import translator_fit
 from residua.probes.lens.natural_gradient import (
     InputWhitening,
     NaturalGradientMap,
@@ -187,11 +189,22 @@ def test_a_fit_that_was_killed_by_the_system_goes_on_to_the_same_lens(
         np.testing.assert_allclose(probe.maps_[pair].weight, found.weight, atol=1e-5)
 
 
+def test_first_batches_that_are_read_again_give_the_same_lens(
+    curved: ActivationCache, lens: TunedLens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(translator_fit, "FIRST_BYTES", 0)
+    again = TunedLens(**FAST).fit(curved)
+    for pair, found in lens.maps_.items():
+        np.testing.assert_allclose(again.maps_[pair].weight, found.weight, atol=1e-5)
+
+
 def test_groups_of_layers_and_workers_give_the_same_lens(
     curved: ActivationCache, lens: TunedLens
 ) -> None:
-
-    small = TunedLens(**FAST).fit(curved, memory=1)
+    # Earlier fits kept their moments.
+    shutil.rmtree(curved.path / "moments", ignore_errors=True)
+    with pytest.warns(ResiduaWarning, match=r"in \d passes over the rows"):
+        small = TunedLens(**FAST).fit(curved, memory=1)
     with local_client() as client:
         shared = TunedLens(**FAST).fit(curved, client=client)
     for other in (small, shared):

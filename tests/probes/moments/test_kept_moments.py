@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 import residua
-from residua.cache.errors import MismatchError, UsageError
+from residua.cache.errors import MismatchError, ResiduaWarning, UsageError
 from residua.cache.files.json_files import read_json, write_json
 from residua.cache.format.layout import Layout
 from residua.cache.store.activation_cache import ActivationCache
@@ -384,7 +384,8 @@ def test_damaged_moments_of_the_old_cache_cost_a_whole_pass(tmp_path: Path) -> N
 
 def test_a_fit_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     source = GrowingCache(tmp_path).first
-    part = next(obtain_moments(source, request_for(source), keep=True, memory=1))
+    with pytest.warns(ResiduaWarning, match="9 passes over the rows"):
+        part = next(obtain_moments(source, request_for(source), keep=True, memory=1))
     found, sources = obtain_all(source, request_for(source))
     assert (sources.kept, sources.computed) == (len(part.pairs), 9 - len(part.pairs))
     assert_same(found, collect_anew(source, request_for(source)))

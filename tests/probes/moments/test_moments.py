@@ -17,7 +17,7 @@ from residua.probes.moments.moment_collection import (
 )
 from residua.probes.moments.moment_set import MomentSet
 from residua.probes.moments.moments import Accumulator, Moments, merge_all
-from residua.probes.moments.pass_plan import CachePass, MomentRequest, divide_pass
+from residua.probes.moments.pass_plan import CachePass, MomentRequest, divide_pass, reason_of_passes
 from residua.probes.ridge.ridge_probe import RidgeProbe
 
 from ...support.synthetic import make_cache, random_head
@@ -176,6 +176,24 @@ def test_passes_fit_the_memory_budget() -> None:
     assert divide_pass(plan, 1 << 40, 768) == [plan]
     smallest = replace(request, layers=(0,), offsets=(0,), targets=(6,))
     assert replace(plan, tasks=1, block_rows=512, request=smallest) in divide_pass(plan, 1, 768)
+
+
+def test_what_does_not_fit_the_memory_is_said() -> None:
+    request = MomentRequest(tuple(range(13)), (0, 1, 2, 3), (12,))
+    plan = CachePass(request, 0, 2048, 2, 2)
+    size = plan.bytes(768)
+    assert reason_of_passes([plan], [request], size, 768) is None
+    passes = divide_pass(plan, size - 1, 768)
+    reason = reason_of_passes(passes, [request], size - 1, 768)
+    assert reason is not None
+    largest = max(len(part.request.pairs) for part in passes)
+    for words in (f"up to {largest} are", f"in {len(passes)} passes", f"{size / 1e6:,.1f} MB (--"):
+        assert words in reason
+    passes = divide_pass(plan, 1, 768)
+    reason = reason_of_passes(passes, [request], 1, 768)
+    assert reason is not None
+    assert f"take {max(part.bytes(768) for part in passes) / 1e6:,.1f} MB, more than" in reason
+    assert f"in {13 * 4} passes" in reason
 
 
 def test_any_pairs_are_asked_for_exactly_once() -> None:

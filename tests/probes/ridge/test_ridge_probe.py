@@ -14,7 +14,13 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from sklearn.model_selection import KFold
 
-from residua.cache.errors import CorruptError, MismatchError, NotFoundError, UsageError
+from residua.cache.errors import (
+    CorruptError,
+    MismatchError,
+    NotFoundError,
+    ResiduaWarning,
+    UsageError,
+)
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.base.readout import ReadoutBatch
 from residua.probes.moments.moment_collection import collect_moments
@@ -105,7 +111,8 @@ def test_the_penalty_path_equals_an_explicit_loop(
 
 
 def test_all_pairs_at_once_equal_each_alone(noisy: ActivationCache) -> None:
-    probe = RidgeProbe(OFFSETS, folds=FOLDS).fit(noisy, memory=1)
+    with pytest.warns(ResiduaWarning, match="more than the memory of 0.0 MB"):
+        probe = RidgeProbe(OFFSETS, folds=FOLDS).fit(noisy, memory=1)
     assert probe.pairs() == [(layer, n) for layer in range(DEPTH + 1) for n in OFFSETS]
     for layer, offset in [(0, 0), (1, 3)]:
         alone = RidgeProbe(offset, [layer], folds=FOLDS).fit(noisy)

@@ -22,7 +22,11 @@ from ...support.synthetic import make_cache, random_head
 WIDTH, VOCAB = 8, 30
 TOLERANCE = 2e-3
 """Largest difference of a parameter after some 24 steps, as a share of the largest one: products
-add up in another order, and AdamW divides by the square roots of small gradients' squares."""
+add up in another order, and AdamW divides by the square roots of small gradients' squares.
+
+Not after some 200 steps of `kl` through the head at layer 0, offset 2, where the model is met
+exactly: its gradients are then rounding errors, which AdamW makes as long as any step, so that
+parameters wander by 1e-4, and a bias of 0 differs by more than its size; losses stay below 1e-7."""
 
 
 @pytest.fixture(autouse=True)
@@ -64,15 +68,16 @@ def assert_equal_probes(ours: VocabProbe, other: VocabProbe) -> None:
     [
         ({}, True),
         ({"loss": "text", "rank": 5}, False),
-        ({"loss": "kl", "form": "head", "lr": 0.02}, True),
+        ({"loss": "kl", "form": "head", "lr": 0.02, "layers": [0, 1]}, True),
     ],
 )
 def test_a_fit_equals_that_of_the_cpu(
     echo: ActivationCache, options: dict[str, Any], float64: bool
 ) -> None:
     def new_probe() -> VocabProbe:
+        defaults = {"layers": [0], "lr": 0.05}
         return VocabProbe(
-            (0, 2), [0], epochs=2, batch=128, products="float32", **{"lr": 0.05, **options}
+            (0, 2), epochs=2, batch=128, products="float32", **{**defaults, **options}
         )
 
     expected = new_probe().fit(echo, device="cpu")
