@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from residua.analysis.evaluation.distributions import Reference
 from residua.analysis.evaluation.metrics import (
     COLUMNS,
     KS,
     MetricSums,
-    Reference,
     measure_distribution,
 )
 from residua.probes.base.resampling import resampling_counts
