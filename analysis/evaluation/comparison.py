@@ -54,55 +54,43 @@ def compare_pairs(
     of their rows in `logits`; both default to 0 to n - 1. `rank_limit` is the limit of `rank_of`.
     `buffers` limit the rows that are compared at once; default `row_tiles.TILE_BYTES`.
 
-    From one exp; sums run over the vocabulary. 0 log 0 is 0, and rounding below 0 is cut.
-    Logarithms come from logits: a probability that underflows to 0 adds 0 to the sum that the
-    probability weighs, and a finite value to the other sum.
+    Sums run over the vocabulary. 0 log 0 is 0, and rounding below 0 is cut. Logarithms come from
+    logits: a probability that underflows to 0 adds 0 to the sum that the probability weighs, and a
+    finite value to the other sum.
     """
     import torch
 
     targets = np.arange(len(logits)) if targets is None else targets
     rows = np.arange(len(targets)) if rows is None else rows
-    n, vocab = len(targets), logits.shape[-1]
     if buffers is None:
-        tile_rows = min(n, default_tile_rows(vocab, logits.device))
-        buffers = MeasureBuffers(tile_rows, vocab, logits.device)
+        tile_rows = min(len(targets), default_tile_rows(logits.shape[-1], logits.device))
+        buffers = MeasureBuffers(tile_rows, logits.shape[-1], logits.device)
     target_rows, logit_rows = (
         torch.from_numpy(numbers).to(logits.device) for numbers in (targets, rows)
     )
-    tokens = reference.top[target_rows], reference.text[target_rows].clamp_min(0)
-    counts = [
-        _RankCounts(logits[logit_rows, token], vocab, vocab if rank_limit is None else rank_limit)
-        for token in tokens
-    ]
-    sums = _RowSums(n, logits)
-
+    # The model's top token and the text's token.
+    tokens = torch.stack([reference.top[target_rows], reference.text[target_rows].clamp_min(0)])
+    counts = _RankCounts(logits[logit_rows, tokens], logits.shape[-1], rank_limit)
+    sums = _RowSums(counts.token_logit[0])
     with np.errstate(invalid="ignore", over="ignore"):
         for tile in matching_tiles(targets, rows, buffers.rows):
-            model, z = as_rows(targets[tile]), logits[as_rows(rows[tile])]
-            sums.write_tile(tile, z, reference.log_p[model], reference.p[model], buffers)
-            for count in counts:
-                count.write_tile(tile, z, buffers)
+            z = logits[as_rows(rows[tile])]
+            sums.write_tile(tile, z, reference.log_p[as_rows(targets[tile])], buffers)
+            counts.write_tile(tile, z, buffers)
 
-    defined = sums.largest.isfinite()
-    kl, reverse = sums.kl, sums.reverse.neg_().div_(sums.total)
-    # A token without mass adds nothing, even where the other side excludes the token (0 * inf).
-    infinite = ~(kl.isfinite() & reverse.isfinite())
-    for pair in (infinite & defined & reference.defined[target_rows]).nonzero()[:, 0].tolist():
-        kl[pair], reverse[pair] = _divergences_of_masses(
-            reference.log_p[targets[pair]], reference.p[targets[pair]], logits[rows[pair]]
-        )
-    log_total = sums.total.log()
-    nll, text_nll = ((sums.largest - count.token_logit).add_(log_total) for count in counts)
-    rank, text_rank = (
-        count.ranks(logits, logit_rows, token) for count, token in zip(counts, tokens, strict=True)
-    )
+    defined = logits[logit_rows, sums.top].isfinite()
+    to_repeat = sums.without_result() & defined & reference.defined[target_rows]
+    for pair in to_repeat.nonzero()[:, 0].tolist():
+        sums.repeat(pair, logits[rows[pair]], reference.log_p[targets[pair]])
+    kl, reverse, nll = sums.divergences(counts.token_logit)
+    ranks = counts.ranks(logits, logit_rows, tokens)
     return Comparison(
         defined=defined,
         top=sums.top,
-        kl=kl.clamp_min_(0.0),
-        reverse=reverse.clamp_min_(0.0),
-        nll=(nll, text_nll),
-        ranks=(rank, text_rank),
+        kl=kl,
+        reverse=reverse,
+        nll=(nll[0], nll[1]),
+        ranks=(ranks[0], ranks[1]),
     )
 
 
@@ -122,118 +110,133 @@ def rank_of(
     n, vocab = logits.shape
     buffers = buffers or MeasureBuffers(n, vocab, logits.device)
     rows = torch.arange(n, device=logits.device)
-    counts = _RankCounts(logits[rows, token], vocab, vocab if limit is None else limit)
+    counts = _RankCounts(logits[rows, token[None]], vocab, limit)
     for start in range(0, n, buffers.rows):
         tile = slice(start, min(n, start + buffers.rows))
         counts.write_tile(tile, logits[tile], buffers)
-    return counts.ranks(logits, rows, token)
+    return counts.ranks(logits, rows, token[None])[0]
 
 
 class _RowSums:
-    """Numbers of each row of a comparison, `(n,)`, written tile by tile."""
+    """Sums over the vocabulary for each of n rows, written tile by tile of rows."""
 
-    def __init__(self, n: int, like: "torch.Tensor") -> None:
+    def __init__(self, shift: "torch.Tensor") -> None:
         import torch
 
-        self.top = torch.empty(n, dtype=torch.int64, device=like.device)
-        """Tokens of the largest logits."""
-        self.largest, self.total, self.kl, self.reverse = like.new_empty(4, n)
-        """Largest logit; sum of exp(logit - largest); sum p (log p - log q); sum of these
-        exponentials times (log p - log q)."""
+        self.top = torch.empty(len(shift), dtype=torch.int64, device=shift.device)
+        """Token of the largest logit, `(n,)`."""
+        self.shift = shift.clone()
+        """What logits are less by before they are exponentiated, `(n,)`: any logit of the row that
+        is not far below the largest. `compare_pairs` takes that of the model's top token, known
+        before the row is read; rows whose sums overflow are repeated with the largest logit."""
+        self.total = torch.empty_like(shift)
+        """Sum of exp(logits - shift), `(n,)`."""
+        self.weighted = shift.new_empty(2, len(shift))
+        """Sums of p, and of exp(logits - shift), times (log p - log q), `(2, n)`."""
 
     def write_tile(
-        self,
-        tile: slice,
-        logits: "torch.Tensor",
-        log_p: "torch.Tensor",
-        p: "torch.Tensor",
-        buffers: MeasureBuffers,
+        self, tile: slice, logits: "torch.Tensor", log_p: "torch.Tensor", buffers: MeasureBuffers
     ) -> None:
-        """Write the numbers of the rows `tile`, from matrices `(rows of the tile, vocab)`."""
+        """Write the sums of the rows `tile`, from matrices `(rows of the tile, vocab)`."""
         import torch
 
-        largest, total = self.largest[tile], self.total[tile]
-        top = top_token(logits)
-        self.top[tile] = top
-        torch.gather(logits, -1, top[:, None], out=largest[:, None])
-        log_q, q = buffers.log_q[: len(logits)], buffers.q[: len(logits)]
-        # log q = logits - largest - log(total), and q the probabilities times the total.
-        torch.sub(logits, largest[:, None], out=log_q)
-        torch.exp(log_q, out=q)
-        torch.sum(q, -1, out=total)
+        n, total = tile.stop - tile.start, self.total[tile]
+        self.top[tile] = top_token(logits)
+        log_q, p_and_q = buffers.log_q[:n], buffers.pair[:, :n]
+        torch.sub(logits, self.shift[tile, None], out=log_q)
+        torch.exp(log_q, out=p_and_q[1])
+        torch.exp(log_p, out=p_and_q[0])
+        torch.sum(p_and_q[1], -1, out=total)
         log_q.sub_(total.log()[:, None])
         # Both sums from one matrix of differences, which takes the place of log q. The difference
         # of the logarithms is summed and not p log p and p log q alone: these are equal in most
         # digits where the probe is good.
         difference = torch.sub(log_p, log_q, out=log_q)
-        write_product_sums(p, difference, self.kl[tile])
-        write_product_sums(q, difference, self.reverse[tile])
+        if logits.device.type == "cpu":
+            # A product of matrices for each row: BLAS reads both once and writes no matrix.
+            np.matmul(
+                p_and_q.numpy()[:, :, None, :],
+                difference.numpy()[:, :, None],
+                out=self.weighted[:, tile].numpy()[:, :, None, None],
+            )
+        else:
+            torch.linalg.vecdot(p_and_q, difference, out=self.weighted[:, tile])
+
+    def without_result(self) -> "torch.Tensor":
+        """Whether a sum of each row is infinite or NaN, `(n,)` bool."""
+        return ~(self.weighted.isfinite().all(0) & self.total.isfinite())
+
+    def repeat(self, row: int, logits: "torch.Tensor", log_p: "torch.Tensor") -> None:
+        """Write the sums of one `row`, of `(vocab,)` logits, without the tokens of no mass.
+
+        A token that one side gives no mass adds nothing to that side's sum, even where the other
+        side excludes the token (0 * inf).
+        """
+        self.shift[row] = logits[self.top[row]]
+        log_q = logits.log_softmax(-1)
+        p, powers = log_p.exp(), (logits - self.shift[row]).exp_()
+        self.total[row] = powers.sum()
+        difference = log_p - log_q
+        self.weighted[0, row] = (p * difference).masked_fill_(p == 0, 0.0).sum()
+        self.weighted[1, row] = (powers * difference).masked_fill_(powers == 0, 0.0).sum()
+
+    def divergences(
+        self, token_logit: "torch.Tensor"
+    ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+        """KL(p || q), KL(q || p) `(n,)`; -log q of the tokens with `token_logit` `(2, n)`."""
+        kl, reverse = self.weighted[0], self.weighted[1].neg().div_(self.total)
+        nll = (self.shift - token_logit).add_(self.total.log())
+        return kl.clamp_min(0.0), reverse.clamp_min_(0.0), nll
 
 
 class _RankCounts:
-    """Counts that rank one token in each of n rows of logits, written tile by tile."""
+    """Counts that rank some tokens in each of n rows of logits, written tile by tile of rows."""
 
-    def __init__(self, token_logit: "torch.Tensor", vocab: int, limit: int) -> None:
-        self.token_logit, self.vocab, self.limit = token_logit, vocab, limit
-        self._not_above = token_logit.new_empty(len(token_logit))
-        """Tokens whose logit is not above that of the token."""
-        self._equal = token_logit.new_ones(len(token_logit))
-        """Tokens with the same logit, itself included; only where the rank is below the limit."""
+    def __init__(self, token_logit: "torch.Tensor", vocab: int, limit: int | None) -> None:
+        self.token_logit = token_logit
+        """Logits of the tokens, `(tokens, n)`."""
+        self.vocab, self.limit = vocab, vocab if limit is None else min(limit, vocab)
+        self._not_above = token_logit.new_empty(token_logit.shape)
+        """Number of logits that are not above that of the token."""
+        self._equal = token_logit.new_ones(token_logit.shape)
+        """Number of equal logits, its own included; right where the rank is below the limit."""
 
     def write_tile(self, tile: slice, logits: "torch.Tensor", buffers: MeasureBuffers) -> None:
         """Write the counts of the rows `tile`, whose `logits` are `(rows of the tile, vocab)`."""
         import torch
 
-        matrix, token_logit = buffers.q[: len(logits)], self.token_logit[tile, None]
+        matrices = buffers.pair[: len(self.token_logit), : tile.stop - tile.start]
+        token_logit = self.token_logit[:, tile, None]
         # Comparisons written as 0.0 and 1.0 take a fifth of the time of those written as booleans.
         # Their float32 sums are exact up to 2**24 tokens. Counts the complement of `>`, because
         # every comparison with NaN is false.
-        not_above = torch.sum(
-            torch.le(logits, token_logit, out=matrix), -1, out=self._not_above[tile]
-        )
+        torch.le(logits, token_logit, out=matrices)
+        not_above = torch.sum(matrices, -1, out=self._not_above[:, tile])
         if logits.device.type == "cpu" and not_above.numpy().max() <= self.vocab - self.limit:
             return
-        torch.sum(torch.eq(logits, token_logit, out=matrix), -1, out=self._equal[tile])
+        torch.eq(logits, token_logit, out=matrices)
+        torch.sum(matrices, -1, out=self._equal[:, tile])
 
     def ranks(
-        self, logits: "torch.Tensor", rows: "torch.Tensor", token: "torch.Tensor"
+        self, logits: "torch.Tensor", rows: "torch.Tensor", tokens: "torch.Tensor"
     ) -> "torch.Tensor":
-        """The ranks of `token` `(n,)` in `rows` `(n,)` of `logits` `(any, vocab)`, int64."""
+        """Ranks `(tokens, n)` int64 of `tokens` `(tokens, n)` in `rows` `(n,)` of `logits`."""
         import torch
 
-        rank = self.vocab - self._not_above.long()
+        ranks = self.vocab - self._not_above.long()
         # Ties move a token down. Every token ties with itself; only further ties need the ids.
-        tied = ((rank < self.limit) & (self._equal > 1)).nonzero()[:, 0]
+        tied = ((ranks < self.limit) & (self._equal > 1)).nonzero(as_tuple=True)
+        tied_rows, token, token_logit = rows[tied[1]], tokens[tied], self.token_logit[tied]
         if logits.device.type == "cpu":
-            for pair, row, own in zip(
-                tied.tolist(), rows[tied].tolist(), token[tied].tolist(), strict=True
-            ):
-                lower_ids = logits[row, :own].numpy()
-                rank[pair] += int(np.count_nonzero(lower_ids == self.token_logit[pair].item()))
-        elif len(tied):
+            lower = [
+                np.count_nonzero(logits[row, :own].numpy() == logit)
+                for row, own, logit in zip(
+                    tied_rows.tolist(), token.tolist(), token_logit.tolist(), strict=True
+                )
+            ]
+            ranks[tied] += torch.tensor(lower, dtype=torch.int64)
+        elif len(token):
             ids = torch.arange(self.vocab, device=logits.device)
-            equal = logits[rows[tied]] == self.token_logit[tied, None]
-            rank[tied] += (equal & (ids < token[tied, None])).sum(-1)
-        return rank
-
-
-def write_product_sums(a: "torch.Tensor", b: "torch.Tensor", out: "torch.Tensor") -> None:
-    """Write the sums over the vocabulary of a * b, two matrices `(n, vocab)`, into `out` `(n,)`."""
-    import torch
-
-    if a.device.type == "cpu":
-        # A product of matrices for each row: BLAS reads both once and writes no matrix.
-        np.matmul(a.numpy()[:, None, :], b.numpy()[:, :, None], out=out.numpy()[:, None, None])
-    else:
-        torch.linalg.vecdot(a, b, out=out)
-
-
-def _divergences_of_masses(
-    log_p: "torch.Tensor", p: "torch.Tensor", logits: "torch.Tensor"
-) -> "tuple[torch.Tensor, torch.Tensor]":
-    """KL(p || q) and KL(q || p) of one row `(vocab,)`, without the tokens that have no mass."""
-    log_q = logits.log_softmax(-1)
-    q = log_q.exp()
-    difference = log_p - log_q
-    kl = (p * difference).masked_fill_(p == 0, 0.0).sum()
-    return kl, -(q * difference).masked_fill_(q == 0, 0.0).sum()
+            equal = logits[tied_rows] == token_logit[:, None]
+            ranks[tied] += (equal & (ids < token[:, None])).sum(-1)
+        return ranks
