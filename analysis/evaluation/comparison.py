@@ -50,9 +50,9 @@ def compare_pairs(
 ) -> Comparison:
     """Compare rows of a probe's `logits`, `(any, vocab)` float32, with rows of the `reference`.
 
-    `targets` `(n,)` are the numbers of the pairs in `reference`, ascending, and `rows` `(n,)` those
-    of their rows in `logits`; both default to 0 to n - 1. `rank_limit` is the limit of `rank_of`.
-    `buffers` limit the rows that are compared at once; default `row_tiles.TILE_BYTES`.
+    `targets` `(n,)` are the numbers of the pairs in `reference`, and `rows` `(n,)` those of their
+    rows in `logits`; both are ascending and default to 0 to n - 1. `rank_limit` is the limit of
+    `rank_of`. `buffers` limit the rows that are compared at once; default `row_tiles.TILE_BYTES`.
 
     Sums run over the vocabulary. 0 log 0 is 0, and rounding below 0 is cut. Logarithms come from
     logits: a probability that underflows to 0 adds 0 to the sum that the probability weighs, and a

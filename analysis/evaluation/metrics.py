@@ -113,8 +113,8 @@ def measure_distribution(
     """The measures `COLUMNS` of every pair, `(n, columns)` float64 on the CPU.
 
     `logits` are the probe's, `(any, vocab)`; the softmax is float32. `targets` `(n,)` are the
-    numbers of the pairs in `reference`, ascending, and `rows` `(n,)` those of their rows in
-    `logits`; both default to 0 to n - 1. Needs no float64 of the device.
+    numbers of the pairs in `reference`, and `rows` `(n,)` those of their rows in `logits`; both
+    are ascending and default to 0 to n - 1. Needs no float64 of the device.
     """
     import torch
 

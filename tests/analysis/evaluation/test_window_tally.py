@@ -21,7 +21,7 @@ from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.segments import PairScope
 from residua.probes.base.readout import ReadoutBatch
 from residua.probes.baselines.marginal_bigram import MarginalBigram
-from residua.probes.baselines.ngrams import Trigram
+from residua.probes.baselines.ngrams import Bigram, Trigram
 from residua.probes.controls.control_probe import ControlProbe
 from residua.probes.lens.tuned_lens import TunedLens
 from residua.probes.ridge.ridge_probe import RidgeProbe
@@ -163,6 +163,31 @@ def test_products_are_chosen_by_the_size_of_the_vocabulary(cache):
     assert choose_products("bfloat16", head, torch.device("cpu")) == "bfloat16"
     with pytest.raises(UsageError, match="products must be one of auto, float32, bfloat16"):
         evaluate(cache, products="float8")
+
+
+class CountedBigram(Bigram):
+    """A bigram that counts the rows it is asked for."""
+
+    rows = 0
+
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> torch.Tensor:
+        type(self).rows += len(batch.last_token)
+        return super().logits(batch, layer, offset)
+
+
+def test_a_baseline_that_reads_the_target_alone_is_asked_once_for_a_target(cache):
+    bigram = CountedBigram((1, 2, 3)).fit(cache)
+    found = evaluate(cache, bigram, split="test", offsets=(1, 2, 3), batch_rows=30)
+    rows = [row for row in found.rows if row.probe.startswith("bigram")]
+    offsets = {row.offset: row for row in rows}
+    assert CountedBigram.rows == offsets[1].n
+    # At every offset, its measures are those of an evaluation of the offset alone.
+    for offset in (1, 2, 3):
+        alone = evaluate(cache, bigram, split="test", offsets=offset)
+        (row,) = (row for row in alone.rows if row.probe == offsets[offset].probe)
+        assert row.n == offsets[offset].n
+        assert row.kl == pytest.approx(offsets[offset].kl, rel=1e-6)
+        assert row.nll_text == pytest.approx(offsets[offset].nll_text, rel=1e-6)
 
 
 class TwoHeads:
