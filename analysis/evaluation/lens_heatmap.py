@@ -19,7 +19,8 @@ from ...cache.tokens.segments import segment_indices
 from ...probes.base.readout import Readout, ReadoutBatch, check_readout
 from ...probes.lens.logit_lens import LogitLens
 from ...probes.saved.save import check_belongs
-from .distributions import Divergence, Reference, is_distribution, top_token
+from .comparison import compare_pairs
+from .distributions import Reference, top_token
 from .token_text import byte_text, token_text
 
 if TYPE_CHECKING:
@@ -312,18 +313,19 @@ class _PassageReader:
             token=self.token,
         )
         logits = self.readout.logits(batch, layer, self.offset).float()
-        top = top_token(logits)
-        kl = Divergence.of(self.reference, logits, top).kl
+        compared = compare_pairs(self.reference, logits)
         log_q = logits.log_softmax(-1)
         q = log_q.exp()
         likeliest = q.topk(min(TOP, q.shape[-1]), dim=-1)
         entropy = -(q * log_q).masked_fill_(q == 0, 0.0).sum(-1)
-        undefined = ~is_distribution(logits, top)
+        undefined = ~compared.defined
         return _LayerCells(
             top_ids=copy_to_host(likeliest.indices.masked_fill(undefined[:, None], -1)).numpy(),
             probability=copy_to_host(likeliest.values).numpy(),
             entropy=copy_to_host(entropy).numpy(),
-            kl=copy_to_host(kl.masked_fill(undefined | ~self.reference.defined, math.nan)).numpy(),
+            kl=copy_to_host(
+                compared.kl.masked_fill(undefined | ~self.reference.defined, math.nan)
+            ).numpy(),
         )
 
     def _states(self, cache: "ActivationCache", layer: int, start: int) -> "torch.Tensor":

@@ -11,7 +11,6 @@ mean.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,30 +19,14 @@ import numpy as np
 from ...cache.devices import copy_to_host
 from ...cache.files.json_files import plain_value
 from ...probes.base.resampling import Interval, bootstrap_interval
-from .distributions import (
-    Divergence,
-    MeasureBuffers,
-    Reference,
-    is_distribution,
-    rank_of,
-    top_token,
-    value_at,
-)
+from .comparison import compare_pairs
+from .distributions import MeasureBuffers, Reference
 
 if TYPE_CHECKING:
     import torch
 
 KS = (1, 5, 10)
 """The k of precision@k."""
-TILE_BYTES = {"cpu": 2 << 20, "gpu": 256 << 20}
-"""Bytes of float32 logits measured at once: on a CPU, what its caches hold of several matrices.
-
-At a vocabulary of 4,000 an evaluation took 1.2 times as long with half of it, as calls of torch
-cost more than memory; four times as much took no less."""
-TILE_ROWS = 8
-"""Fewest rows measured at once."""
-SHORT_RUN = 8
-"""Runs of less than a tile's rows by this are measured together."""
 COLUMNS = (
     "n",
     "n_undefined",
@@ -120,41 +103,47 @@ def format_measure(value: float | None, digits: int) -> str:
 
 
 def measure_distribution(
-    reference: Reference, logits: "torch.Tensor", buffers: MeasureBuffers | None = None
+    reference: Reference,
+    logits: "torch.Tensor",
+    targets: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
+    *,
+    buffers: MeasureBuffers | None = None,
 ) -> "torch.Tensor":
-    """The measures `COLUMNS` of every position, `(n, columns)` float64 on the CPU.
+    """The measures `COLUMNS` of every pair, `(n, columns)` float64 on the CPU.
 
-    `logits` are the probe's, `(n, vocab)`; the softmax is float32. Needs no float64 of the device.
+    `logits` are the probe's, `(any, vocab)`; the softmax is float32. `targets` `(n,)` are the
+    numbers of the pairs in `reference`, and `rows` `(n,)` those of their rows in `logits`; both
+    are ascending and default to 0 to n - 1. Needs no float64 of the device.
     """
     import torch
 
-    # The probe's distribution, and where each reference token stands in its order.
     logits = logits.float()
-    top = top_token(logits)
-    divergence = Divergence.of(reference, logits, top, buffers)
-    has_text = reference.text >= 0
-    tokens = reference.top, reference.text.clamp_min(0)
-    rank, text_rank = (rank_of(logits, token, max(KS), buffers) for token in tokens)
+    targets = np.arange(len(logits)) if targets is None else targets
+    compared = compare_pairs(reference, logits, targets, rows, rank_limit=max(KS), buffers=buffers)
+    target_rows = torch.from_numpy(targets).to(logits.device)
+    has_text = reference.text[target_rows] >= 0
+    nll, text_nll = compared.nll
+    rank, text_rank = compared.ranks
 
     # Columns in the order of `COLUMNS`: counts, against the model, against the text.
     against_model = [
-        divergence.kl,
-        divergence.reverse,
+        compared.kl,
+        compared.reverse,
         *(rank < k for k in KS),
-        divergence.nll,
-        -value_at(reference.log_p, top),
+        nll,
+        -reference.log_p[target_rows, compared.top],
     ]
     against_text = [
-        divergence.nll_text.masked_fill_(~has_text, 0.0),
+        text_nll.masked_fill_(~has_text, 0.0),
         *((text_rank < k) & has_text for k in KS),
     ]
-    probe_defined = is_distribution(logits, top)
-    both_defined = probe_defined & reference.defined
+    both_defined = compared.defined & reference.defined[target_rows]
     columns = [torch.ones_like(has_text), ~both_defined, *against_model, has_text, *against_text]
     # One copy from the device, and float64 on the host.
-    values = torch.stack([column.float() for column in (*columns, probe_defined)])
-    *rows, defined = copy_to_host(values).double()
-    measures = torch.stack(rows, dim=-1)
+    values = torch.stack([column.float() for column in (*columns, compared.defined)])
+    *measured, defined = copy_to_host(values).double()
+    measures = torch.stack(measured, dim=-1)
 
     # Undefined positions are NaN: against the text, only the probe's distribution matters.
     undefined = measures[:, COLUMNS.index("n_undefined")] > 0
@@ -164,11 +153,6 @@ def measure_distribution(
         text_undefined = (defined == 0) & (measures[:, COLUMNS.index("n_text")] > 0)
         measures[text_undefined, first_text:] = math.nan
     return measures
-
-
-def default_tile_rows(vocab: int, device: "torch.device") -> int:
-    """Rows of `vocab` logits that are measured at once on `device`."""
-    return max(TILE_ROWS, TILE_BYTES["cpu" if device.type == "cpu" else "gpu"] // (4 * vocab))
 
 
 class MetricSums:
@@ -193,20 +177,14 @@ class MetricSums:
     ) -> None:
         """Add positions of `groups` `(n,)` with the probe's `logits`.
 
-        `targets` `(n,)` are the numbers of the positions in `reference`, ascending, and `rows`
-        `(n,)` those of their rows in `logits`; both default to 0 to n - 1. `buffers` limit the rows
-        that are measured at once; default `TILE_BYTES`.
+        `targets`, `rows` and `buffers` are those of `measure_distribution`.
         """
-        n, vocab = len(groups), logits.shape[-1]
-        tile_rows = buffers.rows if buffers else default_tile_rows(vocab, logits.device)
-        buffers = buffers or MeasureBuffers(min(n, tile_rows), vocab, logits.device)
-        targets = np.arange(n) if targets is None else targets
-        rows = np.arange(n) if rows is None else rows
-        for tile in matching_tiles(targets, rows, tile_rows):
-            measures = measure_distribution(
-                reference.take(as_rows(targets[tile])), logits[as_rows(rows[tile])], buffers
-            )
-            np.add.at(self.sums, groups[tile], measures.numpy())
+        measures = measure_distribution(reference, logits, targets, rows, buffers=buffers)
+        self.add_measures(groups, measures.numpy())
+
+    def add_measures(self, groups: np.ndarray, measures: np.ndarray) -> None:
+        """Add `measures` `(n, columns)` of positions of `groups` `(n,)`."""
+        np.add.at(self.sums, groups, measures)
 
     def merge(self, other: "MetricSums") -> None:
         """Add the sums of another pass over the same groups."""
@@ -253,29 +231,3 @@ class MetricSums:
     def _interval(self, name: str, weights: np.ndarray) -> Interval:
         """Interval of the mean `name` over documents, see `bootstrap_interval`."""
         return bootstrap_interval(self.sums[:, 0], self.sums[:, COLUMNS.index(name)], weights)
-
-
-def matching_tiles(targets: np.ndarray, rows: np.ndarray, tile_rows: int) -> Iterator[slice]:
-    """Cut pairs of `targets` and `rows` `(n,)` into slices of at most `tile_rows` pairs.
-
-    A slice ends where neighbouring pairs are no neighbours in both matrices, such as at the end of
-    a document: both are then read without a copy. Where such runs are short, a slice holds several
-    of them, and its rows are copied.
-    """
-    n = len(targets)
-    joined = (np.diff(targets) == 1) & (np.diff(rows) == 1)
-    ends = np.append(np.flatnonzero(~joined) + 1, n) if n else np.zeros(0, np.int64)
-    start = 0
-    while start < n:
-        run = int(ends[np.searchsorted(ends, start, side="right")])
-        stop = min(run, start + tile_rows)
-        if stop - start < tile_rows // SHORT_RUN:
-            stop = min(n, start + tile_rows)
-        yield slice(start, stop)
-        start = stop
-
-
-def as_rows(numbers: np.ndarray) -> "slice | np.ndarray":
-    """Ascending `numbers` `(n,)` as a slice where they are neighbours, else as they are."""
-    first, last = int(numbers[0]), int(numbers[-1])
-    return slice(first, last + 1) if last - first + 1 == len(numbers) else numbers

@@ -5,8 +5,8 @@
 1. plan.py decides which probe is read at which layers and offsets, and adds the baselines;
 2. windows.py takes whole sequences of a split and cuts their positions into windows;
 3. for each window, the probes' logits are compared with the model's (window_tally.py,
-   probe_head.py, distributions.py, metrics.py), and added up per document and confidence bucket
-   (confidence_buckets.py);
+   probe_head.py, distributions.py, comparison.py, metrics.py), and added up per document and
+   confidence bucket (confidence_buckets.py);
 4. the sums become rows with bootstrap intervals, an `Evaluation` (result.py), which the files of
    analysis/report/ draw.
 """

@@ -18,9 +18,10 @@ from ...probes.base.resampling import ResamplingUnits
 from ...probes.lens.logit_lens import LogitLens
 from .confidence_buckets import BucketTally, ResultKey
 from .distributions import MeasureBuffers, Reference
-from .metrics import MetricSums, as_rows, default_tile_rows
+from .metrics import COLUMNS, MetricSums, measure_distribution
 from .plan import EvaluationPlan, ReadGroup
 from .probe_head import ModelRows, ProbeHead, VocabBuffers, choose_products
+from .row_tiles import as_rows, default_tile_rows
 from .windows import MAX_ROWS, EvaluationSample, EvaluationWindow, evaluation_windows
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class WindowMeasurer:
         logits = self._buffers.rows("log_p", n)
         self.head.write_logits(last_layer, logits)
         text = copy_to_device(window.next_token, self.device)
-        reference = Reference.of(logits, text, log_p=logits, p=self._buffers.rows("p", n))
+        reference = Reference.of(logits, text, log_p=logits)
         self._probe_head.model_rows = None
         if self.products == "bfloat16" and bool(reference.defined.all()):
             self._probe_head.model_rows = ModelRows(self.head.normalize(last_layer), reference)
@@ -113,11 +114,9 @@ class WindowMeasurer:
         buffers = self._buffers_of_measures(n)
         sums: dict[ResultKey, MetricSums] = {}
         for group in self.groups:
-            for key, targets, rows, logits in self._group_logits(group, window):
+            for key, targets, measures in self._group_measures(group, window, reference, buffers):
                 sums[key] = MetricSums(len(window_cells))
-                sums[key].add(
-                    cell_of[targets], reference, logits, targets, rows=rows, buffers=buffers
-                )
+                sums[key].add_measures(cell_of[targets], measures)
         for key, window_sums in sums.items():
             self.tally.sums[key].sums[window_cells] += window_sums.sums
 
@@ -129,19 +128,23 @@ class WindowMeasurer:
             self._measure_buffers = MeasureBuffers(rows, self.cache.vocab, self.device)
         return self._measure_buffers
 
-    def _group_logits(
-        self, group: ReadGroup, window: EvaluationWindow
-    ) -> "Iterator[tuple[ResultKey, np.ndarray, np.ndarray, torch.Tensor]]":
-        """Read one layer of `window` and yield the logits of all results that need the layer.
+    def _group_measures(
+        self,
+        group: ReadGroup,
+        window: EvaluationWindow,
+        reference: Reference,
+        buffers: MeasureBuffers,
+    ) -> Iterator[tuple[ResultKey, np.ndarray, np.ndarray]]:
+        """Read one layer of `window` and yield the measures of all results that need the layer.
 
-        Yields the result's key, the numbers of its targets in the window `(pairs,)`, the numbers of
-        their rows in the logits `(pairs,)`, and logits `(rows, vocab)`, valid until the next ones;
-        nothing for a result without a pair in the window.
+        Yields the result's key, the numbers of its targets in the window `(pairs,)`, and measures
+        `(pairs, columns)`; nothing for a result without a pair in the window.
         """
         states = None
         if group.layer is not None:
             states = self._read(group.cache, group.layer, window.positions)
         logit_lens = None
+        of_targets: dict[str, TargetMeasures] = {}
         for key in group.keys:
             readout, targets = self.plan.readouts[key.probe], window.targets(key.offset)
             if not len(targets):
@@ -152,13 +155,45 @@ class WindowMeasurer:
                 if logit_lens is None:
                     self._probe_head.start_batch("logit_lens", window.nearest_targets())
                     logit_lens = self._probe_head(states)
-                yield key, targets, sources, logit_lens
+                measures = measure_distribution(
+                    reference, logit_lens, targets, sources, buffers=buffers
+                )
+                yield key, targets, measures.numpy()
                 continue
-            batch = self._batch(window, states, targets, sources)
-            self._probe_head.start_batch("logits", targets)
-            logits = readout.logits(batch, key.layer, key.offset)
-            check_logits_shape(logits, key.probe, (len(targets), group.cache.vocab))
-            yield key, targets, np.arange(len(targets)), logits
+
+            def measure(
+                targets: np.ndarray, sources: np.ndarray, key: ResultKey = key
+            ) -> np.ndarray:
+                logits = self._logits(group, window, key, states, targets, sources)
+                return measure_distribution(reference, logits, targets, buffers=buffers).numpy()
+
+            if not getattr(readout, "reads_target_alone", False):
+                yield key, targets, measure(targets, sources)
+                continue
+            known = of_targets.setdefault(key.probe, TargetMeasures(window.stop - window.start))
+            missing = known.missing(targets)
+            if missing.any():
+                known.add(targets[missing], measure(targets[missing], sources[missing]))
+            yield key, targets, known.values[targets]
+
+    def _logits(
+        self,
+        group: ReadGroup,
+        window: EvaluationWindow,
+        key: ResultKey,
+        states: "torch.Tensor | None",
+        targets: np.ndarray,
+        sources: np.ndarray,
+    ) -> "torch.Tensor":
+        """Logits of the result `key` for pairs of `sources` and `targets`, `(pairs, vocab)`.
+
+        Valid until those of the next result.
+        """
+        batch = self._batch(window, states, targets, sources)
+        self._probe_head.start_batch("logits", targets)
+        logits = self.plan.readouts[key.probe].logits(batch, key.layer, key.offset)
+        check_logits_shape(logits, key.probe, (len(targets), group.cache.vocab))
+        return logits
 
     def _batch(
         self,
@@ -185,6 +220,26 @@ class WindowMeasurer:
         import torch
 
         return copy_to_device(torch.from_numpy(cache.residual_array(layer)[positions]), self.device)
+
+
+class TargetMeasures:
+    """Measures of a readout that says the same of a target t+N at every offset N.
+
+    Such a readout is asked once for each target of a window.
+    """
+
+    def __init__(self, targets: int) -> None:
+        self.values = np.empty((targets, len(COLUMNS)))
+        """Measures of each target, where they are known."""
+        self._known = np.zeros(targets, bool)
+
+    def missing(self, targets: np.ndarray) -> np.ndarray:
+        """Whether the measures of each of `targets` `(n,)` are unknown, `(n,)` bool."""
+        return ~self._known[targets]
+
+    def add(self, targets: np.ndarray, measures: np.ndarray) -> None:
+        """Note the `measures` `(n, columns)` of `targets` `(n,)`."""
+        self.values[targets], self._known[targets] = measures, True
 
 
 def check_logits_shape(logits: "torch.Tensor", probe: str, expected: tuple[int, int]) -> None:

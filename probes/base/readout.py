@@ -37,7 +37,11 @@ class ReadoutBatch:
 
 
 class Readout(Protocol):
-    """Gives a distribution over the vocabulary for what the model says at t+N."""
+    """Gives a distribution over the vocabulary for what the model says at t+N.
+
+    A readout with the attribute `reads_target_alone = True` reads t+N and tokens before it, and
+    says the same of a target at every offset: evaluation asks it once for a target.
+    """
 
     @property
     def kind(self) -> str:

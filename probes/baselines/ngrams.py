@@ -62,6 +62,7 @@ class Bigram(CountBaseline):
 
     kind = "bigram"
     least_offset = 1
+    reads_target_alone = True
 
     counts_: "csr_matrix"
     """Pairs seen, `(vocab, vocab)` int64; memory grows with the distinct pairs only."""
@@ -228,6 +229,7 @@ class Unigram(CountBaseline):
     """
 
     kind = "unigram"
+    reads_target_alone = True
 
     counts_: np.ndarray
     """c(b), `(vocab,)` int64."""
@@ -282,6 +284,7 @@ class Trigram(CountBaseline):
 
     kind = "trigram"
     least_offset = 1
+    reads_target_alone = True
 
     counts_: "csr_matrix"
     """Triples seen, `(contexts, vocab)` int64."""

@@ -43,6 +43,8 @@ class CountBaseline(FittedProbe, ProbeFiles, Params):
     fitted_attribute = "unigram_"
     least_offset = 0
     """The smallest offset at which the baseline predicts."""
+    reads_target_alone = False
+    """Whether the baseline reads t+N and tokens before it alone, and says the same at every N."""
 
     unigram_: np.ndarray
     """P(b), `(vocab,)` float64."""

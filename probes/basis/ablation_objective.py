@@ -169,11 +169,11 @@ class GroupEvaluator:
         loss = 0.0
         encoder_gradient = self._wide_zeros(*encoder.shape)
         output_gradient = self._wide_zeros(*output.shape)
-        for block in self.kl.blocks(len(differences)):
+        for block, tokens in self._token_blocks(number, clean):
             rows = differences[block]
             losses, gradient = self.kl.losses_and_gradient(
                 clean[block],
-                self._tokens(number, block, clean),
+                tokens,
                 rows @ encoder_tensor.T,
                 along,
                 token_gradient,
@@ -200,8 +200,7 @@ class GroupEvaluator:
         losses = np.empty((len(ablations), len(differences)))
         for chunk in self._chunks(ablations):
             alongs = [self._prepare_directions(ablations[i][1]) for i in chunk]
-            for block in self.kl.blocks(len(differences)):
-                tokens = self._tokens(number, block, clean)
+            for block, tokens in self._token_blocks(number, clean):
                 for i, along in zip(chunk, alongs, strict=True):
                     coordinates = differences[block] @ encoders[i].T
                     values = self.kl.losses(clean[block], tokens, coordinates, along)
@@ -273,16 +272,19 @@ class GroupEvaluator:
         differences, output, expected, log_z = self.kept.get(CLEAN, number, whole, make)
         return differences, CleanRows(output, expected, log_z[:, 0])
 
-    def _keep_tokens(self, number: int, block: slice, tokens: Tensor) -> None:
-        self.kept.put(TOKENS, number, block, (tokens,))
+    def _keep_tokens(self, number: int, part: slice, tokens: Tensor) -> None:
+        self.kept.put(TOKENS, number, part, (tokens,))
 
-    def _tokens(self, number: int, block: slice, clean: CleanRows) -> Tensor:
-        """The products A of a block of a group, `(n, vocab)`."""
+    def _token_blocks(self, number: int, clean: CleanRows) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of the rows of a group, and their products A, `(n, vocab)`."""
+        for part in self.kl.parts(len(clean.output)):
 
-        def make() -> tuple[Tensor, ...]:
-            return (self.kl.clean_token_part(clean.output[block]),)
+            def make(part: slice = part) -> tuple[Tensor, ...]:
+                return (self.kl.clean_token_part(clean.output[part]),)
 
-        return self.kept.get(TOKENS, number, block, make)[0]
+            (tokens,) = self.kept.get(TOKENS, number, part, make)
+            for block in self.kl.blocks(part.stop - part.start):
+                yield slice(part.start + block.start, part.start + block.stop), tokens[block]
 
     def _output_directions(self, output: np.ndarray) -> OutputDirections:
         """The output directions by tokens; those of the last call are kept."""

@@ -37,14 +37,26 @@ import torch
 from torch import Tensor
 
 from ...cache.devices import copy_to_device, wide_dtype
-from ...cache.head.head import Head, TorchHead
-from ..training.softmax_loss import Gradients, ModelDistribution, Target, head_losses
+from ...cache.head.head import Head, TorchHead, as_head_tensor
+from ...cache.head.row_buffers import reused_rows
+from ..training.softmax_loss import (
+    Gradients,
+    ModelDistribution,
+    Target,
+    cache_blocks,
+    head_losses,
+)
 from ..training.threads import CPU
 
 BLOCK_BYTES = 12 << 20
 """Most bytes of the logits of a block of rows: they stay in the processor's shared cache."""
 BLOCK_ROWS = 64
 """Most rows of a block."""
+PRODUCT_ROWS = 256
+"""Rows, or nearly, of a product with the unembedding on the CPU.
+
+At d_model 4,096 and vocabulary 128,256, products of 64 and 256 rows run at 103 and 151 GFLOP/s,
+those with the transpose at 66 and 151 (one core with AVX-512)."""
 TILE_BYTES = 1 << 20
 """Bytes of the logits that are worked on at a time.
 
@@ -116,15 +128,15 @@ class ExplicitLensKL:
 
         self.norm, self.eps, self.scale = head.norm, head.eps, head.scale
         self.softcap, self.dtype = head.softcap, dtype
-        unembedding, vocab = tensor(head.unembedding), head.vocab
-        constant = unembedding @ tensor(head.norm_bias) + tensor(head.bias)
+        self.unembedding = as_head_tensor(head.unembedding, device).to(dtype)
+        """W_U `(vocab, d)`, in float32 the head's own: E is not made, see `_unembedded`."""
+        self.gain = tensor(head.norm_weight)
+        """gamma, `(d,)`."""
+        constant = self.unembedding @ tensor(head.norm_bias) + tensor(head.bias)
         self.constant = constant.mul_(self.scale)
         """Part of the logits that is the same for all rows, `(vocab,)`."""
-        self.unembedding = unembedding.mul_(tensor(head.norm_weight))
-        """E = W_U gamma, `(vocab, d)`; rows centred for LayerNorm."""
-        if self.norm == "layernorm":
-            self.unembedding -= self.unembedding.mean(1, keepdim=True)
-        self.vocab, self.width = vocab, head.d_model
+        vocab = head.vocab
+        self.vocab, self.width, self._on_cpu = vocab, head.d_model, device.type == "cpu"
         element = torch.finfo(dtype).bits // 8
         self.block_rows = block_rows or rows_of_block(element * vocab, device)
         """Rows of a block."""
@@ -139,30 +151,53 @@ class ExplicitLensKL:
     ) -> CleanRows:
         """The clean side of translated rows u `(n, d)`: one product with E', one with E.
 
-        `keep_tokens` is called with each block of rows and its `clean_token_part`.
+        `keep_tokens` is called with each part of the rows (`parts`) and its `clean_token_part`.
         """
         output = self.centred(translated.to(self.dtype))
         needs_expected = self.softcap is None
         expected = output.new_zeros(len(output), self.width if needs_expected else 0)
         log_z = output.new_zeros(len(output), dtype=self.wide)
-        for rows in self.blocks(len(output)):
+        for rows in self.parts(len(output)):
             token_part = self.clean_token_part(output[rows])
-            logits = token_part * self._inverse_norm(output[rows]).to(self.dtype)[:, None]
             if keep_tokens is not None:
                 keep_tokens(rows, token_part)
-            logits = self._capped(logits.add_(self.constant))
-            largest = logits.amax(1, keepdim=True)
-            exponentials = logits.sub_(largest).exp_()
-            total = exponentials.sum(1, keepdim=True)
-            log_z[rows] = (largest.to(self.wide) + total.to(self.wide).log())[:, 0]
+            inverse = self._inverse_norm(output[rows]).to(self.dtype)[:, None]
+            exponentials = reused_rows("exponentials", *token_part.shape, like=token_part)
+            total = torch.empty_like(inverse)
+            for block in cache_blocks(token_part):
+                logits = torch.mul(token_part[block], inverse[block], out=exponentials[block])
+                logits = self._capped(logits.add_(self.constant))
+                largest = logits.amax(1, keepdim=True)
+                logits.sub_(largest).exp_()
+                torch.sum(logits, 1, keepdim=True, out=total[block])
+                log_z[rows][block] = (largest.to(self.wide) + total[block].to(self.wide).log())[
+                    :, 0
+                ]
             if needs_expected:
-                expected[rows] = torch.mm(exponentials, self.unembedding).div_(total)
+                expected[rows] = self._unembedded(exponentials).div_(total)
         return CleanRows(output, expected, log_z)
 
     def clean_token_part(self, output: Tensor, out: Tensor | None = None) -> Tensor:
         """A = Pu E' of clean rows `output` `(n, d)`, `(n, vocab)`; the products of an evaluation
         that do not depend on the directions."""
-        return torch.mm(output, self.unembedding.T, out=out)
+        return torch.mm(output * self.gain, self.unembedding.T, out=out)
+
+    def _unembedded(self, weights: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Sums of rows of E with `weights` `(n, tokens)` of the tokens `columns`, `(n, d)`.
+
+        E = W_U gamma, its rows centred for LayerNorm, is never made: it would take as much memory
+        as the head. Rows that are multiplied with E' are centred themselves.
+        """
+        return self.centred(torch.mm(weights, self.unembedding[columns]).mul_(self.gain))
+
+    @property
+    def product_rows(self) -> int:
+        """Rows of a part: some blocks on the CPU, one on other devices."""
+        return self.block_rows * max(1, PRODUCT_ROWS // self.block_rows if self._on_cpu else 1)
+
+    def parts(self, n: int) -> list[slice]:
+        """Parts of `n` rows, each of some blocks, that are multiplied with the unembedding."""
+        return [slice(i, min(n, i + self.product_rows)) for i in range(0, n, self.product_rows)]
 
     def blocks(self, n: int) -> list[slice]:
         """Blocks of at most `block_rows` of `n` rows."""
@@ -171,10 +206,10 @@ class ExplicitLensKL:
     def output_directions(self, directions: Tensor) -> OutputDirections:
         """Prepare B `(k, d)` for the blocks of one evaluation."""
         directions = self.centred(directions.to(self.dtype))
-        tokens = []
+        scaled, tokens = directions * self.gain, []
         for columns in self._tiles:
             tile = directions.new_ones(len(directions) + 2, columns.stop - columns.start)
-            tile[:-2] = torch.mm(self.unembedding[columns], directions.T).T
+            tile[:-2] = torch.mm(self.unembedding[columns], scaled.T).T
             tile[-2] = self.constant[columns]
             tokens.append(tile)
         return OutputDirections(directions, tokens)
@@ -212,7 +247,7 @@ class ExplicitLensKL:
         gradient = token_gradient.new_zeros(k, self.width, dtype=self.wide)
         for columns in self._tiles:
             tile = _tile_of(token_gradient, k, columns)
-            gradient += torch.mm(tile, self.unembedding[columns])
+            gradient += self._unembedded(tile, columns)
         return gradient
 
     def reference_gradients(self, clean: CleanRows, reference_output: Tensor) -> Tensor:
@@ -449,7 +484,7 @@ class ProgramLensKL:
         """Nothing, `(n, 0)`."""
         return output.new_zeros(len(output), 0)
 
-    blocks = ExplicitLensKL.blocks
+    blocks = parts = ExplicitLensKL.blocks
 
     def output_directions(self, directions: Tensor) -> OutputDirections:
         """B `(k, d)` without a part by tokens."""

@@ -12,14 +12,14 @@ import torch
 from click.testing import CliRunner
 
 import residua
+from residua.analysis.evaluation.comparison import rank_of
 from residua.analysis.evaluation.confidence_buckets import bucket_of
+from residua.analysis.evaluation.distributions import Reference
 from residua.analysis.evaluation.lens_heatmap import UNDEFINED, heatmap
 from residua.analysis.evaluation.metrics import (
     COLUMNS,
     KS,
-    Reference,
     measure_distribution,
-    rank_of,
 )
 from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.report.html_report import write_report

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from residua.analysis.evaluation.distributions import MeasureBuffers, Reference
 from residua.analysis.evaluation.metrics import (
     COLUMNS,
     KS,
     MetricSums,
-    Reference,
     measure_distribution,
 )
 from residua.probes.base.resampling import resampling_counts
@@ -173,6 +173,32 @@ def test_large_logits_do_not_overflow():
     model = torch.tensor([[1e4, 0.0, -1e4]])
     found = measure_distribution(Reference.of(model, torch.tensor([0])), model.flip(-1))
     assert torch.isfinite(found).all()
+
+
+def test_a_probe_that_is_sure_of_another_token_is_measured_exactly(example) -> None:
+    """Logits hundreds above that of the model's top token overflow an exponential shifted by it."""
+    model, probe, text, _ = example
+    probe = 40 * probe
+    assert (probe.max(-1) - probe[np.arange(ROWS), model.argmax(-1)]).max() > 200
+    want = measures_in_float64(model, probe, text)
+    model, probe, text = as_tensors(model, probe, text)
+    found = measure_distribution(Reference.of(model, text), probe).numpy()
+    for column, name in enumerate(COLUMNS):
+        np.testing.assert_allclose(found[:, column], want[name], rtol=1e-5, atol=1e-4, err_msg=name)
+
+
+def test_pairs_of_some_rows_are_those_of_all_rows(example) -> None:
+    """Rows of the reference and of the logits with gaps at any place, in tiles of any size."""
+    model, probe, text, _ = example
+    model, probe, text = as_tensors(model, probe, text)
+    reference = Reference.of(model, text)
+    targets = np.flatnonzero(np.arange(ROWS) % 7 != 3)
+    rows = np.sort(np.random.default_rng(1).permutation(ROWS)[: len(targets)])
+    whole = measure_distribution(Reference.of(model[targets], text[targets]), probe[rows])
+    for tile_rows in (1, 5, ROWS):
+        buffers = MeasureBuffers(tile_rows, VOCAB)
+        found = measure_distribution(reference, probe, targets, rows, buffers=buffers)
+        torch.testing.assert_close(found, whole)
 
 
 def test_an_interval_is_of_the_mean_over_the_positions_that_were_drawn() -> None:

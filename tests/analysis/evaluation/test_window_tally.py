@@ -8,19 +8,20 @@ import pytest
 import torch
 
 from residua.analysis.evaluation import metrics, windows
-from residua.analysis.evaluation.distributions import MeasureBuffers, Reference, rank_of
+from residua.analysis.evaluation.comparison import rank_of
+from residua.analysis.evaluation.distributions import MeasureBuffers, Reference
 from residua.analysis.evaluation.lens_heatmap import heatmap, heatmaps
-from residua.analysis.evaluation.metrics import matching_tiles
 from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.evaluation.probe_head import VocabBuffers, choose_products
 from residua.analysis.evaluation.result import Evaluation
+from residua.analysis.evaluation.row_tiles import matching_tiles
 from residua.analysis.evaluation.windows import EvaluationSample, default_window_rows
 from residua.cache.errors import ModelError, ResiduaWarning, UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.segments import PairScope
 from residua.probes.base.readout import ReadoutBatch
 from residua.probes.baselines.marginal_bigram import MarginalBigram
-from residua.probes.baselines.ngrams import Trigram
+from residua.probes.baselines.ngrams import Bigram, Trigram
 from residua.probes.controls.control_probe import ControlProbe
 from residua.probes.lens.tuned_lens import TunedLens
 from residua.probes.ridge.ridge_probe import RidgeProbe
@@ -164,6 +165,31 @@ def test_products_are_chosen_by_the_size_of_the_vocabulary(cache):
         evaluate(cache, products="float8")
 
 
+class CountedBigram(Bigram):
+    """A bigram that counts the rows it is asked for."""
+
+    rows = 0
+
+    def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> torch.Tensor:
+        type(self).rows += len(batch.last_token)
+        return super().logits(batch, layer, offset)
+
+
+def test_a_baseline_that_reads_the_target_alone_is_asked_once_for_a_target(cache):
+    bigram = CountedBigram((1, 2, 3)).fit(cache)
+    found = evaluate(cache, bigram, split="test", offsets=(1, 2, 3), batch_rows=30)
+    rows = [row for row in found.rows if row.probe.startswith("bigram")]
+    offsets = {row.offset: row for row in rows}
+    assert CountedBigram.rows == offsets[1].n
+    # At every offset, its measures are those of an evaluation of the offset alone.
+    for offset in (1, 2, 3):
+        alone = evaluate(cache, bigram, split="test", offsets=offset)
+        (row,) = (row for row in alone.rows if row.probe == offsets[offset].probe)
+        assert row.n == offsets[offset].n
+        assert row.kl == pytest.approx(offsets[offset].kl, rel=1e-6)
+        assert row.nll_text == pytest.approx(offsets[offset].nll_text, rel=1e-6)
+
+
 class TwoHeads:
     """A readout that calls the head twice, and returns the sum."""
 
@@ -212,7 +238,7 @@ def test_a_reference_written_in_place_is_the_softmax():
     found = Reference.of(written, torch.zeros(5, dtype=torch.int64), log_p=written)
     assert found.log_p is written
     torch.testing.assert_close(found.log_p.double(), expected, rtol=1e-6, atol=2e-5)
-    torch.testing.assert_close(found.p.double(), expected.exp(), rtol=2e-5, atol=1e-9)
+    torch.testing.assert_close(found.log_p.exp().double(), expected.exp(), rtol=2e-5, atol=1e-9)
 
 
 def test_small_divergences_are_as_exact_as_large_ones():

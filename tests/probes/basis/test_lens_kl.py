@@ -32,6 +32,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several groups, blocks and tiles of tokens, the last ones shorter."""
     monkeypatch.setattr(rows_module, "GROUP_ROWS", 40)
     monkeypatch.setattr(kl_module, "BLOCK_ROWS", 12)
+    monkeypatch.setattr(kl_module, "PRODUCT_ROWS", 30)
     monkeypatch.setattr(kl_module, "TILE_BYTES", 1)
 
 
@@ -249,3 +250,18 @@ def test_the_cache_of_the_rows_is_not_changed(tmp_path: Path) -> None:
     with AblationObjective(spec) as objective:
         objective.evaluate((np.eye(WIDTH)[:2], np.eye(WIDTH)[:2]))
     assert np.array_equal(ActivationCache(spec.rows.cache.path).residual_array(0)[:], before)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_unembedding_is_that_of_the_head_and_read_by_many_rows(norm: str) -> None:
+    """A copy would take as much memory as the head, and products of few rows twice the time."""
+    head = head_with(norm)
+    kl = kl_module.ExplicitLensKL(head)
+    assert np.shares_memory(kl.unembedding.numpy(), head.unembedding)
+    kept: list[slice] = []
+    clean = kl.clean_rows(torch.randn(80, WIDTH), lambda part, tokens: kept.append(part))
+    assert [part.stop - part.start for part in kept] == [24, 24, 24, 8]
+    logits = head.logits(clean.output.numpy()) if norm == "none" else None
+    if logits is not None:
+        expected = torch.from_numpy(logits).double().logsumexp(-1)
+        torch.testing.assert_close(clean.log_z, expected, rtol=1e-5, atol=1e-5)
