@@ -1053,8 +1053,8 @@ def evaluate(
     check_outputs(html, png)
     from residua.analysis.console.messages import print_evaluation
     from residua.analysis.console.terminal import Meter
-    from residua.analysis.evaluation.position_masks import MASKS as MASK_FUNCTIONS
     from residua.analysis.evaluation.probe_evaluation import evaluate as evaluate_probes
+    from residua.analysis.token_texts.position_masks import MASKS as MASK_FUNCTIONS
     from residua.cache.number_ranges import absolute_numbers
     from residua.cache.store.catalog import find_cache
     from residua.probes.saved.library import find_probe, load_probe_for

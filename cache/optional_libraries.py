@@ -24,6 +24,7 @@ EXTRA_OF = {
     "torch": "fit",
     "huggingface_hub": "hub",
     "matplotlib": "report",
+    "pandas": "extract",
     "plotly": "report",
     "s3fs": "s3",
     "upath": "s3",

@@ -40,6 +40,7 @@ FLOORS = (
     "analysis.report",
     "analysis.basis",
     "analysis.evaluation",
+    "analysis.token_texts",
     "probes",
     "probes.controls",
     "probes.baselines",

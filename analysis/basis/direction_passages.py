@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...cache.tokens import context_indices, document_of, sequence_of
-from ..evaluation import TokenNames
+from ..token_texts import TokenNames
 from .token_changes import shorten_label
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from ...cache.files.json_files import plain_value
 from ...probes.basis.basis_rows import draw_positions
 from ...probes.basis.layer_basis import LayerBasis
 from ...probes.ridge import AffineMap
-from ..evaluation import TokenNames
+from ..token_texts import TokenNames
 from .direction_passages import Passage, PassageFinder
 from .layer_persistence import (
     RANDOM_BASES,

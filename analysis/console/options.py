@@ -191,7 +191,7 @@ CONTROLS = ("shuffled", "permuted", "next-token")
 """Names of the views in probes/controls/cache_views.py, a module too heavy to import for --help."""
 
 MASKS = ("continued", "names")
-"""Names of `MASKS` in analysis/evaluation/position_masks.py, likewise."""
+"""Names of `MASKS` in analysis/token_texts/position_masks.py, likewise."""
 
 scheduler_option = click.option(
     "--scheduler",

@@ -21,8 +21,9 @@ from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import segment_indices
 from ...probes.base.readout import Readout, ReadoutBatch
 from ...probes.saved.save import check_belongs
-from ..evaluation.lens_heatmap import UNDEFINED, WIDTH, TokenNames, find_telling_passage
+from ..evaluation.lens_heatmap import WIDTH, find_telling_passage
 from ..evaluation.probe_names import name_readouts, probe_list
+from ..token_texts.token_names import UNDEFINED, TokenNames
 from .frames import data_frame
 from .own_text import PassageStreams, read_own_text
 

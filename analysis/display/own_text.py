@@ -16,7 +16,7 @@ from ...cache.errors import UsageError
 from ...cache.head.head import Head
 from ...cache.store.activation_cache import ActivationCache
 from ...probes.base.readout import Readout
-from ..evaluation.lens_heatmap import TokenNames
+from ..token_texts.token_names import TokenNames
 
 if TYPE_CHECKING:
     import torch

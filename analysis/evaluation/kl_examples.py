@@ -12,7 +12,7 @@ from ...cache.devices import TileRows, choose_device, copy_to_device, copy_to_ho
 from ...cache.errors import NotFoundError
 from ...cache.tokens.segments import PairScope, segment_indices
 from ...probes.base.readout import Readout, ReadoutBatch
-from .lens_heatmap import TokenNames
+from ..token_texts.token_names import TokenNames
 from .windows import EvaluationSample, EvaluationWindow, choose_sequences, evaluation_windows
 
 if TYPE_CHECKING:

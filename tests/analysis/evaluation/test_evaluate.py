@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from residua.analysis.evaluation.lens_heatmap import UNDEFINED, TokenNames, heatmap, visible
+from residua.analysis.evaluation.lens_heatmap import heatmap
 from residua.analysis.evaluation.metrics import KS, EvaluationRow
 from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.evaluation.result import Evaluation
@@ -16,6 +16,7 @@ from residua.analysis.evaluation.windows import (
     evaluation_windows,
 )
 from residua.analysis.report.tables import offset_tables
+from residua.analysis.token_texts.token_names import UNDEFINED, TokenNames, visible
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.splits import SPLITS

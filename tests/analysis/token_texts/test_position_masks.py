@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import residua
-from residua.analysis.evaluation import position_masks
-from residua.analysis.evaluation.position_masks import name_mask, word_continuation_mask
-from residua.analysis.evaluation.token_text import plain_texts
+from residua.analysis.token_texts import position_masks
+from residua.analysis.token_texts.position_masks import name_mask, word_continuation_mask
+from residua.analysis.token_texts.token_text import plain_texts
 from residua.cache.errors import UsageError
 from residua.cache.store.activation_cache import ActivationCache
 

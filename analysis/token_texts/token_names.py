@@ -1,0 +1,84 @@
+"""Readable labels of tokens for pictures and tables: no two texts have the same label."""
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ...cache.errors import ResiduaWarning
+from .token_text import byte_text, token_text
+
+if TYPE_CHECKING:
+    from ...cache.store.activation_cache import ActivationCache
+
+UNDEFINED = "no token"
+"""Label where logits are no distribution (NaN, +inf); no token's label has a space."""
+JOINERS = "\u200c\u200d"
+"""Invisible letters that shape their neighbours."""
+
+
+class TokenNames:
+    """Readable labels of token ids: `␣` for a space, `\\n` for a line break, `#7` if unknown.
+
+    Different texts have different labels. Without a tokenizer that can be read, all labels are ids.
+    """
+
+    def __init__(self, cache: "ActivationCache") -> None:
+        self.tokenizer: Any = None
+        if (cache.path / "head" / "tokenizer.json").is_file():
+            try:
+                self.tokenizer = cache.tokenizer()
+            except Exception as error:  # tokenizers raises bare Exception
+                message = f"the cache's tokenizer.json cannot be read, tokens are ids: {error}"
+                warnings.warn(message, ResiduaWarning, stacklevel=2)
+
+    def __call__(self, token: int) -> str:
+        if token < 0:
+            return UNDEFINED
+        text = self._text(token)
+        return f"#{int(token)}" if text is None else visible(text)
+
+    def passage(self, tokens: Iterable[int]) -> str:
+        """Printable text of several tokens in a row: like their labels, but spaces are spaces.
+
+        Bytes of a character that several tokens share become that character. Without a tokenizer,
+        the ids are separated by spaces.
+        """
+        if self.tokenizer is None:
+            return " ".join(f"#{int(token)}" for token in tokens)
+        texts = (self._text(token) for token in tokens)
+        joined = "".join("\ufffd" if text is None else text for text in texts)
+        joined = joined.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+        return visible(joined).replace("␣", " ")
+
+    def _text(self, token: int) -> str | None:
+        """The text of a token, see `byte_text` for bytes; None if the tokenizer has no token."""
+        if self.tokenizer is None or token < 0:
+            return None
+        text = token_text(self.tokenizer, token)
+        if text is not None and "\ufffd" in text:
+            text = byte_text(self.tokenizer.id_to_token(int(token))) or text
+        return text
+
+
+def visible(text: str) -> str:
+    """A printable label of `text` that no other text has.
+
+    Spaces are `␣`; `\\` and invisible letters are escaped, as in Python. Joiners inside a word
+    (U+200C in Persian, U+200D in emoji) are left alone. Bytes that are no character, see
+    `byte_text`, are `\\<E2>`.
+    """
+    last = len(text) - 1
+    return "".join(
+        letter if letter in JOINERS and 0 < index < last else _visible_letter(letter)
+        for index, letter in enumerate(text)
+    )
+
+
+def _visible_letter(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":  # a lone surrogate: U+DC00 plus the byte
+        return f"\\<{ord(letter) - 0xDC00:02X}>"
+    if letter == " ":
+        return "␣"
+    if letter in "\\␣" or not letter.isprintable():
+        return letter.encode("unicode_escape").decode()
+    return letter
