@@ -23,6 +23,7 @@ from ..files.staging import temporary_folder
 from ..format.manifest import ModelIdentity
 from .checkpoint_comparison import COMPUTED
 from .model_loading import checkpoint_tensors
+from .safetensors_header import read_header
 from .source import NO_IDENTITY, ModelSource
 from .tokenizer import SAMPLE_TEXTS, load_tokenizer, tokenizer_digest, without_length_limits
 from .transformers_guard import guard_transformers
@@ -338,22 +339,41 @@ def _is_in_folder(module: Any, origin: ModelSource) -> bool:
             saved_config = type(module.config).from_pretrained(str(origin.folder))
         if _comparable(saved_config) != _comparable(module.config):
             return False
-        in_files: dict[str, str] = {}
-        for digests in remembered_tensor_digests(origin.weight_files).values():
-            in_files |= digests
+        # The folder gives the model in this dtype, or not this model.
+        if origin.compute_dtype != _running_dtype(module):
+            return False
+        in_files: dict[str, tuple[str, str]] = {}
+        for file, digests in remembered_tensor_digests(origin.weight_files).items():
+            header = read_header(file)
+            in_files |= {name: (header[name].dtype, digest) for name, digest in digests.items()}
     except (ResiduaError, OSError, ValueError, TypeError):
         return False
     if not _is_built_as_usual(module):
         return False
     tensors = _tensors_in_memory(module)
-    in_memory = tensor_digests_of(checkpoint_tensors(module, tensors))
+    in_memory = checkpoint_tensors(module, tensors)
     saved = checkpoint_tensors(module, _without_tied(module, tensors))
     # Tensors that the class computes itself are not read from the files.
-    return all(
-        in_memory.get(name) == digest
-        for name, digest in in_files.items()
+    return all(name in in_files or COMPUTED.search(name) for name in saved) and all(
+        name in in_memory and _has_digest(in_memory[name], name, dtype, digest)
+        for name, (dtype, digest) in in_files.items()
         if not COMPUTED.search(name)
-    ) and all(name in in_files or COMPUTED.search(name) for name in saved)
+    )
+
+
+def _has_digest(tensor: "torch.Tensor", name: str, dtype: str, digest: str) -> bool:
+    """Whether a tensor holds the numbers of a file's tensor, perhaps loaded in a wider dtype."""
+    import torch
+
+    if DTYPE_NAMES.get(str(tensor.dtype).removeprefix("torch.")) != dtype:
+        names = [torch_name for torch_name, file_name in DTYPE_NAMES.items() if file_name == dtype]
+        if not names or not tensor.is_floating_point():
+            return False
+        narrow = tensor.detach().to(getattr(torch, names[0]))
+        if not torch.equal(narrow.to(tensor.dtype), tensor):
+            return False
+        tensor = narrow
+    return _tensor_digest(name, tensor) == digest
 
 
 def _is_built_as_usual(module: Any) -> bool:

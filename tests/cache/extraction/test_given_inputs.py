@@ -157,6 +157,26 @@ def test_the_folder_finds_the_cache_of_its_loaded_model_and_repairs_it(
     assert all(map(np.array_equal, rows, read_all(residua.open(cache.path))))
 
 
+def test_a_checkpoint_of_a_narrower_dtype_than_the_model_is_its_folder(
+    texts_file: Path, tmp_path: Path
+) -> None:
+    """The configuration says float32, the files hold float16."""
+    model: Any = build_model("gpt2", torch.float16)
+    with guard_transformers():
+        model.save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}))
+    options: Any = {**SMALL, "max_tokens": 512, "root": tmp_path / "root"}
+    original = residua.extract(tmp_path / "model", texts_file, **options)
+    assert original.manifest.capture.compute_dtype == "float32"
+    loaded = load(tmp_path / "model", dtype="auto")
+    assert residua.extract(loaded, texts_file, **options).id == original.id
+    with torch.no_grad():
+        next(iter(loaded.parameters()))[0, 0] += 1e-6  # what float16 does not hold
+    assert residua.extract(loaded, texts_file, **options).id != original.id
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "gemma2"])
 def test_a_changed_model_has_the_identity_of_the_folder_that_it_would_be_saved_to(
     kind: str, texts_file: Path, tmp_path: Path
