@@ -86,6 +86,16 @@ def test_a_table_shows_median_and_spread_of_the_rounds(results: ModuleType) -> N
     assert statistics.median(figure.ratios) == 2
 
 
+def test_a_table_names_its_clock_and_cores(results: ModuleType) -> None:
+    figure = results.Figure("k", "work", "numpy", [2.0, 2.0], [1.0, 1.0], clock="wall")
+    machine = {"processor": "p", "cores": 2, "versions": {"numpy": "2"}}
+    value = {"command": "c", "machine": machine, "figures": [vars(figure)]}
+    table = results.page_table({"k": value})
+    assert "`c` on p, 2 cores, 2 rounds; numpy 2." in table
+    assert "| what | baseline | residua, wall s | baseline, wall s | ratio |" in table
+    assert results.describe_machine()["cores"] >= 1
+
+
 def test_works_take_turns_and_results_are_written(
     results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
