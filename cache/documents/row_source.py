@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import DataError
-from .text_lines import COMPRESSIONS
+from ..files.text_lines import COMPRESSIONS
 
 Row = dict[str, Any]
 """One row: column -> value."""
@@ -27,11 +27,11 @@ class RowFile:
     """Folder of temporary files; None for the system's."""
     notes: list[str] = field(default_factory=list)
     """Decisions taken while reading, as sentences for the user."""
+    ending: str = ""
+    """Ending that gives the format, such as `.jsonl`; by default that of `path`."""
 
-    @property
-    def ending(self) -> str:
-        """File ending in lower case, such as `.jsonl`, without the compression ending."""
-        return file_ending(self.path)
+    def __post_init__(self) -> None:
+        self.ending = self.ending or file_ending(self.path)
 
     def fail(self, location: str, reason: str) -> NoReturn:
         """Raise `DataError`: the rows at `location`, such as `line 3`, cannot be read."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-PATTERNS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.py")
+PATTERNS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.py", "*.jinja")
 """Files of a model folder with an influence on the tokenizer."""
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -66,7 +66,8 @@ def _has_vocabulary(folder: Path) -> bool:
     settings += ("special_tokens_map.json", "added_tokens.json", "adapter_config.json")
     files = {path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()}
     return any(
-        path.name not in settings and not path.name.endswith(".index.json") for path in files
+        path.name not in settings and not path.name.endswith((".index.json", ".jinja"))
+        for path in files
     )
 
 
