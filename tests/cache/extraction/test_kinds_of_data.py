@@ -20,6 +20,7 @@ from residua.cache.extraction.stream_memo import data_stamps, read_stream_memo
 from residua.cache.model import weight_digests
 from residua.cache.model.source import ModelSource
 from residua.cache.store.local_origin import public_name
+from residua.cache.store.verification import verify
 from residua.cache.tokens.token_stream import TokenStream
 
 from ...support.models import VOCAB, save_model, texts
@@ -167,6 +168,7 @@ def test_a_cache_of_token_ids_holds_the_activations_of_the_model(
             states = model(ids, output_hidden_states=True).hidden_states[1][0].numpy()
         rows = cache.residual_array(1)[start : start + length]
         np.testing.assert_allclose(rows, states, atol=1e-5)
+    assert verify(cache.path).ok
     again = residua.extract(model_folder, data, root=tmp_path / "root", pack=False, dtype="float32")
     assert again.id == cache.id
 
