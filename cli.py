@@ -75,7 +75,8 @@ def main() -> None:
 )
 @click.option(
     "--text-column",
-    help="Column that holds the text.  [default: the obvious one, whose name is printed]",
+    help="Column that holds the text, a conversation, or a list of token ids.  [default: the "
+    "obvious one, whose name is printed]",
 )
 @click.option(
     "--separator",
@@ -84,6 +85,26 @@ def main() -> None:
     "tab]",
 )
 @click.option("--split", help="Split of a data set that has several.  [default: train]")
+@click.option(
+    "--data-format",
+    metavar="FORMAT",
+    help="Format of standard input, or of files whose names do not tell it: txt, jsonl, json, csv, "
+    "tsv, parquet.",
+)
+@click.option(
+    "--bos",
+    metavar="POLICY",
+    default="auto",
+    show_default=True,
+    help="Special tokens: auto (those that the tokenizer adds to a text; if it adds none, BOS or "
+    "EOS before each packed document), none, document (BOS before each document), context (also at "
+    "the start of every packed context), bos-eos (BOS before and EOS after each document).",
+)
+@click.option(
+    "--generation-prompt",
+    is_flag=True,
+    help="End each conversation with the beginning of a turn of the assistant.",
+)
 @click.option(
     "--layers",
     type=LAYERS,
@@ -186,7 +207,11 @@ def main() -> None:
     metavar="ADDRESS",
     help="Address of a dask scheduler, like tcp://host:8786, whose workers share the work.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the size of the cache and write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the size of the cache and the first tokens of three sequences; write nothing.",
+)
 @click.option(
     "--no-tty",
     is_flag=True,
@@ -206,21 +231,39 @@ def extract(
 
     The cache holds the residual stream of every layer at every token, and the model's head.
 
-    MODEL is a folder saved by transformers or a hub id; DATA a .txt, .jsonl, .json, .csv, .tsv
-    or .parquet file, a folder saved by datasets, or a hub id (name or name:config). The same
-    command again finds the finished cache; after an interruption, the same command goes on
-    where the extraction stopped. More layers or tokens extend a cache.
+    MODEL is a folder saved by transformers or a hub id. DATA is a .txt, .jsonl, .json, .csv, .tsv
+    or .parquet file (or .gz of one), a quoted pattern or a folder of such files, - for standard
+    input, a folder saved by datasets, or a hub id (name or name:config). The same command again
+    finds the finished cache; after an interruption, the same command goes on where the extraction
+    stopped. More layers or tokens extend a cache.
+
+    \b
+    Documents. docs/data.md says more.
+      .txt     pieces between <|endoftext|> marks; without any, the whole file, or with --no-pack
+               each line
+      others   one per row, line or item
+      text     the column text, content, document, sentence, story or prompt; else the only one
+      chat     columns of turns (messages: role, content), rendered with the model's chat template
+      tokens   the column input_ids, without what attention_mask masks; no special token is added
+      answer   the answer's words in the text; answer_start is its first character, else the last
+               occurrence counts: --positions answer keeps the tokens before each of its tokens
+      positions  a list of token numbers of the row, -1 the last, for --positions explicit
+    Documents are shuffled (--seed); a tenth of them is test, a tenth validation, by the hash of
+    their content. Packed contexts hold documents of one split.
 
     \b
     residua extract gpt2 texts.jsonl --max-tokens 1000000
     residua extract ./my-model books.txt --context 512 --root caches
     residua extract ./my-model prompts.csv --text-column prompt --no-pack
+    residua extract gpt2 'shards/*.jsonl.gz' --dry-run
+    zcat texts.jsonl.gz | residua extract gpt2 - --max-tokens 1000000
     residua extract gpt2 texts.jsonl --layers 0,6 --max-bytes 50000000000 --dry-run
     residua extract gpt2 texts.jsonl --logits topk:64
     residua extract gpt2 texts.jsonl --codec compact --dtype bfloat16
     """
     from residua.analysis.console.messages import print_estimate, print_extraction
     from residua.analysis.console.terminal import Meter, bandwidths
+    from residua.analysis.console.token_preview import with_token_labels
     from residua.cache.extraction.answer import answer_request, estimate_request
     from residua.cache.extraction.distributed import answer_at_address
     from residua.cache.extraction.request import ExtractionRequest
@@ -231,7 +274,7 @@ def extract(
     with Meter(quiet and not no_tty, lines=no_tty) as meter:
         meter.note("extract", lambda: bandwidths(stages.to_dict()))
         if dry_run:
-            estimate = estimate_request(request, meter.stage).to_dict()
+            estimate = with_token_labels(request, estimate_request(request, meter.stage))
             return estimate, lambda: print_estimate(estimate)
         if scheduler is None:
             value = answer_request(request, meter.stage, stages).to_dict()

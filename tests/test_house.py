@@ -25,6 +25,7 @@ DOORS = {
         "cache/model/tokenizer.py",
         "cache/model/transformers_guard.py",
         "cache/model/config_check.py",
+        "cache/extraction/chat_template.py",
         "cache/extraction/prepare.py",
     },
     "datasets": {"cache/documents/document_loading.py"},

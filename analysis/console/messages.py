@@ -71,6 +71,20 @@ def print_estimate(value: dict[str, Any]) -> None:
         print(f"{fits} into {format_bytes(value['free'])} free")
     _print_cut_text(value["cut"])
     _print_reading(value["reading"])
+    _print_beginnings(value)
+
+
+def _print_beginnings(value: dict[str, Any]) -> None:
+    """Print how many sequences each split has, and the first tokens of some."""
+    counts = ", ".join(f"{count:,} {split}" for split, count in value["splits"].items())
+    print(f"{sum(value['splits'].values()):,} sequences that the model reads: {counts}")
+    for beginning in value["beginnings"]:
+        print(
+            f"sequence {beginning['sequence']} ({beginning['split']}, {beginning['length']:,} "
+            f"tokens, begins in document {beginning['document']}):"
+        )
+        ellipsis = " ..." if len(beginning["tokens"]) < beginning["length"] else ""
+        print(f"  {' '.join(beginning['tokens'])}{ellipsis}")
 
 
 def _format_contents(value: dict[str, Any]) -> str:

@@ -31,6 +31,13 @@ class TokenNames:
                 message = f"the cache's tokenizer.json cannot be read, tokens are ids: {error}"
                 warnings.warn(message, ResiduaWarning, stacklevel=2)
 
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Any) -> "TokenNames":
+        """The labels of a tokenizer that belongs to no cache yet."""
+        names = cls.__new__(cls)
+        names.tokenizer = tokenizer
+        return names
+
     def __call__(self, token: int) -> str:
         if token < 0:
             return UNDEFINED

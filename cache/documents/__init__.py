@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
+    from .data_files import STANDARD_INPUT as STANDARD_INPUT
     from .document_loading import load_documents as load_documents
     from .documents import Documents as Documents
     from .documents import Reading as Reading

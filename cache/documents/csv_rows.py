@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import DataError
+from ..files.text_lines import text_lines
 from .row_source import Row, RowFile
-from .text_lines import text_lines
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 """Default separator of the columns, by format."""

@@ -1,4 +1,4 @@
-"""Loading of documents from a file, a folder saved by `datasets`, or a data set of the hub.
+"""Loading of documents from files, a folder saved by `datasets`, or a data set of the hub.
 
 `load_documents` is called by `extraction/resolve.py` and returns `Documents`; `documents.py` shows
 all steps between a file and its documents. No other file imports the `datasets` library.
@@ -9,19 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .documents import DatasetDocuments, Documents, is_label_feature
+from .data_files import FILE_FORMATS, DataFiles, open_data_files
+from .documents import DatasetDocuments, Documents, RenderConversation, is_label_feature
 from .given_rows import GivenTexts
-from .row_files import ROW_FORMATS
 from .row_source import RowFile, file_ending
 from .row_table import RowTable
 from .text_column import ColumnSample, check_column_exists, choose_text_column
 from .text_file import SEPARATOR, TextFile
-from .text_lines import open_bytes
 
-FILE_FORMATS = {".txt": "text", **ROW_FORMATS}
-"""File ending -> format."""
-LFS_POINTER = b"version https://git-lfs"
-"""Beginning of the small file that git keeps in place of a large one."""
 SAMPLE_ROWS = 200
 """Rows of a data set that are read to choose its text column."""
 
@@ -34,69 +29,51 @@ def load_documents(
     scratch: Path | None = None,
     separator: str | None = None,
     labels: bool = True,
+    data_format: str | None = None,
+    render: RenderConversation | None = None,
 ) -> Documents:
-    """Documents of `data`: path of a file or saved data set, or hub id (`name`, `name:config`).
+    """Documents of `data`: file, pattern, folder of files, saved data set, `-`, or hub id.
 
     A .txt file is one document per `<|endoftext|>`-separated piece, or one per line with `lines`;
     other formats give one document per row, its text in `text_column` (default: chosen by
-    `choose_text_column`). `split` chooses a split of a saved or hub data set; `separator`
-    separates the columns of .csv and .tsv files. Without `labels` only texts are kept.
+    `choose_text_column`). A pattern like `data/*.jsonl`, and a folder, name files of one format,
+    which are read in the order of their paths. `-` is standard input. `data_format` (`jsonl`,
+    `txt`) replaces the endings. `split` chooses a split of a saved or hub data set; `separator`
+    separates the columns of .csv and .tsv files. Without `labels` only texts are kept. `render`
+    gives the text of a conversation; without it a column of conversations is an error.
 
-    Nothing stays in memory: the texts of a file are copied to an unnamed temporary file in the
-    folder `scratch`, so later changes of the file do not matter. Raises `DataError`.
+    Nothing stays in memory: the texts of files are copied to an unnamed temporary file in the
+    folder `scratch`, so later changes of the files do not matter. Raises `DataError`.
     """
-    # Refuse options of other kinds of sources.
     path = Path(data).expanduser()
     if path.is_symlink() and not path.exists():
         raise DataError(
             f"{data} is a link to {path.readlink()}, which does not exist; give a file, a saved "
             "data set or a hub id"
         )
-    if split is not None and path.is_file():
-        raise DataError(f"--split is for data sets that have several; {data} is one file")
-    file_format = FILE_FORMATS.get(file_ending(path)) if path.is_file() else None
-    if separator is not None and file_format not in ("csv", "tsv"):
-        raise DataError(f"--separator is for .csv and .tsv files, not for {data}")
-
-    # A file: plain text, or rows.
-    if path.is_file():
-        if file_format is None:
-            endings = ", ".join(FILE_FORMATS)
-            raise DataError(
-                f"{path.name} has no known ending; expected one of {endings} (or .gz of one)"
-            )
-        if not path.stat().st_size:
-            raise DataError(f"{path} is empty; give a file with texts")
-        with open_bytes(path) as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise DataError(
-                    f"{path} is a git-lfs pointer, not the texts; fetch them with 'git lfs pull', "
-                    "or download the file again"
-                )
-        if file_format == "text":
-            if text_column is not None:
-                raise DataError(f"--text-column is for tables; {data} has no columns")
-            texts = TextFile(path, lines, scratch)
-            documents = Documents(texts)
-            if texts.blank:
-                documents.reading.notes.append(
-                    f"{texts.blank} documents between {SEPARATOR} marks are left out: they are "
-                    "empty"
-                )
+    with open_data_files(data, data_format, scratch) as files:
+        if files is not None:
+            _check_options_of_files(files, text_column, split, separator)
+            documents = _documents_of_files(
+                files, text_column, lines, scratch, separator=separator, labels=labels,
+                render=render,
+            )  # fmt: skip
+            documents.reading.notes[:0] = files.notes
             return documents
-        return RowTable(RowFile(path, file_format, separator, scratch), text_column, labels)
+    if separator is not None:
+        raise DataError(f"--separator is for .csv and .tsv files, not for {data}")
 
     # A folder or hub data set, read by `datasets`.
     if path.is_dir():
-        return _load_folder(path, split, text_column)
+        return _load_folder(path, split, text_column, render)
     if path.exists():
         raise DataError(
             f"{data} is no regular file (a pipe, a device?), and texts are read more than once; "
-            "write them into a file"
+            "write them into a file, or give - and redirect standard input"
         )
     if file_ending(path) in FILE_FORMATS or data.startswith((".", "/", "~")) or data.count("/") > 1:
         raise DataError(f"{data} does not exist; give a file, a saved data set or a hub id")
-    return _dataset_documents(_load_hub(data, split), text_column, data)
+    return _dataset_documents(_load_hub(data, split), text_column, data, render)
 
 
 def load_given_documents(
@@ -105,17 +82,60 @@ def load_given_documents(
     split: str | None = None,
     scratch: Path | None = None,
     labels: bool = True,
+    render: RenderConversation | None = None,
 ) -> Documents:
     """Documents of texts that were given in Python; see `load_documents`."""
     if texts.path is not None:
         if split is not None:
             raise DataError(f"split is for data sets that have several, not for {texts.name}")
         file = RowFile(texts.path, "json", None, scratch, name=texts.name)
-        return RowTable(file, text_column, labels)
-    return _documents_of_split(texts.dataset, split, text_column, texts.name)
+        return RowTable(file, text_column, labels, texts.name, render)
+    return _documents_of_split(texts.dataset, split, text_column, texts.name, render)
 
 
-def _load_folder(path: Path, split: str | None, text_column: str | None) -> DatasetDocuments:
+def _check_options_of_files(
+    files: DataFiles, text_column: str | None, split: str | None, separator: str | None
+) -> None:
+    """Raise `DataError` for options of other kinds of sources."""
+    if split is not None:
+        kind = "one file" if len(files.paths) == 1 else "files"
+        hint = "" if len(files.paths) == 1 else "; choose some with a pattern like 'data/train-*'"
+        raise DataError(f"--split is for data sets that have several; {files.name} is {kind}{hint}")
+    if separator is not None and files.format not in ("csv", "tsv"):
+        raise DataError(f"--separator is for .csv and .tsv files, not for {files.name}")
+    if text_column is not None and files.format == "text":
+        raise DataError(f"--text-column is for tables; {files.name} has no columns")
+
+
+def _documents_of_files(
+    files: DataFiles,
+    text_column: str | None,
+    lines: bool,
+    scratch: Path | None,
+    *,
+    separator: str | None,
+    labels: bool,
+    render: RenderConversation | None,
+) -> Documents:
+    """Documents of files of plain text, or of rows."""
+    if files.format == "text":
+        texts = TextFile(files.paths, lines, scratch)
+        documents = Documents(texts)
+        if texts.blank:
+            documents.reading.notes.append(
+                f"{texts.blank} documents between {SEPARATOR} marks are left out: they are empty"
+            )
+        return documents
+    row_files = [
+        RowFile(path, files.format, separator, scratch, ending=files.ending) for path in files.paths
+    ]
+    data = files.name if len(row_files) > 1 else None
+    return RowTable(row_files, text_column, labels, data, render)
+
+
+def _load_folder(
+    path: Path, split: str | None, text_column: str | None, render: RenderConversation | None
+) -> DatasetDocuments:
     """Documents of a folder saved by `datasets`: of `split`, else of `train`, else of its first."""
     import datasets
 
@@ -123,27 +143,32 @@ def _load_folder(path: Path, split: str | None, text_column: str | None) -> Data
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets raises many kinds; all mean an unusable folder
         raise DataError(
-            f"{path} is not a folder saved by datasets.save_to_disk: {_short_message(error)}"
+            f"{path} is not a folder saved by datasets.save_to_disk, nor one of files that end in "
+            f"{', '.join(FILE_FORMATS)}: {_short_message(error)}"
         ) from None
-    return _documents_of_split(saved, split, text_column, str(path))
+    return _documents_of_split(saved, split, text_column, str(path), render)
 
 
 def _documents_of_split(
-    rows: Any, split: str | None, text_column: str | None, data: str
+    rows: Any,
+    split: str | None,
+    text_column: str | None,
+    data: str,
+    render: RenderConversation | None,
 ) -> DatasetDocuments:
     """Documents of a `Dataset`, or of one split of a `DatasetDict`; `data` names them."""
     # A data set without splits.
     if not isinstance(rows, dict):
         if split is not None and split != str(rows.split):
             raise DataError(f"{data} has no split {split!r}; it is one data set without splits")
-        return _dataset_documents(rows, text_column, data)
+        return _dataset_documents(rows, text_column, data, render)
 
     # A data set with splits.
     name = split or ("train" if "train" in rows else next(iter(rows), "train"))
     names = ", ".join(map(str, rows)) or "none"
     if name not in rows:
         raise DataError(f"{data} has no split {name!r}; it has {names}")
-    documents = _dataset_documents(rows[name], text_column, data)
+    documents = _dataset_documents(rows[name], text_column, data, render)
     if split is None and name != "train":
         documents.reading.notes.append(
             f"the split {name!r} is read; there is no 'train' in {names}"
@@ -181,14 +206,14 @@ def _short_message(error: BaseException) -> str:
     return textwrap.shorten(message, 300, placeholder=" ...") or type(error).__name__
 
 
-def _dataset_documents(rows: Any, text_column: str | None, data: str) -> DatasetDocuments:
+def _dataset_documents(
+    rows: Any, text_column: str | None, data: str, render: RenderConversation | None
+) -> DatasetDocuments:
     """Documents of the data set `rows`, after its text column was chosen by types and samples."""
     columns = {name: _column_sample(rows, name, feature) for name, feature in rows.features.items()}
-    name, reason = choose_text_column(columns, text_column, data)
-    check_column_exists(columns, name, data)
-    documents = DatasetDocuments(rows, name, data)
-    documents.reading.column_reason = reason
-    return documents
+    choice = choose_text_column(columns, text_column, data, render is not None)
+    check_column_exists(columns, choice.name, data)
+    return DatasetDocuments(rows, choice, data, render)
 
 
 def _column_sample(rows: Any, name: str, feature: Any) -> ColumnSample:

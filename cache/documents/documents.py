@@ -15,7 +15,7 @@ rows is read in slices (`long_text.py`), so memory does not grow with the data.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ import numpy as np
 from ..errors import DataError
 from .labels import Labels, kind_of_value, label_arrays
 from .long_text import LongText
+from .text_column import ATTENTION_MASK, ColumnChoice
 
 if TYPE_CHECKING:
     from .text_file import TextFile
@@ -34,6 +35,12 @@ READ_BYTES = 1 << 20
 """Bytes of text of one read; a longer document is read alone."""
 Text = str | LongText
 """Text of a document; a long one stays on the disk."""
+RenderConversation = Callable[[Any, str], str]
+"""Function of a list of turns and its place in the data, which gives the conversation's text."""
+BYTES_PER_ID = 32
+"""Bytes of memory of a token id while it is read, as a number of Python."""
+MAX_TOKEN_ID = 2**31 - 1
+"""Largest token id of a row."""
 BLANK, HALF_PAIR = "only whitespace", "half a surrogate pair"
 """Reasons to leave out a document."""
 FIRST_ROWS = 5
@@ -109,6 +116,11 @@ class Documents:
     This class serves plain texts, which have no columns; subclasses read tables.
     """
 
+    holds_token_ids = False
+    """Whether documents are rows of token ids (`token_ids`), and have no texts."""
+    is_rendered = False
+    """Whether texts are conversations, with the special tokens of a chat template in them."""
+
     def __init__(self, texts: "Sequence[str] | TextFile") -> None:
         self._texts = texts
         self.reading = Reading()
@@ -141,6 +153,13 @@ class Documents:
         """Texts of the documents `numbers`, long ones as `LongText`; None for a missing text."""
         return [self._texts[number] for number in numbers]
 
+    def token_ids(self, numbers: list[int]) -> list[np.ndarray | None]:
+        """Token ids of the documents `numbers`, `(tokens,)` int32 each; None for a missing row.
+
+        Only if `holds_token_ids`.
+        """
+        raise NotImplementedError
+
     def has_column(self, column: str) -> bool:
         """Return whether the documents have the column `column`."""
         return False
@@ -155,17 +174,22 @@ class Documents:
 
 
 class DatasetDocuments(Documents):
-    """Documents of a data set of the `datasets` library: `name` is the text column.
+    """Documents of a data set of the `datasets` library: `choice` is their column.
 
     The other columns of numbers, truth values and words are labels. `rows` is mapped from its
     files, so only the rows being read are in memory. `data` names the data in messages.
     """
 
-    def __init__(self, rows: Any, name: str, data: str) -> None:
+    def __init__(
+        self, rows: Any, choice: ColumnChoice, data: str, render: RenderConversation | None = None
+    ) -> None:
         self._rows = rows.with_format(None)
-        self._name = name
+        self._name = choice.name
         self._data = data
-        self.reading = Reading(name)
+        self._render = render
+        self.holds_token_ids = choice.holds == "token ids"
+        self.is_rendered = choice.holds == "conversations"
+        self.reading = Reading(choice.name, choice.reason)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -178,23 +202,41 @@ class DatasetDocuments(Documents):
             raise DataError(f"{self._data} is not UTF-8 text; convert it first") from None
 
     def sizes(self, numbers: np.ndarray) -> np.ndarray | None:
-        if self._rows._indices is not None or not len(self._rows):
-            return None  # a reordered view: rows of the table have other numbers
+        if self._rows._indices is not None or not len(self._rows) or self.is_rendered:
+            return None  # of a reordered view, rows of the table have other numbers
         import pyarrow.compute
 
-        texts = self._rows.data.column(self._name)
+        function, item_bytes = "binary_length", 1
+        if self.holds_token_ids:
+            function, item_bytes = "list_value_length", BYTES_PER_ID
         lengths = [
-            pyarrow.compute.call_function("binary_length", [chunk]).fill_null(0)
-            for chunk in texts.chunks
+            pyarrow.compute.call_function(function, [chunk]).fill_null(0)
+            for chunk in self._rows.data.column(self._name).chunks
         ]
         arrays = [chunk.to_numpy(zero_copy_only=False).astype(np.int64) for chunk in lengths]
-        return np.concatenate(arrays)[numbers]
+        return item_bytes * np.concatenate(arrays)[numbers]
 
     def texts(self, numbers: list[int]) -> Sequence[Text | None]:
-        texts = self._read_columns(numbers, [self._name])[self._name]
+        values = self._read_columns(numbers, [self._name])[self._name]
+        places = zip(numbers, values, strict=True)
+        if self.is_rendered:
+            assert (render := self._render) is not None
+            return [
+                None if turns is None else render(turns, f"{self._data}, row {number}")
+                for number, turns in places
+            ]
+        return [decode_text(text, self._data, f"row {number}") for number, text in places]
+
+    def token_ids(self, numbers: list[int]) -> list[np.ndarray | None]:
+        has_mask = self.has_column(ATTENTION_MASK)
+        columns = [self._name, ATTENTION_MASK] if has_mask else [self._name]
+        values = self._read_columns(numbers, columns)
+        masks = values[ATTENTION_MASK] if has_mask else [None] * len(numbers)
         return [
-            decode_text(text, self._data, f"row {number}")
-            for number, text in zip(numbers, texts, strict=True)
+            None
+            if ids is None
+            else unmasked_ids(ids, mask, f"{self._data}, row {number}", self._name)
+            for number, ids, mask in zip(numbers, values[self._name], masks, strict=True)
         ]
 
     def has_column(self, column: str) -> bool:
@@ -226,6 +268,37 @@ class DatasetDocuments(Documents):
             for column, value in record.items():
                 kinds[column][kind_of_value(value)] += 1
         return label_arrays(records, kinds)
+
+
+def unmasked_ids(ids: Any, mask: Any, place: str, column: str) -> np.ndarray:
+    """The token ids of one row whose attention mask is 1, `(tokens,)` int32.
+
+    `mask` is None, or as long as `ids`: zeros for padding at either end, ones between. Raises
+    `DataError`, which names the row by `place` and the column by `column`.
+    """
+    if not isinstance(ids, list) or not all(type(item) is int for item in ids):
+        raise DataError(f"{place}: the column {column!r} must hold lists of whole numbers")
+    if ids and not 0 <= min(ids) <= max(ids) <= MAX_TOKEN_ID:
+        raise DataError(
+            f"{place}: the column {column!r} holds {min(ids) if min(ids) < 0 else max(ids)}, which "
+            "is no token id; expected whole numbers from 0 on"
+        )
+    values = np.array(ids, np.int32)
+    if mask is None:
+        return values
+    is_list = isinstance(mask, list) and len(mask) == len(ids)
+    if not is_list or not all(item in (0, 1) for item in mask):
+        raise DataError(
+            f"{place}: the column {ATTENTION_MASK!r} must hold a list of {len(ids)} zeros and "
+            f"ones, one for each of {column!r}"
+        )
+    kept = np.flatnonzero(mask)
+    if len(kept) and kept[-1] - kept[0] != len(kept) - 1:
+        raise DataError(
+            f"{place}: the column {ATTENTION_MASK!r} has zeros between ones; only padding at the "
+            "ends is left out"
+        )
+    return values[kept]
 
 
 def is_label_feature(feature: Any) -> bool:

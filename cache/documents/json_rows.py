@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..files.text_lines import text_blocks
 from .row_source import Row, RowFile
 from .text_column import kind_in_words
-from .text_lines import text_blocks
 
 
 def json_rows(file: RowFile, text_column: str | None) -> Iterator[tuple[str, Row]]:

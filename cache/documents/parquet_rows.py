@@ -9,10 +9,10 @@ from typing import Any
 
 from ..errors import DataError
 from ..files.disk_errors import translate_disk_errors
+from ..files.text_lines import BLOCK_BYTES, COMPRESSIONS, open_bytes
 from .labels import POSITION_COLUMNS
 from .row_source import Row, RowFile
-from .text_column import ColumnSample
-from .text_lines import BLOCK_BYTES, COMPRESSIONS, open_bytes
+from .text_column import ATTENTION_MASK, ColumnSample
 
 PARQUET_ROWS = 64
 """Rows per read."""
@@ -51,7 +51,7 @@ def parquet_rows(
     """Yield the rows, with their location (`row 3`), of the text column.
 
     With `other_columns` also columns of plain values, which may be labels, and the columns that
-    position policies read (`POSITION_COLUMNS`).
+    position policies read (`POSITION_COLUMNS`). Beside a text column of lists, the attention mask.
     """
     with _parquet_file(file) as opened:
         names = opened.schema_arrow.names
@@ -65,6 +65,7 @@ def parquet_rows(
             for name, kind in kinds.items()
             if name == text_column
             or (other_columns and (kind in plain_kinds or name in POSITION_COLUMNS))
+            or (name == ATTENTION_MASK and kinds.get(text_column or "") == "a list or object")
         ]
         number = 0
         for batch in opened.iter_batches(PARQUET_ROWS, columns=columns):

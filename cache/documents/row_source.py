@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import DataError
-from .text_lines import COMPRESSIONS
+from ..files.text_lines import COMPRESSIONS
 
 Row = dict[str, Any]
 """One row: column -> value."""
@@ -29,11 +29,11 @@ class RowFile:
     """What the rows are called in messages; None for the path."""
     notes: list[str] = field(default_factory=list)
     """Decisions taken while reading, as sentences for the user."""
+    ending: str = ""
+    """Ending that gives the format, such as `.jsonl`; by default that of `path`."""
 
-    @property
-    def ending(self) -> str:
-        """File ending in lower case, such as `.jsonl`, without the compression ending."""
-        return file_ending(self.path)
+    def __post_init__(self) -> None:
+        self.ending = self.ending or file_ending(self.path)
 
     @property
     def label(self) -> str:

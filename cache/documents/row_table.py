@@ -1,6 +1,6 @@
-"""Documents of a file of rows (.jsonl, .json, .csv, .tsv, .parquet): `RowTable`.
+"""Documents of files of rows (.jsonl, .json, .csv, .tsv, .parquet): `RowTable`.
 
-`load_documents` makes a `RowTable` of a `RowFile`. All rows are read once (`row_files.py`); texts
+`load_documents` makes a `RowTable` of `RowFile`s. All rows are read once (`row_files.py`); texts
 and label columns are copied to two `DocumentSpool`s (temporary files) and read by row number.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..files.disk_errors import translate_disk_errors
-from .documents import Documents, Reading, Text, decode_text
+from .documents import Documents, Reading, RenderConversation, Text, decode_text, unmasked_ids
 from .labels import (
     EXPLICIT,
     MISSING,
@@ -31,7 +31,13 @@ from .labels import (
 from .long_text import LONG_BYTES, LongText
 from .row_files import read_rows, read_sample
 from .row_source import RowFile
-from .text_column import ColumnSample, check_column_exists, choose_text_column, kind_in_words
+from .text_column import (
+    ATTENTION_MASK,
+    ColumnSample,
+    check_column_exists,
+    choose_text_column,
+    kind_in_words,
+)
 
 IN_MEMORY = 16 << 20
 """Bytes up to which a spool stays in memory."""
@@ -89,68 +95,112 @@ class DocumentSpool:
 
 
 class RowTable(Documents):
-    """The documents of a `RowFile`, one per row; the other columns of plain values are labels.
+    """The documents of files of rows, one per row; the other columns of plain values are labels.
 
-    The constructor reads the whole file, so later changes of the file do not matter. Without
-    `labels` only texts are stored. Raises `DataError`.
+    The constructor reads the files whole, so later changes of them do not matter. `data` names
+    them in messages. Without `labels` only the documents are stored. `render` gives the text of a
+    conversation, a list of turns. Raises `DataError`.
     """
 
-    def __init__(self, file: RowFile, text_column: str | None = None, labels: bool = True) -> None:
-        self._data = file.label
-        self._is_csv = file.format in ("csv", "tsv")
+    def __init__(
+        self,
+        files: RowFile | Sequence[RowFile],
+        text_column: str | None = None,
+        labels: bool = True,
+        data: str | None = None,
+        render: RenderConversation | None = None,
+    ) -> None:
+        files = [files] if isinstance(files, RowFile) else files
+        self._data = files[0].label if data is None else data
+        self._is_csv = files[0].format in ("csv", "tsv")
+        self._render = render
 
         # Choose the text column by the first rows.
-        samples = read_sample(file)
-        name, reason = choose_text_column(samples, text_column, self._data)
-        if file.format in ("csv", "tsv", "parquet"):  # header or schema name all columns
-            check_column_exists(samples, name, self._data)
-        is_only_column = reason in ("the only column", "the only column of text")
+        samples = next(filter(None, map(read_sample, files)), {})
+        choice = choose_text_column(samples, text_column, self._data, render is not None)
+        self._column = choice.name
+        self.holds_token_ids = choice.holds == "token ids"
+        self.is_rendered = choice.holds == "conversations"
+        is_only_column = choice.reason in ("the only column", "the only column of text")
 
         # Read all rows: texts to one spool, the other columns as JSON to another.
-        self._texts_file, self._is_missing = DocumentSpool(file.scratch), bytearray()
-        self._records = DocumentSpool(file.scratch) if labels else None
+        scratch = files[0].scratch
+        self._texts_file, self._is_missing = DocumentSpool(scratch), bytearray()
+        self._records = DocumentSpool(scratch) if labels else None
         self._kinds: dict[str, Counter[str]] = {}
-        column_exists = reason is not None
-        for location, row in read_rows(file, name, other_columns=labels or is_only_column):
-            column_exists |= name in row
-            self._add_text(row, name, location)
-            if is_only_column:
-                _check_no_other_text(row, name, location, samples, self._data)
-            if self._records is not None:
-                self._add_record(self._records, row, name)
+        column_exists = choice.reason is not None
+        for file in files:
+            self._check_header(file, samples if len(files) == 1 else None)
+            rows = read_rows(file, choice.name, other_columns=labels or is_only_column)
+            for location, row in rows:
+                column_exists |= choice.name in row
+                self._add_document(row, file.label, location)
+                if is_only_column:
+                    _check_no_other_text(row, choice.name, location, samples, file.label)
+                if self._records is not None:
+                    self._add_record(self._records, row)
 
         # Checks and counts that need all rows.
         if not len(self):
             raise DataError(f"{self._data} has no rows; give a file with texts")
         if not column_exists:
-            check_column_exists(samples, name, self._data)
+            check_column_exists(samples, choice.name, self._data)
         if labels:
             for column, sample in samples.items():  # columns that read_rows left out
-                if column not in self._kinds and column != name and "twice" not in sample.kinds:
+                is_label = column not in (choice.name, self._mask_column)
+                if column not in self._kinds and is_label and "twice" not in sample.kinds:
                     self._kinds[column] = Counter({OTHER: len(self)})
         for kinds in self._kinds.values():
             kinds[MISSING] += len(self) - kinds.total()
-        self.reading = Reading(name, reason, file.notes)
+        notes = [note for file in files for note in file.notes]
+        self.reading = Reading(choice.name, choice.reason, notes)
 
     def __len__(self) -> int:
         return len(self._texts_file)
 
-    def _add_text(self, row: dict[str, Any], name: str, location: str) -> None:
-        """Store the text of `row`; raises `DataError` if the column `name` holds no text."""
-        text = decode_text(row.get(name), self._data, location)
-        if text is not None and not isinstance(text, str):
-            raise DataError(
-                f"{self._data}, {location}: the text column {name!r} holds {kind_in_words(text)}, "
-                "expected text; write it in quotes, or choose another --text-column"
-            )
-        self._is_missing.append(text is None)
-        # JSON can hold half a surrogate pair; reason_to_drop reports such a text when it is used.
-        self._texts_file.append((text or "").encode("utf-8", "surrogatepass"))
+    @property
+    def _mask_column(self) -> str | None:
+        """Column of the attention mask of token ids; None beside texts."""
+        return ATTENTION_MASK if self.holds_token_ids else None
 
-    def _add_record(self, records: DocumentSpool, row: dict[str, Any], text_column: str) -> None:
+    def _check_header(self, file: RowFile, samples: dict[str, ColumnSample] | None) -> None:
+        """Raise `DataError` if `file` has a header or schema without the text column."""
+        if file.format in ("csv", "tsv", "parquet"):
+            columns = read_sample(file) if samples is None else samples
+            if columns:  # else a file of no rows
+                check_column_exists(columns, self._column, file.label)
+
+    def _add_document(self, row: dict[str, Any], data: str, location: str) -> None:
+        """Store the document of `row`; raises `DataError` if the column does not hold it."""
+        value = row.get(self._column)
+        self._is_missing.append(value is None)
+        if value is None:
+            self._texts_file.append(b"")
+            return
+        if self.holds_token_ids:
+            mask = row.get(ATTENTION_MASK)
+            ids = unmasked_ids(value, mask, f"{data}, {location}", self._column)
+            self._texts_file.append(ids.tobytes())
+            return
+        if self.is_rendered:
+            assert self._render is not None
+            text = self._render(value, f"{data}, {location}")
+        else:
+            text = decode_text(value, data, location)
+        if not isinstance(text, str):
+            raise DataError(
+                f"{data}, {location}: the text column {self._column!r} holds "
+                f"{kind_in_words(text)}, expected text; write it in quotes, or choose another "
+                "--text-column"
+            )
+        # JSON can hold half a surrogate pair; reason_to_drop reports such a text when it is used.
+        self._texts_file.append(text.encode("utf-8", "surrogatepass"))
+
+    def _add_record(self, records: DocumentSpool, row: dict[str, Any]) -> None:
         """Count the kinds of the values beside the text, and store labels and position columns."""
         kind_of = kind_of_cell if self._is_csv else kind_of_value
-        record = {column: value for column, value in row.items() if column != text_column}
+        beside = (self._column, self._mask_column)
+        record = {column: value for column, value in row.items() if column not in beside}
         for column, value in record.items():
             self._kinds.setdefault(column, Counter())[kind_of(value)] += 1
         stored = {
@@ -166,6 +216,14 @@ class RowTable(Documents):
     def texts(self, numbers: list[int]) -> Sequence[Text | None]:
         return [
             None if self._is_missing[number] else self._texts_file.text(number)
+            for number in numbers
+        ]
+
+    def token_ids(self, numbers: list[int]) -> list[np.ndarray | None]:
+        return [
+            None
+            if self._is_missing[number]
+            else np.frombuffer(self._texts_file[number], "<i4").astype(np.int32)
             for number in numbers
         ]
 

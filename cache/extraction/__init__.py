@@ -7,6 +7,7 @@ from ..lazy_exports import lazy_exports
 if TYPE_CHECKING:
     from .answer import answer_request as answer_request
     from .answer import estimate_request as estimate_request
+    from .answer import request_tokenizer as request_tokenizer
     from .damage_repair import Repair as Repair
     from .damage_repair import repair as repair
     from .distributed import answer_at_address as answer_at_address

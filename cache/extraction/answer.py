@@ -42,6 +42,7 @@ from .stream_memo import data_stamps, read_stream_memo, write_stream_memo
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Tokenizer
 
     from ..checks.independence import Independence
     from ..model.blocks import DecoderBlocks
@@ -154,6 +155,11 @@ def estimate_request(request: ExtractionRequest, progress: StageProgress | None 
     model = load_requested_model(request, source)
     source = with_loaded_dtype(source, model)
     return plan_extraction(request, source, model, stream).estimate(root)
+
+
+def request_tokenizer(request: ExtractionRequest) -> "Tokenizer":
+    """The tokenizer of the model of `request`; loads no weights."""
+    return _locate_model(request).tokenizer_for_format(request.format)
 
 
 def find_match(request: ExtractionRequest, progress: StageProgress | None = None) -> CacheMatch:

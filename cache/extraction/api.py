@@ -33,6 +33,9 @@ def extract(
     text_column: str | None = None,
     separator: str | None = None,
     split: str | None = None,
+    data_format: str | None = None,
+    bos: str = "auto",
+    generation_prompt: bool = False,
     layers: Iterable[int] | int | None = None,
     positions: str = "all",
     logits: str = "recompute",
@@ -65,17 +68,26 @@ def extract(
         model: Folder of a model saved by transformers, a hub id, or a loaded model of transformers
             (in eval mode, on its device). A loaded model has the identity of its tensors: while
             they are those of the folder it came from, both find the same caches.
-        data: .txt, .jsonl, .json, .csv, .tsv or .parquet file, a saved `datasets` folder, or a
-            hub id (`name` or `name:config`); or the texts: a list of strings, an iterable of
-            dictionaries (one per row, read once), a data frame, a `datasets.Dataset`.
+        data: .txt, .jsonl, .json, .csv, .tsv or .parquet file; a pattern (`data/*.jsonl`) or a
+            folder of such files; `-` for standard input; a saved `datasets` folder; or a hub id
+            (`name` or `name:config`); or the texts: a list of strings, an iterable of dictionaries
+            (one per row, read once), a data frame, a `datasets.Dataset`. docs/data.md says what a
+            document is in each.
         root: Folder of caches, or the URL of an object store. Default $RESIDUA_ROOT, else the XDG
             cache folder.
         context: Longest sequence in tokens. Default the model's, at most 1024.
         pack: Pack documents to the context length; False keeps one sequence per document.
-        text_column: Column that holds the text. Default the obvious one.
+        text_column: Column that holds the text, conversations (rendered with the model's chat
+            template) or lists of token ids. Default the obvious one.
         separator: Separator of columns in .csv and .tsv files, one character or `tab`. Default
             comma and tab.
         split: Split of a data set that has several. Default `train`.
+        data_format: Format of files whose names do not tell it, and of standard input: `txt`,
+            `jsonl`, `json`, `csv`, `tsv` or `parquet`.
+        bos: Special tokens: `auto` (those that the tokenizer adds to a text; if it adds none, BOS
+            or EOS before each packed document), `none`, `document` (BOS before each), `context`
+            (also at the start of every packed context), `bos-eos` (BOS before and EOS after each).
+        generation_prompt: End each conversation with the beginning of a turn of the assistant.
         layers: Layers to keep, 0 (embedding) to L; layer L is always kept. Default all.
         positions: Positions to keep: `all`, `last`, `sample:K`, `answer` or `explicit` (columns
             of the data).
@@ -122,6 +134,9 @@ def extract(
             text_column=text_column,
             separator=separator,
             split=split,
+            data_format=data_format,
+            bos=bos,
+            generation_prompt=generation_prompt,
             layers=None if layers is None else as_tuple(layers, "layers"),
             positions=positions,
             logits=logits,

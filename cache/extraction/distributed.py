@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cluster import connected, threads_of
+from ..documents.data_files import STANDARD_INPUT, is_pattern
 from ..errors import UsageError
 from ..files.paths import is_remote
 from ..forward.stage_times import StageTimes
@@ -66,6 +67,11 @@ def answer_on_cluster(
         )
     if request.part is not None:
         raise UsageError("part and a scheduler exclude each other: its workers share all parts")
+    if request.data == STANDARD_INPUT:
+        raise UsageError(
+            "the workers of a scheduler cannot read standard input; write the texts into a file "
+            "that they see"
+        )
     began = time.perf_counter()
     request = _with_absolute_paths(request)
     stages = StageTimes() if stages is None else stages
@@ -98,6 +104,8 @@ def _with_absolute_paths(request: ExtractionRequest) -> ExtractionRequest:
         path = Path(getattr(request, name)).expanduser()
         if path.exists():  # else a hub id
             absolute[name] = str(path.resolve())
+        elif is_pattern(getattr(request, name)):
+            absolute[name] = str(path.absolute())
     root = cache_root(request.root)
     return replace(request, root=root if is_remote(root) else root.resolve(), **absolute)
 

@@ -21,6 +21,7 @@ from ..forward.batches import choose_batch_tokens
 from ..number_ranges import absolute_numbers
 from ..store.activation_cache import ActivationCache
 from ..tokens.index_arrays import CONTEXT_DTYPES, SPAN_DTYPES, TABLE_DTYPES
+from ..tokens.splits import SPLITS
 from ..tokens.token_stream import TokenStream
 from .request import ExtractionRequest
 
@@ -36,6 +37,8 @@ RATIO_SLACK = 0.15
 """Share by which compressed bytes may exceed the measurement on the first rows."""
 LOGITS_BATCH_BYTES = 128 << 20
 """Most bytes of stored logits per batch; a few batches are in memory at a time."""
+SHOWN_SEQUENCES, SHOWN_TOKENS = 3, 24
+"""Sequences whose first tokens a dry run shows, and how many of each."""
 INDEX_ENTRY_BYTES = 16
 """Bytes of a chunk's entry (offset, length) in the index of its shard."""
 
@@ -98,8 +101,15 @@ class ExtractionPlan:
         stream = self.stream
         context_tokens = 0 if stream.runs is None else len(stream.ids)
         estimate = self._estimate(stream.positions, stream.sequences, context_tokens)
+        shown = np.unique(np.linspace(0, len(stream.lengths) - 1, SHOWN_SEQUENCES).astype(int))
+        counts = np.bincount(stream.sequence_splits, minlength=len(SPLITS)).tolist()
         return replace(
-            estimate, free=free_bytes(root), cut=stream.cut_counts, reading=stream.reading
+            estimate,
+            free=free_bytes(root),
+            cut=stream.cut_counts,
+            reading=stream.reading,
+            splits=dict(zip(SPLITS, counts, strict=True)),
+            beginnings=tuple(SequenceBeginning.of(stream, number) for number in shown),
         )
 
     def shortened(self, max_bytes: int) -> "ExtractionPlan":
@@ -176,6 +186,32 @@ class ExtractionPlan:
 
 
 @dataclass(frozen=True)
+class SequenceBeginning:
+    """The first tokens of a sequence that the model will read."""
+
+    sequence: int
+    """Number of the sequence, from 0."""
+    split: str
+    document: int
+    """Number of the document in which the sequence begins."""
+    length: int
+    """Tokens of the whole sequence."""
+    ids: tuple[int, ...]
+    """Ids of the first tokens, at most `SHOWN_TOKENS`."""
+
+    @classmethod
+    def of(cls, stream: TokenStream, number: int) -> "SequenceBeginning":
+        """The beginning of the sequence `number` of `stream`."""
+        return cls(
+            sequence=int(number),
+            split=SPLITS[stream.sequence_splits[number]],
+            document=int(stream.row_ids[number]),
+            length=int(stream.lengths[number]),
+            ids=tuple(stream.sequence(number)[:SHOWN_TOKENS].tolist()),
+        )
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Bytes and files of a cache before extraction."""
 
@@ -193,6 +229,10 @@ class Estimate:
     """How many `sequences` would lose how many `tokens` to the context."""
     reading: Reading = field(default_factory=Reading)
     """How the texts were read, and which documents would be left out."""
+    splits: dict[str, int] = field(default_factory=dict)
+    """Sequences that the model reads, by split."""
+    beginnings: tuple[SequenceBeginning, ...] = ()
+    """The first tokens of `SHOWN_SEQUENCES` sequences: of the first, the last and between."""
 
     @property
     def bytes(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..documents.data_files import DATA_FORMATS
 from ..errors import UsageError
 from ..files.json_fields import MAX_INTEGER
 from ..format.compression import check_codec
@@ -14,6 +15,7 @@ from ..format.dtypes import STORED_DTYPES
 from ..format.logits_arrays import check_logits_mode
 from ..format.manifest import FORMAT, FORMATS
 from ..number_ranges import as_tuple, as_whole_number
+from ..tokens.document_marks import BOS_POLICIES
 from ..tokens.positions import check_positions
 from .given_inputs import GivenInputs
 
@@ -42,7 +44,8 @@ class ExtractionRequest:
     model: str
     """Folder of a model saved by transformers, or a hub id."""
     data: str
-    """.txt, .jsonl, .json, .csv, .tsv or .parquet file, a saved `datasets` folder, or a hub id."""
+    """.txt, .jsonl, .json, .csv, .tsv or .parquet file, a pattern or folder of such files, `-` for
+    standard input, a saved `datasets` folder, or a hub id."""
     root: Path | None = None
     """Folder of caches; default $RESIDUA_ROOT, else the XDG cache folder."""
     context: int | None = None
@@ -55,6 +58,12 @@ class ExtractionRequest:
     """Separator of columns in .csv and .tsv files, one character or `tab`; default , and tab."""
     split: str | None = None
     """Split of a data set that has several."""
+    data_format: str | None = None
+    """Format of standard input, and of files whose names do not tell it, of `DATA_FORMATS`."""
+    bos: str = "auto"
+    """Special tokens around documents and at the start of contexts, one of `BOS_POLICIES`."""
+    generation_prompt: bool = False
+    """End conversations with the beginning of a further turn of the assistant."""
     layers: tuple[int, ...] | None = None
     """Layers to keep, -1 the last; layer L, which the logits come from, is always kept. Default
     all."""
@@ -100,7 +109,7 @@ class ExtractionRequest:
         for name in WHOLE_NUMBERS:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, as_whole_number(value, name))
-        for name in ("pack", "trust_remote_code"):
+        for name in ("pack", "trust_remote_code", "generation_prompt"):
             object.__setattr__(self, name, bool(getattr(self, name)))
         if self.layers is not None:
             object.__setattr__(self, "layers", as_tuple(self.layers, "layers"))
@@ -134,6 +143,16 @@ class ExtractionRequest:
         if self.format not in FORMATS:
             formats = ", ".join(map(str, FORMATS))
             raise UsageError(f"format {self.format!r} is unknown; formats are {formats}")
+        if self.data_format is not None and self.data_format not in DATA_FORMATS:
+            formats = ", ".join(DATA_FORMATS)
+            raise UsageError(
+                f"data_format {self.data_format!r} is unknown; choose one of {formats}"
+            )
+        if self.bos not in BOS_POLICIES:
+            policies = ", ".join(BOS_POLICIES)
+            raise UsageError(f"bos {self.bos!r} is unknown; choose one of {policies}")
+        if self.format == 1 and self.bos != "auto":
+            raise UsageError(f"caches of format 1 have no bos {self.bos!r}; choose auto")
         if self.separator is not None:
             object.__setattr__(self, "separator", _separator_character(self.separator))
         check_positions(self.positions, self.pack)

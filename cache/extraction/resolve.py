@@ -7,15 +7,15 @@ none of them loads the model's weights.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..documents.document_loading import load_documents, load_given_documents
-from ..documents.documents import Documents
-from ..errors import ModelError, UsageError
+from ..documents.documents import Documents, RenderConversation
+from ..errors import DataError, ModelError, UsageError
 from ..files.disk_columns import row_blocks, scratch_folder
 from ..format.logits_arrays import logits_mode_covers
 from ..format.manifest import (
@@ -36,6 +36,7 @@ from ..tokens.positions import keep_positions
 from ..tokens.stream_summary import StreamSummary
 from ..tokens.token_stream import TokenStream
 from ..tokens.tokenization import tokenize
+from .chat_template import LazyChatTemplate
 from .request import ExtractionRequest
 
 ANSWERS = ("hit", "covers", "partial", "miss")
@@ -115,7 +116,11 @@ def read_stream(
     model's vocabulary.
     """
     scratch = scratch_folder(cache_root(request.root))
-    documents = _load_documents(request, scratch)
+    template = None
+    if source.has_chat_template and request.format > 1:
+        template = LazyChatTemplate(source, request.generation_prompt)
+    documents = _load_documents(request, scratch, template and template.render)
+    _check_readable(request, documents)
     stream = tokenize(
         documents,
         source.tokenizer_for_format(request.format),
@@ -127,27 +132,71 @@ def read_stream(
         progress=progress and (lambda done, total: progress("tokenize", done, total)),
         scratch=scratch,
         version=request.format,
+        bos=request.bos,
+        eos=source.eos if request.bos == "bos-eos" else None,
     )
-
-    # A tokenizer of another model shows itself by ids that the embedding does not have.
-    vocab = source.config_value("vocab_size")
-    largest_id = max(int(block.max()) for block in row_blocks(stream.ids))
-    if isinstance(vocab, int) and largest_id >= vocab:
-        raise ModelError(
-            f"the tokenizer gives token {largest_id}, but the model's vocabulary has "
-            f"{vocab}; the tokenizer files do not belong to this model"
+    if template is not None and documents.is_rendered:
+        stream = replace(stream, chat_template=template.digest)
+        documents.reading.notes.append(
+            f"the conversations of the column {documents.reading.text_column!r} are rendered with "
+            f"the model's chat template, {'with' if request.generation_prompt else 'without'} a "
+            "generation prompt (--generation-prompt)"
         )
+    _check_vocabulary(source, stream, documents)
     return keep_positions(request.positions, stream, documents, request.seed)
 
 
-def _load_documents(request: ExtractionRequest, scratch: Path | None) -> Documents:
+def _check_readable(request: ExtractionRequest, documents: Documents) -> None:
+    """Raise an error for options that need another kind of documents."""
+    if documents.holds_token_ids and request.positions == "answer":
+        raise UsageError(
+            "positions answer looks for the answer in a text, and these rows are token ids; give "
+            "their token numbers in a column `positions`, and --positions explicit"
+        )
+    if documents.holds_token_ids and request.format == 1:
+        raise UsageError("rows of token ids need a cache of format 2; leave --format out")
+    if request.generation_prompt and not documents.is_rendered:
+        raise UsageError(
+            f"a generation prompt is for conversations; {request.data} is read as "
+            f"{'token ids' if documents.holds_token_ids else 'texts'}"
+        )
+
+
+def _check_vocabulary(source: ModelSource, stream: TokenStream, documents: Documents) -> None:
+    """Raise an error if a token id lies beyond the model's vocabulary.
+
+    A tokenizer of another model shows itself by ids that the embedding does not have.
+    """
+    vocab = source.config_value("vocab_size")
+    largest_id = max(int(block.max()) for block in row_blocks(stream.ids))
+    if not isinstance(vocab, int) or largest_id < vocab:
+        return
+    if documents.holds_token_ids:
+        raise DataError(
+            f"the column {documents.reading.text_column!r} holds token {largest_id}, but the "
+            f"model's vocabulary has {vocab}; the rows were made with another model's tokenizer"
+        )
+    raise ModelError(
+        f"the tokenizer gives token {largest_id}, but the model's vocabulary has "
+        f"{vocab}; the tokenizer files do not belong to this model"
+    )
+
+
+def _load_documents(
+    request: ExtractionRequest, scratch: Path | None, render: RenderConversation | None
+) -> Documents:
     """The texts of `request`: those that were given, or those of its file or data set."""
     texts = request.given.texts
     if texts is not None:
         if request.separator is not None:
             raise UsageError(f"separator is for .csv and .tsv files, not for {texts.name}")
         return load_given_documents(
-            texts, request.text_column, request.split, scratch=scratch, labels=not request.pack
+            texts,
+            request.text_column,
+            request.split,
+            scratch=scratch,
+            labels=not request.pack,
+            render=render,
         )
     return load_documents(
         request.data,
@@ -157,6 +206,8 @@ def _load_documents(request: ExtractionRequest, scratch: Path | None) -> Documen
         scratch=scratch,
         separator=request.separator,
         labels=not request.pack,
+        data_format=request.data_format,
+        render=render,
     )
 
 
@@ -197,6 +248,8 @@ def wanted_cache(
             packed=request.pack,
             seed=request.seed,
             split_by=stream.split_by if request.format > 1 else SEQUENCE,
+            bos=request.bos,
+            chat_template=stream.chat_template,
         ),
         capture=CaptureIdentity(
             compute_dtype=source.compute_dtype,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..documents.data_files import STANDARD_INPUT, data_paths, is_pattern
 from ..errors import ResiduaError
 from ..files.json_files import json_digest, read_json, write_json
 from ..model.source import ModelSource
@@ -32,12 +33,15 @@ MAX_MEMOS = 100
 MAX_MEMO_BYTES = 256 << 20
 """Most bytes of all kept summaries together; the oldest are deleted."""
 MAX_FILES = 1000
-"""Most files of a saved data set whose summary is kept."""
+"""Most files of a saved data set, a folder or a pattern whose summary is kept."""
 STREAM_OPTIONS = (
     "data",
     "text_column",
     "separator",
     "split",
+    "data_format",
+    "bos",
+    "generation_prompt",
     "context",
     "pack",
     "positions",
@@ -88,18 +92,25 @@ def write_stream_memo(
 def data_stamps(data: str) -> list[list[Any]] | None:
     """Name, size, time stamps and inode of each file of the data, sorted by name.
 
-    None for data of the hub, which have no files here, and for folders of many files.
+    None for standard input and data of the hub, which have no files here, and for many files.
     """
     path = Path(data).expanduser()
     try:
+        if data == STANDARD_INPUT:
+            return None
         if path.is_file():
             return [[path.name, *file_stamp(path)]]
-        if not path.is_dir():
+        if is_pattern(data):
+            files = data_paths(data) or []
+            names = [str(file) for file in files]
+        elif path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            names = [file.relative_to(path).as_posix() for file in files]
+        else:
             return None
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        if len(files) > MAX_FILES:
+        if not files or len(files) > MAX_FILES:
             return None
-        return [[file.relative_to(path).as_posix(), *file_stamp(file)] for file in files]
+        return [[name, *file_stamp(file)] for name, file in zip(names, files, strict=True)]
     except OSError:
         return None
 
@@ -124,8 +135,8 @@ def _memo_file(request: ExtractionRequest, source: ModelSource) -> Path:
 def _code_digest() -> str:
     """sha256 of the files of this package that read texts and make token streams of them."""
     digest = hashlib.sha256()
-    for folder in ("documents", "tokens"):
-        for file in sorted((Path(__file__).parents[1] / folder).glob("*.py")):
+    for pattern in ("documents/*.py", "tokens/*.py", "files/text_lines.py"):
+        for file in sorted(Path(__file__).parents[1].glob(pattern)):
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 

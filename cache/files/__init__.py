@@ -1,4 +1,4 @@
-"""Paths on disk or in an object store, atomic JSON, leases, errors of disks and limits."""
+"""Paths on disk or in an object store, atomic JSON, lines of texts, leases, errors of disks."""
 
 from typing import TYPE_CHECKING
 

@@ -24,7 +24,7 @@ from .weight_digests import remembered_file_digests, remembered_tensor_digests
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
 """Files that are fetched from the hub."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Weights of a folder: one file, or the files that the index names."""
@@ -317,18 +317,36 @@ class ModelSource:
     @cached_property
     def separator(self) -> int | None:
         """Token id to put before each packed document: bos, else eos; None without both."""
+        return self._special_token("bos_token", "eos_token")
+
+    @cached_property
+    def eos(self) -> int | None:
+        """Token id of the end of a text; None if the model's files name none."""
+        return self._special_token("eos_token")
+
+    def _special_token(self, *names: str) -> int | None:
+        """Id of the first of the special tokens `names` that exists, by the tokenizer's files.
+
+        If these name none, by the configuration.
+        """
         settings = self._tokenizer_settings()
-        for name in ("bos_token", "eos_token"):
+        for name in names:
             token = settings.get(name)
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str) and (number := self.tokenizer.token_to_id(token)) is not None:
                 return number
-        for name in ("bos_token_id", "eos_token_id"):
-            value = self.config_value(name)
+        for name in names:
+            value = self.config_value(f"{name}_id")
             value = value[0] if isinstance(value, list) and value else value
             if isinstance(value, int) and 0 <= value < (self.config_value("vocab_size") or 1 << 62):
                 return value
         return None
+
+    @cached_property
+    def has_chat_template(self) -> bool:
+        """Whether the model's files have a template for conversations."""
+        has_file = (self.folder / "chat_template.jinja").is_file()
+        return has_file or bool(self._tokenizer_settings().get("chat_template"))
 
     def _tokenizer_settings(self) -> dict[str, Any]:
         """special_tokens_map.json, overridden by tokenizer_config.json."""

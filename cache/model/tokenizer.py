@@ -8,7 +8,7 @@ user's cache folder, beside the digests of weight files (`weight_digests.py`). `
 
 import json
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-PATTERNS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.py")
+PATTERNS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.py", "*.jinja")
 """Files of a model folder with an influence on the tokenizer."""
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -33,6 +33,8 @@ VOCABULARY_FILES = (
     "sentencepiece.bpe.model",
 )
 """Usual files of a tokenizer's vocabulary, in messages."""
+SENTENCEPIECE_LIBRARIES = ("sentencepiece", "protobuf")
+"""Distributions that transformers needs to convert a vocabulary of SentencePiece."""
 MAX_MEMOS = 100
 """Largest number of stored tokenizers."""
 
@@ -66,7 +68,8 @@ def _has_vocabulary(folder: Path) -> bool:
     settings += ("special_tokens_map.json", "added_tokens.json", "adapter_config.json")
     files = {path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()}
     return any(
-        path.name not in settings and not path.name.endswith(".index.json") for path in files
+        path.name not in settings and not path.name.endswith((".index.json", ".jinja"))
+        for path in files
     )
 
 
@@ -185,6 +188,12 @@ def convert_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokeniz
                 "--trust-remote-code (trust_remote_code=True), or save the tokenizer as "
                 "tokenizer.json"
             ) from None
+        if libraries := _missing_sentencepiece_libraries(folder):
+            raise ModelError(
+                f"{folder} has only a SentencePiece tokenizer, which takes libraries that are not "
+                f"installed: pip install {' '.join(libraries)}; or copy the model's tokenizer.json "
+                "into the folder"
+            ) from None
         check_config_readable(folder, trust_remote_code)  # AutoTokenizer reads it, too
         raise ModelError(
             f"{folder} has no tokenizer that can be read: {describe_error(error)}; expected one "
@@ -203,3 +212,26 @@ def convert_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokeniz
             "tokenizer without code of its own"
         )
     return tokenizer
+
+
+def _missing_sentencepiece_libraries(folder: Path) -> list[str]:
+    """Libraries that are not installed, and without which the folder's vocabulary is not read.
+
+    Empty unless the folder's only vocabulary is a file of SentencePiece: a message of protobuf,
+    whose first byte is 10. (Files of tiktoken, with the same names, are text.)
+    """
+    if (folder / "tokenizer.json").is_file():
+        return []
+    for path in folder.glob("*.model"):
+        with suppress(OSError), path.open("rb") as file:
+            if file.read(1) == b"\n":
+                return [name for name in SENTENCEPIECE_LIBRARIES if not _is_installed(name)]
+    return []
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -6,6 +6,7 @@ file is never shared: `push` and `export` leave it out, and cards have `public_n
 
 from pathlib import Path, PurePath
 
+from ..documents.data_files import STANDARD_INPUT, is_pattern
 from ..errors import ResiduaError
 from ..files.confined_files import read_confined_json
 from ..files.json_files import write_json
@@ -15,8 +16,12 @@ FILE = "local.json"
 
 
 def public_name(name: str) -> str:
-    """Name to publish: a hub id unchanged, of a local path only the last part."""
+    """Name to publish: a hub id unchanged, of a local path or pattern only the last part."""
     path = Path(name).expanduser()
+    if name == STANDARD_INPUT:
+        return "standard input"
+    if is_pattern(name):
+        return path.name
     if path.exists():
         return path.resolve().name
     is_local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
@@ -39,4 +44,6 @@ def read_origin(cache: Path) -> dict[str, str]:
 
 def _absolute(name: str) -> str:
     path = Path(name).expanduser()
+    if is_pattern(name):
+        return str(path.absolute())
     return str(path.resolve()) if path.exists() else name

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
+    from .document_marks import BOS_POLICIES as BOS_POLICIES
     from .index_arrays import CONTEXT_DTYPES as CONTEXT_DTYPES
     from .index_arrays import SPAN_DTYPES as SPAN_DTYPES
     from .index_arrays import TABLE_DTYPES as TABLE_DTYPES

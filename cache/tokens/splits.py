@@ -76,6 +76,12 @@ def text_hash(text: Text) -> int:
     return int.from_bytes(sha256.digest()[:8], "little")
 
 
+def ids_hash(ids: np.ndarray) -> int:
+    """First 64 bits of the sha256 of a document that is token ids, as int32 bytes."""
+    digest = hashlib.sha256(np.ascontiguousarray(ids, "<i4").data).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
 def assign_folds(hashes: np.ndarray, folds: int) -> np.ndarray:
     """Fold of each document, `(documents,)` int64; from the lower 32 bits, which no split uses."""
     return ((hashes & np.uint64(0xFFFF_FFFF)) % np.uint64(folds)).astype(np.int64)

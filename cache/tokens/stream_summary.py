@@ -34,6 +34,8 @@ class StreamSummary:
     """How many `sequences` lost how many `tokens` to the context."""
     reading: Reading = field(default_factory=Reading)
     """How the texts were read, and which documents were left out."""
+    chat_template: str | None = None
+    """Digest of the template that rendered conversations; None for other texts."""
 
     @classmethod
     def of(cls, stream: TokenStream, tokenizer: str) -> "StreamSummary":
@@ -50,6 +52,7 @@ class StreamSummary:
             tokenizer,
             cut=stream.cut_counts,
             reading=stream.reading,
+            chat_template=stream.chat_template,
         )
 
     @property
@@ -66,6 +69,7 @@ class StreamSummary:
             "split_by": self.split_by,
             "tokenizer": self.tokenizer,
             "cut": self.cut,
+            "chat_template": self.chat_template,
             "reading": {
                 "text_column": self.reading.text_column,
                 "column_reason": self.reading.column_reason,
@@ -85,6 +89,7 @@ class StreamSummary:
                 for reason, entry in reading["dropped"].items()
             }
             column, reason = reading["text_column"], reading["column_reason"]
+            template = value["chat_template"]
             return cls(
                 digest=str(value["digest"]),
                 hashes=np.frombuffer(raw, "<u8").astype(np.uint64),
@@ -98,6 +103,7 @@ class StreamSummary:
                     [str(note) for note in reading["notes"]],
                     dropped,
                 ),
+                chat_template=None if template is None else str(template),
             )
         except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
             raise CorruptError(f"this is no summary of a token stream: {error!r}") from None

@@ -74,6 +74,8 @@ class TokenStream:
     """Format of the cache; decides what `digests` covers and how splits are derived."""
     reading: Reading = field(default_factory=Reading)
     """Report on reading the texts: columns, dropped documents."""
+    chat_template: str | None = None
+    """Digest of the template that rendered conversations; None for other texts."""
 
     @property
     def positions(self) -> int:

@@ -28,16 +28,17 @@ import numpy as np
 
 from ..documents.documents import Documents, Text, reason_to_drop
 from ..documents.labels import LABEL_PREFIX
-from ..errors import DataError
+from ..errors import DataError, UsageError
 from ..files.disk_columns import DiskColumn
 from ..format.manifest import FORMAT, SEQUENCE
 from ..progress import Progress
-from .splits import SPLITS, TEST_SHARE, assign_splits, split_in_order, text_hash
+from .document_marks import DocumentMarks, choose_marks
+from .splits import SPLITS, TEST_SHARE, assign_splits, ids_hash, split_in_order, text_hash
 from .text_windows import WINDOW, encode_in_windows
 from .token_stream import TokenStream
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
 
 SMALL_SET = 400
 """Largest data set (in documents) that is hashed as a whole first, so that no split is empty; in a
@@ -143,13 +144,16 @@ def tokenize(
     progress: Progress | None = None,
     scratch: Path | None = None,
     version: int = FORMAT,
+    bos: str = "auto",
+    eos: int | None = None,
 ) -> TokenStream:
     """Tokenize `documents`, in an order permuted by `seed`, into sequences of `context` tokens.
 
     With `pack` the documents of each split are joined and cut into sequences of exactly `context`
     tokens; the last sequence of a split may be shorter. Each document begins with the mark that
-    the tokenizer adds, or else with the token `separator`. Without `pack` each document is one
-    sequence, cut at `context`, and has the document's labels.
+    the tokenizer adds, or else with the token `separator`, unless the policy `bos` is another
+    (`document_marks.py`; `eos` is the EOS token). Without `pack` each document is one sequence, cut
+    at `context`, and has the document's labels.
 
     A document lies in one split, by the hash of its text. `max_tokens` ends the stream after the
     last whole sequence; with `pack` a tenth of these tokens is reserved for test and a tenth for
@@ -161,19 +165,19 @@ def tokenize(
     """
     order = np.random.default_rng(seed).permutation(len(documents))
 
-    # A separator is added only if the tokenizer begins texts with no mark of its own.
-    adds_mark = (
-        tokenizer.encode("a").ids[:1] != tokenizer.encode("a", add_special_tokens=False).ids[:1]
-    )
-    prefix = [] if adds_mark or separator is None or not pack else [separator]
-    encoder = Encoder(documents, tokenizer, prefix, progress)
+    marks = choose_marks(bos, documents, tokenizer, pack=pack, separator=separator, eos=eos)
+    if marks.context is not None and context < 2:
+        raise UsageError(f"bos {bos!r} leaves no room for text in a context of {context} token")
+    encoder = Encoder(documents, tokenizer, marks, progress)
 
     # Cut into sequences.
     builder = TokenStreamBuilder(scratch)
     if not pack:
         stream = _cut_documents(encoder.documents_with_tokens(order), builder, context, max_tokens)
     elif version == 1:
-        stream = _pack_together(encoder.documents_with_tokens(order), builder, context, max_tokens)
+        documents_with_tokens = encoder.documents_with_tokens(order)
+        packer = Packer(context, marks.context)
+        stream = _pack_together(documents_with_tokens, builder, packer, max_tokens)
     else:
         stream = _pack_by_split(encoder, order, builder, context, max_tokens)
     stream = replace(stream, format=version, reading=documents.reading)
@@ -202,29 +206,28 @@ def tokenize(
 class Encoder:
     """Tokenizes documents by number; documents without text are left out and counted.
 
-    The tokens `prefix` are put before each document.
+    The tokens `marks` are put around each document.
     """
 
     def __init__(
         self,
         documents: Documents,
         tokenizer: "Tokenizer",
-        prefix: list[int],
+        marks: DocumentMarks,
         progress: Progress | None = None,
     ) -> None:
         self.documents = documents
         self._tokenizer = tokenizer
-        self._prefix = prefix
+        self.marks = marks
         self._progress = progress
         self._documents_read = 0
 
     def hashes(self, numbers: np.ndarray) -> np.ndarray:
         """`text_hash` of each non-empty document among `numbers`, uint64."""
         hashes = (
-            text_hash(text)
+            hash
             for batch in self.documents.batches(numbers)
-            for text in self.documents.texts(batch)
-            if text is not None and reason_to_drop(text) is None
+            for _, _, hash in self._valid_documents(batch, count=False)
         )
         return np.fromiter(hashes, np.uint64)
 
@@ -240,8 +243,7 @@ class Encoder:
         are read. Documents without tokens are counted.
         """
         for batch in self.documents.batches(numbers):
-            texts = [(number, text, text_hash(text)) for number, text in self._valid_texts(batch)]
-            for group in _groups_of_texts(texts):
+            for group in _groups_of_documents(list(self._valid_documents(batch))):
                 needed = [entry for entry in group if is_needed(entry[0], entry[2])]
                 for document in self._tokenized(needed):
                     if (first := next(document.parts, None)) is None:
@@ -253,24 +255,47 @@ class Encoder:
             if self._progress is not None:
                 self._progress(self._documents_read, len(self.documents))
 
-    def _tokenized(self, texts: list[tuple[int, Text, int]]) -> Iterator[DocumentParts]:
-        """The documents of one group: (number, text, hash)."""
+    def _tokenized(self, group: "list[NumberedDocument]") -> Iterator[DocumentParts]:
+        """The documents of one group, tokenized."""
+        if self.documents.holds_token_ids:
+            for number, ids, hash in group:
+                assert isinstance(ids, np.ndarray)
+                document = self._with_marks(number, hash, ids, np.zeros((len(ids), 2), np.int32))
+                yield DocumentParts(number, hash, iter([document]))
+            return
         if (
-            len(texts) == 1
-            and len(texts[0][1]) > LONG_DOCUMENT
+            len(group) == 1
+            and len(group[0][1]) > LONG_DOCUMENT
             and self._special_tokens is not None
         ):
-            number, text, hash = texts[0]
+            number, text, hash = group[0]
+            assert not isinstance(text, np.ndarray)
             yield DocumentParts(number, hash, self._parts_of_long_document(number, text, hash))
             return
-        encodings = self._tokenizer.encode_batch([str(text) for _, text, _ in texts])
-        for (number, _, hash), encoding in zip(texts, encodings, strict=True):
-            document = _tokenized_document(number, hash, encoding, self._prefix)
+        encodings = self._tokenizer.encode_batch(
+            [str(text) for _, text, _ in group], add_special_tokens=self.marks.adds_own
+        )
+        for (number, _, hash), encoding in zip(group, encodings, strict=True):
+            ids = np.array(encoding.ids, np.int32)
+            chars = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+            document = self._with_marks(number, hash, ids, chars)
             yield DocumentParts(number, hash, iter([document] if len(document.ids) else []))
+
+    def _with_marks(
+        self, number: int, hash: int, ids: np.ndarray, chars: np.ndarray
+    ) -> TokenizedDocument:
+        """A whole document with the tokens `marks` around it; they span no characters."""
+        before, after = self.marks.before, self.marks.after
+        if before or after:
+            ids = np.concatenate([before, ids, after]).astype(np.int32)
+            chars = np.pad(chars, ((len(before), len(after)), (0, 0)))
+        return TokenizedDocument(number, ids, chars, hash)
 
     @cached_property
     def _special_tokens(self) -> tuple[list[int], list[int]] | None:
         """Tokens that the tokenizer adds before and after a text; None if that is unclear."""
+        if not self.marks.adds_own:
+            return [], []
         added = self._tokenizer.encode("a")
         ids = self._tokenizer.encode("a", add_special_tokens=False).ids
         before = next((i for i, mask in enumerate(added.special_tokens_mask) if not mask), 0)
@@ -285,28 +310,42 @@ class Encoder:
         assert self._special_tokens is not None
         before, after = (
             (np.array(ids, np.int32), np.zeros((len(ids), 2), np.int32))
-            for ids in ([*self._prefix, *self._special_tokens[0]], self._special_tokens[1])
+            for ids in (
+                [*self.marks.before, *self._special_tokens[0]],
+                [*self._special_tokens[1], *self.marks.after],
+            )
         )
         for ids, chars in chain([before], encode_in_windows(self._tokenizer, text), [after]):
             if len(ids):
                 yield TokenizedDocument(number, ids, chars, hash)
 
-    def _valid_texts(self, numbers: list[int]) -> Iterator[tuple[int, Text]]:
-        """Yield number and text of each non-empty document; count the others as dropped."""
-        for number, text in zip(numbers, self.documents.texts(numbers), strict=True):
-            reason = reason_to_drop(text)
-            if text is None or reason is not None:
-                self.documents.reading.drop(reason or "missing", number)
+    def _valid_documents(
+        self, numbers: list[int], count: bool = True
+    ) -> "Iterator[NumberedDocument]":
+        """Yield each non-empty document; `count` the others as dropped."""
+        if self.documents.holds_token_ids:
+            documents, hash_of = self.documents.token_ids(numbers), ids_hash
+        else:
+            documents, hash_of = self.documents.texts(numbers), text_hash
+        for number, document in zip(numbers, documents, strict=True):
+            if isinstance(document, np.ndarray):
+                reason = None if len(document) else "empty"
             else:
-                yield number, text
+                reason = reason_to_drop(document)
+            if document is not None and reason is None:
+                yield number, document, hash_of(document)  # pyright: ignore[reportArgumentType]
+            elif count:
+                self.documents.reading.drop(reason or "missing", number)
 
 
-def _groups_of_texts(
-    texts: list[tuple[int, Text, int]],
-) -> Iterator[list[tuple[int, Text, int]]]:
-    """Consecutive (number, text, hash) of at most `ENCODED_CHARACTERS`, or a longer text alone."""
+NumberedDocument = tuple[int, Text | np.ndarray, int]
+"""Number of a document, its text or token ids, and its hash."""
+
+
+def _groups_of_documents(documents: list[NumberedDocument]) -> Iterator[list[NumberedDocument]]:
+    """Consecutive documents of at most `ENCODED_CHARACTERS`, or a longer one alone."""
     group, characters = [], 0
-    for entry in texts:
+    for entry in documents:
         if group and characters + len(entry[1]) > ENCODED_CHARACTERS:
             yield group
             group, characters = [], 0
@@ -322,29 +361,35 @@ def _groups_of_texts(
         yield group
 
 
-def _tokenized_document(
-    number: int, hash: int, encoding: "Encoding", prefix: list[int]
-) -> TokenizedDocument:
-    """The encoding of a document with `prefix` before it; prefix tokens span no characters."""
-    ids = np.array(prefix + encoding.ids, np.int32)
-    chars = np.zeros((len(ids), 2), np.int32)
-    chars[len(prefix) :] = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-    return TokenizedDocument(number, ids, chars, hash)
-
-
 class Packer:
-    """Joins the tokens of documents and cuts them into sequences of `context` tokens."""
+    """Joins the tokens of documents and cuts them into sequences of `context` tokens.
 
-    def __init__(self, context: int) -> None:
+    Every sequence begins with the token `mark`, if it is not None: the token is added where no
+    document begins with it there.
+    """
+
+    def __init__(self, context: int, mark: int | None = None) -> None:
         self.context = context
+        self._mark = mark
         self._pieces: deque[TokenizedDocument] = deque()
-        self.pending_tokens = 0
-        """Number of added tokens not yet in a sequence."""
+        self._tokens = 0
 
     def add(self, document: TokenizedDocument) -> None:
         """Append the tokens of `document` to the pending ones."""
         self._pieces.append(document)
-        self.pending_tokens += len(document.ids)
+        self._tokens += len(document.ids)
+
+    @property
+    def _needs_mark(self) -> bool:
+        """Whether the next sequence begins with a token that no document has there."""
+        return bool(self._mark is not None and self._pieces) and (
+            int(self._pieces[0].ids[0]) != self._mark
+        )
+
+    @property
+    def pending_tokens(self) -> int:
+        """Number of added tokens not yet in a sequence, with the mark of the next sequence."""
+        return self._tokens + self._needs_mark
 
     @property
     def has_whole_sequence(self) -> bool:
@@ -354,6 +399,11 @@ class Packer:
     def pop_sequence(self) -> list[TokenizedDocument]:
         """Remove and return the next sequence: `context` tokens, or all pending if fewer."""
         pieces, room = [], self.context
+        if self._needs_mark:
+            first = self._pieces[0]
+            mark = np.array([self._mark], np.int32)
+            pieces.append(replace(first, ids=mark, chars=np.zeros((1, 2), np.int32)))
+            room -= 1
         while room and self._pieces:
             piece = self._pieces.popleft()
             if len(piece.ids) > room:
@@ -361,7 +411,7 @@ class Packer:
                 piece = piece.part(0, room)
             pieces.append(piece)
             room -= len(piece.ids)
-        self.pending_tokens -= self.context - room
+            self._tokens -= len(piece.ids)
         return pieces
 
 
@@ -422,7 +472,7 @@ class SplitPacker:
         """Document hash -> split, index into `SPLITS`."""
         self._builder = builder
         self._allowance = Allowance(max_tokens, context)
-        self._packers = [Packer(context) for _ in SPLITS]
+        self._packers = [Packer(context, encoder.marks.context) for _ in SPLITS]
         self._splits_with_postponed: set[int] = set()
         """Splits of which some documents were postponed."""
 
@@ -515,9 +565,9 @@ def _pack_by_split(
         hashes = np.unique(encoder.hashes(order))
         # Fewer documents than splits: pack all together, and split the sequences instead.
         if len(hashes) < len(SPLITS):
-            stream = _pack_together(
-                encoder.documents_with_tokens(order), builder, context, max_tokens
-            )
+            documents = encoder.documents_with_tokens(order)
+            packer = Packer(context, encoder.marks.context)
+            stream = _pack_together(documents, builder, packer, max_tokens)
             return replace(stream, splits=split_in_order(stream.sequences), split_by=SEQUENCE)
         split_of_hash = dict(zip(hashes.tolist(), assign_splits(hashes).tolist(), strict=True))
 
@@ -533,18 +583,17 @@ def _pack_by_split(
 def _pack_together(
     documents: Iterator[DocumentParts],
     builder: TokenStreamBuilder,
-    context: int,
+    packer: Packer,
     max_tokens: int | None,
 ) -> TokenStream:
     """Pack all documents regardless of splits; the last sequence of the stream may be shorter."""
-    packer = Packer(context)
 
     def is_allowed(tokens: int) -> bool:
         return max_tokens is None or builder.tokens + tokens <= max_tokens
 
     for part in chain.from_iterable(document.parts for document in documents):
         packer.add(part)
-        while packer.has_whole_sequence and is_allowed(context):
+        while packer.has_whole_sequence and is_allowed(packer.context):
             builder.append(packer.pop_sequence())
         if packer.has_whole_sequence:
             break

@@ -15,7 +15,7 @@ import residua
 from residua.analysis.evaluation.comparison import rank_of
 from residua.analysis.evaluation.confidence_buckets import bucket_of
 from residua.analysis.evaluation.distributions import Reference
-from residua.analysis.evaluation.lens_heatmap import UNDEFINED, heatmap
+from residua.analysis.evaluation.lens_heatmap import heatmap
 from residua.analysis.evaluation.metrics import (
     COLUMNS,
     KS,
@@ -25,6 +25,7 @@ from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.report.html_report import write_report
 from residua.analysis.report.static_figures import confidence_figure, curves, heatmap_figure
 from residua.analysis.report.tables import headlines
+from residua.analysis.token_texts.token_names import UNDEFINED
 from residua.cache.errors import ResiduaWarning, UsageError
 from residua.cache.files.json_files import plain_value
 from residua.cache.store.activation_cache import ActivationCache

@@ -21,7 +21,7 @@ import pytest
 
 import residua.cache.documents.json_rows
 import residua.cache.documents.row_table
-import residua.cache.documents.text_lines
+import residua.cache.files.text_lines
 from residua.cache.documents.document_loading import load_documents
 from residua.cache.documents.documents import Documents
 from residua.cache.errors import DataError
@@ -82,7 +82,7 @@ def random_cells(seed: int, count: int) -> list[str]:
 def test_cells_of_csv_are_those_of_the_csv_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, quoting: Any, end: str
 ) -> None:
-    monkeypatch.setattr(residua.cache.documents.text_lines, "BLOCK_BYTES", 97)
+    monkeypatch.setattr(residua.cache.files.text_lines, "BLOCK_BYTES", 97)
     texts = random_cells(seed, 60)
     words = [word.rstrip("\r") for word in random_cells(seed + 100, 60)]  # the end of a line
     content = csv_text(
@@ -231,7 +231,7 @@ def json_layouts(rows: list[dict]) -> dict[str, str]:
 def test_rows_of_json_are_those_of_the_json_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(residua.cache.documents.text_lines, "BLOCK_BYTES", block)
+    monkeypatch.setattr(residua.cache.files.text_lines, "BLOCK_BYTES", block)
     rows = random_json_rows(0)
     for name, content in json_layouts(rows).items():
         documents = load_content(tmp_path / name, content)

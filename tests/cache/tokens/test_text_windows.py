@@ -163,10 +163,10 @@ class CountingTokenizer:
         self.read, self.most = self.read + len(text), max(self.most, len(text))
         return self.tokenizer.encode(text, **options)
 
-    def encode_batch(self, texts: list[str]) -> Any:
+    def encode_batch(self, texts: list[str], **options: Any) -> Any:
         size = sum(map(len, texts))
         self.read, self.most = self.read + size, max(self.most, size)
-        return self.tokenizer.encode_batch(texts)
+        return self.tokenizer.encode_batch(texts, **options)
 
 
 def test_few_tokens_of_a_long_document_need_little_tokenizing() -> None:

@@ -1,7 +1,7 @@
 """Reading of files as bytes, blocks of text or lines, uncompressed on the way.
 
-The readers of `row_files.py` and `TextFile` use these functions. In memory are at most a block of
-`BLOCK_BYTES` and one line.
+The readers of texts (`documents/row_files.py`, `text_file.py`) use these functions. In memory are
+at most a block of `BLOCK_BYTES` and one line.
 """
 
 import codecs
