@@ -25,6 +25,8 @@ class RowFile:
     """Separator of the columns of .csv and .tsv files; None for the default of the format."""
     scratch: Path | None = None
     """Folder of temporary files; None for the system's."""
+    name: str | None = None
+    """What the rows are called in messages; None for the path."""
     notes: list[str] = field(default_factory=list)
     """Decisions taken while reading, as sentences for the user."""
     ending: str = ""
@@ -33,10 +35,15 @@ class RowFile:
     def __post_init__(self) -> None:
         self.ending = self.ending or file_ending(self.path)
 
+    @property
+    def label(self) -> str:
+        """The rows in messages: `name`, or the path."""
+        return str(self.path) if self.name is None else self.name
+
     def fail(self, location: str, reason: str) -> NoReturn:
         """Raise `DataError`: the rows at `location`, such as `line 3`, cannot be read."""
         raise DataError(
-            f"{self.path} cannot be read as {self.format}: {location}: {reason}"
+            f"{self.label} cannot be read as {self.format}: {location}: {reason}"
         ) from None
 
 

@@ -111,7 +111,7 @@ class RowTable(Documents):
         render: RenderConversation | None = None,
     ) -> None:
         files = [files] if isinstance(files, RowFile) else files
-        self._data = str(files[0].path) if data is None else data
+        self._data = files[0].label if data is None else data
         self._is_csv = files[0].format in ("csv", "tsv")
         self._render = render
 
@@ -134,9 +134,9 @@ class RowTable(Documents):
             rows = read_rows(file, choice.name, other_columns=labels or is_only_column)
             for location, row in rows:
                 column_exists |= choice.name in row
-                self._add_document(row, str(file.path), location)
+                self._add_document(row, file.label, location)
                 if is_only_column:
-                    _check_no_other_text(row, choice.name, location, samples, str(file.path))
+                    _check_no_other_text(row, choice.name, location, samples, file.label)
                 if self._records is not None:
                     self._add_record(self._records, row)
 
@@ -168,7 +168,7 @@ class RowTable(Documents):
         if file.format in ("csv", "tsv", "parquet"):
             columns = read_sample(file) if samples is None else samples
             if columns:  # else a file of no rows
-                check_column_exists(columns, self._column, str(file.path))
+                check_column_exists(columns, self._column, file.label)
 
     def _add_document(self, row: dict[str, Any], data: str, location: str) -> None:
         """Store the document of `row`; raises `DataError` if the column does not hold it."""
