@@ -47,6 +47,8 @@ class DataFiles:
     """Ending that gives the format, such as `.jsonl`."""
     notes: tuple[str, ...] = field(default=())
     """Files that are left out and guesses, as sentences for the user."""
+    label: str | None = None
+    """What a file that the user does not know is called in messages."""
 
     @property
     def format(self) -> str:
@@ -187,7 +189,8 @@ def _copied_standard_input(data_format: str | None, scratch: Path | None) -> Ite
             notes.append(
                 f"standard input is read as .{data_format}: it {begins} with {{ (--data-format)"
             )
-        yield DataFiles("standard input", (copy,), f".{data_format}", tuple(notes))
+        name = "standard input"
+        yield DataFiles(name, (copy,), f".{data_format}", tuple(notes), label=name)
 
 
 def _first_character(file: IO[bytes]) -> bytes:

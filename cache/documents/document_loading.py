@@ -127,7 +127,8 @@ def _documents_of_files(
             )
         return documents
     row_files = [
-        RowFile(path, files.format, separator, scratch, ending=files.ending) for path in files.paths
+        RowFile(path, files.format, separator, scratch, name=files.label, ending=files.ending)
+        for path in files.paths
     ]
     data = files.name if len(row_files) > 1 else None
     return RowTable(row_files, text_column, labels, data, render)

@@ -188,8 +188,10 @@ def choose_text_column(
         )
         if columns[name].is_prose and not may_hold_text:
             return ColumnChoice(name, "text", "the only column of text")
+    ids = [_quoted_name(name) for name, column in columns.items() if column.is_ids]
+    hint = f"; lists of whole numbers, perhaps of token ids, are: {', '.join(ids)}" if ids else ""
     raise DataError(
-        f"{data} has no obvious text column; text columns are: {_list_text_columns(columns)} "
+        f"{data} has no obvious text column; text columns are: {_list_text_columns(columns)}{hint} "
         "(choose with --text-column)"
     )
 

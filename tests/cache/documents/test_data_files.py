@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def test_a_mistake_in_standard_input_leaves_no_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe(monkeypatch, b'{"text": "a"}\n{"text"')
-    with pytest.raises(DataError, match="standard input cannot be read as json: line 2"):
+    with pytest.raises(DataError, match="^standard input cannot be read as json: line 2"):
         load_documents("-", scratch=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -248,3 +249,36 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("residua.cache.documents.data_files.shutil.copyfileobj", fail)
     with pytest.raises(NoSpaceError):
         load_documents("-")
+
+
+PEAK_OF_TOKENIZING = """
+import resource, sys
+from pathlib import Path
+from tokenizers import Tokenizer, models, pre_tokenizers
+from residua.cache.documents.document_loading import load_documents
+from residua.cache.tokens.tokenization import tokenize
+
+tokenizer = Tokenizer(models.WordLevel({"[U]": 0}, unk_token="[U]"))
+tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+scratch = Path(sys.argv[2])
+documents = load_documents(sys.argv[1], scratch=scratch, labels=False)
+tokenize(documents, tokenizer, context=256, pack=True, separator=None, seed=0, scratch=scratch)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["input_ids", "text"])
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    peaks = []
+    for count in (3, 15):
+        folder = tmp_path / str(count)
+        for number in range(count):
+            ids = rng.integers(0, 1000, (1500, 500)).tolist()
+            rows = [{kind: row if kind == "input_ids" else " ".join(map(str, row))} for row in ids]
+            write_jsonl(folder / f"{number}.jsonl", rows)
+        command = [sys.executable, "-c", PEAK_OF_TOKENIZING, str(folder), str(tmp_path)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(out.stdout))
+    assert peaks[1] - peaks[0] < 12_000, peaks  # kB; the further files have 30 MB of text
