@@ -12,8 +12,6 @@ also prints how far it moves a KL, beside the KL's interval.
 """
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import Figure, write_results
 from threadpoolctl import threadpool_limits
 
 from residua.analysis.evaluation.probe_evaluation import evaluate
@@ -161,33 +160,28 @@ def main() -> None:
     width, vocab = cache.d_model, cache.vocab
     flops = cache.positions * (heads * 2 * width * vocab + args.offsets * 2 * width**2)
     limit = flops / median(rates)
-    figures = {
-        "d_model": width,
-        "vocab": vocab,
-        "positions": cache.positions,
-        "offsets": args.offsets,
-        "products": args.products,
-        "cpu_seconds": seconds,
-        "microseconds": {k: 1e6 * median(v) / readings for k, v in seconds.items()},
-        "ratio": median(seconds["residua"]) / median(seconds["plain torch"]),
-        "gflops": median(rates) / 1e9,
-        "share_of_limit": limit / median(seconds["residua"]),
-        "kl_difference": difference,
-        "rounding": rounding,
-        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
-    }
-    for name, values in figures["microseconds"].items():
-        print(f"{name:12s} {values:8.1f} us of CPU per row, offset and probe")
+    share = limit / median(seconds["residua"])
+    for name, values in seconds.items():
+        per_reading = 1e6 * median(values) / readings
+        print(f"{name:12s} {per_reading:8.1f} us of CPU per row, offset and probe")
     print(
-        f"residua / plain torch {figures['ratio']:.2f}; {100 * figures['share_of_limit']:.0f} % of "
-        f"the float32 products at {figures['gflops']:.0f} GFLOP/s; KLs equal to {difference:.1e}"
+        f"{100 * share:.0f} % of the float32 products at {median(rates) / 1e9:.0f} GFLOP/s; KLs "
+        f"equal to {difference:.1e}"
     )
     print(
         f"bfloat16 products move a KL by at most {100 * rounding['relative']:.3f} % of itself, "
         f"{100 * rounding['of_interval']:.2f} % of its interval"
     )
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
+    figure = Figure(
+        f"evaluate_{args.products}",
+        f"evaluation of a ridge and the logit lens, {cache.positions:,} positions, {args.offsets} "
+        f"offsets, d_model {width:,}, vocabulary {vocab:,}, {args.products} products",
+        "plain torch, fewer measures: `log_softmax`, KL, top-10 tokens, surprisal",
+        seconds["residua"],
+        seconds["plain torch"],
+        f"{100 * share:.0f} % of the float32 products' rate; KLs differ by {difference:.0e}",
+    )
+    write_results(args.json, [figure])
 
 
 if __name__ == "__main__":

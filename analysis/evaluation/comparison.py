@@ -1,7 +1,7 @@
 """A probe's logits beside the model's distribution, pair by pair: KL both ways, ranks, top tokens.
 
 `compare_pairs` gives the `Comparison` that `metrics.py` makes measures of. Rows are read in tiles
-that stay in the processor's cache (`row_tiles.py`), where all passes over a tile run one after the
+that stay in the processor's cache (`pair_tiles.py`), where all passes over a tile run one after the
 other; results go to `MeasureBuffers`. What remains for the single numbers of a row is done once for
 all tiles. On the CPU, numpy's kernels find maxima and sum products, where torch takes several times
 as long; a GPU runs torch's.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .distributions import MeasureBuffers, Reference, top_token
-from .row_tiles import as_rows, default_tile_rows, matching_tiles
+from .pair_tiles import as_rows, default_tile_rows, matching_tiles
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def compare_pairs(
 
     `targets` `(n,)` are the numbers of the pairs in `reference`, and `rows` `(n,)` those of their
     rows in `logits`; both are ascending and default to 0 to n - 1. `rank_limit` is the limit of
-    `rank_of`. `buffers` limit the rows that are compared at once; default `row_tiles.TILE_BYTES`.
+    `rank_of`. `buffers` limit the rows that are compared at once; default `pair_tiles.TILE_BYTES`.
 
     Sums run over the vocabulary. 0 log 0 is 0, and rounding below 0 is cut. Logarithms come from
     logits: a probability that underflows to 0 adds 0 to the sum that the probability weighs, and a

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .row_tiles import default_tile_rows
+from .pair_tiles import default_tile_rows
 
 if TYPE_CHECKING:
     import torch

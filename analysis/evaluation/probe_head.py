@@ -20,7 +20,7 @@ import numpy as np
 from ...cache.errors import UsageError
 from ...cache.head.head import TorchHead
 from ...probes.training.softmax_loss import cache_blocks, fast_products
-from .row_tiles import as_rows
+from .pair_tiles import as_rows
 
 if TYPE_CHECKING:
     import torch

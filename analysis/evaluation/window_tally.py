@@ -19,9 +19,9 @@ from ...probes.lens.logit_lens import LogitLens
 from .confidence_buckets import BucketTally, ResultKey
 from .distributions import MeasureBuffers, Reference
 from .metrics import COLUMNS, MetricSums, measure_distribution
+from .pair_tiles import as_rows, default_tile_rows
 from .plan import EvaluationPlan, ReadGroup
 from .probe_head import ModelRows, ProbeHead, VocabBuffers, choose_products
-from .row_tiles import as_rows, default_tile_rows
 from .windows import MAX_ROWS, EvaluationSample, EvaluationWindow, evaluation_windows
 
 if TYPE_CHECKING:

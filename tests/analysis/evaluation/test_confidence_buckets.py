@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from residua.analysis.evaluation import row_tiles
+from residua.analysis.evaluation import pair_tiles
 from residua.analysis.evaluation.confidence_buckets import (
     BUCKETS,
     EDGES,
@@ -244,7 +244,7 @@ def test_a_mask_without_a_pair_is_refused(cache):
 @pytest.mark.parametrize("tile", [1, 200, 1 << 20])
 def test_measures_do_not_depend_on_the_tiles(cache, monkeypatch, tile):
     want = evaluate(cache, split="train", offsets=OFFSETS)
-    monkeypatch.setitem(row_tiles.TILE_BYTES, "cpu", tile)
+    monkeypatch.setitem(pair_tiles.TILE_BYTES, "cpu", tile)
     found = evaluate(cache, split="train", offsets=OFFSETS)
     assert_same_rows(found, want)
 

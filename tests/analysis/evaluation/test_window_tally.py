@@ -11,10 +11,10 @@ from residua.analysis.evaluation import metrics, windows
 from residua.analysis.evaluation.comparison import rank_of
 from residua.analysis.evaluation.distributions import MeasureBuffers, Reference
 from residua.analysis.evaluation.lens_heatmap import heatmap, heatmaps
+from residua.analysis.evaluation.pair_tiles import matching_tiles
 from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.evaluation.probe_head import VocabBuffers, choose_products
 from residua.analysis.evaluation.result import Evaluation
-from residua.analysis.evaluation.row_tiles import matching_tiles
 from residua.analysis.evaluation.windows import EvaluationSample, default_window_rows
 from residua.cache.errors import ModelError, ResiduaWarning, UsageError
 from residua.cache.store.activation_cache import ActivationCache
