@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     import torch
 
 
-class RidgeProbe(FittedMaps[MapKey], ProbeFiles, MultiOutputMixin, RegressorMixin, BaseEstimator):
+class RidgeProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML of its own)
+    FittedMaps[MapKey], ProbeFiles, MultiOutputMixin, RegressorMixin, BaseEstimator
+):
     """Predicts residual_L[t+N] from residual_l[t] by ridge regression, for every layer and offset.
 
     `offsets` are the N, one or several. `alpha` is scikit-learn's penalty (squared error + alpha

@@ -64,7 +64,9 @@ class FittedVocabPair:
     """Step, mean training loss since the row before, held-out loss; nats."""
 
 
-class VocabProbe(FittedMaps[LayerOffset], ProbeFiles, ClassifierMixin, BaseEstimator):
+class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML of its own)
+    FittedMaps[LayerOffset], ProbeFiles, ClassifierMixin, BaseEstimator
+):
     """Predicts the token that follows t+N from residual_l[t], for every layer and offset at once.
 
     Softmax regression, the vocabulary probe of Future Lens (Pal et al., 2311.04897); `offsets` are
