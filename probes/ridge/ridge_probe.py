@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class RidgeProbe(  # pyright: ignore[reportIncompatibleVariableOverride]
+class RidgeProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML of its own)
     FittedMaps[MapKey], ProbeFiles, MultiOutputMixin, RegressorMixin, BaseEstimator
 ):
     """Predicts residual_L[t+N] from residual_l[t] by ridge regression, for every layer and offset.

@@ -64,7 +64,7 @@ class FittedVocabPair:
     """Step, mean training loss since the row before, held-out loss; nats."""
 
 
-class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride]
+class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML of its own)
     FittedMaps[LayerOffset], ProbeFiles, ClassifierMixin, BaseEstimator
 ):
     """Predicts the token that follows t+N from residual_l[t], for every layer and offset at once.
