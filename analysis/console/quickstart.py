@@ -1,9 +1,11 @@
 """The whole flow on the sample model, as `residua quickstart`: extract, fit, evaluate, report."""
 
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ...cache.errors import UsageError
 from ...cache.extraction.answer import answer_request
 from ...cache.extraction.request import ExtractionRequest
 from ...probes.ridge.ridge_probe import RidgeProbe
@@ -18,6 +20,21 @@ from .terminal import Meter, format_bytes
 
 OFFSETS = (0, 1, 2, 3)
 CONTEXT = 256
+SAMPLE_TRANSFORMERS = (5, 14)
+"""First version of transformers that names the tensors of the sample model as its file does."""
+
+
+def check_transformers(installed: str) -> None:
+    """Raise `UsageError` if transformers of the version `installed` cannot load the sample model.
+
+    Others than the sample model are read by earlier versions, too.
+    """
+    oldest = ".".join(map(str, SAMPLE_TRANSFORMERS))
+    if tuple(int(part) for part in installed.split(".")[:2]) < SAMPLE_TRANSFORMERS:
+        raise UsageError(
+            f"the bundled model is in the format of transformers {oldest}, and {installed} is "
+            f"installed: pip install 'transformers>={oldest}' (residua[all] brings it)"
+        )
 
 
 def run_quickstart(
@@ -27,6 +44,7 @@ def run_quickstart(
 
     Caches go to `root`, by default `out/caches`. `max_tokens` limits the text.
     """
+    check_transformers(version("transformers"))
     start = time.perf_counter()
     root = root or out / "caches"
 

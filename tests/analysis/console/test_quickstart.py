@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from residua.analysis.console.quickstart import check_transformers
+from residua.cache.errors import UsageError
+
 
 @pytest.mark.slow
 def test_the_quickstart_makes_cache_probe_report_and_pictures(tmp_path: Path) -> None:
@@ -28,3 +31,10 @@ def test_the_quickstart_makes_cache_probe_report_and_pictures(tmp_path: Path) ->
     assert rows["ridge", last, 0]["kl"] < 1e-4
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert json.loads(again.stdout)["status"] == "hit"
+
+
+def test_a_transformers_that_cannot_read_the_sample_model_is_named() -> None:
+    for good in ("5.14.0", "5.23.0.dev0", "6.0"):
+        check_transformers(good)
+    with pytest.raises(UsageError, match=r"transformers 5\.14, and 5\.9\.1 is installed: pip"):
+        check_transformers("5.9.1")
