@@ -88,13 +88,14 @@ def write_outputs(
     """
     if html is None and png is None:
         return []
-    from ..report.html_report import write_pngs, write_report
+    from ..report.html_report import PASSAGES, write_pngs, write_report
 
-    heatmaps = evaluation.heatmaps()
+    heatmaps = evaluation.heatmaps(passages=PASSAGES)
     written = []
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
         written.append(str(write_report(evaluation, html, heatmaps=heatmaps, command=command)))
     if png is not None:
-        written += [str(path) for path in write_pngs(png, evaluation, heatmaps)]
+        first = [found for found in heatmaps if found.sequence == heatmaps[0].sequence]
+        written += [str(path) for path in write_pngs(png, evaluation, first)]
     return written

@@ -21,7 +21,7 @@ from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import segment_indices
 from ...probes.base.readout import Readout, ReadoutBatch
 from ...probes.saved.save import check_belongs
-from ..evaluation.lens_heatmap import WIDTH, find_telling_passage
+from ..evaluation.lens_heatmap import WIDTH, find_telling_passages
 from ..evaluation.probe_names import name_readouts, probe_list
 from ..token_texts.token_names import UNDEFINED, TokenNames
 from .frames import data_frame
@@ -281,7 +281,7 @@ def _streams_of_cache(passage: CachePassage, ahead: int, device: "torch.device")
     width = as_whole_number(passage.width, "width")
     start = as_whole_number(passage.start, "start")
     if passage.sequence is None:
-        sequence, start = find_telling_passage(cache, passage.split, width, device)
+        ((sequence, start),) = find_telling_passages(cache, passage.split, width, device)
     else:
         sequence = as_whole_number(passage.sequence, "sequence")
     if not 0 <= sequence < len(cache.sequence_length):

@@ -5,8 +5,8 @@ analysis/report/ draws the result (static_figures.py, interactive_figures.py).
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -71,36 +71,45 @@ class Heatmap:
 
 def heatmaps(
     cache: "ActivationCache",
-    readouts: Sequence[Readout],
+    readouts: "Sequence[Readout] | Mapping[str, Readout]",
     split: str = "test",
     width: int = WIDTH,
     device: "str | torch.device" = "auto",
+    passages: int = 1,
 ) -> list[Heatmap]:
-    """Heatmaps of one telling passage: the logit lens and every lens among `readouts`.
+    """Heatmaps of telling passages: the logit lens and every lens among `readouts`, in each.
 
-    Lenses are readouts with layers at offset 0. Computed on `device`, see `heatmap`.
+    Lenses are readouts with layers at offset 0; those of a mapping have its names, others the names
+    of their kinds. At most `passages` passages, each of another sequence, the most telling first;
+    the heatmaps of one passage follow each other. Computed on `device`, see `heatmap`.
     """
-    lenses = [LogitLens.of(cache, (0,))]
-    lenses += [r for r in readouts if r.kind != LogitLens.kind and _layers_at(r, 0)]
+    named = readouts.items() if isinstance(readouts, Mapping) else ((r.kind, r) for r in readouts)
+    lenses: list[tuple[str, Readout]] = [(LogitLens.kind, LogitLens.of(cache, (0,)))]
+    lenses += [(name, r) for name, r in named if r.kind != LogitLens.kind and _layers_at(r, 0)]
     device = choose_device(device)
-    sequence, start = find_telling_passage(cache, split, width, device)
     return [
-        heatmap(
-            cache, lens, split=split, sequence=sequence, start=start, width=width, device=device
+        replace(
+            heatmap(
+                cache, lens, split=split, sequence=sequence, start=start, width=width, device=device
+            ),
+            probe=name,
         )
-        for lens in lenses
+        for sequence, start in find_telling_passages(cache, split, width, device, passages)
+        for name, lens in lenses
     ]
 
 
-def find_telling_passage(
-    cache: "ActivationCache", split: str, width: int, device: "torch.device"
-) -> tuple[int, int]:
-    """Sequence and first token of the passage in which most is decided in the upper layers.
+def find_telling_passages(
+    cache: "ActivationCache", split: str, width: int, device: "torch.device", count: int = 1
+) -> list[tuple[int, int]]:
+    """Sequences and first tokens of passages in which most is decided in the upper layers.
 
     Each token scores the model's largest probability, if the logit lens of the middle layer has
-    another top token; the passage has the largest sum of scores among the first sequences.
+    another top token; a passage has the sum of the scores of its `width` tokens. At most `count`
+    passages with the largest sums, the best of each of the first sequences; one at least, which
+    may be shorter.
     """
-    best_score, best_sequence, best_start = -1.0, _first_long_sequence(cache, split, width), 0
+    found: list[tuple[float, int, int]] = []
     scorer = _TokenScorer(cache, device)
     for sequence in cache.sequences(split)[:SEARCHED_SEQUENCES]:
         rows = cache.positions_of(np.array([sequence]))[:SEARCHED_TOKENS]
@@ -109,14 +118,17 @@ def find_telling_passage(
         # Sum of the scores of every window of `width` tokens.
         cumulative = np.concatenate([[0.0], np.cumsum(scorer.scores(rows))])
         window_scores = cumulative[width:] - cumulative[:-width]
-        if len(window_scores) and window_scores.max() > best_score:
-            best_score, best_start = float(window_scores.max()), int(window_scores.argmax())
-            best_sequence = int(sequence)
-    return best_sequence, best_start
+        if len(window_scores):
+            start = int(window_scores.argmax())
+            found.append((float(window_scores[start]), int(sequence), start))
+    if not found:
+        return [(_first_long_sequence(cache, split, width), 0)]
+    found.sort(key=lambda passage: -passage[0])  # the first of equal ones stays first
+    return [(sequence, start) for _, sequence, start in found[:count]]
 
 
 class _TokenScorer:
-    """Scores positions by what `find_telling_passage` looks for, on one device."""
+    """Scores positions by what `find_telling_passages` looks for, on one device."""
 
     def __init__(self, cache: "ActivationCache", device: "torch.device") -> None:
         self.head, self.device = cache.head.torch(device), device

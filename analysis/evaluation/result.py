@@ -235,16 +235,22 @@ class Evaluation:
         """Bucket rows of one probe at one offset, by layer, then by rising confidence."""
         return [row for row in self.buckets if row.probe == probe and row.offset == offset]
 
-    def heatmaps(self, split: str | None = None) -> list[Heatmap]:
-        """Lens heatmaps of one passage of `split` (default: the evaluated split).
+    def heatmaps(self, split: str | None = None, passages: int = 1) -> list[Heatmap]:
+        """Lens heatmaps of at most `passages` passages of `split` (default: the evaluated split).
 
-        The logit lens and the probes that read layers at offset 0, without controls, which say
-        little about a passage; empty without a cache.
+        In each, the logit lens and the probes that read layers at offset 0, without controls, which
+        say little about a passage; empty without a cache.
         """
         if self.cache is None:
             return []
-        lenses = [readout for readout in self.readouts if not hasattr(readout, "view")]
-        return heatmaps(self.cache, lenses, split=split or self.split, device=self.device)
+        lenses = {
+            name: readout
+            for name, readout in zip(self.probes, self.readouts, strict=False)
+            if not hasattr(readout, "view")
+        }
+        return heatmaps(
+            self.cache, lenses, split=split or self.split, device=self.device, passages=passages
+        )
 
     def kl_examples(self, count: int = COUNT) -> list[KlExamples]:
         """Pairs with the largest and the smallest KL, of every lens in its middle layer.

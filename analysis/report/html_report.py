@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
 
 
+PASSAGES = 3
+"""Passages of a report, to choose among."""
 KEY = ("probe", "layer", "offset")
 """Columns that name the result of a row."""
 COLUMNS = {
@@ -100,13 +102,13 @@ def write_report(
 
     The file needs no network and no fonts and holds no date: the same evaluation gives the same
     bytes. The file describes `cache` (default: the evaluated cache), shows `heatmaps` (default:
-    `evaluation.heatmaps()`) and `examples` (default: `evaluation.kl_examples()`) under `title`, and
-    quotes the command line `command`.
+    those of `PASSAGES` passages) and `examples` (default: `evaluation.kl_examples()`) under
+    `title`, and quotes the command line `command`.
     """
     from plotly.offline import get_plotlyjs
 
     cache = cache or evaluation.cache
-    heatmaps = evaluation.heatmaps() if heatmaps is None else heatmaps
+    heatmaps = evaluation.heatmaps(passages=PASSAGES) if heatmaps is None else heatmaps
     examples = evaluation.kl_examples() if examples is None else examples
     title = (
         title or f"What {short_model_name(evaluation.model_name)} already says in its middle layers"

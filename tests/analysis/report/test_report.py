@@ -11,7 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from plotly.offline import get_plotlyjs
 
 from residua.analysis.evaluation.kl_examples import KlExample, KlExamples
-from residua.analysis.evaluation.lens_heatmap import Heatmap
+from residua.analysis.evaluation.lens_heatmap import Heatmap, heatmaps
 from residua.analysis.evaluation.metrics import EvaluationRow
 from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.evaluation.result import Evaluation
@@ -22,6 +22,7 @@ from residua.analysis.report.html_report import BUCKET_COLUMNS, COLUMNS, write_p
 from residua.analysis.report.probe_style import SCALE, letter_color, log_floor
 from residua.analysis.report.tables import headlines
 from residua.cache.store.activation_cache import ActivationCache
+from residua.probes.base.readout import Readout
 from residua.probes.baselines.ngrams import Unigram
 from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.probes.saved.library import load_probe_for
@@ -223,6 +224,20 @@ def test_one_part_of_each_section_is_shown_at_first(tmp_path, evaluation):
     assert re.findall(r"<button value='(\d)' aria", contents["Precision@k by layer"]) == [*"012"]
     for offset in evaluation.offsets:
         assert f'id="precision_at_5-{offset}"' in contents["Precision@k by layer"]
+
+
+def test_passages_are_of_other_sequences_the_most_telling_first(tiny_cache):
+    ridges = [RidgeProbe(alpha=alpha, folds=1).fit(tiny_cache, keep=False) for alpha in (1.0, 9.0)]
+    named: dict[str, Readout] = {"weak": ridges[0], "strong": ridges[1]}
+    found = heatmaps(tiny_cache, named, split="train", width=6, passages=3)
+    assert [heatmap.probe for heatmap in found] == ["logit", "weak", "strong"] * 3
+    passages = [(heatmap.sequence, heatmap.start) for heatmap in found]
+    assert passages[::3] == passages[1::3] == passages[2::3]
+    assert len({sequence for sequence, _ in passages}) == 3
+    one = heatmaps(tiny_cache, ridges, split="train", width=6)
+    assert [(heatmap.probe, heatmap.sequence) for heatmap in one] == [
+        (probe, passages[0][0]) for probe in ("logit", "ridge", "ridge")
+    ]
 
 
 def test_the_legend_names_every_probe_once(tmp_path, evaluation):
