@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 
 import residua
@@ -125,3 +126,22 @@ def test_the_files_of_the_architecture_page_exist() -> None:
 def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_every_environment_variable_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "environment.md").read_text()
+    folders = ("cache", "probes", "analysis", "tests")
+    files = [ROOT / "cli.py", *(path for name in folders for path in (ROOT / name).rglob("*.py"))]
+    named = {name for path in files for name in re.findall(r"\bRESIDUA_[A-Z_]+", path.read_text())}
+    assert named >= {"RESIDUA_ROOT"}
+    assert {name for name in named if name not in page} == set()
+
+
+def test_the_citation_names_the_version_and_the_licence() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == residua.__version__
+    assert (citation["license"], citation["type"]) == ("MIT", "software")
+    templates = (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")
+    assert all(
+        {"name", "description", "body"} <= set(yaml.safe_load(p.read_text())) for p in templates
+    )
