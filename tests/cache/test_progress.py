@@ -179,10 +179,16 @@ def test_a_notebook_without_tqdm_has_lines_in_the_log(monkeypatch: pytest.Monkey
 
 
 def test_fits_and_evaluations_are_quiet_without_a_terminal_and_logged(
-    tiny_cache: residua.ActivationCache,
+    model_folder: Path,
+    texts_file: Path,
+    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # A cache of its own: other tests keep the moments of the shared one, and no pass is logged.
+    tiny_cache = residua.extract(
+        str(model_folder), str(texts_file), root=tmp_path, context=64, progress=None
+    )
     caplog.set_level(logging.INFO, "residua")
     ridge = residua.RidgeProbe([0], layers=[1]).fit(tiny_cache, keep=False)
     lens = residua.TunedLens(layers=[1], steps=4).fit(tiny_cache)
