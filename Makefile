@@ -17,6 +17,10 @@ test: .venv/dev
 slow: .venv/dev
 	$(BIN)/python -m pytest -n auto -m "$(SLOW)"
 
+# The site: the pages and the docstrings, every warning an error.
+site: .venv/dev
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . site
+
 format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -34,4 +38,4 @@ $(BIN)/python:
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@ .venv/run
 
-.PHONY: quickstart test slow format
+.PHONY: quickstart test slow site format
