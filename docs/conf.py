@@ -2,7 +2,7 @@
 
 The folder of sources is the checkout itself (`make site`), so that relative links between pages and
 to other files lead to the same places on the site and on a code host. README.md is the root page;
-the others stand in its table of contents, those that it links first and in its order.
+the others stand in its table of contents, those of its table of pages first and in its order.
 """
 
 import re
@@ -14,7 +14,7 @@ from docutils import nodes
 from docutils.utils import new_document
 from myst_parser.parsers.sphinx_ import MystParser
 from sphinx.application import Sphinx
-from sphinx.ext.napoleon import Config, GoogleDocstring
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
 
 import residua
@@ -55,17 +55,17 @@ class MarkdownText(SphinxDirective):
 
 
 def write_docstring_as_markdown(
-    app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
+    app: Sphinx, what: Any, name: str, value: Any, options: Any, lines: list[str]
 ) -> None:
     """Put the docstring `lines` into a `MarkdownText`, sections such as `Args:` as fields."""
     text = list(lines)
     if "Args:" in text:
-        text = GoogleDocstring(text, Config(), app, what, name, value, options).lines()
+        text = GoogleDocstring(text).lines()
     lines[:] = [".. markdown-text::", "", *(f"   {line}" for line in text), ""]
 
 
 def skip_members_of_libraries(
-    app: Sphinx, what: str, name: str, value: Any, skip: bool, options: Any
+    app: Sphinx, what: Any, name: str, value: Any, skip: bool, options: Any
 ) -> bool | None:
     """Leave out methods that a class inherits from Python or from other libraries."""
     function = getattr(value, "fget", None) or getattr(value, "func", None) or value
@@ -76,9 +76,9 @@ def skip_members_of_libraries(
 def append_table_of_contents(app: Sphinx, page: str, source: list[str]) -> None:
     """List all pages below README.md, which names most of them in a table of its own."""
     if page == root_doc:
-        linked = dict.fromkeys(re.findall(r"\]\(([\w/-]+)\.md\)", source[0]))
+        tabled = dict.fromkeys(re.findall(r"^\| \[.+?\]\(([\w/-]+)\.md\)", source[0], re.M))
         source[0] += "\n".join(
-            ["\n```{toctree}", ":hidden:", ":glob:", "", *linked, "*/*", "```\n"]
+            ["\n```{toctree}", ":hidden:", ":glob:", "", *tabled, "*/*", "CHANGELOG", "```\n"]
         )
 
 
