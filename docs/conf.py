@@ -23,7 +23,7 @@ project = "residua"
 author = "the authors of residua"
 version = release = residua.__version__
 root_doc = "README"
-include_patterns = ["README.md", "CHANGELOG.md", "cache/README.md", "docs/*.md"]
+include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "cache/README.md", "docs/*.md"]
 exclude_patterns = [".*", "build", "site"]
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 highlight_language = "none"  # of indented blocks: commands, trees, formulas
