@@ -78,7 +78,17 @@ def append_table_of_contents(app: Sphinx, page: str, source: list[str]) -> None:
     if page == root_doc:
         tabled = dict.fromkeys(re.findall(r"^\| \[.+?\]\(([\w/-]+)\.md\)", source[0], re.M))
         source[0] += "\n".join(
-            ["\n```{toctree}", ":hidden:", ":glob:", "", *tabled, "*/*", "CHANGELOG", "```\n"]
+            [
+                "\n```{toctree}",
+                ":hidden:",
+                ":glob:",
+                "",
+                *tabled,
+                "*/*",
+                "CONTRIBUTING",
+                "CHANGELOG",
+                "```\n",
+            ]
         )
 
 
