@@ -83,6 +83,11 @@ folder = snapshot_download("{repo_id}", repo_type="dataset")
 layer = zarr.open_group(f"{{folder}}/arrays.zarr", mode="r")["residual/{depth}"]
 rows = layer[:1000]  # (1000, d_model){bfloat16}
 ```
+
+## Citation
+
+Cite the model, the texts, and this cache: its id `{id}` names the weights, the tokens and the
+settings.
 """
 BFLOAT16 = """
 # bfloat16 is kept as uint16, the upper half of a float32

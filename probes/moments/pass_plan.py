@@ -261,10 +261,11 @@ def reason_of_passes(
     largest = max(plan.bytes(d_model) for plan in passes)
     if largest > memory:
         folds = passes[0].request.folds
+        over = f"{len(passes)} passes" if len(passes) > 1 else "one pass"
         return (
             f"the moments of one (layer, offset) in {folds} folds and their solution take "
             f"{largest / 1e6:,.1f} MB, more than the memory of {memory / 1e6:,.1f} MB: they are "
-            f"collected one by one, and that much is taken, in {len(passes)} passes over the rows"
+            f"collected one by one, and that much is taken, in {over} over the rows"
         )
     if len(passes) <= len(requests):
         return None

@@ -51,7 +51,19 @@ probe = residua.pull_probe("{repo_id}")
 ## Measured when it was fitted
 
 {table}
+
+## Citation
+
+Cite the model, the texts, residua {residua}{paper}.
 """
+PAPER_OF = {
+    "ridge": "Din et al., Jump to Conclusions (arXiv 2303.09435)",
+    "lens": "Belrose et al., Tuned Lens (arXiv 2303.08112)",
+    "future": "Pal et al., Future Lens (arXiv 2311.04897)",
+    "vocab": "Pal et al., Future Lens (arXiv 2311.04897)",
+    "basis": "Belrose et al., Tuned Lens (arXiv 2303.08112), section 4",
+}
+"""Kind of a probe -> the paper of its method."""
 USAGE = (
     "residua.evaluate(cache, [probe]).to_dicts()  # a cache of the same model: others are refused"
 )
@@ -148,6 +160,8 @@ def probe_card(config: dict[str, Any], repo_id: str, cache: "ActivationCache | N
             base_model = f"base_model: {model}\n"
     fields = {key: config[key] for key in ("kind", "cache", "split", "d_model", "residua")}
     params = ", ".join(f"{k} {v}" for k, v in config["params"].items() if v is not None)
+    method = PAPER_OF.get(config["kind"])
+    paper = f", and for the method {method}" if method else ""
     return CARD.format(
         **fields,
         of=model_and_data,
@@ -155,6 +169,7 @@ def probe_card(config: dict[str, Any], repo_id: str, cache: "ActivationCache | N
         repo_id=repo_id,
         params=params,
         geometry=config["geometry"],
+        paper=paper,
         usage=USAGE_OF_BASIS if config["kind"] == "basis" else USAGE,
         table=metrics_table(config["pairs"]),
     )

@@ -414,6 +414,7 @@ def test_the_card_says_what_is_in_the_cache(tiny_cache, model_folder):
         f"residua pull {REPO}",
         f"layer {tiny_cache.n_blocks} is **before** the final norm",
         "zarr.open_group",
+        f"its id `{tiny_cache.id}` names the weights",
     ):
         assert shown in text
     assert "not measured" not in text

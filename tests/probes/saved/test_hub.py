@@ -146,6 +146,7 @@ def test_the_card_of_a_basis_says_how_a_basis_is_used(hub: LocalHub, tmp_path: P
     card = (hub.root / "someone/basis" / "main" / CARD_FILE).read_text()
     assert "probe.ablate(rows, k, layer=layer)" in card
     assert "residua.evaluate" not in card
+    assert "for the method Belrose et al., Tuned Lens (arXiv 2303.08112), section 4." in card
     assert "{" not in card
 
 
