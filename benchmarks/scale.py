@@ -157,7 +157,8 @@ def format_hours(hours: float) -> str:
             return (
                 f"{hours / size:.2g} {unit}" if hours / size < 10 else f"{hours / size:.0f} {unit}"
             )
-    return f"{hours * 3600:.2g} s"
+    seconds = hours * 3600
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def format_bytes(size: float) -> str:

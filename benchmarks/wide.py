@@ -18,7 +18,7 @@ The cost of a row leaves out what is done once (two sizes are measured where tha
 *Share* is the part of the measured rate of products, in the dtype that a part uses, at which the
 products that the part cannot do without would have run: all else that is done counts against it.
 CPU seconds of one thread (on a GPU: seconds). Peak is the growth of anonymous memory over the open
-cache and its head.
+cache; a part that uses the head's weights loads them.
 """
 
 import argparse
@@ -151,7 +151,7 @@ class Bench:
         self.cache = ActivationCache(args.cache)
         self.d, self.vocab = self.cache.d_model, self.cache.vocab
         self.head = self.cache.head
-        """Loaded here: peaks are beside it."""
+        """Its weights are loaded where a part first needs them: peaks hold them, then."""
 
     def seconds(self, run: Callable[[], Any], rounds: int | None = None) -> float:
         """The least seconds of `rounds` runs: CPU seconds, or on a GPU seconds until it is done."""
