@@ -40,6 +40,7 @@ FLOORS = (
     "",
     "analysis",
     "analysis.service",
+    "analysis.web",
     "analysis.service_client",
     "analysis.jobs",
     "analysis.console",

@@ -1,6 +1,6 @@
 """`JobQueue`: makes jobs of requests, runs them on workers, and knows each to its end.
 
-    queue = JobQueue(JobSettings(root, default_state(root, folder)))
+    queue = JobQueue(JobSettings(root, state=root / ".service"))
     queue.start()
     job, is_new = queue.submit("fit ridge", {"cache": "3f2a", "offsets": "0-3"})
     queue.find(job["id"])["state"]      # queued, running, done, failed or cancelled
@@ -232,6 +232,13 @@ class JobQueue:
         if status.state in ENDED:
             self._ended_views[folder.id] = (time_ns, view)
         return view
+
+    def has_ended(self, name: str) -> bool:
+        """Whether a job is done, failed or cancelled."""
+        folder = self._find_folder(name)
+        with self._lock:
+            job = self._owned.get(folder.id)
+            return (job.status if job else folder.read_status()).state in ENDED
 
     def cancel(self, name: str) -> dict[str, Any]:
         """Ask for the end of a job; returns the job. A job that has ended stays as it is."""

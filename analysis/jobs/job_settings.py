@@ -3,11 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...cache.files.paths import is_remote
-
-STATE_FOLDER = ".jobs"
-"""Folder of the state of jobs under a root on disk."""
-
 
 @dataclass(frozen=True)
 class JobSettings:
@@ -16,7 +11,7 @@ class JobSettings:
     root: Path
     """Root of caches and probes: a folder or the URL of an object store."""
     state: Path
-    """Folder on disk for jobs and uploaded texts; see `default_state`."""
+    """Folder on disk for jobs and uploaded texts, which workers on other machines must see."""
     models: tuple[Path, ...] = ()
     """Folders below which the model of a job must lie."""
     texts: tuple[Path, ...] = ()
@@ -43,8 +38,3 @@ class JobSettings:
     """Largest text that is taken."""
     most_uploads_bytes: int = 64 << 30
     """Most bytes of all uploaded texts together."""
-
-
-def default_state(root: Path, fallback: Path) -> Path:
-    """Folder of the state of jobs: below a root on disk, else `fallback`."""
-    return fallback if is_remote(root) else root / STATE_FOLDER
