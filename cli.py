@@ -214,6 +214,11 @@ def main() -> None:
     help="Print the size of the cache and the first tokens of three sequences; write nothing.",
 )
 @click.option(
+    "--find",
+    is_flag=True,
+    help="Say which cache answers the request, and what it lacks; load no weights, write nothing.",
+)
+@click.option(
     "--no-tty",
     is_flag=True,
     help="Print progress as lines with rate and time left, every half minute, as is done for long "
@@ -225,6 +230,7 @@ def extract(
     quiet: bool,
     scheduler: str | None,
     dry_run: bool,
+    find: bool,
     no_tty: bool,
     **options: Any,
 ) -> Any:
@@ -259,13 +265,14 @@ def extract(
     residua extract gpt2 'shards/*.jsonl.gz' --dry-run
     zcat texts.jsonl.gz | residua extract gpt2 - --max-tokens 1000000
     residua extract gpt2 texts.jsonl --layers 0,6 --max-bytes 50000000000 --dry-run
+    residua extract gpt2 texts.jsonl --find
     residua extract gpt2 texts.jsonl --logits topk:64
     residua extract gpt2 texts.jsonl --codec compact --dtype bfloat16
     """
-    from residua.analysis.console.messages import print_estimate, print_extraction
+    from residua.analysis.console.messages import print_estimate, print_extraction, print_match
     from residua.analysis.console.terminal import Meter, bandwidths
     from residua.analysis.console.token_preview import with_token_labels
-    from residua.cache.extraction.answer import answer_request, estimate_request
+    from residua.cache.extraction.answer import answer_request, estimate_request, find_match
     from residua.cache.extraction.distributed import answer_at_address
     from residua.cache.extraction.request import ExtractionRequest
     from residua.cache.forward.stage_times import StageTimes
@@ -277,6 +284,9 @@ def extract(
         if dry_run:
             estimate = with_token_labels(request, estimate_request(request, meter.stage))
             return estimate, lambda: print_estimate(estimate)
+        if find:
+            match = find_match(request, meter.stage).to_dict()
+            return match, lambda: print_match(match)
         if scheduler is None:
             value = answer_request(request, meter.stage, stages).to_dict()
         else:
@@ -1191,11 +1201,22 @@ def evaluate(
     help="Folder for tokens, jobs and sent texts.  [default: .service under the root]",
 )
 @click.option(
+    "--demo",
+    is_flag=True,
+    help="Make a cache of the bundled model first, probes of it and their evaluation, as jobs.",
+)
+@click.option(
     "--access-log", is_flag=True, help="Log every request, a JSON object a line, on stderr."
 )
 @residua_command
 def serve(
-    root: Path, quiet: bool, public: bool, access_log: bool, state: Path | None, **options: Any
+    root: Path,
+    quiet: bool,
+    public: bool,
+    demo: bool,
+    access_log: bool,
+    state: Path | None,
+    **options: Any,
 ) -> Any:
     """Serve the caches, probes and results of the root to the network, and do jobs.
 
@@ -1205,6 +1226,7 @@ def serve(
     reaches the service, unless it is --public.
 
     \b
+    residua serve --demo --root demo            a full dashboard in two minutes
     residua serve --root caches
     residua serve --root caches --models ./models --texts ./texts
     RESIDUA_TOKEN=... residua serve --public --host 0.0.0.0 --private
@@ -1212,13 +1234,15 @@ def serve(
     from residua.cache.optional_libraries import require_extra
 
     require_extra("serve", "the service")
+    if demo:
+        require_extra("all", "the demo")
     from residua.analysis.service.server import log_to_stderr, run_service
     from residua.analysis.service.start_message import print_service_start
     from residua.analysis.web.service_settings import default_state, make_settings
 
     settings = make_settings(root, state or default_state(root), **options)
     log_to_stderr(access_log)
-    value = run_service(settings, public, None if quiet else print_service_start)
+    value = run_service(settings, public, None if quiet else print_service_start, demo=demo)
     return value, lambda: None
 
 
