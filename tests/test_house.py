@@ -36,6 +36,7 @@ FLOORS = (
     "",
     "analysis",
     "analysis.console",
+    "analysis.disk_use",
     "analysis.basis_report",
     "analysis.display",
     "analysis.report",
