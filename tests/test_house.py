@@ -35,6 +35,8 @@ DOORS = {
 FLOORS = (
     "",
     "analysis",
+    "analysis.service",
+    "analysis.web",
     "analysis.console",
     "analysis.disk_use",
     "analysis.basis_report",
