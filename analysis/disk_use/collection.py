@@ -188,7 +188,7 @@ def _category_of(item: DiskItem) -> str | None:
 def _reason_to_keep(report: DiskReport, item: DiskItem, older_than: float | None) -> str:
     """Why an item stays; empty for one that may go."""
     if item.in_use:
-        return "a process works at it"
+        return f"it is {item.state}" if item.kind == "job" else "a process works at it"
     if item.kind == "job" and not item.state.endswith(ENDED):
         return "its state cannot be read; remove its folder by hand"
     if item.kind in ("moments", "lost part"):
@@ -196,7 +196,7 @@ def _reason_to_keep(report: DiskReport, item: DiskItem, older_than: float | None
         users = next((c.users for c in report.of_kind("cache") if c.name == cache), ())
         if any(user.kind == "pin" for user in users):
             return "its cache is pinned"
-    age = report.time - item.last_used
+    age = max(0.0, report.time - item.last_used)  # the clock of a store may be ahead
     least = older_than
     if least is None:
         leftover = report.leftovers.get(item.key)

@@ -291,7 +291,7 @@ class _Survey:
             elif kind == "job":
                 job = jobs.get(Path(name) if name.startswith("/") else self.root / name)
                 facts["state"] = "unknown" if job is None else f"{job.command} {job.state}".strip()
-                facts["in_use"] = job is not None and not job.has_ended
+                facts["in_use"] = job is not None and job.state in ("queued", "running")
             items.append(
                 DiskItem(
                     kind,

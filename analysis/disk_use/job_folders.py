@@ -78,7 +78,7 @@ def read_job(path: Path) -> JobFolder:
     """The job in the folder `path`."""
     request, state = (_read_object(path, name) for name in ("request.json", "state.json"))
     command, word = request.get("command"), state.get("state")
-    if word is None and request:
+    if word is None and isinstance(command, str):
         word = "queued"  # its maker has not come to the state yet
     return JobFolder(
         path,

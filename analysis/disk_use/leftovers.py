@@ -5,6 +5,7 @@
 takes that lock first. Where the file system has no locks, what is younger than a day stays.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -297,11 +298,15 @@ def _remove_objects(root: Path, leftover: Leftover) -> None:
     # A holder of another machine counts as dead once its object has not changed for a while.
     until = time.monotonic() + EXPIRY_SECONDS + 2 * POLL_SECONDS
     while True:
-        with object_lease(cache / "leases", name) as lease:
-            if lease is not None:
-                if leftover.guard == "upload":
-                    _remove_upload(cache)
-                return  # a released lease takes the objects of dead holders with it
+        try:
+            with object_lease(cache / "leases", name) as lease:
+                if lease is not None:
+                    if leftover.guard == "upload":
+                        _remove_upload(cache)
+                    return  # a released lease takes the objects of dead holders with it
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # else its holder wrote the lease while it was read
+                raise
         if time.monotonic() > until:
             raise InUseError(f"the lease {name} of {cache} is held by a living process")
         time.sleep(POLL_SECONDS)

@@ -317,6 +317,7 @@ def test_a_root_that_is_not_there_is_empty(tmp_path: Path) -> None:
     assert plan_collection(tmp_path / "none", list(CATEGORIES)).removals == ()
 
 
+@pytest.mark.slow
 def test_leftovers_in_an_object_store_are_found_and_collected(
     tiny_cache: ActivationCache, s3_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,8 +334,8 @@ def test_leftovers_in_an_object_store_are_found_and_collected(
     (copy.path / "leases" / "00000000.4.json").write_bytes(dead)
     monkeypatch.setattr(leftovers, "LEASE_SECONDS", -1.0)
     for module in (object_leases, leftovers):
-        monkeypatch.setattr(module, "EXPIRY_SECONDS", 0.6)
-    monkeypatch.setattr(object_leases, "BEAT_SECONDS", 0.05)
+        monkeypatch.setattr(module, "EXPIRY_SECONDS", 2.0)
+    monkeypatch.setattr(object_leases, "BEAT_SECONDS", 0.2)
     item = item_of(measure_disk(root), "cache", copy.id)
     assert item.bytes == item.freed == copy.bytes - len(dead)
     names = {item.name: item.state for item in measure_disk(root).of_kind("leftover")}
