@@ -5,7 +5,6 @@ asks again, once the thing is locked and out of sight: a cache that got a probe,
 a job or a pin meanwhile is back, and named among what was left alone.
 """
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from ...cache.errors import InUseError, NotFoundError, ResiduaError, UsageError
 from ...cache.files.confined_files import check_folders
 from ...cache.files.disk_errors import system_error
-from ...cache.files.leases import is_file_of, try_lock
+from ...cache.files.leases import is_locked
 from ...cache.files.paths import is_remote
 from ...cache.files.removal import remove_folder
 from ...cache.progress import Progress
@@ -23,6 +22,7 @@ from ...probes.moments.moment_set import TABLE
 from .checkpoint_folders import remove_checkpoint
 from .disk_report import SAVED_ALREADY, DiskItem, DiskReport, measure_disk
 from .job_folders import ENDED, read_job
+from .job_folders import LOCKS as JOB_LOCKS
 from .leftovers import remove_leftover, remove_lost_part
 from .users import User, check_unused
 
@@ -261,17 +261,7 @@ def _is_written(cache: Path) -> bool:
     if is_remote(cache):
         return False  # a removal asks for the leases
     check_folders(cache, ("leases",))
-    for file in sorted((cache / "leases").glob("*.lock")):
-        try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            if try_lock(descriptor) is False and is_file_of(descriptor, file):
-                return True
-        finally:
-            os.close(descriptor)
-    return False
+    return any(is_locked(file) for file in sorted((cache / "leases").glob("*.lock")))
 
 
 def collect(plan: CollectionPlan, progress: Progress | None = None) -> Collected:
@@ -340,6 +330,8 @@ def remove_job(path: Path) -> None:
         job = read_job(folder)
         if not job.has_ended:
             raise InUseError(f"job {path.name} is {job.state}: cancel it first")
+        if any(is_locked(folder / name) for name in JOB_LOCKS):
+            raise InUseError(f"a service looks after job {path.name} just now")
 
     check_ended(path)
     _remove_existing(path, "request.json", check_ended)

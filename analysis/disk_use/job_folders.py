@@ -22,6 +22,8 @@ JOBS = "jobs"
 """Folder of the jobs in such a folder."""
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 """Names of the folders of jobs."""
+LOCKS = ("owner.lock", "attempt.lock")
+"""Files in a job's folder that a service, or the job's process, has locked while it works at it."""
 ENDED = ("done", "failed", "cancelled")
 """States of a job that does not go on by itself."""
 MAX_JOB_BYTES = 4 << 20
@@ -31,7 +33,7 @@ MAX_NAMES = 10_000
 
 
 @dataclass(frozen=True)
-class JobFolder:
+class JobOnDisk:
     """A job on disk."""
 
     path: Path
@@ -61,7 +63,7 @@ def job_places(root: Path, state: Path | None = None) -> list[Path]:
     return [folder / JOBS for folder in folders]
 
 
-def list_jobs(root: Path, state: Path | None = None) -> Iterator[JobFolder]:
+def list_jobs(root: Path, state: Path | None = None) -> Iterator[JobOnDisk]:
     """The jobs of services of `root`, whatever their state."""
     for place in job_places(root, state):
         try:
@@ -74,13 +76,13 @@ def list_jobs(root: Path, state: Path | None = None) -> Iterator[JobFolder]:
                 yield read_job(path)
 
 
-def read_job(path: Path) -> JobFolder:
+def read_job(path: Path) -> JobOnDisk:
     """The job in the folder `path`."""
     request, state = (_read_object(path, name) for name in ("request.json", "state.json"))
     command, word = request.get("command"), state.get("state")
     if word is None and isinstance(command, str):
         word = "queued"  # its maker has not come to the state yet
-    return JobFolder(
+    return JobOnDisk(
         path,
         word if isinstance(word, str) and word in ("queued", "running", *ENDED) else "unknown",
         command[:200] if isinstance(command, str) else "",

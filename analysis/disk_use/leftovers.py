@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ...cache.errors import CorruptError, InUseError, NotFoundError
 from ...cache.files.confined_files import check_folders, remove_confined
-from ...cache.files.leases import is_file_of, lease_part, try_lock
+from ...cache.files.leases import is_file_of, is_locked, lease_part, try_lock
 from ...cache.files.object_leases import EXPIRY_SECONDS, object_lease
 from ...cache.files.paths import is_remote, list_folder, store_of
 from ...cache.files.removal import POLL_SECONDS
@@ -50,7 +50,7 @@ ROOT_FOLDERS = (
 
 A copy or a pull goes on in its folder when it is started again."""
 INNER_FOLDER = re.compile(
-    rf"{re.escape(REMOVAL_PREFIX)}{HEX}|{re.escape(PROBE_PREFIX)}{HEX}\.tmp|\.{HEX}\.tmp"
+    rf"{re.escape(REMOVAL_PREFIX)}{HEX}|{re.escape(CACHE_PREFIX)}{HEX}|{re.escape(PROBE_PREFIX)}{HEX}\.tmp|\.{HEX}\.tmp"
 )
 """Hidden folders in those of probes, moments and jobs."""
 STORE_TRIAL = re.compile(rf"\.probe-{HEX}")
@@ -111,7 +111,7 @@ def leftover_of(parts: Sequence[str], remote: bool = False) -> Leftover | None:
         return None
     if top in STATE_FOLDERS:
         if len(parts) > 3 and parts[1] == JOBS and INNER_FOLDER.fullmatch(parts[2]):
-            return Leftover("/".join(parts[:3]), "a removal that was stopped", "folder")
+            return Leftover("/".join(parts[:3]), "a job that was not finished", "folder")
         return None
     if top == PINS:
         is_temporary = len(parts) == 2 and TEMPORARY.fullmatch(parts[1])
@@ -171,20 +171,14 @@ def is_in_use(root: Path, leftover: Leftover, now: float | None = None) -> bool:
         path = root / leftover.cache / "leases" / f"{leftover.part:08d}.lock"
     elif leftover.guard == "layers":
         path = root / leftover.cache / "leases" / "layers.lock"
+    locked = is_locked(path)
+    if locked is not None:
+        return locked
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
+        age = (time.time() if now is None else now) - os.lstat(path).st_mtime
     except OSError:
-        return True
-    try:
-        locked = try_lock(descriptor)
-        if locked is None:
-            age = (time.time() if now is None else now) - os.fstat(descriptor).st_mtime
-            return age < UNLOCKED_SECONDS
-        return not locked
-    finally:
-        os.close(descriptor)
+        return False
+    return age < UNLOCKED_SECONDS
 
 
 def remove_leftover(root: Path, leftover: Leftover) -> None:

@@ -19,7 +19,7 @@ from ...probes.saved.library import CHECKPOINTS
 from ...probes.saved.probe_list import UNREADABLE as UNREADABLE_PROBE
 from ...probes.saved.probe_list import probe_folders
 from .checkpoint_folders import is_fit_running
-from .job_folders import JobFolder, list_jobs
+from .job_folders import JobOnDisk, list_jobs
 from .pins import list_pins
 
 
@@ -163,7 +163,7 @@ def _caches_of_probe(probe: Path, caches: dict[str, str]) -> Iterator[str]:
         yield from (n for n, cache_id in caches.items() if f"-{cache_id[:SHORT_ID]}" in probe.name)
 
 
-def _job_needs_cache(job: JobFolder, name: str, cache_id: str, is_complete: bool) -> bool:
+def _job_needs_cache(job: JobOnDisk, name: str, cache_id: str, is_complete: bool) -> bool:
     """Whether a job that goes on names a cache, or may be about to finish it."""
     if job.names(name) or job.names(cache_id):
         return True
