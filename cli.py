@@ -28,7 +28,7 @@ from residua.analysis.console.options import (
     cache_argument,
     checkpoint_option,
     complete_names,
-    confirm_removal,
+    confirm,
     device_option,
     drop_first_option,
     is_given,
@@ -407,7 +407,7 @@ def remove(root: Path, quiet: bool, names: tuple[str, ...], yes: bool, force: bo
             raise UsageError("rm asks before it removes, and --json cannot: give --yes too")
         for removal in removals:
             click.echo(describe_removal(removal), err=True)
-        yes = confirm_removal()
+        yes = confirm("Remove?")
     for removal in removals if yes else ():
         remove_saved(removal, force)
     value = {"removed": [removal.to_dict() for removal in removals if yes]}
@@ -505,7 +505,7 @@ def gc(
             )
         for line in describe_plan(plan):
             click.echo(visible_text(line), err=True)
-        if not confirm_removal():
+        if not confirm("Remove?"):
             return {**plan.to_dict(), "removed": False}, lambda: print("nothing was removed")
     with Meter(quiet) as meter:
         collected = collect(plan, meter.progress_of("remove"))

@@ -440,10 +440,10 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def confirm_removal() -> bool:
-    """Ask whether to remove; raises `UsageError` if nobody answers."""
+def confirm(question: str) -> bool:
+    """Ask on the terminal; raises `UsageError` if nobody answers."""
     try:
-        return click.confirm("Remove?", err=True)
+        return click.confirm(question, err=True)
     except click.Abort:  # the input has ended
         raise UsageError("nobody answered, so nothing was removed: give --yes") from None
 

@@ -157,9 +157,9 @@ def measure_disk(root: Path, state: Path | None = None) -> DiskReport:
         tuple(survey.items()),
         survey.tally.bytes_of(keys),
         tuple(sorted(unreadable)),
-        survey.tally,
-        survey.leftovers,
-        survey.now,
+        tally=survey.tally,
+        leftovers=survey.leftovers,
+        time=survey.now,
     )
 
 
