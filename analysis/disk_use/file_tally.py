@@ -103,7 +103,8 @@ class FileTally:
         freed = sum(item.single_bytes for item in sums)
         for inode in inodes:
             linked = self._linked[inode]
-            if sum(n for key, n in linked.names.items() if key in keys) >= linked.links:
+            names, fewer = linked.names, min(keys, linked.names, key=len)
+            if sum(names.get(key, 0) for key in fewer if key in keys) >= linked.links:
                 freed += linked.bytes
         return freed
 
