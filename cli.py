@@ -38,6 +38,7 @@ from residua.analysis.console.options import (
     probe_options,
     residua_command,
     scheduler_option,
+    server_of_command,
 )
 
 BASIS_METHODS = ("joint", "greedy", "one-shot", "fisher")
@@ -1365,6 +1366,29 @@ def serve(
 
 
 @main.command()
+@click.argument("job", required=False, metavar="[JOB]")
+@click.option("--cancel", is_flag=True, help="End the job; what it did is kept.")
+@click.option("--follow", is_flag=True, help="Show progress until the job ends.")
+@residua_command
+def jobs(root: Path, quiet: bool, job: str | None, cancel: bool, follow: bool) -> Any:
+    """List the jobs of a service, or show, follow or cancel JOB.
+
+    JOB is the beginning of a job's id. The service is that of --server or $RESIDUA_SERVER.
+
+    \b
+    residua jobs --server http://host:8470
+    residua jobs 3f2a --follow --server http://host:8470
+    residua jobs 3f2a --cancel --server http://host:8470
+    """
+    from residua.analysis.service_client.job_messages import jobs_command
+    from residua.cache.errors import UsageError
+
+    if job is None and (cancel or follow):
+        raise UsageError("--cancel and --follow are for one job: name it")
+    return jobs_command(server_of_command(), job, cancel=cancel, follow=follow, quiet=quiet)
+
+
+@main.command()
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -1400,6 +1424,19 @@ def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> An
             out, root if is_given("root") else None, max_tokens, meter
         )
     return value, lambda: print_quickstart(value, evaluation)
+
+
+def find_command(words: Sequence[str]) -> click.Command:
+    """The command of these words, such as `fit ridge`; raises `UsageError` for any other."""
+    from residua.cache.errors import UsageError
+
+    command: click.Command = main
+    for word in words:
+        following = command.commands.get(word) if isinstance(command, click.Group) else None
+        if following is None:
+            raise UsageError(f"there is no command {' '.join(words)!r}; see residua --help")
+        command = following
+    return command
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 
 from ...cache.errors import UsageError
+from ..jobs.job_queue import JobQueue
+from ..jobs.job_settings import JobSettings
 from ..web.access_control import is_loopback
 from ..web.access_tokens import has_tokens, load_tokens
 from ..web.request_records import ACCESS_LOGGER
@@ -68,18 +71,19 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 class ServiceServer(uvicorn.Server):
-    """A service with its socket: it listens from the start, and serves while `serve_until_told`
-    runs."""
+    """A service with its socket: it listens from the start, and answers in `serve_until_told`."""
 
     def __init__(
         self,
         settings: ServiceSettings,
         public: bool = False,
         started: Callable[[Service, str], None] | None = None,
+        read_only: bool = False,
     ) -> None:
-        """`started` is called with the service and its address once requests are answered.
+        """A `read_only` service takes no jobs.
 
-        Raises `UsageError` if the service may not or cannot listen.
+        `started` is called with the service and its address once requests are answered. Raises
+        `UsageError` if the service may not or cannot listen.
         """
         check_exposure(settings, public)
         tokens = load_tokens(settings.state)
@@ -87,13 +91,22 @@ class ServiceServer(uvicorn.Server):
         port = self.listener.getsockname()[1]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         self.address = f"http://{host}:{port}"
-        self.service = Service(replace(settings, port=port), tokens)
+        settings = replace(settings, port=port)
+        queue = None if read_only else make_queue(settings)
+        self.service = service = Service(settings, tokens, queue)
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            if started is not None:
-                started(self.service, self.address)
-            yield
+            if service.jobs is not None:
+                service.metrics.count_jobs(service.jobs.count_states)
+                await run_in_threadpool(service.jobs.start)
+            try:
+                if started is not None:
+                    started(service, self.address)
+                yield
+            finally:
+                if service.jobs is not None:
+                    await run_in_threadpool(service.jobs.stop)
 
         config = uvicorn.Config(
             make_application(self.service, lifespan),
@@ -124,6 +137,22 @@ class ServiceServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.service.draining = True
         super().handle_exit(sig, frame)
+
+
+def make_queue(settings: ServiceSettings) -> JobQueue:
+    """The queue of the jobs of a service, not started."""
+    return JobQueue(
+        JobSettings(
+            root=settings.root,
+            state=settings.state,
+            models=settings.models,
+            texts=settings.texts,
+            allow_hub=settings.hub,
+            allow_remote_code=settings.remote_code,
+            scheduler=settings.scheduler,
+            workers=settings.workers,
+        )
+    )
 
 
 def run_service(
