@@ -36,6 +36,7 @@ FLOORS = (
     "",
     "analysis",
     "analysis.service",
+    "analysis.dashboard",
     "analysis.web",
     "analysis.console",
     "analysis.basis_report",

@@ -33,24 +33,29 @@ async function send(path, options) {
   throw new ServiceError(response.status, body);
 }
 
+// Asks for the token once where the service wants it: to change something, and in a private
+// service to read.
+async function sendWithToken(path, options) {
+  try {
+    return await send(path, options);
+  } catch (error) {
+    if (!(error instanceof ServiceError) || error.status !== 401 || !(await askForToken())) throw error;
+    return send(path, options);
+  }
+}
+
 export async function getJson(path, parameters = {}, signal = undefined) {
-  return (await send(withQuery(path, parameters), { signal })).json();
+  return (await sendWithToken(withQuery(path, parameters), { signal })).json();
 }
 
 export async function getText(path, signal = undefined) {
-  return (await send(path, { signal })).text();
+  return (await sendWithToken(path, { signal })).text();
 }
 
-// A request that changes something: asks for the token once where the service wants it.
 export async function change(method, path, body = undefined) {
   const options = { method, headers: { "Content-Type": "application/json" } };
   if (body !== undefined) options.body = JSON.stringify(body);
-  try {
-    return await readBody(await send(path, options));
-  } catch (error) {
-    if (!(error instanceof ServiceError) || error.status !== 401 || !(await askForToken())) throw error;
-    return readBody(await send(path, options));
-  }
+  return readBody(await sendWithToken(path, options));
 }
 
 async function readBody(response) {

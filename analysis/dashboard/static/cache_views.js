@@ -24,13 +24,13 @@ export async function showCaches({ body, signal }) {
       empty: "No caches yet: extract one, here or with residua extract.",
       columns: [
         { title: "cache", cell: (row) => el("a", { class: "mono", href: addressOf(`caches/${row.cache}`) }, shortId(row.cache)) },
+        { title: "state", cell: (row) => stateMark(row.state) },
         { title: "model", cell: (row) => row.model },
         { title: "texts", cell: (row) => row.data },
         { title: "positions", number: true, cell: (row) => count(row.positions) },
         { title: "layers", cell: (row) => ranges(row.layers) },
         { title: "d_model", number: true, cell: (row) => count(row.d_model) },
         { title: "size", number: true, cell: (row) => bytes(row.bytes) },
-        { title: "state", cell: (row) => stateMark(row.state) },
       ],
       rows: caches,
     }));
@@ -45,8 +45,8 @@ export async function showCache({ body, heading, name, signal }) {
   const disk = el("div", { class: "card" });
   const probes = el("div", { class: "card" });
   replace(body,
-    el("div", { class: "columns" }, factsCard(cache), grid),
-    el("div", { class: "columns" }, speed, disk), probes,
+    el("div", { class: "columns" },
+      el("div", { class: "stack" }, factsCard(cache), disk), el("div", { class: "stack" }, grid, speed)), probes,
     el("div", { class: "card" }, el("h2", {}, "Identity"),
       el("p", { class: "quiet" }, "What the id is the digest of: the same request finds this cache again."),
       el("pre", { tabindex: "0", "aria-label": "Identity of the cache" }, JSON.stringify(cache.identity, null, 2))));

@@ -9,7 +9,10 @@ const HEIGHT = 300;
 
 // Series: {name, color, dash, points: [{x, y, low, high}]}; `color` is a function, for both themes.
 // Returns {element, destroy()}.
-export function lineChart({ title, name, xLabel, yLabel, series, signal }) {
+export function lineChart({ title, name, xLabel, yLabel, series: wanted, signal }) {
+  const isDrawn = (line) => line.points.some((point) => point.y !== null);
+  const series = wanted.filter(isDrawn);
+  const absent = wanted.filter((line) => !isDrawn(line)).map((line) => line.name);
   const xs = [...new Set(series.flatMap((line) => line.points.map((point) => point.x)))].sort((a, b) => a - b);
   const at = (line, key) => xs.map((x) => line.points.find((point) => point.x === x)?.[key] ?? null);
   const hasBand = (line) => line.points.some((point) => point.low !== null && point.low !== undefined);
@@ -94,7 +97,8 @@ export function lineChart({ title, name, xLabel, yLabel, series, signal }) {
     rows,
   });
   return {
-    element: el("div", {}, legend, host, readout,
+    element: el("div", {}, el("h2", { class: "chart-title" }, title), legend,
+      absent.length ? el("p", { class: "quiet small" }, `Not drawn, as it is infinite or undefined there: ${absent.join(", ")}`) : null, host, readout,
       downloadButtons(name, () => chartPicture({ title, xLabel, yLabel, series }), () => [header, rows.map((row) => [row.line.name, row.x, row.y, row.low, row.high])]),
       el("details", {}, el("summary", {}, "The same as a table"), table)),
     destroy,

@@ -216,6 +216,7 @@ function matchList(found, onChoose) {
 }
 
 function cellDetail(cell, onTrack) {
+  const most = Math.max(...[...cell.top, ...cell.model_top].map((entry) => entry.probability));
   const table = (caption, entries) => dataTable({
     caption, empty: "The logits are no distribution here.",
     columns: [
@@ -223,7 +224,7 @@ function cellDetail(cell, onTrack) {
       { title: "token", cell: (entry) => el("span", { class: "token" }, entry.label) },
       {
         title: "probability", cell: (entry) => el("span", { class: "bar-cell" },
-          el("meter", { min: 0, max: 1, value: String(entry.probability), "aria-label": `probability of ${entry.label}` }), ` ${formatMeasure(entry.probability, 3)}`),
+          el("meter", { min: 0, max: most, value: String(entry.probability), "aria-label": `probability of ${entry.label}` }), ` ${formatMeasure(entry.probability, 3)}`),
       },
       { title: "", cell: (entry) => el("button", { type: "button", "aria-label": `Track ${entry.label}`, on: { click: () => onTrack(entry) } }, "track") },
     ],
