@@ -1259,5 +1259,18 @@ def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> An
     return value, lambda: print_quickstart(value, evaluation)
 
 
+def find_command(words: Sequence[str]) -> click.Command:
+    """The command of these words, such as `fit ridge`; raises `UsageError` for any other."""
+    from residua.cache.errors import UsageError
+
+    command: click.Command = main
+    for word in words:
+        following = command.commands.get(word) if isinstance(command, click.Group) else None
+        if following is None:
+            raise UsageError(f"there is no command {' '.join(words)!r}; see residua --help")
+        command = following
+    return command
+
+
 if __name__ == "__main__":
     main()

@@ -4,6 +4,7 @@
 so that `residua --help` answers at once.
 """
 
+import io
 import json
 import logging
 import re
@@ -20,6 +21,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ...cache.errors import Interrupted, ResiduaError, ResiduaWarning, UsageError
+from .job_report import follow_parent, job_folder, write_error, write_value
 from .terminal import VisibleStream, other_output_on_stderr, visible_text
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -364,6 +366,9 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
         from ...cache.files.json_files import plain_value
         from ...cache.store.catalog import cache_root
 
+        job = job_folder()
+        if job is not None:
+            follow_parent()
         try:
             try:
                 root_path = cache_root(root)
@@ -377,7 +382,9 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
                     value, print_value = function(root=root_path, quiet=as_json, **options)
                 # What is printed may go to a file on a full disk.
                 with translate_any_disk_errors():
-                    if as_json:
+                    if job is not None:
+                        write_value(job, value, _printed_text(print_value))
+                    elif as_json:
                         click.echo(json.dumps(plain_value(value), default=str, allow_nan=False))
                     else:
                         with redirect_stdout(VisibleStream(sys.stdout)):
@@ -391,10 +398,20 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
                     raise
                 raise limit from error
         except ResiduaError as error:
+            if job is not None:
+                write_error(job, error)
             _exit_with(error, as_json=as_json)
         sys.exit(value.pop("exit_code", 0) if isinstance(value, dict) else 0)
 
     return run
+
+
+def _printed_text(print_value: Callable[[], Any]) -> str:
+    """What `print_value` prints, as it would go to a pipe."""
+    text = io.StringIO()
+    with redirect_stdout(VisibleStream(text)):
+        print_value()
+    return text.getvalue()
 
 
 def is_given(name: str) -> bool:

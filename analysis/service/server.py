@@ -10,8 +10,11 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 
 from ...cache.errors import UsageError
+from ..jobs.job_queue import JobQueue
+from ..jobs.job_settings import JobSettings
 from ..web.access_control import is_loopback
 from ..web.access_tokens import has_tokens, load_tokens
 from ..web.request_records import ACCESS_LOGGER
@@ -86,14 +89,21 @@ def run_service(
         port = listener.getsockname()[1]
         settings = replace(settings, port=port)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        service = Service(settings, tokens)
+        service = Service(settings, tokens, None if read_only else make_queue(settings))
         address = f"http://{host}:{port}"
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            if started is not None:
-                started(service, address)
-            yield
+            if service.jobs is not None:
+                service.metrics.count_jobs(service.jobs.count_states)
+                await run_in_threadpool(service.jobs.start)
+            try:
+                if started is not None:
+                    started(service, address)
+                yield
+            finally:
+                if service.jobs is not None:
+                    await run_in_threadpool(service.jobs.stop)
 
         config = uvicorn.Config(
             make_application(service, lifespan),
@@ -112,6 +122,22 @@ def run_service(
         server = DrainingServer(config, service)
         server.run(sockets=[listener])
     return {"address": address, "root": str(settings.root), "requests": service.answered}
+
+
+def make_queue(settings: ServiceSettings) -> JobQueue:
+    """The queue of the jobs of a service, not started."""
+    return JobQueue(
+        JobSettings(
+            root=settings.root,
+            state=settings.state,
+            models=settings.models,
+            texts=settings.texts,
+            allow_hub=settings.hub,
+            allow_remote_code=settings.remote_code,
+            scheduler=settings.scheduler,
+            workers=settings.workers,
+        )
+    )
 
 
 class DrainingServer(uvicorn.Server):

@@ -1,0 +1,1 @@
+"""The client of a service: `connect`, and the commands that run on a server."""
