@@ -186,10 +186,11 @@ async function showSpeed(card, cache, signal) {
   } catch (error) {
     if (signal.aborted) throw error;
   }
-  const extractions = jobs.filter((job) => job.command === "extract" && (job.value?.cache === cache.cache || job.state === "running"));
-  const job = extractions.filter((candidate) => candidate.value?.stages).at(-1);
+  const extractions = jobs.filter((job) => job.command === "extract" && ["running", "done"].includes(job.state));
   const running = extractions.find((candidate) => candidate.state === "running");
+  const job = await findMeasured(extractions.filter((candidate) => candidate.state === "done"), cache, signal);
   const stages = job?.value?.stages;
+  if (signal.aborted) return;
   const slowest = Math.max(...["forward", "copy", "write"].map((name) => stages?.[name]?.seconds ?? 0));
   replace(card, el("h2", {}, "Speed of the extraction"),
     running ? el("p", {}, "An extraction runs: ", el("a", { href: addressOf(`jobs/${running.id}`) }, "its progress")) : null,
@@ -209,6 +210,18 @@ async function showSpeed(card, cache, signal) {
         rows: ["forward", "copy", "write"].filter((name) => stages[name]),
       }),
     ] : running ? null : el("p", { class: "quiet" }, "No job of this service extracted the cache: nothing was measured here."));
+}
+
+// The latest finished extraction of the cache that wrote something; results are asked for once.
+const results = new Map();
+
+async function findMeasured(jobs, cache, signal) {
+  for (const job of jobs.slice(0, 20)) {
+    if (!results.has(job.id)) results.set(job.id, await getJson(`/v1/jobs/${part(job.id)}`, {}, signal));
+    const whole = results.get(job.id);
+    if (whole.value?.cache === cache.cache && whole.value.stages) return whole;
+  }
+  return null;
 }
 
 function meter(value, most, label) {
