@@ -70,43 +70,46 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run_service(
-    settings: ServiceSettings,
-    public: bool = False,
-    started: Callable[[Service, str], None] | None = None,
-    read_only: bool = False,
-) -> dict[str, Any]:
-    """Serve until SIGINT or SIGTERM; then end the requests that are being answered.
+class ServiceServer(uvicorn.Server):
+    """A service with its socket: it listens from the start, and serves while `serve_until_told`
+    runs."""
 
-    Returns the address and the number of answered requests. `started` is called with the service
-    and its address once it listens. A `read_only` service takes no jobs. Raises `UsageError` if
-    the service may not or cannot listen.
-    """
-    check_exposure(settings, public)
-    tokens = load_tokens(settings.state)
-    listener = open_socket(settings.host, settings.port)
-    with listener:
-        port = listener.getsockname()[1]
-        settings = replace(settings, port=port)
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        public: bool = False,
+        started: Callable[[Service, str], None] | None = None,
+        read_only: bool = False,
+    ) -> None:
+        """`started` is called with the service and its address once requests are answered.
+
+        A `read_only` service takes no jobs.
+        Raises `UsageError` if the service may not or cannot listen.
+        """
+        check_exposure(settings, public)
+        tokens = load_tokens(settings.state)
+        self.listener = open_socket(settings.host, settings.port)
+        port = self.listener.getsockname()[1]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        service = Service(settings, tokens, None if read_only else make_queue(settings))
-        address = f"http://{host}:{port}"
+        self.address = f"http://{host}:{port}"
+        jobs = None if read_only else make_queue(settings)
+        self.service = Service(replace(settings, port=port), tokens, jobs)
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            if service.jobs is not None:
-                service.metrics.count_jobs(service.jobs.count_states)
-                await run_in_threadpool(service.jobs.start)
+            if jobs is not None:
+                self.service.metrics.count_jobs(jobs.count_states)
+                await run_in_threadpool(jobs.start)
             try:
                 if started is not None:
-                    started(service, address)
+                    started(self.service, self.address)
                 yield
             finally:
-                if service.jobs is not None:
-                    await run_in_threadpool(service.jobs.stop)
+                if jobs is not None:
+                    await run_in_threadpool(jobs.stop)
 
         config = uvicorn.Config(
-            make_application(service, lifespan),
+            make_application(self.service, lifespan),
             http=limited_protocol(settings.header_seconds),
             loop="auto",
             ws="none",
@@ -119,9 +122,21 @@ def run_service(
             timeout_graceful_shutdown=round(settings.drain_seconds),
             backlog=BACKLOG,
         )
-        server = DrainingServer(config, service)
-        server.run(sockets=[listener])
-    return {"address": address, "root": str(settings.root), "requests": service.answered}
+        super().__init__(config)
+
+    def serve_until_told(self) -> None:
+        """Answer requests until SIGINT, SIGTERM or `stop`; then end those being answered."""
+        with self.listener:
+            self.run(sockets=[self.listener])
+
+    def stop(self) -> None:
+        """Tell the service to stop; from any thread."""
+        self.service.draining = True
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.service.draining = True
+        super().handle_exit(sig, frame)
 
 
 def make_queue(settings: ServiceSettings) -> JobQueue:
@@ -140,16 +155,20 @@ def make_queue(settings: ServiceSettings) -> JobQueue:
     )
 
 
-class DrainingServer(uvicorn.Server):
-    """A server that says so when it was told to stop."""
+def run_service(
+    settings: ServiceSettings,
+    public: bool = False,
+    started: Callable[[Service, str], None] | None = None,
+    read_only: bool = False,
+) -> dict[str, Any]:
+    """Serve until SIGINT or SIGTERM; returns the address and the number of answered requests.
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self.service = service
-
-    def handle_exit(self, sig: int, frame: object) -> None:
-        self.service.draining = True
-        super().handle_exit(sig, frame)  # pyright: ignore[reportArgumentType]
+    See `ServiceServer` for arguments and errors.
+    """
+    server = ServiceServer(settings, public, started, read_only)
+    server.serve_until_told()
+    answered = server.service.answered
+    return {"address": server.address, "root": str(settings.root), "requests": answered}
 
 
 def log_to_stderr(access: bool) -> None:
