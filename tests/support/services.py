@@ -14,12 +14,17 @@ STOP_SECONDS = 30
 
 
 @contextmanager
-def running_service(root: Path, public: bool = False, **settings: Any) -> Iterator[ServiceServer]:
+def running_service(
+    root: Path, public: bool = False, read_only: bool = False, **settings: Any
+) -> Iterator[ServiceServer]:
     """A service of `root` that answers within the context: `.address`, `.service.tokens.write`."""
     settings.setdefault("state", default_state(root))
     ready = threading.Event()
     server = ServiceServer(
-        ServiceSettings(root=root, **settings), public, lambda service, address: ready.set()
+        ServiceSettings(root=root, **settings),
+        public,
+        lambda service, address: ready.set(),
+        read_only,
     )
     thread = threading.Thread(target=server.serve_until_told, name="service", daemon=True)
     thread.start()

@@ -2,6 +2,7 @@
 
 import { getJson, part } from "./api.js";
 import { bytes, count, dataTable, duration, el, facts, measure, ranges, replace, shortId, stateMark } from "./elements.js";
+import { progressBars } from "./job_views.js";
 import { addressOf, repeat } from "./location.js";
 import { Picture, downloadButtons, showPicture } from "./picture.js";
 import { themeColor } from "./theme.js";
@@ -193,7 +194,7 @@ async function showSpeed(card, cache, signal) {
   if (signal.aborted) return;
   const slowest = Math.max(...["forward", "copy", "write"].map((name) => stages?.[name]?.seconds ?? 0));
   replace(card, el("h2", {}, "Speed of the extraction"),
-    running ? el("p", {}, "An extraction runs: ", el("a", { href: addressOf(`jobs/${running.id}`) }, "its progress")) : null,
+    running ? [el("p", {}, "An extraction runs: ", el("a", { href: addressOf(`jobs/${running.id}`) }, "the job")), progressBars(running.progress)] : null,
     stages ? [
       el("p", {}, "Bottleneck: ", el("strong", {}, stages.bottleneck ?? "none"),
         stages.bottleneck ? ` (${duration(slowest)} of ${duration(job.value.seconds)})` : "",

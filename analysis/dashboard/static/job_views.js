@@ -79,13 +79,14 @@ function mergeStage(stages, stage) {
   return index < 0 ? [...stages, stage] : stages.with(index, { ...stages[index], ...stage });
 }
 
-function progressBars(stages) {
+export function progressBars(stages) {
   if (!stages?.length) return el("span", { class: "quiet" }, "starting …");
   return el("div", {}, stages.map((stage) => el("div", {},
     el("progress", { max: String(stage.total || 1), value: String(Math.min(stage.done, stage.total || 1)), "aria-label": `${stage.stage}: ${stage.done} of ${stage.total}` }),
     el("div", { class: "small" }, `${stage.stage} ${count(stage.done)} / ${count(stage.total)} ${stage.unit ?? ""}`,
       stage.rate ? ` · ${count(Math.round(stage.rate * 10) / 10)} ${stage.unit ?? ""}/s` : "",
-      stage.eta ? ` · ${duration(stage.eta)} left` : ""))));
+      stage.eta ? ` · ${duration(stage.eta)} left` : ""),
+    stage.note ? el("div", { class: "small quiet" }, stage.note) : null)));
 }
 
 function argumentsText(values) {
