@@ -16,9 +16,7 @@ from ...probes.saved.library import load_probe_for
 from ...probes.saved.probe_list import list_probes
 
 
-def find_basis_maps(
-    cache: ActivationCache, basis: CausalBasis, root: Path
-) -> dict[int, AffineMap]:
+def find_basis_maps(cache: ActivationCache, basis: CausalBasis, root: Path) -> dict[int, AffineMap]:
     """The maps of the lens of `basis`, by layer: the logit lens's, or a saved probe's under `root`.
 
     Raises `NotFoundError` where no probe under `root` has the very maps.
@@ -35,8 +33,8 @@ def find_basis_maps(
         if all(map_digest(maps[layer]) == expected.get(layer) for layer in layers):
             return maps
     raise NotFoundError(
-        f"the {kind} lens that this basis was fitted with is not under {root}: fit it again for the "
-        "tokens and passages of its directions"
+        f"the {kind} lens that this basis was fitted with is not under {root}: fit it again "
+        "for the tokens and passages of its directions"
     )
 
 

@@ -63,7 +63,10 @@ async def answer_file(request: Request) -> Response:
 def _respond(request: Request, file: StaticFile) -> Response:
     """The file, or 304 where the browser has it: another version of residua has other files."""
     headers = {"ETag": file.etag, "Cache-Control": "no-cache"}
-    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    known = [
+        tag.strip().removeprefix("W/")
+        for tag in request.headers.get("if-none-match", "").split(",")
+    ]
     if file.etag in known or "*" in known:
         return Response(status_code=304, headers=headers)
     return Response(file.content, media_type=file.media_type, headers=headers)

@@ -164,7 +164,9 @@ class ResultCalculator:
             (path, _stamp(path), cache.id), lambda: load_probe_for(cache, path)
         )
         if not hasattr(probe, "pairs") or not hasattr(probe, "logits"):
-            raise UsageError(f"{path.name} predicts no tokens: choose a lens, or a vocabulary probe")
+            raise UsageError(
+                f"{path.name} predicts no tokens: choose a lens, or a vocabulary probe"
+            )
         return path.name, probe
 
     # Answers
@@ -340,7 +342,9 @@ def _only_one(name: str, paths: Sequence[Path], kind: str) -> Path:
     matches = [path for path in paths if name and path.name.startswith(name)]
     matches = [path for path in matches if path.name == name] or matches
     if len(matches) > 1:
-        raise UsageError(f"{name[:80]!r} begins the names of {len(matches)} {kind}s; give more of it")
+        raise UsageError(
+            f"{name[:80]!r} begins the names of {len(matches)} {kind}s; give more of it"
+        )
     if not matches:
         raise NotFoundError(f"no {kind} {name[:80]!r} here ({len(paths)} {kind}s)")
     return matches[0]

@@ -208,9 +208,7 @@ async def answer_lens_cell(request: Request) -> Response:
     """The likeliest tokens of one cell."""
     given = parameters_of(request)
     results = _calculator(request)
-    return await _compute(
-        results, results.lens_cell, _query(given), given["layer"], given["count"]
-    )
+    return await _compute(results, results.lens_cell, _query(given), given["layer"], given["count"])
 
 
 async def answer_evaluations(request: Request) -> Response:
@@ -236,7 +234,9 @@ def _query(given: dict[str, Any]) -> LensMapQuery:
     """The query of a lens map or cell from the parameters of a request."""
     if "track" in given and "track_id" in given:
         raise UsageError("give track or track_id, not both")
-    fields = {name: given[name] for name in ("sequence", "first", "tokens", "offset") if name in given}
+    fields = {
+        name: given[name] for name in ("sequence", "first", "tokens", "offset") if name in given
+    }
     if given.get("layers"):
         fields["layers"] = parse_layers(given["layers"])
     track = given.get("track", given.get("track_id"))

@@ -1,9 +1,10 @@
 """A headless Chromium for tests of the dashboard, driven by selenium.
 
-Debian's packages `chromium` and `chromium-driver` bring browser and driver; `reason_without_browser`
-says what is missing.
+Debian's packages `chromium` and `chromium-driver` bring browser and driver;
+`reason_without_browser` says what is missing.
 """
 
+import base64
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,7 +101,9 @@ class Browser:
         def press() -> bool:
             try:
                 element = self.find(selector, text)
-                self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+                self.driver.execute_script(
+                    "arguments[0].scrollIntoView({block: 'center'})", element
+                )
                 element.click()
             except StaleElementReferenceException:  # the view was refreshed meanwhile
                 return False
@@ -190,8 +193,6 @@ class Browser:
         height = self.driver.execute_script("return document.documentElement.scrollHeight")
         width = self.driver.execute_script("return window.innerWidth")
         clip = {"x": 0, "y": 0, "width": width, "height": min(height, 6000), "scale": 1}
-        import base64
-
         shot = self.driver.execute_cdp_cmd(
             "Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True}
         )

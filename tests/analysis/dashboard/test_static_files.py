@@ -67,4 +67,7 @@ def test_files_are_served_with_a_policy_and_asked_for_again_by_their_digest(tmp_
             address = f"{server.address}/static/{name}"
             assert httpx.get(address, headers=again, timeout=20).status_code == 304
         for name in ("../static_files.py", "..%2fstatic_files.py", "%2e%2e/__init__.py", "none.js"):
-            assert httpx.get(f"{server.address}/static/{name}", timeout=20).status_code in (400, 404)
+            assert httpx.get(f"{server.address}/static/{name}", timeout=20).status_code in (
+                400,
+                404,
+            )

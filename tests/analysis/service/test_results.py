@@ -176,7 +176,15 @@ def test_an_answer_is_computed_once_and_anew_for_another_fit(
 
 def test_names_are_never_paths(root: Path, tiny_cache: ActivationCache) -> None:
     results = ResultCalculator(root)
-    for name in (str(tiny_cache.path), "..", "", ".", f"../{root.name}/{tiny_cache.id}", "%00", "A"):
+    for name in (
+        str(tiny_cache.path),
+        "..",
+        "",
+        ".",
+        f"../{root.name}/{tiny_cache.id}",
+        "%00",
+        "A",
+    ):
         with pytest.raises(NotFoundError):
             results.cache(name)
         with pytest.raises(NotFoundError):
@@ -190,7 +198,8 @@ def test_kept_values_stay_within_their_size() -> None:
     def value(key: str, size: int) -> bytes:
         return recent.obtain(key, lambda: made.append(key) or bytes(size))
 
-    value("a", 4), value("b", 4), value("a", 4)
+    for key in "aba":
+        value(key, 4)
     assert made == ["a", "b"]
     value("c", 4)  # drops b, the least recently used
     value("a", 4)
