@@ -1128,6 +1128,100 @@ def evaluate(
 
 
 @main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8470,
+    show_default=True,
+    help="Port to listen at; 0 takes a free one.",
+)
+@click.option(
+    "--public", is_flag=True, help="Other machines may reach the service; it must have a token."
+)
+@click.option("--private", is_flag=True, help="Reading needs a token, too.")
+@click.option(
+    "--models",
+    multiple=True,
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder under which the models of jobs lie; several times for several.  [default: none]",
+)
+@click.option(
+    "--texts",
+    multiple=True,
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder under which the texts of jobs lie, beside those that clients send; several times "
+    "for several.  [default: none]",
+)
+@click.option("--hub", is_flag=True, help="Jobs may name models and data sets of the hub.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Jobs may run code that comes with a model."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Worker processes of the service, each of which runs one job at a time.",
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Address of a dask scheduler, like tcp://host:8786, whose workers run the jobs; they must "
+    "see the root.  [default: workers of the service]",
+)
+@click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="Name by which clients may call the service, such as that of a proxy; several times for "
+    "several.",
+)
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Origin of web pages that may read, such as https://viewer.example.org, or * for any; "
+    "several times for several.  [default: pages of this machine]",
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for tokens, jobs and sent texts.  [default: .service under the root]",
+)
+@click.option(
+    "--access-log", is_flag=True, help="Log every request, a JSON object a line, on stderr."
+)
+@residua_command
+def serve(
+    root: Path, quiet: bool, public: bool, access_log: bool, state: Path | None, **options: Any
+) -> Any:
+    """Serve the caches, probes and results of the root to the network, and do jobs.
+
+    Prints the address and, at its first start, the token that writing needs: with it, clients start
+    jobs (extractions, fits, evaluations) and remove things. Clients are browsers, `residua COMMAND
+    --server URL`, `residua.connect(URL)`, and whatever reads zarr over HTTP. Only this machine
+    reaches the service, unless it is --public.
+
+    \b
+    residua serve --root caches
+    residua serve --root caches --models ./models --texts ./texts
+    RESIDUA_TOKEN=... residua serve --public --host 0.0.0.0 --private
+    """
+    from residua.cache.optional_libraries import require_extra
+
+    require_extra("serve", "the service")
+    from residua.analysis.service.server import log_to_stderr, run_service
+    from residua.analysis.service.start_message import print_service_start
+    from residua.analysis.web.service_settings import default_state, make_settings
+
+    settings = make_settings(root, state or default_state(root), **options)
+    log_to_stderr(access_log)
+    value = run_service(settings, public, None if quiet else print_service_start)
+    return value, lambda: None
+
+
+@main.command()
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

@@ -22,21 +22,24 @@ EXTRA_OF = {
     "tqdm": "extract",
     "transformers": "extract",
     "torch": "fit",
+    "httptools": "serve",
     "huggingface_hub": "hub",
     "matplotlib": "report",
     "pandas": "extract",
     "plotly": "report",
     "s3fs": "s3",
     "upath": "s3",
+    "prometheus_client": "serve",
     "starlette": "serve",
     "uvicorn": "serve",
 }
 """Top module of a library -> the extra that brings it; the smallest, where several do."""
-LIBRARIES_OF = {
+LIBRARIES_OF: dict[str, tuple[str, ...]] = {
     "all": ("torch", "transformers", "matplotlib", "plotly"),
     "extract": ("torch", "transformers"),
     "fit": ("torch",),
     "report": ("torch", "matplotlib", "plotly", "tokenizers"),
+    "serve": ("httptools", "prometheus_client", "starlette", "uvicorn"),
 }
 """Extra -> top modules that work in need of the extra uses, for `require_extra`."""
 PROJECT = __name__.partition(".")[0]

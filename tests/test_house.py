@@ -35,6 +35,8 @@ DOORS = {
 FLOORS = (
     "",
     "analysis",
+    "analysis.service",
+    "analysis.web",
     "analysis.console",
     "analysis.basis_report",
     "analysis.display",
