@@ -18,8 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 from ..served_files.byte_ranges import ByteRange, select_ranges
 from ..served_files.served_objects import CACHES, LIST_LIMIT, PROBES, ServedFiles, ServedObject
-from .endpoints import Answer, Endpoint, Parameter, parameters_of
-from .json_responses import JsonResponse, ServiceError, error_response
+from ..web.endpoints import Answer, Endpoint, Parameter, parameters_of
+from ..web.json_responses import JsonResponse, ServiceError, error_response
 
 PIECE_BYTES = 2 << 20
 """Bytes of an object that are read at once, and kept in memory for one reader."""

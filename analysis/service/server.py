@@ -12,6 +12,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from ...cache.errors import UsageError
+from ..served_files.freed_memory import keep_freed_memory
 from ..web.access_control import is_loopback
 from ..web.access_tokens import has_tokens, load_tokens
 from ..web.request_records import ACCESS_LOGGER
@@ -135,6 +136,7 @@ def run_service(
 
     See `ServiceServer` for arguments and errors.
     """
+    keep_freed_memory()
     server = ServiceServer(settings, public, started)
     server.serve_until_told()
     answered = server.service.answered
