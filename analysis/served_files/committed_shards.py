@@ -25,18 +25,19 @@ _SHARD = re.compile(r"arrays\.zarr/(.+)/c/(0|[1-9]\d{0,9})(?:/0)*", re.ASCII | r
 
 
 class CommittedShards:
-    """Records of the shards of caches. Safe to use from several threads."""
+    """Records of the shards of the caches under `root`. Safe to use from several threads."""
 
-    def __init__(self) -> None:
-        self._caches: OrderedDict[Path, _JournalRecords] = OrderedDict()
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._caches: OrderedDict[str, _JournalRecords] = OrderedDict()
         self._lock = threading.Lock()
 
-    def record_of(self, cache: Path, name: str) -> ShardRecord | None:
-        """The record of the file `name` of the cache at `cache`; None for any other file."""
+    def record_of(self, cache: str, name: str) -> ShardRecord | None:
+        """The record of the file `name` of the cache with the id `cache`; None for other files."""
         if (match := _SHARD.fullmatch(name)) is None:
             return None
         with self._lock:
-            records = self._caches.pop(cache, None) or _JournalRecords(cache)
+            records = self._caches.pop(cache, None) or _JournalRecords(self.root / cache)
             self._caches[cache] = records
             while len(self._caches) > CACHES:
                 self._caches.popitem(last=False)
@@ -48,6 +49,8 @@ class _JournalRecords:
 
     def __init__(self, cache: Path) -> None:
         self._folder = cache / "journal"
+        self._name = str(self._folder)
+        self._is_remote = is_remote(cache)
         self._signature: object = None
         self._names: dict[str, list[str]] = {}
         self._arrays: OrderedDict[str, dict[str, ShardRecord]] = OrderedDict()
@@ -68,10 +71,10 @@ class _JournalRecords:
 
     def _forget_changed(self) -> None:
         """Forget all records if a record was added, replaced or removed."""
-        if is_remote(self._folder):
+        if self._is_remote:
             signature: object = int(time.monotonic() / STORE_SECONDS)
         else:
-            status = os.stat(self._folder, follow_symlinks=False)
+            status = os.stat(self._name, follow_symlinks=False)
             signature = status.st_dev, status.st_ino, status.st_mtime_ns
         if signature == self._signature:
             return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...cache.files.confined_files import open_regular
 
-LOOK_STEP = 256 << 10
+LOOK_STEP = 1 << 20
 """Distance, in bytes, of the bytes that are looked at to see whether a range is in memory."""
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)
 

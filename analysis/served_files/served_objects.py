@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,13 +80,14 @@ class FolderEntry:
     """Size of a file; None for a folder."""
 
 
+@lru_cache(maxsize=4096)
 def split_name(path: str) -> tuple[str, ...] | None:
     """The parts of the path of an object or folder that is served, such as `caches/<id>/head`.
 
     `path` is decoded and has no slash at its ends. None for any other path: it is decided by the
     name alone, and nothing is looked up.
     """
-    if not is_confined_name(path) or any(not character.isprintable() for character in path):
+    if not path.isprintable() or not is_confined_name(path):
         return None
     kind, *parts = path.split("/")
     if any(part.startswith(".") for part in parts):
@@ -106,7 +108,7 @@ class ServedFiles:
 
     def __init__(self, root: Path, open_files: int = 256) -> None:
         self.root = root
-        self._committed = CommittedShards()
+        self._committed = CommittedShards(root)
         self._open_files = OpenFiles(open_files)
 
     def close(self) -> None:
@@ -169,7 +171,7 @@ class ServedFiles:
         """The commit record of a shard; None for any other object."""
         if parts[0] != CACHES or parts[2] != "arrays.zarr":
             return None
-        return self._committed.record_of(self.root / parts[1], "/".join(parts[2:]))
+        return self._committed.record_of(parts[1], "/".join(parts[2:]))
 
     def list_entries(
         self, path: str, recursive: bool = False, after: str = "", limit: int = LIST_LIMIT

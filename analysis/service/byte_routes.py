@@ -231,18 +231,21 @@ class ByteResponse(Response):
         }
         try:
             await send(start)
-            if scope["method"] != "HEAD":
-                await self._send_segments(send)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if scope["method"] == "HEAD" or not self._served.size:
+                await send({"type": "http.response.body", "body": b""})
+            else:
+                await self._send_body(send)
         finally:
             ByteResponse.readers -= 1
             self._served.close()
 
-    async def _send_segments(self, send: Send) -> None:
-        """Send all bytes but the end of the message."""
+    async def _send_body(self, send: Send) -> None:
+        """Send all segments, none of which is empty."""
+        last = self._segments[-1]
         for segment in self._segments:
             if isinstance(segment, bytes):
-                await send({"type": "http.response.body", "body": segment, "more_body": True})
+                more = segment is not last
+                await send({"type": "http.response.body", "body": segment, "more_body": more})
                 continue
             start = segment.start
             while start < segment.stop:
@@ -252,7 +255,8 @@ class ByteResponse(Response):
                     body = self._served.read(start, stop)
                 else:
                     body = await run_in_threadpool(self._served.read, start, stop)
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                more = stop < segment.stop or segment is not last
+                await send({"type": "http.response.body", "body": body, "more_body": more})
                 start = stop
 
 
