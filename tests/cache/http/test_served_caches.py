@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import threading
 import time
@@ -341,7 +342,7 @@ def test_paths_of_a_service_behave_like_paths(
     with (path / "manifest.json").open("rb") as file:
         assert json.load(file)["id"] == local.id
     with pytest.raises(UsageError, match="no file of this machine"):
-        Path(path)
+        os.fspath(path)
 
 
 @pytest.mark.parametrize(
