@@ -108,6 +108,7 @@ def _run_process(folder: JobFolder, order: AttemptOrder, lock: int) -> dict[str,
             "round": order.round,
             "session": order.session,
             "worker": f"{_worker_name()} on {socket.gethostname()}"[:200],
+            "pid": os.getpid(),
             "started": now(),
         }
     )
