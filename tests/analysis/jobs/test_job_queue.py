@@ -97,7 +97,7 @@ def test_a_command_that_fails_is_a_failed_job_with_its_message(
     ended = wait_for_end(queue, job["id"])
     assert (ended["state"], ended["exit_code"]) == ("failed", 2)
     assert ended["error"]["error"] == "UsageError"
-    assert "alpha" in ended["error"]["message"]
+    assert "penalties" in ended["error"]["message"]
     assert ended["value"] is None
     again, is_new = queue.submit("fit ridge", arguments)
     assert (again["state"], is_new) == ("queued", False)
