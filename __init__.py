@@ -54,9 +54,10 @@ if TYPE_CHECKING:
     from .probes.saved.save import save_probe as save_probe
     from .probes.vocabulary.vocab_probe import VocabProbe as VocabProbe
 
+    __all__: list[str]
+
 __version__ = "0.1.0"
 
 name_extras()
-__getattr__, __dir__, __all__ = lazy_exports(  # pyright: ignore[reportUnsupportedDunderAll]
-    __name__, __file__, outside_all=("open",)
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__, outside_all=("open",))

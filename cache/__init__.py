@@ -48,5 +48,5 @@ if TYPE_CHECKING:
     from .optional_libraries import require_extra as require_extra
     from .progress import Progress as Progress
     from .progress import StageProgress as StageProgress
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -36,7 +36,7 @@ EXTRA_OF = {
     "uvicorn": "serve",
 }
 """Top module of a library -> the extra that brings it; the smallest, where several do."""
-LIBRARIES_OF = {
+LIBRARIES_OF: dict[str, tuple[str, ...]] = {
     "all": ("torch", "transformers", "matplotlib", "plotly"),
     "extract": ("torch", "transformers"),
     "fit": ("torch",),

@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -27,12 +27,26 @@ from .command_arguments import raw_arguments
 from .job_report import follow_parent, job_folder, write_error, write_value
 from .terminal import VisibleStream, other_output_on_stderr, visible_text
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:  # older versions of click have it without a parameter
+    ParamType = click.ParamType
+
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 """Settings of click for all commands."""
 JSON = "--json"
 
+CommandT = TypeVar("CommandT", bound=Callable[..., Any] | click.Command)
+"""Type of a command, or of the function of one."""
 
-class NumberRanges(click.ParamType):
+
+class OptionDecorator(Protocol):
+    """A decorator that adds an option to a command or to its function."""
+
+    def __call__(self, command: CommandT, /) -> CommandT: ...
+
+
+class NumberRanges(ParamType):
     """Whole numbers and ranges of them: `0-3`, `0,2,5`, `4`; the command gets a tuple."""
 
     name = "NUMBERS"
@@ -76,7 +90,7 @@ class LayerRanges(NumberRanges):
 LAYERS = LayerRanges()
 
 
-class WholeNumber(click.ParamType):
+class WholeNumber(ParamType):
     """A whole number: `1000000`, `1_000_000`, `1e6` or `1M`."""
 
     name = "INTEGER"
@@ -94,7 +108,7 @@ class WholeNumber(click.ParamType):
 WHOLE_NUMBER = WholeNumber()
 
 
-class ModeWithCount(click.ParamType):
+class ModeWithCount(ParamType):
     """A word, or a word and a count: `all`, `sample:1000`, `sample:1k`, `topk:64`."""
 
     name = "TEXT"
@@ -126,7 +140,7 @@ def parse_bytes(text: str, bytes_without_unit: int) -> int:
     return int(size)
 
 
-class ByteCount(click.ParamType):
+class ByteCount(ParamType):
     """A size on the disk: bytes, or with a unit, such as 50GB."""
 
     name = "BYTES"
@@ -145,7 +159,7 @@ class ByteCount(click.ParamType):
 BYTE_COUNT = ByteCount()
 
 
-class FiniteNumber(click.ParamType):
+class FiniteNumber(ParamType):
     """A finite number."""
 
     name = "NUMBER"
@@ -163,7 +177,7 @@ class FiniteNumber(click.ParamType):
 NUMBER = FiniteNumber()
 
 
-class OutputPath(click.ParamType):
+class OutputPath(ParamType):
     """A file or folder to write; a URL in an object store."""
 
     name = "PATH"
@@ -180,7 +194,7 @@ class OutputPath(click.ParamType):
 OUTPUT_PATH = OutputPath()
 
 
-class Gibibytes(click.ParamType):
+class Gibibytes(ParamType):
     """Memory in GiB, such as 0.5, or with a unit, such as 2GB; the command gets bytes."""
 
     name = "GIB"
@@ -198,7 +212,7 @@ CONTROLS = ("shuffled", "permuted", "next-token")
 MASKS = ("continued", "names")
 """Names of `MASKS` in analysis/token_texts/position_masks.py, likewise."""
 
-scheduler_option = click.option(
+scheduler_option: OptionDecorator = click.option(
     "--scheduler",
     metavar="ADDRESS",
     help="Address of a dask scheduler, like tcp://host:8786, whose workers fit; the workers must "
@@ -206,14 +220,14 @@ scheduler_option = click.option(
 )
 """Adds --scheduler to a fit."""
 
-across_documents_option = click.option(
+across_documents_option: OptionDecorator = click.option(
     "--across-documents",
     is_flag=True,
     help="Count also pairs (t, t+N) that join two documents of a packed sequence.",
 )
 """Adds --across-documents: see `PairScope`."""
 
-drop_first_option = click.option(
+drop_first_option: OptionDecorator = click.option(
     "--drop-first",
     type=WHOLE_NUMBER,
     default=0,
@@ -224,10 +238,12 @@ drop_first_option = click.option(
 """Adds --drop-first: see `PairScope`."""
 
 
-layers_option = click.option("--layers", type=LAYERS, help="Layers to read.  [default: all]")
+layers_option: OptionDecorator = click.option(
+    "--layers", type=LAYERS, help="Layers to read.  [default: all]"
+)
 """Adds --layers to a fit."""
 
-memory_option = click.option(
+memory_option: OptionDecorator = click.option(
     "--memory",
     type=Gibibytes(),
     help="Memory of the fit in GiB, beside that of Python and its libraries.  [default: "
@@ -235,12 +251,12 @@ memory_option = click.option(
 )
 """Adds --memory to a fit."""
 
-out_option = click.option(
+out_option: OptionDecorator = click.option(
     "--out", type=OUTPUT_PATH, help="Folder of the probe.  [default: under the root]"
 )
 """Adds --out to a fit."""
 
-device_option = click.option(
+device_option: OptionDecorator = click.option(
     "--device",
     default="auto",
     show_default=True,
@@ -248,7 +264,7 @@ device_option = click.option(
 )
 """Adds --device to a fit."""
 
-checkpoint_option = click.option(
+checkpoint_option: OptionDecorator = click.option(
     "--checkpoint",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
@@ -328,8 +344,8 @@ class JsonErrorGroup(click.Group):
     --json and --root may also stand before the command: `residua --json ls`.
     """
 
-    group_class = type
-    command_class = WordsCommand
+    group_class: type[click.Group] | type[type] | None = type
+    command_class: type[click.Command] | None = WordsCommand
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Options before the command go behind its own arguments, to the command.

@@ -70,27 +70,30 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run_service(
-    settings: ServiceSettings,
-    public: bool = False,
-    started: Callable[[Service, str], None] | None = None,
-    read_only: bool = False,
-) -> dict[str, Any]:
-    """Serve until SIGINT or SIGTERM; then end the requests that are being answered.
+class ServiceServer(uvicorn.Server):
+    """A service with its socket: it listens from the start, and answers in `serve_until_told`."""
 
-    Returns the address and the number of answered requests. `started` is called with the service
-    and its address once it listens. A `read_only` service takes no jobs. Raises `UsageError` if
-    the service may not or cannot listen.
-    """
-    check_exposure(settings, public)
-    tokens = load_tokens(settings.state)
-    listener = open_socket(settings.host, settings.port)
-    with listener:
-        port = listener.getsockname()[1]
-        settings = replace(settings, port=port)
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        public: bool = False,
+        started: Callable[[Service, str], None] | None = None,
+        read_only: bool = False,
+    ) -> None:
+        """A `read_only` service takes no jobs.
+
+        `started` is called with the service and its address once requests are answered. Raises
+        `UsageError` if the service may not or cannot listen.
+        """
+        check_exposure(settings, public)
+        tokens = load_tokens(settings.state)
+        self.listener = open_socket(settings.host, settings.port)
+        port = self.listener.getsockname()[1]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        service = Service(settings, tokens, None if read_only else make_queue(settings))
-        address = f"http://{host}:{port}"
+        self.address = f"http://{host}:{port}"
+        settings = replace(settings, port=port)
+        queue = None if read_only else make_queue(settings)
+        self.service = service = Service(settings, tokens, queue)
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -99,14 +102,14 @@ def run_service(
                 await run_in_threadpool(service.jobs.start)
             try:
                 if started is not None:
-                    started(service, address)
+                    started(service, self.address)
                 yield
             finally:
                 if service.jobs is not None:
                     await run_in_threadpool(service.jobs.stop)
 
         config = uvicorn.Config(
-            make_application(service, lifespan),
+            make_application(self.service, lifespan),
             http=limited_protocol(settings.header_seconds),
             loop="auto",
             ws="none",
@@ -119,9 +122,21 @@ def run_service(
             timeout_graceful_shutdown=round(settings.drain_seconds),
             backlog=BACKLOG,
         )
-        server = DrainingServer(config, service)
-        server.run(sockets=[listener])
-    return {"address": address, "root": str(settings.root), "requests": service.answered}
+        super().__init__(config)
+
+    def serve_until_told(self) -> None:
+        """Answer requests until SIGINT, SIGTERM or `stop`; then end those being answered."""
+        with self.listener:
+            self.run(sockets=[self.listener])
+
+    def stop(self) -> None:
+        """Tell the service to stop; from any thread."""
+        self.service.draining = True
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.service.draining = True
+        super().handle_exit(sig, frame)
 
 
 def make_queue(settings: ServiceSettings) -> JobQueue:
@@ -140,16 +155,19 @@ def make_queue(settings: ServiceSettings) -> JobQueue:
     )
 
 
-class DrainingServer(uvicorn.Server):
-    """A server that says so when it was told to stop."""
+def run_service(
+    settings: ServiceSettings,
+    public: bool = False,
+    started: Callable[[Service, str], None] | None = None,
+) -> dict[str, Any]:
+    """Serve until SIGINT or SIGTERM; returns the address and the number of answered requests.
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self.service = service
-
-    def handle_exit(self, sig: int, frame: object) -> None:
-        self.service.draining = True
-        super().handle_exit(sig, frame)  # pyright: ignore[reportArgumentType]
+    See `ServiceServer` for arguments and errors.
+    """
+    server = ServiceServer(settings, public, started)
+    server.serve_until_told()
+    answered = server.service.answered
+    return {"address": server.address, "root": str(settings.root), "requests": answered}
 
 
 def log_to_stderr(access: bool) -> None:

@@ -80,7 +80,7 @@ class Bigram(CountBaseline):
         """
         self._begin_fit(cache)
         self.counts_ = count_pairs(cache, 1, client, self.across_documents)
-        self.unigram_ = unigram_probabilities(column_sums(self.counts_))
+        self.unigram_: np.ndarray = unigram_probabilities(column_sums(self.counts_))
         return self
 
     def log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
@@ -126,8 +126,8 @@ class CrossFittedBigram(Bigram):
             for fold in np.unique(folds).tolist():
                 table = table_of_keys(keys[folds == fold], (cache.vocab, cache.vocab))
                 fold_tables[fold] = fold_tables[fold] + table
-        self.counts_ = sum_tables(fold_tables, zero)
-        self.unigram_ = unigram_probabilities(column_sums(self.counts_))
+        self.counts_: csr_matrix = sum_tables(fold_tables, zero)
+        self.unigram_: np.ndarray = unigram_probabilities(column_sums(self.counts_))
         # For each fold, the sum of the other tables. The total less its own table would have
         # entries of zero, which smoothing would count as pairs seen.
         self._other_folds = [
@@ -181,7 +181,9 @@ class LaggedBigram(CountBaseline):
         The workers of `client` (of `dask.distributed`), if given, share the sequences.
         """
         self._begin_fit(cache)
-        self.unigram_ = unigram_probabilities(count_followers(cache, client, self.across_documents))
+        self.unigram_: np.ndarray = unigram_probabilities(
+            count_followers(cache, client, self.across_documents)
+        )
         self.counts_ = {
             n: count_pairs(cache, n + 1, client, self.across_documents) for n in self._offsets()
         }
@@ -244,7 +246,7 @@ class Unigram(CountBaseline):
         """Count the tokens of the train split in one pass, on the workers of `client` if given."""
         self._begin_fit(cache)
         self.counts_ = count_followers(cache, client, self.across_documents)
-        self.unigram_ = unigram_probabilities(self.counts_)
+        self.unigram_: np.ndarray = unigram_probabilities(self.counts_)
         return self
 
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
@@ -312,7 +314,7 @@ class Trigram(CountBaseline):
         if self.contexts < 1:
             raise UsageError(f"contexts must be at least 1, not {self.contexts}")
         self.pairs_ = count_pairs(cache, 1, client, self.across_documents)
-        self.unigram_ = unigram_probabilities(column_sums(self.pairs_))
+        self.unigram_: np.ndarray = unigram_probabilities(column_sums(self.pairs_))
         self.contexts_ = most_frequent_pairs(self.pairs_, self.contexts)
         tables = count_train_split(
             _count_triples_in, cache, client, self.contexts_, self.across_documents
