@@ -119,7 +119,7 @@ def end_process(process: "subprocess.Popen[str]") -> None:
 
 
 @contextmanager
-def running_service(root: Path, *options: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def service_process(root: Path, *options: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A service in a process of its own: address and process."""
     command = ("-m", "residua", "serve", "--root", root, "--port", "0", *options)
     with running_process(*command, RESIDUA_TOKEN=TOKEN) as process:
