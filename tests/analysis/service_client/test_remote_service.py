@@ -40,7 +40,7 @@ def service(
             "fit ridge",
             {"offsets": [0, 1], "layers": [1, 2], "alpha": 0.5},
         ),
-        (residua.TunedLens(), "fit lens", {"offsets": [0]}),
+        (residua.TunedLens(), "fit lens", {"offsets": 0}),
         (residua.FutureLens(offsets=(0, 3), steps=7), "fit lens", {"offsets": [0, 3], "steps": 7}),
         (residua.Trigram(), "fit baseline", {"kinds": ["trigram"]}),
         (residua.CausalBasis(k=3), "fit basis", {"k": 3}),
