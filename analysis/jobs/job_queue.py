@@ -26,7 +26,7 @@ from ...cache.files.disk_errors import system_error, translate_disk_errors
 from ...cache.files.json_files import make_folder
 from ...cache.files.paths import is_remote
 from ..console.job_report import error_value
-from .job_attempt import AttemptOrder
+from .job_attempt import WORKER_DIED, AttemptOrder, make_outcome
 from .job_commands import CheckedRequest, check_request, describe_commands
 from .job_end import JobEnd, judge_end
 from .job_events import JobEventReader, JobEventWriter
@@ -80,6 +80,8 @@ class OwnedJob:
     worker: str = ""
     deaths: int = 0
     """Times that the process or its worker died, since this queue has the job."""
+    is_excused: bool = False
+    """Whether the next death counts for nothing: the scheduler vanished, and took workers along."""
     is_unsaved: bool = False
     """Whether the state on disk is older, because the disk is full."""
     progress: list[dict[str, Any]] = field(default_factory=list)
@@ -382,6 +384,7 @@ class JobQueue:
                 future = job.future
                 if future is None or future.done() or self._workers.has_worker(job.worker):
                     continue
+                job.is_excused = not self._workers.is_connected
                 self._lose_future(job, message or "its worker is gone")
 
     def _lose_future(self, job: OwnedJob, reason: str) -> None:
@@ -484,9 +487,14 @@ class JobQueue:
                 self._set_status(job, replace(job.status, state="queued", message=lost))
                 job.base = number - 1
                 return
+            with suppress(OSError):
+                job.folder.write_outcome(number, make_outcome(None, WORKER_DIED))
         end = judge_end(job.folder, attempt, future)
         if attempt is not None:
             job.base = number
+        if end.is_death and job.is_excused:
+            job.is_excused = False
+            end = JobEnd("queued", message=lost or end.message)
         if end.is_death:
             job.deaths += 1
             if job.deaths >= self.settings.most_deaths:

@@ -159,7 +159,7 @@ def test_a_server_that_is_none_is_one_message() -> None:
     assert result.returncode == 2
     assert "is no address of a service" in result.stderr
     result = run("jobs", "--server", nobody)
-    assert result.returncode == 1
+    assert result.returncode == 5
     assert f"no service answers at {nobody}" in result.stderr
     assert "Traceback" not in result.stderr
     assert "give --server URL" in run("jobs").stderr
