@@ -326,7 +326,7 @@ class JobQueue:
             os.close(lock)
             raise
         checked = CheckedRequest(request.command, request.arguments, request.identity)
-        job = OwnedJob(folder, request, checked, status, events, lock, base)
+        job = OwnedJob(folder, request, checked, status, events=events, lock=lock, base=base)
         self._owned[folder.id] = job
         self._ended_views.pop(folder.id, None)
         self._set_status(job, status)

@@ -1,5 +1,6 @@
 """`residua.connect`: the verbs of the library on a service; parameters of probes as arguments."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def service(
 ) -> Iterator[residua.RemoteService]:
     root = tmp_path_factory.mktemp("served") / "root"
     root.mkdir()
-    (root / tiny_cache.id).symlink_to(tiny_cache.path)
+    shutil.copytree(tiny_cache.path, root / tiny_cache.id)
     with (
         service_process(root, "--models", model_folder.parent) as (address, _),
         residua.connect(address, TOKEN) as service,
