@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .errors import IncompleteError as IncompleteError
     from .errors import InputTypeError as InputTypeError
     from .errors import Interrupted as Interrupted
+    from .errors import InUseError as InUseError
     from .errors import LeaseLostError as LeaseLostError
     from .errors import LimitError as LimitError
     from .errors import MismatchError as MismatchError

@@ -159,6 +159,33 @@ class ByteCount(ParamType):
 BYTE_COUNT = ByteCount()
 
 
+SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+"""Unit of a duration -> seconds."""
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `30d`, `12h`, `90 m`, `2w`, or `0`; `ValueError` for others."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([smhdw]?)", text.strip().lower())
+    if match is None or (not match[2] and float(match[1])):
+        raise ValueError(text)
+    return float(match[1]) * SECONDS_OF_UNIT[match[2] or "s"]
+
+
+class Duration(ParamType):
+    """A length of time with its unit, such as 30d; the command gets seconds."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            return parse_duration(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is no time; write it like 12h, 30d or 2w", param, ctx)
+
+
+DURATION = Duration()
+
+
 class FiniteNumber(ParamType):
     """A finite number."""
 

@@ -27,7 +27,13 @@ from ...cache.files.json_files import make_folder
 from ...cache.files.paths import is_remote
 from ..console.job_report import error_value
 from .job_attempt import WORKER_DIED, AttemptOrder, make_outcome
-from .job_commands import CheckedRequest, check_request, describe_commands
+from .job_commands import (
+    JOB_COMMANDS,
+    LOOKS,
+    CheckedRequest,
+    check_request,
+    describe_commands,
+)
 from .job_end import JobEnd, judge_end
 from .job_events import JobEventReader, JobEventWriter
 from .job_files import (
@@ -338,8 +344,11 @@ class JobQueue:
             self._end(job, JobEnd("failed", error.exit_code, error_value(error)))
 
     def _runs_again(self, folder: JobFolder, status: JobStatus) -> bool:
-        """Whether asking for an ended job again runs it: it failed, or its result is gone."""
-        if status.state != "done":
+        """Whether asking for an ended job again runs it: it failed, or its result is gone or old."""
+        request = folder.read_request()
+        command = JOB_COMMANDS.get(request.command)
+        is_look = any(request.arguments.get(name) for name in LOOKS)
+        if status.state != "done" or command is None or command.is_repeated or is_look:
             return True
         result = folder.read_result(status.attempts)
         if result is None:

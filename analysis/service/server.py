@@ -22,6 +22,7 @@ from ..web.request_records import ACCESS_LOGGER
 from ..web.service_protocol import limited_protocol
 from ..web.service_settings import ServiceSettings
 from .application import Service, make_application
+from .demo import allow_sample, start_demo
 
 KEEP_ALIVE_SECONDS = 30
 """Time for which a connection without a request stays open."""
@@ -160,13 +161,24 @@ def run_service(
     settings: ServiceSettings,
     public: bool = False,
     started: Callable[[Service, str], None] | None = None,
+    demo: bool = False,
 ) -> dict[str, Any]:
     """Serve until SIGINT or SIGTERM; returns the address and the number of answered requests.
 
-    See `ServiceServer` for arguments and errors.
+    With `demo`, jobs of the sample model begin at once. See `ServiceServer` for arguments and
+    errors.
     """
     keep_freed_memory()
-    server = ServiceServer(settings, public, started)
+    if demo:
+        settings = allow_sample(settings)
+
+    def begin(service: Service, address: str) -> None:
+        if started is not None:
+            started(service, address)
+        if demo and service.jobs is not None:
+            start_demo(service.jobs)
+
+    server = ServiceServer(settings, public, begin)
     server.serve_until_told()
     answered = server.service.answered
     return {"address": server.address, "root": str(settings.root), "requests": answered}

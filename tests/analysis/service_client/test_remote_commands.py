@@ -154,6 +154,32 @@ def test_an_interrupted_client_leaves_the_job_and_says_how_to_find_it(
     assert "cancelled" in followed.stdout
 
 
+@pytest.mark.slow
+def test_reading_and_removing_are_done_by_the_server(
+    root: Path, server: str, tiny_cache: residua.ActivationCache
+) -> None:
+    for words in (["ls"], ["info", tiny_cache.id[:8]], ["probes"]):
+        there = run(*words, "--server", server, "--json")
+        here = run(*words, "--root", root, "--json")
+        assert there.returncode == here.returncode == 0, there.stderr
+        assert json.loads(there.stdout.replace(f"{server}/caches", str(root))).keys() == (
+            json.loads(here.stdout).keys()
+        )
+    (entry,) = json.loads(run("ls", "--server", server, "--json").stdout)["caches"]
+    (local,) = json.loads(run("ls", "--root", root, "--json").stdout)["caches"]
+    assert {**entry, "path": ""} == {**local, "path": ""}
+
+    fit = ["fit", "ridge", tiny_cache.id, "--offsets", "2", "--no-keep-moments", "--json"]
+    path = Path(json.loads(run(*fit, "--server", server).stdout)["probe"])
+    assert path.is_dir()
+    assert run("rm", path.name, "--server", server).returncode == 2
+    assert run("rm", path.name, "--yes", "--server", server, token="x").returncode != 0
+    removed = run("rm", path.name[:20], "--yes", "--server", server)
+    assert removed.returncode == 0, removed.stderr
+    assert removed.stdout.startswith(f"removed: probe {path}")
+    assert not path.exists()
+
+
 def test_a_server_that_is_none_is_one_message() -> None:
     nobody = "http://127.0.0.1:9"
     result = run("jobs", "--server", "ftp://x")
