@@ -40,6 +40,7 @@ FLOORS = (
     "",
     "analysis",
     "analysis.service",
+    "analysis.dashboard",
     "analysis.web",
     "analysis.service_client",
     "analysis.jobs",
