@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from ...cache.errors import UsageError
 from ..jobs.job_queue import JobQueue
 from ..jobs.job_settings import JobSettings
+from ..served_files.freed_memory import keep_freed_memory
 from ..web.access_control import is_loopback
 from ..web.access_tokens import has_tokens, load_tokens
 from ..web.request_records import ACCESS_LOGGER
@@ -167,6 +168,7 @@ def run_service(
     With `demo`, jobs of the sample model begin at once. See `ServiceServer` for arguments and
     errors.
     """
+    keep_freed_memory()
     if demo:
         settings = allow_sample(settings)
 
