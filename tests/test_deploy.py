@@ -18,6 +18,9 @@ import pytest
 
 import residua
 from residua.analysis.service.server import ServiceServer
+from residua.analysis.web.service_settings import make_settings
+from residua.cache.errors import UsageError
+from residua.cache.files.paths import as_path
 
 from .support.services import running_service
 from .support.synthetic import make_cache, random_head
@@ -131,6 +134,66 @@ def test_the_service_works_behind_the_nginx_of_the_page(root: Path, tmp_path: Pa
         # The events came while the job ran, and not all at its end.
         assert events[-1][0] - events[0][0] > 0.2
         assert client.get(f"/v1/jobs/{job['id']}").json()["value"]["damaged"] == []
+
+
+@needs_nginx
+def test_nginx_sends_committed_shards_and_the_service_the_rest(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from residua.analysis.service.byte_routes import ByteResponse
+
+    sent_here: list[int] = []
+    respond = ByteResponse.__call__
+
+    async def count(self: ByteResponse, *arguments: Any) -> None:
+        sent_here.append(1)
+        await respond(self, *arguments)
+
+    monkeypatch.setattr(ByteResponse, "__call__", count)
+    folder = tmp_path / "nginx"
+    folder.mkdir()
+    (cache,) = root.glob("[0-9a-f]*")
+    shard = "arrays.zarr/residual/1/c/1/0"
+    content = (cache / shard).read_bytes()
+    with (
+        running_service(
+            root, allowed_hosts=(NAME,), allowed_origins=("*",), accel="/_files/"
+        ) as server,
+        running_nginx(folder, root, server) as client,
+    ):
+        url = f"/caches/{cache.name}/{shard}"
+        whole = client.get(url)
+        assert whole.content == content
+        assert "immutable" in whole.headers["cache-control"]
+        assert whole.headers["access-control-allow-origin"] == client.headers["origin"]
+        for text, span in (("bytes=5-99", slice(5, 100)), ("bytes=-16", slice(-16, None))):
+            part = client.get(url, headers={"Range": text})
+            assert (part.status_code, part.content) == (206, content[span])
+        several = client.get(url, headers={"Range": "bytes=0-3,8-11"})
+        assert several.headers["content-type"].startswith("multipart/byteranges")
+        assert client.get(url, headers={"Range": f"bytes={len(content)}-"}).status_code == 416
+        assert client.head(url).headers["content-length"] == str(len(content))
+        assert sent_here == []
+        # The tag is that of the service, which answers what depends on it.
+        tag = whole.headers["etag"]
+        assert tag == httpx.get(server.address + url, headers={"If-Match": "*"}).headers["etag"]
+        assert client.get(url, headers={"If-None-Match": tag}).status_code == 304
+        part = client.get(url, headers={"If-Match": tag, "Range": "bytes=0-3"})
+        assert part.content == content[:4]
+        assert client.get(url, headers={"If-Match": '"other"'}).status_code == 412
+        assert client.get(f"/caches/{cache.name}/manifest.json").status_code == 200
+        assert len(sent_here) == 3
+        # What is not served is not given by the proxy either, nor its own folder.
+        for path in ("/_files/", f"/_files/{cache.name}/{shard}", "/caches/../nginx/key.pem"):
+            assert client.get(path).status_code == 404
+
+
+def test_a_wrong_prefix_is_refused(tmp_path: Path) -> None:
+    for prefix in ("_files/", "/_files", "/", "/a b/", "//x/"):
+        with pytest.raises(UsageError, match="slash at both ends"):
+            make_settings(tmp_path, tmp_path, accel=prefix)
+    with pytest.raises(UsageError, match="on a disk"):
+        make_settings(as_path("memory://caches"), tmp_path, accel="/_files/")
 
 
 def read_states(client: httpx.Client, job: str) -> Iterator[tuple[float, str]]:
