@@ -117,7 +117,7 @@ def test_the_service_works_behind_the_nginx_of_the_page(root: Path, tmp_path: Pa
     folder = tmp_path / "nginx"
     folder.mkdir()
     with (
-        running_service(root, allowed_hosts=(NAME,)) as server,
+        running_service(root, jobs=True, allowed_hosts=(NAME,)) as server,
         running_nginx(folder, root, server) as client,
     ):
         token = {"Authorization": f"Bearer {server.service.tokens.write}"}
