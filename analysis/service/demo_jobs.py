@@ -7,10 +7,12 @@ them run; on a second start all of them are done already.
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ...sample import MODEL_DIR, TEXT_PATH
+from ..console.quickstart import check_transformers
 from ..jobs.job_queue import JobQueue
 from ..web.service_settings import ServiceSettings
 
@@ -24,7 +26,11 @@ JobStep = tuple[str, dict[str, Any]]
 
 
 def demo_settings(settings: ServiceSettings) -> ServiceSettings:
-    """`settings` that also allow jobs on the sample model and its text."""
+    """`settings` that also allow jobs on the sample model and its text.
+
+    Raises `UsageError` if the installed transformers cannot load the model.
+    """
+    check_transformers(version("transformers"))
     models = (*settings.models, MODEL_DIR.parent.resolve())
     return replace(settings, models=models, texts=(*settings.texts, TEXT_PATH.parent.resolve()))
 
