@@ -14,7 +14,7 @@ from typing import Any
 
 AXE = Path(__file__).with_name("axe-core") / "axe.min.js"
 """axe-core 4.14.1, which finds what keeps people from reading a page."""
-SECONDS = 20.0
+SECONDS = 60.0
 """Longest wait for a change of the page."""
 
 
@@ -95,18 +95,12 @@ class Browser:
         return len(self.driver.find_elements("css selector", selector))
 
     def click(self, selector: str, text: str = "") -> None:
-        """Click an element as `find` finds it."""
-        from selenium.common.exceptions import StaleElementReferenceException
+        """Click an element as `find` finds it; again, if the view was refreshed meanwhile."""
 
         def press() -> bool:
-            try:
-                element = self.find(selector, text)
-                self.driver.execute_script(
-                    "arguments[0].scrollIntoView({block: 'center'})", element
-                )
-                element.click()
-            except StaleElementReferenceException:  # the view was refreshed meanwhile
-                return False
+            element = self.find(selector, text)
+            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+            element.click()
             return True
 
         self.wait(press, f"click on {selector} {text!r}")
@@ -150,9 +144,16 @@ class Browser:
 
     def type(self, label: str, text: str, end: str = "\t") -> None:
         """Replace the text of the input labelled `label`, then press Tab or Enter."""
-        element = self.labelled(label)
-        element.clear()
-        element.send_keys(text + end)
+
+        def enter() -> bool:
+            element = self.labelled(label)
+            element.clear()
+            element.send_keys(text)
+            # Not with the text: what a change of the text does may replace the element.
+            self.labelled(label).send_keys(end)
+            return True
+
+        self.wait(enter, f"text in {label!r}")
 
     def press(self, selector: str, *keys: str) -> None:
         """Press keys in an element."""
@@ -162,12 +163,11 @@ class Browser:
         """The text of the page."""
         return self.driver.find_element("css selector", "body").text
 
-    def errors(self) -> list[str]:
-        """Errors and warnings of the console since the last call."""
+    def errors(self, expected: str = "") -> list[str]:
+        """Errors and warnings of the console since the last call, but those with `expected`."""
         levels = ("SEVERE", "WARNING")
-        return [
-            entry["message"] for entry in self.driver.get_log("browser") if entry["level"] in levels
-        ]
+        logged = [e["message"] for e in self.driver.get_log("browser") if e["level"] in levels]
+        return [message for message in logged if not expected or expected not in message]
 
     def findings(self) -> list[str]:
         """Serious and critical findings of axe-core on the page as it is."""
