@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .analysis.evaluation.probe_evaluation import evaluate as evaluate
     from .analysis.evaluation.result import Evaluation as Evaluation
     from .analysis.report.html_report import write_report as write_report
+    from .analysis.service_client.remote_service import RemoteService as RemoteService
+    from .analysis.service_client.remote_service import connect as connect
     from .cache.errors import ResiduaError as ResiduaError
     from .cache.extraction.api import extract as extract
     from .cache.extraction.damage_repair import repair as repair

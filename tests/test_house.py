@@ -45,6 +45,7 @@ FLOORS = (
     "analysis.service_client",
     "analysis.jobs",
     "analysis.console",
+    "analysis.disk_use",
     "analysis.basis_report",
     "analysis.display",
     "analysis.report",

@@ -15,7 +15,6 @@ import click
 
 from ...cache.errors import UsageError
 from ...cache.files.json_fields import shown
-from ...cache.files.json_files import plain_value
 from ...cache.function_above import call_above
 
 SHARED = ("root", "as_json", "server", "token")
@@ -106,6 +105,8 @@ def parse_arguments(command: click.Command, arguments: Mapping[str, Any]) -> dic
 
     Raises `UsageError` with the message of the command line for a value of a wrong type.
     """
+    from ...cache.files.json_files import plain_value  # imports numpy
+
     words = command_words(command, arguments)
     try:
         with command.make_context(command.name, words) as context:

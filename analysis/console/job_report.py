@@ -62,7 +62,9 @@ def write_value(folder: Path, value: Any, text: str) -> None:
 
     plain = json.loads(json.dumps(plain_value(value), default=str, allow_nan=False))
     exit_code = plain.get("exit_code", 0) if isinstance(plain, dict) else 0
-    _write(folder, {"value": plain, "text": text, "error": None, "exit_code": exit_code})
+    # As text: the files of an attempt sort their keys, and the command does not.
+    content = json.dumps(plain)
+    _write(folder, {"value": content, "text": text, "error": None, "exit_code": exit_code})
 
 
 def write_error(folder: Path, error: ResiduaError) -> None:

@@ -7,6 +7,7 @@ so that `residua --help` answers at once.
 import io
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -21,6 +22,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from ...cache.errors import Interrupted, ResiduaError, ResiduaWarning, UsageError
+from ...cache.function_above import call_above
+from .command_arguments import raw_arguments
 from .job_report import follow_parent, job_folder, write_error, write_value
 from .terminal import VisibleStream, other_output_on_stderr, visible_text
 
@@ -154,6 +157,33 @@ class ByteCount(ParamType):
 
 
 BYTE_COUNT = ByteCount()
+
+
+SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+"""Unit of a duration -> seconds."""
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `30d`, `12h`, `90 m`, `2w`, or `0`; `ValueError` for others."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([smhdw]?)", text.strip().lower())
+    if match is None or (not match[2] and float(match[1])):
+        raise ValueError(text)
+    return float(match[1]) * SECONDS_OF_UNIT[match[2] or "s"]
+
+
+class Duration(ParamType):
+    """A length of time with its unit, such as 30d; the command gets seconds."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            return parse_duration(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is no time; write it like 12h, 30d or 2w", param, ctx)
+
+
+DURATION = Duration()
 
 
 class FiniteNumber(ParamType):
@@ -323,6 +353,18 @@ def probe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+WORDS = "residua.words"
+"""Key of a context for the words of the command line after the command."""
+
+
+class WordsCommand(click.Command):
+    """A command that remembers its words, to send them to a server."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = list(args)
+        return super().parse_args(ctx, args)
+
+
 class JsonErrorGroup(click.Group):
     """A group of commands that prints mistyped arguments, too, as JSON objects after --json.
 
@@ -330,6 +372,7 @@ class JsonErrorGroup(click.Group):
     """
 
     group_class: type[click.Group] | type[type] | None = type
+    command_class: type[click.Command] | None = WordsCommand
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Options before the command go behind its own arguments, to the command.
@@ -372,8 +415,14 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
         "folder]",
     )
     @click.option(JSON, "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+    @click.option(
+        "--server",
+        metavar="URL",
+        help="Service that does the work, such as http://host:8470, or whose caches are read.  "
+        "[default: $RESIDUA_SERVER, if set]",
+    )
     @wraps(function)
-    def run(root: str | None, as_json: bool, **options: Any) -> None:
+    def run(root: str | None, as_json: bool, server: str | None, **options: Any) -> None:
         from ...cache.files.disk_errors import (
             system_error,
             translate_any_disk_errors,
@@ -387,7 +436,8 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
             follow_parent()
         try:
             try:
-                root_path = cache_root(root)
+                place, server = _place_of_command(server)
+                root_path = cache_root(server if place == "root" else root)
                 with (
                     translate_any_disk_errors(),
                     translate_store_errors(root_path),
@@ -395,7 +445,10 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
                     library_logs_off(),
                     other_output_on_stderr(),
                 ):
-                    value, print_value = function(root=root_path, quiet=as_json, **options)
+                    if place in ("job", "removal"):
+                        value, print_value = _run_on_server(str(server), as_json)
+                    else:
+                        value, print_value = function(root=root_path, quiet=as_json, **options)
                 # What is printed may go to a file on a full disk.
                 with translate_any_disk_errors():
                     if job is not None:
@@ -420,6 +473,66 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
         sys.exit(value.pop("exit_code", 0) if isinstance(value, dict) else 0)
 
     return run
+
+
+def _place_of_command(server: str | None) -> tuple[str, str | None]:
+    """Where the running command runs, and its server; see `place_of_command`.
+
+    $RESIDUA_SERVER counts for commands that a server can do, and where no --root is given.
+    """
+    environment_server = os.environ.get("RESIDUA_SERVER")
+    if server is None and (not environment_server or is_given("root")):
+        return "here", None
+    words = words_of_command()
+    place = call_above("analysis.service_client.remote_commands", "place_of_command", words)
+    if server is None:
+        return (place, environment_server) if place != "here" else ("here", None)
+    if is_given("root"):
+        raise UsageError("--server and --root exclude each other: the server has a root")
+    if place == "here":
+        raise UsageError(f"`residua {' '.join(words)}` runs on this machine: leave out --server")
+    return place, server
+
+
+def words_of_command() -> list[str]:
+    """Words of the running command, such as `["fit", "ridge"]`."""
+    words: list[str] = []
+    context: click.Context | None = click.get_current_context()
+    while context is not None and context.parent is not None:
+        words.insert(0, str(context.info_name))
+        context = context.parent
+    return words
+
+
+def server_of_command() -> str:
+    """Address of the server of the running command; raises `UsageError` without one."""
+    server = click.get_current_context().params.get("server") or os.environ.get("RESIDUA_SERVER")
+    if not server:
+        raise UsageError("jobs are those of a service: give --server URL, or set RESIDUA_SERVER")
+    return str(server)
+
+
+def _run_on_server(server: str, quiet: bool) -> tuple[Any, Callable[[], None]]:
+    """Value and printer of the running command, after the server has run it."""
+    context = click.get_current_context()
+    arguments = raw_arguments(context.command, context.meta[WORDS])
+    value, text = call_above(
+        "analysis.service_client.remote_commands",
+        "run_on_server",
+        server,
+        words_of_command(),
+        arguments,
+        quiet,
+    )
+    return value, lambda: click.echo(text, nl=False)
+
+
+def confirm(question: str) -> bool:
+    """Ask on the terminal; raises `UsageError` if nobody answers."""
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:  # the input has ended
+        raise UsageError("nobody answered, so nothing was removed: give --yes") from None
 
 
 def _printed_text(print_value: Callable[[], Any]) -> str:

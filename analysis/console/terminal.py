@@ -90,6 +90,11 @@ def print_line(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
+def print_warning(text: str) -> None:
+    """Print a line that is no progress on stderr."""
+    print(visible_text(text), file=sys.stderr, flush=True)
+
+
 def visible_text(text: str) -> str:
     """`text` with every control character written as an escape, such as `\\x1b`."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -282,6 +282,8 @@ class JobFolder:
             result = self._read(f"attempts/{number:05d}/result.json", MAX_RESULT_BYTES)
             integer_field(result, "exit_code", 0, 255)
             optional_field(text_field, result, "text", MAX_RESULT_BYTES)
+            if (value := optional_field(text_field, result, "value", MAX_RESULT_BYTES)) is not None:
+                result["value"] = parse_json_object(value.encode(), "the value of a job")
             if (error := optional_field(object_field, result, "error")) is not None:
                 text_field(error, "error", 100)
                 text_field(error, "message", 1 << 20)

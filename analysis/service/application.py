@@ -21,7 +21,15 @@ from ..web.request_limits import RequestLimits
 from ..web.request_records import RequestRecords
 from ..web.service_metrics import ServiceMetrics
 from ..web.service_settings import ServiceSettings
-from . import catalog_routes, health_routes, job_routes, page_routes, result_routes
+from . import (
+    catalog_routes,
+    health_routes,
+    job_routes,
+    page_routes,
+    resolve_routes,
+    result_routes,
+    storage_routes,
+)
 
 
 @dataclass
@@ -53,7 +61,15 @@ class Service:
 
 def list_all_endpoints() -> tuple[Endpoint, ...]:
     """The endpoints of every file of routes."""
-    files = (catalog_routes, health_routes, job_routes, page_routes, result_routes)
+    files = (
+        catalog_routes,
+        health_routes,
+        job_routes,
+        page_routes,
+        resolve_routes,
+        result_routes,
+        storage_routes,
+    )
     return tuple(endpoint for file in files for endpoint in file.list_endpoints())
 
 

@@ -155,9 +155,20 @@ class RecentAnswer:
                 self._values = {str(root): (began, value)}
         return value
 
+    def forget(self) -> None:
+        """Compute the value anew when it is asked for next."""
+        with self._lock:
+            self._values = {}
+
 
 _CACHES = RecentAnswer(list_caches)
 _PROBES = RecentAnswer(list_probes)
+
+
+def forget_lists() -> None:
+    """List caches and probes anew: something was removed."""
+    for recent in (_CACHES, _PROBES):
+        recent.forget()
 
 
 async def answer_caches(request: Request) -> Response:

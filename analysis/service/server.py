@@ -21,6 +21,7 @@ from ..web.request_records import ACCESS_LOGGER
 from ..web.service_protocol import limited_protocol
 from ..web.service_settings import ServiceSettings
 from .application import Service, make_application
+from .demo import allow_sample, start_demo
 
 KEEP_ALIVE_SECONDS = 30
 """Time for which a connection without a request stays open."""
@@ -71,8 +72,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 class ServiceServer(uvicorn.Server):
-    """A service with its socket: it listens from the start, and serves while `serve_until_told`
-    runs."""
+    """A service with its socket: it listens from the start, and answers in `serve_until_told`."""
 
     def __init__(
         self,
@@ -81,10 +81,10 @@ class ServiceServer(uvicorn.Server):
         started: Callable[[Service, str], None] | None = None,
         read_only: bool = False,
     ) -> None:
-        """`started` is called with the service and its address once requests are answered.
+        """A `read_only` service takes no jobs.
 
-        A `read_only` service takes no jobs.
-        Raises `UsageError` if the service may not or cannot listen.
+        `started` is called with the service and its address once requests are answered. Raises
+        `UsageError` if the service may not or cannot listen.
         """
         check_exposure(settings, public)
         tokens = load_tokens(settings.state)
@@ -92,21 +92,22 @@ class ServiceServer(uvicorn.Server):
         port = self.listener.getsockname()[1]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         self.address = f"http://{host}:{port}"
-        jobs = None if read_only else make_queue(settings)
-        self.service = Service(replace(settings, port=port), tokens, jobs)
+        settings = replace(settings, port=port)
+        queue = None if read_only else make_queue(settings)
+        self.service = service = Service(settings, tokens, queue)
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            if jobs is not None:
-                self.service.metrics.count_jobs(jobs.count_states)
-                await run_in_threadpool(jobs.start)
+            if service.jobs is not None:
+                service.metrics.count_jobs(service.jobs.count_states)
+                await run_in_threadpool(service.jobs.start)
             try:
                 if started is not None:
-                    started(self.service, self.address)
+                    started(service, self.address)
                 yield
             finally:
-                if jobs is not None:
-                    await run_in_threadpool(jobs.stop)
+                if service.jobs is not None:
+                    await run_in_threadpool(service.jobs.stop)
 
         config = uvicorn.Config(
             make_application(self.service, lifespan),
@@ -159,13 +160,23 @@ def run_service(
     settings: ServiceSettings,
     public: bool = False,
     started: Callable[[Service, str], None] | None = None,
-    read_only: bool = False,
+    demo: bool = False,
 ) -> dict[str, Any]:
     """Serve until SIGINT or SIGTERM; returns the address and the number of answered requests.
 
-    See `ServiceServer` for arguments and errors.
+    With `demo`, jobs of the sample model begin at once. See `ServiceServer` for arguments and
+    errors.
     """
-    server = ServiceServer(settings, public, started, read_only)
+    if demo:
+        settings = allow_sample(settings)
+
+    def begin(service: Service, address: str) -> None:
+        if started is not None:
+            started(service, address)
+        if demo and service.jobs is not None:
+            start_demo(service.jobs)
+
+    server = ServiceServer(settings, public, begin)
     server.serve_until_told()
     answered = server.service.answered
     return {"address": server.address, "root": str(settings.root), "requests": answered}

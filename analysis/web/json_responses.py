@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from ...cache.errors import (
     CorruptError,
+    InUseError,
     LimitError,
     MismatchError,
     NoSpaceError,
@@ -22,6 +23,7 @@ from ...cache.files.json_files import plain_value
 
 STATUS_OF = {
     NotFoundError: 404,
+    InUseError: 409,
     UsageError: 400,
     MismatchError: 409,
     CorruptError: 422,

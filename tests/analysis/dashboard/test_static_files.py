@@ -53,7 +53,7 @@ def test_uplot_comes_with_its_licence() -> None:
 
 
 def test_files_are_served_with_a_policy_and_asked_for_again_by_their_digest(tmp_path) -> None:
-    with running_service(tmp_path, read_only=True) as server:
+    with running_service(tmp_path) as server:
         page = httpx.get(f"{server.address}/", timeout=20)
         assert page.status_code == 200
         assert page.headers["content-type"].startswith("text/html")

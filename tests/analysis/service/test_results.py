@@ -40,7 +40,7 @@ def root(tiny_cache: ActivationCache) -> Path:
 
 @pytest.fixture(scope="module")
 def server(root: Path) -> Any:
-    with running_service(root, read_only=True) as running:
+    with running_service(root) as running:
         yield running
 
 
