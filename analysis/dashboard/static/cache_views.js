@@ -72,7 +72,7 @@ function factsCard(cache) {
       ["state", stateMark(cache.state)],
       ["positions", count(cache.positions)],
       ["sequences", `${count(cache.sequences)} (${splits})`],
-      ["layers", `${ranges(cache.layers)} of 0-${cache.depth}`],
+      ["layers", cache.layers.length ? `${ranges(cache.layers)} of 0-${cache.depth}` : `none is complete yet, of 0-${cache.depth}`],
       ["d_model", count(cache.d_model)],
       ["vocabulary", count(cache.vocab)],
       ["logits", cache.logits],
@@ -82,7 +82,7 @@ function factsCard(cache) {
       ["extracted", [cache.provenance?.created?.replace("T", " ").replace("Z", " UTC"), cache.provenance?.device].filter(Boolean).join(" on ")],
     ]),
     el("div", { class: "actions" },
-      el("a", { class: "button main", href: addressOf("lens", { cache: cache.cache }) }, "Read with a lens"),
+      cache.layers.length ? el("a", { class: "button main", href: addressOf("lens", { cache: cache.cache }) }, "Read with a lens") : null,
       el("a", { class: "button", href: addressOf("jobs/new", { command: "fit ridge", cache: shortId(cache.cache) }) }, "Fit a probe"),
       el("a", { class: "button", href: `/v1/caches/${part(cache.cache)}` }, "As JSON")));
 }

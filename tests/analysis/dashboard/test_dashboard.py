@@ -117,6 +117,7 @@ VIEWS: dict[str, tuple[str, Callable[[Browser], Any]]] = {
         lambda page: page.wait(lambda: page.count(".map") == 3, "three maps"),
     ),
     "curves": ("#/curves", lambda page: page.find(".uplot canvas")),
+    "storage": ("#/storage", lambda page: page.find("h2", "Everything")),
     "basis": ("#/bases", lambda page: page.find("h2", "Direction 2")),
 }
 
@@ -360,3 +361,33 @@ def test_the_keyboard_alone_goes_through_the_page(server: ServiceServer, browser
     browser.driver.switch_to.active_element.send_keys("\n")
     browser.find("h1", "Jobs")
     assert browser.driver.switch_to.active_element.text == "Jobs"
+
+
+def test_what_takes_the_disk_is_pinned_removed_and_collected(
+    server: ServiceServer, root: Path, browser: Browser
+) -> None:
+    cache = residua.extract(
+        MODEL_DIR, TEXT_PATH, root=root, context=32, max_tokens=1024, progress=None
+    )
+    short = cache.id[:12]
+    browser.open(f"{server.address}/#/storage")
+    browser.click(f"button[aria-label='Pin {short}']")
+    browser.type("Token", server.service.tokens.write, "\n")
+    browser.find(f"button[aria-label='Unpin {short}']")
+
+    # A pinned cache is not removed: the page says what names it.
+    browser.click(f"button[aria-label='Remove {short}']")
+    browser.click(f"button[aria-label='Remove {short}']", "?")
+    browser.find(".error", "pin")
+    assert cache.path.is_dir()
+
+    browser.click(f"button[aria-label='Unpin {short}']")
+    browser.find(f"button[aria-label='Pin {short}']")
+    browser.click(f"button[aria-label='Remove {short}']")
+    browser.click(f"button[aria-label='Remove {short}']", "?")
+    browser.wait(lambda: not browser.count(f"button[aria-label='Remove {short}']"), "removal")
+    assert not cache.path.exists()
+
+    browser.click("button", "Show what would go")
+    browser.find("form + div", "would go")
+    assert browser.errors(expected="status of 40") == []  # a browser notes every refusal
