@@ -256,6 +256,8 @@ class ResultCalculator:
 
         cache = self.cache(query.cache)
         name, lens = self.lens(query.probe, cache)
+        offsets = [offset for at, offset in lens.pairs() if at == layer]
+        offset = min(offsets, default=0) if query.offset is None else query.offset
 
         def compute() -> dict[str, Any]:
             passage = CachePassage(cache, query.sequence, query.first, 1)
@@ -263,7 +265,7 @@ class ResultCalculator:
                 lens,
                 passage,
                 layer=layer,
-                offset=query.offset or 0,
+                offset=offset,
                 count=count,
                 track=query.track,
                 name=name,

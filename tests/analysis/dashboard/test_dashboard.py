@@ -391,3 +391,15 @@ def test_what_takes_the_disk_is_pinned_removed_and_collected(
     browser.click("button", "Show what would go")
     browser.find("form + div", "would go")
     assert browser.errors(expected="status of 40") == []  # a browser notes every refusal
+
+
+def test_a_private_service_asks_for_its_token_once(tmp_path: Path) -> None:
+    with running_service(tmp_path, private=True) as private, open_browser(1200, False) as page:
+        page.open(f"{private.address}/#/lens")
+        page.type("Token", private.service.tokens.read, "\n")
+        page.find("button", "Signed in (read)")
+        page.find("main p", "no complete cache")
+        assert page.count("dialog[open]") == 0
+        page.click("nav a", "Caches")
+        page.find("main p", "No caches yet")
+        assert page.errors(expected="status of 401") == []  # a browser notes every refusal
