@@ -56,7 +56,7 @@ def open_browser(width: int, dark: bool, downloads: Path | None = None) -> Itera
 
 
 class Browser:
-    """What tests do with a page; every wait is bounded by `SECONDS`."""
+    """What tests do with a page; every wait is bounded, by `SECONDS` unless it says more."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -65,7 +65,7 @@ class Browser:
         """Load `address`; one that differs after `#` alone shows another view of the same page."""
         self.driver.get(address)
 
-    def wait(self, condition: Callable[[], Any], what: str) -> Any:
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
         """The first true value of `condition`; fails with `what` and the page's text."""
         from selenium.common.exceptions import (
             NoSuchElementException,
@@ -75,11 +75,11 @@ class Browser:
         from selenium.webdriver.support.wait import WebDriverWait
 
         ignored = [NoSuchElementException, StaleElementReferenceException]
-        waiting = WebDriverWait(self.driver, SECONDS, 0.1, ignored)
+        waiting = WebDriverWait(self.driver, seconds, 0.1, ignored)
         try:
             return waiting.until(lambda _: condition())
         except TimeoutException:
-            raise AssertionError(f"no {what} in {SECONDS} s on: {self.text()[:2000]}") from None
+            raise AssertionError(f"no {what} in {seconds} s on: {self.text()[:2000]}") from None
 
     def find(self, selector: str, text: str = "") -> Any:
         """The first shown element of a CSS selector that has `text`; waits for it."""
@@ -107,15 +107,22 @@ class Browser:
 
     def click_at(self, selector: str, x: int, y: int) -> None:
         """Click `x`, `y` pixels from the upper left corner of an element."""
-        from selenium.webdriver import ActionChains
+        from selenium.webdriver.common.actions.action_builder import ActionBuilder
 
-        element = self.find(selector)
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-        size = element.size
-        left, top = x - size["width"] / 2, y - size["height"] / 2
-        ActionChains(self.driver).move_to_element_with_offset(
-            element, round(left), round(top)
-        ).click().perform()
+        script = """
+            arguments[0].scrollIntoView({block: 'center'});
+            const area = arguments[0].getBoundingClientRect();
+            return [area.left, area.top];
+        """
+
+        def press() -> bool:
+            left, top = self.driver.execute_script(script, self.find(selector))
+            actions = ActionBuilder(self.driver)
+            actions.pointer_action.move_to_location(round(left) + x, round(top) + y).click()
+            actions.perform()
+            return True
+
+        self.wait(press, f"click into {selector}")
 
     def labelled(self, label: str) -> Any:
         """The input whose label is `label`."""

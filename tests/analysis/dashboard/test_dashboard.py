@@ -290,7 +290,7 @@ def test_a_job_is_started_with_the_token_watched_and_cancelled(
     browser.find("h1", "fit lens")
     browser.find("button", "Signed in (write)")
     browser.find(".state", "running")
-    browser.wait(lambda: browser.count("main progress"), "progress")
+    browser.wait(lambda: browser.count("main progress"), "progress", WAIT_SECONDS)
     browser.click("button", "Cancel the job")
     browser.find(".state", "cancelled")
     browser.click("nav a", "Jobs")
