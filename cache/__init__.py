@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .errors import HeadMismatchError as HeadMismatchError
     from .errors import IncompleteError as IncompleteError
     from .errors import InputTypeError as InputTypeError
-    from .errors import InUseError as InUseError
     from .errors import Interrupted as Interrupted
+    from .errors import InUseError as InUseError
     from .errors import LeaseLostError as LeaseLostError
     from .errors import LimitError as LimitError
     from .errors import MismatchError as MismatchError

@@ -45,7 +45,7 @@ def test_the_command_and_the_service_say_what_a_cache_lacks(
     assert partial["missing_layers"] == [0, 2]
     assert "layers 0" in text
 
-    folders = {"models": (model_folder.parent,), "texts": (texts_file.parent,)}
+    folders: Any = {"models": (model_folder.parent,), "texts": (texts_file.parent,)}
     with running_service(root, jobs=True, **folders) as server:
         url = server.address + "/v1/resolve"
         body = {"model": model_folder.name, "data": texts_file.name, "context": 32}
