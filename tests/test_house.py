@@ -52,6 +52,7 @@ FLOORS = (
     "analysis.basis",
     "analysis.evaluation",
     "analysis.token_texts",
+    "analysis.served_files",
     "probes",
     "probes.controls",
     "probes.baselines",
@@ -74,6 +75,7 @@ FLOORS = (
     "cache.documents",
     "cache.format",
     "cache.files",
+    "cache.http",
     "cache",
 )
 """Folders from the top down; files import from their own folder and from those further down."""

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 import residua
-from residua.analysis.service.demo import allow_sample
+from residua.analysis.service.demo_jobs import demo_settings
 from residua.analysis.service.server import ServiceServer
 from residua.analysis.web.service_settings import ServiceSettings
 from residua.cache.store.activation_cache import ActivationCache
@@ -65,7 +65,7 @@ def wait_for_job(server: ServiceServer, job: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def server(root: Path) -> Iterator[ServiceServer]:
     """A service with an evaluation that it ran itself."""
-    settings = allow_sample(ServiceSettings(root=root, state=root / ".service"))
+    settings = demo_settings(ServiceSettings(root=root, state=root / ".service"))
     with running_service(root, jobs=True, models=settings.models, texts=settings.texts) as running:
         token = {"Authorization": f"Bearer {running.service.tokens.write}"}
         cache = largest_cache(root).id

@@ -1,18 +1,19 @@
 """The demo's jobs run one after the other, and give every view of the dashboard something."""
 
+import threading
 from pathlib import Path
 
 import httpx
 import pytest
 
-from residua.analysis.service.demo import allow_sample, demo_requests, start_demo
+from residua.analysis.service.demo_jobs import demo_settings, list_demo_steps, start_demo
 from residua.analysis.web.service_settings import ServiceSettings
 
 from ...support.services import running_service
 
 
 def test_each_job_of_the_demo_names_what_the_one_before_made() -> None:
-    steps = demo_requests()
+    steps = list_demo_steps()
     command, arguments = next(steps)
     assert command == "extract"
     assert Path(arguments["model"]).is_dir()
@@ -34,14 +35,16 @@ def test_each_job_of_the_demo_names_what_the_one_before_made() -> None:
 
 @pytest.mark.slow
 def test_the_demo_gives_every_view_something(tmp_path: Path) -> None:
-    settings = allow_sample(ServiceSettings(root=tmp_path, state=tmp_path / ".service"))
+    settings = demo_settings(ServiceSettings(root=tmp_path, state=tmp_path / ".service"))
     with running_service(
         tmp_path, jobs=True, models=settings.models, texts=settings.texts
     ) as server:
         assert server.service.jobs is not None
-        thread = start_demo(server.service.jobs)
-        thread.join(900)
-        assert not thread.is_alive()
+        told: list[str] = []
+        ended = threading.Event()
+        start_demo(server.service.jobs, lambda text: told.append(text) or ended.set())
+        assert ended.wait(900)
+        assert told == ["the demo is complete"]
         jobs = httpx.get(f"{server.address}/v1/jobs", timeout=30).json()["jobs"]
         assert {job["state"] for job in jobs} == {"done"}, [job["error"] for job in jobs]
         assert len(jobs) == 6
