@@ -119,12 +119,14 @@ print(json.dumps([residua.verify(cache.path).ok, rows.tolist(), logits.tolist()]
         ("residua.pull_probe('a/b')", "huggingface_hub", "hub"),
         ("residua.find_cache('a', 's3://b/c')", "upath", "s3"),
         ("residua.write_report(None, 'report.html')", "plotly", "report"),
+        ("import_module('residua.analysis.display.frames').data_frame([])", "pandas", "report"),
     ],
 )
 def test_what_is_missing_is_named_with_its_extra(
     tiny_cache: residua.ActivationCache, use: str, library: str, extra: str
 ) -> None:
     code = f"""
+from importlib import import_module
 cache = residua.ActivationCache({str(tiny_cache.path)!r})
 try:
     {use}
