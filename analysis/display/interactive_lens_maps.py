@@ -19,7 +19,6 @@ from ..report.page_frame import fill_page
 from ..report.probe_style import label, shorten
 from .lens_map_cells import (
     LETTERS,
-    OUTLINE,
     CellColors,
     bar_title,
     cell_colors,
@@ -27,6 +26,7 @@ from .lens_map_cells import (
     is_outlined,
     lens_label,
     map_title,
+    outline_color,
 )
 from .lens_maps import LensMap, LensMaps
 
@@ -91,7 +91,7 @@ def interactive_figure(maps: LensMaps, *, titles: bool = True) -> "Figure":
         colors = cell_colors(entry.values[maps.measure], maps.measure, entry.is_difference)
         figure.add_trace(_cells_trace(entry, maps, colors, place, total))
         figure.add_trace(_letters_trace(entry, maps, colors, place))
-        figure.add_trace(_outlines_trace(entry, place))
+        figure.add_traces(_outline_traces(entry, maps, colors, place))
         _add_axes(figure, entry, place, total)
         if titles:
             figure.add_annotation(
@@ -178,25 +178,35 @@ def _letters_trace(
     )
 
 
-def _outlines_trace(entry: LensMap, place: MapPlace) -> "Scatter":
-    """Outlines of cells, as one line with gaps."""
+def _outline_traces(
+    entry: LensMap, maps: LensMaps, colors: CellColors, place: MapPlace
+) -> "list[Scatter]":
+    """Outlines of cells, a line with gaps for each colour."""
     from plotly.graph_objects import Scatter
 
-    x: list[float | None] = []
-    y: list[float | None] = []
-    for row, column in np.ndindex(entry.agrees.shape):
+    corners: dict[str, tuple[list[float | None], list[float | None]]] = {}
+    for (row, column), value in np.ndenumerate(entry.values[maps.measure]):
         if is_outlined(entry, row, column):
-            x += [column + side for side in (-0.46, 0.46, 0.46, -0.46, -0.46)] + [None]
-            y += [row + side for side in (-0.44, -0.44, 0.44, 0.44, -0.44)] + [None]
-    return Scatter(
-        x=x,
-        y=y,
-        mode="lines",
-        line={"color": OUTLINE, "width": 1.6},
-        hoverinfo="skip",
-        xaxis=place.axes["tokens"],
-        yaxis=place.axes["layers"],
-    )
+            x, y = corners.setdefault(outline_color(entry, colors, float(value)), ([], []))
+            x += [*(column + side for side in (-0.46, 0.46, 0.46, -0.46, -0.46)), None]
+            y += [*(row + side for side in (-0.44, -0.44, 0.44, 0.44, -0.44)), None]
+    return [
+        Scatter(
+            x=x,
+            y=y,
+            mode="lines",
+            line={"color": _fixed_color(color), "width": 1.6},
+            hoverinfo="skip",
+            xaxis=place.axes["tokens"],
+            yaxis=place.axes["layers"],
+        )
+        for color, (x, y) in corners.items()
+    ]
+
+
+def _fixed_color(color: str) -> str:
+    """`#rrggbb` in the form that a page leaves alone in the dark, where cells stay light."""
+    return f"rgb({', '.join(str(int(color[at : at + 2], 16)) for at in (1, 3, 5))})"
 
 
 def _add_axes(figure: "Figure", entry: LensMap, place: MapPlace, total: int) -> None:

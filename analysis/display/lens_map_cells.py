@@ -27,7 +27,8 @@ DIFFERENCE_SCALE = (
 )
 """Colours of a difference, from negative to positive."""
 OUTLINE = "#d9480f"
-"""Colour of the outline of cells that agree with the last layer."""
+"""Colour of the outline of cells that agree with the last layer; on a difference, whose colours are
+alike, outlines have the colour of the letters."""
 LETTERS = 8
 """Letters of a token in a cell."""
 
@@ -102,6 +103,11 @@ def _short_number(value: float, measure: str) -> str:
     return f"{value:.2f}" if value >= 0.005 else f"{value:.0e}".replace("e-0", "e-")
 
 
+def outline_color(entry: LensMap, colors: CellColors, value: float) -> str:
+    """Colour of the outline of a cell with `value`."""
+    return colors.letters_on(value) if entry.is_difference else OUTLINE
+
+
 def is_outlined(entry: LensMap, row: int, column: int) -> bool:
     """Whether a cell is outlined: it agrees with the last layer.
 
@@ -113,10 +119,13 @@ def is_outlined(entry: LensMap, row: int, column: int) -> bool:
 def map_title(entry: LensMap, maps: LensMaps) -> str:
     """Lens, offset and passage of a map, and which cells are outlined."""
     outlined = "they disagree" if entry.is_difference else "as the last layer says"
-    return (
-        f"{lens_label(entry)} at N = {entry.offset} ({format_offset(entry.offset)}); "
-        f"{maps.passage}; outlined: {outlined}"
-    )
+    return f"{map_name(entry, maps)}; outlined: {outlined}"
+
+
+def map_name(entry: LensMap, maps: LensMaps) -> str:
+    """Lens, offset and passage of a map."""
+    offset = f"N = {entry.offset} ({format_offset(entry.offset)})"
+    return f"{lens_label(entry)} at {offset}; {maps.passage}"
 
 
 def lens_label(entry: LensMap) -> str:

@@ -10,12 +10,12 @@ import numpy as np
 from ..report.probe_style import printable, shorten
 from .lens_map_cells import (
     LETTERS,
-    OUTLINE,
     bar_title,
     cell_colors,
     cell_lines,
     is_outlined,
     map_title,
+    outline_color,
 )
 from .lens_maps import LensMap, LensMaps
 
@@ -68,7 +68,8 @@ def _draw_map(figure: "Figure", axes: "Axes", entry: LensMap, maps: LensMaps) ->
         )
         if is_outlined(entry, row, column):
             box = (column - 0.46, row - 0.44)
-            axes.add_patch(Rectangle(box, 0.92, 0.88, fill=False, edgecolor=OUTLINE, linewidth=1.3))
+            edge = outline_color(entry, colors, value)
+            axes.add_patch(Rectangle(box, 0.92, 0.88, fill=False, edgecolor=edge, linewidth=1.3))
     _label_axes(axes, entry, maps)
     bar = figure.colorbar(image, ax=axes, pad=0.01)
     bar.set_label(printable(bar_title(entry, maps)), fontsize=8, parse_math=False)

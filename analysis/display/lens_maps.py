@@ -125,6 +125,14 @@ class LensMaps:
         """The same cells, coloured by another measure; nothing is computed again."""
         return replace(self, measure=check_measure(measure))
 
+    def only(self, lens: str) -> "LensMaps":
+        """The maps of one lens; raises `NotFoundError` for a name that none has."""
+        maps = tuple(entry for entry in self.maps if entry.lens == lens)
+        if not maps:
+            names = ", ".join(dict.fromkeys(entry.lens for entry in self.maps))
+            raise NotFoundError(f"there is no map of the lens {lens!r}; these are of {names}")
+        return replace(self, maps=maps)
+
     def __sub__(self, other: "LensMaps") -> "LensMaps":
         """The difference of two lenses, cell by cell, at the layers and offsets that both have.
 

@@ -148,11 +148,12 @@ from click.testing import CliRunner
 from residua.cli import main
 root, cache = {str(tiny_cache.path.parent)!r}, {tiny_cache.id!r}
 html = ["--html", {str(tmp_path / "report.html")!r}]
-for words in (["fit", "lens", cache], ["quickstart"], ["evaluate", cache, *html]):
+maps = ["heatmap", cache]
+for words in (["fit", "lens", cache], ["quickstart"], ["evaluate", cache, *html], maps):
     result = CliRunner().invoke(main, [*words, "--root", root])
     print(json.dumps([result.exit_code, result.output]), file=sys.stderr)
     assert result.exit_code == 2 and result.output.count("\\n") == 1, result.output
-    name = {{"fit": "fit", "quickstart": "all", "evaluate": "report"}}[words[0]]
+    name = {{"quickstart": "all", "evaluate": "report"}}.get(words[0], "fit")
     assert f"pip install 'residua[{{name}}]'" in result.output, result.output
 print(json.dumps(True))
 """
