@@ -540,20 +540,31 @@ def push(root: Path, quiet: bool, name: str, target: str, **options: Any) -> Any
 
 @main.command()
 @click.argument("source", metavar="USER/NAME|PATH")
-@click.option("--expect", help="Beginning of the cache's id; another cache is refused.")
+@click.option(
+    "--kind",
+    type=click.Choice(["cache", "probe"]),
+    help="What to fetch where USER/NAME is both.  [default: the cache, else the probe]",
+)
+@click.option(
+    "--expect",
+    help="Beginning of the id of the cache, or of the cache that a probe was fitted on; others are "
+    "refused.",
+)
 @click.option("--revision", help="Branch, tag or commit.  [default: main]")
 @residua_command
-def pull(root: Path, quiet: bool, source: str, expect: str | None, revision: str | None) -> Any:
-    """Fetch a cache from the Hugging Face hub, or a cache or probe from a path.
+def pull(root: Path, quiet: bool, source: str, **options: Any) -> Any:
+    """Fetch a cache or probe from the Hugging Face hub, or from a path.
 
-    USER/NAME is a dataset repository that `residua push` made. PATH is the folder of a cache or
-    probe under another root; the last part may be the beginning of its name. Every byte is checked
-    before the cache appears under the root; a cache that is already there is not fetched. An
-    interrupted pull goes on where it stopped.
+    USER/NAME is a repository that `residua push` made: a dataset repository of a cache, or a model
+    repository of a probe. PATH is the folder of a cache or probe under another root; the last part
+    may be the beginning of its name. Every byte is checked before the cache or probe appears under
+    the root; a cache that is already there is not fetched. An interrupted pull goes on where it
+    stopped.
 
     \b
     residua pull someone/gpt2-residuals
     residua pull someone/gpt2-residuals --expect 3f2a --root caches
+    residua pull someone/gpt2-lens --revision small
     residua pull /shared/caches/3f2a
     residua pull /shared/caches/probes/ridge-3f2a
     """
@@ -563,7 +574,7 @@ def pull(root: Path, quiet: bool, source: str, expect: str | None, revision: str
     from residua.analysis.console.terminal import Meter
 
     with Meter(quiet) as meter:
-        value = pull_saved(source, root, meter.stage, expect=expect, revision=revision)
+        value = pull_saved(source, root, meter.stage, **options)
     return value, lambda: print_shared(value, root_option(str(root)))
 
 

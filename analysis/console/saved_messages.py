@@ -111,6 +111,8 @@ def print_shared(value: dict[str, Any], at_root: str) -> None:
     if value["kind"] == "probe":
         print(f"{value['status']}: probe {value['probe']}")
         print(f"  {value.get('url', value.get('path'))}")
+        if "path" in value:
+            print(f"next: residua info {value['probe']}{at_root}")
         return
     layers = format_ranges(value["layers"])
     print(f"{value['status']}: cache {value['cache'][:12]}")

@@ -14,6 +14,7 @@ from residua.cache.store.activation_cache import ActivationCache
 from residua.cli import main
 from residua.probes.saved.library import earlier_probe_path, probe_path
 
+from ...probes.saved.test_hub import LocalHub, hub  # noqa: F401
 from .test_commands import invoke, json_of
 
 
@@ -238,6 +239,35 @@ def test_verify_ends_with_the_command_that_mends(root: Path, tiny_cache: Activat
     assert shown.stdout.splitlines()[-1] == f"next: {command}"
     assert invoke(*command.split()[1:]).exit_code == 0
     assert residua.verify(root / tiny_cache.id).ok
+
+
+def test_probes_are_pushed_to_the_hub_and_pulled_from_it(
+    root: Path,
+    tiny_cache: ActivationCache,
+    hub: LocalHub,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    mine = tmp_path / "mine"
+    pushed = json_of("push", "lens", "someone/lens", "--root", root)
+    pulled = json_of("pull", "someone/lens", "--root", mine)
+    assert (pulled["status"], pulled["kind"]) == ("pulled", "probe")
+    # The folder has the name of the fit, and the bytes that were pushed.
+    assert pulled["probe"] == pushed["probe"]
+    for name in ("config.json", "probe.safetensors"):
+        copy = Path(pulled["path"], name).read_bytes()
+        assert copy == (root / "probes" / pushed["probe"] / name).read_bytes()
+    assert json_of("pull", "someone/lens", "--kind", "probe", "--root", mine)["status"] == "hit"
+    shown = invoke("pull", "someone/lens", "--root", mine).stdout
+    assert f"next: residua info {pulled['probe']} --root" in shown
+    cache = json_of("pull", "someone/lens", "--kind", "cache", "--root", mine, code=2)
+    assert "no dataset repository" in cache["message"]
+    other = json_of("pull", "someone/lens", "--expect", "0" * 8, "--root", tmp_path, code=3)
+    assert tiny_cache.id[:12] in other["message"]
+    neither = json_of("pull", "someone/nothing", "--root", mine, code=2)
+    assert "no dataset repository 'someone/nothing'" in neither["message"]
+    assert "no model repository 'someone/nothing'" in neither["message"]
+    path = json_of("pull", root / tiny_cache.id, "--kind", "cache", "--root", mine, code=2)
+    assert "--kind is for the hub" in path["message"]
 
 
 def completions(words: str, root: Path) -> list[str]:
