@@ -715,6 +715,7 @@ def baseline(
     residua fit baseline 3f2a trigram lagged --offsets 1-8
     """
     from residua.analysis.console.messages import print_fit
+    from residua.analysis.console.terminal import Meter
     from residua.cache.cluster import connected
     from residua.cache.store.catalog import find_cache
     from residua.probes.baselines.token_counts import unfitted_baselines
@@ -722,10 +723,11 @@ def baseline(
     from residua.probes.saved.save import save_probe
 
     source, fits = find_cache(cache, root), []
-    with connected(scheduler) as client:
+    with Meter(quiet) as meter, connected(scheduler) as client:
         for probe in unfitted_baselines(kinds or BASELINES, offsets, across_documents):
             path = new_probe_path(root, probe, source.id)
-            save_probe(probe.fit(source, client=client), path)
+            probe.fit(source, client=client, progress=meter.progress_of("count"))
+            save_probe(probe, path)
             fits.append({"kind": probe.kind, "probe": str(path), "metrics": probe.metrics()})
 
     def print_fits() -> None:

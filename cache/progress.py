@@ -34,6 +34,7 @@ LOG_SECONDS = 30.0
 """Time between two lines of the log about one stage."""
 UNITS = {
     "basis": "evaluations",
+    "count": "tokens",
     "lens": "steps",
     "readings": "layers",
     "tokenize": "documents",
