@@ -328,8 +328,8 @@ def list_(root: Path, quiet: bool) -> Any:
 def probes(root: Path, quiet: bool) -> Any:
     """List the probes under the root.
 
-    Kind, layers, offsets N, the cache of the fit, and the KL to the model where the fit measured
-    it.
+    Kind, layers, offsets N, the cache of the fit, and what the fit measured by itself: the KL to
+    the model (lenses), R2 (ridge), the loss (vocabulary probes).
 
     \b
     residua probes
