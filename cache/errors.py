@@ -6,6 +6,7 @@
     │   ├── ModelError           2   a model that cannot be loaded or captured
     │   ├── InputTypeError       2   (also TypeError) rows or labels of a type that is not read
     │   ├── MissingLibraryError  2   (also ModuleNotFoundError) a library of an extra is missing
+    │   ├── InUseError           2   something to remove that is named, pinned or being written
     │   └── NotFoundError        2   (also FileNotFoundError) no such cache, probe, layer
     ├── MismatchError            3   a cache, probe or request that does not fit another
     │   └── HeadMismatchError    3   the stored head does not give the model's logits
@@ -56,6 +57,10 @@ class MissingLibraryError(UsageError, ModuleNotFoundError):
 
 class NotFoundError(UsageError, FileNotFoundError):
     """No cache, probe or layer has the name or number of the request."""
+
+
+class InUseError(UsageError):
+    """A cache or probe to remove that others still name, that is pinned, or is being written."""
 
 
 class IncompleteError(UsageError):

@@ -22,6 +22,9 @@ EXTRA_OF = {
     "tqdm": "extract",
     "transformers": "extract",
     "torch": "fit",
+    "cryptography": "serve",
+    "httptools": "serve",
+    "httpx": "client",
     "huggingface_hub": "hub",
     "matplotlib": "report",
     "pandas": "report",
@@ -29,16 +32,18 @@ EXTRA_OF = {
     "google": "sentencepiece",  # google.protobuf
     "s3fs": "s3",
     "upath": "s3",
+    "prometheus_client": "serve",
     "sentencepiece": "sentencepiece",
     "starlette": "serve",
     "uvicorn": "serve",
 }
 """Top module of a library -> the extra that brings it; the smallest, where several do."""
-LIBRARIES_OF = {
+LIBRARIES_OF: dict[str, tuple[str, ...]] = {
     "all": ("torch", "transformers", "matplotlib", "plotly"),
     "extract": ("torch", "transformers"),
     "fit": ("torch",),
     "report": ("torch", "matplotlib", "plotly", "tokenizers"),
+    "serve": ("httptools", "prometheus_client", "starlette", "uvicorn"),
 }
 """Extra -> top modules that work in need of the extra uses, for `require_extra`."""
 PROJECT = __name__.partition(".")[0]

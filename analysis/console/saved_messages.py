@@ -89,6 +89,8 @@ def describe_removal(removal: "Removal") -> str:
     if removal.extended_by:
         ids = ", ".join(name[:12] for name in removal.extended_by)
         text += f"; extended by {ids}, which stay whole"
+    if others := [str(user) for user in removal.users if user.kind != "cache"]:
+        text += f"; named by {'; '.join(others)}"
     return text
 
 

@@ -294,12 +294,12 @@ def read_lens_maps(
                 f"a passage cannot be a {type(passage).__name__}; give a text, a "
                 "residua.CachePassage(cache, ...) or a cache"
             )
-        streams = _streams_of_cache(place, ahead, torch_device)
+        streams = streams_of_cache(place, ahead, torch_device)
     owner: Any = streams
     for lens in listed:
         check_belongs(lens, owner, force)
 
-    tracked = None if track is None else _tracked_token(track, streams)
+    tracked = None if track is None else token_to_track(track, streams)
     maps = []
     for name, lens in named.items():
         for offset in offsets_of[name]:
@@ -334,7 +334,7 @@ def _layers_of(
     return tuple(layers)
 
 
-def _streams_of_cache(passage: CachePassage, ahead: int, device: "torch.device") -> PassageStreams:
+def streams_of_cache(passage: CachePassage, ahead: int, device: "torch.device") -> PassageStreams:
     """The residual streams of a passage of a cache, and of `ahead` tokens after it."""
     import torch
 
@@ -376,7 +376,7 @@ def _streams_of_cache(passage: CachePassage, ahead: int, device: "torch.device")
     )
 
 
-def _tracked_token(track: str | int, streams: PassageStreams) -> int:
+def token_to_track(track: str | int, streams: PassageStreams) -> int:
     """The id of the token to track; raises `UsageError` unless it is one token."""
     if not isinstance(track, str):
         token = as_whole_number(track, "track")

@@ -24,9 +24,9 @@ class MeasureBuffers:
 
         self.rows = rows
         """Most rows of a comparison."""
-        self.log_q = torch.empty(rows, vocab, device=device)
+        self.log_q: torch.Tensor = torch.empty(rows, vocab, device=device)
         """Log-probabilities of the probe, then log p - log q, float32."""
-        self.pair = torch.empty(2, rows, vocab, device=device)
+        self.pair: torch.Tensor = torch.empty(2, rows, vocab, device=device)
         """Probabilities of the model and the probe, then comparisons with two tokens, float32."""
 
 

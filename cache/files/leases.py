@@ -9,16 +9,17 @@ repair and growth take the lease of a part by `lease_part`; creation and new lay
 
 import fcntl
 import os
+import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import UsageError
 from .json_files import make_folder
-from .object_leases import object_lease, object_lease_holder
+from .object_leases import held_object_leases, object_lease, object_lease_holder
 from .paths import is_remote
 
 LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -159,3 +160,59 @@ def _write_holder(descriptor: int) -> None:
     with suppress(OSError):  # a full disk matters to messages alone
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+
+
+def held_leases(folder: Path, parts: Collection[int]) -> dict[int, str]:
+    """Part -> holder of those of `parts` whose lease a process of this machine has just now.
+
+    The leases are not touched: a reader that tried to lock one would keep a worker from it. The
+    kernel lists its locks in /proc/locks; empty on systems without it, and for processes of other
+    machines. In an object store a lease of a dead holder counts until another worker takes it over.
+    """
+    if is_remote(folder):
+        return held_object_leases(folder, parts)
+    locked = _kernel_locks()
+    held = {}
+    for part in parts if locked else ():
+        with suppress(OSError):
+            if _place_of(os.lstat(_lock_file(folder, part))) in locked:
+                held[part] = lease_holder(folder, part)
+    return held
+
+
+def _kernel_locks() -> set[tuple[int, int, int]]:
+    """Device (major, minor) and inode of the files that processes of this machine have locked."""
+    try:
+        lines = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return set()
+    locked = set[tuple[int, int, int]]()
+    for line in lines:  # 1: FLOCK  ADVISORY  WRITE 4711 fd:01:123456 0 EOF
+        if match := re.search(r" FLOCK .* ([0-9a-f]+):([0-9a-f]+):(\d+) ", line):
+            locked.add((int(match[1], 16), int(match[2], 16), int(match[3])))
+    return locked
+
+
+def _place_of(status: os.stat_result) -> tuple[int, int, int]:
+    return os.major(status.st_dev), os.minor(status.st_dev), status.st_ino
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a process has locked the file or folder `path` on a disk; no link is followed.
+
+    False for what is not there, None if the file system has no locks. A lock that the kernel lists
+    is not touched; else the file is locked for a moment, to see.
+    """
+    try:
+        if _place_of(os.lstat(path)) in _kernel_locks():
+            return True
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:  # a link, or nothing that may be opened: no lock of ours
+        return None
+    try:
+        taken = try_lock(descriptor)
+        return None if taken is None else not taken
+    finally:
+        os.close(descriptor)

@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,13 @@ def object_lease_holder(folder: Path, name: str) -> str:
     generations = _generations(folder, name)
     holder = _read_object(generations[max(generations)]) if generations else None
     return f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+
+
+def held_object_leases(folder: Path, parts: Collection[int]) -> dict[int, str]:
+    """Part -> holder of those of `parts` that have a lease; the holder may have died."""
+    names = {path.name.partition(".")[0] for path in list_folder(folder)}
+    named = {part: f"{part:08d}" for part in parts}
+    return {part: object_lease_holder(folder, n) for part, n in named.items() if n in names}
 
 
 @dataclass

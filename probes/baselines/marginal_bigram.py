@@ -103,7 +103,7 @@ class MarginalBigram(Bigram):
 
     def _restore_tensors(self, tensors: SavedTensors) -> None:
         super()._restore_tensors(tensors)
-        self.depth_ = int(tensors.array("depth", (1,), "iu")[0])
+        self.depth_: int = int(tensors.array("depth", (1,), "iu")[0])
 
 
 class BigramChain(MarginalBigram):

@@ -92,7 +92,7 @@ class Bigram(CountBaseline):
         with show_stage(progress, STAGE) as report:
             passes = TrainSplitPasses(cache, 1, client, report)
             self.counts_ = count_pairs(passes, 1, self.across_documents)
-        self.unigram_ = unigram_probabilities(column_sums(self.counts_))
+        self.unigram_: np.ndarray = unigram_probabilities(column_sums(self.counts_))
         return self
 
     def log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
@@ -149,8 +149,8 @@ class CrossFittedBigram(Bigram):
                     table = table_of_keys(keys[folds == fold], (cache.vocab, cache.vocab))
                     fold_tables[fold] = fold_tables[fold] + table
                 passes.report(len(ids))
-        self.counts_ = sum_tables(fold_tables, zero)
-        self.unigram_ = unigram_probabilities(column_sums(self.counts_))
+        self.counts_: csr_matrix = sum_tables(fold_tables, zero)
+        self.unigram_: np.ndarray = unigram_probabilities(column_sums(self.counts_))
         # For each fold, the sum of the other tables. The total less its own table would have
         # entries of zero, which smoothing would count as pairs seen.
         self._other_folds = [
@@ -215,7 +215,7 @@ class LaggedBigram(CountBaseline):
         offsets, across = self._offsets(), self.across_documents
         with show_stage(progress, STAGE) as report:
             passes = TrainSplitPasses(cache, 1 + len(offsets), client, report)
-            self.unigram_ = unigram_probabilities(count_followers(passes, across))
+            self.unigram_: np.ndarray = unigram_probabilities(count_followers(passes, across))
             self.counts_ = {n: count_pairs(passes, n + 1, across) for n in offsets}
         return self
 
@@ -289,7 +289,7 @@ class Unigram(CountBaseline):
         with show_stage(progress, STAGE) as report:
             passes = TrainSplitPasses(cache, 1, client, report)
             self.counts_ = count_followers(passes, self.across_documents)
-        self.unigram_ = unigram_probabilities(self.counts_)
+        self.unigram_: np.ndarray = unigram_probabilities(self.counts_)
         return self
 
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
@@ -367,7 +367,7 @@ class Trigram(CountBaseline):
         with show_stage(progress, STAGE) as report:
             passes = TrainSplitPasses(cache, 2, client, report)
             self.pairs_ = count_pairs(passes, 1, self.across_documents)
-            self.unigram_ = unigram_probabilities(column_sums(self.pairs_))
+            self.unigram_: np.ndarray = unigram_probabilities(column_sums(self.pairs_))
             self.contexts_ = most_frequent_pairs(self.pairs_, self.contexts)
             tables = passes.count(_count_triples_in, self.contexts_, self.across_documents)
             self.counts_ = sum_tables(tables, empty_table(len(self.contexts_), cache.vocab))

@@ -78,8 +78,10 @@ class CountBaseline(FittedProbe, ProbeFiles, Params):
                 f"not {self.offsets}"
             )
         PairScope(self.across_documents).check()
-        self.cache_id_, self.geometry_, self.split_ = cache.id, cache.head.digest, "train"
-        self.n_features_in_ = cache.d_model
+        self.cache_id_: str | None = cache.id
+        self.geometry_: str | None = cache.head.digest
+        self.split_: str | None = "train"
+        self.n_features_in_: int = cache.d_model
 
     def metrics(self) -> list[dict[str, Any]]:
         """One row per offset: pairs counted (`n`), and distinct pairs (`distinct`)."""

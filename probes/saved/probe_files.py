@@ -1,6 +1,7 @@
 """The files of a saved probe as a whole: copied to another root, or removed."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from ...cache.errors import CorruptError, MismatchError, UsageError
@@ -41,11 +42,18 @@ def copy_probe(
     return target, "copied"
 
 
-def remove_probe(path: Path) -> None:
-    """Remove the probe in the folder `path`; raises `UsageError` if it holds other files."""
+def _allow(folder: Path) -> None:
+    """Object to no removal."""
+
+
+def remove_probe(path: Path, check: Callable[[Path], None] = _allow) -> None:
+    """Remove the probe in the folder `path`; raises `UsageError` if it holds other files.
+
+    `check` is that of `remove_folder`.
+    """
     others = sorted({entry.name for entry in list_folder(path)} - set(FILES))
     if others:
         raise UsageError(
             f"{path} holds more than a probe ({', '.join(others[:5])}): remove the folder by hand"
         )
-    remove_folder(path, marker="config.json")
+    remove_folder(path, "config.json", check)

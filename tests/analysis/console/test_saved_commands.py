@@ -139,12 +139,12 @@ def test_a_fit_under_its_earlier_name_keeps_it(root: Path, tiny_cache: Activatio
 
 
 def test_rm_asks_and_removes(root: Path, tiny_cache: ActivationCache) -> None:
-    kept = answer("n\n", "rm", tiny_cache.id[:8], "ridge", "--root", root)
+    kept = answer("n\n", "rm", tiny_cache.id[:8], "ridge", "--force", "--root", root)
     assert kept.exit_code == 0, kept.output
     assert "Remove?" in kept.output
     assert "nothing was removed" in kept.output
     assert (root / tiny_cache.id).exists()
-    removed = answer("y\n", "rm", tiny_cache.id[:8], "ridge", "--root", root)
+    removed = answer("y\n", "rm", tiny_cache.id[:8], "ridge", "--force", "--root", root)
     assert removed.exit_code == 0, removed.output
     assert json_of("ls", "--root", root)["caches"] == []
     assert {probe["kind"] for probe in json_of("probes", "--root", root)["probes"]} == {
@@ -169,9 +169,23 @@ def test_rm_removes_nothing_without_an_answer_or_with_a_wrong_name(
 
 def test_rm_refuses_a_cache_that_is_being_written(root: Path, tiny_cache: ActivationCache) -> None:
     with lease_part(root / tiny_cache.id / "leases", 0):
-        failed = json_of("rm", tiny_cache.id, "--yes", "--root", root, code=2)
+        failed = json_of("rm", tiny_cache.id, "--yes", "--force", "--root", root, code=2)
     assert "is being written by process" in failed["message"]
     assert residua.verify(root / tiny_cache.id).ok
+
+
+def test_rm_leaves_a_cache_that_probes_name_unless_they_go_too(
+    root: Path, tiny_cache: ActivationCache
+) -> None:
+    refused = json_of("rm", tiny_cache.id, "--yes", "--root", root, code=2)
+    assert refused["error"] == "InUseError"
+    assert all(f"probe {kind}-" in refused["message"] for kind in ("ridge", "lens", "bigram"))
+    names = ("ridge", "lens", tiny_cache.id)
+    assert "bigram-" in json_of("rm", *names, "--yes", "--root", root, code=2)["message"]
+    assert len(json_of("probes", "--root", root)["probes"]) == 3
+    gone = json_of("rm", *names, "bigram", "--yes", "--root", root)["removed"]
+    assert [entry["kind"] for entry in gone] == ["probe", "probe", "cache", "probe"]
+    assert json_of("ls", "--root", root)["caches"] == []
 
 
 def test_rm_refuses_a_folder_that_holds_more_than_a_probe(root: Path) -> None:
@@ -188,10 +202,13 @@ def test_rm_says_which_caches_extend_a_removed_one(
     options = {"root": tmp_path, "context": 64, "part_positions": 512}
     short = residua.extract(model_folder, texts_file, max_tokens=2048, **options)
     long = residua.extract(model_folder, texts_file, max_tokens=4096, **options)
-    asked = answer("n\n", "rm", short.id, "--root", tmp_path)
+    asked = answer("n\n", "rm", short.id, "--force", "--root", tmp_path)
     assert "are shared with other caches, and stay" in asked.output
     assert f"extended by {long.id[:12]}" in asked.output
-    (entry,) = json_of("rm", short.id, "--yes", "--root", tmp_path)["removed"]
+    refused = json_of("rm", short.id, "--yes", "--root", tmp_path, code=2)
+    assert (refused["error"], short.complete) == ("InUseError", True)
+    assert f"cache {long.id[:12]}, which extends it" in refused["message"]
+    (entry,) = json_of("rm", short.id, "--yes", "--force", "--root", tmp_path)["removed"]
     assert entry["extended_by"] == [long.id]
     assert residua.verify(long.path).ok
 

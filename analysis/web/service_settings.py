@@ -1,0 +1,77 @@
+"""Settings of a service: the root that it serves, who may do what, and how much."""
+
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...cache.files.paths import is_remote
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What `residua serve` was started with."""
+
+    root: Path
+    """Folder or object store of the caches."""
+    state: Path
+    """Local folder of the service's own files: tokens, jobs, uploaded texts."""
+    host: str = "127.0.0.1"
+    """Address to listen at."""
+    port: int = 0
+    """Port to listen at; 0 takes a free one."""
+    private: bool = False
+    """Whether reading needs a token, too."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that requests may call the service by, beside IP addresses, localhost and the name of
+    the machine; `*` for any."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of web pages that may read, beside those of this machine; `*` for any."""
+    models: tuple[Path, ...] = ()
+    """Folders under which the models of jobs must lie."""
+    texts: tuple[Path, ...] = ()
+    """Folders under which the texts of jobs must lie, beside uploaded ones."""
+    hub: bool = False
+    """Whether jobs may name models and texts of the hub."""
+    remote_code: bool = False
+    """Whether jobs may run code that comes with a model."""
+    scheduler: str | None = None
+    """Address of a dask scheduler that runs the jobs; None for workers of the service's own."""
+    workers: int = 1
+    """Number of the service's own workers, each of which runs one job at a time."""
+    max_connections: int = 512
+    """Requests that are answered at the same time; more are refused with 503."""
+    header_seconds: float = 10.0
+    """Longest time to send the head of a request, in seconds."""
+    body_seconds: float = 60.0
+    """Longest time between two pieces of a request's body, in seconds."""
+    send_seconds: float = 60.0
+    """Longest time that a reader may take for one piece of an answer, in seconds."""
+    drain_seconds: float = 20.0
+    """Time that requests have to end once the service was told to stop, in seconds."""
+    machine: str = field(default_factory=socket.gethostname)
+    """Name of this machine."""
+
+
+def default_state(root: Path) -> Path:
+    """Folder of the service's own files: `.service` in a local root, else in the user's folder."""
+    if not is_remote(root):
+        return root / ".service"
+    from ...cache.files.json_files import json_digest
+    from ...cache.store.catalog import cache_root
+
+    folder = cache_root(None)
+    base = folder if not is_remote(folder) else Path.home() / ".cache" / "residua"
+    return base / ".service" / json_digest(str(root))[:12]
+
+
+def make_settings(root: Path, state: Path, **options: Any) -> ServiceSettings:
+    """Settings from the options of `residua serve`; folders are resolved, links followed."""
+    for name in ("models", "texts"):
+        options[name] = tuple(Path(folder).resolve() for folder in options.get(name, ()))
+    given = {
+        "allowed_hosts": tuple(options.pop("allow_host", ())),
+        "allowed_origins": tuple(options.pop("allow_origin", ())),
+        "remote_code": options.pop("trust_remote_code", False),
+    }
+    return ServiceSettings(root=root, state=state, **given, **options)
