@@ -21,6 +21,7 @@ from residua.cache.errors import LimitError, NotFoundError
 from ...support.jobs import (
     ENDLESS,
     attempt_folders,
+    free_port,
     kill_worker,
     process_of,
     running_process,
@@ -252,15 +253,6 @@ def test_a_full_disk_is_the_end_of_a_job_with_its_name(
             wait_for_end(queue, job)
     finally:
         subprocess.run(["umount", str(disk)], check=False)
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_forged_files_of_a_job_are_an_error_of_that_job_alone(
