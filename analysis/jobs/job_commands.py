@@ -160,7 +160,7 @@ def _complete_names(
         given["cache"] = run["cache"] = cache_id(settings.root, given["cache"])
     if command == "evaluate" and given.get("probes"):
         names = given["probes"] if isinstance(given["probes"], list) else [given["probes"]]
-        given["probes"] = run["probes"] = [probe_name(settings.root, name) for name in names]
+        given["probes"] = run["probes"] = [named_probe(settings.root, name) for name in names]
     if command == "fit basis" and given.get("lens", LOGIT_LENS) != LOGIT_LENS:
         given["lens"] = run["lens"] = probe_name(settings.root, given["lens"])
     if command == "repair" and "model" not in given:
@@ -191,6 +191,16 @@ def cache_id(root: Path, name: Any) -> str:
     if path.parent != root:
         raise NotFoundError(f"no cache {name!r} under the root of this server")
     return path.name
+
+
+def named_probe(root: Path, argument: Any) -> str:
+    """PROBE or NAME=PROBE with the whole name of the probe; no path is taken."""
+    if not isinstance(argument, str):
+        return probe_name(root, argument)
+    name, equals, probe = argument.rpartition("=")
+    if "/" in name or "\\" in name:
+        raise NotFoundError(f"no probe {argument[:100]!r}: a job names no paths")
+    return f"{name}{equals}{probe_name(root, probe)}"
 
 
 def probe_name(root: Path, name: Any) -> str:

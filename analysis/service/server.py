@@ -22,7 +22,7 @@ from ..web.request_records import ACCESS_LOGGER
 from ..web.service_protocol import limited_protocol
 from ..web.service_settings import ServiceSettings
 from .application import Service, make_application
-from .demo import allow_sample, start_demo
+from .demo_jobs import demo_settings, start_demo
 
 KEEP_ALIVE_SECONDS = 30
 """Time for which a connection without a request stays open."""
@@ -170,13 +170,13 @@ def run_service(
     """
     keep_freed_memory()
     if demo:
-        settings = allow_sample(settings)
+        settings = demo_settings(settings)
 
     def begin(service: Service, address: str) -> None:
         if started is not None:
             started(service, address)
         if demo and service.jobs is not None:
-            start_demo(service.jobs)
+            start_demo(service.jobs, LOGGER.info)
 
     server = ServiceServer(settings, public, begin)
     server.serve_until_told()

@@ -17,7 +17,7 @@ from .byte_client import (
     ByteClient,
     ObjectReplacedError,
     Span,
-    byte_client,
+    shared_client,
 )
 
 RUN_BYTES = 8 << 20
@@ -54,7 +54,7 @@ class ServedFileSystem(AbstractFileSystem):
     @property
     def client(self) -> ByteClient:
         """The connections of this process."""
-        return byte_client(self.origin)
+        return shared_client(self.origin)
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -81,13 +81,23 @@ class ServedFileSystem(AbstractFileSystem):
                 continue
         raise UnreachableError(f"{self.origin}{path} changes all the time; try it again later")
 
-    def _iterate(self, path: str, start: int, stop: int | None) -> Iterator[bytes]:
-        """The bytes `start:stop` in pieces, as far as the object has them."""
+    def _iterate(
+        self, path: str, start: int, stop: int | None, most: int | None = None
+    ) -> Iterator[bytes]:
+        """The bytes `start:stop` in pieces, as far as the object has them.
+
+        Raises `UnreachableError` for an object of more than `most` bytes.
+        """
         etag, position = None, start
         while stop is None or position < stop:
             end = position + RUN_BYTES if stop is None else min(stop, position + RUN_BYTES)
             reply = self.client.read_range(path, Span(position, end), etag)
             etag = reply.etag
+            size = max(reply.size or 0, position + len(reply.data))
+            if most is not None and size > most:
+                raise UnreachableError(
+                    f"{self.origin}{path} has {size} bytes; such a file has at most {most} here"
+                )
             yield reply.data
             position += len(reply.data)
             if not reply.data or (reply.size is not None and position >= reply.size):
@@ -101,16 +111,8 @@ class ServedFileSystem(AbstractFileSystem):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         limit = memory // 2 if most is None else min(most, memory // 2)
         for _ in range(ROUNDS):
-            pieces, size = [], 0
             try:
-                for piece in self._iterate(path, 0, None):
-                    size += len(piece)
-                    if size > limit:
-                        raise UnreachableError(
-                            f"{self.origin}{path} has more than {limit} bytes, the most of such a "
-                            "file"
-                        )
-                    pieces.append(piece)
+                pieces = list(self._iterate(path, 0, None, limit))
                 return pieces[0] if len(pieces) == 1 else b"".join(pieces)
             except ObjectReplacedError:
                 continue
