@@ -44,6 +44,7 @@ from residua.analysis.console.options import (
 BASIS_METHODS = ("joint", "greedy", "one-shot", "fisher")
 BASIS_METRICS = ("covariance", "euclidean")
 BASIS_REFERENCES = ("mean", "zero", "resample")
+MAP_MEASURES = ("probability", "entropy", "kl", "rank")
 BASELINES = ("unigram", "bigram", "trigram", "lagged", "chain", "marginal")
 
 
@@ -340,8 +341,8 @@ def list_(root: Path, quiet: bool) -> Any:
 def probes(root: Path, quiet: bool) -> Any:
     """List the probes under the root.
 
-    Kind, layers, offsets N, the cache of the fit, and the KL to the model where the fit measured
-    it.
+    Kind, layers, offsets N, the cache of the fit, and what the fit measured by itself: the KL to
+    the model (lenses), R2 (ridge), the loss (vocabulary probes).
 
     \b
     residua probes
@@ -693,20 +694,31 @@ def push(root: Path, quiet: bool, name: str, target: str, **options: Any) -> Any
 
 @main.command()
 @click.argument("source", metavar="USER/NAME|PATH")
-@click.option("--expect", help="Beginning of the cache's id; another cache is refused.")
+@click.option(
+    "--kind",
+    type=click.Choice(["cache", "probe"]),
+    help="What to fetch where USER/NAME is both.  [default: the cache, else the probe]",
+)
+@click.option(
+    "--expect",
+    help="Beginning of the id of the cache, or of the cache that a probe was fitted on; others are "
+    "refused.",
+)
 @click.option("--revision", help="Branch, tag or commit.  [default: main]")
 @residua_command
-def pull(root: Path, quiet: bool, source: str, expect: str | None, revision: str | None) -> Any:
-    """Fetch a cache from the Hugging Face hub, or a cache or probe from a path.
+def pull(root: Path, quiet: bool, source: str, **options: Any) -> Any:
+    """Fetch a cache or probe from the Hugging Face hub, or from a path.
 
-    USER/NAME is a dataset repository that `residua push` made. PATH is the folder of a cache or
-    probe under another root; the last part may be the beginning of its name. Every byte is checked
-    before the cache appears under the root; a cache that is already there is not fetched. An
-    interrupted pull goes on where it stopped.
+    USER/NAME is a repository that `residua push` made: a dataset repository of a cache, or a model
+    repository of a probe. PATH is the folder of a cache or probe under another root; the last part
+    may be the beginning of its name. Every byte is checked before the cache or probe appears under
+    the root; a cache that is already there is not fetched. An interrupted pull goes on where it
+    stopped.
 
     \b
     residua pull someone/gpt2-residuals
     residua pull someone/gpt2-residuals --expect 3f2a --root caches
+    residua pull someone/gpt2-lens --revision small
     residua pull /shared/caches/3f2a
     residua pull /shared/caches/probes/ridge-3f2a
     """
@@ -716,7 +728,7 @@ def pull(root: Path, quiet: bool, source: str, expect: str | None, revision: str
     from residua.analysis.console.terminal import Meter
 
     with Meter(quiet) as meter:
-        value = pull_saved(source, root, meter.stage, expect=expect, revision=revision)
+        value = pull_saved(source, root, meter.stage, **options)
     return value, lambda: print_shared(value, root_option(str(root)))
 
 
@@ -857,6 +869,7 @@ def baseline(
     residua fit baseline 3f2a trigram lagged --offsets 1-8
     """
     from residua.analysis.console.messages import print_fit
+    from residua.analysis.console.terminal import Meter
     from residua.cache.cluster import connected
     from residua.cache.store.catalog import find_cache
     from residua.probes.baselines.token_counts import unfitted_baselines
@@ -864,10 +877,11 @@ def baseline(
     from residua.probes.saved.save import save_probe
 
     source, fits = find_cache(cache, root), []
-    with connected(scheduler) as client:
+    with Meter(quiet) as meter, connected(scheduler) as client:
         for probe in unfitted_baselines(kinds or BASELINES, offsets, across_documents):
             path = new_probe_path(root, probe, source.id)
-            save_probe(probe.fit(source, client=client), path)
+            probe.fit(source, client=client, progress=meter.progress_of("count"))
+            save_probe(probe, path)
             fits.append({"kind": probe.kind, "probe": str(path), "metrics": probe.metrics()})
 
     def print_fits() -> None:
@@ -1173,7 +1187,7 @@ def basis(
 
 @main.command()
 @cache_argument()
-@click.argument("probes", nargs=-1, metavar="PROBE...", shell_complete=complete_names)
+@click.argument("probes", nargs=-1, metavar="[NAME=]PROBE...", shell_complete=complete_names)
 @click.option(
     "--offsets",
     type=NUMBERS,
@@ -1237,28 +1251,30 @@ def evaluate(
     """Measure PROBEs on held-out text of CACHE.
 
     The logit lens and a bigram are measured beside them. PROBE is a folder, or a name (or
-    unique prefix) under the root. kl is KL(model || probe) in nats per position, kl_reverse is
-    KL(probe || model); precision@k, nll and surprisal compare the probe with the model's own
-    top token. Buckets are the same measures by the model's largest probability.
+    unique prefix) under the root; with NAME= before it, tables and pictures call it NAME. kl is
+    KL(model || probe) in nats per position, kl_reverse is KL(probe || model); precision@k, nll and
+    surprisal compare the probe with the model's own top token. Buckets are the same measures by
+    the model's largest probability.
 
     \b
     residua evaluate 3f2a ridge-3f2a
     residua evaluate 3f2a ridge-3f2a --html report.html --png pictures
+    residua evaluate 3f2a long=ridge-3f2a short=ridge-81d9
     """
     from residua.analysis.console.actions import check_outputs, write_outputs
 
     check_outputs(html, png)
     from residua.analysis.console.messages import print_evaluation
+    from residua.analysis.console.probe_names import load_named_probes
     from residua.analysis.console.terminal import Meter
     from residua.analysis.evaluation.probe_evaluation import evaluate as evaluate_probes
     from residua.analysis.token_texts.position_masks import MASKS as MASK_FUNCTIONS
     from residua.cache.number_ranges import absolute_numbers
     from residua.cache.store.catalog import find_cache
-    from residua.probes.saved.library import find_probe, load_probe_for
 
     source = find_cache(cache, root)
     options["layers"] = absolute_numbers(options["layers"], source.n_blocks)
-    loaded_probes = [load_probe_for(source, find_probe(name, root), force) for name in probes]
+    loaded_probes = load_named_probes(source, probes, root, force)
     with Meter(quiet) as meter:
         mask = None if where is None else MASK_FUNCTIONS[where](source)
         evaluation = evaluate_probes(
@@ -1279,6 +1295,102 @@ def evaluate(
         "files": written,
     }
     return value, lambda: print_evaluation(evaluation, written)
+
+
+@main.command()
+@cache_argument()
+@click.argument("probes", nargs=-1, metavar="[NAME=]PROBE...", shell_complete=complete_names)
+@click.option("--text", help="Text of your own; the model reads it.  [default: a passage of CACHE]")
+@click.option("--model", help="Folder or hub id of the model.  [default: where it was]")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option(
+    "--sequence",
+    type=WHOLE_NUMBER,
+    help="Sequence of CACHE to read.  [default: one where much is decided in the upper layers]",
+)
+@click.option("--first", type=WHOLE_NUMBER, help="First token of the sequence.  [default: 0]")
+@click.option("--tokens", type=WHOLE_NUMBER, help="Most tokens of the passage.  [default: 24]")
+@click.option("--split", help="Split in which to search for a passage.  [default: test]")
+@click.option(
+    "--offsets",
+    type=NUMBERS,
+    help="Offsets N, a map each.  [default: the smallest of each probe]",
+)
+@click.option("--layers", type=LAYERS, help="Layers to show.  [default: all that a probe reads]")
+@click.option(
+    "--measure",
+    type=click.Choice(MAP_MEASURES),
+    default="probability",
+    show_default=True,
+    help="Colour of the cells: probability of the likeliest token, entropy, KL to the model (kl), "
+    "or rank of the model's token.",
+)
+@click.option(
+    "--track",
+    metavar="TOKEN",
+    help='Token whose probability and rank are shown instead, such as " Paris".',
+)
+@click.option(
+    "--difference", is_flag=True, help="Show the first of two probes less the second, cell by cell."
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, auto.")
+@click.option("--force", is_flag=True, help="Read with probes of another model, too.")
+@click.option("--html", type=click.Path(path_type=Path), help="File to write a page to explore to.")
+@click.option("--png", type=click.Path(path_type=Path), help="File to write a picture to.")
+@residua_command
+def heatmap(
+    root: Path,
+    quiet: bool,
+    cache: str,
+    probes: Sequence[str],
+    text: str | None,
+    model: str | None,
+    trust_remote_code: bool,
+    sequence: int | None,
+    first: int | None,
+    tokens: int | None,
+    split: str | None,
+    html: Path | None,
+    png: Path | None,
+    **options: Any,
+) -> Any:
+    """Show what PROBEs read in a passage, layer by layer and token by token.
+
+    A passage of CACHE needs no model; a --text of your own is read by the model of CACHE. PROBE is
+    any that reads layers, or logit, the logit lens, which is the default. A cell is the likeliest
+    token; those that say what the last layer says are marked, in a --difference those where both
+    probes say the same (in pictures: where they disagree).
+
+    \b
+    residua heatmap 3f2a ridge-3f2a --html map.html
+    residua heatmap 3f2a ridge-3f2a --sequence 20 --first 100 --tokens 18 --png map.png
+    residua heatmap 3f2a tuned=lens-3f2a logit --layers 4-8 --difference --measure kl
+    residua heatmap 3f2a lens-3f2a --text "The Louvre is in the city of" --track " Paris"
+    """
+    from residua.analysis.console.heatmap_actions import (
+        PassageChoice,
+        check_heatmap_outputs,
+        print_heatmaps,
+        read_heatmaps,
+        write_heatmaps,
+    )
+    from residua.cache.store.catalog import find_cache
+
+    passage = PassageChoice(text, model, trust_remote_code, sequence, first, tokens, split=split)
+    passage.check()
+    check_heatmap_outputs(html, png)
+    source = find_cache(cache, root)
+    maps = read_heatmaps(source, probes, root, passage, **options)
+    written = write_heatmaps(maps, html, png)
+    value = {
+        "cache": source.id,
+        "passage": maps.passage,
+        "measure": maps.measure,
+        "tracked": maps.tracked,
+        "maps": maps.to_dicts(),
+        "files": written,
+    }
+    return value, lambda: print_heatmaps(maps, written)
 
 
 @main.command()

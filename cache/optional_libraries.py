@@ -24,14 +24,15 @@ EXTRA_OF = {
     "torch": "fit",
     "cryptography": "serve",
     "httptools": "serve",
-    "httpx": "client",
     "huggingface_hub": "hub",
     "matplotlib": "report",
-    "pandas": "extract",
+    "pandas": "report",
     "plotly": "report",
+    "google": "sentencepiece",  # google.protobuf
     "s3fs": "s3",
     "upath": "s3",
     "prometheus_client": "serve",
+    "sentencepiece": "sentencepiece",
     "starlette": "serve",
     "uvicorn": "serve",
 }
@@ -72,6 +73,15 @@ def require_extra(extra: str, work: str) -> None:
     for library in LIBRARIES_OF[extra]:
         if not is_installed(library):
             raise missing_library(library, work, extra)
+
+
+def require_library(library: str, work: str) -> None:
+    """Raise `MissingLibraryError` unless `library`, a top module that `work` uses, is installed.
+
+    Nothing is imported.
+    """
+    if not is_installed(library):
+        raise missing_library(library, work)
 
 
 def is_installed(library: str) -> bool:

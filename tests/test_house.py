@@ -257,6 +257,28 @@ def test_libraries_are_imported_only_at_their_doors() -> None:
             assert allowed is None or here in allowed, f"{here}:{line} imports {name}"
 
 
+def test_library_code_is_quiet() -> None:
+    """It logs to the loggers `residua...` and warns with `ResiduaWarning`; commands alone print."""
+    may_print = ("analysis/console", "cli.py", "__main__.py")
+    for path in sources():
+        here = path.relative_to(ROOT).as_posix()
+        if here.startswith(may_print):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            place = f"{here}:{node.lineno} calls {called}"
+            assert called not in ("print", "pprint", "logging.basicConfig"), place
+            assert not re.fullmatch(r"sys\.std(out|err)\.write|click\..*", called), place
+            assert not re.fullmatch(r"logging\.(debug|info|warning|error|log)", called), place
+            if called.endswith("getLogger"):
+                name = ast.literal_eval(node.args[0])
+                assert name.partition(".")[0] == "residua", place
+            if called in ("warn", "warnings.warn"):
+                assert ast.unparse(node.args[1]) == "ResiduaWarning", place
+
+
 def test_the_packages_import_relatively_and_the_command_line_absolutely() -> None:
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text())):

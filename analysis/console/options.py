@@ -315,7 +315,13 @@ def complete_names(
         names += [path.name for path in probe_folders(root)] if "PROBE" in kinds else []
     except (ResiduaError, OSError):  # no root that can be read: nothing to complete
         return []
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    # NAME=PROBE: what comes before the probe stays.
+    given, equals, beginning = incomplete.rpartition("=")
+    if "PROBE" not in kinds:
+        given, equals, beginning = "", "", incomplete
+    return [
+        CompletionItem(f"{given}{equals}{name}") for name in names if name.startswith(beginning)
+    ]
 
 
 def cache_argument(name: str = "cache") -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -15,7 +15,7 @@ from ...cache.sharing.hub import pull_cache, push_cache
 from ...cache.sharing.root_transfer import copy_cache
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.catalog import find_path, list_paths
-from ...probes.saved.hub import push_probe
+from ...probes.saved.hub import pull_probe_into, push_probe
 from ...probes.saved.library import FOLDER as PROBES_FOLDER
 from ...probes.saved.library import find_probe
 from ...probes.saved.probe_files import copy_probe, remove_probe
@@ -190,17 +190,50 @@ def pull_saved(
     root: Path,
     progress: StageProgress,
     *,
+    kind: str | None = None,
     expect: str | None = None,
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """Pull a cache from the hub, or copy a cache or probe from a path; the JSON object."""
+    """Pull a cache or probe from the hub, or copy one from a path; the JSON object.
+
+    `kind` is `cache` or `probe` for a name that both a dataset and a model repository have; by
+    default the cache is taken, and the probe where there is no such cache.
+    """
     path = as_path(source)
     if is_hub_id(source) and not _is_beside_a_root(path):
-        pulled = pull_cache(source, root, expect=expect, revision=revision, progress=progress)
-        return {"kind": "cache", **pulled.to_dict()}
-    if revision is not None:
-        raise UsageError(f"--revision is for the hub (USER/NAME); {source} is taken for a path")
+        return _pull_from_hub(source, root, progress, kind, expect=expect, revision=revision)
+    for name, value in {"--revision": revision, "--kind": kind}.items():
+        if value is not None:
+            raise UsageError(f"{name} is for the hub (USER/NAME); {source} is taken for a path")
     return _copy(_find_at(path), root, True, progress, expect)
+
+
+def _pull_from_hub(
+    repo_id: str,
+    root: Path,
+    progress: StageProgress,
+    kind: str | None,
+    *,
+    expect: str | None,
+    revision: str | None,
+) -> dict[str, Any]:
+    """Pull the cache or probe of a repository; the JSON object."""
+    no_cache = None
+    if kind != "probe":
+        try:
+            pulled = pull_cache(repo_id, root, expect=expect, revision=revision, progress=progress)
+            return {"kind": "cache", **pulled.to_dict()}
+        except NotFoundError as error:
+            if kind == "cache":
+                raise
+            no_cache = error
+    try:
+        path, status = pull_probe_into(repo_id, root, expect=expect, revision=revision)
+    except NotFoundError as no_probe:
+        if no_cache is None:
+            raise
+        raise NotFoundError(f"{no_cache}; and {no_probe}") from None
+    return {"status": status, "kind": "probe", "probe": path.name, "path": str(path)}
 
 
 def _find_at(path: Path) -> SavedItem:
@@ -238,7 +271,7 @@ def _copy(
 ) -> dict[str, Any]:
     """Copy `item` to `root`; the JSON object."""
     if item.kind == "probe":
-        path, status = copy_probe(item.path, root)
+        path, status = copy_probe(item.path, root, expect=expect)
         return {"status": status, "kind": "probe", "probe": path.name, "path": str(path)}
     cache = ActivationCache(item.path)
     copied = copy_cache(cache, root, expect=expect, verify=verify, progress=progress)

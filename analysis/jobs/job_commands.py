@@ -39,12 +39,14 @@ class JobCommand:
     """Arguments that name layers of the cache, which must exist."""
     prefers_gpu: bool = False
     """Whether the work runs the model: on a worker with a GPU, if there is one."""
+    is_repeated: bool = False
+    """Whether asking again after the end runs it again: what it found may not be so any more."""
 
 
 JOB_COMMANDS = {
     "extract": JobCommand(prefers_gpu=True),
-    "repair": JobCommand(prefers_gpu=True),
-    "verify": JobCommand(),
+    "repair": JobCommand(prefers_gpu=True, is_repeated=True),
+    "verify": JobCommand(is_repeated=True),
     "fit ridge": JobCommand(layers=("layers", "target")),
     "fit baseline": JobCommand(),
     "fit lens": JobCommand(layers=("layers",)),
@@ -53,6 +55,8 @@ JOB_COMMANDS = {
     "evaluate": JobCommand(),
 }
 """Words of a command -> how it runs. A new command of cli.py joins by one line."""
+LOOKS = ("dry_run", "find")
+"""Arguments of commands that then only look: asked again, they look again."""
 SERVER_CHOICES = {
     "out": "the server saves the probe under its root",
     "checkpoint": "the server keeps checkpoints under its root",
@@ -156,7 +160,7 @@ def _complete_names(
         given["cache"] = run["cache"] = cache_id(settings.root, given["cache"])
     if command == "evaluate" and given.get("probes"):
         names = given["probes"] if isinstance(given["probes"], list) else [given["probes"]]
-        given["probes"] = run["probes"] = [probe_name(settings.root, name) for name in names]
+        given["probes"] = run["probes"] = [named_probe(settings.root, name) for name in names]
     if command == "fit basis" and given.get("lens", LOGIT_LENS) != LOGIT_LENS:
         given["lens"] = run["lens"] = probe_name(settings.root, given["lens"])
     if command == "repair" and "model" not in given:
@@ -187,6 +191,16 @@ def cache_id(root: Path, name: Any) -> str:
     if path.parent != root:
         raise NotFoundError(f"no cache {name!r} under the root of this server")
     return path.name
+
+
+def named_probe(root: Path, argument: Any) -> str:
+    """PROBE or NAME=PROBE with the whole name of the probe; no path is taken."""
+    if not isinstance(argument, str):
+        return probe_name(root, argument)
+    name, equals, probe = argument.rpartition("=")
+    if "/" in name or "\\" in name:
+        raise NotFoundError(f"no probe {argument[:100]!r}: a job names no paths")
+    return f"{name}{equals}{probe_name(root, probe)}"
 
 
 def probe_name(root: Path, name: Any) -> str:

@@ -5,13 +5,17 @@
 
 import os
 import threading
+import time
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 from ...cache.files.confined_files import open_regular
 
 LOOK_STEP = 1 << 20
 """Distance, in bytes, of the bytes that are looked at to see whether a range is in memory."""
+REOPEN_SECONDS = 5.0
+"""Time after which a file is opened anew, so that every folder above it is looked at again."""
 _NOWAIT = getattr(os, "RWF_NOWAIT", None)
 
 
@@ -23,6 +27,7 @@ class OpenFile:
         self.path = path
         self.readers = 1
         """Requests that read it now."""
+        self.opened = time.monotonic()
         self.is_kept = True
         """Whether it stays open without readers."""
         self.set_status(os.fstat(descriptor))
@@ -51,8 +56,8 @@ class OpenFile:
 class OpenFiles:
     """Open files by name, at most `limit` beside those that are being read.
 
-    Each use compares the open file with the one that has the name now. Safe to use from several
-    threads.
+    Each use compares the open file with the one that has the name now; at times it is opened anew.
+    Safe to use from several threads.
     """
 
     def __init__(self, limit: int) -> None:
@@ -68,11 +73,11 @@ class OpenFiles:
         file = self._files.get(name)
         if file is None:
             return None
-        try:
+        status = None
+        if time.monotonic() < file.opened + REOPEN_SECONDS:
             # Links may be followed here: it must be the very file that was opened without links.
-            status = os.stat(file.path)
-        except OSError:
-            status = None
+            with suppress(OSError):
+                status = os.stat(file.path)
         with self._lock:
             if self._files.get(name) is not file:
                 return None

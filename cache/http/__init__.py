@@ -6,7 +6,7 @@ from ..lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .byte_client import ByteClient as ByteClient
-    from .byte_client import byte_client as byte_client
+    from .byte_client import shared_client as shared_client
     from .served_path import ServedPath as ServedPath
     from .served_path import is_served as is_served
 

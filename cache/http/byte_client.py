@@ -1,6 +1,6 @@
 """Requests to a residua service for bytes: pooled connections, retries, bounds on what comes.
 
-`byte_client` gives the client of one server; `served_files.py` reads objects through it. Answers
+`shared_client` gives the client of one server; `served_files.py` reads objects through it. Answers
 come from a server that is not trusted: a body is read only up to the length that was asked for,
 redirects are never followed, so that a token goes to no other server, and every wait is bounded.
 """
@@ -238,7 +238,7 @@ _CLIENTS: dict[tuple[int, str], ByteClient] = {}
 _LOCK = threading.Lock()
 
 
-def byte_client(origin: str) -> ByteClient:
+def shared_client(origin: str) -> ByteClient:
     """The client of a server, one in each process: connections do not survive a fork."""
     with _LOCK:
         key = os.getpid(), origin

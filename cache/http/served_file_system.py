@@ -17,7 +17,7 @@ from .byte_client import (
     ByteClient,
     ObjectReplacedError,
     Span,
-    byte_client,
+    shared_client,
 )
 
 RUN_BYTES = 8 << 20
@@ -54,7 +54,7 @@ class ServedFileSystem(AbstractFileSystem):
     @property
     def client(self) -> ByteClient:
         """The connections of this process."""
-        return byte_client(self.origin)
+        return shared_client(self.origin)
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:

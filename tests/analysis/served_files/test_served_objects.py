@@ -273,7 +273,9 @@ def test_a_replaced_file_has_another_tag_and_its_new_bytes(tmp_path: Path) -> No
     assert files.find_open(path) is None
 
 
-def test_a_file_that_becomes_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_a_file_that_becomes_a_link_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = random_cache(tmp_path / "root")
     secret = tmp_path / "secret"
     secret.write_bytes(SECRET)
@@ -283,13 +285,17 @@ def test_a_file_that_becomes_a_link_is_not_followed(tmp_path: Path) -> None:
     (cache.path / "provenance.json").symlink_to(secret)
     with pytest.raises(NotFoundError):
         files.find(path)
-    # Nor is a folder on the way, even if the file behind it was open before.
-    files.find(f"caches/{cache.id}/head/head.json").close()
+    # Nor is a folder on the way, even if the file behind it was open before, for long.
+    head = f"caches/{cache.id}/head/head.json"
+    files.find(head).close()
     os.rename(cache.path / "head", tmp_path / "moved")
     (cache.path / "head").symlink_to(tmp_path / "moved")
     (tmp_path / "moved" / "other.json").write_bytes(SECRET)
     with pytest.raises(NotFoundError):
         files.find(f"caches/{cache.id}/head/other.json")
+    monkeypatch.setattr("residua.analysis.served_files.open_files.REOPEN_SECONDS", 0.0)
+    with pytest.raises(NotFoundError):
+        files.find(head)
 
 
 def test_a_file_cut_while_it_is_read_is_an_error(tmp_path: Path) -> None:

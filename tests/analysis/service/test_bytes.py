@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 
+import residua
 from residua.analysis.service.server import ServiceServer
 from residua.cache.store.activation_cache import ActivationCache
 
@@ -335,3 +336,27 @@ def test_large_objects_come_in_pieces_and_whole(tmp_path: Path) -> None:
         assert get(url, Range="bytes=1000-9000000").content == data[1000:9_000_001]
         response = get(url, Range="bytes=1000-5000000,6000000-")
         assert [part for _, part in parts_of(response)] == [data[1000:5_000_001], data[6_000_000:]]
+
+
+def test_a_root_in_an_object_store_is_served_alike(
+    cache: ActivationCache, s3_root: str, tmp_path: Path
+) -> None:
+    from residua.cache.files.paths import as_path, upload_folder
+
+    root = as_path(s3_root)
+    upload_folder(cache.path, root / cache.id)
+    shard = f"/caches/{cache.id}/arrays.zarr/residual/1/c/1/0"
+    data = (cache.path / shard.split("/", 3)[3]).read_bytes()
+    with running_service(root, state=tmp_path) as server:
+        whole = get(server.address + shard)
+        assert whole.content == data
+        assert whole.headers["cache-control"].endswith("immutable")
+        assert get(server.address + shard, Range="bytes=-7").content == data[-7:]
+        response = get(server.address + shard, Range="bytes=0-9,5000-5009")
+        assert [part for _, part in parts_of(response)] == [data[:10], data[5000:5010]]
+        known = whole.headers["etag"]
+        assert get(server.address + shard, If_None_Match=known).status_code == 304
+        assert get(f"{server.address}/caches/{cache.id}/local.json").status_code == 404
+        served = residua.open(f"{server.address}/caches/{cache.id}")
+        assert np.array_equal(served.residual_array(0)[:], cache.residual_array(0)[:])
+        assert served.complete
