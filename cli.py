@@ -1451,6 +1451,12 @@ def heatmap(
     "several times for several.  [default: pages of this machine]",
 )
 @click.option(
+    "--accel",
+    metavar="PREFIX",
+    help="Path under which the proxy in front gives the files of the root, such as /_files/: it "
+    "then sends committed shards itself (X-Accel-Redirect).",
+)
+@click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for tokens, jobs and sent texts.  [default: .service under the root]",

@@ -15,6 +15,7 @@
     ├── LeaseLostError           1   another worker took over the part that was being written
     ├── NoSpaceError             5   (also OSError) the disk is, or would be, full
     ├── LimitError               5   (also OSError) no open files, threads or memory left
+    ├── UnreachableError         5   a service that does not answer, or not as it should
     └── Interrupted             130   stopped by the user; the work done so far is kept
 
 A message says what was expected, what was found and what to do. A result that is correct, but means
@@ -95,6 +96,15 @@ class NoSpaceError(ResiduaError, OSError):
 
 class LimitError(ResiduaError, OSError):
     """A limit of this process is reached: open files, size of a file, threads, memory."""
+
+    exit_code = 5
+
+
+class UnreachableError(ResiduaError):
+    """A service that does not answer, or gives other bytes than it was asked for.
+
+    No `OSError`: what it did not give is not damaged.
+    """
 
     exit_code = 5
 

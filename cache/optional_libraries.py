@@ -24,7 +24,6 @@ EXTRA_OF = {
     "torch": "fit",
     "cryptography": "serve",
     "httptools": "serve",
-    "httpx": "client",
     "huggingface_hub": "hub",
     "matplotlib": "report",
     "pandas": "report",

@@ -130,7 +130,7 @@ def raw_arguments(command: click.Command, words: Sequence[str]) -> dict[str, Any
     for name, parameter in list_parameters(command).items():
         value = values.get(str(parameter.name))
         if isinstance(parameter, click.Argument) and parameter.nargs == -1:
-            arguments[name] = list(value or ())
+            arguments[name] = list(value) if isinstance(value, list | tuple) else []
         elif isinstance(value, str | bool | int | float):
             arguments[name] = value
     return {name: value for name, value in arguments.items() if value != []}

@@ -72,7 +72,7 @@ def run_attempt(order: AttemptOrder) -> dict[str, Any]:
                 return earlier or _run_process(folder, order, lock)
         waited = True
         if folder.is_marked(INTERRUPT_MARK):
-            return _outcome(None, "interrupted")
+            return make_outcome(None, "interrupted")
         time.sleep(POLL_SECONDS)
 
 
@@ -80,7 +80,8 @@ def _end_of_earlier(folder: JobFolder, order: AttemptOrder, waited: bool) -> dic
     """The outcome of an earlier attempt for the same order, if there was one; None without.
 
     An attempt whose worker died has no outcome. If its process did the work nevertheless, that
-    counts; if its end was waited for, it is given one, and the queue decides what follows.
+    counts; if not, it is given one, and the queue decides what follows. Of an earlier run of the
+    server, only an attempt that still ran is a death: others went down with the server.
     """
     number = folder.count_attempts()
     attempt = folder.read_attempt(number)
@@ -90,9 +91,9 @@ def _end_of_earlier(folder: JobFolder, order: AttemptOrder, waited: bool) -> dic
         return attempt.outcome if waited else None
     result = folder.read_result(number)
     is_done = result is not None and result["exit_code"] != INTERRUPTED
-    if not is_done and not waited:
+    if not is_done and not waited and attempt.session != order.session:
         return None
-    outcome = _outcome(result["exit_code"] if is_done and result else None, WORKER_DIED)
+    outcome = make_outcome(result["exit_code"] if is_done and result else None, WORKER_DIED)
     with suppress(OSError):
         folder.write_outcome(number, outcome)
     return outcome
@@ -102,12 +103,13 @@ def _run_process(folder: JobFolder, order: AttemptOrder, lock: int) -> dict[str,
     """Start the process and wait for its end."""
     for mark, reason in ((CANCEL_MARK, "cancelled"), (INTERRUPT_MARK, "interrupted")):
         if folder.is_marked(mark):
-            return _outcome(None, reason)
+            return make_outcome(None, reason)
     number = folder.begin_attempt(
         {
             "round": order.round,
             "session": order.session,
             "worker": f"{_worker_name()} on {socket.gethostname()}"[:200],
+            "pid": os.getpid(),
             "started": now(),
         }
     )
@@ -134,7 +136,7 @@ def _run_process(folder: JobFolder, order: AttemptOrder, lock: int) -> dict[str,
         log.join(order.grace_seconds)
         if process.stdin is not None:
             process.stdin.close()
-    outcome = _outcome(process.returncode, reason)
+    outcome = make_outcome(process.returncode, reason)
     with suppress(OSError):  # a full disk: the scheduler has the outcome, too
         folder.write_outcome(number, outcome)
     return outcome
@@ -163,7 +165,7 @@ def _kill_group(process: "subprocess.Popen[bytes]") -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _outcome(returncode: int | None, reason: str | None) -> dict[str, Any]:
+def make_outcome(returncode: int | None, reason: str | None) -> dict[str, Any]:
     """The JSON object of the end of a process."""
     died = returncode is not None and returncode < 0
     return {

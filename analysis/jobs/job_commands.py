@@ -39,12 +39,14 @@ class JobCommand:
     """Arguments that name layers of the cache, which must exist."""
     prefers_gpu: bool = False
     """Whether the work runs the model: on a worker with a GPU, if there is one."""
+    is_repeated: bool = False
+    """Whether asking again after the end runs it again: what it found may not be so any more."""
 
 
 JOB_COMMANDS = {
     "extract": JobCommand(prefers_gpu=True),
-    "repair": JobCommand(prefers_gpu=True),
-    "verify": JobCommand(),
+    "repair": JobCommand(prefers_gpu=True, is_repeated=True),
+    "verify": JobCommand(is_repeated=True),
     "fit ridge": JobCommand(layers=("layers", "target")),
     "fit baseline": JobCommand(),
     "fit lens": JobCommand(layers=("layers",)),
@@ -53,6 +55,8 @@ JOB_COMMANDS = {
     "evaluate": JobCommand(),
 }
 """Words of a command -> how it runs. A new command of cli.py joins by one line."""
+LOOKS = ("dry_run", "find")
+"""Arguments of commands that then only look: asked again, they look again."""
 SERVER_CHOICES = {
     "out": "the server saves the probe under its root",
     "checkpoint": "the server keeps checkpoints under its root",

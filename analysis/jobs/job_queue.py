@@ -26,8 +26,14 @@ from ...cache.files.disk_errors import system_error, translate_disk_errors
 from ...cache.files.json_files import make_folder
 from ...cache.files.paths import is_remote
 from ..console.job_report import error_value
-from .job_attempt import AttemptOrder
-from .job_commands import CheckedRequest, check_request, describe_commands
+from .job_attempt import WORKER_DIED, AttemptOrder, make_outcome
+from .job_commands import (
+    JOB_COMMANDS,
+    LOOKS,
+    CheckedRequest,
+    check_request,
+    describe_commands,
+)
 from .job_end import JobEnd, judge_end
 from .job_events import JobEventReader, JobEventWriter
 from .job_files import (
@@ -80,6 +86,8 @@ class OwnedJob:
     worker: str = ""
     deaths: int = 0
     """Times that the process or its worker died, since this queue has the job."""
+    is_excused: bool = False
+    """Whether the next death counts for nothing: the scheduler vanished, and took workers along."""
     is_unsaved: bool = False
     """Whether the state on disk is older, because the disk is full."""
     progress: list[dict[str, Any]] = field(default_factory=list)
@@ -324,7 +332,7 @@ class JobQueue:
             os.close(lock)
             raise
         checked = CheckedRequest(request.command, request.arguments, request.identity)
-        job = OwnedJob(folder, request, checked, status, events, lock, base)
+        job = OwnedJob(folder, request, checked, status, events=events, lock=lock, base=base)
         self._owned[folder.id] = job
         self._ended_views.pop(folder.id, None)
         self._set_status(job, status)
@@ -336,8 +344,11 @@ class JobQueue:
             self._end(job, JobEnd("failed", error.exit_code, error_value(error)))
 
     def _runs_again(self, folder: JobFolder, status: JobStatus) -> bool:
-        """Whether asking for an ended job again runs it: it failed, or its result is gone."""
-        if status.state != "done":
+        """Whether asking for an ended job again runs it: it failed, or its result is gone or old."""
+        request = folder.read_request()
+        command = JOB_COMMANDS.get(request.command)
+        is_look = any(request.arguments.get(name) for name in LOOKS)
+        if status.state != "done" or command is None or command.is_repeated or is_look:
             return True
         result = folder.read_result(status.attempts)
         if result is None:
@@ -382,6 +393,7 @@ class JobQueue:
                 future = job.future
                 if future is None or future.done() or self._workers.has_worker(job.worker):
                     continue
+                job.is_excused = not self._workers.is_connected
                 self._lose_future(job, message or "its worker is gone")
 
     def _lose_future(self, job: OwnedJob, reason: str) -> None:
@@ -484,9 +496,14 @@ class JobQueue:
                 self._set_status(job, replace(job.status, state="queued", message=lost))
                 job.base = number - 1
                 return
+            with suppress(OSError):
+                job.folder.write_outcome(number, make_outcome(None, WORKER_DIED))
         end = judge_end(job.folder, attempt, future)
         if attempt is not None:
             job.base = number
+        if end.is_death and job.is_excused:
+            job.is_excused = False
+            end = JobEnd("queued", message=lost or end.message)
         if end.is_death:
             job.deaths += 1
             if job.deaths >= self.settings.most_deaths:

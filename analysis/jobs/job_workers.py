@@ -56,6 +56,11 @@ class JobWorkers:
         cores = len(os.sched_getaffinity(0))
         return max(1, cores // max(1, len(self._resources)))
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the scheduler answered when it was last asked."""
+        return self._client is not None
+
     def connect(self) -> str | None:
         """Connect to the scheduler, or start the cluster; returns why that failed, or None."""
         from distributed import Client

@@ -22,6 +22,7 @@ from ..web.request_records import RequestRecords
 from ..web.service_metrics import ServiceMetrics
 from ..web.service_settings import ServiceSettings
 from . import (
+    byte_routes,
     catalog_routes,
     health_routes,
     job_routes,
@@ -62,6 +63,7 @@ class Service:
 def list_all_endpoints() -> tuple[Endpoint, ...]:
     """The endpoints of every file of routes."""
     files = (
+        byte_routes,
         catalog_routes,
         health_routes,
         job_routes,

@@ -5,17 +5,23 @@ them run; on a second start all of them are done already.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ...sample import MODEL_DIR, TEXT_PATH
+from ..console.quickstart import check_transformers
 from ..jobs.job_queue import JobQueue
 from ..web.service_settings import ServiceSettings
 
 CONTEXT = 256
 MAX_TOKENS = 20_000
+LAYERS = "2-5"
+"""Layers of the basis and of the tuned lens."""
+QUICK_LENS = {"steps": 100, "lr": 0.05}
+"""Options of a tuned lens that is fitted in seconds, before its KL stops falling."""
 POLL_SECONDS = 0.3
 """Pause between two looks at the running job."""
 
@@ -24,12 +30,16 @@ JobStep = tuple[str, dict[str, Any]]
 
 
 def demo_settings(settings: ServiceSettings) -> ServiceSettings:
-    """`settings` that also allow jobs on the sample model and its text."""
+    """`settings` that also allow jobs on the sample model and its text.
+
+    Raises `UsageError` if the installed transformers cannot load the model.
+    """
+    check_transformers(version("transformers"))
     models = (*settings.models, MODEL_DIR.parent.resolve())
     return replace(settings, models=models, texts=(*settings.texts, TEXT_PATH.parent.resolve()))
 
 
-def list_demo_steps() -> Iterator[JobStep]:
+def list_demo_steps() -> Generator[JobStep, Any, None]:
     """The jobs of the demo in their order; each is sent what the job before it printed.
 
     The quick ones come first: a map and curves are there in half a minute.
@@ -47,8 +57,11 @@ def list_demo_steps() -> Iterator[JobStep]:
     ridge = yield "fit ridge", {"cache": cache, "offsets": "0-3"}
     ridge_name = Path(ridge["probe"]).name
     yield "evaluate", {"cache": cache, "probes": [ridge_name]}
-    yield "fit basis", {"cache": cache, "lens": ridge_name, "k": 8, "positions": 2048}
-    lens = yield "fit lens", {"cache": cache}
+    yield (
+        "fit basis",
+        {"cache": cache, "lens": ridge_name, "layers": LAYERS, "k": 8, "positions": 2048},
+    )
+    lens = yield "fit lens", {"cache": cache, "layers": LAYERS, **QUICK_LENS}
     yield "evaluate", {"cache": cache, "probes": [ridge_name, Path(lens["probe"]).name]}
 
 
@@ -64,8 +77,8 @@ def start_demo(jobs: JobQueue, tell: Callable[[str], None]) -> threading.Event:
 
 
 def _run_steps(jobs: JobQueue, tell: Callable[[str], None], stop: threading.Event) -> None:
-    steps: Any = list_demo_steps()
-    value = None
+    steps = list_demo_steps()
+    value: Any = None
     while True:
         try:
             command, arguments = steps.send(value)

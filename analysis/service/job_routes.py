@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
-from ...cache.errors import CorruptError, NotFoundError, UsageError
+from ...cache.errors import CorruptError, LimitError, NotFoundError, UsageError
 from ...cache.files.confined_files import is_confined_name, read_confined
 from ..jobs.job_commands import JOB_COMMANDS
 from ..jobs.job_events import JobEvent, JobEventReader
@@ -398,6 +398,8 @@ async def take_text(request: Request) -> Response:
         path = await run_in_threadpool(upload.finish)
     except ClientDisconnect:
         raise UsageError("the text ended before its length") from None
+    except LimitError as error:
+        raise ServiceError(413, "too_large", str(error)) from None
     finally:
         await run_in_threadpool(upload.discard)
     return JsonResponse(_text_value(digest, name, path.stat().st_size), 201)

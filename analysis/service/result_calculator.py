@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.files.json_files import plain_value
 from ...cache.files.paths import is_remote
-from ...cache.number_ranges import format_ranges
+from ...cache.optional_libraries import is_installed
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.catalog import list_paths
 from ...probes.base.readout import Readout
@@ -119,11 +119,9 @@ class ResultCalculator:
 
     def run(self, work: Callable[..., bytes], *args: Any) -> bytes:
         """`work(*args)` on one of the calculator's threads; waits for its turn."""
-        from ...probes.training.threads import thread_pool
-
         with self._lock:
             if self._pool is None:
-                self._pool = thread_pool(self.threads)
+                self._pool = _make_pool(self.threads)
         return self._pool.submit(work, *args).result()
 
     def close(self) -> None:
@@ -258,6 +256,8 @@ class ResultCalculator:
 
         cache = self.cache(query.cache)
         name, lens = self.lens(query.probe, cache)
+        offsets = [offset for at, offset in lens.pairs() if at == layer]
+        offset = min(offsets, default=0) if query.offset is None else query.offset
 
         def compute() -> dict[str, Any]:
             passage = CachePassage(cache, query.sequence, query.first, 1)
@@ -265,7 +265,7 @@ class ResultCalculator:
                 lens,
                 passage,
                 layer=layer,
-                offset=query.offset or 0,
+                offset=offset,
                 count=count,
                 track=query.track,
                 name=name,
@@ -337,6 +337,15 @@ class ResultCalculator:
         return None if name == LOGIT_LENS else _stamp(self.probe_path(name))
 
 
+def _make_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that each use one thread of torch; searches need no torch."""
+    if not is_installed("torch"):
+        return ThreadPoolExecutor(threads)
+    from ...probes.training.threads import thread_pool
+
+    return thread_pool(threads)
+
+
 def _only_one(name: str, paths: Sequence[Path], kind: str) -> Path:
     """The only path whose last part begins with `name`; a whole name goes before its extensions."""
     matches = [path for path in paths if name and path.name.startswith(name)]
@@ -375,5 +384,5 @@ def parse_layers(text: str) -> tuple[int, ...]:
             raise UsageError(f"{text[:80]!r} are no layers; write them like 0-3,6")
         layers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     if not layers:
-        raise UsageError(f"{text[:80]!r} are no layers: {format_ranges(())}")
+        raise UsageError(f"{text[:80]!r} are no layers: the first is larger than the last")
     return tuple(sorted(layers))

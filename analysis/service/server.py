@@ -15,13 +15,14 @@ from starlette.concurrency import run_in_threadpool
 from ...cache.errors import UsageError
 from ..jobs.job_queue import JobQueue
 from ..jobs.job_settings import JobSettings
+from ..served_files.freed_memory import keep_freed_memory
 from ..web.access_control import is_loopback
 from ..web.access_tokens import has_tokens, load_tokens
 from ..web.request_records import ACCESS_LOGGER
 from ..web.service_protocol import limited_protocol
 from ..web.service_settings import ServiceSettings
 from .application import Service, make_application
-from .demo import allow_sample, start_demo
+from .demo_jobs import demo_settings, start_demo
 
 KEEP_ALIVE_SECONDS = 30
 """Time for which a connection without a request stays open."""
@@ -167,14 +168,15 @@ def run_service(
     With `demo`, jobs of the sample model begin at once. See `ServiceServer` for arguments and
     errors.
     """
+    keep_freed_memory()
     if demo:
-        settings = allow_sample(settings)
+        settings = demo_settings(settings)
 
     def begin(service: Service, address: str) -> None:
         if started is not None:
             started(service, address)
         if demo and service.jobs is not None:
-            start_demo(service.jobs)
+            start_demo(service.jobs, LOGGER.info)
 
     server = ServiceServer(settings, public, begin)
     server.serve_until_told()

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...cache.errors import NotFoundError, UsageError
+from ...cache.extraction.plan import free_bytes
 from ...cache.files.json_fields import (
     FieldError,
     as_text,
@@ -93,6 +94,10 @@ DISK_SCHEMA: Schema = {
         "unreadable": {"type": "array", "items": {"type": "string"}},
         "would_free": {"type": "object", "additionalProperties": {"type": "integer"}},
         "pins": {"type": "array", "items": PIN_SCHEMA},
+        "free": {
+            "type": ["integer", "null"],
+            "description": "Bytes that are free on the disk; null for an object store.",
+        },
     },
 }
 COLLECT_BODY: Schema = {
@@ -222,7 +227,8 @@ async def answer_disk(request: Request) -> Response:
     def describe() -> dict[str, Any]:
         report = measure_disk(settings.root, settings.state)
         pins = [pin.to_dict() for pin in list_pins(settings.root)]
-        return {**report.to_dict(), "would_free": possible_savings(report), "pins": pins}
+        savings, free = possible_savings(report), free_bytes(settings.root)
+        return {**report.to_dict(), "would_free": savings, "pins": pins, "free": free}
 
     return JsonResponse(await run_in_threadpool(describe))
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ...cache.errors import ResiduaError
+from ...cache.errors import UnreachableError
 from .server_connection import ServerConnection
 
 ENDED = ("done", "failed", "cancelled")
@@ -13,8 +13,6 @@ LOST_SECONDS = 600.0
 """Time without any contact after which a client gives up; the job goes on."""
 PAUSE_SECONDS = 1.0
 """Pause before a stream is read on."""
-MAX_LINE = 1 << 20
-"""Longest line of a stream, in characters."""
 WARNING = "Warning: "
 
 
@@ -58,8 +56,8 @@ def follow_job(
     """Wait for the end of `job`; returns it with its result.
 
     `stage(name, done, total)`, `note(stage, text)` and `warn(line)` are told what comes. A lost
-    connection is made again, and the events are read on from the last one. Raises `ResiduaError`
-    if the service stays away for `LOST_SECONDS`.
+    connection is made again, and the events are read on from the last one. Raises
+    `UnreachableError` if the service stays away for `LOST_SECONDS`.
     """
     events = JobEvents(stage, note, warn)
     path = f"/v1/jobs/{job['id']}"
@@ -69,11 +67,9 @@ def follow_job(
             _read_stream(connection, f"{path}/events", events)
             job = connection.get(path)
             last_contact = time.monotonic()
-        except ResiduaError as error:
-            if type(error) is not ResiduaError:
-                raise
+        except UnreachableError as error:
             if time.monotonic() - last_contact > LOST_SECONDS:
-                raise ResiduaError(
+                raise UnreachableError(
                     f"{error}; the job {job['id'][:12]} goes on there: ask the same again"
                 ) from None
         if job["state"] in ENDED:
@@ -83,17 +79,13 @@ def follow_job(
 
 def _read_stream(connection: ServerConnection, path: str, events: JobEvents) -> None:
     """Read events until the stream ends or breaks."""
-    import httpx
-
     headers = {"Accept": "text/event-stream", "Last-Event-ID": str(events.last)}
     fields: dict[str, str] = {}
     try:
         with connection.stream_lines(path, headers) as lines:
             for line in lines or ():
-                if len(line) > MAX_LINE:
-                    return
                 if line:
-                    name, _, value = line.partition(":")
+                    name, _, value = line.decode("utf-8", "replace").partition(":")
                     fields[name] = value.removeprefix(" ")
                     continue
                 if fields.get("id", "").isdigit():
@@ -105,5 +97,5 @@ def _read_stream(connection: ServerConnection, path: str, events: JobEvents) -> 
                         if fields.get("event") == "state" and data.get("state") in ENDED:
                             return
                 fields = {}
-    except (httpx.TransportError, httpx.StreamError, ValueError):
+    except (UnreachableError, ValueError):
         return  # read on from the last number

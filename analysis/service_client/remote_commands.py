@@ -9,9 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ...cache.errors import Interrupted, NotFoundError, UsageError
+from ...cache.errors import CorruptError, Interrupted, NotFoundError, UsageError
 from ..console.actions import check_outputs
-from ..console.terminal import Meter
+from ..console.options import confirm
+from ..console.saved_actions import Removal, SavedItem
+from ..console.saved_messages import describe_removal
+from ..console.terminal import Meter, print_warning
+from ..disk_use.users import User
 from ..jobs.job_commands import JOB_COMMANDS, SERVER_CHOICES
 from .job_following import follow_job
 from .sent_texts import OUTPUT_NAMES, fetch_outputs, send_data
@@ -79,7 +83,7 @@ def _run_job(
                     meter.note(stage, lambda: notes[stage])
                 notes[stage] = text
 
-            job = follow_job(connection, job, stage=meter.stage, note=note, warn=_warn)
+            job = follow_job(connection, job, stage=meter.stage, note=note, warn=print_warning)
     except KeyboardInterrupt:
         raise Interrupted(still_running(connection.url, job["id"])) from None
     value, text = result_of(job)
@@ -140,12 +144,6 @@ def _with_paths(value: Any, paths: Mapping[str, str]) -> Any:
     return [_with_paths(item, paths) for item in value] if isinstance(value, list) else value
 
 
-def _warn(line: str) -> None:
-    from ..console.terminal import print_warning
-
-    print_warning(line)
-
-
 def _remove(
     connection: ServerConnection, arguments: Mapping[str, Any], quiet: bool
 ) -> tuple[dict[str, Any], str]:
@@ -155,20 +153,28 @@ def _remove(
     if not arguments.get("yes"):
         if quiet:
             raise UsageError("rm asks before it removes, and --json cannot: give --yes too")
-        from ..console.options import confirm
-
         for kind, name in items:
-            confirm_text = f"{kind} {name} at {connection.url}"
-            _warn(confirm_text)
+            print_warning(f"{kind} {name} at {connection.url}")
         if not confirm("Remove?"):
             return {"removed": []}, "nothing was removed\n"
     parameters = {"force": "true"} if arguments.get("force") else {}
-    removed = [
-        connection.request("DELETE", f"/v1/{kind}s/{quoted(name)}", parameters=parameters)
-        for kind, name in items
-    ]
-    lines = [f"removed: {kind} {name}\n" for kind, name in items]
+    removed: list[dict[str, Any]] = []
+    # Probes first: a cache that they name may go with them.
+    for kind, name in sorted(items, reverse=True):
+        path = f"/v1/{kind}s/{quoted(name)}"
+        removed.append(connection.request("DELETE", path, parameters=parameters))
+    lines = [f"removed: {describe_removal(_removal_of(entry))}\n" for entry in removed]
     return {"removed": removed}, "".join(lines)
+
+
+def _removal_of(entry: Mapping[str, Any]) -> Removal:
+    """What a server says that it removed; raises `CorruptError` for anything else."""
+    try:
+        users = [User(user["kind"], user["name"], user["note"]) for user in entry["named_by"]]
+        item = SavedItem(entry["kind"], Path(entry["path"]))
+        return Removal(item, entry["freed"], entry["shared"], tuple(users))
+    except (KeyError, TypeError) as error:
+        raise CorruptError(f"the server's answer is no removal: {error!r}") from None
 
 
 def _find_item(connection: ServerConnection, name: str) -> tuple[str, str]:

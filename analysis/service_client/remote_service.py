@@ -38,7 +38,7 @@ def connect(url: str, token: str | None = None) -> "RemoteService":
         url: Address that `residua serve` prints.
         token: Token of the service, for all that writes. Default $RESIDUA_TOKEN.
 
-    Raises `UsageError` for what is no address, `ResiduaError` if no service answers there.
+    Raises `UsageError` for what is no address, `UnreachableError` if no service answers there.
     """
     connection = ServerConnection(url, token)
     try:

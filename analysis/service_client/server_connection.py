@@ -9,14 +9,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from ...cache import errors
-from ...cache.errors import ResiduaError, UsageError
+from ...cache.errors import ResiduaError, UnreachableError, UsageError
 from ...cache.files.json_fields import MAX_JSON_BYTES
 
 if TYPE_CHECKING:
-    import httpx
+    from urllib3.response import BaseHTTPResponse
 
 SERVER_VARIABLE = "RESIDUA_SERVER"
 TOKEN_VARIABLE = "RESIDUA_TOKEN"
@@ -24,6 +24,8 @@ CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
 PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)
 """Pauses before a request is repeated, in seconds."""
+MAX_LINE_BYTES = 1 << 20
+"""Longest line of a stream."""
 BUSY = (429, 502, 503, 504)
 """Statuses after which a request is repeated."""
 
@@ -33,16 +35,17 @@ class ServerConnection:
 
     def __init__(self, url: str, token: str | None = None) -> None:
         """`token` is by default that of $RESIDUA_TOKEN. Raises `UsageError` for no URL."""
-        import httpx
+        import urllib3
 
         self.url = check_server_url(url)
         self.token = token or os.environ.get(TOKEN_VARIABLE)
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        self._client = httpx.Client(
-            base_url=self.url,
-            headers=headers,
-            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
-            follow_redirects=False,
+        self._headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        parts = urlsplit(self.url)
+        self._prefix = parts.path
+        self._pool = urllib3.connection_from_url(
+            f"{parts.scheme}://{parts.netloc}",
+            retries=False,
+            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
         )
 
     def __enter__(self) -> "ServerConnection":
@@ -53,7 +56,7 @@ class ServerConnection:
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        self._pool.close()
 
     def get(self, path: str, **parameters: Any) -> Any:
         """The JSON value of a GET."""
@@ -70,27 +73,26 @@ class ServerConnection:
     ) -> Any:
         """The JSON value of an answer; every request of this client may be repeated.
 
-        Raises the error that the service names, as the command line would; `ResiduaError` if no
-        service answers.
+        Raises the error that the service names, as the command line would; `UnreachableError` if
+        no service answers.
         """
-        import httpx
-
+        sent = dict(headers or {})
+        data = None
+        if body is not None:
+            data = json.dumps(body, allow_nan=False).encode()
+            sent["Content-Type"] = "application/json"
+        if parameters:
+            path = f"{path}?{urlencode(parameters)}"
         for pause in (*PAUSES, None):
             try:
-                with self._client.stream(
-                    method,
-                    path,
-                    json=None if body is None else dict(body),
-                    params=dict(parameters or {}),
-                    headers=dict(headers or {}),
-                ) as response:
+                with self._open(method, path, sent, data) as response:
                     raw = _read_bounded(response)
-            except httpx.TransportError as error:
+            except UnreachableError:
                 if pause is None:
-                    raise self._no_answer(error) from None
+                    raise
                 time.sleep(pause)
                 continue
-            if response.status_code in BUSY and pause is not None:
+            if response.status in BUSY and pause is not None:
                 time.sleep(pause)
                 continue
             return self._value(response, raw)
@@ -98,56 +100,72 @@ class ServerConnection:
 
     def send_file(self, path: str, file: Any, **parameters: Any) -> Any:
         """The JSON value of a PUT of the bytes of an open file."""
-        import httpx
-
-        try:
-            response = self._client.put(path, content=_blocks(file), params=parameters)
-        except httpx.TransportError as error:
-            raise self._no_answer(error) from None
-        return self._value(response, response.content)
+        with self._open("PUT", f"{path}?{urlencode(parameters)}", {}, _blocks(file)) as response:
+            return self._value(response, _read_bounded(response))
 
     def download(self, path: str) -> Iterator[bytes]:
         """The bytes of a file, in blocks."""
-        import httpx
-
-        try:
-            with self._client.stream("GET", path) as response:
-                if response.status_code != 200:
-                    self._value(response, _read_bounded(response))
-                yield from response.iter_bytes(1 << 20)
-        except httpx.TransportError as error:
-            raise self._no_answer(error) from None
+        with self._open("GET", path, {}) as response:
+            if response.status != 200:
+                self._value(response, _read_bounded(response))
+            yield from response.stream(1 << 20)
 
     @contextmanager
-    def stream_lines(self, path: str, headers: Mapping[str, str]) -> Iterator[Iterator[str] | None]:
+    def stream_lines(
+        self, path: str, headers: Mapping[str, str]
+    ) -> Iterator[Iterator[bytes] | None]:
         """Lines of a stream of events as they come; None for an answer without content."""
-        with self._client.stream("GET", path, headers=dict(headers)) as response:
-            if response.status_code == 204:
+        with self._open("GET", path, headers) as response:
+            if response.status == 204:
                 yield None
                 return
-            if response.status_code != 200:
+            if response.status != 200:
                 self._value(response, _read_bounded(response))
-            yield response.iter_lines()
+            yield _lines(response)
 
-    def _value(self, response: "httpx.Response", raw: bytes) -> Any:
+    @contextmanager
+    def _open(
+        self, method: str, path: str, headers: Mapping[str, str], body: Any = None
+    ) -> Iterator["BaseHTTPResponse"]:
+        """The answer to a request, unread; raises `UnreachableError` where the network fails."""
+        import urllib3
+
+        response: BaseHTTPResponse | None = None
+        try:
+            response = self._pool.urlopen(
+                method,
+                f"{self._prefix}{path}",
+                body=body,
+                headers={"Accept": "*/*", **self._headers, **headers},
+                preload_content=False,
+                redirect=False,
+            )
+            yield response
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            if isinstance(error, ResiduaError):
+                raise
+            raise UnreachableError(
+                f"no service answers at {self.url} ({_reason(error)}); start one with `residua "
+                "serve`, or check the address"
+            ) from None
+        finally:
+            if response is not None:
+                response.close()  # what was not read is not waited for
+                response.release_conn()
+
+    def _value(self, response: "BaseHTTPResponse", raw: bytes) -> Any:
         """The JSON value; raises the error that it names."""
         try:
             value = json.loads(raw) if raw else None
         except (ValueError, RecursionError):
             value = None
-        if response.is_success and value is not None:
+        if 200 <= response.status < 300 and value is not None:
             return value
         if isinstance(value, dict) and isinstance(value.get("message"), str):
             raise named_error(value)
-        raise ResiduaError(
-            f"{self.url} answers {response.status_code} {response.reason_phrase}, and is no "
-            "service of residua, or a proxy before it fails"
-        )
-
-    def _no_answer(self, error: Exception) -> ResiduaError:
-        return ResiduaError(
-            f"no service answers at {self.url} ({error or type(error).__name__}); start one with "
-            "`residua serve`, or check the address"
+        raise UnreachableError(
+            f"{self.url} answers {response.status} {response.reason or ''}, and is no service of "
+            "residua, or a proxy before it fails"
         )
 
 
@@ -179,10 +197,10 @@ def named_error(value: Mapping[str, Any]) -> ResiduaError:
     return error
 
 
-def _read_bounded(response: "httpx.Response") -> bytes:
+def _read_bounded(response: "BaseHTTPResponse") -> bytes:
     """The body; raises `ResiduaError` for more than a JSON file may have."""
     pieces, size = [], 0
-    for piece in response.iter_bytes():
+    for piece in response.stream(1 << 16):
         size += len(piece)
         if size > MAX_JSON_BYTES:
             raise ResiduaError(f"the server sends more than {MAX_JSON_BYTES} bytes of JSON")
@@ -190,6 +208,22 @@ def _read_bounded(response: "httpx.Response") -> bytes:
     return b"".join(pieces)
 
 
+def _lines(response: "BaseHTTPResponse") -> Iterator[bytes]:
+    """Lines of a body as they come; ends at one that is too long."""
+    rest = b""
+    while block := response.read1(1 << 16):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+        if len(rest) > MAX_LINE_BYTES:
+            return
+
+
 def _blocks(file: Any) -> Iterator[bytes]:
     while block := file.read(1 << 20):
         yield block
+
+
+def _reason(error: BaseException) -> str:
+    """What the network said, without the addresses of objects."""
+    cause = error.__cause__ or error.__context__ or error
+    return str(getattr(cause, "strerror", None) or type(error).__name__)

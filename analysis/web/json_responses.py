@@ -16,6 +16,7 @@ from ...cache.errors import (
     NoSpaceError,
     NotFoundError,
     ResiduaError,
+    UnreachableError,
     UsageError,
 )
 from ...cache.files.disk_errors import system_error
@@ -29,6 +30,7 @@ STATUS_OF = {
     CorruptError: 422,
     LimitError: 503,
     NoSpaceError: 507,
+    UnreachableError: 502,
 }
 """Class of an error -> HTTP status; the first class that fits counts."""
 CODES = {401: "no_token", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}

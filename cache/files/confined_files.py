@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import CorruptError, NotFoundError
 from .json_fields import MAX_JSON_BYTES
 from .json_files import parse_json
-from .paths import is_remote
+from .paths import is_remote, read_object
 from .read_errors import translate_read_errors
 
 NAME_BYTES = 4096
@@ -161,7 +161,7 @@ def read_confined(folder: Path, name: str, most: int | None = None) -> bytes:
     """
     check_name(folder, name)
     if is_remote(folder):
-        return (folder / name).read_bytes()
+        return read_object(folder / name, most)
     with translate_read_errors(folder / name):
         return _read_regular(folder, name, most)
 

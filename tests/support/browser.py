@@ -14,7 +14,7 @@ from typing import Any
 
 AXE = Path(__file__).with_name("axe-core") / "axe.min.js"
 """axe-core 4.14.1, which finds what keeps people from reading a page."""
-SECONDS = 20.0
+SECONDS = 60.0
 """Longest wait for a change of the page."""
 
 
@@ -56,7 +56,7 @@ def open_browser(width: int, dark: bool, downloads: Path | None = None) -> Itera
 
 
 class Browser:
-    """What tests do with a page; every wait is bounded by `SECONDS`."""
+    """What tests do with a page; every wait is bounded, by `SECONDS` unless it says more."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -65,7 +65,7 @@ class Browser:
         """Load `address`; one that differs after `#` alone shows another view of the same page."""
         self.driver.get(address)
 
-    def wait(self, condition: Callable[[], Any], what: str) -> Any:
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
         """The first true value of `condition`; fails with `what` and the page's text."""
         from selenium.common.exceptions import (
             NoSuchElementException,
@@ -75,11 +75,11 @@ class Browser:
         from selenium.webdriver.support.wait import WebDriverWait
 
         ignored = [NoSuchElementException, StaleElementReferenceException]
-        waiting = WebDriverWait(self.driver, SECONDS, 0.1, ignored)
+        waiting = WebDriverWait(self.driver, seconds, 0.1, ignored)
         try:
             return waiting.until(lambda _: condition())
         except TimeoutException:
-            raise AssertionError(f"no {what} in {SECONDS} s on: {self.text()[:2000]}") from None
+            raise AssertionError(f"no {what} in {seconds} s on: {self.text()[:2000]}") from None
 
     def find(self, selector: str, text: str = "") -> Any:
         """The first shown element of a CSS selector that has `text`; waits for it."""
@@ -95,33 +95,34 @@ class Browser:
         return len(self.driver.find_elements("css selector", selector))
 
     def click(self, selector: str, text: str = "") -> None:
-        """Click an element as `find` finds it."""
-        from selenium.common.exceptions import StaleElementReferenceException
+        """Click an element as `find` finds it; again, if the view was refreshed meanwhile."""
 
         def press() -> bool:
-            try:
-                element = self.find(selector, text)
-                self.driver.execute_script(
-                    "arguments[0].scrollIntoView({block: 'center'})", element
-                )
-                element.click()
-            except StaleElementReferenceException:  # the view was refreshed meanwhile
-                return False
+            element = self.find(selector, text)
+            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+            element.click()
             return True
 
         self.wait(press, f"click on {selector} {text!r}")
 
     def click_at(self, selector: str, x: int, y: int) -> None:
         """Click `x`, `y` pixels from the upper left corner of an element."""
-        from selenium.webdriver import ActionChains
+        from selenium.webdriver.common.actions.action_builder import ActionBuilder
 
-        element = self.find(selector)
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-        size = element.size
-        left, top = x - size["width"] / 2, y - size["height"] / 2
-        ActionChains(self.driver).move_to_element_with_offset(
-            element, round(left), round(top)
-        ).click().perform()
+        script = """
+            arguments[0].scrollIntoView({block: 'center'});
+            const area = arguments[0].getBoundingClientRect();
+            return [area.left, area.top];
+        """
+
+        def press() -> bool:
+            left, top = self.driver.execute_script(script, self.find(selector))
+            actions = ActionBuilder(self.driver)
+            actions.pointer_action.move_to_location(round(left) + x, round(top) + y).click()
+            actions.perform()
+            return True
+
+        self.wait(press, f"click into {selector}")
 
     def labelled(self, label: str) -> Any:
         """The input whose label is `label`."""
@@ -150,9 +151,16 @@ class Browser:
 
     def type(self, label: str, text: str, end: str = "\t") -> None:
         """Replace the text of the input labelled `label`, then press Tab or Enter."""
-        element = self.labelled(label)
-        element.clear()
-        element.send_keys(text + end)
+
+        def enter() -> bool:
+            element = self.labelled(label)
+            element.clear()
+            element.send_keys(text)
+            # Not with the text: what a change of the text does may replace the element.
+            self.labelled(label).send_keys(end)
+            return True
+
+        self.wait(enter, f"text in {label!r}")
 
     def press(self, selector: str, *keys: str) -> None:
         """Press keys in an element."""
@@ -162,12 +170,11 @@ class Browser:
         """The text of the page."""
         return self.driver.find_element("css selector", "body").text
 
-    def errors(self) -> list[str]:
-        """Errors and warnings of the console since the last call."""
+    def errors(self, expected: str = "") -> list[str]:
+        """Errors and warnings of the console since the last call, but those with `expected`."""
         levels = ("SEVERE", "WARNING")
-        return [
-            entry["message"] for entry in self.driver.get_log("browser") if entry["level"] in levels
-        ]
+        logged = [e["message"] for e in self.driver.get_log("browser") if e["level"] in levels]
+        return [message for message in logged if not expected or expected not in message]
 
     def findings(self) -> list[str]:
         """Serious and critical findings of axe-core on the page as it is."""

@@ -59,7 +59,15 @@ async function route({ focus = true } = {}) {
 const dialog = document.getElementById("token-dialog");
 const sessionButton = document.getElementById("session");
 
+// One dialog for all requests that wait for the token.
+let asking = null;
+
 function askForToken() {
+  asking ??= showTokenDialog().finally(() => { asking = null; });
+  return asking;
+}
+
+function showTokenDialog() {
   return new Promise((resolve) => {
     const input = el("input", { type: "password", autocomplete: "current-password", required: true });
     const problem = el("div");

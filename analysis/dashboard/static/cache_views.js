@@ -52,7 +52,7 @@ export async function showCache({ body, heading, name, signal }) {
       el("p", { class: "quiet" }, "What the id is the digest of: the same request finds this cache again."),
       el("pre", { tabindex: "0", "aria-label": "Identity of the cache" }, JSON.stringify(cache.identity, null, 2))));
   showProbes(probes, cache, signal);
-  const view = partGrid(grid, cache);
+  const view = partGrid(grid, cache, signal);
   await repeat(async () => {
     const parts = await getJson(`/v1/caches/${part(cache.cache)}/parts`, {}, signal);
     view(parts);
@@ -72,7 +72,7 @@ function factsCard(cache) {
       ["state", stateMark(cache.state)],
       ["positions", count(cache.positions)],
       ["sequences", `${count(cache.sequences)} (${splits})`],
-      ["layers", `${ranges(cache.layers)} of 0-${cache.depth}`],
+      ["layers", cache.layers.length ? `${ranges(cache.layers)} of 0-${cache.depth}` : `none is complete yet, of 0-${cache.depth}`],
       ["d_model", count(cache.d_model)],
       ["vocabulary", count(cache.vocab)],
       ["logits", cache.logits],
@@ -82,7 +82,7 @@ function factsCard(cache) {
       ["extracted", [cache.provenance?.created?.replace("T", " ").replace("Z", " UTC"), cache.provenance?.device].filter(Boolean).join(" on ")],
     ]),
     el("div", { class: "actions" },
-      el("a", { class: "button main", href: addressOf("lens", { cache: cache.cache }) }, "Read with a lens"),
+      cache.layers.length ? el("a", { class: "button main", href: addressOf("lens", { cache: cache.cache }) }, "Read with a lens") : null,
       el("a", { class: "button", href: addressOf("jobs/new", { command: "fit ridge", cache: shortId(cache.cache) }) }, "Fit a probe"),
       el("a", { class: "button", href: `/v1/caches/${part(cache.cache)}` }, "As JSON")));
 }
@@ -91,7 +91,7 @@ const STATES = ["committed", "leased", "free", "quarantined"];
 const PATTERN = { committed: "good", leased: "busy", free: "free", quarantined: "bad" };
 
 // The parts as a grid of small squares, with counts and a table; returns what shows newer parts.
-function partGrid(card, cache) {
+function partGrid(card, cache, signal) {
   const canvas = el("canvas", { role: "img" });
   const legend = el("ul", { class: "legend" });
   const table = el("div");
@@ -108,7 +108,7 @@ function partGrid(card, cache) {
     canvas, legend, status,
     downloadButtons(`parts-${shortId(cache.cache)}`, () => picture, () => [["part", "start", "stop", "state", "owner"], newest.parts.map((p) => [p.part, p.start, p.stop, p.state, p.owner])]),
     el("details", {}, el("summary", {}, "The same as a table"), table));
-  window.addEventListener("themechange", draw);
+  window.addEventListener("themechange", draw, { signal });
   let before = "";
   return (parts) => {
     newest = parts;

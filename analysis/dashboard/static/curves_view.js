@@ -14,7 +14,8 @@ const MEASURES = [
 ];
 
 export async function showCurves({ body, parameters, signal }) {
-  const { evaluations } = await getJson("/v1/evaluations", {}, signal);
+  const [{ evaluations }, { caches }] = await Promise.all([getJson("/v1/evaluations", {}, signal), getJson("/v1/caches", {}, signal)]);
+  const modelOf = (one) => caches.find((cache) => cache.cache === one.cache)?.model ?? shortId(one.cache);
   if (!evaluations.length) {
     replace(body, el("p", {}, "No evaluation has run here yet. ", el("a", { href: addressOf("jobs/new", { command: "evaluate" }) }, "Evaluate probes")));
     return;
@@ -26,7 +27,7 @@ export async function showCurves({ body, parameters, signal }) {
     measure: parameters.get("measure") ?? "kl", x: parameters.get("x") ?? "layer",
     offset: numberOf(parameters, "offset", 0), layer: numberOf(parameters, "layer"), hidden: parameters.get("hidden") ?? "",
   };
-  const label = (one) => `${shortId(one.job)} ${one.probes.join(", ")} on ${one.model ?? shortId(one.cache)} (${moment(one.ended)})`;
+  const label = (one) => `${shortId(one.job)} ${one.probes.join(", ")} on ${modelOf(one)} (${moment(one.ended)})`;
   const options = evaluations.map((one) => [one.job, label(one)]);
   const charts = el("div", { class: "columns" });
   const probesBox = el("fieldset");
@@ -81,7 +82,7 @@ export async function showCurves({ body, parameters, signal }) {
       }), name))));
     const measureLabel = MEASURES.find(([key]) => key === state.measure)?.[1] ?? state.measure;
     drawn = found.map((one) => lineChart({
-      title: `${measureLabel} at ${other} ${state[other]} – ${one.model ?? shortId(one.cache)}, ${one.split ?? "test"} split`,
+      title: `${measureLabel} at ${other} ${state[other]} – ${modelOf(one)}, ${one.split ?? "test"} split`,
       name: `${state.measure}-${shortId(one.job)}`, xLabel: state.x === "layer" ? "layer" : "offset N", yLabel: measureLabel,
       series: seriesOf(one.rows, names.filter((name) => !hidden.has(name)), state, other), signal,
     }));

@@ -16,9 +16,22 @@ export function el(tag, attributes = {}, ...children) {
   return element;
 }
 
+// Replaces the children of `parent`. Views that refresh keep the focus, on the element that does
+// the same, and how far their tables were scrolled.
 export function replace(parent, ...children) {
+  const focused = parent.contains(document.activeElement) ? purposeOf(document.activeElement) : null;
+  const scrolled = [...parent.querySelectorAll(".scroll")].map((box) => box.scrollLeft);
   parent.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined));
+  if (scrolled.some((left) => left > 0)) {
+    [...parent.querySelectorAll(".scroll")].forEach((box, index) => { box.scrollLeft = scrolled[index] ?? 0; });
+  }
+  if (focused) {
+    const again = [...parent.querySelectorAll("a, button, summary, [tabindex]")].find((one) => purposeOf(one) === focused);
+    again?.focus({ preventScroll: true });
+  }
 }
+
+const purposeOf = (element) => [element.tagName, element.getAttribute("href") ?? element.getAttribute("aria-label") ?? element.textContent].join(" ");
 
 // A table that scrolls sideways by itself. Columns: {title, cell(row), number}.
 export function dataTable({ caption, columns, rows, empty = "Nothing here yet." }) {

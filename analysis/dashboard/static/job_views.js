@@ -154,7 +154,7 @@ export async function showJob({ body, heading, name, signal }) {
       ["failed", "cancelled"].includes(job.state) ? el("button", { type: "button", on: { click: again } }, "Try again") : null,
       el("a", { class: "button", href: addressOf("jobs/new", { command: job.command, arguments: JSON.stringify(job.arguments) }) }, "A job like this")));
     replace(progress, el("h2", {}, "Progress"),
-      job.progress?.length ? progressBars(job.progress) : el("p", { class: "quiet" }, isOver(job.state) ? "No stages were reported." : "Not begun yet."));
+      job.progress?.length ? progressBars(job.progress) : el("p", { class: "quiet" }, isOver(job.state) ? "No stages were reported." : job.state === "running" ? "Starting …" : "Waiting for its turn."));
     showResult(result, job);
   }
   const refreshLog = async () => {

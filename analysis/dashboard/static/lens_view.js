@@ -76,12 +76,13 @@ export async function showLens({ body, parameters, signal }) {
   const untrack = el("button", { type: "button", on: { click: () => track("") } }, "Stop tracking");
 
   function track(value) {
-    state.track = value;
-    trackInput.value = value;
-    if (value && !["rank", "probability"].includes(state.measure)) {
+    // Of a tracked token the rank says most: it tells tokens apart that are all improbable.
+    if (value && !state.track) {
       state.measure = "rank";
       measureSelect.value = "rank";
     }
+    state.track = value;
+    trackInput.value = value;
     return load();
   }
 

@@ -23,7 +23,7 @@ from residua.analysis.disk_use.disk_report import measure_disk
 from residua.analysis.disk_use.job_folders import list_jobs
 from residua.analysis.disk_use.pins import list_pins, pin_saved, unpin_saved
 from residua.analysis.disk_use.users import users_of
-from residua.cache.errors import InUseError, NotFoundError, UsageError
+from residua.cache.errors import CorruptError, InUseError, NotFoundError, UsageError
 from residua.cache.files import removal
 from residua.cache.files.json_files import read_json, write_json
 from residua.cache.files.leases import lease_part
@@ -307,7 +307,7 @@ def test_links_under_the_names_of_pins_and_jobs_are_not_followed(
     shutil.move(root / ".pins", outside / "pins")
     (root / ".pins").symlink_to(outside / "pins")
     assert list_pins(root) == []
-    with pytest.raises(residua.cache.CorruptError):
+    with pytest.raises(CorruptError):
         pin_saved(root, "cache", cache.id)
     job = write_job(root, "1", "done")
     shutil.move(job, outside / "job")
