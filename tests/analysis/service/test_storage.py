@@ -49,6 +49,7 @@ def test_the_report_is_that_of_the_command(server: ServiceServer, root: Path) ->
     report = httpx.get(f"{server.address}/v1/disk", timeout=60).json()
     printed = CliRunner().invoke(main, ["du", "--root", str(root), "--json"])
     assert report.pop("pins") == []
+    assert report.pop("free") > 0
     assert report == json.loads(printed.output)
     kinds = {item["kind"] for item in report["items"]}
     assert {"cache", "moments", "probe", "leftover", "service"} <= kinds
