@@ -135,9 +135,13 @@ export function heatmapCard(map, title, name, onOpen) {
   function redraw() {
     picture = heatmapPicture(map, measure, title);
     showPicture(layers, picture, { width: LEFT });
+    paintCells();
+    if (details.open) fillTable();
+  }
+
+  function paintCells() {
     showPicture(cells, picture, { shiftX: LEFT });
     if (cell) markCell();
-    if (details.open) fillTable();
   }
 
   function markCell() {
@@ -160,7 +164,7 @@ export function heatmapCard(map, title, name, onOpen) {
       column: Math.min(map.tokens.length - 1, Math.max(0, next.column)),
     };
     readout.textContent = describe(cell);
-    redraw();
+    paintCells();
     const x = cell.column * CELL.width;
     if (scroll && (x < box.scrollLeft || x + CELL.width + LEFT > box.scrollLeft + box.clientWidth)) {
       box.scrollLeft = Math.max(0, x - box.clientWidth / 2);

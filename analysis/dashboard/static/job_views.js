@@ -52,20 +52,36 @@ export async function showJobs({ body, signal }) {
   }, 2.5, signal);
 }
 
-// Follows the events of a job; the browser connects again by itself and says the last one it has.
+// Follows the events of a job while somebody sees the page: a browser has few connections to one
+// service, for all its tabs together. It connects again by itself and says the last event it has.
 function followJob(id, signal, onEvent) {
-  const source = new EventSource(`/v1/jobs/${part(id)}/events`);
-  for (const event of ["state", "progress", "log"]) {
-    source.addEventListener(event, (message) => {
-      try {
-        onEvent(event, JSON.parse(message.data));
-      } catch {
-        // Half an event: the next one is whole.
-      }
-    });
-  }
-  signal.addEventListener("abort", () => source.close(), { once: true });
-  return source;
+  let source = null;
+  let last = 0;
+  const open = () => {
+    source = new EventSource(`/v1/jobs/${part(id)}/events?after=${last}`);
+    for (const event of ["state", "progress", "log"]) {
+      source.addEventListener(event, (message) => {
+        last = Number(message.lastEventId) || last;
+        try {
+          onEvent(event, JSON.parse(message.data));
+        } catch {
+          // Half an event: the next one is whole.
+        }
+      });
+    }
+  };
+  const leaving = new AbortController();
+  const close = () => {
+    leaving.abort();
+    source?.close();
+  };
+  document.addEventListener("visibilitychange", () => {
+    source?.close();
+    if (!document.hidden) open();
+  }, { signal: leaving.signal });
+  signal.addEventListener("abort", close, { once: true });
+  open();
+  return { close };
 }
 
 function merge(job, event, data) {

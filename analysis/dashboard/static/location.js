@@ -20,12 +20,13 @@ export function numberOf(parameters, name, otherwise = null) {
   return text !== null && /^-?\d+$/.test(text) ? Number(text) : otherwise;
 }
 
-// Calls `work` now and every `seconds` after it has ended, until the view is left.
+// Calls `work` now and every `seconds` after it has ended, until the view is left; not while
+// nobody sees the page.
 export async function repeat(work, seconds, signal) {
   while (!signal.aborted) {
     let goesOn = true;
     try {
-      goesOn = (await work()) !== false;
+      if (!document.hidden) goesOn = (await work()) !== false;
     } catch (error) {
       if (!signal.aborted) console.info(`not refreshed: ${error.message}`);
     }

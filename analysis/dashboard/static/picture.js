@@ -74,7 +74,8 @@ ${body}
 
 // Draws a picture, or the part of it from x = `shiftX` on, on a canvas at the screen's density.
 export function showPicture(canvas, picture, { shiftX = 0, width = picture.width - shiftX } = {}) {
-  const density = window.devicePixelRatio || 1;
+  // Canvases end at some 16,000 pixels a side.
+  const density = Math.min(window.devicePixelRatio || 1, 16000 / Math.max(width, picture.height));
   canvas.width = Math.round(width * density);
   canvas.height = Math.round(picture.height * density);
   canvas.style.width = `${width}px`;
