@@ -18,8 +18,8 @@ export async function showJobs({ body, signal }) {
     caption: "Jobs, the newest first", empty: "No jobs yet.",
     columns: [
       { title: "job", cell: (row) => el("a", { class: "mono", href: addressOf(`jobs/${row.id}`) }, shortId(row.id)) },
-      { title: "command", cell: (row) => el("span", {}, el("strong", {}, row.command), " ", el("span", { class: "quiet small" }, argumentsText(row.arguments))) },
       { title: "state", cell: (row) => stateMark(row.state) },
+      { title: "command", cell: (row) => el("span", {}, el("strong", {}, row.command), " ", el("span", { class: "quiet small" }, argumentsText(row.arguments))) },
       { title: "progress", cell: (row) => (row.state === "running" ? progressBars(row.progress?.slice(-1)) : row.error?.message ?? "") },
       { title: "created", cell: (row) => moment(row.created) },
       { title: "took", number: true, cell: (row) => took(row) },
