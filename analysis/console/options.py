@@ -374,7 +374,7 @@ class WordsCommand(click.Command):
 class JsonErrorGroup(click.Group):
     """A group of commands that prints mistyped arguments, too, as JSON objects after --json.
 
-    --json and --root may also stand before the command: `residua --json ls`.
+    --json, --root and --server may also stand before the command: `residua --json ls`.
     """
 
     group_class: type[click.Group] | type[type] | None = type
@@ -383,8 +383,9 @@ class JsonErrorGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Options before the command go behind its own arguments, to the command.
         count = 0
-        while count < len(args) and re.fullmatch(r"--json|--root(=.*)?", args[count], re.DOTALL):
-            count += 2 if args[count] == "--root" else 1
+        shared = r"--json|--(root|server)(=.*)?"
+        while count < len(args) and re.fullmatch(shared, args[count], re.DOTALL):
+            count += 2 if args[count] in ("--root", "--server") else 1
         options, rest = args[:count], args[count:]
         if options and not rest:
             ctx.fail(f"no command follows {' '.join(options)}; residua --help lists the commands")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...cache.files.paths import is_remote
+from ...cache.files.paths import check_not_served, is_remote
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.catalog import UNREADABLE, list_paths
 from ...probes.moments.kept_moments import FOLDER as MOMENTS
@@ -141,6 +141,7 @@ def measure_disk(root: Path, state: Path | None = None) -> DiskReport:
     Opens manifests, journals and configurations, never a shard or tensor. A root that is not there
     gives an empty report.
     """
+    check_not_served(root, "its disk is its own: ask it by --server instead of --root")
     survey = _Survey(root, state)
     unreadable: list[str] = []
     for file in walk_files(root, unreadable.append):

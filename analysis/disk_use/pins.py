@@ -14,7 +14,7 @@ from ...cache.errors import CorruptError, NotFoundError, ResiduaError, UsageErro
 from ...cache.files.confined_files import check_folders, is_confined_name, read_confined_json
 from ...cache.files.json_fields import checking_fields, choice_field, number_field, text_field
 from ...cache.files.json_files import make_folder, write_json
-from ...cache.files.paths import list_folder
+from ...cache.files.paths import check_not_served, list_folder
 
 FOLDER = ".pins"
 """Folder of all pins under a root."""
@@ -44,6 +44,7 @@ class Pin:
 
 def list_pins(root: Path) -> list[Pin]:
     """The pins of a root, by name."""
+    check_not_served(root, "its pins are its own: ask it by --server instead of --root")
     try:
         check_folders(root, (FOLDER,))
     except CorruptError:  # a link or a file of strangers: no pins

@@ -344,7 +344,7 @@ class JobQueue:
             self._end(job, JobEnd("failed", error.exit_code, error_value(error)))
 
     def _runs_again(self, folder: JobFolder, status: JobStatus) -> bool:
-        """Whether asking for an ended job again runs it: it failed, or its result is gone or old."""
+        """Whether asking again runs an ended job: it failed, or its result is gone or old."""
         request = folder.read_request()
         command = JOB_COMMANDS.get(request.command)
         is_look = any(request.arguments.get(name) for name in LOOKS)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ...sample import MODEL_DIR, TEXT_PATH
-from ..console.quickstart import check_transformers
 from ..jobs.job_queue import JobQueue
 from ..web.service_settings import ServiceSettings
 
@@ -34,6 +33,9 @@ def demo_settings(settings: ServiceSettings) -> ServiceSettings:
 
     Raises `UsageError` if the installed transformers cannot load the model.
     """
+    # It imports torch, which a service without the demo can do without.
+    from ..console.quickstart import check_transformers
+
     check_transformers(version("transformers"))
     models = (*settings.models, MODEL_DIR.parent.resolve())
     return replace(settings, models=models, texts=(*settings.texts, TEXT_PATH.parent.resolve()))

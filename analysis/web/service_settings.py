@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cache.errors import UsageError
-from ...cache.files.paths import is_remote
+from ...cache.files.paths import check_not_served, is_remote
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def default_state(root: Path) -> Path:
 
 def make_settings(root: Path, state: Path, **options: Any) -> ServiceSettings:
     """Settings from the options of `residua serve`; folders are resolved, links followed."""
+    check_not_served(root, "name the folder or object store that it serves")
     for name in ("models", "texts"):
         options[name] = tuple(Path(folder).resolve() for folder in options.get(name, ()))
     given = {

@@ -71,9 +71,14 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, Path)
 
 
-def check_not_served(path: Path) -> None:
-    """Raise `UsageError` for a place of a service, which nothing can be written to."""
+def check_not_served(path: Path, advice: str = "") -> None:
+    """Raise `UsageError` for a place of a service, which nothing can be written to.
+
+    `advice` says what to do instead, where it is not to write elsewhere.
+    """
     if is_served(path):
+        if advice:
+            raise UsageError(f"{path} is a residua service; {advice}")
         path.mkdir()  # says it
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,6 +86,13 @@ def kill_worker(folder: Path) -> None:
     os.kill(start_of(folder)["pid"], signal.SIGKILL)
 
 
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 @contextmanager
 def running_process(*command: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A process, ended with all its children at the end."""
@@ -121,7 +129,7 @@ def end_process(process: "subprocess.Popen[str]") -> None:
 @contextmanager
 def service_process(root: Path, *options: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A service in a process of its own: address and process."""
-    command = ("-m", "residua", "serve", "--root", root, "--port", "0", *options)
+    command = ("-m", "residua", "serve", "--root", root, "--port", 0, *options)
     with running_process(*command, RESIDUA_TOKEN=TOKEN) as process:
         assert process.stdout is not None
         line = process.stdout.readline()

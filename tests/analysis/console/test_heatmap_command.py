@@ -9,7 +9,8 @@ import pytest
 import residua
 from residua.analysis.console.probe_names import split_name
 from residua.analysis.display.lens_maps import MEASURES
-from residua.cache.errors import UsageError
+from residua.analysis.jobs.job_commands import named_probe
+from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cli import MAP_MEASURES
 
@@ -148,6 +149,14 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path: Path) -> None:
     assert split_name("ridge") == (None, "ridge")
     with pytest.raises(UsageError, match="names no probe"):
         split_name("long=")
+
+
+def test_jobs_of_a_service_take_named_probes_and_no_paths(root: Path) -> None:
+    assert named_probe(root, "long=ri") == "long=ridge"
+    assert named_probe(root, "ri") == "ridge"
+    for argument in ("../x=ridge", "a/b=ridge", "long=../ridge", "long=", 3):
+        with pytest.raises(NotFoundError, match="no probe"):
+            named_probe(root, argument)
 
 
 def test_the_shell_completes_named_probes(root: Path, tiny_cache: ActivationCache) -> None:

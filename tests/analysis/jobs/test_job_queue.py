@@ -16,11 +16,13 @@ import residua
 from residua.analysis.jobs.job_files import JobFolder
 from residua.analysis.jobs.job_queue import JobQueue
 from residua.analysis.jobs.job_settings import JobSettings
+from residua.analysis.jobs.job_workers import JobWorkers
 from residua.cache.errors import LimitError, NotFoundError
 
 from ...support.jobs import (
     ENDLESS,
     attempt_folders,
+    free_port,
     kill_worker,
     process_of,
     running_process,
@@ -254,13 +256,35 @@ def test_a_full_disk_is_the_end_of_a_job_with_its_name(
         subprocess.run(["umount", str(disk)], check=False)
 
 
-def free_port() -> int:
-    """A port that nobody listens at."""
-    import socket
+def test_a_gpu_is_kept_for_the_work_that_runs_the_model(settings: JobSettings) -> None:
+    workers = JobWorkers(settings)
+    workers._resources = {"a": {"GPU": 1.0}, "b": {}, "c": {}}
+    assert workers.idle_worker(set(), prefers_gpu=True) == "a"
+    assert workers.idle_worker({"a"}, prefers_gpu=True) is None
+    assert workers.idle_worker(set(), prefers_gpu=False) == "b"
+    assert workers.idle_worker({"b"}, prefers_gpu=False) == "c"
+    workers._resources = {"b": {}}
+    assert workers.idle_worker(set(), prefers_gpu=True) == "b"
+    workers._resources = {"a": {"GPU": 1.0}}
+    assert workers.idle_worker(set(), prefers_gpu=False) == "a"
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+
+@pytest.mark.slow
+def test_an_extraction_runs_on_the_worker_with_a_gpu(
+    settings: JobSettings,
+    tiny_cache: residua.ActivationCache,
+    model_folder: Path,
+    texts_file: Path,
+) -> None:
+    folders = {"models": (model_folder.parent,), "texts": (texts_file.parent,)}
+    with running_queue(replace(settings, gpus=1, **folders)) as queue:
+        wait_for(lambda: queue.is_ready)
+        arguments = {"model": model_folder.name, "data": texts_file.name, "device": "cpu"}
+        extraction = queue.submit("extract", {**arguments, "context": 16, "max_tokens": 200})[0]
+        fit = queue.submit("fit ridge", {"cache": tiny_cache.id, **RIDGE})[0]
+        done = [wait_for_end(queue, job["id"]) for job in (extraction, fit)]
+    assert [job["state"] for job in done] == ["done", "done"], done
+    assert [job["worker"].split()[0] for job in done] == ["gpu-0", "cpu-0"]
 
 
 def test_forged_files_of_a_job_are_an_error_of_that_job_alone(

@@ -15,6 +15,7 @@ from residua.cache.store.activation_cache import ActivationCache
 from residua.cli import main
 from residua.probes.saved.library import probe_path
 
+from ...support.base_install import run_base_install
 from ...support.services import running_service
 
 
@@ -129,3 +130,18 @@ def test_nothing_outside_the_root_can_be_named(
         assert ask(server, "DELETE", f"{path}?force=true").status_code in (400, 404)
     assert ask(server, "PUT", "/v1/pins/..%2fother", {}).status_code in (400, 404)
     assert residua.verify(tiny_cache.path).ok
+
+
+def test_a_service_with_its_own_extra_alone_lists_and_keeps_house(root: Path) -> None:
+    """Reading, disk use and removal need neither torch nor transformers."""
+    code = f"""
+import urllib.request
+from pathlib import Path
+from tests.support.services import running_service
+with running_service(Path({str(root)!r})) as server:
+    for path in ("/readyz", "/v1/caches", "/v1/probes", "/v1/disk"):
+        last = json.loads(urllib.request.urlopen(server.address + path, timeout=60).read())
+print(json.dumps(last["bytes"]))
+"""
+    hidden = ("torch", "transformers", "datasets", "matplotlib", "plotly", "tokenizers", "sklearn")
+    assert run_base_install(code, *hidden) > 0

@@ -96,7 +96,7 @@ def test_a_service_fits_and_evaluates_as_the_library_does(
     cache = service.open(tiny_cache.id[:9])
     np.testing.assert_array_equal(cache.residual_array(1)[:9], tiny_cache.residual_array(1)[:9])
     with pytest.raises(NotFoundError):
-        service.open("zz")
+        service.open("0" * 20)
 
     there = service.evaluate(cache, [fitted], max_positions=500, progress=None)
     here = residua.evaluate(tiny_cache, [local], max_positions=500, progress=None)

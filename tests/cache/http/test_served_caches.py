@@ -184,13 +184,14 @@ def test_whatever_writes_is_refused_and_says_what_to_do(
     for words in (
         ["fit", "ridge", name, *root],
         ["extract", model_folder, texts_file, *root],
-        ["rm", name, *root, "--yes"],
     ):
         output = run(*words, code=2)
         assert "only read by its address" in output
         assert "--out" in output
         assert "--server" in output
         assert "Traceback" not in output
+    for words in (["serve"], ["du"], ["gc"], ["pin"], ["rm", name, "--yes"]):
+        assert "is a residua service; " in run(*words, *root, code=2)
     probe = residua.RidgeProbe().fit(served, progress=None)
     for write in (
         lambda: probe.save(f"{server.address}/probes/x"),
