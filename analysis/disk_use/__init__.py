@@ -18,5 +18,5 @@ if TYPE_CHECKING:
     from .pins import unpin_saved as unpin_saved
     from .users import User as User
     from .users import users_of as users_of
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -7,5 +7,5 @@ from ...cache.lazy_exports import lazy_exports
 if TYPE_CHECKING:
     from .job_queue import JobQueue as JobQueue
     from .job_settings import JobSettings as JobSettings
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -11,5 +11,5 @@ if TYPE_CHECKING:
     from .served_objects import FolderEntry as FolderEntry
     from .served_objects import ServedFiles as ServedFiles
     from .served_objects import ServedObject as ServedObject
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -8,5 +8,5 @@ if TYPE_CHECKING:
     from .remote_service import RemoteService as RemoteService
     from .remote_service import connect as connect
     from .server_connection import ServerConnection as ServerConnection
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -22,7 +22,7 @@ from ...cache.errors import (
 from ...cache.files.disk_errors import system_error
 from ...cache.files.json_files import plain_value
 
-STATUS_OF = {
+STATUS_OF: dict[type[ResiduaError], int] = {
     NotFoundError: 404,
     InUseError: 409,
     UsageError: 400,
@@ -35,7 +35,7 @@ STATUS_OF = {
 """Class of an error -> HTTP status; the first class that fits counts."""
 CODES = {401: "no_token", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
 """Status -> code of errors that have no class of their own."""
-ERROR_SCHEMA = {
+ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["error", "code", "message", "exit_code"],
     "properties": {

@@ -9,5 +9,5 @@ if TYPE_CHECKING:
     from .byte_client import shared_client as shared_client
     from .served_path import ServedPath as ServedPath
     from .served_path import is_served as is_served
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
