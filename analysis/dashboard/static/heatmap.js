@@ -147,9 +147,12 @@ export function heatmapCard(map, title, name, onOpen) {
   function markCell() {
     const context = cells.getContext("2d");
     const y = HEAD + (map.layers.length - 1 - cell.row) * CELL.height;
-    context.strokeStyle = themeColor("warn");
-    context.lineWidth = 3;
-    context.strokeRect(cell.column * CELL.width + 0.5, y + 0.5, CELL.width - 2, CELL.height - 2);
+    // Orange between black lines: seen on every colour of a cell.
+    for (const [color, width] of [["#000000", 5], ["#ff9d00", 3]]) {
+      context.strokeStyle = color;
+      context.lineWidth = width;
+      context.strokeRect(cell.column * CELL.width + 0.5, y + 0.5, CELL.width - 2, CELL.height - 2);
+    }
   }
 
   function describe({ row, column }) {

@@ -18,8 +18,8 @@ export async function showJobs({ body, signal }) {
     caption: "Jobs, the newest first", empty: "No jobs yet.",
     columns: [
       { title: "job", cell: (row) => el("a", { class: "mono", href: addressOf(`jobs/${row.id}`) }, shortId(row.id)) },
-      { title: "command", cell: (row) => el("span", {}, el("strong", {}, row.command), " ", el("span", { class: "quiet small" }, argumentsText(row.arguments))) },
       { title: "state", cell: (row) => stateMark(row.state) },
+      { title: "command", cell: (row) => el("span", {}, el("strong", {}, row.command), " ", el("span", { class: "quiet small" }, argumentsText(row.arguments))) },
       { title: "progress", cell: (row) => (row.state === "running" ? progressBars(row.progress?.slice(-1)) : row.error?.message ?? "") },
       { title: "created", cell: (row) => moment(row.created) },
       { title: "took", number: true, cell: (row) => took(row) },
@@ -105,11 +105,14 @@ export function progressBars(stages) {
     stage.note ? el("div", { class: "small quiet" }, stage.note) : null)));
 }
 
+// Arguments in a line; of paths the last part.
 function argumentsText(values) {
-  return Object.entries(values ?? {}).map(([name, value]) => {
-    const text = Array.isArray(value) ? value.join(" ") : String(value);
-    return `${name} ${/^[0-9a-f]{64}$/.test(text) ? shortId(text) : text}`;
-  }).join(", ").slice(0, 160);
+  const short = (value) => {
+    const text = String(value);
+    return /^[0-9a-f]{64}$/.test(text) ? shortId(text) : text.split("/").at(-1);
+  };
+  return Object.entries(values ?? {})
+    .map(([name, value]) => `${name} ${[value].flat().map(short).join(" ")}`).join(", ").slice(0, 160);
 }
 
 const timeOf = (value) => (typeof value === "number" ? value : Date.parse(value) / 1000 || 0);
@@ -156,7 +159,7 @@ export async function showJob({ body, heading, name, signal }) {
     replace(about, el("h2", {}, "Job"), facts([
       ["id", el("span", { class: "mono" }, job.id)],
       ["state", stateMark(job.state)],
-      ["arguments", argumentsText(job.arguments)],
+      ["arguments", el("span", { class: "mono" }, JSON.stringify(job.arguments))],
       ["worker", job.worker],
       ["attempts", count(job.attempts)],
       ["created", moment(job.created)],

@@ -132,7 +132,7 @@ function itemsCard(disk, pins, act) {
       { title: "kind", cell: (item) => item.kind },
       { title: "size", number: true, cell: (item) => bytes(item.bytes) },
       { title: "frees", number: true, cell: (item) => bytes(item.freed) },
-      { title: "state", cell: (item) => (["cache", "probe"].includes(item.kind) ? stateMark(item.state) : item.state) },
+      { title: "state", cell: (item) => (item.kind === "cache" ? stateMark(item.state) : item.state) },
       { title: "last used", cell: (item) => moment(item.last_used) },
       { title: "named by", cell: (item) => usersOf(item) },
       { title: "", cell: (item) => (["cache", "probe"].includes(item.kind) ? itemActions(item, pins.get(item.name), act) : "") },
