@@ -166,6 +166,11 @@ class RecentAnswers:
                     del self._busy[self._values.popitem(last=False)[0]]
             return value
 
+    def forget(self) -> None:
+        """Compute every value anew when it is next asked for."""
+        with self._lock:
+            self._values.clear()
+
 
 _CACHES = RecentAnswers(list_caches)
 _PROBES = RecentAnswers(list_probes)
