@@ -1409,13 +1409,13 @@ def heatmap(
 @click.option(
     "--models",
     multiple=True,
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=click.Path(path_type=Path, file_okay=False),
     help="Folder under which the models of jobs lie; several times for several.  [default: none]",
 )
 @click.option(
     "--texts",
     multiple=True,
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=click.Path(path_type=Path, file_okay=False),
     help="Folder under which the texts of jobs lie, beside those that clients send; several times "
     "for several.  [default: none]",
 )

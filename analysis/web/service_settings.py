@@ -71,10 +71,16 @@ def default_state(root: Path) -> Path:
 
 
 def make_settings(root: Path, state: Path, **options: Any) -> ServiceSettings:
-    """Settings from the options of `residua serve`; folders are resolved, links followed."""
+    """Settings from the options of `residua serve`; folders are resolved, links followed.
+
+    Raises `UsageError` for a folder that does not exist, and for a wrong --accel.
+    """
     check_not_served(root, "name the folder or object store that it serves")
     for name in ("models", "texts"):
-        options[name] = tuple(Path(folder).resolve() for folder in options.get(name, ()))
+        folders = tuple(Path(folder).resolve() for folder in options.get(name, ()))
+        if missing := [folder for folder in folders if not folder.is_dir()]:
+            raise UsageError(f"--{name} {missing[0]}: there is no such folder")
+        options[name] = folders
     given = {
         "allowed_hosts": tuple(options.pop("allow_host", ())),
         "allowed_origins": tuple(options.pop("allow_origin", ())),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,29 @@ def test_nothing_outside_the_root_can_be_named(
         assert ask(server, "DELETE", f"{path}?force=true").status_code in (400, 404)
     assert ask(server, "PUT", "/v1/pins/..%2fother", {}).status_code in (400, 404)
     assert residua.verify(tiny_cache.path).ok
+
+
+@pytest.mark.slow
+def test_a_collected_job_is_gone_and_can_be_asked_for_again(root: Path) -> None:
+    cache = next(root.glob("[0-9a-f]*")).name
+    request = {"command": "verify", "arguments": {"cache": cache}}
+    body = {"categories": ["jobs"], "dry_run": False}
+    with running_service(root, jobs=True) as server:
+        for _ in range(2):
+            answer = ask(server, "POST", "/v1/jobs", request)
+            assert answer.status_code == 201
+            (job,) = [entry["id"] for entry in ask(server, "GET", "/v1/jobs").json()["jobs"]]
+            deadline = time.monotonic() + 120
+            while ask(server, "GET", f"/v1/jobs/{job}").json()["state"] != "done":
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            items: list[Any] = []
+            while not items:  # until the queue has let go of it
+                items = ask(server, "POST", "/v1/disk/collect", body).json()["items"]
+                assert time.monotonic() < deadline
+            assert items[0]["name"] == f".service/jobs/{job}"
+            assert ask(server, "GET", "/v1/jobs").json()["jobs"] == []
+            assert ask(server, "GET", f"/v1/jobs/{job}").status_code == 404
 
 
 def test_a_service_with_its_own_extra_alone_lists_and_keeps_house(root: Path) -> None:

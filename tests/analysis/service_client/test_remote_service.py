@@ -87,6 +87,7 @@ def test_a_service_fits_and_evaluates_as_the_library_does(
     fitted = service.fit(ridge, tiny_cache.id[:9], progress=lambda name, *_: stages.append(name))
     local = residua.RidgeProbe(offsets=[0, 1], layers=[1, 2]).fit(tiny_cache, progress=None)
     assert not hasattr(ridge, "coef_")
+    assert "moments" in stages
     for name, tensor in local.state()[1].items():
         np.testing.assert_allclose(fitted.state()[1][name], tensor, rtol=1e-5, atol=1e-6)
 
