@@ -180,8 +180,8 @@ _PARTS = RecentAnswers(lambda path: describe_parts(ActivationCache(path)))
 
 
 def forget_lists() -> None:
-    """List caches and probes anew: something was removed."""
-    for recent in (_CACHES, _PROBES):
+    """Look at caches and probes anew: something was removed."""
+    for recent in (_CACHES, _PROBES, _CACHE, _PROBE, _PARTS):
         recent.forget()
 
 
