@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .distributions import MeasureBuffers, Reference, softmax_into, top_token, value_at
+from .distributions import MeasureBuffers, Reference, top_token, value_at
 from .pair_tiles import as_rows, default_tile_rows, matching_tiles
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def compare_pairs(
     tokens = torch.stack([reference.top[target_rows], reference.text[target_rows].clamp_min(0)])
     token_logit = logits[logit_rows, tokens]
     ranks = _SegmentRanks(token_logit, logits.shape[-1], rank_limit)
-    sums = _RowSums(len(targets), logits)
+    sums = _RowSums(token_logit[0], value_at(reference.log_p, reference.top)[target_rows])
     with np.errstate(invalid="ignore", over="ignore"):
         for tile in matching_tiles(targets, rows, buffers.rows):
             z, p_rows = logits[as_rows(rows[tile])], as_rows(targets[tile])
@@ -89,13 +89,14 @@ def compare_pairs(
     to_repeat = sums.without_result() & defined & reference.defined[target_rows]
     for pair in to_repeat.nonzero()[:, 0].tolist():
         sums.repeat(pair, logits[rows[pair]], reference.log_p[targets[pair]])
-    nll = sums.log_total - token_logit
+    kl, reverse = sums.divergences()
+    nll = sums.largest - token_logit - sums.log_top
     top_rank, text_rank = ranks.ranks(logits, logit_rows, tokens)
     return Comparison(
         defined=defined,
         top=sums.top,
-        kl=sums.weighted[0].clamp_min(0.0),
-        reverse=sums.weighted[1].neg().clamp_min_(0.0),
+        kl=kl,
+        reverse=reverse,
         nll=(nll[0], nll[1]),
         ranks=(top_rank, text_rank),
     )
@@ -121,15 +122,22 @@ def rank_of(
 class _RowSums:
     """Sums over the vocabulary for each of n rows, written tile by tile of rows."""
 
-    def __init__(self, n: int, like: "torch.Tensor") -> None:
+    def __init__(self, token_logit: "torch.Tensor", token_log_p: "torch.Tensor") -> None:
+        """`token_logit` and `token_log_p` `(n,)`: the probe's logit of the model's top token, and
+        its log p."""
         import torch
 
-        self.top = torch.empty(n, dtype=torch.int64, device=like.device)
+        self.top = torch.empty(len(token_logit), dtype=torch.int64, device=token_logit.device)
         """Token of the largest logit, `(n,)`."""
-        self.log_total = like.new_empty(n)
-        """Logarithm of the sum of exp(logits), `(n,)`."""
-        self.weighted = like.new_empty(2, n)
-        """Sums of p and of q, times (log p - log q), `(2, n)`."""
+        self.largest = torch.empty_like(token_logit)
+        """Largest logit, `(n,)`."""
+        self.log_top = torch.empty_like(token_logit)
+        """Logarithm of the largest probability, `(n,)`: log q = logits - largest + log_top."""
+        self.shift = token_logit - token_log_p
+        """What logits are less by where log p is compared with them, `(n,)`: log p and shifted
+        logits are equal at the model's top token, and so differ little where the probe is good."""
+        self.weighted = token_logit.new_empty(2, len(token_logit))
+        """Sums of p and of q, times log p - (logits - shift), `(2, n)`."""
 
     def write_tile(
         self,
@@ -143,13 +151,14 @@ class _RowSums:
         import torch
 
         n = tile.stop - tile.start
-        top = self.top[tile] = top_token(logits)
         q, difference = buffers.q[:n], buffers.difference[:n]
-        log_total = self.log_total[tile] = softmax_into(q, logits, top)
-        # Both sums from one matrix of differences, which takes the place of log q. The difference
-        # of the logarithms is summed and not p log p and p log q alone: these are equal in most
-        # digits where the probe is good.
-        torch.sub(logits, log_total[:, None], out=difference)
+        top = self.top[tile] = top_token(logits)
+        self.largest[tile] = value_at(logits, top)
+        torch.softmax(logits, -1, out=q)
+        torch.log(value_at(q, top), out=self.log_top[tile])
+        # Both sums from one matrix of differences. The difference of the logarithms is summed and
+        # not p log p and p log q alone: these are equal in most digits where the probe is good.
+        torch.sub(logits, self.shift[tile, None], out=difference)
         torch.sub(log_p, difference, out=difference)
         for side, weights in enumerate((p, q)):
             _sum_products(weights, difference, self.weighted[side, tile])
@@ -164,11 +173,19 @@ class _RowSums:
         A token that one side gives no mass adds nothing to that side's sum, even where the other
         side excludes the token (0 * inf).
         """
-        log_q = logits - self.log_total[row]
-        difference = log_p - log_q
+        self.shift[row] = self.largest[row]
+        shifted = logits - self.shift[row]
+        difference, log_q = log_p - shifted, shifted + self.log_top[row]
         for side, weights in enumerate((log_p.exp(), log_q.exp())):
             products = (weights * difference).masked_fill_(weights == 0, 0.0)
             self.weighted[side, row] = products.sum()
+
+    def divergences(self) -> "tuple[torch.Tensor, torch.Tensor]":
+        """KL(p || q) and KL(q || p), `(n,)`."""
+        # log q = (logits - shift) + constant, and both p and q sum to 1.
+        constant = self.shift - self.largest + self.log_top
+        kl, reverse = self.weighted[0] - constant, constant - self.weighted[1]
+        return kl.clamp_min_(0.0), reverse.clamp_min_(0.0)
 
 
 def _sum_products(a: "torch.Tensor", b: "torch.Tensor", out: "torch.Tensor") -> None:

@@ -70,26 +70,17 @@ class Reference:
             tile = slice(start, min(n, start + tile_rows))
             top[tile] = top_token(logits[tile])
             largest[tile] = value_at(logits[tile], top[tile])
-            log_total = softmax_into(p[tile], logits[tile], top[tile])
-            torch.sub(logits[tile], log_total[:, None], out=log_p[tile])
+            torch.softmax(logits[tile], -1, out=p[tile])
+            log_top = value_at(p[tile], top[tile]).log_()
+            # log p = logits - largest + log p(top); NaN and +inf end as NaN in the whole row.
+            shifted = torch.sub(logits[tile], largest[tile, None], out=log_p[tile])
+            shifted.add_(log_top[:, None])
         return cls(log_p, p, top, text, largest.isfinite())
 
     @property
     def confidence(self) -> np.ndarray:
         """The model's largest probability, `(n,)` float32; NaN where undefined."""
         return value_at(self.p, self.top).cpu().numpy()
-
-
-def softmax_into(q: "torch.Tensor", logits: "torch.Tensor", top: "torch.Tensor") -> "torch.Tensor":
-    """Write the softmax of `logits` `(n, vocab)` into `q`; gives the logsumexps, `(n,)`.
-
-    `top` `(n,)` are tokens of the largest logits. NaN and +inf end as NaN in the whole row.
-    """
-    import torch
-
-    torch.softmax(logits, -1, out=q)
-    # log q = logits - logsumexp, at the top token above all: its q is 1 / vocab or more.
-    return value_at(logits, top).sub_(value_at(q, top).log_())
 
 
 def top_token(logits: "torch.Tensor") -> "torch.Tensor":
