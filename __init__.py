@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .analysis.evaluation.probe_evaluation import evaluate as evaluate
     from .analysis.evaluation.result import Evaluation as Evaluation
     from .analysis.report.html_report import write_report as write_report
+    from .analysis.service_client.remote_service import RemoteService as RemoteService
+    from .analysis.service_client.remote_service import connect as connect
     from .cache.errors import ResiduaError as ResiduaError
     from .cache.extraction.api import extract as extract
     from .cache.extraction.damage_repair import repair as repair
@@ -52,9 +54,10 @@ if TYPE_CHECKING:
     from .probes.saved.save import save_probe as save_probe
     from .probes.vocabulary.vocab_probe import VocabProbe as VocabProbe
 
+    __all__: list[str]
+
 __version__ = "0.1.0"
 
 name_extras()
-__getattr__, __dir__, __all__ = lazy_exports(  # pyright: ignore[reportUnsupportedDunderAll]
-    __name__, __file__, outside_all=("open",)
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__, outside_all=("open",))

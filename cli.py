@@ -16,6 +16,7 @@ from residua import __version__
 from residua.analysis.console.options import (
     BYTE_COUNT,
     CONTEXT,
+    DURATION,
     LAYERS,
     MASKS,
     MODE_WITH_COUNT,
@@ -27,6 +28,7 @@ from residua.analysis.console.options import (
     cache_argument,
     checkpoint_option,
     complete_names,
+    confirm,
     device_option,
     drop_first_option,
     is_given,
@@ -36,11 +38,13 @@ from residua.analysis.console.options import (
     probe_options,
     residua_command,
     scheduler_option,
+    server_of_command,
 )
 
 BASIS_METHODS = ("joint", "greedy", "one-shot", "fisher")
 BASIS_METRICS = ("covariance", "euclidean")
 BASIS_REFERENCES = ("mean", "zero", "resample")
+MAP_MEASURES = ("probability", "entropy", "kl", "rank")
 BASELINES = ("unigram", "bigram", "trigram", "lagged", "chain", "marginal")
 
 
@@ -213,6 +217,11 @@ def main() -> None:
     help="Print the size of the cache and the first tokens of three sequences; write nothing.",
 )
 @click.option(
+    "--find",
+    is_flag=True,
+    help="Say which cache answers the request, and what it lacks; load no weights, write nothing.",
+)
+@click.option(
     "--no-tty",
     is_flag=True,
     help="Print progress as lines with rate and time left, every half minute, as is done for long "
@@ -224,6 +233,7 @@ def extract(
     quiet: bool,
     scheduler: str | None,
     dry_run: bool,
+    find: bool,
     no_tty: bool,
     **options: Any,
 ) -> Any:
@@ -258,13 +268,14 @@ def extract(
     residua extract gpt2 'shards/*.jsonl.gz' --dry-run
     zcat texts.jsonl.gz | residua extract gpt2 - --max-tokens 1000000
     residua extract gpt2 texts.jsonl --layers 0,6 --max-bytes 50000000000 --dry-run
+    residua extract gpt2 texts.jsonl --find
     residua extract gpt2 texts.jsonl --logits topk:64
     residua extract gpt2 texts.jsonl --codec compact --dtype bfloat16
     """
-    from residua.analysis.console.messages import print_estimate, print_extraction
+    from residua.analysis.console.messages import print_estimate, print_extraction, print_match
     from residua.analysis.console.terminal import Meter, bandwidths
     from residua.analysis.console.token_preview import with_token_labels
-    from residua.cache.extraction.answer import answer_request, estimate_request
+    from residua.cache.extraction.answer import answer_request, estimate_request, find_match
     from residua.cache.extraction.distributed import answer_at_address
     from residua.cache.extraction.request import ExtractionRequest
     from residua.cache.forward.stage_times import StageTimes
@@ -276,6 +287,9 @@ def extract(
         if dry_run:
             estimate = with_token_labels(request, estimate_request(request, meter.stage))
             return estimate, lambda: print_estimate(estimate)
+        if find:
+            match = find_match(request, meter.stage).to_dict()
+            return match, lambda: print_match(match)
         if scheduler is None:
             value = answer_request(request, meter.stage, stages).to_dict()
         else:
@@ -327,8 +341,8 @@ def list_(root: Path, quiet: bool) -> Any:
 def probes(root: Path, quiet: bool) -> Any:
     """List the probes under the root.
 
-    Kind, layers, offsets N, the cache of the fit, and the KL to the model where the fit measured
-    it.
+    Kind, layers, offsets N, the cache of the fit, and what the fit measured by itself: the KL to
+    the model (lenses), R2 (ridge), the loss (vocabulary probes).
 
     \b
     residua probes
@@ -376,36 +390,177 @@ def info(root: Path, quiet: bool, name: str) -> Any:
     "names", nargs=-1, required=True, metavar="CACHE|PROBE...", shell_complete=complete_names
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Remove also what a probe, an extending cache, a job or a pin still names.",
+)
 @residua_command
-def remove(root: Path, quiet: bool, names: tuple[str, ...], yes: bool) -> Any:
+def remove(root: Path, quiet: bool, names: tuple[str, ...], yes: bool, force: bool) -> Any:
     """Remove caches and probes, after asking.
 
-    Caches that extend a removed cache, or were copied from it on the same disk, keep the files that
-    they share with it. A cache that another process writes is left alone (exit code 2). Probes of a
-    removed cache stay.
+    A cache that a probe, an extending cache, a job or a pin still names is left alone (exit code
+    2), unless that is removed in the same command, or with --force; so is, always, one that
+    another process writes. Caches that extend a removed cache, or were copied from it on the same
+    disk, keep the files that they share with it. Probes of a removed cache stay.
 
     \b
-    residua rm 3f2a
+    residua rm 3f2a ridge-3f2a
     residua rm ridge-3f2a lens-3f2a --yes
+    residua rm 3f2a --force
     """
     from residua.analysis.console.saved_actions import plan_removals, remove_saved
     from residua.analysis.console.saved_messages import describe_removal, print_removals
     from residua.cache.errors import UsageError
 
-    removals = plan_removals(names, root)
+    removals = plan_removals(names, root, force)
     if not yes:
         if quiet:
             raise UsageError("rm asks before it removes, and --json cannot: give --yes too")
         for removal in removals:
             click.echo(describe_removal(removal), err=True)
-        try:
-            yes = click.confirm("Remove?", err=True)
-        except click.Abort:  # the input has ended
-            raise UsageError("nobody answered, so nothing was removed: give --yes") from None
+        yes = confirm("Remove?")
     for removal in removals if yes else ():
-        remove_saved(removal)
+        remove_saved(removal, force)
     value = {"removed": [removal.to_dict() for removal in removals if yes]}
     return value, lambda: print_removals(removals, yes)
+
+
+@main.command()
+@residua_command
+def du(root: Path, quiet: bool) -> Any:
+    """Show what takes the disk under the root, what names it, and what could go.
+
+    Caches, moments, probes, checkpoints, jobs, and leftovers of killed work, each with its bytes,
+    and those that go free when it goes alone: files that caches share (hard links) count once.
+    Nothing is written or removed; `residua gc` and `residua rm` do that.
+
+    \b
+    residua du
+    residua du --root caches --json
+    """
+    from residua.analysis.console.disk_messages import print_disk
+    from residua.analysis.disk_use.collection import possible_savings
+    from residua.analysis.disk_use.disk_report import measure_disk
+
+    report = measure_disk(root)
+    savings = possible_savings(report)
+    value = {**report.to_dict(), "would_free": savings}
+    return value, lambda: print_disk(report, savings)
+
+
+@main.command()
+@click.option(
+    "--leftovers",
+    is_flag=True,
+    help="What killed work left: unfinished files and folders, checkpoints of saved probes.  "
+    "[default, if no other category is given]",
+)
+@click.option(
+    "--unused-caches",
+    is_flag=True,
+    help="Caches that no probe, job, pin or kept cache names, finished or not.",
+)
+@click.option(
+    "--checkpoints",
+    is_flag=True,
+    help="Checkpoints of unfinished fits, from which the same command would go on.",
+)
+@click.option("--moments", is_flag=True, help="Moments kept with caches; fits sum them again.")
+@click.option("--jobs", is_flag=True, help="Folders of jobs of the service that have ended.")
+@click.option(
+    "--lost-parts",
+    is_flag=True,
+    help="Shards that no record names, which `residua repair` may still save.",
+)
+@click.option(
+    "--older-than",
+    type=DURATION,
+    help="Leave alone what was used since, such as 12h, 30d, 2w.  [default: 1w for copies and "
+    "pulls that can go on, else 0]",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would go; remove nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@residua_command
+def gc(
+    root: Path,
+    quiet: bool,
+    older_than: float | None,
+    dry_run: bool,
+    yes: bool,
+    **chosen: bool,
+) -> Any:
+    """Remove what is not needed under the root, by category, after showing it and asking.
+
+    What a probe, an extending cache, a job or a pin names stays, and so does what a process works
+    at; both are asked for again at the moment of removal. Files that are not residua's are never
+    touched.
+
+    \b
+    residua gc
+    residua gc --unused-caches --older-than 30d --dry-run
+    residua gc --leftovers --checkpoints --moments --yes
+    """
+    from residua.analysis.console.disk_messages import describe_plan, print_collected, print_plan
+    from residua.analysis.console.terminal import Meter, visible_text
+    from residua.analysis.disk_use.collection import LEFTOVERS, collect, plan_collection
+    from residua.cache.errors import UsageError
+
+    categories = [name.replace("_", "-") for name, given in chosen.items() if given]
+    plan = plan_collection(root, categories or [LEFTOVERS], older_than)
+    if dry_run:
+        return {**plan.to_dict(), "removed": False}, lambda: print_plan(plan)
+    if plan.removals and not yes:
+        if quiet:
+            raise UsageError(
+                "gc asks before it removes, and --json cannot: give --yes or --dry-run too"
+            )
+        for line in describe_plan(plan):
+            click.echo(visible_text(line), err=True)
+        if not confirm("Remove?"):
+            return {**plan.to_dict(), "removed": False}, lambda: print("nothing was removed")
+    with Meter(quiet) as meter:
+        collected = collect(plan, meter.progress_of("remove"))
+    return {**collected.to_dict(), "removed": True}, lambda: print_collected(collected)
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[CACHE|PROBE]...", shell_complete=complete_names)
+@click.option("--reason", default="", help="Why, for whoever finds the pin.")
+@click.option("--remove", is_flag=True, help="Take the pins of these names away.")
+@residua_command
+def pin(root: Path, quiet: bool, names: tuple[str, ...], reason: str, remove: bool) -> Any:
+    """Keep caches and probes from `gc` and `rm`, or list what is pinned.
+
+    A pin is a small file under the root, with the reason and the date; everybody who uses the root
+    sees it. Without a name, the pins are listed.
+
+    \b
+    residua pin 3f2a --reason "figures of the paper"
+    residua pin
+    residua pin --remove 3f2a
+    """
+    from residua.analysis.console.disk_messages import print_pins
+    from residua.analysis.console.saved_actions import pin_item
+    from residua.analysis.disk_use.pins import list_pins, unpin_saved
+    from residua.cache.errors import UsageError
+
+    if not names:
+        if remove or reason:
+            raise UsageError("name a cache or probe; without a name, pins are listed")
+        pins = list_pins(root)
+        return (
+            {"root": str(root), "pins": [pin.to_dict() for pin in pins]},
+            lambda: print_pins(root, pins, "pinned"),
+        )
+    if remove:
+        changed, verb = [unpin_saved(root, name) for name in names], "no longer pinned"
+    else:
+        changed, verb = [pin_item(name, root, reason) for name in names], "pinned"
+    return (
+        {"root": str(root), "pins": [pin.to_dict() for pin in changed], "removed": remove},
+        lambda: print_pins(root, changed, verb),
+    )
 
 
 @main.command()
@@ -539,20 +694,31 @@ def push(root: Path, quiet: bool, name: str, target: str, **options: Any) -> Any
 
 @main.command()
 @click.argument("source", metavar="USER/NAME|PATH")
-@click.option("--expect", help="Beginning of the cache's id; another cache is refused.")
+@click.option(
+    "--kind",
+    type=click.Choice(["cache", "probe"]),
+    help="What to fetch where USER/NAME is both.  [default: the cache, else the probe]",
+)
+@click.option(
+    "--expect",
+    help="Beginning of the id of the cache, or of the cache that a probe was fitted on; others are "
+    "refused.",
+)
 @click.option("--revision", help="Branch, tag or commit.  [default: main]")
 @residua_command
-def pull(root: Path, quiet: bool, source: str, expect: str | None, revision: str | None) -> Any:
-    """Fetch a cache from the Hugging Face hub, or a cache or probe from a path.
+def pull(root: Path, quiet: bool, source: str, **options: Any) -> Any:
+    """Fetch a cache or probe from the Hugging Face hub, or from a path.
 
-    USER/NAME is a dataset repository that `residua push` made. PATH is the folder of a cache or
-    probe under another root; the last part may be the beginning of its name. Every byte is checked
-    before the cache appears under the root; a cache that is already there is not fetched. An
-    interrupted pull goes on where it stopped.
+    USER/NAME is a repository that `residua push` made: a dataset repository of a cache, or a model
+    repository of a probe. PATH is the folder of a cache or probe under another root; the last part
+    may be the beginning of its name. Every byte is checked before the cache or probe appears under
+    the root; a cache that is already there is not fetched. An interrupted pull goes on where it
+    stopped.
 
     \b
     residua pull someone/gpt2-residuals
     residua pull someone/gpt2-residuals --expect 3f2a --root caches
+    residua pull someone/gpt2-lens --revision small
     residua pull /shared/caches/3f2a
     residua pull /shared/caches/probes/ridge-3f2a
     """
@@ -562,7 +728,7 @@ def pull(root: Path, quiet: bool, source: str, expect: str | None, revision: str
     from residua.analysis.console.terminal import Meter
 
     with Meter(quiet) as meter:
-        value = pull_saved(source, root, meter.stage, expect=expect, revision=revision)
+        value = pull_saved(source, root, meter.stage, **options)
     return value, lambda: print_shared(value, root_option(str(root)))
 
 
@@ -703,6 +869,7 @@ def baseline(
     residua fit baseline 3f2a trigram lagged --offsets 1-8
     """
     from residua.analysis.console.messages import print_fit
+    from residua.analysis.console.terminal import Meter
     from residua.cache.cluster import connected
     from residua.cache.store.catalog import find_cache
     from residua.probes.baselines.token_counts import unfitted_baselines
@@ -710,10 +877,11 @@ def baseline(
     from residua.probes.saved.save import save_probe
 
     source, fits = find_cache(cache, root), []
-    with connected(scheduler) as client:
+    with Meter(quiet) as meter, connected(scheduler) as client:
         for probe in unfitted_baselines(kinds or BASELINES, offsets, across_documents):
             path = new_probe_path(root, probe, source.id)
-            save_probe(probe.fit(source, client=client), path)
+            probe.fit(source, client=client, progress=meter.progress_of("count"))
+            save_probe(probe, path)
             fits.append({"kind": probe.kind, "probe": str(path), "metrics": probe.metrics()})
 
     def print_fits() -> None:
@@ -1019,7 +1187,7 @@ def basis(
 
 @main.command()
 @cache_argument()
-@click.argument("probes", nargs=-1, metavar="PROBE...", shell_complete=complete_names)
+@click.argument("probes", nargs=-1, metavar="[NAME=]PROBE...", shell_complete=complete_names)
 @click.option(
     "--offsets",
     type=NUMBERS,
@@ -1083,28 +1251,30 @@ def evaluate(
     """Measure PROBEs on held-out text of CACHE.
 
     The logit lens and a bigram are measured beside them. PROBE is a folder, or a name (or
-    unique prefix) under the root. kl is KL(model || probe) in nats per position, kl_reverse is
-    KL(probe || model); precision@k, nll and surprisal compare the probe with the model's own
-    top token. Buckets are the same measures by the model's largest probability.
+    unique prefix) under the root; with NAME= before it, tables and pictures call it NAME. kl is
+    KL(model || probe) in nats per position, kl_reverse is KL(probe || model); precision@k, nll and
+    surprisal compare the probe with the model's own top token. Buckets are the same measures by
+    the model's largest probability.
 
     \b
     residua evaluate 3f2a ridge-3f2a
     residua evaluate 3f2a ridge-3f2a --html report.html --png pictures
+    residua evaluate 3f2a long=ridge-3f2a short=ridge-81d9
     """
     from residua.analysis.console.actions import check_outputs, write_outputs
 
     check_outputs(html, png)
     from residua.analysis.console.messages import print_evaluation
+    from residua.analysis.console.probe_names import load_named_probes
     from residua.analysis.console.terminal import Meter
     from residua.analysis.evaluation.probe_evaluation import evaluate as evaluate_probes
     from residua.analysis.token_texts.position_masks import MASKS as MASK_FUNCTIONS
     from residua.cache.number_ranges import absolute_numbers
     from residua.cache.store.catalog import find_cache
-    from residua.probes.saved.library import find_probe, load_probe_for
 
     source = find_cache(cache, root)
     options["layers"] = absolute_numbers(options["layers"], source.n_blocks)
-    loaded_probes = [load_probe_for(source, find_probe(name, root), force) for name in probes]
+    loaded_probes = load_named_probes(source, probes, root, force)
     with Meter(quiet) as meter:
         mask = None if where is None else MASK_FUNCTIONS[where](source)
         evaluation = evaluate_probes(
@@ -1128,6 +1298,102 @@ def evaluate(
 
 
 @main.command()
+@cache_argument()
+@click.argument("probes", nargs=-1, metavar="[NAME=]PROBE...", shell_complete=complete_names)
+@click.option("--text", help="Text of your own; the model reads it.  [default: a passage of CACHE]")
+@click.option("--model", help="Folder or hub id of the model.  [default: where it was]")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option(
+    "--sequence",
+    type=WHOLE_NUMBER,
+    help="Sequence of CACHE to read.  [default: one where much is decided in the upper layers]",
+)
+@click.option("--first", type=WHOLE_NUMBER, help="First token of the sequence.  [default: 0]")
+@click.option("--tokens", type=WHOLE_NUMBER, help="Most tokens of the passage.  [default: 24]")
+@click.option("--split", help="Split in which to search for a passage.  [default: test]")
+@click.option(
+    "--offsets",
+    type=NUMBERS,
+    help="Offsets N, a map each.  [default: the smallest of each probe]",
+)
+@click.option("--layers", type=LAYERS, help="Layers to show.  [default: all that a probe reads]")
+@click.option(
+    "--measure",
+    type=click.Choice(MAP_MEASURES),
+    default="probability",
+    show_default=True,
+    help="Colour of the cells: probability of the likeliest token, entropy, KL to the model (kl), "
+    "or rank of the model's token.",
+)
+@click.option(
+    "--track",
+    metavar="TOKEN",
+    help='Token whose probability and rank are shown instead, such as " Paris".',
+)
+@click.option(
+    "--difference", is_flag=True, help="Show the first of two probes less the second, cell by cell."
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps, auto.")
+@click.option("--force", is_flag=True, help="Read with probes of another model, too.")
+@click.option("--html", type=click.Path(path_type=Path), help="File to write a page to explore to.")
+@click.option("--png", type=click.Path(path_type=Path), help="File to write a picture to.")
+@residua_command
+def heatmap(
+    root: Path,
+    quiet: bool,
+    cache: str,
+    probes: Sequence[str],
+    text: str | None,
+    model: str | None,
+    trust_remote_code: bool,
+    sequence: int | None,
+    first: int | None,
+    tokens: int | None,
+    split: str | None,
+    html: Path | None,
+    png: Path | None,
+    **options: Any,
+) -> Any:
+    """Show what PROBEs read in a passage, layer by layer and token by token.
+
+    A passage of CACHE needs no model; a --text of your own is read by the model of CACHE. PROBE is
+    any that reads layers, or logit, the logit lens, which is the default. A cell is the likeliest
+    token; those that say what the last layer says are marked, in a --difference those where both
+    probes say the same (in pictures: where they disagree).
+
+    \b
+    residua heatmap 3f2a ridge-3f2a --html map.html
+    residua heatmap 3f2a ridge-3f2a --sequence 20 --first 100 --tokens 18 --png map.png
+    residua heatmap 3f2a tuned=lens-3f2a logit --layers 4-8 --difference --measure kl
+    residua heatmap 3f2a lens-3f2a --text "The Louvre is in the city of" --track " Paris"
+    """
+    from residua.analysis.console.heatmap_actions import (
+        PassageChoice,
+        check_heatmap_outputs,
+        print_heatmaps,
+        read_heatmaps,
+        write_heatmaps,
+    )
+    from residua.cache.store.catalog import find_cache
+
+    passage = PassageChoice(text, model, trust_remote_code, sequence, first, tokens, split=split)
+    passage.check()
+    check_heatmap_outputs(html, png)
+    source = find_cache(cache, root)
+    maps = read_heatmaps(source, probes, root, passage, **options)
+    written = write_heatmaps(maps, html, png)
+    value = {
+        "cache": source.id,
+        "passage": maps.passage,
+        "measure": maps.measure,
+        "tracked": maps.tracked,
+        "maps": maps.to_dicts(),
+        "files": written,
+    }
+    return value, lambda: print_heatmaps(maps, written)
+
+
+@main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option(
     "--port",
@@ -1143,13 +1409,13 @@ def evaluate(
 @click.option(
     "--models",
     multiple=True,
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=click.Path(path_type=Path, file_okay=False),
     help="Folder under which the models of jobs lie; several times for several.  [default: none]",
 )
 @click.option(
     "--texts",
     multiple=True,
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=click.Path(path_type=Path, file_okay=False),
     help="Folder under which the texts of jobs lie, beside those that clients send; several times "
     "for several.  [default: none]",
 )
@@ -1185,16 +1451,33 @@ def evaluate(
     "several times for several.  [default: pages of this machine]",
 )
 @click.option(
+    "--accel",
+    metavar="PREFIX",
+    help="Path under which the proxy in front gives the files of the root, such as /_files/: it "
+    "then sends committed shards itself (X-Accel-Redirect).",
+)
+@click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for tokens, jobs and sent texts.  [default: .service under the root]",
+)
+@click.option(
+    "--demo",
+    is_flag=True,
+    help="Make a cache of the bundled model first, probes of it and their evaluation, as jobs.",
 )
 @click.option(
     "--access-log", is_flag=True, help="Log every request, a JSON object a line, on stderr."
 )
 @residua_command
 def serve(
-    root: Path, quiet: bool, public: bool, access_log: bool, state: Path | None, **options: Any
+    root: Path,
+    quiet: bool,
+    public: bool,
+    demo: bool,
+    access_log: bool,
+    state: Path | None,
+    **options: Any,
 ) -> Any:
     """Serve the caches, probes and results of the root to the network, and do jobs.
 
@@ -1204,6 +1487,7 @@ def serve(
     reaches the service, unless it is --public.
 
     \b
+    residua serve --demo --root demo            a full dashboard in two minutes
     residua serve --root caches
     residua serve --root caches --models ./models --texts ./texts
     RESIDUA_TOKEN=... residua serve --public --host 0.0.0.0 --private
@@ -1211,14 +1495,39 @@ def serve(
     from residua.cache.optional_libraries import require_extra
 
     require_extra("serve", "the service")
+    if demo:
+        require_extra("all", "the demo")
     from residua.analysis.service.server import log_to_stderr, run_service
     from residua.analysis.service.start_message import print_service_start
     from residua.analysis.web.service_settings import default_state, make_settings
 
     settings = make_settings(root, state or default_state(root), **options)
     log_to_stderr(access_log)
-    value = run_service(settings, public, None if quiet else print_service_start)
+    value = run_service(settings, public, None if quiet else print_service_start, demo=demo)
     return value, lambda: None
+
+
+@main.command()
+@click.argument("job", required=False, metavar="[JOB]")
+@click.option("--cancel", is_flag=True, help="End the job; what it did is kept.")
+@click.option("--follow", is_flag=True, help="Show progress until the job ends.")
+@residua_command
+def jobs(root: Path, quiet: bool, job: str | None, cancel: bool, follow: bool) -> Any:
+    """List the jobs of a service, or show, follow or cancel JOB.
+
+    JOB is the beginning of a job's id. The service is that of --server or $RESIDUA_SERVER.
+
+    \b
+    residua jobs --server http://host:8470
+    residua jobs 3f2a --follow --server http://host:8470
+    residua jobs 3f2a --cancel --server http://host:8470
+    """
+    from residua.analysis.service_client.job_messages import jobs_command
+    from residua.cache.errors import UsageError
+
+    if job is None and (cancel or follow):
+        raise UsageError("--cancel and --follow are for one job: name it")
+    return jobs_command(server_of_command(), job, cancel=cancel, follow=follow, quiet=quiet)
 
 
 @main.command()
@@ -1257,6 +1566,19 @@ def quickstart(root: Path, quiet: bool, out: Path, max_tokens: int | None) -> An
             out, root if is_given("root") else None, max_tokens, meter
         )
     return value, lambda: print_quickstart(value, evaluation)
+
+
+def find_command(words: Sequence[str]) -> click.Command:
+    """The command of these words, such as `fit ridge`; raises `UsageError` for any other."""
+    from residua.cache.errors import UsageError
+
+    command: click.Command = main
+    for word in words:
+        following = command.commands.get(word) if isinstance(command, click.Group) else None
+        if following is None:
+            raise UsageError(f"there is no command {' '.join(words)!r}; see residua --help")
+        command = following
+    return command
 
 
 if __name__ == "__main__":

@@ -12,5 +12,5 @@ if TYPE_CHECKING:
     from .report.tables import offset_tables as offset_tables
     from .token_texts.position_masks import name_mask as name_mask
     from .token_texts.position_masks import word_continuation_mask as word_continuation_mask
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .errors import IncompleteError as IncompleteError
     from .errors import InputTypeError as InputTypeError
     from .errors import Interrupted as Interrupted
+    from .errors import InUseError as InUseError
     from .errors import LeaseLostError as LeaseLostError
     from .errors import LimitError as LimitError
     from .errors import MismatchError as MismatchError
@@ -48,5 +49,5 @@ if TYPE_CHECKING:
     from .optional_libraries import require_extra as require_extra
     from .progress import Progress as Progress
     from .progress import StageProgress as StageProgress
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

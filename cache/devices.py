@@ -272,6 +272,6 @@ class TileRows:
         else:
             return True
         # Outside of `except`: the traceback of the error holds the tensors of the tile.
-        self.rows = max(self.fewest, rows // 2)
+        self.rows: int = max(self.fewest, rows // 2)
         release_memory(self.device)
         return False

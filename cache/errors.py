@@ -6,6 +6,7 @@
     │   ├── ModelError           2   a model that cannot be loaded or captured
     │   ├── InputTypeError       2   (also TypeError) rows or labels of a type that is not read
     │   ├── MissingLibraryError  2   (also ModuleNotFoundError) a library of an extra is missing
+    │   ├── InUseError           2   something to remove that is named, pinned or being written
     │   └── NotFoundError        2   (also FileNotFoundError) no such cache, probe, layer
     ├── MismatchError            3   a cache, probe or request that does not fit another
     │   └── HeadMismatchError    3   the stored head does not give the model's logits
@@ -14,6 +15,7 @@
     ├── LeaseLostError           1   another worker took over the part that was being written
     ├── NoSpaceError             5   (also OSError) the disk is, or would be, full
     ├── LimitError               5   (also OSError) no open files, threads or memory left
+    ├── UnreachableError         5   a service that does not answer, or not as it should
     └── Interrupted             130   stopped by the user; the work done so far is kept
 
 A message says what was expected, what was found and what to do. A result that is correct, but means
@@ -58,6 +60,10 @@ class NotFoundError(UsageError, FileNotFoundError):
     """No cache, probe or layer has the name or number of the request."""
 
 
+class InUseError(UsageError):
+    """A cache or probe to remove that others still name, that is pinned, or is being written."""
+
+
 class IncompleteError(UsageError):
     """A cache whose extraction is not finished, where all rows are needed."""
 
@@ -90,6 +96,15 @@ class NoSpaceError(ResiduaError, OSError):
 
 class LimitError(ResiduaError, OSError):
     """A limit of this process is reached: open files, size of a file, threads, memory."""
+
+    exit_code = 5
+
+
+class UnreachableError(ResiduaError):
+    """A service that does not answer, or gives other bytes than it was asked for.
+
+    No `OSError`: what it did not give is not damaged.
+    """
 
     exit_code = 5
 

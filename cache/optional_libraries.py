@@ -22,19 +22,22 @@ EXTRA_OF = {
     "tqdm": "extract",
     "transformers": "extract",
     "torch": "fit",
+    "cryptography": "serve",
     "httptools": "serve",
     "huggingface_hub": "hub",
     "matplotlib": "report",
-    "pandas": "extract",
+    "pandas": "report",
     "plotly": "report",
+    "google": "sentencepiece",  # google.protobuf
     "s3fs": "s3",
     "upath": "s3",
     "prometheus_client": "serve",
+    "sentencepiece": "sentencepiece",
     "starlette": "serve",
     "uvicorn": "serve",
 }
 """Top module of a library -> the extra that brings it; the smallest, where several do."""
-LIBRARIES_OF = {
+LIBRARIES_OF: dict[str, tuple[str, ...]] = {
     "all": ("torch", "transformers", "matplotlib", "plotly"),
     "extract": ("torch", "transformers"),
     "fit": ("torch",),
@@ -70,6 +73,15 @@ def require_extra(extra: str, work: str) -> None:
     for library in LIBRARIES_OF[extra]:
         if not is_installed(library):
             raise missing_library(library, work, extra)
+
+
+def require_library(library: str, work: str) -> None:
+    """Raise `MissingLibraryError` unless `library`, a top module that `work` uses, is installed.
+
+    Nothing is imported.
+    """
+    if not is_installed(library):
+        raise missing_library(library, work)
 
 
 def is_installed(library: str) -> bool:

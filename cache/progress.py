@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -34,6 +35,7 @@ LOG_SECONDS = 30.0
 """Time between two lines of the log about one stage."""
 UNITS = {
     "basis": "evaluations",
+    "count": "tokens",
     "lens": "steps",
     "readings": "layers",
     "tokenize": "documents",
@@ -114,10 +116,19 @@ def _is_notebook() -> bool:
     if not hasattr(shell, "kernel"):
         return False
     try:
-        import tqdm.auto  # noqa: F401
+        with _without_advice_of_tqdm():
+            import tqdm.auto  # noqa: F401
     except ImportError:
         return False
     return True
+
+
+@contextmanager
+def _without_advice_of_tqdm() -> Iterator[None]:
+    """Context without warnings: where no ipywidgets are installed, tqdm warns, and writes text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class ProgressBars:
@@ -197,6 +208,7 @@ class NotebookBars:
 
     def __init__(self) -> None:
         self._bars: dict[str, Any] = {}
+        self._ended: set[str] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -213,14 +225,16 @@ class NotebookBars:
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Show that stage `name` has done `done` of `total`."""
-        import warnings
-
-        from tqdm.auto import tqdm
+        with _without_advice_of_tqdm():
+            from tqdm.auto import tqdm
 
         with self._lock:
+            if done < total:
+                self._ended.discard(name)
+            elif name in self._ended:
+                return
             if name not in self._bars:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # without ipywidgets, tqdm writes text
+                with _without_advice_of_tqdm():
                     self._bars[name] = tqdm(
                         total=total,
                         desc=name,
@@ -230,6 +244,10 @@ class NotebookBars:
             bar = self._bars[name]
             bar.total = total
             bar.update(done - bar.n)
+            if done >= total:
+                # Closed now, a bar keeps its time and rate, and the next one needs no line below.
+                self._bars.pop(name).close()
+                self._ended.add(name)
 
 
 class ProgressLog:

@@ -19,5 +19,5 @@ if TYPE_CHECKING:
     from .saved.save import load_probe as load_probe
     from .saved.save import save_probe as save_probe
     from .vocabulary.vocab_probe import VocabProbe as VocabProbe
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

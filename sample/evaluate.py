@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,9 +117,9 @@ def _band(value: int, lasts: Sequence[int], first: int) -> str:
 
 def task_figures(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, seed: int
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Return each kind's accuracy over ``n`` examples, whole and by what makes it hard."""
-    figures: dict[str, dict] = {}
+    figures: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
         examples = list(documents(kind, n, seed))
         rights = answers(model, tokenizer, examples)
@@ -152,7 +153,7 @@ def figures(
     stream: np.ndarray,
     held: np.ndarray,
     n: int = 1000,
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Return the scores on held-out library tokens and on ``n`` fresh documents of each task."""
     vocab = model.config.vocab_size
     text = {

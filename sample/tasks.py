@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 KINDS = ("names", "key_value", "maps")
 
@@ -69,7 +70,7 @@ class Example:
     text: str
     answer_start: int
     answer: str
-    meta: dict = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 def _lexicon(people: int = 160, places: int = 140, twins: int = 20) -> tuple[tuple[str, ...], ...]:

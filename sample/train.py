@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,7 +171,7 @@ def train(
     stream: np.ndarray,
     plan: Plan,
     out: Path,
-) -> dict:
+) -> dict[str, Any]:
     """Train until the time is up, with a checkpoint every five minutes; return what was done."""
     optimizers = build_optimizers(model, plan)
     start = time.monotonic()

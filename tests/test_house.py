@@ -29,21 +29,30 @@ DOORS = {
         "cache/extraction/prepare.py",
     },
     "datasets": {"cache/documents/document_loading.py"},
-    "click": {"cli.py", "analysis/console/options.py"},
+    "click": {
+        "cli.py",
+        "analysis/console/options.py",
+        "analysis/console/command_arguments.py",
+    },
 }
 """Library -> files that may import it; the sample's training script stands outside."""
 FLOORS = (
     "",
     "analysis",
     "analysis.service",
+    "analysis.dashboard",
     "analysis.web",
+    "analysis.service_client",
+    "analysis.jobs",
     "analysis.console",
+    "analysis.disk_use",
     "analysis.basis_report",
     "analysis.display",
     "analysis.report",
     "analysis.basis",
     "analysis.evaluation",
     "analysis.token_texts",
+    "analysis.served_files",
     "probes",
     "probes.controls",
     "probes.baselines",
@@ -66,6 +75,7 @@ FLOORS = (
     "cache.documents",
     "cache.format",
     "cache.files",
+    "cache.http",
     "cache",
 )
 """Folders from the top down; files import from their own folder and from those further down."""
@@ -245,6 +255,33 @@ def test_libraries_are_imported_only_at_their_doors() -> None:
         for name, line in imports(path):
             allowed = DOORS.get(name.split(".")[0])
             assert allowed is None or here in allowed, f"{here}:{line} imports {name}"
+
+
+def test_library_code_is_quiet() -> None:
+    """It logs to the loggers `residua...` and warns with `ResiduaWarning`; commands alone print."""
+    # The server decides where its process logs, and some files print for commands.
+    of_commands = ("analysis/console", "analysis/service/server.py", "cli.py", "__main__.py")
+    of_commands += (
+        "analysis/service/start_message.py",
+        "analysis/service_client/job_messages.py",
+    )
+    for path in sources():
+        here = path.relative_to(ROOT).as_posix()
+        if here.startswith(of_commands):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            place = f"{here}:{node.lineno} calls {called}"
+            assert called not in ("print", "pprint", "logging.basicConfig"), place
+            assert not re.fullmatch(r"sys\.std(out|err)\.write|click\..*", called), place
+            assert not re.fullmatch(r"logging\.(debug|info|warning|error|log)", called), place
+            if called.endswith("getLogger"):
+                name = ast.literal_eval(node.args[0])
+                assert name.partition(".")[0] == "residua", place
+            if called in ("warn", "warnings.warn"):
+                assert ast.unparse(node.args[1]) == "ResiduaWarning", place
 
 
 def test_the_packages_import_relatively_and_the_command_line_absolutely() -> None:

@@ -13,5 +13,5 @@ if TYPE_CHECKING:
     from .model_influence import ModelInfluence as ModelInfluence
     from .model_influence import measure_model_influence as measure_model_influence
     from .token_changes import TokenChange as TokenChange
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -47,12 +47,16 @@ class PassageFinder:
     """Finds the extremes of coordinates over `positions`, and reads the text around them."""
 
     def __init__(self, cache: "ActivationCache", positions: np.ndarray, names: TokenNames) -> None:
-        self.cache, self.positions, self.names = cache, positions, names
-        self.documents = document_of(cache, positions)
+        self.cache = cache
+        self.positions = positions
+        self.names = names
+        self.documents: np.ndarray = document_of(cache, positions)
         """Number of the document of each position, `(n,)`."""
         # A cache of one document gives a passage per sequence.
         units = self.documents
-        self.units = units if len(np.unique(units)) > 1 else sequence_of(cache, positions)
+        self.units: np.ndarray = (
+            units if len(np.unique(units)) > 1 else sequence_of(cache, positions)
+        )
         """Each unit gives one passage at most, `(n,)`."""
 
     def extremes(

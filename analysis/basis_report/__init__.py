@@ -7,5 +7,5 @@ from ...cache.lazy_exports import lazy_exports
 if TYPE_CHECKING:
     from .basis_page import write_basis_png as write_basis_png
     from .basis_page import write_basis_report as write_basis_report
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -42,5 +42,5 @@ if TYPE_CHECKING:
     from .saved_messages import print_shared as print_shared
     from .terminal import Meter as Meter
     from .terminal import bandwidths as bandwidths
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

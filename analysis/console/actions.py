@@ -88,7 +88,8 @@ def write_outputs(
     """
     if html is None and png is None:
         return []
-    from ..report.html_report import PASSAGES, write_pngs, write_report
+    from ..display.evaluation_plots import write_evaluation_pngs
+    from ..report.html_report import PASSAGES, write_report
 
     heatmaps = evaluation.heatmaps(passages=PASSAGES)
     written = []
@@ -97,5 +98,5 @@ def write_outputs(
         written.append(str(write_report(evaluation, html, heatmaps=heatmaps, command=command)))
     if png is not None:
         first = [found for found in heatmaps if found.sequence == heatmaps[0].sequence]
-        written += [str(path) for path in write_pngs(png, evaluation, first)]
+        written += [str(path) for path in write_evaluation_pngs(evaluation, png, first)]
     return written

@@ -21,13 +21,11 @@ from ...probes.saved.library import (
 )
 from ...probes.saved.save import save_probe
 from .actions import check_outputs
+from .probe_names import LOGIT_LENS
 from .terminal import Meter, format_bytes
 
 if TYPE_CHECKING:
     from ...probes.basis.causal_basis import CausalBasis
-
-LOGIT_LENS = "logit"
-"""Name of the logit lens, which is no saved probe."""
 
 
 @dataclass(frozen=True)

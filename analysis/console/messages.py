@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...cache.format.manifest import SHORT_ID
 from ...cache.number_ranges import format_ranges
 from ...cache.store.catalog import cache_root
 from ...probes.saved.library import FOLDER as PROBES_FOLDER
@@ -72,6 +73,29 @@ def print_estimate(value: dict[str, Any]) -> None:
     _print_cut_text(value["cut"])
     _print_reading(value["reading"])
     _print_beginnings(value)
+
+
+def print_match(value: dict[str, Any]) -> None:
+    """Print the match of `residua extract --find`."""
+    cache = value["cache"]
+    if value["answer"] == "miss":
+        print("miss: no cache answers the request")
+        for difference in value["differences"]:
+            asked, found = difference["asked"], difference["found"]
+            print(f"  {difference['field']}: asked {asked}, {cache[:SHORT_ID]} has {found}")
+        return
+    more = " and more" if value["answer"] == "covers" else ""
+    if value["answer"] in ("hit", "covers"):
+        print(f"{value['answer']}: cache {cache[:SHORT_ID]} has what is asked{more}")
+        return
+    missing = []
+    if value["missing_layers"]:
+        missing.append(f"layers {format_ranges(value['missing_layers'])}")
+    if value["missing_sequences"]:
+        missing.append(f"{value['missing_sequences']:,} sequences")
+    if value["unfinished"]:
+        missing.append("the rest of an interrupted extraction")
+    print(f"partial: cache {cache[:SHORT_ID]} lacks {', '.join(missing)}; extract adds it")
 
 
 def _print_beginnings(value: dict[str, Any]) -> None:

@@ -4,8 +4,10 @@
 so that `residua --help` answers at once.
 """
 
+import io
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -14,20 +16,37 @@ from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 from ...cache.errors import Interrupted, ResiduaError, ResiduaWarning, UsageError
+from ...cache.function_above import call_above
+from .command_arguments import raw_arguments
+from .job_report import follow_parent, job_folder, write_error, write_value
 from .terminal import VisibleStream, other_output_on_stderr, visible_text
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:  # older versions of click have it without a parameter
+    ParamType = click.ParamType
+
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 """Settings of click for all commands."""
 JSON = "--json"
 
+CommandT = TypeVar("CommandT", bound=Callable[..., Any] | click.Command)
+"""Type of a command, or of the function of one."""
 
-class NumberRanges(click.ParamType):
+
+class OptionDecorator(Protocol):
+    """A decorator that adds an option to a command or to its function."""
+
+    def __call__(self, command: CommandT, /) -> CommandT: ...
+
+
+class NumberRanges(ParamType):
     """Whole numbers and ranges of them: `0-3`, `0,2,5`, `4`; the command gets a tuple."""
 
     name = "NUMBERS"
@@ -71,7 +90,7 @@ class LayerRanges(NumberRanges):
 LAYERS = LayerRanges()
 
 
-class WholeNumber(click.ParamType):
+class WholeNumber(ParamType):
     """A whole number: `1000000`, `1_000_000`, `1e6` or `1M`."""
 
     name = "INTEGER"
@@ -89,7 +108,7 @@ class WholeNumber(click.ParamType):
 WHOLE_NUMBER = WholeNumber()
 
 
-class ModeWithCount(click.ParamType):
+class ModeWithCount(ParamType):
     """A word, or a word and a count: `all`, `sample:1000`, `sample:1k`, `topk:64`."""
 
     name = "TEXT"
@@ -121,7 +140,7 @@ def parse_bytes(text: str, bytes_without_unit: int) -> int:
     return int(size)
 
 
-class ByteCount(click.ParamType):
+class ByteCount(ParamType):
     """A size on the disk: bytes, or with a unit, such as 50GB."""
 
     name = "BYTES"
@@ -140,7 +159,34 @@ class ByteCount(click.ParamType):
 BYTE_COUNT = ByteCount()
 
 
-class FiniteNumber(click.ParamType):
+SECONDS_OF_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+"""Unit of a duration -> seconds."""
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `30d`, `12h`, `90 m`, `2w`, or `0`; `ValueError` for others."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([smhdw]?)", text.strip().lower())
+    if match is None or (not match[2] and float(match[1])):
+        raise ValueError(text)
+    return float(match[1]) * SECONDS_OF_UNIT[match[2] or "s"]
+
+
+class Duration(ParamType):
+    """A length of time with its unit, such as 30d; the command gets seconds."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            return parse_duration(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is no time; write it like 12h, 30d or 2w", param, ctx)
+
+
+DURATION = Duration()
+
+
+class FiniteNumber(ParamType):
     """A finite number."""
 
     name = "NUMBER"
@@ -158,7 +204,7 @@ class FiniteNumber(click.ParamType):
 NUMBER = FiniteNumber()
 
 
-class OutputPath(click.ParamType):
+class OutputPath(ParamType):
     """A file or folder to write; a URL in an object store."""
 
     name = "PATH"
@@ -175,7 +221,7 @@ class OutputPath(click.ParamType):
 OUTPUT_PATH = OutputPath()
 
 
-class Gibibytes(click.ParamType):
+class Gibibytes(ParamType):
     """Memory in GiB, such as 0.5, or with a unit, such as 2GB; the command gets bytes."""
 
     name = "GIB"
@@ -193,7 +239,7 @@ CONTROLS = ("shuffled", "permuted", "next-token")
 MASKS = ("continued", "names")
 """Names of `MASKS` in analysis/token_texts/position_masks.py, likewise."""
 
-scheduler_option = click.option(
+scheduler_option: OptionDecorator = click.option(
     "--scheduler",
     metavar="ADDRESS",
     help="Address of a dask scheduler, like tcp://host:8786, whose workers fit; the workers must "
@@ -201,14 +247,14 @@ scheduler_option = click.option(
 )
 """Adds --scheduler to a fit."""
 
-across_documents_option = click.option(
+across_documents_option: OptionDecorator = click.option(
     "--across-documents",
     is_flag=True,
     help="Count also pairs (t, t+N) that join two documents of a packed sequence.",
 )
 """Adds --across-documents: see `PairScope`."""
 
-drop_first_option = click.option(
+drop_first_option: OptionDecorator = click.option(
     "--drop-first",
     type=WHOLE_NUMBER,
     default=0,
@@ -219,10 +265,12 @@ drop_first_option = click.option(
 """Adds --drop-first: see `PairScope`."""
 
 
-layers_option = click.option("--layers", type=LAYERS, help="Layers to read.  [default: all]")
+layers_option: OptionDecorator = click.option(
+    "--layers", type=LAYERS, help="Layers to read.  [default: all]"
+)
 """Adds --layers to a fit."""
 
-memory_option = click.option(
+memory_option: OptionDecorator = click.option(
     "--memory",
     type=Gibibytes(),
     help="Memory of the fit in GiB, beside that of Python and its libraries.  [default: "
@@ -230,12 +278,12 @@ memory_option = click.option(
 )
 """Adds --memory to a fit."""
 
-out_option = click.option(
+out_option: OptionDecorator = click.option(
     "--out", type=OUTPUT_PATH, help="Folder of the probe.  [default: under the root]"
 )
 """Adds --out to a fit."""
 
-device_option = click.option(
+device_option: OptionDecorator = click.option(
     "--device",
     default="auto",
     show_default=True,
@@ -243,7 +291,7 @@ device_option = click.option(
 )
 """Adds --device to a fit."""
 
-checkpoint_option = click.option(
+checkpoint_option: OptionDecorator = click.option(
     "--checkpoint",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
@@ -267,7 +315,13 @@ def complete_names(
         names += [path.name for path in probe_folders(root)] if "PROBE" in kinds else []
     except (ResiduaError, OSError):  # no root that can be read: nothing to complete
         return []
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    # NAME=PROBE: what comes before the probe stays.
+    given, equals, beginning = incomplete.rpartition("=")
+    if "PROBE" not in kinds:
+        given, equals, beginning = "", "", incomplete
+    return [
+        CompletionItem(f"{given}{equals}{name}") for name in names if name.startswith(beginning)
+    ]
 
 
 def cache_argument(name: str = "cache") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -305,19 +359,33 @@ def probe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+WORDS = "residua.words"
+"""Key of a context for the words of the command line after the command."""
+
+
+class WordsCommand(click.Command):
+    """A command that remembers its words, to send them to a server."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[WORDS] = list(args)
+        return super().parse_args(ctx, args)
+
+
 class JsonErrorGroup(click.Group):
     """A group of commands that prints mistyped arguments, too, as JSON objects after --json.
 
-    --json and --root may also stand before the command: `residua --json ls`.
+    --json, --root and --server may also stand before the command: `residua --json ls`.
     """
 
-    group_class = type
+    group_class: type[click.Group] | type[type] | None = type
+    command_class: type[click.Command] | None = WordsCommand
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Options before the command go behind its own arguments, to the command.
         count = 0
-        while count < len(args) and re.fullmatch(r"--json|--root(=.*)?", args[count], re.DOTALL):
-            count += 2 if args[count] == "--root" else 1
+        shared = r"--json|--(root|server)(=.*)?"
+        while count < len(args) and re.fullmatch(shared, args[count], re.DOTALL):
+            count += 2 if args[count] in ("--root", "--server") else 1
         options, rest = args[:count], args[count:]
         if options and not rest:
             ctx.fail(f"no command follows {' '.join(options)}; residua --help lists the commands")
@@ -354,8 +422,14 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
         "folder]",
     )
     @click.option(JSON, "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+    @click.option(
+        "--server",
+        metavar="URL",
+        help="Service that does the work, such as http://host:8470, or whose caches are read.  "
+        "[default: $RESIDUA_SERVER, if set]",
+    )
     @wraps(function)
-    def run(root: str | None, as_json: bool, **options: Any) -> None:
+    def run(root: str | None, as_json: bool, server: str | None, **options: Any) -> None:
         from ...cache.files.disk_errors import (
             system_error,
             translate_any_disk_errors,
@@ -364,9 +438,13 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
         from ...cache.files.json_files import plain_value
         from ...cache.store.catalog import cache_root
 
+        job = job_folder()
+        if job is not None:
+            follow_parent()
         try:
             try:
-                root_path = cache_root(root)
+                place, server = _place_of_command(server)
+                root_path = cache_root(server if place == "root" else root)
                 with (
                     translate_any_disk_errors(),
                     translate_store_errors(root_path),
@@ -374,10 +452,15 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
                     library_logs_off(),
                     other_output_on_stderr(),
                 ):
-                    value, print_value = function(root=root_path, quiet=as_json, **options)
+                    if place in ("job", "removal"):
+                        value, print_value = _run_on_server(str(server), as_json)
+                    else:
+                        value, print_value = function(root=root_path, quiet=as_json, **options)
                 # What is printed may go to a file on a full disk.
                 with translate_any_disk_errors():
-                    if as_json:
+                    if job is not None:
+                        write_value(job, value, _printed_text(print_value))
+                    elif as_json:
                         click.echo(json.dumps(plain_value(value), default=str, allow_nan=False))
                     else:
                         with redirect_stdout(VisibleStream(sys.stdout)):
@@ -391,10 +474,80 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
                     raise
                 raise limit from error
         except ResiduaError as error:
+            if job is not None:
+                write_error(job, error)
             _exit_with(error, as_json=as_json)
         sys.exit(value.pop("exit_code", 0) if isinstance(value, dict) else 0)
 
     return run
+
+
+def _place_of_command(server: str | None) -> tuple[str, str | None]:
+    """Where the running command runs, and its server; see `place_of_command`.
+
+    $RESIDUA_SERVER counts for commands that a server can do, and where no --root is given.
+    """
+    environment_server = os.environ.get("RESIDUA_SERVER")
+    if server is None and (not environment_server or is_given("root")):
+        return "here", None
+    words = words_of_command()
+    place = call_above("analysis.service_client.remote_commands", "place_of_command", words)
+    if server is None:
+        return (place, environment_server) if place != "here" else ("here", None)
+    if is_given("root"):
+        raise UsageError("--server and --root exclude each other: the server has a root")
+    if place == "here":
+        raise UsageError(f"`residua {' '.join(words)}` runs on this machine: leave out --server")
+    return place, server
+
+
+def words_of_command() -> list[str]:
+    """Words of the running command, such as `["fit", "ridge"]`."""
+    words: list[str] = []
+    context: click.Context | None = click.get_current_context()
+    while context is not None and context.parent is not None:
+        words.insert(0, str(context.info_name))
+        context = context.parent
+    return words
+
+
+def server_of_command() -> str:
+    """Address of the server of the running command; raises `UsageError` without one."""
+    server = click.get_current_context().params.get("server") or os.environ.get("RESIDUA_SERVER")
+    if not server:
+        raise UsageError("jobs are those of a service: give --server URL, or set RESIDUA_SERVER")
+    return str(server)
+
+
+def _run_on_server(server: str, quiet: bool) -> tuple[Any, Callable[[], None]]:
+    """Value and printer of the running command, after the server has run it."""
+    context = click.get_current_context()
+    arguments = raw_arguments(context.command, context.meta[WORDS])
+    value, text = call_above(
+        "analysis.service_client.remote_commands",
+        "run_on_server",
+        server,
+        words_of_command(),
+        arguments,
+        quiet,
+    )
+    return value, lambda: click.echo(text, nl=False)
+
+
+def confirm(question: str) -> bool:
+    """Ask on the terminal; raises `UsageError` if nobody answers."""
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:  # the input has ended
+        raise UsageError("nobody answered, so nothing was removed: give --yes") from None
+
+
+def _printed_text(print_value: Callable[[], Any]) -> str:
+    """What `print_value` prints, as it would go to a pipe."""
+    text = io.StringIO()
+    with redirect_stdout(VisibleStream(text)):
+        print_value()
+    return text.getvalue()
 
 
 def is_given(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Steps of `residua info`, `rm`, `push` and `pull`: caches and probes, found by name or path."""
+"""Steps of `residua info`, `rm`, `pin`, `push` and `pull`: caches and probes by name or path."""
 
 import re
 from collections.abc import Sequence
@@ -6,20 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...cache.errors import NotFoundError, UsageError
+from ...cache.errors import InUseError, NotFoundError, UsageError
 from ...cache.files.paths import as_path
 from ...cache.files.removal import exclusive_bytes, remove_folder
-from ...cache.format.manifest import EXTENDS, SHORT_ID
+from ...cache.format.manifest import SHORT_ID
 from ...cache.progress import StageProgress
 from ...cache.sharing.hub import pull_cache, push_cache
 from ...cache.sharing.root_transfer import copy_cache
 from ...cache.store.activation_cache import ActivationCache
-from ...cache.store.catalog import UNREADABLE, find_path, list_paths
-from ...probes.saved.hub import push_probe
+from ...cache.store.catalog import find_path, list_paths
+from ...probes.saved.hub import pull_probe_into, push_probe
 from ...probes.saved.library import FOLDER as PROBES_FOLDER
 from ...probes.saved.library import find_probe
 from ...probes.saved.probe_files import copy_probe, remove_probe
 from ...probes.saved.probe_list import is_probe
+from ..disk_use.pins import Pin, pin_saved
+from ..disk_use.users import ItemName, User, blocking_users, refusal
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 """USER/NAME of a repository of the hub."""
@@ -32,6 +34,16 @@ class SavedItem:
     kind: str
     """`cache` or `probe`."""
     path: Path
+
+    @property
+    def key(self) -> ItemName:
+        """Kind and name of the folder."""
+        return self.kind, self.path.name
+
+    @property
+    def root(self) -> Path:
+        """The root under which it lies."""
+        return self.path.parent.parent if self.kind == "probe" else self.path.parent
 
 
 def find_saved(name: str, root: Path) -> SavedItem:
@@ -64,8 +76,17 @@ class Removal:
     """Bytes that no other folder links."""
     shared: int
     """Bytes that other caches link, and keep."""
-    extended_by: tuple[str, ...]
-    """Ids of the caches under the same root that extend this one."""
+    users: tuple[User, ...]
+    """What names it, beside what is removed together with it."""
+    ignored: tuple[ItemName, ...] = ()
+    """Caches and probes that are removed together with it."""
+    state: Path | None = None
+    """A service's own folder, where it lies outside the root."""
+
+    @property
+    def extended_by(self) -> list[str]:
+        """Ids of the caches under the same root that extend this one."""
+        return [user.name for user in self.users if user.kind == "cache"]
 
     def to_dict(self) -> dict[str, Any]:
         """An entry of the JSON object of `residua rm`."""
@@ -74,40 +95,62 @@ class Removal:
             "path": str(self.item.path),
             "freed": self.freed,
             "shared": self.shared,
-            "extended_by": list(self.extended_by),
+            "extended_by": self.extended_by,
+            "named_by": [user.to_dict() for user in self.users],
         }
 
 
-def plan_removals(names: Sequence[str], root: Path) -> list[Removal]:
-    """What `residua rm` would remove; every name must be that of a cache or probe."""
-    items = dict.fromkeys(find_saved(name, root) for name in names)
-    return [
-        Removal(item, *exclusive_bytes(item.path), extended_by=_caches_that_extend(item))
-        for item in items
-    ]
+def plan_removals(
+    names: Sequence[str], root: Path, force: bool = False, state: Path | None = None
+) -> list[Removal]:
+    """What `residua rm` would remove; every name must be that of a cache or probe.
+
+    Raises `InUseError` for one that a probe, an extending cache, a job or a pin names, unless
+    `force`, or unless that goes, too. `state` is a service's own folder, where it lies elsewhere.
+    """
+    items = list(dict.fromkeys(find_saved(name, root) for name in names))
+    together = tuple(item.key for item in items)
+    removals = []
+    for item in items:
+        users = blocking_users(item.root, item.key, state, together)
+        if users and not force:
+            raise InUseError(refusal(item.key, users))
+        freed, shared = exclusive_bytes(item.path)
+        removals.append(Removal(item, freed, shared, tuple(users), together, state))
+    return removals
 
 
-def _caches_that_extend(item: SavedItem) -> tuple[str, ...]:
-    """Ids of the readable caches beside `item` that extend it."""
-    if item.kind != "cache":
-        return ()
-    ids = []
-    for path in list_paths(item.path.parent):
-        try:
-            cache = ActivationCache(path)
-            if cache.manifest.extra.get(EXTENDS) == item.path.name:
-                ids.append(cache.id)
-        except UNREADABLE:
-            continue
-    return tuple(ids)
+def remove_saved(removal: Removal, force: bool = False) -> None:
+    """Remove the cache or probe.
 
+    Raises `InUseError` while another process writes it, and, unless `force`, if something came to
+    name it meanwhile.
+    """
+    item = removal.item
 
-def remove_saved(removal: Removal) -> None:
-    """Remove the cache or probe; raises `UsageError` while another process writes it."""
-    if removal.item.kind == "probe":
-        remove_probe(removal.item.path)
+    def check(_: Path) -> None:
+        users = blocking_users(item.root, item.key, removal.state, removal.ignored)
+        if users and not force:
+            raise InUseError(refusal(item.key, users))
+
+    if item.kind == "probe":
+        remove_probe(item.path, check)
     else:
-        remove_folder(removal.item.path, marker="manifest.json")
+        remove_folder(item.path, "manifest.json", check)
+
+
+def pin_item(name: str, root: Path, reason: str) -> Pin:
+    """Pin the cache or probe called `name`.
+
+    Raises `UsageError` for a probe that lies outside the folder of probes of a root.
+    """
+    item = find_saved(name, root)
+    if item.kind == "probe" and item.path.parent.name != PROBES_FOLDER:
+        raise UsageError(
+            f"{item.path} is a probe outside a root, which `residua gc` never sees; only what lies "
+            "under a root can be pinned"
+        )
+    return pin_saved(item.root, item.kind, item.path.name, reason)
 
 
 def push_saved(
@@ -147,17 +190,50 @@ def pull_saved(
     root: Path,
     progress: StageProgress,
     *,
+    kind: str | None = None,
     expect: str | None = None,
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """Pull a cache from the hub, or copy a cache or probe from a path; the JSON object."""
+    """Pull a cache or probe from the hub, or copy one from a path; the JSON object.
+
+    `kind` is `cache` or `probe` for a name that both a dataset and a model repository have; by
+    default the cache is taken, and the probe where there is no such cache.
+    """
     path = as_path(source)
     if is_hub_id(source) and not _is_beside_a_root(path):
-        pulled = pull_cache(source, root, expect=expect, revision=revision, progress=progress)
-        return {"kind": "cache", **pulled.to_dict()}
-    if revision is not None:
-        raise UsageError(f"--revision is for the hub (USER/NAME); {source} is taken for a path")
+        return _pull_from_hub(source, root, progress, kind, expect=expect, revision=revision)
+    for name, value in {"--revision": revision, "--kind": kind}.items():
+        if value is not None:
+            raise UsageError(f"{name} is for the hub (USER/NAME); {source} is taken for a path")
     return _copy(_find_at(path), root, True, progress, expect)
+
+
+def _pull_from_hub(
+    repo_id: str,
+    root: Path,
+    progress: StageProgress,
+    kind: str | None,
+    *,
+    expect: str | None,
+    revision: str | None,
+) -> dict[str, Any]:
+    """Pull the cache or probe of a repository; the JSON object."""
+    no_cache = None
+    if kind != "probe":
+        try:
+            pulled = pull_cache(repo_id, root, expect=expect, revision=revision, progress=progress)
+            return {"kind": "cache", **pulled.to_dict()}
+        except NotFoundError as error:
+            if kind == "cache":
+                raise
+            no_cache = error
+    try:
+        path, status = pull_probe_into(repo_id, root, expect=expect, revision=revision)
+    except NotFoundError as no_probe:
+        if no_cache is None:
+            raise
+        raise NotFoundError(f"{no_cache}; and {no_probe}") from None
+    return {"status": status, "kind": "probe", "probe": path.name, "path": str(path)}
 
 
 def _find_at(path: Path) -> SavedItem:
@@ -195,7 +271,7 @@ def _copy(
 ) -> dict[str, Any]:
     """Copy `item` to `root`; the JSON object."""
     if item.kind == "probe":
-        path, status = copy_probe(item.path, root)
+        path, status = copy_probe(item.path, root, expect=expect)
         return {"status": status, "kind": "probe", "probe": path.name, "path": str(path)}
     cache = ActivationCache(item.path)
     copied = copy_cache(cache, root, expect=expect, verify=verify, progress=progress)

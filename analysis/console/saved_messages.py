@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...cache.number_ranges import format_ranges
+from ...probes.saved.probe_list import FIT_MEASURES
 from .messages import root_option
 from .terminal import format_bytes, print_table
 
 if TYPE_CHECKING:
     from .saved_actions import Removal
+
+
+MEASURE_HEADS = {"kl": "KL", "r2": "R2", "nll": "NLL", "nll_text": "NLL text", "loss": "loss"}
+"""Short names of the measures of fits."""
 
 
 def print_probes(root: Path, probes: Sequence[dict[str, Any]]) -> None:
@@ -26,21 +31,27 @@ def print_probes(root: Path, probes: Sequence[dict[str, Any]]) -> None:
             format_ranges(probe["layers"]) if probe["layers"] else None,
             format_ranges(probe["offsets"]),
             None if probe["cache"] is None else probe["cache"][:12],
-            _kl_range(probe["kl"]),
+            _measured_range(probe["measure"]),
             format_bytes(probe["bytes"]),
             *([] if all(p["state"] == "saved" for p in probes) else [probe["state"]]),
         )
         for probe in probes
     ]
-    columns = ["probe", "kind", "layers", "offsets N", "cache", "KL", "size"]
+    columns = ["probe", "kind", "layers", "offsets N", "cache", "measured by the fit", "size"]
     print_table(str(root), [*columns, "state"][: len(rows[0])], rows)
-    if any(probe["kl"] for probe in probes):
-        print("KL: best and worst (layer, offset) on the fit's validation split, nats per position")
+    measured = {probe["measure"]["name"] for probe in probes if probe["measure"]}
+    if measured:
+        print("measured by the fit: smallest and largest of its (layer, offset) pairs")
+    for name, meaning in FIT_MEASURES.items():
+        if name in measured:
+            print(f"  {MEASURE_HEADS[name]}: {meaning}")
     print(f"next: residua info PROBE{root_option(str(root))}, or residua evaluate CACHE PROBE")
 
 
-def _kl_range(kl: dict[str, float] | None) -> str | None:
-    return None if kl is None else f"{kl['min']:.3g} to {kl['max']:.3g}"
+def _measured_range(measure: dict[str, Any] | None) -> str | None:
+    if measure is None:
+        return None
+    return f"{MEASURE_HEADS[measure['name']]} {measure['min']:.3g} to {measure['max']:.3g}"
 
 
 def print_probe(value: dict[str, Any]) -> None:
@@ -78,6 +89,8 @@ def describe_removal(removal: "Removal") -> str:
     if removal.extended_by:
         ids = ", ".join(name[:12] for name in removal.extended_by)
         text += f"; extended by {ids}, which stay whole"
+    if others := [str(user) for user in removal.users if user.kind != "cache"]:
+        text += f"; named by {'; '.join(others)}"
     return text
 
 
@@ -111,6 +124,8 @@ def print_shared(value: dict[str, Any], at_root: str) -> None:
     if value["kind"] == "probe":
         print(f"{value['status']}: probe {value['probe']}")
         print(f"  {value.get('url', value.get('path'))}")
+        if "path" in value:
+            print(f"next: residua info {value['probe']}{at_root}")
         return
     layers = format_ranges(value["layers"])
     print(f"{value['status']}: cache {value['cache'][:12]}")

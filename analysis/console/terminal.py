@@ -24,6 +24,7 @@ from ...cache.progress import (
     StageDisplay,
     stderr_is_terminal,
 )
+from .job_report import JobProgress, job_folder
 
 PIPE_WIDTH = 160
 """Width of tables in a pipe or file, in letters."""
@@ -39,11 +40,15 @@ class Meter:
 
     Off a terminal, a stage that takes longer than half a minute has a line each half minute: the
     log of a batch job says what is going on. With `lines`, every stage has lines, on a terminal,
-    too. Nothing is shown if `quiet`.
+    too. Nothing is shown if `quiet`. A command that runs as a job of the service reports to its
+    folder (job_report.py).
     """
 
     def __init__(self, quiet: bool = False, lines: bool = False) -> None:
         self._display: StageDisplay | None = None
+        if (folder := job_folder()) is not None:
+            self._display = JobProgress(folder, ProgressLog(LOG_SECONDS, print_line))
+            return
         if quiet:
             return
         if stderr_is_terminal() and not lines:
@@ -76,13 +81,18 @@ class Meter:
 
     def note(self, name: str, text: Callable[[], str]) -> None:
         """Show `text()` with stage `name`: under its bar, at every redraw, or in its lines."""
-        if isinstance(self._display, ProgressBars | ProgressLog):
+        if isinstance(self._display, ProgressBars | ProgressLog | JobProgress):
             self._display.note(name, text)
 
 
 def print_line(text: str) -> None:
     """Print `text` on stderr after the time of day; commands turn `logging` off."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def print_warning(text: str) -> None:
+    """Print a line that is no progress on stderr."""
+    print(visible_text(text), file=sys.stderr, flush=True)
 
 
 def visible_text(text: str) -> str:

@@ -12,5 +12,5 @@ if TYPE_CHECKING:
     from .lens_maps import LensMap as LensMap
     from .lens_maps import LensMaps as LensMaps
     from .lens_maps import read_lens_maps as read_lens_maps
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.number_ranges import as_tuple, format_ranges
+from ..evaluation.lens_heatmap import Heatmap
 from ..evaluation.metrics import EvaluationRow
 from ..evaluation.result import Evaluation
 from ..report.html_report import write_pngs
@@ -318,9 +319,12 @@ def future_lens_figure(
     return figure
 
 
-def write_evaluation_pngs(evaluation: Evaluation, folder: str | Path) -> list[Path]:
-    """See `Evaluation.to_png`."""
-    paths = write_pngs(folder, evaluation, evaluation.heatmaps())
+def write_evaluation_pngs(
+    evaluation: Evaluation, folder: str | Path, heatmaps: Sequence[Heatmap] | None = None
+) -> list[Path]:
+    """See `Evaluation.to_png`; `heatmaps` are drawn in place of those of one passage."""
+    heatmaps = evaluation.heatmaps() if heatmaps is None else heatmaps
+    paths = write_pngs(folder, evaluation, heatmaps)
     if len(evaluation.offsets) > 1:
         paths.append(Path(folder) / "future_lens.png")
         write_figure(future_lens_figure(evaluation), paths[-1])

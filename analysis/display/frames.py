@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ...cache.errors import UsageError
+from ...cache.optional_libraries import require_library
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,20 +16,19 @@ INTEGERS = ("layer", "offset", "n", "n_undefined", "n_text")
 def rows_frame(rows: Iterable[Any]) -> "pd.DataFrame":
     """Rows (dataclasses) as a data frame; undefined measures are NaN, no layer is <NA>.
 
-    Raises `UsageError` where pandas is not installed.
+    Raises `MissingLibraryError` where pandas is not installed.
     """
     return data_frame([{**asdict(row), "probe": str(row.probe)} for row in rows])
 
 
 def data_frame(records: list[dict[str, Any]]) -> "pd.DataFrame":
-    """`records` as a data frame: whole numbers are nullable, None among measures is NaN."""
-    try:
-        import pandas as pd
-    except ImportError:
-        raise UsageError(
-            "a data frame needs pandas, which is not installed: pip install pandas (to_dicts() "
-            "gives the same rows without it)"
-        ) from None
+    """`records` as a data frame: whole numbers are nullable, None among measures is NaN.
+
+    Raises `MissingLibraryError` where pandas is not installed.
+    """
+    require_library("pandas", "a data frame")
+    import pandas as pd
+
     frame = pd.DataFrame.from_records(records)
     for name in frame.columns:
         if name in INTEGERS:

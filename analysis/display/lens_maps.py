@@ -1,22 +1,25 @@
 """`LensMaps`: what lenses read in a passage of a cache or in a text of one's own, cell by cell.
 
-`lens.heatmap(...)` and `residua.read_lens_maps` give them; lens_map_figures.py draws them. Each
-cell is one layer at one token: the lens's distribution over the vocabulary for the model's token N
-further, against the model's own there. Computed in float64: passages are short.
+`lens.heatmap(...)` and `residua.read_lens_maps` give them; lens_map_figures.py draws them with
+matplotlib, interactive_lens_maps.py with plotly. Each cell is one layer at one token: the lens's
+distribution over the vocabulary for the model's token N further, against the model's own there.
+Computed in float64: passages are short.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from ...cache.devices import choose_device, copy_to_device, copy_to_host
 from ...cache.errors import NotFoundError, UsageError
+from ...cache.files.json_files import plain_value
 from ...cache.function_above import call_above
 from ...cache.number_ranges import as_tuple, as_whole_number, format_ranges
+from ...cache.optional_libraries import require_library
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.tokens.segments import segment_indices
 from ...probes.base.readout import Readout, ReadoutBatch
@@ -31,9 +34,12 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
     from matplotlib.figure import Figure
+    from plotly.graph_objects import Figure as PlotlyFigure
 
 MEASURES = ("probability", "entropy", "kl", "rank")
 """What the colour of a cell may show."""
+BACKENDS = ("matplotlib", "plotly")
+"""Libraries that draw maps."""
 TOP = 5
 """Likeliest tokens of each cell."""
 
@@ -70,6 +76,9 @@ class LensMap:
     top: tuple[tuple[tuple[str, ...], ...], ...]
     """Labels of the lens's likeliest tokens, `(layers, tokens, top)`; of a difference those of both
     lenses, the first one's first."""
+    top_probability: np.ndarray
+    """Their probabilities, `(layers, tokens, top)` float64; NaN where logits are no distribution.
+    """
     agrees: np.ndarray
     """Whether the lens's top token is the model's, that of the last layer, `(layers, tokens)` bool;
     of a difference whether both lenses say the same."""
@@ -116,6 +125,14 @@ class LensMaps:
         """The same cells, coloured by another measure; nothing is computed again."""
         return replace(self, measure=check_measure(measure))
 
+    def only(self, lens: str) -> "LensMaps":
+        """The maps of one lens; raises `NotFoundError` for a name that none has."""
+        maps = tuple(entry for entry in self.maps if entry.lens == lens)
+        if not maps:
+            names = ", ".join(dict.fromkeys(entry.lens for entry in self.maps))
+            raise NotFoundError(f"there is no map of the lens {lens!r}; these are of {names}")
+        return replace(self, maps=maps)
+
     def __sub__(self, other: "LensMaps") -> "LensMaps":
         """The difference of two lenses, cell by cell, at the layers and offsets that both have.
 
@@ -123,8 +140,24 @@ class LensMaps:
         """
         return subtract_maps(self, other)
 
-    def plot(self) -> "Figure":
-        """A figure of matplotlib: a panel per map, agreement with the last layer outlined."""
+    @overload
+    def plot(self, backend: Literal["matplotlib"] = "matplotlib") -> "Figure": ...
+
+    @overload
+    def plot(self, backend: Literal["plotly"]) -> "PlotlyFigure": ...
+
+    def plot(self, backend: str = "matplotlib") -> "Figure | PlotlyFigure":
+        """A panel per map, agreement with the last layer outlined.
+
+        A figure of matplotlib, or one of plotly (`backend="plotly"`), which shows the likeliest
+        tokens and all measures of the cell under the mouse.
+        """
+        if backend not in BACKENDS:
+            raise UsageError(f'backend must be "matplotlib" or "plotly", not {backend!r}')
+        if backend == "plotly":
+            require_library("plotly", "a figure of plotly")
+            return call_above("analysis.display.interactive_lens_maps", "interactive_figure", self)
+        require_library("matplotlib", "a picture")
         return call_above("analysis.display.lens_map_figures", "lens_maps_figure", self)
 
     def to_png(self, path: str | Path) -> Path:
@@ -135,6 +168,34 @@ class LensMaps:
         make_folder(Path(path).parent)
         write_figure(self.plot(), Path(path))
         return Path(path)
+
+    def to_html(self, path: str | Path, *, title: str | None = None) -> Path:
+        """Write an interactive page of all maps, one file that needs no network, to `path`."""
+        require_library("plotly", "a page of lens heatmaps")
+        return call_above(
+            "analysis.display.interactive_lens_maps", "write_lens_maps_page", self, path, title
+        )
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One dictionary of plain values per map; None for undefined numbers.
+
+        `top`, `top_probability`, `agrees` and the measures are lists by layer, then token.
+        """
+        return [
+            {
+                "lens": str(entry.lens),
+                "offset": entry.offset,
+                "is_difference": entry.is_difference,
+                "layers": list(entry.layers),
+                "tokens": list(entry.tokens),
+                "targets": list(entry.targets),
+                "top": [[list(cell) for cell in row] for row in entry.top],
+                "top_probability": plain_value(entry.top_probability),
+                "agrees": entry.agrees.tolist(),
+                **{name: plain_value(values) for name, values in entry.values.items()},
+            }
+            for entry in self.maps
+        ]
 
     def _repr_png_(self) -> bytes:
         """The picture, for notebooks."""
@@ -233,12 +294,12 @@ def read_lens_maps(
                 f"a passage cannot be a {type(passage).__name__}; give a text, a "
                 "residua.CachePassage(cache, ...) or a cache"
             )
-        streams = _streams_of_cache(place, ahead, torch_device)
+        streams = streams_of_cache(place, ahead, torch_device)
     owner: Any = streams
     for lens in listed:
         check_belongs(lens, owner, force)
 
-    tracked = None if track is None else _tracked_token(track, streams)
+    tracked = None if track is None else token_to_track(track, streams)
     maps = []
     for name, lens in named.items():
         for offset in offsets_of[name]:
@@ -273,7 +334,7 @@ def _layers_of(
     return tuple(layers)
 
 
-def _streams_of_cache(passage: CachePassage, ahead: int, device: "torch.device") -> PassageStreams:
+def streams_of_cache(passage: CachePassage, ahead: int, device: "torch.device") -> PassageStreams:
     """The residual streams of a passage of a cache, and of `ahead` tokens after it."""
     import torch
 
@@ -315,14 +376,20 @@ def _streams_of_cache(passage: CachePassage, ahead: int, device: "torch.device")
     )
 
 
-def _tracked_token(track: str | int, streams: PassageStreams) -> int:
+def token_to_track(track: str | int, streams: PassageStreams) -> int:
     """The id of the token to track; raises `UsageError` unless it is one token."""
     if not isinstance(track, str):
         token = as_whole_number(track, "track")
         if not 0 <= token < streams.vocab:
             raise UsageError(f"track must be a token in 0-{streams.vocab - 1}, not {token}")
         return token
-    ids = streams.tokenizer().encode(track, add_special_tokens=False).ids
+    tokenizer = streams.tokenizer()
+    ids = tokenizer.encode(track, add_special_tokens=False).ids
+    if len(ids) != 1 and track.startswith(" "):
+        # A tokenizer of SentencePiece puts a space before a text: "the" is its token " the".
+        without_space = tokenizer.encode(track[1:], add_special_tokens=False).ids
+        if [streams.names(token) for token in without_space] == [f"␣{track[1:]}"]:
+            ids = without_space
     if len(ids) != 1:
         pieces = ", ".join(repr(streams.names(token)) for token in ids) or "no token"
         raise UsageError(
@@ -385,6 +452,7 @@ def _read_map(
             tuple(tuple(names(int(token)) for token in tokens) for tokens in cell["top"])
             for cell in host
         ),
+        top_probability=np.stack([cell["top_probability"] for cell in host]),
         agrees=np.stack([cell["agrees"] for cell in host]),
         values={measure: np.stack([cell[measure] for cell in host]) for measure in MEASURES},
     )
@@ -398,7 +466,7 @@ def _cells(
     model_is_defined: "torch.Tensor",
     tracked: int | None,
 ) -> "dict[str, torch.Tensor]":
-    """The cells of one layer: `top` `(tokens, TOP)`, `agrees` and the measures `(tokens,)`."""
+    """The cells of one layer: `top` and `top_probability` `(tokens, TOP)`, others `(tokens,)`."""
     import torch
 
     is_defined = torch.isfinite(logits.amax(-1))
@@ -422,6 +490,7 @@ def _cells(
     nan = torch.full_like(kl, math.nan)
     return {
         "top": top,
+        "top_probability": torch.where(is_defined[:, None], likeliest.values, math.nan),
         "agrees": (top[:, 0] == model_top) & is_defined & model_is_defined,
         "probability": torch.where(is_defined, shown, nan),
         "entropy": torch.where(is_defined, entropy, nan),
@@ -469,6 +538,9 @@ def _difference(a: LensMap, b: LensMap) -> LensMap:
         tokens=a.tokens,
         targets=a.targets,
         top=top,
+        top_probability=np.stack(
+            [a.top_probability[rows_a, :, 0], b.top_probability[rows_b, :, 0]], axis=-1
+        ),
         agrees=np.array([[one == other for one, other in row] for row in top]),
         values={name: a.values[name][rows_a] - b.values[name][rows_b] for name in MEASURES},
         is_difference=True,

@@ -17,5 +17,5 @@ if TYPE_CHECKING:
     from .probe_evaluation import evaluate as evaluate
     from .probe_names import ProbeName as ProbeName
     from .result import Evaluation as Evaluation
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -127,16 +127,18 @@ class _RowSums:
         its log p."""
         import torch
 
-        self.top = torch.empty(len(token_logit), dtype=torch.int64, device=token_logit.device)
+        self.top: torch.Tensor = torch.empty(
+            len(token_logit), dtype=torch.int64, device=token_logit.device
+        )
         """Token of the largest logit, `(n,)`."""
-        self.largest = torch.empty_like(token_logit)
+        self.largest: torch.Tensor = torch.empty_like(token_logit)
         """Largest logit, `(n,)`."""
-        self.log_top = torch.empty_like(token_logit)
+        self.log_top: torch.Tensor = torch.empty_like(token_logit)
         """Logarithm of the largest probability, `(n,)`: log q = logits - largest + log_top."""
-        self.shift = token_logit - token_log_p
+        self.shift: torch.Tensor = token_logit - token_log_p
         """What logits are less by where log p is compared with them, `(n,)`: log p and shifted
         logits are equal at the model's top token, and so differ little where the probe is good."""
-        self.weighted = token_logit.new_empty(2, len(token_logit))
+        self.weighted: torch.Tensor = token_logit.new_empty(2, len(token_logit))
         """Sums of p and of q, times log p - (logits - shift), `(2, n)`."""
 
     def write_tile(
@@ -210,11 +212,11 @@ class _SegmentRanks:
     """
 
     def __init__(self, token_logit: "torch.Tensor", vocab: int, limit: int | None) -> None:
-        self.token_logit = token_logit
+        self.token_logit: torch.Tensor = token_logit
         """Logits of the tokens, `(tokens, n)`."""
-        self.limit = vocab if limit is None else min(limit, vocab)
-        self.segments = vocab // SEGMENT
-        self.maxima = token_logit.new_empty(token_logit.shape[1], self.segments)
+        self.limit: int = vocab if limit is None else min(limit, vocab)
+        self.segments: int = vocab // SEGMENT
+        self.maxima: torch.Tensor = token_logit.new_empty(token_logit.shape[1], self.segments)
         """Largest logit of each segment, `(n, segments)`; NaN if any is NaN."""
 
     def write_tile(self, tile: slice, logits: "torch.Tensor") -> None:

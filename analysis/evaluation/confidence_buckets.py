@@ -103,7 +103,7 @@ class BucketTally:
         self.units = units
         columns = len(BUCKETS) + 1
         size = min(units * columns, positions)
-        self.sums = {key: MetricSums(size) for key in keys}
+        self.sums: dict[ResultKey, MetricSums] = {key: MetricSums(size) for key in keys}
         """Sums `(cells, columns)` by key."""
         self._cell_of = np.full((units, columns), -1)
         self._unit_of_cell, self._bucket_of_cell = np.full(size, -1), np.full(size, -1)

@@ -24,9 +24,9 @@ class MeasureBuffers:
 
         self.rows = rows
         """Most rows of a comparison."""
-        self.q = torch.empty(rows, vocab, device=device)
+        self.q: torch.Tensor = torch.empty(rows, vocab, device=device)
         """Probabilities of the probe, float32."""
-        self.difference = torch.empty(rows, vocab, device=device)
+        self.difference: torch.Tensor = torch.empty(rows, vocab, device=device)
         """Log-probabilities of the probe, then log p - log q, float32."""
 
 

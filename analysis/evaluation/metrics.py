@@ -163,7 +163,7 @@ class MetricSums:
     """
 
     def __init__(self, groups: int) -> None:
-        self.sums = np.zeros((groups, len(COLUMNS)))
+        self.sums: np.ndarray = np.zeros((groups, len(COLUMNS)))
 
     def add(
         self,

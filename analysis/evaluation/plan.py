@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.number_ranges import as_tuple, format_ranges
+from ...cache.progress import Auto
 from ...probes.base.readout import Readout
 from ...probes.baselines.ngrams import Bigram, CrossFittedBigram
 from ...probes.baselines.token_counts import CountBaseline
@@ -84,12 +85,14 @@ def plan_evaluation(
     layers: int | Iterable[int] | None = None,
     split: str = "test",
     across_documents: bool = False,
+    progress: Auto | None = "auto",
 ) -> EvaluationPlan:
     """Plan the evaluation of `probes`, the logit lens and a bigram on `split` of `cache`.
 
     `offsets` and `layers` default to those of the probes, else to 0-3 and all layers. The bigram is
-    fitted here, on the train split. Raises `UsageError` for negative offsets, `NotFoundError` for a
-    layer that the cache lacks and for probes without any of the layers and offsets.
+    fitted here, on the train split; `progress` is that of its fit. Raises `UsageError` for negative
+    offsets, `NotFoundError` for a layer that the cache lacks and for probes without any of the
+    layers and offsets.
     """
     requested_offsets = None if offsets is None else as_tuple(offsets, "offsets")
     requested_layers = None if layers is None else as_tuple(layers, "layers")
@@ -127,7 +130,8 @@ def plan_evaluation(
     if Bigram.kind not in kinds and later_offsets and len(cache.sequences("train")):
         bigram_class = CrossFittedBigram if split in FITTED_SPLITS else Bigram
         try:
-            baselines.append(bigram_class(later_offsets, across_documents).fit(cache))
+            bigram = bigram_class(later_offsets, across_documents)
+            baselines.append(bigram.fit(cache, progress=progress))
         except UsageError as error:
             baseline_notes.append(f"there is no bigram beside the probes: {error}")
     if LogitLens.kind not in kinds:

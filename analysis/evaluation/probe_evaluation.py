@@ -120,6 +120,7 @@ def evaluate(
         layers=layers,
         split=split,
         across_documents=scope.across_documents,
+        progress="auto" if progress == "auto" else None,
     )
 
     # 2. and 3. Windows of positions, whose measures are summed per document and bucket.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import UsageError
-from ...cache.head.head import TorchHead
+from ...cache.head.head import Head, TorchHead
 from ...probes.training.softmax_loss import cache_blocks, fast_products
 from .pair_tiles import as_rows
 
@@ -37,7 +37,8 @@ class VocabBuffers:
     """Matrices `(rows, vocab)` by name, kept for the next window."""
 
     def __init__(self, vocab: int, device: "torch.device") -> None:
-        self.vocab, self.device = vocab, device
+        self.vocab = vocab
+        self.device = device
         self._matrices: dict[str, torch.Tensor] = {}
 
     def rows(self, name: str, count: int, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
@@ -76,7 +77,7 @@ class ProbeHead(TorchHead):
 
     def __init__(self, head: TorchHead, buffers: VocabBuffers, products: str = "float32") -> None:
         self._head, self._buffers = head, buffers
-        self.head = head.head
+        self.head: Head = head.head
         self.products = products
         """`float32` or `bfloat16`."""
         self.model_rows: ModelRows | None = None

@@ -92,8 +92,8 @@ class Evaluation:
     def to_dataframe(self, buckets: bool = False) -> "pd.DataFrame":
         """The rows as a data frame of pandas, one column per field; of `buckets` instead if asked.
 
-        Undefined measures are NaN, and a baseline's layer is <NA>. Raises `UsageError` where pandas
-        is not installed.
+        Undefined measures are NaN, and a baseline's layer is <NA>. Raises `MissingLibraryError`
+        where pandas is not installed; `to_dicts` gives the same rows without it.
         """
         rows = self.buckets if buckets else self.rows
         return call_above("analysis.display.frames", "rows_frame", rows)

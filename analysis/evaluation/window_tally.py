@@ -27,6 +27,7 @@ from .windows import MAX_ROWS, EvaluationSample, EvaluationWindow, evaluation_wi
 if TYPE_CHECKING:
     import torch
 
+    from ...cache.head.head import TorchHead
     from ...cache.store.activation_cache import ActivationCache
 
 
@@ -75,10 +76,13 @@ class WindowMeasurer:
         device: "torch.device",
         products: str,
     ) -> None:
-        self.cache, self.plan, self.tally, self.device = cache, plan, tally, device
-        self.groups = plan.groups(cache)
-        self.head = cache.head.torch(device)
-        self.products = choose_products(products, self.head, device)
+        self.cache = cache
+        self.plan = plan
+        self.tally = tally
+        self.device = device
+        self.groups: list[ReadGroup] = plan.groups(cache)
+        self.head: TorchHead = cache.head.torch(device)
+        self.products: str = choose_products(products, self.head, device)
         """Precision of the head's products for probes; the model's own are float32."""
         self._buffers = VocabBuffers(cache.vocab, device)
         self._measure_buffers: MeasureBuffers | None = None
@@ -229,7 +233,7 @@ class TargetMeasures:
     """
 
     def __init__(self, targets: int) -> None:
-        self.values = np.empty((targets, len(COLUMNS)))
+        self.values: np.ndarray = np.empty((targets, len(COLUMNS)))
         """Measures of each target, where they are known."""
         self._known = np.zeros(targets, bool)
 

@@ -8,5 +8,5 @@ if TYPE_CHECKING:
     from .html_report import write_pngs as write_pngs
     from .html_report import write_report as write_report
     from .tables import offset_tables as offset_tables
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

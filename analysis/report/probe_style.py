@@ -159,14 +159,14 @@ def telling_confidence(evaluation: Evaluation) -> list[tuple[str, int]]:
     ]
 
 
-def letter_color(value: float) -> str:
-    """Black or white, whichever is easier to read on the colour of `value` in `SCALE`.
+def letter_color(value: float, scale: Sequence[tuple[float, str]] = SCALE) -> str:
+    """Black or white, whichever is easier to read on the colour of `value`, 0 to 1, in `scale`.
 
     The better of both has a contrast of 4.58 at least on any colour (WCAG 2.2, 1.4.3 asks 4.5).
     """
     value = min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
     (low, low_color), (high, high_color) = next(
-        (start, end) for start, end in itertools.pairwise(SCALE) if value <= end[0]
+        (start, end) for start, end in itertools.pairwise(scale) if value <= end[0]
     )
     share = (value - low) / (high - low)
     # Relative luminance of the colour between both stops.

@@ -8,7 +8,5 @@ if TYPE_CHECKING:
     from .application import Service as Service
     from .application import make_application as make_application
     from .server import run_service as run_service
-
-__getattr__, __dir__, __all__ = lazy_exports(  # pyright: ignore[reportUnsupportedDunderAll]
-    __name__, __file__
-)
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

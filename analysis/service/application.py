@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from ...cache.errors import ResiduaError
+from ..jobs.job_queue import JobQueue
 from ..web.access_control import AccessControl
 from ..web.access_tokens import AccessTokens
 from ..web.endpoints import Endpoint, make_routes
@@ -20,7 +21,16 @@ from ..web.request_limits import RequestLimits
 from ..web.request_records import RequestRecords
 from ..web.service_metrics import ServiceMetrics
 from ..web.service_settings import ServiceSettings
-from . import catalog_routes, health_routes
+from . import (
+    byte_routes,
+    catalog_routes,
+    health_routes,
+    job_routes,
+    page_routes,
+    resolve_routes,
+    result_routes,
+    storage_routes,
+)
 
 
 @dataclass
@@ -29,7 +39,7 @@ class Service:
 
     settings: ServiceSettings
     tokens: AccessTokens
-    jobs: Any = None
+    jobs: "JobQueue | None" = None
     """The queue of jobs; None in a service that only reads."""
     metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
     started: float = field(default_factory=time.time)
@@ -52,7 +62,16 @@ class Service:
 
 def list_all_endpoints() -> tuple[Endpoint, ...]:
     """The endpoints of every file of routes."""
-    files = (catalog_routes, health_routes)
+    files = (
+        byte_routes,
+        catalog_routes,
+        health_routes,
+        job_routes,
+        page_routes,
+        resolve_routes,
+        result_routes,
+        storage_routes,
+    )
     return tuple(endpoint for file in files for endpoint in file.list_endpoints())
 
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from ..web.endpoints import Answer, Endpoint, Parameter, Schema, parameters_of
 from ..web.json_responses import JsonResponse
 
 LIST_SECONDS = 1.0
-"""Age up to which a list of caches or probes is given again."""
+"""Age up to which an answer is given again."""
+MAX_ANSWERS = 256
+"""Most answers of a kind that are kept."""
 CACHE_ID = Parameter(
     "cache",
     "path",
@@ -137,27 +140,44 @@ def list_endpoints() -> tuple[Endpoint, ...]:
     )
 
 
-class RecentAnswer:
-    """A value that is computed at most once in `LIST_SECONDS`, by one thread for all who ask."""
+class RecentAnswers:
+    """Values of folders, each computed at most once in `LIST_SECONDS`, by one thread for all."""
 
     def __init__(self, compute: Callable[[Path], Any]) -> None:
         self.compute = compute
         self._lock = threading.Lock()
-        self._values: dict[str, tuple[float, Any]] = {}
+        self._values: OrderedDict[Path, tuple[float, Any]] = OrderedDict()
+        self._busy: dict[Path, threading.Lock] = {}
 
-    def get(self, root: Path) -> Any:
-        """The value for `root`, `LIST_SECONDS` old at most when it is asked for."""
+    def get(self, folder: Path) -> Any:
+        """The value of `folder`, `LIST_SECONDS` old at most when it is asked for."""
         with self._lock:
-            computed, value = self._values.get(str(root), (-1e9, None))
-            if time.monotonic() - computed > LIST_SECONDS:
-                began = time.monotonic()
-                value = self.compute(root)
-                self._values = {str(root): (began, value)}
-        return value
+            busy = self._busy.setdefault(folder, threading.Lock())
+        with busy:
+            computed, value = self._values.get(folder, (-1e9, None))
+            if time.monotonic() - computed <= LIST_SECONDS:
+                return value
+            began = time.monotonic()
+            value = self.compute(folder)
+            with self._lock:
+                self._values[folder] = (began, value)
+                self._values.move_to_end(folder)
+                while len(self._values) > MAX_ANSWERS:
+                    del self._busy[self._values.popitem(last=False)[0]]
+            return value
 
 
-_CACHES = RecentAnswer(list_caches)
-_PROBES = RecentAnswer(list_probes)
+_CACHES = RecentAnswers(list_caches)
+_PROBES = RecentAnswers(list_probes)
+_CACHE = RecentAnswers(lambda path: describe_cache(ActivationCache(path)))
+_PROBE = RecentAnswers(describe_probe)
+_PARTS = RecentAnswers(lambda path: describe_parts(ActivationCache(path)))
+
+
+def forget_lists() -> None:
+    """List caches and probes anew: something was removed."""
+    for recent in (_CACHES, _PROBES):
+        recent.forget()
 
 
 async def answer_caches(request: Request) -> Response:
@@ -177,7 +197,7 @@ async def answer_probes(request: Request) -> Response:
 async def answer_cache(request: Request) -> Response:
     """The facts about one cache."""
     path = await _find_cache(request)
-    return JsonResponse(await run_in_threadpool(lambda: describe_cache(ActivationCache(path))))
+    return JsonResponse(await run_in_threadpool(_CACHE.get, path))
 
 
 async def answer_probe(request: Request) -> Response:
@@ -186,13 +206,13 @@ async def answer_probe(request: Request) -> Response:
     path = await run_in_threadpool(find_probe, name, root)
     if path.parent != root / FOLDER:  # a name that is a path of the server
         raise NotFoundError(f"no probe {name!r} under {root}")
-    return JsonResponse(await run_in_threadpool(describe_probe, path))
+    return JsonResponse(await run_in_threadpool(_PROBE.get, path))
 
 
 async def answer_parts(request: Request) -> Response:
     """The parts of one cache."""
     path = await _find_cache(request)
-    return JsonResponse(await run_in_threadpool(describe_parts, ActivationCache(path)))
+    return JsonResponse(await run_in_threadpool(_PARTS.get, path))
 
 
 async def _find_cache(request: Request) -> Path:

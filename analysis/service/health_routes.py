@@ -1,6 +1,7 @@
 """Whether the service lives and can work, its metrics, its OpenAPI document, browser sessions."""
 
 import os
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -13,12 +14,12 @@ from ..web.endpoints import Answer, Endpoint, read_object
 from ..web.json_responses import JsonResponse, ServiceError
 from ..web.open_api import describe_api
 
-STATE_SCHEMA = {
+STATE_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["status"],
     "properties": {"status": {"type": "string"}},
 }
-SESSION_SCHEMA = {
+SESSION_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["scope"],
     "properties": {"scope": {"type": ["string", "null"], "enum": ["read", "write", None]}},

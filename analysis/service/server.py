@@ -10,14 +10,19 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 
 from ...cache.errors import UsageError
+from ..jobs.job_queue import JobQueue
+from ..jobs.job_settings import JobSettings
+from ..served_files.freed_memory import keep_freed_memory
 from ..web.access_control import is_loopback
 from ..web.access_tokens import has_tokens, load_tokens
 from ..web.request_records import ACCESS_LOGGER
 from ..web.service_protocol import limited_protocol
 from ..web.service_settings import ServiceSettings
 from .application import Service, make_application
+from .demo_jobs import demo_settings, start_demo
 
 KEEP_ALIVE_SECONDS = 30
 """Time for which a connection without a request stays open."""
@@ -68,18 +73,19 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 class ServiceServer(uvicorn.Server):
-    """A service with its socket: it listens from the start, and serves while `serve_until_told`
-    runs."""
+    """A service with its socket: it listens from the start, and answers in `serve_until_told`."""
 
     def __init__(
         self,
         settings: ServiceSettings,
         public: bool = False,
         started: Callable[[Service, str], None] | None = None,
+        read_only: bool = False,
     ) -> None:
-        """`started` is called with the service and its address once requests are answered.
+        """A `read_only` service takes no jobs.
 
-        Raises `UsageError` if the service may not or cannot listen.
+        `started` is called with the service and its address once requests are answered. Raises
+        `UsageError` if the service may not or cannot listen.
         """
         check_exposure(settings, public)
         tokens = load_tokens(settings.state)
@@ -87,13 +93,22 @@ class ServiceServer(uvicorn.Server):
         port = self.listener.getsockname()[1]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         self.address = f"http://{host}:{port}"
-        self.service = Service(replace(settings, port=port), tokens)
+        settings = replace(settings, port=port)
+        queue = None if read_only else make_queue(settings)
+        self.service = service = Service(settings, tokens, queue)
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            if started is not None:
-                started(self.service, self.address)
-            yield
+            if service.jobs is not None:
+                service.metrics.count_jobs(service.jobs.count_states)
+                await run_in_threadpool(service.jobs.start)
+            try:
+                if started is not None:
+                    started(service, self.address)
+                yield
+            finally:
+                if service.jobs is not None:
+                    await run_in_threadpool(service.jobs.stop)
 
         config = uvicorn.Config(
             make_application(self.service, lifespan),
@@ -126,16 +141,44 @@ class ServiceServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def make_queue(settings: ServiceSettings) -> JobQueue:
+    """The queue of the jobs of a service, not started."""
+    return JobQueue(
+        JobSettings(
+            root=settings.root,
+            state=settings.state,
+            models=settings.models,
+            texts=settings.texts,
+            allow_hub=settings.hub,
+            allow_remote_code=settings.remote_code,
+            scheduler=settings.scheduler,
+            workers=settings.workers,
+        )
+    )
+
+
 def run_service(
     settings: ServiceSettings,
     public: bool = False,
     started: Callable[[Service, str], None] | None = None,
+    demo: bool = False,
 ) -> dict[str, Any]:
     """Serve until SIGINT or SIGTERM; returns the address and the number of answered requests.
 
-    See `ServiceServer` for arguments and errors.
+    With `demo`, jobs of the sample model begin at once. See `ServiceServer` for arguments and
+    errors.
     """
-    server = ServiceServer(settings, public, started)
+    keep_freed_memory()
+    if demo:
+        settings = demo_settings(settings)
+
+    def begin(service: Service, address: str) -> None:
+        if started is not None:
+            started(service, address)
+        if demo and service.jobs is not None:
+            start_demo(service.jobs, LOGGER.info)
+
+    server = ServiceServer(settings, public, begin)
     server.serve_until_told()
     answered = server.service.answered
     return {"address": server.address, "root": str(settings.root), "requests": answered}

@@ -10,5 +10,5 @@ if TYPE_CHECKING:
     from .position_masks import word_continuation_mask as word_continuation_mask
     from .token_names import TokenNames as TokenNames
     from .token_names import visible as visible
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

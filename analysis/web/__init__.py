@@ -10,7 +10,5 @@ if TYPE_CHECKING:
     from .endpoints import make_routes as make_routes
     from .open_api import describe_api as describe_api
     from .service_settings import ServiceSettings as ServiceSettings
-
-__getattr__, __dir__, __all__ = lazy_exports(  # pyright: ignore[reportUnsupportedDunderAll]
-    __name__, __file__
-)
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -10,28 +10,32 @@ from starlette.responses import Response
 
 from ...cache.errors import (
     CorruptError,
+    InUseError,
     LimitError,
     MismatchError,
     NoSpaceError,
     NotFoundError,
     ResiduaError,
+    UnreachableError,
     UsageError,
 )
 from ...cache.files.disk_errors import system_error
 from ...cache.files.json_files import plain_value
 
-STATUS_OF = {
+STATUS_OF: dict[type[ResiduaError], int] = {
     NotFoundError: 404,
+    InUseError: 409,
     UsageError: 400,
     MismatchError: 409,
     CorruptError: 422,
     LimitError: 503,
     NoSpaceError: 507,
+    UnreachableError: 502,
 }
 """Class of an error -> HTTP status; the first class that fits counts."""
 CODES = {401: "no_token", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
 """Status -> code of errors that have no class of their own."""
-ERROR_SCHEMA = {
+ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["error", "code", "message", "exit_code"],
     "properties": {

@@ -1,11 +1,13 @@
 """Settings of a service: the root that it serves, who may do what, and how much."""
 
+import re
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...cache.files.paths import is_remote
+from ...cache.errors import UsageError
+from ...cache.files.paths import check_not_served, is_remote
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class ServiceSettings:
     """Address of a dask scheduler that runs the jobs; None for workers of the service's own."""
     workers: int = 1
     """Number of the service's own workers, each of which runs one job at a time."""
+    accel: str | None = None
+    """Path, such as `/_files/`, under which the proxy in front gives the files of the root: the
+    service answers for committed shards with `X-Accel-Redirect`. None sends them itself."""
     max_connections: int = 512
     """Requests that are answered at the same time; more are refused with 503."""
     header_seconds: float = 10.0
@@ -66,12 +71,24 @@ def default_state(root: Path) -> Path:
 
 
 def make_settings(root: Path, state: Path, **options: Any) -> ServiceSettings:
-    """Settings from the options of `residua serve`; folders are resolved, links followed."""
+    """Settings from the options of `residua serve`; folders are resolved, links followed.
+
+    Raises `UsageError` for a folder that does not exist, and for a wrong --accel.
+    """
+    check_not_served(root, "name the folder or object store that it serves")
     for name in ("models", "texts"):
-        options[name] = tuple(Path(folder).resolve() for folder in options.get(name, ()))
+        folders = tuple(Path(folder).resolve() for folder in options.get(name, ()))
+        if missing := [folder for folder in folders if not folder.is_dir()]:
+            raise UsageError(f"--{name} {missing[0]}: there is no such folder")
+        options[name] = folders
     given = {
         "allowed_hosts": tuple(options.pop("allow_host", ())),
         "allowed_origins": tuple(options.pop("allow_origin", ())),
         "remote_code": options.pop("trust_remote_code", False),
     }
+    accel = options.get("accel")
+    if accel is not None and is_remote(root):
+        raise UsageError("--accel is for a root on a disk, whose files the proxy can open")
+    if accel is not None and not re.fullmatch(r"/([A-Za-z0-9_.-]+/)+", accel):
+        raise UsageError(f"--accel is a path with a slash at both ends, like /_files/: {accel!r}")
     return ServiceSettings(root=root, state=state, **given, **options)

@@ -18,5 +18,5 @@ if TYPE_CHECKING:
     from .resume_check import ResumeReport as ResumeReport
     from .resume_check import check_cached_logits as check_cached_logits
     from .resume_check import check_resume as check_resume
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -15,5 +15,5 @@ if TYPE_CHECKING:
     from .labels import EXPLICIT as EXPLICIT
     from .labels import LABEL_PREFIX as LABEL_PREFIX
     from .labels import join_labels as join_labels
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

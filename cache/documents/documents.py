@@ -123,7 +123,7 @@ class Documents:
 
     def __init__(self, texts: "Sequence[str] | TextFile") -> None:
         self._texts = texts
-        self.reading = Reading()
+        self.reading: Reading = Reading()
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -187,9 +187,9 @@ class DatasetDocuments(Documents):
         self._name = choice.name
         self._data = data
         self._render = render
-        self.holds_token_ids = choice.holds == "token ids"
-        self.is_rendered = choice.holds == "conversations"
-        self.reading = Reading(choice.name, choice.reason)
+        self.holds_token_ids: bool = choice.holds == "token ids"
+        self.is_rendered: bool = choice.holds == "conversations"
+        self.reading: Reading = Reading(choice.name, choice.reason)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -119,8 +119,8 @@ class RowTable(Documents):
         samples = next(filter(None, map(read_sample, files)), {})
         choice = choose_text_column(samples, text_column, self._data, render is not None)
         self._column = choice.name
-        self.holds_token_ids = choice.holds == "token ids"
-        self.is_rendered = choice.holds == "conversations"
+        self.holds_token_ids: bool = choice.holds == "token ids"
+        self.is_rendered: bool = choice.holds == "conversations"
         is_only_column = choice.reason in ("the only column", "the only column of text")
 
         # Read all rows: texts to one spool, the other columns as JSON to another.
@@ -153,7 +153,7 @@ class RowTable(Documents):
         for kinds in self._kinds.values():
             kinds[MISSING] += len(self) - kinds.total()
         notes = [note for file in files for note in file.notes]
-        self.reading = Reading(choice.name, choice.reason, notes)
+        self.reading: Reading = Reading(choice.name, choice.reason, notes)
 
     def __len__(self) -> int:
         return len(self._texts_file)

@@ -40,7 +40,7 @@ class TextFile:
         self._file: IO[bytes] = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=str(self._folder))  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         self._starts, self._stops = array("q"), array("q")
-        self.blank = 0
+        self.blank: int = 0
         """Documents without text between two separators."""
         begin = 0
         for path in [paths] if isinstance(paths, Path) else paths:

@@ -14,5 +14,5 @@ if TYPE_CHECKING:
     from .model_reload import load_model_of as load_model_of
     from .request import ExtractionRequest as ExtractionRequest
     from .resolve import named_differences as named_differences
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

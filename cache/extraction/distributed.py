@@ -173,7 +173,7 @@ class WorkerTasks:
         self.request = request
         self.results: list[dict[str, Any]] = []
         """Results of finished tasks."""
-        self.failed: list[Future] = []
+        self.failed: list[Future[Any]] = []
         """Tasks that raised an error."""
         self._running: dict[str, Future] = {}
         """Address of the worker -> task."""

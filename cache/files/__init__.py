@@ -57,5 +57,5 @@ if TYPE_CHECKING:
     from .staging import resumable_staging_folder as resumable_staging_folder
     from .staging import staging_folder as staging_folder
     from .staging import sweep_staging as sweep_staging
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

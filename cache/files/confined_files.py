@@ -11,6 +11,7 @@ links: there, names alone are checked.
 import errno
 import hashlib
 import os
+import shutil
 import stat
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ from typing import Any
 from ..errors import CorruptError, NotFoundError
 from .json_fields import MAX_JSON_BYTES
 from .json_files import parse_json
-from .paths import is_remote
+from .paths import is_remote, read_object
 from .read_errors import translate_read_errors
 
 NAME_BYTES = 4096
@@ -160,7 +161,7 @@ def read_confined(folder: Path, name: str, most: int | None = None) -> bytes:
     """
     check_name(folder, name)
     if is_remote(folder):
-        return (folder / name).read_bytes()
+        return read_object(folder / name, most)
     with translate_read_errors(folder / name):
         return _read_regular(folder, name, most)
 
@@ -200,6 +201,32 @@ def confined_digest(folder: Path, name: str) -> str:
     check_name(folder, name)
     with translate_read_errors(folder / name), open_confined(folder, name) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_confined(folder: Path, name: str) -> None:
+    """Remove the file `name`, or the folder with all in it, below `folder` on a disk.
+
+    No link is followed on the way; a link under the name itself is removed. Nothing there is no
+    error.
+    """
+    parts = check_name(folder, name).parts
+    current = _open_folder(folder)
+    try:
+        for part in parts[:-1]:
+            opened = os.open(part, _FOLDER_FLAGS, dir_fd=current)
+            os.close(current)
+            current = opened
+        try:
+            if stat.S_ISDIR(os.lstat(parts[-1], dir_fd=current).st_mode):
+                shutil.rmtree(parts[-1], dir_fd=current)
+            else:
+                os.unlink(parts[-1], dir_fd=current)
+        except FileNotFoundError:
+            return
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    finally:
+        os.close(current)
 
 
 def _open_folder(folder: Path) -> int:

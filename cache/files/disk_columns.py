@@ -44,7 +44,7 @@ class DiskColumn:
     """
 
     def __init__(self, dtype: Any, folder: Path | None = None) -> None:
-        self.dtype = np.dtype(dtype)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
         self._folder = Path(tempfile.gettempdir()) if folder is None else folder
         self._file: BinaryIO | None = None
         # The column is `_file_length` numbers in the file, then `_buffer[:_buffer_length]`.

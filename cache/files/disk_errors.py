@@ -25,7 +25,7 @@ from ..errors import (
     UsageError,
 )
 from .json_files import make_folder
-from .paths import check_creates, is_remote, store_error_code
+from .paths import check_creates, check_not_served, is_remote, store_error_code
 from .process_limits import COUNTED_LIMITS, NO_THREAD, limit_error
 
 FULL_DISK = {
@@ -171,6 +171,7 @@ def check_target(path: Path) -> None:
     Called before long work, so that no result is lost.
     """
     if is_remote(path):
+        check_not_served(path)
         return
     try:
         make_folder(path.parent)

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import CorruptError, NotFoundError
 from .json_fields import MAX_JSON_BYTES, parse_json_object
-from .paths import create_object, is_remote, open_new, write_object
+from .paths import create_object, is_remote, open_new, read_object, write_object
 from .read_errors import translate_read_errors
 
 DIGEST_KEY = "sha256"
@@ -91,7 +91,7 @@ def read_bounded(path: Path) -> bytes:
     """The bytes of a JSON file; raises `CorruptError` for a file larger than `MAX_JSON_BYTES`."""
     if not is_remote(path) and (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise CorruptError(f"{path} has {size} bytes; a JSON file has at most {MAX_JSON_BYTES}")
-    return path.read_bytes()
+    return read_object(path, MAX_JSON_BYTES) if is_remote(path) else path.read_bytes()
 
 
 def parse_json(raw: bytes, path: Path) -> dict[str, Any]:

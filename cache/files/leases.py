@@ -171,19 +171,48 @@ def held_leases(folder: Path, parts: Collection[int]) -> dict[int, str]:
     """
     if is_remote(folder):
         return held_object_leases(folder, parts)
+    locked = _kernel_locks()
+    held = {}
+    for part in parts if locked else ():
+        with suppress(OSError):
+            if _place_of(os.lstat(_lock_file(folder, part))) in locked:
+                held[part] = lease_holder(folder, part)
+    return held
+
+
+def _kernel_locks() -> set[tuple[int, int, int]]:
+    """Device (major, minor) and inode of the files that processes of this machine have locked."""
     try:
         lines = Path("/proc/locks").read_text().splitlines()
     except OSError:
-        return {}
+        return set()
     locked = set[tuple[int, int, int]]()
     for line in lines:  # 1: FLOCK  ADVISORY  WRITE 4711 fd:01:123456 0 EOF
         if match := re.search(r" FLOCK .* ([0-9a-f]+):([0-9a-f]+):(\d+) ", line):
             locked.add((int(match[1], 16), int(match[2], 16), int(match[3])))
-    held = {}
-    for part in parts if locked else ():
-        with suppress(OSError):
-            status = os.lstat(_lock_file(folder, part))
-            place = os.major(status.st_dev), os.minor(status.st_dev), status.st_ino
-            if place in locked:
-                held[part] = lease_holder(folder, part)
-    return held
+    return locked
+
+
+def _place_of(status: os.stat_result) -> tuple[int, int, int]:
+    return os.major(status.st_dev), os.minor(status.st_dev), status.st_ino
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a process has locked the file or folder `path` on a disk; no link is followed.
+
+    False for what is not there, None if the file system has no locks. A lock that the kernel lists
+    is not touched; else the file is locked for a moment, to see.
+    """
+    try:
+        if _place_of(os.lstat(path)) in _kernel_locks():
+            return True
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:  # a link, or nothing that may be opened: no lock of ours
+        return None
+    try:
+        taken = try_lock(descriptor)
+        return None if taken is None else not taken
+    finally:
+        os.close(descriptor)

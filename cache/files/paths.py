@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from ..errors import MissingLibraryError, UsageError
+from ..http.served_path import SCHEMES, ServedPath, is_served, served_path
 from ..optional_libraries import missing_library
 from .read_errors import read_file
 
@@ -31,7 +32,8 @@ def as_path(name: str | Path) -> Path:
     """Convert a user's name, a folder or a URL such as `s3://bucket/caches`, to a path.
 
     URLs become paths of `universal_pathlib`, which behave like those of pathlib; options of a
-    store (endpoint, credentials) come from its own environment variables and files. Raises
+    store (endpoint, credentials) come from its own environment variables and files. A URL
+    `http://...` is a place of a residua service, which is only read (`cache/http/`). Raises
     `MissingLibraryError` for a URL whose library is not installed, `UsageError` for one that no
     library knows.
     """
@@ -45,6 +47,8 @@ def as_path(name: str | Path) -> Path:
         from urllib.request import url2pathname  # imports http.client and email, too
 
         return Path(url2pathname(urlsplit(name).path))
+    if name.startswith(SCHEMES):
+        return cast(Path, served_path(name))
     try:
         from upath import UPath
 
@@ -63,8 +67,19 @@ def as_path(name: str | Path) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether `path` lies in an object store."""
+    """Whether `path` lies in an object store or on a server, not on a disk of this machine."""
     return not isinstance(path, Path)
+
+
+def check_not_served(path: Path, advice: str = "") -> None:
+    """Raise `UsageError` for a place of a service, which nothing can be written to.
+
+    `advice` says what to do instead, where it is not to write elsewhere.
+    """
+    if is_served(path):
+        if advice:
+            raise UsageError(f"{path} is a residua service; {advice}")
+        path.mkdir()  # says it
 
 
 def store_of(path: Path) -> tuple[Any, str]:
@@ -80,6 +95,13 @@ def open_new(path: Path) -> BinaryIO:
     """
     path.unlink(missing_ok=True)
     return open(path, "xb")
+
+
+def read_object(path: Path, most: int | None = None) -> bytes:
+    """The bytes of a remote object; of a service, at most `most`, else `UnreachableError`."""
+    if is_served(path):
+        return cast(ServedPath, path).read_bytes(most)
+    return path.read_bytes()
 
 
 def write_object(path: Path, data: bytes) -> None:
@@ -138,7 +160,7 @@ def copy_object(source: Path, target: Path) -> None:
 def list_folder(folder: Path) -> list[Path]:
     """Files and folders in `folder` at this moment; empty for a missing folder."""
     try:
-        if not is_remote(folder):
+        if not is_remote(folder) or is_served(folder):
             return list(folder.iterdir())
         store, key = store_of(folder)
         keys = store.ls(key, detail=False, refresh=True)
@@ -177,6 +199,7 @@ def check_creates(root: Path) -> None:
     Some stores ignore the condition, some have none, and some check only before the write
     (OpenStack Swift): two workers could then write the same part.
     """
+    check_not_served(root)
     with ThreadPoolExecutor(2) as pool:
         for _ in range(CREATE_ROUNDS):
             probe = root / f".probe-{uuid.uuid4().hex}"

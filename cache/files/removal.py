@@ -8,12 +8,14 @@ that makes the folder valid goes first.
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import InUseError, UsageError
 from .json_files import sync_folder
 from .leases import lease_holder, try_lock
 from .object_leases import EXPIRY_SECONDS, object_lease, object_lease_holder
@@ -28,15 +30,20 @@ POLL_SECONDS = 0.5
 """Pause between two attempts to take a lease whose holder may be dead."""
 
 
-def remove_folder(path: Path, marker: str) -> None:
+def _allow(folder: Path) -> None:
+    """Object to no removal."""
+
+
+def remove_folder(path: Path, marker: str, check: Callable[[Path], None] = _allow) -> None:
     """Remove the folder `path`, a cache or a probe; `marker` is the file that makes it one.
 
-    Hard links that other folders have to its files stay whole. Raises `UsageError` for a link, and
-    while another process holds a lock in the folder; where the file system has no locks, nothing
-    tells a writer.
+    Hard links that other folders have to its files stay whole. `check` is called with the folder
+    once that is locked and out of sight: if it raises, the folder is back as it was. Raises
+    `UsageError` for a link, and `InUseError` while another process holds a lock in the folder;
+    where the file system has no locks, nothing tells a writer.
     """
     if is_remote(path):
-        _remove_objects(path, marker)
+        _remove_objects(path, marker, check)
         return
     if path.is_symlink():
         raise UsageError(
@@ -51,7 +58,8 @@ def remove_folder(path: Path, marker: str) -> None:
         try:
             # A writer that came between the look at the locks and the new name has one now.
             _take_locks(stack, locked, removed, path)
-        except UsageError:
+            check(removed)
+        except BaseException:
             os.rename(removed, path)
             raise
         sync_folder(path.parent)
@@ -61,7 +69,7 @@ def remove_folder(path: Path, marker: str) -> None:
 def _take_locks(stack: ExitStack, locked: set[int], folder: Path, name: Path) -> None:
     """Lock what writers lock in `folder`, and the folder itself, until `stack` is closed.
 
-    `locked` has the inodes that are locked already. Raises `UsageError`, which calls the folder
+    `locked` has the inodes that are locked already. Raises `InUseError`, which calls the folder
     `name`, if another process holds a lock.
     """
     for file in _lock_files(folder):
@@ -73,7 +81,7 @@ def _take_locks(stack: ExitStack, locked: set[int], folder: Path, name: Path) ->
         if (inode := os.fstat(descriptor).st_ino) in locked:
             continue
         if try_lock(descriptor) is False:
-            raise UsageError(
+            raise InUseError(
                 f"{name} is being written by {_holder(folder, file)}; wait for its end, or stop "
                 "it, and remove the folder then"
             )
@@ -96,7 +104,7 @@ def _holder(folder: Path, file: Path) -> str:
     return "another process"
 
 
-def _remove_objects(path: Path, marker: str) -> None:
+def _remove_objects(path: Path, marker: str, check: Callable[[Path], None]) -> None:
     """Remove the objects under the remote folder `path`, `marker` first, and its leases last.
 
     A lease that is not known to be free is watched for as long as leases take to expire.
@@ -108,11 +116,12 @@ def _remove_objects(path: Path, marker: str) -> None:
             while stack.enter_context(object_lease(leases, name)) is None:
                 if time.monotonic() > until:
                     holder = object_lease_holder(leases, name)
-                    raise UsageError(
+                    raise InUseError(
                         f"{path} is being written by {holder}; wait for its end, or stop it, and "
                         "remove the folder then"
                     )
                 time.sleep(POLL_SECONDS)
+        check(path)
         (path / marker).unlink(missing_ok=True)
         store, key = store_of(path)
         prefix = f"{store_of(leases)[1].rstrip('/')}/"
@@ -124,15 +133,23 @@ def _remove_objects(path: Path, marker: str) -> None:
 
 
 def exclusive_bytes(path: Path) -> tuple[int, int]:
-    """Bytes of the files under `path` that removal frees, and of those that other folders link."""
+    """Bytes of the files under `path` that removal frees, and of those that other folders link.
+
+    A file that has several names under `path` counts once.
+    """
     if is_remote(path):
         store, key = store_of(path)
         return sum(entry["size"] or 0 for entry in store.find(key, detail=True).values()), 0
+    names_of: dict[tuple[int, int], int] = {}
     freed = shared = 0
     for file in path.rglob("*"):
         with suppress(FileNotFoundError):
             status = os.lstat(file)
-            if not file.is_dir():
-                freed += status.st_size if status.st_nlink == 1 else 0
-                shared += status.st_size if status.st_nlink > 1 else 0
-    return freed, shared
+            if stat.S_ISDIR(status.st_mode):
+                continue
+            inode = status.st_dev, status.st_ino
+            names_of[inode] = names_of.get(inode, 0) + 1
+            # Of a file with several names, the last of them frees it.
+            freed += status.st_size if names_of[inode] == status.st_nlink else 0
+            shared += status.st_size if names_of[inode] == 1 else 0
+    return freed, shared - freed

@@ -63,5 +63,5 @@ if TYPE_CHECKING:
     from .manifest import TokenIdentity as TokenIdentity
     from .manifest import identity_of as identity_of
     from .shard import ShardWriter as ShardWriter
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

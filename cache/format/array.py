@@ -40,21 +40,21 @@ class CacheArray:
     """Whether the journal says that no number is infinite or NaN; False where nobody asked."""
 
     def __init__(self, path: Path, journal: Journal | None = None) -> None:
-        self.path = as_path(path)
+        self.path: Path = as_path(path)
         self._journal = journal
         raw = self._read_metadata()
         meta = parse_json_object(raw, self.path / "zarr.json")
-        self.layout = ArrayLayout.from_zarr_json(meta, str(self.path / "zarr.json"))
+        self.layout: ArrayLayout = ArrayLayout.from_zarr_json(meta, str(self.path / "zarr.json"))
         self._check_layout()
         self.attributes: dict[str, Any] = meta.get("attributes") or {}
-        self.shape = self.layout.shape
-        self.ndim = len(self.shape)
+        self.shape: tuple[int, ...] = self.layout.shape
+        self.ndim: int = len(self.shape)
         stored = np.dtype(self.layout.stored_dtype)
         is_float = stored.kind == "f" or self.layout.logical_dtype == "bfloat16"
-        self.dtype = np.dtype(np.float32) if is_float else stored
+        self.dtype: np.dtype[Any] = np.dtype(np.float32) if is_float else stored
         self._stored = stored
         self._remote = is_remote(self.path)
-        self.is_mapped = self.layout.raw and not self._remote
+        self.is_mapped: bool = self.layout.raw and not self._remote
         """Whether rows are read through memory maps of the files, as they are stored."""
         self._shard_rows = self.layout.shard_rows
         self._shards: dict[int, Any] = {}

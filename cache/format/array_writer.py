@@ -102,7 +102,7 @@ def create_part_array(store: Path, manifest: Manifest, name: str, dtype: str) ->
 
 def write_table(
     store: Path, name: str, values: NumberColumn, attributes: dict[str, Any] | None = None
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Create and fill the one-dimensional array `name`, such as `tokens/ids`, in `store`.
 
     Returns shard number -> `bytes` and `crc32c` of the shard, for the journal.

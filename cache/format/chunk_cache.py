@@ -21,7 +21,7 @@ class ChunkCache:
     def __init__(self, max_bytes: int, min_chunks: int = 0) -> None:
         self.max_bytes = max_bytes
         self.min_chunks = min_chunks
-        self.nbytes = 0
+        self.nbytes: int = 0
         """Bytes of all arrays in the cache."""
         self._chunks: OrderedDict[Hashable, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()

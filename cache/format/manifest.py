@@ -116,7 +116,10 @@ class CaptureIdentity:
     """Stored logits, one of `logits_arrays.MODES`."""
 
 
-LATER_FIELDS = {"model": ("code",), "tokens": ("split_by", "bos", "chat_template")}
+LATER_FIELDS: dict[str, tuple[str, ...]] = {
+    "model": ("code",),
+    "tokens": ("split_by", "bos", "chat_template"),
+}
 """Fields that an identity of format 1 lacks."""
 
 

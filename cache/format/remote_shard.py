@@ -19,6 +19,8 @@ from .shard import MISMATCH, combine_checksums, index_bytes, parse_index
 
 FETCHED_CHUNKS = ChunkCache(256 << 20, min_chunks=1)
 """Chunks of remote shards, of all arrays of the process."""
+COMPRESSION_BYTES = 4096
+"""Bytes that compression may add to a chunk that cannot be compressed, beside twice its size."""
 REQUEST_BYTES = 32 << 20
 """Bytes that one read requests at the same time."""
 
@@ -92,7 +94,13 @@ class RemoteShard:
         # Python's ints: clients of object stores do not take numpy's.
         starts, sizes = self._index[numbers].astype(object).T.tolist()
         for number, size in zip(numbers, sizes, strict=True):
-            if size < CHECKSUM_BYTES or (self.layout.raw and size != self.layout.chunk_bytes):
+            # A compressed chunk may be a little larger than its rows; no index asks for more.
+            is_too_large = size > 2 * self.layout.chunk_bytes + COMPRESSION_BYTES
+            if (
+                size < CHECKSUM_BYTES
+                or is_too_large
+                or (self.layout.raw and size != self.layout.chunk_bytes)
+            ):
                 raise CorruptError(f"{self.path}: chunk {number} is not in this shard")
         ends = [start + size for start, size in zip(starts, sizes, strict=True)]
         return self._store.cat_ranges([self._key] * len(numbers), starts, ends, on_error="raise")

@@ -205,15 +205,15 @@ class ShardReader:
         if not self._load(first, len(self._bytes)):
             raise CorruptError(f"the index of {path} cannot be read: {_REASON}")
         self._index = parse_index(self._bytes[first:].tobytes(), layout, path)
-        self.checked = np.zeros(len(self._index), bool) if checked is None else checked
+        self.checked: np.ndarray = np.zeros(len(self._index), bool) if checked is None else checked
         """One flag per chunk: the crc32c was checked and matched."""
         self._views: list[np.ndarray | None] = [None] * len(self._index)
         self._decodable_views: list[np.ndarray | None] = [None] * len(self._index)
         self._loaded_at = [-math.inf] * len(self._index)
-        self.address = self._bytes.ctypes.data
+        self.address: int = self._bytes.ctypes.data
         """Address of the map in memory."""
         offsets = self._index[self._index[:, 0] != ABSENT, 0]
-        self.step = math.gcd(layout.row_bytes, *offsets.tolist())
+        self.step: int = math.gcd(layout.row_bytes, *offsets.tolist())
         """Largest number of bytes that divides the offset of every row."""
 
     @property

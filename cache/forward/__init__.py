@@ -17,5 +17,5 @@ if TYPE_CHECKING:
     from .write_parts import done_positions as done_positions
     from .write_parts import missing_parts as missing_parts
     from .write_parts import write_missing_parts as write_missing_parts
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -33,7 +33,7 @@ class KeptLogits:
         self._top = top_size(mode)
         self._dtype = getattr(torch, dtype)
         self._narrow = head.vocab <= NARROW_VOCAB
-        self.tile_rows = max(1, TILE_BYTES // (4 * head.vocab))
+        self.tile_rows: int = max(1, TILE_BYTES // (4 * head.vocab))
 
     @classmethod
     def of(cls, cache: "ActivationCache", device: torch.device) -> "KeptLogits | None":

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..format.layout import ArrayKey
 from ..model.model_devices import input_device
-from ..store.activation_cache import ActivationCache
+from ..store.activation_cache import ActivationCache, Contexts
 from .batches import BatchHalving, SequenceBatch
 from .device_copies import HostRows, copy_to_device, device_copies_for
 from .stage_times import StageTimes
@@ -47,13 +47,14 @@ class PartRunner:
         self.stack = stack
         self.ancestor = ancestor
         self.on_error = on_error
-        self.contexts = cache.contexts
-        self.starts, self.rows = self.contexts.row, self.contexts.rows
-        self.lengths = self.contexts.length
-        self.sparse = cache.has("context/ids")
+        self.contexts: Contexts = cache.contexts
+        self.starts: np.ndarray = self.contexts.row
+        self.rows: np.ndarray = self.contexts.rows
+        self.lengths: np.ndarray = self.contexts.length
+        self.sparse: bool = cache.has("context/ids")
         """Whether only some positions of each sequence are kept."""
-        self.device = input_device(stack.model)
-        self.stages = StageTimes() if stages is None else stages
+        self.device: torch.device = input_device(stack.model)
+        self.stages: StageTimes = StageTimes() if stages is None else stages
         self._copies = device_copies_for(self.device, self.stages)
         self._halving = BatchHalving(self.lengths, self._copies.drain)
         self._last_lone_sequence: dict[

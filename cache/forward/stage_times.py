@@ -20,12 +20,12 @@ class StageTimes:
     """Seconds and bytes of each stage; safe to fill from several threads, a few µs per batch."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-        self.bytes = dict.fromkeys(STAGES, 0)
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self.bytes: dict[str, int] = dict.fromkeys(STAGES, 0)
         """Bytes of rows, in their stored dtype, that the stage gave to the next one."""
-        self.tokens = 0
+        self.tokens: int = 0
         """Tokens that the model read, without padding."""
-        self.waited = 0.0
+        self.waited: float = 0.0
         """Seconds in which the model did not run because the writer was behind."""
         self._lock = threading.Lock()
 

@@ -14,5 +14,5 @@ if TYPE_CHECKING:
     from .head_recording import record_head as record_head
     from .program_head import ProgramHead as ProgramHead
     from .saved_head import load_head as load_head
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

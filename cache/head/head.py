@@ -189,10 +189,10 @@ class TorchHead:
 
     def __init__(self, head: Head, device: "str | torch.device" = "cpu") -> None:
         self.head = head
-        self.norm_weight = as_head_tensor(head.norm_weight, device)
-        self.norm_bias = as_head_tensor(head.norm_bias, device)
-        self.unembedding = as_head_tensor(head.unembedding, device)
-        self.bias = as_head_tensor(head.bias, device)
+        self.norm_weight: torch.Tensor = as_head_tensor(head.norm_weight, device)
+        self.norm_bias: torch.Tensor = as_head_tensor(head.norm_bias, device)
+        self.unembedding: torch.Tensor = as_head_tensor(head.unembedding, device)
+        self.bias: torch.Tensor = as_head_tensor(head.bias, device)
 
     def normalize(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """Apply the final norm with gain and bias: `(..., d_model)` of any dtype to float32."""

@@ -101,7 +101,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, x: torch.Tensor) -> None:
         super().__init__()
-        self.recording = Recording()
+        self.recording: Recording = Recording()
         self._node_by_id: dict[int, int] = {id(x): 0}
         self._constant_by_id: dict[int, int] = {}
         # Identities of objects are unique only while the objects live.
@@ -111,7 +111,11 @@ class Recorder(TorchDispatchMode):
         self._mutated_storages: set[int] = set()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -229,7 +233,7 @@ class Recorder(TorchDispatchMode):
         return self._constant_by_id[id(tensor)]
 
 
-def _arguments_by_name(func: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+def _arguments_by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call of an aten operator by name, defaults included."""
     arguments = {}
     for number, argument in enumerate(func._schema.arguments):

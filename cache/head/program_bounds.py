@@ -108,8 +108,8 @@ class ShapeArray:
     __array_ufunc__ = None
 
     def __init__(self, shape: Sequence[int], budget: _Budget) -> None:
-        self.shape = tuple(int(n) for n in shape)
-        self.ndim = len(self.shape)
+        self.shape: tuple[int, ...] = tuple(int(n) for n in shape)
+        self.ndim: int = len(self.shape)
         self.budget = budget
 
     def result(self, shape: Sequence[int], products: int = 0) -> "ShapeArray":
@@ -123,8 +123,16 @@ class ShapeArray:
         shape = other.shape if isinstance(other, ShapeArray) else ()
         return self.result(np.broadcast_shapes(self.shape, shape))
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _elementwise
-    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _elementwise
+    __add__ = _elementwise
+    __radd__ = _elementwise
+    __sub__ = _elementwise
+    __rsub__ = _elementwise
+    __mul__ = _elementwise
+    __rmul__ = _elementwise
+    __truediv__ = _elementwise
+    __rtruediv__ = _elementwise
+    __pow__ = _elementwise
+    __rpow__ = _elementwise
 
     def __neg__(self) -> "ShapeArray":
         return self.result(self.shape)

@@ -43,9 +43,11 @@ class ProgramHead(Head):
     """A head as operations and tensors; maps `(..., d_model)` to logits `(..., vocab)`."""
 
     kind = "program"
-    norm, eps, norm_weight, norm_bias, unembedding, bias, scale, softcap, normalize, with_vocab = (  # pyright: ignore[reportAssignmentType]
-        _ExplicitOnly() for _ in range(10)
-    )
+    if not TYPE_CHECKING:  # type checkers see the attributes of `Head`
+        norm, eps, norm_weight, norm_bias, unembedding, bias, scale, softcap = (
+            _ExplicitOnly() for _ in range(8)
+        )
+        normalize, with_vocab = _ExplicitOnly(), _ExplicitOnly()
     d_model: int = 0  # pyright: ignore[reportIncompatibleMethodOverride]
     vocab: int = 0  # pyright: ignore[reportIncompatibleMethodOverride]
 
@@ -142,9 +144,10 @@ class ProgramHead(Head):
 class TorchProgramHead(TorchHead):
     """A `ProgramHead` on torch tensors; gradients flow to the hidden states."""
 
-    norm_weight, norm_bias, unembedding, bias, normalize, norm_gradient, write_linear = (  # pyright: ignore
-        _ExplicitOnly() for _ in range(7)
-    )
+    if not TYPE_CHECKING:  # type checkers see the attributes of `TorchHead`
+        norm_weight, norm_bias, unembedding, bias, normalize, norm_gradient, write_linear = (
+            _ExplicitOnly() for _ in range(7)
+        )
 
     def __init__(self, head: ProgramHead, device: "str | torch.device" = "cpu") -> None:
         self.head = head

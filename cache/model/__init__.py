@@ -13,5 +13,5 @@ if TYPE_CHECKING:
     from .resume import ResumableRun as ResumableRun
     from .source import ModelSource as ModelSource
     from .tokenizer import tokenizer_digest as tokenizer_digest
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -40,7 +40,7 @@ class ResumableRun:
         """Output of each call of a block, copied."""
         self._first_stream: torch.Tensor | None = None
         """Layer 0."""
-        self.logits = self._run_and_record()
+        self.logits: torch.Tensor = self._run_and_record()
         """Logits of the model, `(batch, length, vocab)`."""
 
     def residual(self, layer: int) -> torch.Tensor:

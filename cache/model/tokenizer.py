@@ -191,8 +191,8 @@ def convert_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokeniz
         if libraries := _missing_sentencepiece_libraries(folder):
             raise ModelError(
                 f"{folder} has only a SentencePiece tokenizer, which takes libraries that are not "
-                f"installed: pip install {' '.join(libraries)}; or copy the model's tokenizer.json "
-                "into the folder"
+                f"installed ({', '.join(libraries)}): pip install 'residua[sentencepiece]' brings "
+                "them; or copy the model's tokenizer.json into the folder"
             ) from None
         check_config_readable(folder, trust_remote_code)  # AutoTokenizer reads it, too
         raise ModelError(

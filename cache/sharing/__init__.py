@@ -12,5 +12,5 @@ if TYPE_CHECKING:
     from .hub import push_cache as push_cache
     from .hub_errors import translate_hub_errors as translate_hub_errors
     from .root_transfer import copy_cache as copy_cache
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -38,5 +38,5 @@ if TYPE_CHECKING:
     from .verification import Damage as Damage
     from .verification import Verification as Verification
     from .verification import verify as verify
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

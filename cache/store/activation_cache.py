@@ -92,12 +92,12 @@ class ActivationCache:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = as_path(path)
+        self.path: Path = as_path(path)
         if not is_regular(self.path, "manifest.json"):
             raise NotFoundError(f"{self.path} is not a cache: it has no manifest.json")
         check_folders(self.path, FOLDERS)
-        self.manifest = Manifest.read(self.path / "manifest.json")
-        self.journal = Journal(self.path / "journal", self.manifest)
+        self.manifest: Manifest = Manifest.read(self.path / "manifest.json")
+        self.journal: Journal = Journal(self.path / "journal", self.manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Only the path is pickled: a worker opens the cache again.

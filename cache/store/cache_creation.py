@@ -38,7 +38,7 @@ def create_cache(
     hashes: np.ndarray,
     dtypes: Mapping[int, str],
     write_head: Callable[[Path], None],
-    provenance: dict,
+    provenance: dict[str, Any],
     logits_dtype: str = "float16",
 ) -> Path:
     """Create the cache of `manifest` under `root`; returns its folder, named by the cache's id.

@@ -10,9 +10,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from ..errors import NotFoundError, ResiduaError, UsageError
+from ..errors import NotFoundError, ResiduaError, UnreachableError, UsageError
 from ..files.confined_files import read_confined_json
 from ..files.paths import as_path, is_remote, list_folder
+from ..http.served_path import is_served, served_root
 from .activation_cache import SHORT_ID, ActivationCache
 
 UNREADABLE = (ResiduaError, OSError, ArithmeticError, MemoryError, RecursionError, ValueError)
@@ -35,6 +36,8 @@ def cache_root(root: str | Path | None = None) -> Path:
 
 def _checked_root(root: Path) -> Path:
     """`root`; raises `UsageError` if no folder can be there."""
+    if is_served(root):
+        return served_root(root)
     if is_remote(root):
         return root
     nearest = next((path for path in (root, *root.parents) if os.path.lexists(path)), None)
@@ -67,7 +70,10 @@ def _manifest_time(path: Path) -> float | None:
     """Time of the manifest in the folder `path`, whatever kind of file it is; None without one."""
     manifest = path / "manifest.json"
     if is_remote(path):
-        return manifest.stat().st_mtime if manifest.is_file() else None
+        try:
+            return manifest.stat().st_mtime
+        except FileNotFoundError:
+            return None
     try:
         status = os.lstat(manifest)
     except NotADirectoryError:
@@ -164,6 +170,8 @@ def _summary(path: Path) -> dict[str, Any]:
             "state": state,
             "path": str(path),
         }
+    except UnreachableError:
+        raise
     except UNREADABLE as error:
         unknown = dict.fromkeys(("model", "data", "positions", "sequences", "d_model"))
         return {

@@ -73,7 +73,7 @@ class ArrayMetadata:
             check_regular(path, "manifest.json")
             manifest = Manifest.read(path / "manifest.json")
         self.manifest = manifest
-        self.journal = journal or Journal(path / "journal", manifest)
+        self.journal: Journal = journal or Journal(path / "journal", manifest)
         self._files = files
         self._base_files: dict[str, str] | None = None
 

@@ -42,8 +42,12 @@ class PartWriter:
         metadata = ArrayMetadata(path)
         arrays = {key: writable_array(metadata, array_name(key), part) for key in keys}
         self.part = part
+        self.start: int
+        self.stop: int
         self.start, self.stop = layout.rows(part, next(iter(arrays.values())).shape[0])
-        self.dtypes = {key: array.layout.logical_dtype for key, array in arrays.items()}
+        self.dtypes: dict[ArrayKey, str] = {
+            key: array.layout.logical_dtype for key, array in arrays.items()
+        }
         self._row_shapes = {key: array.shape[1:] for key, array in arrays.items()}
         self._journal = metadata.journal
         self.quarantine: dict[int, str] = {}

@@ -71,15 +71,23 @@ class RowLoader(IterableDataset[Batch]):
         sizes = {"batch_rows": batch_rows, "buffer_rows": buffer_rows, "slab_rows": slab_rows}
         _check_arguments(sizes, rank, world_size, seed)
         self.cache = cache
-        self.layers, self.stacked = as_tuple(layer, "layer"), is_several(layer)
+        self.layers: tuple[int, ...] = as_tuple(layer, "layer")
+        self.stacked: bool = is_several(layer)
         numbers = {**sizes, "seed": seed, "rank": rank, "world_size": world_size}
         batch_rows, buffer_rows, slab_rows, seed, rank, world_size = as_tuple(
             tuple(numbers.values()), ", ".join(numbers)
         )
-        self.batch_rows, self.slab_rows, self.buffer_rows = batch_rows, slab_rows, buffer_rows
-        self.split, self.shuffle, self.seed = split, shuffle, seed
-        self.dtype, self.drop_last, self.with_tokens = dtype, drop_last, with_tokens
-        self.rank, self.world_size = rank, world_size
+        self.batch_rows = batch_rows
+        self.slab_rows = slab_rows
+        self.buffer_rows = buffer_rows
+        self.split = split
+        self.shuffle = shuffle
+        self.seed = seed
+        self.dtype = dtype
+        self.drop_last = drop_last
+        self.with_tokens = with_tokens
+        self.rank = rank
+        self.world_size = world_size
         self._runs = RowRuns.of(cache, cache.sequences(split))
         self._layer_arrays = [cache.residual_array(layer) for layer in self.layers]
         if not self._layer_arrays or not len(self._runs):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptError, NotFoundError, ResiduaError
+from ..errors import CorruptError, NotFoundError, ResiduaError, UnreachableError
 from ..files.confined_files import check_folders, check_regular, confined_digest
 from ..files.paths import is_remote, list_folder
 from ..format.journal import (
@@ -244,6 +244,8 @@ def read_journal(
                 contents.bases[name] = journal.read_base(name)
             else:
                 contents.records[name] = journal.read_record(name)
+        except UnreachableError:
+            raise
         except (ResiduaError, OSError) as error:
             contents.damaged.append(name)
             damages.append(Damage(file, damage_message(error)))

@@ -30,5 +30,5 @@ if TYPE_CHECKING:
     from .token_stream import TokenStream as TokenStream
     from .token_stream import concatenate as concatenate
     from .tokenization import tokenize as tokenize
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -94,7 +94,7 @@ class TokenStreamBuilder:
         self._lengths, self._first_rows, self._cut_tokens = array("q"), array("q"), array("q")
         self._document_hashes, self._splits = array("Q"), array("B")
         self._scratch = scratch
-        self.tokens = 0
+        self.tokens: int = 0
         """Tokens of all sequences so far."""
 
     @property

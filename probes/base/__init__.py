@@ -29,5 +29,5 @@ if TYPE_CHECKING:
     from .resources import available_cores as available_cores
     from .resources import default_memory as default_memory
     from .resources import one_blas_thread as one_blas_thread
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -53,9 +53,10 @@ class HeatmapMethods:
             force: Read with a lens of another model, too.
             device: Device of the products, and of a model that is loaded here.
 
-        Gives `LensMaps`, which a notebook shows: `plot()`, `to_png(path)`, `to_dataframe()`; two of
-        them make a difference, `ridge.heatmap(p) - lens.heatmap(p)`. `residua.read_lens_maps` reads
-        several lenses at once, and says which errors are raised.
+        Gives `LensMaps`, which a notebook shows: `plot()`, `plot("plotly")`, `to_png(path)`,
+        `to_html(path)`, `to_dataframe()`; two of them make a difference,
+        `ridge.heatmap(p) - lens.heatmap(p)`. `residua.read_lens_maps` reads several lenses at once,
+        and says which errors are raised.
         """
         options: dict[str, Any] = {"layers": layers, "offsets": offsets, "measure": measure}
         return call_above(

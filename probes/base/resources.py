@@ -61,7 +61,7 @@ class ProgressCounter:
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self.total = total
-        self.done = 0
+        self.done: int = 0
         self._progress = progress
         self._lock = threading.Lock()
 

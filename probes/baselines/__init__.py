@@ -9,5 +9,5 @@ if TYPE_CHECKING:
     from .ngrams import CrossFittedBigram as CrossFittedBigram
     from .token_counts import CountBaseline as CountBaseline
     from .token_counts import unfitted_baselines as unfitted_baselines
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import UsageError
+from ...cache.progress import Auto, Progress
 from ..base.readout import ReadoutBatch
 from ..base.saved_tensors import SavedTensors
 from .ngrams import Bigram
@@ -36,12 +37,20 @@ class MarginalBigram(Bigram):
 
     kind = "marginal"
 
-    def fit(self, cache: "ActivationCache", *, client: Any = None) -> "MarginalBigram":
+    def fit(
+        self,
+        cache: "ActivationCache",
+        *,
+        client: Any = None,
+        progress: Progress | Auto | None = "auto",
+    ) -> "MarginalBigram":
         """Count the tokens of the train split in one pass, without a residual stream.
 
-        The workers of `client` (of `dask.distributed`), if given, share the sequences.
+        The workers of `client` (of `dask.distributed`), if given, share the sequences. `progress`
+        is "auto" (bars in a terminal or notebook, elsewhere lines of the logger `residua`), None
+        (nothing), or a function that is called with (tokens read, tokens to read).
         """
-        super().fit(cache, client=client)
+        super().fit(cache, client=client, progress=progress)
         self.depth_ = cache.n_blocks
         return self
 
@@ -94,7 +103,7 @@ class MarginalBigram(Bigram):
 
     def _restore_tensors(self, tensors: SavedTensors) -> None:
         super()._restore_tensors(tensors)
-        self.depth_ = int(tensors.array("depth", (1,), "iu")[0])
+        self.depth_: int = int(tensors.array("depth", (1,), "iu")[0])
 
 
 class BigramChain(MarginalBigram):

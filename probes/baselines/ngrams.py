@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import UsageError
-from ...cache.tokens.segments import context_blocks, context_numbers, document_of
+from ...cache.progress import Auto, Progress, show_stage
+from ...cache.tokens.segments import context_blocks, document_of
 from ..base.readout import ReadoutBatch
 from ..base.saved_tensors import SavedTensors
 from .token_counts import (
     BLOCK_TOKENS,
+    STAGE,
     CountBaseline,
+    TrainSplitPasses,
     column_sums,
     count_followers,
     count_pairs,
-    count_train_split,
     empty_table,
     pack_table,
     sum_tables,
@@ -73,14 +75,24 @@ class Bigram(CountBaseline):
         self.offsets = offsets
         self.across_documents = across_documents
 
-    def fit(self, cache: "ActivationCache", *, client: Any = None) -> "Bigram":
+    def fit(
+        self,
+        cache: "ActivationCache",
+        *,
+        client: Any = None,
+        progress: Progress | Auto | None = "auto",
+    ) -> "Bigram":
         """Count the tokens of the train split in one pass, without a residual stream.
 
-        The workers of `client` (of `dask.distributed`), if given, share the sequences.
+        The workers of `client` (of `dask.distributed`), if given, share the sequences. `progress`
+        is "auto" (bars in a terminal or notebook, elsewhere lines of the logger `residua`), None
+        (nothing), or a function that is called with (tokens read, tokens to read).
         """
         self._begin_fit(cache)
-        self.counts_ = count_pairs(cache, 1, client, self.across_documents)
-        self.unigram_ = unigram_probabilities(column_sums(self.counts_))
+        with show_stage(progress, STAGE) as report:
+            passes = TrainSplitPasses(cache, 1, client, report)
+            self.counts_ = count_pairs(passes, 1, self.across_documents)
+        self.unigram_: np.ndarray = unigram_probabilities(column_sums(self.counts_))
         return self
 
     def log_probabilities(self, tokens: np.ndarray) -> np.ndarray:
@@ -113,21 +125,32 @@ class CrossFittedBigram(Bigram):
     text under two numbers may lie in two folds. Memory: five tables of counts.
     """
 
-    def fit(self, cache: "ActivationCache", *, client: Any = None) -> "CrossFittedBigram":
-        """Count the tokens of the train split, fold by fold, in one pass."""
+    def fit(
+        self,
+        cache: "ActivationCache",
+        *,
+        client: Any = None,
+        progress: Progress | Auto | None = "auto",
+    ) -> "CrossFittedBigram":
+        """Count the tokens of the train split, fold by fold, in one pass.
+
+        It takes place in this process. `progress` is that of `Bigram.fit`.
+        """
         self._begin_fit(cache)
         # Count the pairs of each fold of documents.
         zero = empty_table(cache.vocab, cache.vocab)
         fold_tables = [zero] * FOLDS
-        contexts = context_numbers(cache, cache.sequences("train"))
-        for ids, following, document in context_blocks(cache, contexts):
-            first = np.flatnonzero(following >= 1)
-            keys, folds = ids[first] * cache.vocab + ids[first + 1], document[first] % FOLDS
-            for fold in np.unique(folds).tolist():
-                table = table_of_keys(keys[folds == fold], (cache.vocab, cache.vocab))
-                fold_tables[fold] = fold_tables[fold] + table
-        self.counts_ = sum_tables(fold_tables, zero)
-        self.unigram_ = unigram_probabilities(column_sums(self.counts_))
+        with show_stage(progress, STAGE) as report:
+            passes = TrainSplitPasses(cache, progress=report)
+            for ids, following, document in context_blocks(cache, passes.contexts):
+                first = np.flatnonzero(following >= 1)
+                keys, folds = ids[first] * cache.vocab + ids[first + 1], document[first] % FOLDS
+                for fold in np.unique(folds).tolist():
+                    table = table_of_keys(keys[folds == fold], (cache.vocab, cache.vocab))
+                    fold_tables[fold] = fold_tables[fold] + table
+                passes.report(len(ids))
+        self.counts_: csr_matrix = sum_tables(fold_tables, zero)
+        self.unigram_: np.ndarray = unigram_probabilities(column_sums(self.counts_))
         # For each fold, the sum of the other tables. The total less its own table would have
         # entries of zero, which smoothing would count as pairs seen.
         self._other_folds = [
@@ -175,16 +198,25 @@ class LaggedBigram(CountBaseline):
         self.offsets = offsets
         self.across_documents = across_documents
 
-    def fit(self, cache: "ActivationCache", *, client: Any = None) -> "LaggedBigram":
+    def fit(
+        self,
+        cache: "ActivationCache",
+        *,
+        client: Any = None,
+        progress: Progress | Auto | None = "auto",
+    ) -> "LaggedBigram":
         """Count the tokens of the train split, in one pass for each offset and one for all.
 
-        The workers of `client` (of `dask.distributed`), if given, share the sequences.
+        The workers of `client` (of `dask.distributed`), if given, share the sequences. `progress`
+        is "auto" (bars in a terminal or notebook, elsewhere lines of the logger `residua`), None
+        (nothing), or a function that is called with (tokens read, tokens to read).
         """
         self._begin_fit(cache)
-        self.unigram_ = unigram_probabilities(count_followers(cache, client, self.across_documents))
-        self.counts_ = {
-            n: count_pairs(cache, n + 1, client, self.across_documents) for n in self._offsets()
-        }
+        offsets, across = self._offsets(), self.across_documents
+        with show_stage(progress, STAGE) as report:
+            passes = TrainSplitPasses(cache, 1 + len(offsets), client, report)
+            self.unigram_: np.ndarray = unigram_probabilities(count_followers(passes, across))
+            self.counts_ = {n: count_pairs(passes, n + 1, across) for n in offsets}
         return self
 
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
@@ -240,11 +272,24 @@ class Unigram(CountBaseline):
         self.offsets = offsets
         self.across_documents = across_documents
 
-    def fit(self, cache: "ActivationCache", *, client: Any = None) -> "Unigram":
-        """Count the tokens of the train split in one pass, on the workers of `client` if given."""
+    def fit(
+        self,
+        cache: "ActivationCache",
+        *,
+        client: Any = None,
+        progress: Progress | Auto | None = "auto",
+    ) -> "Unigram":
+        """Count the tokens of the train split in one pass, without a residual stream.
+
+        The workers of `client` (of `dask.distributed`), if given, share the sequences. `progress`
+        is "auto" (bars in a terminal or notebook, elsewhere lines of the logger `residua`), None
+        (nothing), or a function that is called with (tokens read, tokens to read).
+        """
         self._begin_fit(cache)
-        self.counts_ = count_followers(cache, client, self.across_documents)
-        self.unigram_ = unigram_probabilities(self.counts_)
+        with show_stage(progress, STAGE) as report:
+            passes = TrainSplitPasses(cache, 1, client, report)
+            self.counts_ = count_followers(passes, self.across_documents)
+        self.unigram_: np.ndarray = unigram_probabilities(self.counts_)
         return self
 
     def logits(self, batch: ReadoutBatch, layer: int | None, offset: int) -> "torch.Tensor":
@@ -303,21 +348,29 @@ class Trigram(CountBaseline):
         self.contexts = contexts
         self.across_documents = across_documents
 
-    def fit(self, cache: "ActivationCache", *, client: Any = None) -> "Trigram":
+    def fit(
+        self,
+        cache: "ActivationCache",
+        *,
+        client: Any = None,
+        progress: Progress | Auto | None = "auto",
+    ) -> "Trigram":
         """Count the train split: pairs in the first pass, triples in the second.
 
-        The workers of `client` (of `dask.distributed`), if given, share the sequences.
+        The workers of `client` (of `dask.distributed`), if given, share the sequences. `progress`
+        is "auto" (bars in a terminal or notebook, elsewhere lines of the logger `residua`), None
+        (nothing), or a function that is called with (tokens read, tokens to read).
         """
         self._begin_fit(cache)
         if self.contexts < 1:
             raise UsageError(f"contexts must be at least 1, not {self.contexts}")
-        self.pairs_ = count_pairs(cache, 1, client, self.across_documents)
-        self.unigram_ = unigram_probabilities(column_sums(self.pairs_))
-        self.contexts_ = most_frequent_pairs(self.pairs_, self.contexts)
-        tables = count_train_split(
-            _count_triples_in, cache, client, self.contexts_, self.across_documents
-        )
-        self.counts_ = sum_tables(tables, empty_table(len(self.contexts_), cache.vocab))
+        with show_stage(progress, STAGE) as report:
+            passes = TrainSplitPasses(cache, 2, client, report)
+            self.pairs_ = count_pairs(passes, 1, self.across_documents)
+            self.unigram_: np.ndarray = unigram_probabilities(column_sums(self.pairs_))
+            self.contexts_ = most_frequent_pairs(self.pairs_, self.contexts)
+            tables = passes.count(_count_triples_in, self.contexts_, self.across_documents)
+            self.counts_ = sum_tables(tables, empty_table(len(self.contexts_), cache.vocab))
         return self
 
     def log_probabilities(self, previous: np.ndarray, last: np.ndarray) -> np.ndarray:

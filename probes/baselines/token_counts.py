@@ -14,6 +14,7 @@ import numpy as np
 from ...cache.cluster import results, threads_of
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.number_ranges import as_tuple
+from ...cache.progress import Progress
 from ...cache.tokens.segments import PairScope, context_blocks, context_numbers
 from ..base.fitted_probe import FittedProbe
 from ..base.params import Params
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 1 << 20
 """Tokens counted at a time."""
+STAGE = "count"
+"""Stage of the progress of a fit."""
 
 
 class CountBaseline(FittedProbe, ProbeFiles, Params):
@@ -75,8 +78,10 @@ class CountBaseline(FittedProbe, ProbeFiles, Params):
                 f"not {self.offsets}"
             )
         PairScope(self.across_documents).check()
-        self.cache_id_, self.geometry_, self.split_ = cache.id, cache.head.digest, "train"
-        self.n_features_in_ = cache.d_model
+        self.cache_id_: str | None = cache.id
+        self.geometry_: str | None = cache.head.digest
+        self.split_: str | None = "train"
+        self.n_features_in_: int = cache.d_model
 
     def metrics(self) -> list[dict[str, Any]]:
         """One row per offset: pairs counted (`n`), and distinct pairs (`distinct`)."""
@@ -139,16 +144,62 @@ def unfitted_baselines(
     return baselines
 
 
+class TrainSplitPasses:
+    """Passes over the text of the train split in shares, and the progress through all of them.
+
+    Shares have about `BLOCK_TOKENS` tokens. They are counted in this process, or on the workers of
+    `client`. Counts are whole numbers: their sum does not depend on the shares. `progress` is
+    called with (tokens read, tokens of all `passes`).
+    """
+
+    def __init__(
+        self,
+        cache: "ActivationCache",
+        passes: int = 1,
+        client: Any = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.cache, self.client, self._progress = cache, client, progress
+        self.contexts = context_numbers(cache, cache.sequences("train"))
+        self._lengths = cache.contexts.length[self.contexts]
+        self._done, self._total = 0, passes * int(self._lengths.sum())
+        self.report(0)
+
+    def report(self, tokens: int) -> None:
+        """Report that `tokens` more were read."""
+        self._done += tokens
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def count(self, function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+        """`function(cache, contexts, *args)` of each share, in one pass."""
+        share_of = (np.cumsum(self._lengths) - self._lengths) // BLOCK_TOKENS
+        shares = np.split(np.arange(len(self.contexts)), np.flatnonzero(np.diff(share_of)) + 1)
+        if self.client is not None and len(shares) < sum(threads_of(self.client).values()):
+            shares = np.array_split(
+                np.arange(len(self.contexts)), sum(threads_of(self.client).values())
+            )
+        calls = [(self.cache, self.contexts[share], *args) for share in shares]
+        if self.client is None:
+            counts = (function(*call) for call in calls)
+        else:
+            counts = results(self.client, function, calls)
+        for share, value in zip(shares, counts, strict=True):
+            self.report(int(self._lengths[share].sum()))
+            yield value
+
+
 def count_pairs(
-    cache: "ActivationCache", lag: int = 1, client: Any = None, across_documents: bool = False
+    passes: TrainSplitPasses, lag: int = 1, across_documents: bool = False
 ) -> "csr_matrix":
     """How often each token came `lag` tokens after each other one, `(vocab, vocab)` int64.
 
     Both lie in one document, in one sequence of the train split. Memory: 12 bytes for each
     distinct pair, twice while tables are added up.
     """
-    tables = count_train_split(_count_pairs_in, cache, client, lag, across_documents)
-    return sum_tables(tables, empty_table(cache.vocab, cache.vocab))
+    vocab = passes.cache.vocab
+    tables = passes.count(_count_pairs_in, lag, across_documents)
+    return sum_tables(tables, empty_table(vocab, vocab))
 
 
 def _count_pairs_in(
@@ -165,12 +216,10 @@ def _count_pairs_in(
     return sum_tables(block_tables(), empty_table(cache.vocab, cache.vocab))
 
 
-def count_followers(
-    cache: "ActivationCache", client: Any = None, across_documents: bool = False
-) -> np.ndarray:
+def count_followers(passes: TrainSplitPasses, across_documents: bool = False) -> np.ndarray:
     """How often each token follows another one of its document in the train split, int64."""
-    counts = count_train_split(_count_followers_in, cache, client, across_documents)
-    return sum(counts, np.zeros(cache.vocab, np.int64))
+    counts = passes.count(_count_followers_in, across_documents)
+    return sum(counts, np.zeros(passes.cache.vocab, np.int64))
 
 
 def _count_followers_in(
@@ -181,21 +230,6 @@ def _count_followers_in(
     for ids, following, _ in context_blocks(cache, contexts, across_documents, BLOCK_TOKENS):
         counts += np.bincount(ids[np.flatnonzero(following >= 1) + 1], minlength=cache.vocab)
     return counts
-
-
-def count_train_split(
-    count: Callable[..., Any], cache: "ActivationCache", client: Any, *args: Any
-) -> Iterator[Any]:
-    """`count(cache, contexts, *args)` over the contexts of the train split, in shares.
-
-    One share in this process, or one for each thread of the cluster of `client`. Counts are whole
-    numbers: their sum does not depend on the shares.
-    """
-    contexts = context_numbers(cache, cache.sequences("train"))
-    if client is None:
-        return iter((count(cache, contexts, *args),))
-    shares = np.array_split(contexts, sum(threads_of(client).values()))
-    return results(client, count, [(cache, share, *args) for share in shares])
 
 
 def empty_table(rows: int, columns: int) -> "csr_matrix":

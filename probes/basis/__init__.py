@@ -8,5 +8,5 @@ if TYPE_CHECKING:
     from .causal_basis import CausalBasis as CausalBasis
     from .causal_basis import lens_maps as lens_maps
     from .layer_basis import LayerBasis as LayerBasis
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -34,6 +34,7 @@ from .kept_rows import CLEAN, TOKENS, KeptRows, plan_places
 from .lens_kl import (
     CleanRows,
     ExplicitLensKL,
+    LensKL,
     OutputDirections,
     gradients_at,
     make_lens_kl,
@@ -120,13 +121,16 @@ class GroupEvaluator:
     """Evaluates groups of the rows of a spec; keeps what evaluations share (`KeptRows`)."""
 
     def __init__(self, spec: ObjectiveSpec) -> None:
-        self.spec, self.rows, self.device = spec, spec.rows, spec.device
-        self.kl = make_lens_kl(spec.rows.cache.head, spec.dtype, spec.device)
-        self.groups = self.rows.groups()
-        self.weight, self.bias = self._tensor(spec.map.weight), self._tensor(spec.map.bias)
+        self.spec = spec
+        self.rows: BasisRows = spec.rows
+        self.device: torch.device = spec.device
+        self.kl: LensKL = make_lens_kl(spec.rows.cache.head, spec.dtype, spec.device)
+        self.groups: list[slice] = self.rows.groups()
+        self.weight: Tensor = self._tensor(spec.map.weight)
+        self.bias: Tensor = self._tensor(spec.map.bias)
         widths = tensor_widths(spec.rows.cache.head)
         dtypes = tensor_dtypes(self.kl.dtype, self.kl.wide)
-        self.kept = KeptRows(
+        self.kept: KeptRows = KeptRows(
             self.groups, widths, dtypes, spec.memory, spec.scratch, device=spec.device
         )
         self._along_lock = threading.Lock()
@@ -317,14 +321,15 @@ class AblationObjective:
     """Sums of a `GroupEvaluator` over all groups, by threads or by the workers of `client`."""
 
     def __init__(self, spec: ObjectiveSpec, client: Any = None) -> None:
-        self.spec, self.client = spec, client
-        self.n = spec.rows.n
-        self.groups = spec.rows.groups()
-        self.seconds = 0.0
+        self.spec = spec
+        self.client = client
+        self.n: int = spec.rows.n
+        self.groups: list[slice] = spec.rows.groups()
+        self.seconds: float = 0.0
         """CPU seconds of all evaluations so far."""
-        self.evaluations = 0.0
+        self.evaluations: float = 0.0
         """Evaluations with gradient so far; of a part of the rows, that part of one."""
-        self.weight = spec.map.weight.astype(np.float64)
+        self.weight: np.ndarray = spec.map.weight.astype(np.float64)
         """The lens's map, `(d, d)` float64."""
         self._key = spec.key
         self._evaluator: GroupEvaluator | None = None
@@ -433,7 +438,9 @@ _group_locks: dict[tuple[str, int], threading.Lock] = {}
 """One thread at a time works on a group: `KeptRows` asks for that."""
 
 
-def evaluate_on_worker(spec: ObjectiveSpec, key: str, call: tuple[str, int, tuple]) -> Any:
+def evaluate_on_worker(
+    spec: ObjectiveSpec, key: str, call: tuple[str, int, tuple[Any, ...]]
+) -> Any:
     """Result of a method of the evaluator of `spec` for one group; the evaluator is kept."""
     method, number, args = call
     with _evaluators_lock:

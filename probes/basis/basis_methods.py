@@ -114,8 +114,10 @@ class BasisFinder:
         progress: BasisProgress | None = None,
         report: Callable[[], None] = lambda: None,
     ) -> None:
-        self.objective, self.coordinates, self.k = objective, coordinates, k
-        self.progress = BasisProgress() if progress is None else progress
+        self.objective = objective
+        self.coordinates = coordinates
+        self.k = k
+        self.progress: BasisProgress = BasisProgress() if progress is None else progress
         self.report = report
         # Of the fit before an interruption.
         self._earlier = self.progress.evaluations, self.progress.seconds

@@ -190,12 +190,14 @@ class CausalBasis(FittedProbe, ProbeFiles, Params):
         self.pca_ = {layer: fitted.pca for layer, fitted in fitted_layers.items()}
         self.random_ = {layer: fitted.random for layer, fitted in fitted_layers.items()}
         self._rows = {layer: fitted.row for layer, fitted in fitted_layers.items()}
-        self.lens_ = {
+        self.lens_: dict[str, Any] = {
             "kind": lens.kind,
             "maps": {str(layer): digests[layer] for layer in fitted_layers},
         }
-        self.cache_id_, self.geometry_, self.split_ = X.id, X.head.digest, "train"
-        self.n_features_in_ = X.d_model
+        self.cache_id_: str | None = X.id
+        self.geometry_: str | None = X.head.digest
+        self.split_: str | None = "train"
+        self.n_features_in_: int = X.d_model
         self._warn_of_empty_test_split()
         return self
 

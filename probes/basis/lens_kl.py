@@ -123,22 +123,27 @@ class ExplicitLensKL:
         def tensor(array: object) -> Tensor:
             return copy_to_device(torch.tensor(array).to(dtype), device)
 
-        self.wide = wide_dtype(device)
+        self.wide: torch.dtype = wide_dtype(device)
         """dtype of sums."""
 
-        self.norm, self.eps, self.scale = head.norm, head.eps, head.scale
-        self.softcap, self.dtype = head.softcap, dtype
-        self.unembedding = as_head_tensor(head.unembedding, device).to(dtype)
+        self.norm: str = head.norm
+        self.eps: float = head.eps
+        self.scale: float = head.scale
+        self.softcap: float | None = head.softcap
+        self.dtype = dtype
+        self.unembedding: Tensor = as_head_tensor(head.unembedding, device).to(dtype)
         """W_U `(vocab, d)`, in float32 the head's own: E is not made, see `_unembedded`."""
-        self.gain = tensor(head.norm_weight)
+        self.gain: Tensor = tensor(head.norm_weight)
         """gamma, `(d,)`."""
         constant = self.unembedding @ tensor(head.norm_bias) + tensor(head.bias)
-        self.constant = constant.mul_(self.scale)
+        self.constant: Tensor = constant.mul_(self.scale)
         """Part of the logits that is the same for all rows, `(vocab,)`."""
         vocab = head.vocab
-        self.vocab, self.width, self._on_cpu = vocab, head.d_model, device.type == "cpu"
+        self.vocab: int = vocab
+        self.width: int = head.d_model
+        self._on_cpu = device.type == "cpu"
         element = torch.finfo(dtype).bits // 8
-        self.block_rows = block_rows or rows_of_block(element * vocab, device)
+        self.block_rows: int = block_rows or rows_of_block(element * vocab, device)
         """Rows of a block."""
         step = tile_columns or max(256, TILE_BYTES // (element * self.block_rows))
         if device.type != "cpu":
@@ -467,10 +472,13 @@ class ProgramLensKL:
     """KL of ablations for a head that is a program: autograd through the head, tile by tile."""
 
     def __init__(self, head: Head, device: torch.device = CPU) -> None:
-        self.head = head.torch(device)
-        self.wide, self._device = wide_dtype(device), device
-        self.width, self.vocab, self.dtype = head.d_model, head.vocab, torch.float32
-        self.block_rows = rows_of_block(4 * head.vocab, device)
+        self.head: TorchHead = head.torch(device)
+        self.wide: torch.dtype = wide_dtype(device)
+        self._device = device
+        self.width: int = head.d_model
+        self.vocab: int = head.vocab
+        self.dtype: torch.dtype = torch.float32
+        self.block_rows: int = rows_of_block(4 * head.vocab, device)
 
     def clean_rows(
         self, translated: Tensor, keep_tokens: Callable[[slice, Tensor], None] | None = None
@@ -484,7 +492,13 @@ class ProgramLensKL:
         """Nothing, `(n, 0)`."""
         return output.new_zeros(len(output), 0)
 
-    blocks = parts = ExplicitLensKL.blocks
+    def blocks(self, n: int) -> list[slice]:
+        """Blocks of at most `block_rows` of `n` rows."""
+        return [slice(i, min(n, i + self.block_rows)) for i in range(0, n, self.block_rows)]
+
+    def parts(self, n: int) -> list[slice]:
+        """The same blocks: a program multiplies rows block by block."""
+        return self.blocks(n)
 
     def output_directions(self, directions: Tensor) -> OutputDirections:
         """B `(k, d)` without a part by tokens."""

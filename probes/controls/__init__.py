@@ -6,5 +6,5 @@ from ...cache.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .control_probe import as_control as as_control
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -18,10 +18,13 @@ from ...cache.tokens.segments import is_sparse
 from .position_shuffle import PositionShuffle
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from ...cache.format.array import CacheArray
     from ...cache.format.journal import PartRecord
+    from ...cache.format.layout import ArrayLayout
 
 SHARED = ("head", "layers", "sequence_hash", "sequence_length", "sequence_split", "sequence_start")
 """Attributes that a view takes over from its cache."""
@@ -168,8 +171,11 @@ class ViewRows:
     """The reading side of a `CacheArray`, for rows that a subclass computes from `source`."""
 
     def __init__(self, source: Any) -> None:
-        self.path, self.layout = source.path, source.layout
-        self.shape, self.ndim, self.dtype = source.shape, source.ndim, source.dtype
+        self.path: Path = source.path
+        self.layout: ArrayLayout = source.layout
+        self.shape: tuple[int, ...] = source.shape
+        self.ndim: int = source.ndim
+        self.dtype: np.dtype[Any] = source.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -226,9 +232,9 @@ class ConcatenatedRows(ViewRows):
     def __init__(self, source: Any, appended: Any, next_positions: Any) -> None:
         super().__init__(source)
         self._source, self._appended, self._next_positions = source, appended, next_positions
-        self.shape = (source.shape[0], 2 * source.shape[1])
-        self.dtype = np.dtype(np.float32)
-        self.layout = replace(
+        self.shape: tuple[int, ...] = (source.shape[0], 2 * source.shape[1])
+        self.dtype: np.dtype[Any] = np.dtype(np.float32)
+        self.layout: ArrayLayout = replace(
             source.layout, shape=self.shape, stored_dtype="<f4", logical_dtype="float32"
         )
 
@@ -257,8 +263,11 @@ class HeadOfFirstHalf:
     """Makes fits use autograd through `torch()`, as for heads that are programs."""
 
     def __init__(self, head: Any, d_model: int) -> None:
-        self._head, self.vocab, self.digest = head, head.vocab, head.digest
-        self.d_model, self._width = 2 * d_model, d_model
+        self._head = head
+        self.vocab: int = head.vocab
+        self.digest: str = head.digest
+        self.d_model: int = 2 * d_model
+        self._width = d_model
 
     def __dask_tokenize__(self) -> str:
         return f"{self.digest}-{self._width}"
@@ -277,7 +286,7 @@ class TorchHeadOfFirstHalf:
 
     def __init__(self, head: Any, d_model: int) -> None:
         self._torch_head, self._width = head, d_model
-        self.head = HeadOfFirstHalf(head.head, d_model)
+        self.head: HeadOfFirstHalf = HeadOfFirstHalf(head.head, d_model)
 
     def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """Logits, `(..., vocab)`."""

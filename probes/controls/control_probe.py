@@ -74,9 +74,11 @@ class ControlProbe(FittedProbe, HeatmapMethods, ProbeFiles, Params):
             # Moments of a control are no use to another fit.
             options["keep"] = False
         self._forget_folder()
-        self.probe_ = probe.fit(view, **options)
-        self.cache_id_, self.geometry_, self.split_ = X.id, X.head.digest, "train"
-        self.n_features_in_ = X.d_model
+        self.probe_: Any = probe.fit(view, **options)
+        self.cache_id_: str | None = X.id
+        self.geometry_: str | None = X.head.digest
+        self.split_: str | None = "train"
+        self.n_features_in_: int = X.d_model
         return self
 
     def _check_params(self) -> None:

@@ -8,5 +8,5 @@ if TYPE_CHECKING:
     from .logit_lens import LogitLens as LogitLens
     from .tuned_lens import FutureLens as FutureLens
     from .tuned_lens import TunedLens as TunedLens
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

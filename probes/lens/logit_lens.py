@@ -26,8 +26,8 @@ class LogitLens(DisplayMethods, HeatmapMethods):
     kind = "logit"
 
     def __init__(self, layers: int | Iterable[int], offsets: int | Iterable[int]) -> None:
-        self.layers = as_tuple(layers, "layers")
-        self.offsets = as_tuple(offsets, "offsets")
+        self.layers: tuple[int, ...] = as_tuple(layers, "layers")
+        self.offsets: tuple[int, ...] = as_tuple(offsets, "offsets")
 
     def __repr__(self) -> str:
         return f"LogitLens(layers={self.layers}, offsets={self.offsets})"

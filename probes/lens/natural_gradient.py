@@ -81,16 +81,22 @@ class NaturalGradientMap:
         copy: Callable[[Tensor], Tensor] = Tensor.clone,
     ) -> None:
         """`copy` gives the memory of tensors: a copy on a device, or in a `ScratchFile`."""
-        self.inputs = InputWhitening(copy(inputs.mean), copy(inputs.whiten), copy(inputs.unwhiten))
-        self.damping, self.copy = damping, copy
+        self.inputs: InputWhitening = InputWhitening(
+            copy(inputs.mean), copy(inputs.whiten), copy(inputs.unwhiten)
+        )
+        self.damping = damping
+        self.copy = copy
         width = len(inputs.mean)
-        self.weight, self.bias = copy(torch.zeros(width, width)), copy(torch.zeros(width))
-        self.mean_weight, self.mean_bias = copy(torch.zeros(width, width)), copy(torch.zeros(width))
-        """Average of `weight` and `bias` over the steps, see `apply_gradient`."""
-        self.curvature = copy(torch.zeros(width + 1, width))
+        self.weight: Tensor = copy(torch.zeros(width, width))
+        self.bias: Tensor = copy(torch.zeros(width))
+        self.mean_weight: Tensor = copy(torch.zeros(width, width))
+        """Average of `weight` over the steps, see `apply_gradient`."""
+        self.mean_bias: Tensor = copy(torch.zeros(width))
+        """Average of `bias` over the steps."""
+        self.curvature: Tensor = copy(torch.zeros(width + 1, width))
         """Eigenvalues of the Fisher matrix, (input direction, output direction); the last row is
         the bias's."""
-        self.outputs = copy(torch.eye(width))
+        self.outputs: Tensor = copy(torch.eye(width))
         """Eigenvectors of the output factor G, in columns, `(d, d)`."""
 
     @property

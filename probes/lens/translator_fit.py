@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ...cache.devices import TileRows, copy_to_device, copy_to_host, iterate_on_device
 from ...cache.files.json_files import plain_value
+from ...cache.head.head import TorchHead
 from ...cache.head.row_buffers import reused_rows
 from ...cache.progress import StageProgress
 from ...cache.store.activation_cache import ActivationCache
@@ -280,15 +281,17 @@ class LensFitRun:
         settings: LensFitSettings,
         device: torch.device = CPU,
     ) -> None:
-        self.translators, self.settings, self.device = translators, settings, device
-        self.head = cache.head.torch(device)
-        self.tiles = TileRows(most_tile_rows(cache.vocab), device)
+        self.translators = translators
+        self.settings = settings
+        self.device = device
+        self.head: TorchHead = cache.head.torch(device)
+        self.tiles: TileRows = TileRows(most_tile_rows(cache.vocab), device)
         layers = sorted({layer for layer, _ in translators})
         offsets = sorted({offset for _, offset in translators})
         # The buffer size must not depend on which layers are fitted together, or the batches would
         # differ: compute it for all layers of the cache.
         row_bytes = sum(cache.residual_array(layer).layout.row_bytes for layer in cache.layers)
-        self.train = MinibatchStream(
+        self.train: MinibatchStream = MinibatchStream(
             cache,
             layers,
             offsets,
@@ -300,7 +303,7 @@ class LensFitRun:
             buffer_bytes=1 << 62,
             **vars(settings.scope),
         )
-        self.validation = None
+        self.validation: MinibatchStream | None = None
         if len(cache.sequences("validation")):
             self.validation = MinibatchStream(
                 cache,
@@ -313,11 +316,11 @@ class LensFitRun:
                 shuffle=False,
                 **vars(settings.scope),
             )
-        self.step = 0
+        self.step: int = 0
         """Number of steps taken."""
         self.fitted = list(translators)
         """Pairs whose translators take further steps."""
-        self.sweep_steps = min(SWEEP, settings.steps)
+        self.sweep_steps: int = min(SWEEP, settings.steps)
         """Number of steps of each learning rate in the sweep."""
         self._first: list[list[OffsetRows]] = []
         """The first batches until the sweep ends, where they fit `FIRST_BYTES`."""
@@ -418,7 +421,7 @@ class LensFitRun:
         """Leave out translators that take no further step."""
         steps = self.settings.steps
         rates = {pair: t.rate_at(self.step, steps) for pair, t in self.translators.items()}
-        self.fitted = [pair for pair, rate in rates.items() if rate > 0]
+        self.fitted: list[LayerOffset] = [pair for pair, rate in rates.items() if rate > 0]
 
     def _batches(self, stream: MinibatchStream, step: int = 0) -> Iterator[list[OffsetRows]]:
         """Batches from number `step` on, endlessly: rows of every offset, on the device."""

@@ -190,7 +190,7 @@ class TunedLens(FittedMaps[LayerOffset], ProbeFiles, Params):
     def _set_maps(self, maps: Mapping[LayerOffset, AffineMap], d_model: int) -> None:
         """Replace the fit before by `maps`, of no cache yet."""
         self._forget_folder()
-        self.maps_ = {pair: maps[pair] for pair in sorted(maps)}
+        self.maps_: dict[LayerOffset, AffineMap] = {pair: maps[pair] for pair in sorted(maps)}
         self.n_features_in_ = d_model
         self._rows: dict[LayerOffset, dict[str, Any]] = {}
         self._device_copies = {}

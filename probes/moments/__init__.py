@@ -16,5 +16,5 @@ if TYPE_CHECKING:
     from .moments import merge_all as merge_all
     from .pass_plan import MomentRequest as MomentRequest
     from .shifted_sums import LayerOffsetTarget as LayerOffsetTarget
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -117,14 +117,15 @@ class DeviceSums:
         block_rows: int,
         device: torch.device,
     ) -> None:
-        self.request, self.device = request, device
+        self.request = request
+        self.device = device
         wide = wide_dtype(device)
-        self.dtype = torch.float32 if request.products == "float32" else wide
+        self.dtype: torch.dtype = torch.float32 if request.products == "float32" else wide
         """dtype of the products of blocks."""
-        self.home = device if wide == torch.float64 else torch.device("cpu")
+        self.home: torch.device = device if wide == torch.float64 else torch.device("cpu")
         """Device of the sums: one with float64."""
-        self.tiles = TileRows(block_rows, device, fewest=min(SMALL_ROWS, block_rows))
-        self.shift = {
+        self.tiles: TileRows = TileRows(block_rows, device, fewest=min(SMALL_ROWS, block_rows))
+        self.shift: dict[int, Tensor] = {
             layer: copy_to_device(torch.from_numpy(constant).to(self.dtype), device)
             for layer, constant in shift.items()
         }
@@ -137,8 +138,8 @@ class DeviceSums:
             "yy": (*reaches, targets),
             "xy": (*reaches, targets, layers, d_model, d_model),
         }
-        self.n = np.zeros(reaches, np.int64)
-        self.sums = {
+        self.n: np.ndarray = np.zeros(reaches, np.int64)
+        self.sums: dict[str, Tensor] = {
             name: torch.zeros(shape, dtype=torch.float64, device=self.home)
             for name, shape in shapes.items()
         }

@@ -15,7 +15,15 @@ from typing import Any
 from ...cache.errors import CorruptError, NoSpaceError, NotFoundError, UsageError
 from ...cache.files.confined_files import check_regular
 from ...cache.files.json_files import json_digest, make_folder
-from ...cache.files.paths import is_remote, list_folder, store_of, total_bytes, upload_folder
+from ...cache.files.paths import (
+    check_not_served,
+    is_remote,
+    is_served,
+    list_folder,
+    store_of,
+    total_bytes,
+    upload_folder,
+)
 from ...cache.files.staging import publish_folder, staging_folder, sweep_staging, temporary_folder
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.lineage import cache_lineage
@@ -249,6 +257,10 @@ def reason_not_to_keep(cache: ActivationCache, size: int, keep: bool | None) -> 
     """
     if keep is False:
         return "not asked for"
+    if is_served(cache.path):
+        if keep:
+            check_not_served(cache.path)
+        return "the cache is read from a service"
     if not is_remote(cache.path) and (reason := _disk_reason(cache, size, bool(keep))):
         return reason
     limit = max(residual_bytes(cache) // SHARE, _small_bytes(cache))

@@ -83,10 +83,12 @@ class Accumulator:
 
     def __init__(self, d_in: int, d_out: int, products: str = "float64") -> None:
         self.products = products
-        self.n = 0
-        self.yy = 0.0
-        self.mean_x, self.mean_y = np.zeros(d_in), np.zeros(d_out)
-        self.xx, self.xy = np.zeros((d_in, d_in)), np.zeros((d_in, d_out))
+        self.n: int = 0
+        self.yy: float = 0.0
+        self.mean_x: np.ndarray = np.zeros(d_in)
+        self.mean_y: np.ndarray = np.zeros(d_out)
+        self.xx: np.ndarray = np.zeros((d_in, d_in))
+        self.xy: np.ndarray = np.zeros((d_in, d_out))
 
     def update(self, x: np.ndarray, y: np.ndarray) -> "Accumulator":
         """Add the pairs of rows `x` `(n, d_in)` and `y` `(n, d_out)`."""

@@ -36,19 +36,21 @@ class ShiftedSums:
         folds: int,
         d_model: int,
     ) -> None:
-        self.layers, self.offsets, self.targets = tuple(layers), tuple(offsets), tuple(targets)
+        self.layers: tuple[int, ...] = tuple(layers)
+        self.offsets: tuple[int, ...] = tuple(offsets)
+        self.targets: tuple[int, ...] = tuple(targets)
         reaches = folds, len(offsets)
-        self.n = np.zeros(reaches, np.int64)
+        self.n: np.ndarray = np.zeros(reaches, np.int64)
         """Number of rows x, by fold and reach."""
-        self.x = np.zeros((*reaches, len(layers), d_model))
+        self.x: np.ndarray = np.zeros((*reaches, len(layers), d_model))
         """Sum of x, by fold, reach and layer."""
-        self.xx = np.zeros((*reaches, len(layers), d_model, d_model))
+        self.xx: np.ndarray = np.zeros((*reaches, len(layers), d_model, d_model))
         """Sum of x x', by fold, reach and layer."""
-        self.y = np.zeros((*reaches, len(targets), d_model))
+        self.y: np.ndarray = np.zeros((*reaches, len(targets), d_model))
         """Sum of y, by fold, offset and target layer."""
-        self.yy = np.zeros((*reaches, len(targets)))
+        self.yy: np.ndarray = np.zeros((*reaches, len(targets)))
         """Sum of |y|^2, by fold, offset and target layer."""
-        self.xy = np.zeros((*reaches, len(targets), len(layers), d_model, d_model))
+        self.xy: np.ndarray = np.zeros((*reaches, len(targets), len(layers), d_model, d_model))
         """Sum of x y', by fold, offset, target layer and layer."""
 
     def add_targets(self, fold: int, offset: int, target: int, y: np.ndarray) -> None:

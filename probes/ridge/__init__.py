@@ -12,5 +12,5 @@ if TYPE_CHECKING:
     from .ridge_probe import RidgeProbe as RidgeProbe
     from .solver import AffineMap as AffineMap
     from .solver import fit_ridge as fit_ridge
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ...cache.errors import ResiduaWarning
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.sequence_draw import draw_sequences
 from ...cache.tokens.segments import PairScope, context_indices
@@ -175,6 +176,6 @@ def _percent(share: float | None) -> str:
 
 
 def warn_of_domination(shares: Mapping[Any, ErrorShare]) -> None:
-    """A `UserWarning` if few pairs make most of an error."""
+    """A `ResiduaWarning` if few pairs make most of an error."""
     if message := domination_message(shares):
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warnings.warn(message, ResiduaWarning, stacklevel=3)

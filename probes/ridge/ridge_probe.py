@@ -145,7 +145,7 @@ class RidgeProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
             )
             # Workers of a cluster collect moments; their devices need not be here.
             self._fit_moments(moments, np.float32, fit_device if client is None else None)
-        self.moments_ = vars(sources).copy()
+        self.moments_: dict[str, Any] = vars(sources).copy()
         self._measure_shares(X, request)
         return self
 
@@ -191,8 +191,10 @@ class RidgeProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
         self._clear()
         fits: dict[LayerOffsetTarget, RidgeFit] = {}
         for moments in groups:
-            self.cache_id_, self.geometry_ = moments.cache_id, moments.geometry
-            self.split_, self.depth_ = moments.split, moments.depth
+            self.cache_id_: str | None = moments.cache_id
+            self.geometry_: str | None = moments.geometry
+            self.split_: str | None = moments.split
+            self.depth_: int | None = moments.depth
             for pair, fit in self._solve(moments, device).items():
                 rounded = fit.map if dtype is None else fit.map.astype(dtype)
                 fits[pair] = replace(fit, map=rounded)
@@ -202,7 +204,7 @@ class RidgeProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
             raise UsageError("there are no moments to fit")
         for pair in sorted(fits):
             self._set_fit(pair, fits[pair])
-        self.n_features_in_ = len(self.maps_[next(iter(self.maps_))].weight)
+        self.n_features_in_: int = len(self.maps_[next(iter(self.maps_))].weight)
         return self
 
     def _solve(
@@ -305,8 +307,8 @@ class RidgeProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
     def _set_coefficients(self) -> None:
         """Set `coef_` `(d_out, d_in)` and `intercept_` as scikit-learn's linear models do."""
         affine = self.map()
-        self.coef_ = affine.weight[:, 0] if self._is_flat else affine.weight.T
-        self.intercept_ = affine.bias[0] if self._is_flat else affine.bias
+        self.coef_: np.ndarray = affine.weight[:, 0] if self._is_flat else affine.weight.T
+        self.intercept_: np.ndarray | float = affine.bias[0] if self._is_flat else affine.bias
 
     def map(
         self, layer: int | None = None, offset: int | None = None, target: int | None = None

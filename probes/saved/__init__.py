@@ -22,5 +22,5 @@ if TYPE_CHECKING:
     from .save import save_probe as save_probe
     from .save import saved_params as saved_params
     from .save import set_feature_names as set_feature_names
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

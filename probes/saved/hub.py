@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...cache.errors import MismatchError
+from ...cache.errors import MismatchError, NotFoundError
 from ...cache.files.json_files import read_json
 from ...cache.files.staging import temporary_folder
 from ...cache.sharing.hub_errors import translate_hub_errors
 from ...cache.store.local_origin import public_name
+from .library import probe_path
+from .probe_files import copy_probe
 from .save import FILES, load_probe, save_probe
 
 if TYPE_CHECKING:
@@ -124,15 +126,42 @@ def push_probe(
 
 def pull_probe(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Any:
     """Download and load a probe that `push_probe` uploaded; bytes are checked, nothing is run."""
+    probe = load_probe(_download_probe(repo_id, revision, token))
+    probe.folder_ = repo_id  # where a person finds it, in notes of evaluations
+    return probe
+
+
+def pull_probe_into(
+    repo_id: str,
+    root: Path,
+    *,
+    expect: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> tuple[Path, str]:
+    """Download a probe that `push_probe` uploaded to the folder that its fit has under `root`.
+
+    Returns that folder and the status: `pulled`, or `hit` if the probe was there. `expect` is the
+    beginning of the id of the cache of the fit: a probe of another cache raises `MismatchError`, as
+    does another probe in the folder. The bytes are checked, nothing is run.
+    """
+    folder = _download_probe(repo_id, revision, token)
+    name = probe_path(root, load_probe(folder)).name
+    path, status = copy_probe(folder, root, name=name, expect=expect)
+    return path, "pulled" if status == "copied" else status
+
+
+def _download_probe(repo_id: str, revision: str | None, token: str | None) -> Path:
+    """The folder in the hub's own cache with the files of a probe; nothing is checked."""
     with translate_hub_errors(repo_id, "model"):
         import huggingface_hub as hub
 
         folder = hub.snapshot_download(
             repo_id, repo_type="model", revision=revision, allow_patterns=list(FILES), token=token
         )
-    probe = load_probe(folder)
-    probe.folder_ = repo_id  # where a person finds it, in notes of evaluations
-    return probe
+    if not (Path(folder) / "config.json").is_file():
+        raise NotFoundError(f"{repo_id} is not a probe: it has no config.json of residua")
+    return Path(folder)
 
 
 def _check_replaces(config: dict[str, Any], repository: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def checkpoint_path(
     path = (folder or root / CHECKPOINTS) / (probe_path(root, probe, cache_id).name + suffix)
     try:
         if is_remote(path):
-            raise UsageError(f"{path} is in an object store, checkpoints need a folder of a disk")
+            raise UsageError(f"{path} is on no disk of this machine, and checkpoints need one")
         check_target(path)
     except UsageError as error:
         if folder is not None:

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,19 @@ from .library import FOLDER
 
 UNREADABLE = (ResiduaError, OSError, ValueError, RecursionError)
 """Errors that a damaged or forged probe, or its disk, may cause where its config is read."""
+
+
+FIT_MEASURES = {
+    "kl": "KL to the model, nats per position of the validation split",
+    "r2": "R2 of the residual stream that is predicted, cross-validated on the train split; "
+    "residua evaluate measures the KL",
+    "nll": "-log of the probability of the model's top token, nats per position of the validation "
+    "split",
+    "nll_text": "-log of the probability of the text's next token, nats per position of the "
+    "validation split",
+    "loss": "loss of the fit on the rows that it held out",
+}
+"""What fits measure by themselves, by the names in `measure` of `summarize_probe`."""
 
 
 def probe_folders(root: Path) -> list[Path]:
@@ -30,15 +44,17 @@ def list_probes(root: str | Path) -> list[dict[str, Any]]:
 def summarize_probe(path: Path) -> dict[str, Any]:
     """The JSON object of one probe in `residua probes`.
 
-    `kl` is None, or the smallest and the largest KL(model || probe) of its (layer, offset) pairs,
-    in nats per position of the validation split, if the fit measured them.
+    `measure` is what its fit measured by itself, None for one that measures nothing, such as a
+    baseline: a name of `FIT_MEASURES`, and the smallest (`min`) and largest (`max`) value of the
+    (layer, offset) pairs. `kl` has the same numbers if they are KL(model || probe), else None: a
+    ridge map is fitted to the residual stream, and its KL is not known before an evaluation.
     """
     value: dict[str, Any] = {"probe": path.name, "kind": None, "layers": [], "offsets": []}
-    value |= {"targets": [], "cache": None, "split": None, "kl": None, "bytes": 0}
+    value |= {"targets": [], "cache": None, "split": None, "kl": None, "measure": None, "bytes": 0}
     try:
         config = read_config(path / "config.json")
         rows = config["pairs"]
-        kl = [row["kl"] for row in rows if _is_finite(row.get("kl"))]
+        measure = fit_measure(rows)
         value |= {
             "kind": config["kind"],
             "layers": sorted({row["layer"] for row in rows if row.get("layer") is not None}),
@@ -46,13 +62,35 @@ def summarize_probe(path: Path) -> dict[str, Any]:
             "targets": sorted({row["target"] for row in rows if row.get("target") is not None}),
             "cache": config["cache"],
             "split": config["split"],
-            "kl": {"min": min(kl), "max": max(kl)} if kl else None,
+            "kl": None
+            if measure is None or measure["name"] != "kl"
+            else {"min": measure["min"], "max": measure["max"]},
+            "measure": measure,
             "bytes": total_bytes(path),
             "state": "saved",
         }
     except UNREADABLE as error:
         value["state"] = f"damaged: {error or type(error).__name__}"
     return {**value, "path": str(path)}
+
+
+def fit_measure(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The measure that the rows of a probe's metrics have, its smallest and its largest value.
+
+    None if the fit measured nothing that can be compared, or nothing that is finite.
+    """
+    for key in ("kl", "r2", "validation"):
+        values = [row[key] for row in rows if _is_finite(row.get(key))]
+        if not values:
+            continue
+        # The validation loss of a vocabulary probe: the KL, or a cross-entropy.
+        losses = {row.get("loss") for row in rows}
+        name = key
+        if key == "validation":
+            name = {"kl": "kl", "model": "nll", "text": "nll_text"}.get(str(losses.pop()), "loss")
+            name = "loss" if losses else name
+        return {"name": name, "min": min(values), "max": max(values)}
+    return None
 
 
 def describe_probe(path: Path) -> dict[str, Any]:

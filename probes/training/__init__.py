@@ -27,5 +27,5 @@ if TYPE_CHECKING:
     from .threads import thread_pool as thread_pool
     from .top_tokens import find_top_tokens as find_top_tokens
     from .top_tokens import tokens_at as tokens_at
-
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

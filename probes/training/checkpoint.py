@@ -35,9 +35,9 @@ class Checkpoint:
     def __init__(
         self, folder: str | Path, identity: dict[str, Any], name: str = "fit.json"
     ) -> None:
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
         self.identity = identity
-        self.file = self.folder / name
+        self.file: Path = self.folder / name
 
     def lock(self) -> AbstractContextManager[None]:
         """Lock the folder within the context, as `lock_folder`."""

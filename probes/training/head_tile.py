@@ -41,14 +41,18 @@ class HeadTile:
     ) -> None:
         """`normed` `(n, d_model)` are rows after the final norm; `products` is `float32` or
         `bfloat16`. The logits are written into `memory` `(n, vocab)` float32, if given."""
-        self.head, self.normed, self.memory = head, normed, memory
-        self.rounds = products == "bfloat16"
+        self.head = head
+        self.normed = normed
+        self.memory = memory
+        self.rounds: bool = products == "bfloat16"
         shape = len(normed), head.head.vocab
         if self.rounds:
             self.product = reused_rows("product", *shape, like=normed, dtype=torch.bfloat16)
             torch.mm(normed.bfloat16(), head.rounded_unembedding.T, out=self.product)
         else:
-            self.product = reused_rows("logits", *shape, like=normed) if memory is None else memory
+            self.product: Tensor = (
+                reused_rows("logits", *shape, like=normed) if memory is None else memory
+            )
             torch.addmm(head.bias, normed, head.unembedding.T, out=self.product)
         self._slope: Tensor | None = None
         """Derivative of cap at the logits of the last block; None without a softcap."""

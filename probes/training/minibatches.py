@@ -15,6 +15,7 @@ import torch
 
 from ...cache.background import iterate_in_background
 from ...cache.errors import UsageError
+from ...cache.format.array import CacheArray
 from ...cache.format.dtypes import decode_rows_into
 from ...cache.store.activation_cache import ActivationCache
 from ...cache.store.sequence_draw import draw_sequences
@@ -108,7 +109,8 @@ class MinibatchStream:
         across_documents: bool = False,
         drop_first: int = 0,
     ) -> None:
-        self.layers, self.offsets = tuple(layers), tuple(offsets)
+        self.layers: tuple[int, ...] = tuple(layers)
+        self.offsets: tuple[int, ...] = tuple(offsets)
         if not self.layers or not self.offsets or min(self.offsets) < 0:
             raise UsageError("name at least one layer and one offset; offsets are 0 or more")
         sizes = {"batch": batch, "buffer_rows": buffer_rows, "slab_rows": slab_rows}
@@ -117,18 +119,24 @@ class MinibatchStream:
                 raise UsageError(f"{name} must be at least 1, not {value}")
         if seed < 0:
             raise UsageError(f"seed must be at least 0, not {seed}")
-        self.cache, self.residual, self.prefetch = cache, residual, prefetch
-        self.scope = PairScope(across_documents, drop_first).check()
+        self.cache = cache
+        self.residual = residual
+        self.prefetch = prefetch
+        self.scope: PairScope = PairScope(across_documents, drop_first).check()
         sequences = cache.sequences(split) if sequences is None else np.sort(sequences)
         if max_positions is not None:
             sequences = draw_sequences(cache, sequences, max_positions, seed)
         self.sequences = sequences
-        self.layer_arrays = {layer: cache.residual_array(layer) for layer in self.layers}
-        self.last_array = cache.residual_array(cache.n_blocks) if residual else None
+        self.layer_arrays: dict[int, CacheArray] = {
+            layer: cache.residual_array(layer) for layer in self.layers
+        }
+        self.last_array: CacheArray | None = (
+            cache.residual_array(cache.n_blocks) if residual else None
+        )
         run_starts, run_sizes = self._position_runs(split)
         rows = min(buffer_rows, max(batch, buffer_bytes // self._buffer_row_bytes(slab_rows)))
         slabs = Slabs.cut(run_starts, run_sizes, min(slab_rows, rows))
-        self.order = ShuffledBatches(slabs, batch, seed, shuffle, rows, drop_last)
+        self.order: ShuffledBatches = ShuffledBatches(slabs, batch, seed, shuffle, rows, drop_last)
 
     @property
     def positions(self) -> int:

@@ -205,7 +205,7 @@ class ModelDistribution:
 
     def __init__(self, head: TorchHead, tile_rows: Tiles = None) -> None:
         self.head = head
-        self.vocab = head.head.vocab
+        self.vocab: int = head.head.vocab
         self.tile_rows = tile_rows
 
     @torch.no_grad()

@@ -72,10 +72,13 @@ class Trainer:
     def __init__(
         self, form: Parametrization, axes: PrincipalAxes, parameters: ParameterTensors
     ) -> None:
-        self.form, self.axes = form, axes
-        self.parameters = {name: parameters[name].contiguous().clone() for name in form.names}
+        self.form = form
+        self.axes = axes
+        self.parameters: dict[str, Tensor] = {
+            name: parameters[name].contiguous().clone() for name in form.names
+        }
         # torch has a fused step for the CPU, and chooses the step of other devices itself.
-        self.optimiser = torch.optim.AdamW(
+        self.optimiser: torch.optim.AdamW = torch.optim.AdamW(
             list(self.parameters.values()),
             lr=0.0,
             betas=BETAS,
@@ -84,14 +87,15 @@ class Trainer:
         )
         self.best: ParameterTensors | None = None
         """Parameters with the lowest held-out loss; None before the first finite loss."""
-        self.best_loss = float("inf")
-        self.worse = 0
+        self.best_loss: float = float("inf")
+        self.worse: int = 0
         """Measurements since the best one."""
         self.history: list[dict[str, float | None]] = []
         """Step, mean training loss since the measurement before, held-out loss; nats.
 
         None for a loss that is not finite; without held-out rows the key is missing."""
-        self._loss_sum, self.loss_rows = 0.0, 0
+        self._loss_sum = 0.0
+        self.loss_rows: int = 0
         self._losses: list[Tensor] = []
         """Sums of the losses of steps that are not in `_loss_sum` yet, on the device."""
 

@@ -53,7 +53,9 @@ class CacheExamples:
         top_tokens: TopTokens | None,
         device: torch.device = CPU,
     ) -> None:
-        self.stream, self.loss, self.device = stream, loss, device
+        self.stream = stream
+        self.loss = loss
+        self.device = device
         self.model = model
         """The model's distribution, for the loss `kl`."""
         self.top_tokens = top_tokens
@@ -147,7 +149,9 @@ class ArrayExamples:
     def __init__(
         self, data: LabelledRows, order: ShuffledBatches, device: torch.device = CPU
     ) -> None:
-        self.data, self.order, self.device = data, order, device
+        self.data = data
+        self.order = order
+        self.device = device
 
     @property
     def rows(self) -> int:

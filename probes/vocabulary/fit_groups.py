@@ -232,7 +232,7 @@ class LocalRunner:
 
     def __init__(self, fit: VocabFit, memory: int) -> None:
         self.fit = fit
-        self.pairs_at_once = fit.pairs_in_memory(memory)
+        self.pairs_at_once: int = fit.pairs_in_memory(memory)
         """Most pairs of a task."""
 
     def run_all(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
@@ -252,7 +252,9 @@ class ClusterRunner(LocalRunner):
             )
         threads = threads_of(client).values()
         super().__init__(fit, memory // max(threads))
-        self.client, self.cache_fit, self.threads = client, fit, sum(threads)
+        self.client = client
+        self.cache_fit = fit
+        self.threads: int = sum(threads)
         self.device = device
         """Device of each worker."""
 

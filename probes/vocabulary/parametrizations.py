@@ -91,12 +91,14 @@ class PrincipalAxes:
 class FullMatrix:
     """logits = x' weight' + bias, with `weight` `(vocab, d)` and `bias` `(vocab,)`."""
 
-    names = ("weight", "bias")
-    rate = 2e-2
+    names: tuple[str, ...] = ("weight", "bias")
+    rate: float = 2e-2
 
     def __init__(self, vocab: int, d_in: int, products: str = "float32") -> None:
-        self.vocab, self.d_in, self.products = vocab, d_in, products
-        self.weights = vocab * (d_in + 1)
+        self.vocab = vocab
+        self.d_in = d_in
+        self.products = products
+        self.weights: int = vocab * (d_in + 1)
 
     def start(self, axes: PrincipalAxes, log_frequencies: Tensor) -> ParameterTensors:
         """Weight 0; the bias is the logarithms of the targets' frequencies, `(vocab,)`."""
@@ -135,12 +137,15 @@ class FullMatrix:
 class LowRank:
     """logits = (x' down') weight' + bias, with `down` `(rank, d)` and `weight` `(vocab, rank)`."""
 
-    names = ("down", "weight", "bias")
-    rate = 1e-2
+    names: tuple[str, ...] = ("down", "weight", "bias")
+    rate: float = 1e-2
 
     def __init__(self, vocab: int, d_in: int, rank: int, products: str = "float32") -> None:
-        self.vocab, self.d_in, self.rank, self.products = vocab, d_in, rank, products
-        self.weights = vocab * (rank + 1) + rank * d_in
+        self.vocab = vocab
+        self.d_in = d_in
+        self.rank = rank
+        self.products = products
+        self.weights: int = vocab * (rank + 1) + rank * d_in
 
     def start(self, axes: PrincipalAxes, log_frequencies: Tensor) -> ParameterTensors:
         """`down` takes the `rank` largest principal axes; weight and bias as in `FullMatrix`."""
@@ -194,12 +199,14 @@ class ThroughHead:
     `size` is the root mean square of layer L, so that the same learning rate suits every model.
     """
 
-    names = ("weight", "bias")
-    rate = 3e-3
+    names: tuple[str, ...] = ("weight", "bias")
+    rate: float = 3e-3
 
     def __init__(self, head: TorchHead, d_in: int, size: float) -> None:
-        self.head, self.d_in, self.size = head, d_in, size
-        self.weights = d_in * (d_in + 1)
+        self.head = head
+        self.d_in = d_in
+        self.size = size
+        self.weights: int = d_in * (d_in + 1)
 
     def start(self, axes: PrincipalAxes, log_frequencies: Tensor) -> ParameterTensors:
         """The logit lens: the head's input is x; `log_frequencies` are not used."""

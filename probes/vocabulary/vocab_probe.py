@@ -7,7 +7,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
 
     kind = "vocab"
     fitted_attribute = "fitted_"
-    not_pickled = ("_trainers",)
+    not_pickled: ClassVar[tuple[str, ...]] = ("_trainers",)
     _chosen_rank: int | None = None
     """Rank that `form="auto"` chose, None for a full matrix or a given rank."""
 
@@ -292,14 +292,16 @@ class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
         self._forget_folder()
         self.fitted_: dict[LayerOffset, FittedVocabPair] = {}
         self.sweep_: list[dict[str, float | None]] = []
-        self.classes_, self.n_features_in_ = job.classes, job.d_in
+        self.classes_: np.ndarray = job.classes
+        self.n_features_in_: int = job.d_in
         cache = job.cache if isinstance(job, CacheVocabFit) else None
         # Predictions run on the CPU.
         self.head_ = None if cache is None or job.head is None else cache.head.torch()
-        self.cache_id_ = None if cache is None else cache.id
-        self.geometry_ = None if cache is None else cache.head.digest
+        self.cache_id_: str | None = None if cache is None else cache.id
+        self.geometry_: str | None = None if cache is None else cache.head.digest
         self.split_ = None if cache is None else "train"
-        self.steps_ = self.passes_ = 0
+        self.steps_: int = 0
+        self.passes_: int = 0
         self._crossing: dict[int, float] | None = None
         if cache is not None:
             offsets, train = layers_and_offsets(job.pairs)[1], cache.sequences("train")

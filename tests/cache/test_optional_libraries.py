@@ -119,12 +119,14 @@ print(json.dumps([residua.verify(cache.path).ok, rows.tolist(), logits.tolist()]
         ("residua.pull_probe('a/b')", "huggingface_hub", "hub"),
         ("residua.find_cache('a', 's3://b/c')", "upath", "s3"),
         ("residua.write_report(None, 'report.html')", "plotly", "report"),
+        ("import_module('residua.analysis.display.frames').data_frame([])", "pandas", "report"),
     ],
 )
 def test_what_is_missing_is_named_with_its_extra(
     tiny_cache: residua.ActivationCache, use: str, library: str, extra: str
 ) -> None:
     code = f"""
+from importlib import import_module
 cache = residua.ActivationCache({str(tiny_cache.path)!r})
 try:
     {use}
@@ -146,11 +148,12 @@ from click.testing import CliRunner
 from residua.cli import main
 root, cache = {str(tiny_cache.path.parent)!r}, {tiny_cache.id!r}
 html = ["--html", {str(tmp_path / "report.html")!r}]
-for words in (["fit", "lens", cache], ["quickstart"], ["evaluate", cache, *html]):
+maps = ["heatmap", cache]
+for words in (["fit", "lens", cache], ["quickstart"], ["evaluate", cache, *html], maps):
     result = CliRunner().invoke(main, [*words, "--root", root])
     print(json.dumps([result.exit_code, result.output]), file=sys.stderr)
     assert result.exit_code == 2 and result.output.count("\\n") == 1, result.output
-    name = {{"fit": "fit", "quickstart": "all", "evaluate": "report"}}[words[0]]
+    name = {{"quickstart": "all", "evaluate": "report"}}.get(words[0], "fit")
     assert f"pip install 'residua[{{name}}]'" in result.output, result.output
 print(json.dumps(True))
 """

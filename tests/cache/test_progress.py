@@ -171,6 +171,24 @@ def test_a_notebook_shows_bars_of_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bars == [("moments", 60, 120, True), ("lens", 1, 7, True)]
 
 
+def test_a_bar_of_a_notebook_is_closed_when_its_stage_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It keeps its time and rate, and the bar of the next stage needs no line below it."""
+    display = NotebookBars()
+    with display:
+        display.stage("tokenize", 0, 10)
+        display.stage("tokenize", 10, 10)
+        display.stage("extract", 5, 20)
+        display.stage("tokenize", 10, 10)  # said again: no second bar
+        assert list(display._bars) == ["extract"]
+        display.stage("tokenize", 3, 10)  # begun again
+        assert list(display._bars) == ["extract", "tokenize"]
+    text = capsys.readouterr().err
+    assert text.count("tokenize: 100%") >= 1
+    assert "extract:  25%" in text
+
+
 def test_a_notebook_without_tqdm_has_lines_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     shell = types.SimpleNamespace(kernel=object())
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))

@@ -14,12 +14,20 @@ STOP_SECONDS = 30
 
 
 @contextmanager
-def running_service(root: Path, public: bool = False, **settings: Any) -> Iterator[ServiceServer]:
-    """A service of `root` that answers within the context: `.address`, `.service.tokens.write`."""
+def running_service(
+    root: Path, public: bool = False, jobs: bool = False, **settings: Any
+) -> Iterator[ServiceServer]:
+    """A service of `root` that answers within the context: `.address`, `.service.tokens.write`.
+
+    With `jobs` it has a worker process and takes jobs.
+    """
     settings.setdefault("state", default_state(root))
     ready = threading.Event()
     server = ServiceServer(
-        ServiceSettings(root=root, **settings), public, lambda service, address: ready.set()
+        ServiceSettings(root=root, **settings),
+        public,
+        lambda service, address: ready.set(),
+        read_only=not jobs,
     )
     thread = threading.Thread(target=server.serve_until_told, name="service", daemon=True)
     thread.start()

@@ -14,6 +14,7 @@ from residua.cache.store.activation_cache import ActivationCache
 from residua.cli import main
 from residua.probes.saved.library import earlier_probe_path, probe_path
 
+from ...probes.saved.test_hub import LocalHub, hub  # noqa: F401
 from .test_commands import invoke, json_of
 
 
@@ -42,14 +43,34 @@ def test_probes_are_listed_with_all_that_tells_them_apart(
     ridge, lens = listed["ridge"], listed["lens"]
     assert (ridge["layers"], ridge["offsets"]) == ([0, 1, 2, 3], [0, 1])
     assert ridge["cache"] == tiny_cache.id
-    assert ridge["kl"] is None
+    assert ridge["kl"] is None  # the fit does not read the head
+    r2 = [row["r2"] for row in residua.load_probe(ridge["path"]).metrics()]
+    assert ridge["measure"] == {"name": "r2", "min": min(r2), "max": max(r2)}
+    assert listed["bigram"]["measure"] is None
     kl = residua.load_probe(lens["path"]).metrics()[0]["kl"]
     assert lens["kl"] == {"min": kl, "max": kl}
+    assert lens["measure"] == {"name": "kl", "min": kl, "max": kl}
     assert listed["bigram"]["layers"] == []
     shown = invoke("probes", "--root", root).stdout
     assert ridge["probe"] in shown
     assert tiny_cache.id[:12] in shown
-    assert f"{kl:.3g} to {kl:.3g}" in shown
+    assert f"KL {kl:.3g} to {kl:.3g}" in shown
+    assert f"R2 {min(r2):.3g} to {max(r2):.3g}" in shown
+    assert "KL: KL to the model, nats per position of the validation split" in shown
+    assert "R2: R2 of the residual stream that is predicted, cross-validated" in shown
+
+
+@pytest.mark.parametrize(("loss", "name"), [("kl", "kl"), ("model", "nll"), ("text", "nll_text")])
+def test_the_loss_of_a_vocabulary_probe_is_named(
+    tiny_cache: ActivationCache, tmp_path: Path, loss: Any, name: str
+) -> None:
+    probe = residua.VocabProbe(offsets=[0], layers=[1, 2], loss=loss, lr=0.01, epochs=1)
+    path = residua.save_probe(probe.fit(tiny_cache), tmp_path / "probes" / "vocab")
+    (listed,) = json_of("probes", "--root", tmp_path)["probes"]
+    losses = [row["validation"] for row in residua.load_probe(path).metrics()]
+    measure = {"min": min(losses), "max": max(losses)}
+    assert listed["measure"] == {"name": name, **measure}
+    assert listed["kl"] == (measure if loss == "kl" else None)
 
 
 def test_a_damaged_probe_is_listed_beside_the_others(root: Path) -> None:
@@ -118,12 +139,12 @@ def test_a_fit_under_its_earlier_name_keeps_it(root: Path, tiny_cache: Activatio
 
 
 def test_rm_asks_and_removes(root: Path, tiny_cache: ActivationCache) -> None:
-    kept = answer("n\n", "rm", tiny_cache.id[:8], "ridge", "--root", root)
+    kept = answer("n\n", "rm", tiny_cache.id[:8], "ridge", "--force", "--root", root)
     assert kept.exit_code == 0, kept.output
     assert "Remove?" in kept.output
     assert "nothing was removed" in kept.output
     assert (root / tiny_cache.id).exists()
-    removed = answer("y\n", "rm", tiny_cache.id[:8], "ridge", "--root", root)
+    removed = answer("y\n", "rm", tiny_cache.id[:8], "ridge", "--force", "--root", root)
     assert removed.exit_code == 0, removed.output
     assert json_of("ls", "--root", root)["caches"] == []
     assert {probe["kind"] for probe in json_of("probes", "--root", root)["probes"]} == {
@@ -148,9 +169,23 @@ def test_rm_removes_nothing_without_an_answer_or_with_a_wrong_name(
 
 def test_rm_refuses_a_cache_that_is_being_written(root: Path, tiny_cache: ActivationCache) -> None:
     with lease_part(root / tiny_cache.id / "leases", 0):
-        failed = json_of("rm", tiny_cache.id, "--yes", "--root", root, code=2)
+        failed = json_of("rm", tiny_cache.id, "--yes", "--force", "--root", root, code=2)
     assert "is being written by process" in failed["message"]
     assert residua.verify(root / tiny_cache.id).ok
+
+
+def test_rm_leaves_a_cache_that_probes_name_unless_they_go_too(
+    root: Path, tiny_cache: ActivationCache
+) -> None:
+    refused = json_of("rm", tiny_cache.id, "--yes", "--root", root, code=2)
+    assert refused["error"] == "InUseError"
+    assert all(f"probe {kind}-" in refused["message"] for kind in ("ridge", "lens", "bigram"))
+    names = ("ridge", "lens", tiny_cache.id)
+    assert "bigram-" in json_of("rm", *names, "--yes", "--root", root, code=2)["message"]
+    assert len(json_of("probes", "--root", root)["probes"]) == 3
+    gone = json_of("rm", *names, "bigram", "--yes", "--root", root)["removed"]
+    assert [entry["kind"] for entry in gone] == ["probe", "probe", "cache", "probe"]
+    assert json_of("ls", "--root", root)["caches"] == []
 
 
 def test_rm_refuses_a_folder_that_holds_more_than_a_probe(root: Path) -> None:
@@ -167,10 +202,13 @@ def test_rm_says_which_caches_extend_a_removed_one(
     options = {"root": tmp_path, "context": 64, "part_positions": 512}
     short = residua.extract(model_folder, texts_file, max_tokens=2048, **options)
     long = residua.extract(model_folder, texts_file, max_tokens=4096, **options)
-    asked = answer("n\n", "rm", short.id, "--root", tmp_path)
+    asked = answer("n\n", "rm", short.id, "--force", "--root", tmp_path)
     assert "are shared with other caches, and stay" in asked.output
     assert f"extended by {long.id[:12]}" in asked.output
-    (entry,) = json_of("rm", short.id, "--yes", "--root", tmp_path)["removed"]
+    refused = json_of("rm", short.id, "--yes", "--root", tmp_path, code=2)
+    assert (refused["error"], short.complete) == ("InUseError", True)
+    assert f"cache {long.id[:12]}, which extends it" in refused["message"]
+    (entry,) = json_of("rm", short.id, "--yes", "--force", "--root", tmp_path)["removed"]
     assert entry["extended_by"] == [long.id]
     assert residua.verify(long.path).ok
 
@@ -238,6 +276,35 @@ def test_verify_ends_with_the_command_that_mends(root: Path, tiny_cache: Activat
     assert shown.stdout.splitlines()[-1] == f"next: {command}"
     assert invoke(*command.split()[1:]).exit_code == 0
     assert residua.verify(root / tiny_cache.id).ok
+
+
+def test_probes_are_pushed_to_the_hub_and_pulled_from_it(
+    root: Path,
+    tiny_cache: ActivationCache,
+    hub: LocalHub,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    mine = tmp_path / "mine"
+    pushed = json_of("push", "lens", "someone/lens", "--root", root)
+    pulled = json_of("pull", "someone/lens", "--root", mine)
+    assert (pulled["status"], pulled["kind"]) == ("pulled", "probe")
+    # The folder has the name of the fit, and the bytes that were pushed.
+    assert pulled["probe"] == pushed["probe"]
+    for name in ("config.json", "probe.safetensors"):
+        copy = Path(pulled["path"], name).read_bytes()
+        assert copy == (root / "probes" / pushed["probe"] / name).read_bytes()
+    assert json_of("pull", "someone/lens", "--kind", "probe", "--root", mine)["status"] == "hit"
+    shown = invoke("pull", "someone/lens", "--root", mine).stdout
+    assert f"next: residua info {pulled['probe']} --root" in shown
+    cache = json_of("pull", "someone/lens", "--kind", "cache", "--root", mine, code=2)
+    assert "no dataset repository" in cache["message"]
+    other = json_of("pull", "someone/lens", "--expect", "0" * 8, "--root", tmp_path, code=3)
+    assert tiny_cache.id[:12] in other["message"]
+    neither = json_of("pull", "someone/nothing", "--root", mine, code=2)
+    assert "no dataset repository 'someone/nothing'" in neither["message"]
+    assert "no model repository 'someone/nothing'" in neither["message"]
+    path = json_of("pull", root / tiny_cache.id, "--kind", "cache", "--root", mine, code=2)
+    assert "--kind is for the hub" in path["message"]
 
 
 def completions(words: str, root: Path) -> list[str]:

@@ -14,7 +14,7 @@ import residua
 from residua.analysis.display.evaluation_plots import TITLES, future_lens_figure
 from residua.analysis.evaluation.metrics import EvaluationRow
 from residua.analysis.evaluation.result import Evaluation
-from residua.cache.errors import NotFoundError, UsageError
+from residua.cache.errors import MissingLibraryError, NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
 
 matplotlib.use("Agg")
@@ -63,7 +63,8 @@ def test_without_pandas_a_message_says_what_to_install(
     evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(UsageError, match="pip install pandas"):
+    message = r"a data frame needs pandas, .* pip install 'residua\[report\]'"
+    with pytest.raises(MissingLibraryError, match=message):
         evaluation.to_dataframe()
 
 

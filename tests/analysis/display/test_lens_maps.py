@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import residua
 from residua.analysis.display.lens_maps import MEASURES, LensMaps
@@ -124,6 +126,24 @@ def test_a_tracked_token_has_its_probability_and_rank(
         ridge.heatmap(passage, track=text + " " + text)
     with pytest.raises(UsageError, match="track must be a token in 0-299, not 300"):
         ridge.heatmap(passage, track=300)
+
+
+def test_a_token_with_a_space_is_tracked_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
+    """SentencePiece, of Llama and others, puts a space before each text: "cat" is " cat"."""
+    folder = save_model(tmp_path / "model")
+    words = ["<|endoftext|>", "\u2581", "\u2581the", "\u2581cat", "\u2581sat", "s"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "s"))
+    space = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.pre_tokenizer = space  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.Metaspace()  # pyright: ignore[reportAttributeAccessIssue]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    lens = residua.LogitLens([1], [0])
+    by_id = residua.read_lens_maps(lens, "the cat sat", model=folder, track=3, force=True)
+    for text in (" cat", "cat"):
+        by_text = residua.read_lens_maps(lens, "the cat sat", model=folder, track=text, force=True)
+        assert by_text.tracked == by_id.tracked == "␣cat"
+    with pytest.raises(UsageError, match="is not one token of this model"):
+        residua.read_lens_maps(lens, "the cat", model=folder, track="  cat", force=True)
 
 
 def test_the_difference_of_two_lenses(

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from residua.analysis.evaluation.probe_evaluation import evaluate
+from residua.cache.errors import ResiduaWarning
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.segments import PairScope
 from residua.cli import main
@@ -174,10 +175,14 @@ def test_first_positions_that_dominate_are_warned_of_and_can_be_left_out(tmp_pat
     from sklearn.linear_model import Ridge
 
     cache = make_attention_sink_cache(tmp_path, 1000)
-    with pytest.warns(UserWarning, match="drop_first=1"):
+    with pytest.warns(ResiduaWarning, match="drop_first=1"):
         all_rows = RidgeProbe(layers=[0]).fit(cache, keep=False)
     row = all_rows.metrics()[0]
     assert row["first_target"] > 0.9
+    words = ["fit", "ridge", str(cache.path), "--layers", "0", "--no-keep-moments"]
+    shown = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "probe")])
+    assert shown.exit_code == 0, shown.output
+    assert [line for line in shown.stderr.splitlines() if "--drop-first 1" in line]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         probe = RidgeProbe(layers=[0], drop_first=1).fit(cache, keep=False)

@@ -1,6 +1,8 @@
 """The catalogue over HTTP says what the command line says; its document is true."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from residua import RidgeProbe
+from residua.analysis.service import catalog_routes
 from residua.analysis.service.server import ServiceServer
 from residua.cache.files.leases import lease_part
 from residua.cache.store.activation_cache import ActivationCache
@@ -84,7 +87,10 @@ def test_a_mistake_has_a_stable_code(
     assert set(answer.json()) == {"error", "code", "message", "exit_code"}
 
 
-def test_parts_are_seen_as_they_are_written(tmp_path: Path) -> None:
+def test_parts_are_seen_as_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog_routes, "LIST_SECONDS", -1.0)
     cache = random_cache(tmp_path)
     removed = sorted((cache.path / "journal").glob("0*.json"))[-1]
     number = int(removed.name[:8])
@@ -127,3 +133,22 @@ def test_metrics_count_requests_by_route(server: ServiceServer) -> None:
     line = 'residua_requests_total{method="GET",path="/v1/caches/{cache}",status="404"}'
     value = next(float(row.split()[-1]) for row in text.splitlines() if row.startswith(line))
     assert value >= 1
+
+
+def test_many_who_ask_at_once_cost_one_look() -> None:
+    looks: list[Path] = []
+
+    def look(path: Path) -> int:
+        looks.append(path)
+        time.sleep(0.05)
+        return len(looks)
+
+    answers = catalog_routes.RecentAnswers(look)
+    with ThreadPoolExecutor(8) as pool:
+        first = list(pool.map(answers.get, [Path("a")] * 40))
+    assert first == [1] * 40
+    for number in range(catalog_routes.MAX_ANSWERS + 10):
+        answers.compute = lambda path: path.name
+        assert answers.get(Path(f"b{number}")) == f"b{number}"
+    assert len(answers._values) == len(answers._busy) == catalog_routes.MAX_ANSWERS
+    assert looks == [Path("a")]

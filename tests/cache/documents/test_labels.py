@@ -158,7 +158,7 @@ def test_names_are_all_there_and_none_is_another_one_s() -> None:
 def test_labels_that_are_too_many_words_are_left_out_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residua.cache.documents.labels, "WORDS_BYTES", 1 << 20)
+    monkeypatch.setattr("residua.cache.documents.labels.WORDS_BYTES", 1 << 20)
     labels = read_labels(tmp_path, [f"{n:06}" * 100 for n in range(2000)])
     assert labels.values == {}
     assert labels.notes == ["column 'x' is no label: its distinct words take more than 1 MiB"]

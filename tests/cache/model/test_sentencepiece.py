@@ -1,11 +1,13 @@
 """A model with only a SentencePiece vocabulary is converted, or missing libraries are named."""
 
 import json
+import re
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 
 from residua.cache.errors import ModelError
 from residua.cache.model import tokenizer as tokenizer_module
@@ -40,7 +42,8 @@ def test_missing_libraries_are_named(
     write_settings(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\xff\xff")
     monkeypatch.setattr(tokenizer_module, "version", version_without)
-    message = f"only a SentencePiece tokenizer, .*: pip install {' '.join(missing)}; or copy"
+    listed = re.escape(f"({', '.join(missing)}): pip install 'residua[sentencepiece]' brings")
+    message = f"only a SentencePiece tokenizer, .* {listed} them; or copy"
     with pytest.raises(ModelError, match=message):
         load_tokenizer(tmp_path)
 
@@ -59,8 +62,6 @@ def test_a_file_of_tiktoken_is_none_of_sentencepiece(
 def test_a_vocabulary_of_sentencepiece_gives_its_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adds_bos: bool
 ) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
-    pytest.importorskip("google.protobuf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     folder = tmp_path / "model"
     folder.mkdir()

@@ -15,7 +15,13 @@ from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.base.readout import ReadoutBatch
 from residua.probes.baselines import token_counts as counts
 from residua.probes.baselines.marginal_bigram import BigramChain, MarginalBigram
-from residua.probes.baselines.ngrams import Bigram, LaggedBigram, Trigram, Unigram
+from residua.probes.baselines.ngrams import (
+    Bigram,
+    CrossFittedBigram,
+    LaggedBigram,
+    Trigram,
+    Unigram,
+)
 from residua.probes.baselines.token_counts import unfitted_baselines
 
 from ...support.synthetic import make_cache, random_head
@@ -235,9 +241,47 @@ def test_a_first_token_has_no_previous_one(tiny_cache):
 
 
 def test_tables_are_added_up_in_any_number(tiny_cache, monkeypatch):
-    whole = counts.count_pairs(tiny_cache)
+    whole = counts.count_pairs(counts.TrainSplitPasses(tiny_cache))
     monkeypatch.setattr(counts, "BLOCK_TOKENS", 1)
-    assert np.array_equal(counts.count_pairs(tiny_cache).toarray(), whole.toarray())
+    assert np.array_equal(
+        counts.count_pairs(counts.TrainSplitPasses(tiny_cache)).toarray(), whole.toarray()
+    )
+
+
+@pytest.mark.parametrize(
+    ("probe", "passes"),
+    [
+        (Unigram(), 1),
+        (Bigram(), 1),
+        (MarginalBigram(), 1),
+        (CrossFittedBigram(), 1),
+        (Trigram(), 2),
+        (LaggedBigram((0, 2)), 3),
+    ],
+)
+def test_a_fit_reports_the_tokens_it_has_read(tiny_cache, probe, passes, monkeypatch):
+    whole = probe.fit(tiny_cache, progress=None).state()[1]
+    monkeypatch.setattr(counts, "BLOCK_TOKENS", 200)
+    calls: list[tuple[int, int]] = []
+    parts = probe.fit(tiny_cache, progress=lambda done, total: calls.append((done, total)))
+    tokens = sum(len(ids) for ids in texts(tiny_cache))
+    assert {total for _, total in calls} == {passes * tokens}
+    done = [done for done, _ in calls]
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0, passes * tokens)
+    if not isinstance(probe, CrossFittedBigram):  # which reads blocks of a size of its own
+        assert len(done) > 3 * passes
+    for name, tensor in parts.state()[1].items():
+        np.testing.assert_array_equal(tensor, whole[name])
+
+
+def test_a_fit_in_a_batch_job_logs_what_it_does(tiny_cache, caplog):
+    with caplog.at_level("INFO", logger="residua"):
+        Trigram().fit(tiny_cache)
+        evaluate(tiny_cache, [], offsets=[1], max_positions=64)
+    lines = [line for line in caplog.messages if line.startswith("count: ")]
+    assert len(lines) >= 2  # those of the trigram, and of the bigram beside the probes
+    assert all(" tokens" in line for line in lines)
 
 
 @pytest.mark.parametrize("probe", [Bigram((0,)), Trigram((0,)), LaggedBigram((-1,)), Unigram(())])

@@ -17,7 +17,8 @@ from huggingface_hub import errors as hub_errors
 import residua
 from residua.cache.errors import CorruptError, MismatchError, NotFoundError
 from residua.probes.lens.tuned_lens import FutureLens, TunedLens
-from residua.probes.saved.hub import CARD_FILE
+from residua.probes.saved.hub import CARD_FILE, pull_probe_into
+from residua.probes.saved.library import probe_path
 from residua.probes.saved.save import save_probe
 
 from ...support.synthetic import make_cache, random_head
@@ -63,6 +64,9 @@ class LocalHub:
         for file in Path(folder_path).iterdir():
             if any(fnmatchcase(file.name, pattern) for pattern in allow_patterns):
                 shutil.copy(file, self.folder(repo_id, revision) / file.name)
+
+    def dataset_info(self, repo_id, *, revision, files_metadata, token):
+        self.folder("no dataset repository", None)
 
     def snapshot_download(self, repo_id, *, repo_type, revision, allow_patterns, token):
         assert repo_type == "model"
@@ -115,6 +119,28 @@ def test_a_saved_folder_is_pushed_to_a_revision(
     assert residua.pull_probe(REPO, revision="small").metrics() == lens.metrics()
     with pytest.raises(NotFoundError, match="no model repository 'someone/other'"):
         residua.pull_probe("someone/other")
+
+
+def test_a_pulled_probe_has_the_folder_of_its_fit(
+    hub: LocalHub, lens: TunedLens, tmp_path: Path
+) -> None:
+    residua.push_probe(lens, REPO)
+    path, status = pull_probe_into(REPO, tmp_path / "there")
+    assert (path, status) == (probe_path(tmp_path / "there", lens), "pulled")
+    assert residua.load_probe(path).metrics() == lens.metrics()
+    assert lens.cache_id_ is not None
+    expect = lens.cache_id_[:6]
+    assert pull_probe_into(REPO, tmp_path / "there", expect=expect) == (path, "hit")
+    with pytest.raises(MismatchError, match="was fitted on cache .*, not 00000000"):
+        pull_probe_into(REPO, tmp_path / "elsewhere", expect="00000000")
+    assert not (tmp_path / "elsewhere").exists()
+    (hub.root / REPO / "main" / "probe.safetensors").write_bytes(b"changed")
+    with pytest.raises(CorruptError):
+        pull_probe_into(REPO, tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+    (hub.root / REPO / "main" / "config.json").unlink()
+    with pytest.raises(NotFoundError, match="is not a probe"):
+        pull_probe_into(REPO, tmp_path / "elsewhere")
 
 
 def test_the_card_says_what_it_is_and_stays_as_it_was_edited(

@@ -1,0 +1,93 @@
+"""Texts of this machine for jobs of a server: sent once, under the digest of their content."""
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ...cache.documents.data_files import STANDARD_INPUT, data_paths
+from ...cache.errors import InputTypeError, NotFoundError, UsageError
+from .server_connection import ServerConnection
+
+MAX_NAME = 100
+
+
+def send_data(connection: ServerConnection, data: str, data_format: str | None = None) -> str:
+    """The argument `data` of a job for the texts that `data` names on this machine.
+
+    A file, or standard input for `-`, is sent, unless the server has it. What is not there is the
+    server's to find: a name under its folders, or on the hub. Raises `UsageError` for several
+    files.
+    """
+    if data == STANDARD_INPUT:
+        with tempfile.TemporaryFile() as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+            return _send(connection, file, f"standard-input.{data_format or 'txt'}")
+    path = Path(data).expanduser()
+    if path.is_file():
+        with path.open("rb") as file:
+            return _send(connection, file, path.name)
+    if data_paths(data) or path.is_dir():
+        raise UsageError(
+            f"{data} are several files: one file is sent to a server; join them, or name a folder "
+            "that the server has (--texts)"
+        )
+    return data
+
+
+def send_rows(connection: ServerConnection, rows: Iterable[Any]) -> str:
+    """The argument `data` of a job for texts in Python: strings, or dictionaries of columns."""
+    with tempfile.TemporaryFile() as file:
+        for row in rows:
+            if not isinstance(row, str | Mapping):
+                raise InputTypeError(
+                    f"texts are strings or dictionaries, not {type(row).__name__}; other data are "
+                    "sent as a file"
+                )
+            value = {"text": row} if isinstance(row, str) else dict(row)
+            file.write(json.dumps(value).encode() + b"\n")
+        file.seek(0)
+        return _send(connection, file, "texts.jsonl")
+
+
+def _send(connection: ServerConnection, file: IO[bytes], name: str) -> str:
+    """Send an open file, whose name says the format."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    path = f"/v1/texts/{digest.hexdigest()}"
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("._-")[-MAX_NAME:].lstrip("._-") or "texts"
+    try:
+        return str(connection.get(path, name=plain)["data"])
+    except NotFoundError:
+        file.seek(0)
+        return str(connection.send_file(path, file, name=plain)["data"])
+
+
+OUTPUT_NAMES = {"html": "report.html", "png": "pictures"}
+"""Argument -> name of the job's file, or folder of files."""
+
+
+def fetch_outputs(
+    connection: ServerConnection, job: Mapping[str, Any], outputs: Mapping[str, Path]
+) -> dict[str, str]:
+    """Fetch report and pictures of a job; name in the job's results -> path of this machine."""
+    paths = {f"files/{OUTPUT_NAMES[name]}": str(path) for name, path in outputs.items()}
+    for name in job["files"]:
+        first, _, rest = str(name).partition("/")
+        argument = next((key for key, value in OUTPUT_NAMES.items() if value == first), "")
+        if argument not in outputs or ".." in name.split("/") or "\0" in name:
+            continue
+        target = outputs[argument] / rest if rest else outputs[argument]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            for block in connection.download(f"/v1/jobs/{job['id']}/files/{name}"):
+                file.write(block)
+        paths[f"files/{name}"] = str(target)
+    return paths
