@@ -54,6 +54,8 @@ from residua.probes.training.softmax_loss import (
     Gradients,
     ModelDistribution,
     Target,
+    add_head_gradients,
+    difference_kl,
     fast_products,
     head_losses,
     row_tiles,
@@ -250,27 +252,34 @@ def measure_lens(bench: Bench) -> list[Any]:
     x, last = bench.rows(0, n), bench.rows(bench.cache.n_blocks, n)
     tiles = list(row_tiles(n, vocab))
 
-    def distribution(tile: slice) -> Target:
+    def distribution(tile: slice, products: str = "float32", negentropy: bool = False) -> Target:
         size = tile.stop - tile.start
         memory = reused_rows("model", size, vocab, last)
-        return ModelDistribution(head, size).distribution(last[tile], memory)
+        model = ModelDistribution(head, size)
+        return model.distribution(last[tile], memory, products=products, negentropy=negentropy)
 
     def run_teacher() -> torch.Tensor | None:
-        return [distribution(tile).negentropy for tile in tiles][-1]
+        return [distribution(tile, products).p for tile in tiles][-1]
 
     def measure_loss() -> torch.Tensor:
-        u = fit.translate_by_mean(fit.inputs(x))
-        return [
-            head_losses(u[tile], head, distribution(tile), tile_rows=tile.stop - tile.start)
-            for tile in tiles
-        ][-1]
+        u, kl = fit.translate_by_mean(fit.inputs(x)), torch.empty(n, device=x.device)
+        for tile in tiles:
+            found, target = None, distribution(tile, negentropy=products == "float32")
+            if products == "bfloat16" and target.p is not None:
+                difference = head.normalize(u[tile]) - head.normalize(last[tile])
+                found = difference_kl(difference, target.p, head)
+            if found is None:
+                target = distribution(tile, negentropy=True)
+                found = head_losses(u[tile], head, target, tile_rows=tile.stop - tile.start)
+            kl[tile] = found
+        return kl
 
     def take_step() -> torch.Tensor:
         z, gradient = fit.inputs(x), torch.zeros_like(x)
         for tile in tiles:
             options = Gradients(x=gradient[tile], scale=1 / n, products=products)
-            u, target = fit.translate(z[tile]), distribution(tile)
-            head_losses(u, head, target, options, tile.stop - tile.start)
+            u, target = fit.translate(z[tile]), distribution(tile, products)
+            add_head_gradients(u, head, target, options, tile.stop - tile.start)
         fit.apply_gradient(z, gradient, rate=1e-3)
         return fit.bias
 
@@ -282,8 +291,10 @@ def measure_lens(bench: Bench) -> list[Any]:
     product = 2 * d * vocab
     flops = 3 * product + 12 * d * d
     return [
-        figure("lens: the model's distribution", teacher, n, product, peak.bytes),
+        figure("lens: the model's distribution", teacher, n, product, peak.bytes, dtype=products),
         figure("lens: one step", step, n, flops, peak.bytes, dtype=products),
+        # The model's product is float32 there, that of the translator `products`: measured by the
+        # rate of float32, a share may be above 1.
         figure("lens: loss alone", check, n, 2 * product + 4 * d * d, peak.bytes),
     ]
 

@@ -10,6 +10,9 @@ from types import ModuleType
 import pytest
 
 import residua
+from residua.cache.devices import choose_device
+
+from .support.pretended_device import pretended_device
 
 FOLDER = Path(residua.__file__ or "").parent / "benchmarks"
 
@@ -112,3 +115,31 @@ def test_works_take_turns_and_results_are_written(
     assert written["command"] == "python benchmarks/x.py --rounds 2"
     assert written["figures"][0]["ours"] == [1.0, 2.0]
     results.write_results(None, [])
+
+
+def test_the_benchmark_of_a_gpu_runs_all_parts_on_a_device(results: ModuleType) -> None:
+    load_benchmark("extract")
+    gpu = load_benchmark("gpu")
+    words = ["--d-model", "16", "--vocab", "96", "--layers", "2", "--tokens", "512"]
+    args = gpu.arguments([*words, "--rows", "512", "--batch", "128", "--rounds", "2"])
+    # Of `meta`, extraction thinks that the weights are not loaded: it runs on the CPU.
+    args.part = gpu.PARTS[:1]
+    figures = gpu.measure(args, choose_device("cpu"))
+    args.part = gpu.PARTS[1:]
+    with pretended_device() as device:
+        figures += gpu.measure(args, choose_device("meta"))
+    assert [figure.key for figure in figures] == [f"gpu_{part}" for part in gpu.PARTS]
+    for figure in figures:
+        assert figure.clock == "wall"
+        assert len(figure.ours) == len(figure.theirs) == 2
+        assert min(*figure.ours, *figure.theirs) > 0
+    assert {"addmm.default", "addmm.out"} <= device.operations
+
+
+def test_the_benchmark_of_a_gpu_says_that_there_is_none(
+    results: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = load_benchmark("gpu")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="no GPU that torch finds: nothing was measured"):
+        gpu.main()

@@ -3,8 +3,8 @@
 `compare_pairs` gives the `Comparison` that `metrics.py` makes measures of. Rows are read in tiles
 that stay in the processor's cache (`pair_tiles.py`), where all passes over a tile run one after the
 other; results go to `MeasureBuffers`. What remains for the single numbers of a row is done once for
-all tiles. On the CPU, numpy's kernels find maxima and sum products, where torch takes several times
-as long; a GPU runs torch's.
+all tiles. On the CPU, numpy's kernels find top tokens and sum products, where torch takes several
+times as long; a GPU runs torch's.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .distributions import MeasureBuffers, Reference, top_token
+from .distributions import MeasureBuffers, Reference, top_token, value_at
 from .pair_tiles import as_rows, default_tile_rows, matching_tiles
 
 if TYPE_CHECKING:
     import torch
+
+SEGMENT = 16
+"""Tokens of a segment: ranks come from the largest logits of segments, which takes one pass over
+the logits for any number of tokens; counting takes two passes for each."""
+GATHERED = 1 << 16
+"""Segments whose logits are gathered at once."""
 
 
 @dataclass(frozen=True)
@@ -70,101 +76,98 @@ def compare_pairs(
     )
     # The model's top token and the text's token.
     tokens = torch.stack([reference.top[target_rows], reference.text[target_rows].clamp_min(0)])
-    counts = _RankCounts(logits[logit_rows, tokens], logits.shape[-1], rank_limit)
-    sums = _RowSums(counts.token_logit[0])
+    token_logit = logits[logit_rows, tokens]
+    ranks = _SegmentRanks(token_logit, logits.shape[-1], rank_limit)
+    sums = _RowSums(token_logit[0], value_at(reference.log_p, reference.top)[target_rows])
     with np.errstate(invalid="ignore", over="ignore"):
         for tile in matching_tiles(targets, rows, buffers.rows):
-            z = logits[as_rows(rows[tile])]
-            sums.write_tile(tile, z, reference.log_p[as_rows(targets[tile])], buffers)
-            counts.write_tile(tile, z, buffers)
+            z, p_rows = logits[as_rows(rows[tile])], as_rows(targets[tile])
+            sums.write_tile(tile, z, reference.log_p[p_rows], reference.p[p_rows], buffers)
+            ranks.write_tile(tile, z)
 
     defined = logits[logit_rows, sums.top].isfinite()
     to_repeat = sums.without_result() & defined & reference.defined[target_rows]
     for pair in to_repeat.nonzero()[:, 0].tolist():
         sums.repeat(pair, logits[rows[pair]], reference.log_p[targets[pair]])
-    kl, reverse, nll = sums.divergences(counts.token_logit)
-    ranks = counts.ranks(logits, logit_rows, tokens)
+    kl, reverse = sums.divergences()
+    nll = sums.largest - token_logit - sums.log_top
+    top_rank, text_rank = ranks.ranks(logits, logit_rows, tokens)
     return Comparison(
         defined=defined,
         top=sums.top,
         kl=kl,
         reverse=reverse,
         nll=(nll[0], nll[1]),
-        ranks=(ranks[0], ranks[1]),
+        ranks=(top_rank, text_rank),
     )
 
 
 def rank_of(
-    logits: "torch.Tensor",
-    token: "torch.Tensor",
-    limit: int | None = None,
-    buffers: MeasureBuffers | None = None,
+    logits: "torch.Tensor", token: "torch.Tensor", limit: int | None = None
 ) -> "torch.Tensor":
     """Rank of `token` by logit, 0 for the largest, `(n,)` int64; lower ids come first on ties.
 
     A NaN comes before every number, and a token with the logit NaN comes last. With `limit`, ranks
-    of `limit` or more do not count the tokens that tie. The matrices of `buffers` are written to.
+    of `limit` or more may be any number from `limit` on.
     """
     import torch
 
     n, vocab = logits.shape
-    buffers = buffers or MeasureBuffers(n, vocab, logits.device)
     rows = torch.arange(n, device=logits.device)
-    counts = _RankCounts(logits[rows, token[None]], vocab, limit)
-    for start in range(0, n, buffers.rows):
-        tile = slice(start, min(n, start + buffers.rows))
-        counts.write_tile(tile, logits[tile], buffers)
-    return counts.ranks(logits, rows, token[None])[0]
+    ranks = _SegmentRanks(logits[rows, token[None]], vocab, limit)
+    ranks.write_tile(slice(0, n), logits)
+    return ranks.ranks(logits, rows, token[None])[0]
 
 
 class _RowSums:
     """Sums over the vocabulary for each of n rows, written tile by tile of rows."""
 
-    def __init__(self, shift: "torch.Tensor") -> None:
+    def __init__(self, token_logit: "torch.Tensor", token_log_p: "torch.Tensor") -> None:
+        """`token_logit` and `token_log_p` `(n,)`: the probe's logit of the model's top token, and
+        its log p."""
         import torch
 
-        self.top = torch.empty(len(shift), dtype=torch.int64, device=shift.device)
+        self.top: torch.Tensor = torch.empty(
+            len(token_logit), dtype=torch.int64, device=token_logit.device
+        )
         """Token of the largest logit, `(n,)`."""
-        self.shift = shift.clone()
-        """What logits are less by before they are exponentiated, `(n,)`: any logit of the row that
-        is not far below the largest. `compare_pairs` takes that of the model's top token, known
-        before the row is read; rows whose sums overflow are repeated with the largest logit."""
-        self.total = torch.empty_like(shift)
-        """Sum of exp(logits - shift), `(n,)`."""
-        self.weighted = shift.new_empty(2, len(shift))
-        """Sums of p, and of exp(logits - shift), times (log p - log q), `(2, n)`."""
+        self.largest: torch.Tensor = torch.empty_like(token_logit)
+        """Largest logit, `(n,)`."""
+        self.log_top: torch.Tensor = torch.empty_like(token_logit)
+        """Logarithm of the largest probability, `(n,)`: log q = logits - largest + log_top."""
+        self.shift: torch.Tensor = token_logit - token_log_p
+        """What logits are less by where log p is compared with them, `(n,)`: log p and shifted
+        logits are equal at the model's top token, and so differ little where the probe is good."""
+        self.weighted: torch.Tensor = token_logit.new_empty(2, len(token_logit))
+        """Sums of p and of q, times log p - (logits - shift), `(2, n)`."""
 
     def write_tile(
-        self, tile: slice, logits: "torch.Tensor", log_p: "torch.Tensor", buffers: MeasureBuffers
+        self,
+        tile: slice,
+        logits: "torch.Tensor",
+        log_p: "torch.Tensor",
+        p: "torch.Tensor",
+        buffers: MeasureBuffers,
     ) -> None:
         """Write the sums of the rows `tile`, from matrices `(rows of the tile, vocab)`."""
         import torch
 
-        n, total = tile.stop - tile.start, self.total[tile]
-        self.top[tile] = top_token(logits)
-        log_q, p_and_q = buffers.log_q[:n], buffers.pair[:, :n]
-        torch.sub(logits, self.shift[tile, None], out=log_q)
-        torch.exp(log_q, out=p_and_q[1])
-        torch.exp(log_p, out=p_and_q[0])
-        torch.sum(p_and_q[1], -1, out=total)
-        log_q.sub_(total.log()[:, None])
-        # Both sums from one matrix of differences, which takes the place of log q. The difference
-        # of the logarithms is summed and not p log p and p log q alone: these are equal in most
-        # digits where the probe is good.
-        difference = torch.sub(log_p, log_q, out=log_q)
-        if logits.device.type == "cpu":
-            # A product of matrices for each row: BLAS reads both once and writes no matrix.
-            np.matmul(
-                p_and_q.numpy()[:, :, None, :],
-                difference.numpy()[:, :, None],
-                out=self.weighted[:, tile].numpy()[:, :, None, None],
-            )
-        else:
-            torch.linalg.vecdot(p_and_q, difference, out=self.weighted[:, tile])
+        n = tile.stop - tile.start
+        q, difference = buffers.q[:n], buffers.difference[:n]
+        top = self.top[tile] = top_token(logits)
+        self.largest[tile] = value_at(logits, top)
+        torch.softmax(logits, -1, out=q)
+        torch.log(value_at(q, top), out=self.log_top[tile])
+        # Both sums from one matrix of differences. The difference of the logarithms is summed and
+        # not p log p and p log q alone: these are equal in most digits where the probe is good.
+        torch.sub(logits, self.shift[tile, None], out=difference)
+        torch.sub(log_p, difference, out=difference)
+        for side, weights in enumerate((p, q)):
+            _sum_products(weights, difference, self.weighted[side, tile])
 
     def without_result(self) -> "torch.Tensor":
         """Whether a sum of each row is infinite or NaN, `(n,)` bool."""
-        return ~(self.weighted.isfinite().all(0) & self.total.isfinite())
+        return ~self.weighted.isfinite().all(0)
 
     def repeat(self, row: int, logits: "torch.Tensor", log_p: "torch.Tensor") -> None:
         """Write the sums of one `row`, of `(vocab,)` logits, without the tokens of no mass.
@@ -172,50 +175,58 @@ class _RowSums:
         A token that one side gives no mass adds nothing to that side's sum, even where the other
         side excludes the token (0 * inf).
         """
-        self.shift[row] = logits[self.top[row]]
-        log_q = logits.log_softmax(-1)
-        p, powers = log_p.exp(), (logits - self.shift[row]).exp_()
-        self.total[row] = powers.sum()
-        difference = log_p - log_q
-        self.weighted[0, row] = (p * difference).masked_fill_(p == 0, 0.0).sum()
-        self.weighted[1, row] = (powers * difference).masked_fill_(powers == 0, 0.0).sum()
+        self.shift[row] = self.largest[row]
+        shifted = logits - self.shift[row]
+        difference, log_q = log_p - shifted, shifted + self.log_top[row]
+        for side, weights in enumerate((log_p.exp(), log_q.exp())):
+            products = (weights * difference).masked_fill_(weights == 0, 0.0)
+            self.weighted[side, row] = products.sum()
 
-    def divergences(
-        self, token_logit: "torch.Tensor"
-    ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-        """KL(p || q), KL(q || p) `(n,)`; -log q of the tokens with `token_logit` `(2, n)`."""
-        kl, reverse = self.weighted[0], self.weighted[1].neg().div_(self.total)
-        nll = (self.shift - token_logit).add_(self.total.log())
-        return kl.clamp_min(0.0), reverse.clamp_min_(0.0), nll
+    def divergences(self) -> "tuple[torch.Tensor, torch.Tensor]":
+        """KL(p || q) and KL(q || p), `(n,)`."""
+        # log q = (logits - shift) + constant, and both p and q sum to 1.
+        constant = self.shift - self.largest + self.log_top
+        kl, reverse = self.weighted[0] - constant, constant - self.weighted[1]
+        return kl.clamp_min_(0.0), reverse.clamp_min_(0.0)
 
 
-class _RankCounts:
-    """Counts that rank some tokens in each of n rows of logits, written tile by tile of rows."""
+def _sum_products(a: "torch.Tensor", b: "torch.Tensor", out: "torch.Tensor") -> None:
+    """Write the sum of the products of each row of `a` and `b` `(n, vocab)` into `out` `(n,)`."""
+    import torch
+
+    if a.device.type == "cpu":
+        # A product of matrices for each row: BLAS reads both once and writes no matrix.
+        rows, columns = a.numpy()[:, None, :], b.numpy()[:, :, None]
+        np.matmul(rows, columns, out=out.numpy()[:, None, None])
+    else:
+        torch.linalg.vecdot(a, b, out=out)
+
+
+class _SegmentRanks:
+    """Ranks of some tokens in each of n rows of logits.
+
+    The vocabulary is cut into segments of `SEGMENT` tokens, token t in segment t modulo the number
+    of segments, and the last few tokens by themselves. A segment whose largest logit is above that
+    of a token holds tokens before it: where these are as many as the limit, that is enough. Else
+    the logits of the few segments are compared one by one.
+    """
 
     def __init__(self, token_logit: "torch.Tensor", vocab: int, limit: int | None) -> None:
-        self.token_logit = token_logit
+        self.token_logit: torch.Tensor = token_logit
         """Logits of the tokens, `(tokens, n)`."""
-        self.vocab, self.limit = vocab, vocab if limit is None else min(limit, vocab)
-        self._not_above = token_logit.new_empty(token_logit.shape)
-        """Number of logits that are not above that of the token."""
-        self._equal = token_logit.new_ones(token_logit.shape)
-        """Number of equal logits, its own included; right where the rank is below the limit."""
+        self.limit: int = vocab if limit is None else min(limit, vocab)
+        self.segments: int = vocab // SEGMENT
+        self.maxima: torch.Tensor = token_logit.new_empty(token_logit.shape[1], self.segments)
+        """Largest logit of each segment, `(n, segments)`; NaN if any is NaN."""
 
-    def write_tile(self, tile: slice, logits: "torch.Tensor", buffers: MeasureBuffers) -> None:
-        """Write the counts of the rows `tile`, whose `logits` are `(rows of the tile, vocab)`."""
+    def write_tile(self, tile: slice, logits: "torch.Tensor") -> None:
+        """Write the maxima of the rows `tile`, whose `logits` are `(rows of the tile, vocab)`."""
         import torch
 
-        matrices = buffers.pair[: len(self.token_logit), : tile.stop - tile.start]
-        token_logit = self.token_logit[:, tile, None]
-        # Comparisons written as 0.0 and 1.0 take a fifth of the time of those written as booleans.
-        # Their float32 sums are exact up to 2**24 tokens. Counts the complement of `>`, because
-        # every comparison with NaN is false.
-        torch.le(logits, token_logit, out=matrices)
-        not_above = torch.sum(matrices, -1, out=self._not_above[:, tile])
-        if logits.device.type == "cpu" and not_above.numpy().max() <= self.vocab - self.limit:
-            return
-        torch.eq(logits, token_logit, out=matrices)
-        torch.sum(matrices, -1, out=self._equal[:, tile])
+        if self.segments:
+            in_segments = logits[:, : SEGMENT * self.segments]
+            in_segments = in_segments.unflatten(1, (SEGMENT, self.segments))
+            torch.amax(in_segments, 1, out=self.maxima[tile])
 
     def ranks(
         self, logits: "torch.Tensor", rows: "torch.Tensor", tokens: "torch.Tensor"
@@ -223,20 +234,31 @@ class _RankCounts:
         """Ranks `(tokens, n)` int64 of `tokens` `(tokens, n)` in `rows` `(n,)` of `logits`."""
         import torch
 
-        ranks = self.vocab - self._not_above.long()
-        # Ties move a token down. Every token ties with itself; only further ties need the ids.
-        tied = ((ranks < self.limit) & (self._equal > 1)).nonzero(as_tuple=True)
-        tied_rows, token, token_logit = rows[tied[1]], tokens[tied], self.token_logit[tied]
-        if logits.device.type == "cpu":
-            lower = [
-                np.count_nonzero(logits[row, :own].numpy() == logit)
-                for row, own, logit in zip(
-                    tied_rows.tolist(), token.tolist(), token_logit.tolist(), strict=True
-                )
-            ]
-            ranks[tied] += torch.tensor(lower, dtype=torch.int64)
-        elif len(token):
-            ids = torch.arange(self.vocab, device=logits.device)
-            equal = logits[tied_rows] == token_logit[:, None]
-            ranks[tied] += (equal & (ids < token[:, None])).sum(-1)
+        token_logit = self.token_logit[..., None]
+        # Comparisons with NaN are false: "not less or equal" counts NaN as above, "less" does not.
+        ranks = (~(self.maxima <= token_logit)).sum(-1)
+        near = ranks < self.limit
+        ranks.masked_fill_(near, 0)
+        found = (~(self.maxima < token_logit) & near[..., None]).nonzero()
+        in_segment = self.segments * torch.arange(SEGMENT, device=logits.device)
+        for token, row, segment in (part.unbind(1) for part in found.split(GATHERED)):
+            ids = segment[:, None] + in_segment
+            before = _is_before(
+                logits[rows[row, None], ids],
+                self.token_logit[token, row, None],
+                ids,
+                tokens[token, row, None],
+            )
+            ranks.index_put_((token, row), before.sum(1), accumulate=True)
+        last = torch.arange(SEGMENT * self.segments, logits.shape[1], device=logits.device)
+        if len(last):
+            before = _is_before(logits[rows[:, None], last], token_logit, last, tokens[..., None])
+            ranks += (before & near[..., None]).sum(-1)
         return ranks
+
+
+def _is_before(
+    logits: "torch.Tensor", token_logit: "torch.Tensor", ids: "torch.Tensor", token: "torch.Tensor"
+) -> "torch.Tensor":
+    """Whether the tokens `ids` with `logits` come before `token`, as `rank_of` says; bool."""
+    return ~(logits <= token_logit) | ((logits == token_logit) & (ids < token))

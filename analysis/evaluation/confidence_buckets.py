@@ -7,7 +7,7 @@ bucket. The buckets are those of Future Lens (Pal et al., 2311.04897).
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -144,7 +144,7 @@ class BucketTally:
                 if part is not None:
                     bucket_rows.append(
                         BucketRow(
-                            **asdict(part),
+                            **vars(part),
                             confidence_from=low,
                             confidence_to=high,
                             share=part.n / row.n,

@@ -320,7 +320,7 @@ class _PassageReader:
             token=self.token,
         )
         logits = self.readout.logits(batch, layer, self.offset).float()
-        compared = compare_pairs(self.reference, logits)
+        compared = compare_pairs(self.reference, logits, rank_limit=1)
         log_q = logits.log_softmax(-1)
         q = log_q.exp()
         likeliest = q.topk(min(TOP, q.shape[-1]), dim=-1)

@@ -12,12 +12,12 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-TILE_BYTES = {"cpu": 512 << 10, "gpu": 256 << 20}
+TILE_BYTES = {"cpu": 1 << 20, "gpu": 256 << 20}
 """Bytes of float32 logits that are worked on at once.
 
-On a CPU, the five matrices of a comparison then lie in a core's second-level cache or nearly: a
-pass over a tile takes a third of the time of a pass over rows in memory. Smaller tiles need more
-calls."""
+On a CPU, the five matrices of a comparison then lie in a core's second-level cache or nearly. At
+4,000 tokens, tiles of 1/8, 1/4, 1/2 and 1 MiB took 2.6, 2.0, 1.6 and 1.5 ns a logit: smaller tiles
+need more calls."""
 TILE_ROWS = {"cpu": 1, "gpu": 8}
 """Fewest rows of a tile."""
 SHORT_RUN = 8

@@ -107,7 +107,7 @@ class WindowMeasurer:
         logits = self._buffers.rows("log_p", n)
         self.head.write_logits(last_layer, logits)
         text = copy_to_device(window.next_token, self.device)
-        reference = Reference.of(logits, text, log_p=logits)
+        reference = Reference.of(logits, text, log_p=logits, p=self._buffers.rows("p", n))
         self._probe_head.model_rows = None
         if self.products == "bfloat16" and bool(reference.defined.all()):
             self._probe_head.model_rows = ModelRows(self.head.normalize(last_layer), reference)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from ...cache.store.activation_cache import ActivationCache
 
-VOCAB_BYTES = {"cpu": 4 << 20, "gpu": 256 << 20}
-"""Size of a float32 matrix `(rows, vocab)` of a window; about five are in memory at a time."""
+VOCAB_BYTES = {"cpu": 16 << 20, "gpu": 256 << 20}
+"""Size of a float32 matrix `(rows, vocab)` of a window; about six are in memory at a time."""
 MIN_ROWS = 256
 """Rows of a window of a large vocabulary: fewer rows are multiplied at a lower rate."""
 MAX_ROWS = 4096

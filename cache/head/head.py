@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 
+ROUNDED_BYTES = 1 << 20
+"""Size of the rows of an unembedding that are rounded at a time, in float32."""
 NORMS = ("layernorm", "rmsnorm", "none")
 """Kinds of the final norm."""
 TENSORS = ("norm_weight", "norm_bias", "unembedding", "bias")
@@ -70,6 +72,19 @@ class Head:
     def vocab(self) -> int:
         """Number of logits."""
         return self.unembedding.shape[0]
+
+    @cached_property
+    def rounded_on_cpu(self) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Factors of products in bfloat16 on the CPU, see `round_unembedding`.
+
+        Made once for all fits and evaluations with the head, and kept as long: half the size of the
+        unembedding. A `TorchHead` would have to make them anew in every call.
+        """
+        return round_unembedding(as_head_tensor(self.unembedding, "cpu"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but what `rounded_on_cpu` keeps."""
+        return {name: value for name, value in vars(self).items() if name != "rounded_on_cpu"}
 
     @cached_property
     def digest(self) -> str:
@@ -154,6 +169,21 @@ def as_head_tensor(array: np.ndarray, device: "str | torch.device") -> "torch.Te
     return torch.tensor(array, dtype=torch.float32, device=device)
 
 
+def round_unembedding(unembedding: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+    """The unembedding less its mean over the vocabulary, `(vocab, d_model)` bfloat16, and the mean,
+    `(d_model,)` float32."""
+    import torch
+
+    mean = unembedding.mean(0)
+    rounded = torch.empty_like(unembedding, dtype=torch.bfloat16)
+    # In blocks: a difference of all rows would take as much memory as the unembedding.
+    rows = max(1, ROUNDED_BYTES // (4 * unembedding.shape[1]))
+    difference = torch.empty_like(unembedding[:rows])
+    for block, out in zip(unembedding.split(rows), rounded.split(rows), strict=True):
+        out.copy_(torch.sub(block, mean, out=difference[: len(block)]))
+    return rounded, mean
+
+
 class TorchHead:
     """A `Head` on torch tensors; gradients flow to the hidden states."""
 
@@ -235,15 +265,22 @@ class TorchHead:
             if self.head.scale != 1.0:
                 out.mul_(self.head.scale)
 
-    @cached_property
+    @property
     def rounded_unembedding(self) -> "torch.Tensor":
         """The unembedding less its mean over the vocabulary, `(vocab, d_model)` bfloat16."""
-        return (self.unembedding - self.mean_unembedding).bfloat16()
+        return self._rounded[0]
 
-    @cached_property
+    @property
     def mean_unembedding(self) -> "torch.Tensor":
         """Mean of the unembedding over the vocabulary, `(d_model,)`."""
-        return self.unembedding.mean(0)
+        return self._rounded[1]
+
+    @cached_property
+    def _rounded(self) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Both of these: of the CPU, those that the head keeps."""
+        if self.unembedding.device.type == "cpu":
+            return self.head.rounded_on_cpu
+        return round_unembedding(self.unembedding)
 
     def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """Logits `(..., vocab)` in float32 of residuals `hidden`, `(..., d_model)`."""

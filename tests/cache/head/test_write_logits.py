@@ -1,12 +1,13 @@
 """Logits written into a buffer equal those of the head; bfloat16 products, to their rounding."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
 
 from residua.cache.errors import UsageError
-from residua.cache.head.head import Head
+from residua.cache.head.head import ROUNDED_BYTES, Head, round_unembedding
 
 from ...support.synthetic import random_head
 
@@ -57,3 +58,23 @@ def test_a_program_head_writes_its_logits_but_has_no_linear_part() -> None:
         torch.testing.assert_close(out, head(hidden))
     with pytest.raises(UsageError, match="has no write_linear"):
         _ = head.write_linear
+
+
+def test_factors_of_bfloat16_products_are_made_once_and_never_pickled() -> None:
+    head = random_head(WIDTH, VOCAB)
+    factors = head.torch().rounded_unembedding, head.torch().mean_unembedding
+    assert head.torch().rounded_unembedding is factors[0]
+    assert head.torch().mean_unembedding is factors[1]
+    copy = pickle.loads(pickle.dumps(head))
+    assert "rounded_on_cpu" not in vars(copy)
+    assert copy.digest == head.digest
+    for found, expected in zip(copy.rounded_on_cpu, factors, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_an_unembedding_is_rounded_the_same_in_blocks_of_any_size() -> None:
+    width = ROUNDED_BYTES // 4 // 3  # blocks of 3 rows
+    unembedding = torch.randn(7, width, generator=torch.Generator().manual_seed(0)) + 3
+    rounded, mean = round_unembedding(unembedding)
+    torch.testing.assert_close(mean, unembedding.mean(0))
+    torch.testing.assert_close(rounded, (unembedding - mean).bfloat16(), rtol=0, atol=0)
