@@ -452,7 +452,7 @@ def residua_command(function: Callable[..., Any]) -> Callable[..., Any]:
                     library_logs_off(),
                     other_output_on_stderr(),
                 ):
-                    if place in ("job", "removal"):
+                    if place in ("job", "short", "removal"):
                         value, print_value = _run_on_server(str(server), as_json)
                     else:
                         value, print_value = function(root=root_path, quiet=as_json, **options)

@@ -24,10 +24,10 @@ from ..web.service_settings import ServiceSettings
 from . import (
     byte_routes,
     catalog_routes,
+    command_routes,
     health_routes,
     job_routes,
     page_routes,
-    resolve_routes,
     result_routes,
     storage_routes,
 )
@@ -68,7 +68,7 @@ def list_all_endpoints() -> tuple[Endpoint, ...]:
         health_routes,
         job_routes,
         page_routes,
-        resolve_routes,
+        command_routes,
         result_routes,
         storage_routes,
     )

@@ -21,9 +21,13 @@ from .job_following import follow_job
 from .sent_texts import OUTPUT_NAMES, fetch_outputs, send_data
 from .server_connection import ServerConnection, named_error, quoted
 
-CommandPlace = Literal["job", "removal", "root", "client", "here"]
-READING = ("ls", "probes", "info", "diff", "export")
+CommandPlace = Literal["job", "short", "removal", "root", "client", "here"]
+READING = ("ls", "probes", "info", "diff", "export", "heatmap")
 """Commands that read caches and probes: they run here, and the server is their root."""
+SHORT = ("du", "gc", "pin")
+"""Commands that the server runs within the request."""
+SHORT_SECONDS = 330.0
+"""Time to wait for the answer of one, in seconds."""
 REMOVAL = "rm"
 CLIENTS = ("jobs",)
 """Commands that ask a server themselves."""
@@ -32,12 +36,14 @@ CLIENTS = ("jobs",)
 def place_of_command(words: Sequence[str]) -> CommandPlace:
     """Where a command runs that was given a server.
 
-    `job`: on the server; `removal`: asked of the server; `root`: here, with the server as root;
-    `client`: here, it asks the server itself; `here`: here, no server can do it.
+    `job`, `short`: on the server; `removal`: asked of the server; `root`: here, with the server as
+    root; `client`: here, it asks the server itself; `here`: here, no server can do it.
     """
     command = " ".join(words)
     if command in JOB_COMMANDS:
         return "job"
+    if command in SHORT:
+        return "short"
     if command == REMOVAL:
         return "removal"
     if command in CLIENTS:
@@ -54,8 +60,11 @@ def run_on_server(
     of the command.
     """
     with ServerConnection(server) as connection:
-        if place_of_command(words) == "removal":
+        place = place_of_command(words)
+        if place == "removal":
             return _remove(connection, arguments, quiet)
+        if place == "short":
+            return _run_short(connection, words[0], dict(arguments), quiet)
         return _run_job(connection, " ".join(words), dict(arguments), quiet)
 
 
@@ -89,6 +98,32 @@ def _run_job(
     value, text = result_of(job)
     paths = fetch_outputs(connection, job, outputs)
     return _with_paths(value, paths), _with_paths(text, paths)
+
+
+def _run_short(
+    connection: ServerConnection, command: str, arguments: dict[str, Any], quiet: bool
+) -> tuple[dict[str, Any], str]:
+    """Have the server run du, gc or pin; gc shows what would go, and asks, here."""
+
+    def run(**more: Any) -> tuple[dict[str, Any], str]:
+        body = {"command": command, "arguments": {**arguments, **more}}
+        answer = connection.request("POST", "/v1/run", body=body, seconds=SHORT_SECONDS)
+        try:
+            value, text = answer["value"], answer["text"]
+        except (KeyError, TypeError):
+            raise CorruptError("the server's answer has no value and no text") from None
+        return value, text
+
+    if command != "gc" or arguments.get("yes") or arguments.get("dry_run"):
+        return run()
+    if quiet:
+        raise UsageError("gc asks before it removes, and --json cannot: give --yes or --dry-run")
+    planned, text = run(dry_run=True)
+    if planned.get("items"):
+        print_warning(text.rstrip())
+        if not confirm("Remove?"):
+            return planned, "nothing was removed\n"
+    return run(yes=True)
 
 
 def _name_for_server(connection: ServerConnection, arguments: dict[str, Any]) -> None:

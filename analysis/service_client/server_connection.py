@@ -45,7 +45,6 @@ class ServerConnection:
         self._pool = urllib3.connection_from_url(
             f"{parts.scheme}://{parts.netloc}",
             retries=False,
-            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
         )
 
     def __enter__(self) -> "ServerConnection":
@@ -70,8 +69,11 @@ class ServerConnection:
         body: Mapping[str, Any] | None = None,
         parameters: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
+        seconds: float = READ_SECONDS,
     ) -> Any:
         """The JSON value of an answer; every request of this client may be repeated.
+
+        `seconds` is the longest time between two pieces of the answer.
 
         Raises the error that the service names, as the command line would; `UnreachableError` if
         no service answers.
@@ -85,7 +87,7 @@ class ServerConnection:
             path = f"{path}?{urlencode(parameters)}"
         for pause in (*PAUSES, None):
             try:
-                with self._open(method, path, sent, data) as response:
+                with self._open(method, path, sent, data, seconds) as response:
                     raw = _read_bounded(response)
             except UnreachableError:
                 if pause is None:
@@ -125,7 +127,12 @@ class ServerConnection:
 
     @contextmanager
     def _open(
-        self, method: str, path: str, headers: Mapping[str, str], body: Any = None
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: Any = None,
+        seconds: float = READ_SECONDS,
     ) -> Iterator["BaseHTTPResponse"]:
         """The answer to a request, unread; raises `UnreachableError` where the network fails."""
         import urllib3
@@ -137,6 +144,7 @@ class ServerConnection:
                 f"{self._prefix}{path}",
                 body=body,
                 headers={"Accept": "*/*", **self._headers, **headers},
+                timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=seconds),
                 preload_content=False,
                 redirect=False,
             )

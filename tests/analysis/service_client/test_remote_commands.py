@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -180,6 +181,35 @@ def test_reading_and_removing_are_done_by_the_server(
     assert removed.returncode == 0, removed.stderr
     assert removed.stdout.startswith(f"removed: probe {path}")
     assert not path.exists()
+
+
+@pytest.mark.slow
+def test_the_disk_of_a_server_is_looked_after_from_here(
+    root: Path, server: str, tiny_cache: residua.ActivationCache
+) -> None:
+    def without_time(text: str) -> str:
+        return re.sub(r"[0-9.]+(?= (s|min) ago)|used [^,]*", "", text)
+
+    there = run("du", "--server", server, token="")
+    assert there.returncode == 0, there.stderr
+    assert without_time(there.stdout) == without_time(run("du", "--root", root).stdout)
+    assert run("pin", tiny_cache.id[:8], "--server", server, token="").returncode == 1
+    pinned = run("pin", tiny_cache.id[:8], "--reason", "a figure", "--server", server)
+    assert pinned.returncode == 0, pinned.stderr
+    assert "a figure" in assert_same(["pin"], root, server)
+    gc = ["gc", "--unused-caches", "--server", server]
+    assert "named by a pin (a figure)" in run(*gc).stdout
+    assert "give --yes" in run(*gc, "--json").stdout
+    kept = json.loads(run(*gc, "--yes", "--json").stdout)
+    assert kept["removed"] is True
+    assert (root / tiny_cache.id).is_dir()
+    assert run("pin", "--remove", tiny_cache.id[:8], "--server", server).returncode == 0
+    unanswered = run(*gc)
+    assert unanswered.returncode == 2
+    assert tiny_cache.id[:12] in unanswered.stderr
+    planned = json.loads(run(*gc, "--dry-run", "--json").stdout)
+    assert [item["name"] for item in planned["items"]] == [tiny_cache.id]
+    assert (root / tiny_cache.id).is_dir()
 
 
 def test_a_server_that_is_none_is_one_message() -> None:
