@@ -115,7 +115,7 @@ def test_offsets_are_fitted_by_the_same_steps(curved: ActivationCache, lens: Tun
     kl = validation_kl(curved, [future])
     for row in future.metrics():
         found = kl["future", row["layer"], row["offset"]]
-        np.testing.assert_allclose(row["kl"], found, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(row["kl"], found, rtol=1e-3, atol=1e-6)
 
 
 def test_a_lens_of_a_program_head_is_fitted(tmp_path: Path) -> None:
