@@ -42,7 +42,7 @@ LIBRARIES_OF: dict[str, tuple[str, ...]] = {
     "extract": ("torch", "transformers"),
     "fit": ("torch",),
     "report": ("torch", "matplotlib", "plotly", "tokenizers"),
-    "serve": ("httptools", "prometheus_client", "starlette", "uvicorn"),
+    "serve": ("cryptography", "httptools", "prometheus_client", "starlette", "uvicorn"),
 }
 """Extra -> top modules that work in need of the extra uses, for `require_extra`."""
 PROJECT = __name__.partition(".")[0]

@@ -56,6 +56,8 @@ TICK_SECONDS = 0.25
 """Pause between two looks at the running jobs."""
 LOOK_SECONDS = 1.0
 """Pause between two questions to the scheduler."""
+RETRY_SECONDS = 2.0
+"""The same while no worker is there."""
 ADOPT_SECONDS = 5.0
 """Pause between two searches for jobs of servers that died."""
 PROGRESS_SECONDS = 1.0
@@ -364,10 +366,10 @@ class JobQueue:
     # The thread of the queue.
 
     def _run(self) -> None:
-        last_look = last_adoption = 0.0
+        last_look = last_adoption = -RETRY_SECONDS
         while not self._has_ended:
             moment = time.monotonic()
-            if moment - last_look >= LOOK_SECONDS:
+            if moment - last_look >= (RETRY_SECONDS if self._message else LOOK_SECONDS):
                 self._look_at_workers()
                 last_look = time.monotonic()
             if moment - last_adoption >= ADOPT_SECONDS and not self._stopping:

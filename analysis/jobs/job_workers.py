@@ -11,7 +11,6 @@ from glob import glob
 from typing import TYPE_CHECKING, Any
 
 from ...cache.cluster import check_address
-from ...cache.errors import UsageError
 from .job_attempt import AttemptOrder, run_attempt
 from .job_settings import JobSettings
 
@@ -80,7 +79,7 @@ class JobWorkers:
                 set_as_default=False,
                 security=None if self._cluster is None else self._cluster.security,
             )
-        except (OSError, UsageError) as error:
+        except Exception as error:  # of dask, of the system, of a library that is missing
             where = self._settings.scheduler or "its own workers"
             return f"waits for the scheduler {where}: {error}"[:500]
         return None

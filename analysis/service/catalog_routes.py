@@ -166,6 +166,11 @@ class RecentAnswers:
                     del self._busy[self._values.popitem(last=False)[0]]
             return value
 
+    def forget(self) -> None:
+        """Compute every value anew when it is next asked for."""
+        with self._lock:
+            self._values.clear()
+
 
 _CACHES = RecentAnswers(list_caches)
 _PROBES = RecentAnswers(list_probes)
@@ -175,8 +180,8 @@ _PARTS = RecentAnswers(lambda path: describe_parts(ActivationCache(path)))
 
 
 def forget_lists() -> None:
-    """List caches and probes anew: something was removed."""
-    for recent in (_CACHES, _PROBES):
+    """Look at caches and probes anew: something was removed."""
+    for recent in (_CACHES, _PROBES, _CACHE, _PROBE, _PARTS):
         recent.forget()
 
 

@@ -362,8 +362,10 @@ async def _stream_events(
         yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
         last_sign = time.monotonic()
         while not state.service.draining:
-            has_ended = await run_in_threadpool(queue.has_ended, job)
-            events = await run_in_threadpool(reader.read_new)
+            # In this order: the event of the end is there once the job has ended.
+            has_ended, events = await run_in_threadpool(
+                lambda: (queue.has_ended(job), reader.read_new())
+            )
             if events:
                 yield b"".join(map(_format_event, events))
                 last_sign = time.monotonic()

@@ -11,12 +11,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ...cache.errors import NotFoundError, UsageError
+from ...cache.errors import LimitError, NotFoundError, UsageError
 from ...cache.files.json_files import plain_value
 from ...cache.files.paths import is_remote
 from ...cache.optional_libraries import is_installed
@@ -36,6 +36,8 @@ MAX_LOGITS = 1 << 24
 """Most numbers (tokens, vocab) that a lens map computes at once, in float64."""
 KEPT_BYTES = 64 << 20
 """Bytes of the answers that are kept."""
+MAX_WAITING = 64
+"""Most answers that are computed or wait for it at a time."""
 OPEN_CACHES = 4
 OPEN_PROBES = 8
 READING_POSITIONS = 2048
@@ -110,6 +112,7 @@ class ResultCalculator:
     _caches: RecentValues[ActivationCache] = field(init=False, repr=False)
     _probes: RecentValues[Any] = field(init=False, repr=False)
     _pool: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
+    _waiting: int = field(default=0, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -117,12 +120,34 @@ class ResultCalculator:
         self._caches = RecentValues(OPEN_CACHES)
         self._probes = RecentValues(OPEN_PROBES)
 
-    def run(self, work: Callable[..., bytes], *args: Any) -> bytes:
-        """`work(*args)` on one of the calculator's threads; waits for its turn."""
+    def start(self) -> ThreadPoolExecutor:
+        """The calculator's threads, started at the first call, which imports torch."""
         with self._lock:
             if self._pool is None:
                 self._pool = _make_pool(self.threads)
-        return self._pool.submit(work, *args).result()
+            return self._pool
+
+    def submit(self, work: Callable[..., bytes], *args: Any) -> "Future[bytes]":
+        """Have `work(*args)` done on one of the calculator's threads, in its turn.
+
+        Raises `LimitError` if `MAX_WAITING` others wait already.
+        """
+        pool = self.start()
+        with self._lock:
+            if self._waiting >= MAX_WAITING:
+                raise LimitError(f"{self._waiting} requests for results wait; ask again later")
+            self._waiting += 1
+        future = pool.submit(work, *args)
+        future.add_done_callback(self._count_ended)
+        return future
+
+    def _count_ended(self, future: "Future[bytes]") -> None:
+        with self._lock:
+            self._waiting -= 1
+
+    def run(self, work: Callable[..., bytes], *args: Any) -> bytes:
+        """The result of `submit`, waited for."""
+        return self.submit(work, *args).result()
 
     def close(self) -> None:
         """Stop the threads; answers that nobody has begun are dropped."""

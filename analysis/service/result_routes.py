@@ -3,6 +3,7 @@
 `ResultCalculator` computes and keeps the answers; evaluations are what jobs printed.
 """
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -252,6 +253,10 @@ def _calculator(request: Request) -> ResultCalculator:
 
 
 async def _compute(results: ResultCalculator, work: Callable[..., bytes], *args: Any) -> Response:
-    """The JSON that `work` gives on the calculator's threads."""
-    content = await run_in_threadpool(results.run, work, *args)
+    """The JSON that `work` gives on the calculator's threads.
+
+    Waiting takes no thread of the service: its catalogue answers while maps are computed.
+    """
+    await run_in_threadpool(results.start)
+    content = await asyncio.wrap_future(results.submit(work, *args))
     return Response(content, media_type="application/json")

@@ -18,7 +18,7 @@ from residua.analysis.service.result_calculator import (
     parse_layers,
 )
 from residua.analysis.service.server import ServiceServer
-from residua.cache.errors import NotFoundError, UsageError
+from residua.cache.errors import LimitError, NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.probes.saved.library import new_probe_path
 
@@ -237,3 +237,19 @@ def test_results_run_on_few_threads(root: Path) -> None:
         caller.join()
     results.close()
     assert 1 <= len(names) <= 2
+
+
+def test_more_requests_than_may_wait_are_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result_calculator, "MAX_WAITING", 3)
+    results = ResultCalculator(root, threads=1)
+    go = threading.Event()
+    waiting = [results.submit(lambda: bytes(go.wait(60))) for _ in range(3)]
+    with pytest.raises(LimitError, match="3 requests"):
+        results.submit(bytes)
+    go.set()
+    for future in waiting:
+        future.result(60)
+    assert results.run(bytes) == b""
+    results.close()
