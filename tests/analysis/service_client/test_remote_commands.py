@@ -166,8 +166,14 @@ def test_reading_and_removing_are_done_by_the_server(
         assert json.loads(there.stdout.replace(f"{server}/caches", str(root))).keys() == (
             json.loads(here.stdout).keys()
         )
-    (entry,) = json.loads(run("ls", "--server", server, "--json").stdout)["caches"]
-    (local,) = json.loads(run("ls", "--root", root, "--json").stdout)["caches"]
+    entry, local = (
+        next(
+            cache
+            for cache in json.loads(run("ls", *place, "--json").stdout)["caches"]
+            if cache["cache"] == tiny_cache.id
+        )
+        for place in (("--server", server), ("--root", root))
+    )
     # The file that says where model and texts lay on the server is not served.
     private = (root / tiny_cache.id / "local.json").stat().st_size
     assert {**entry, "path": "", "bytes": entry["bytes"] + private} == {**local, "path": ""}
