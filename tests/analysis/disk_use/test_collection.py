@@ -37,7 +37,8 @@ from residua.probes.training.checkpoint import Checkpoint
 @pytest.fixture
 def cache(tiny_cache: ActivationCache, tmp_path: Path) -> ActivationCache:
     """A copy of `tiny_cache` under a root of its own."""
-    shutil.copytree(tiny_cache.path, tmp_path / "root" / tiny_cache.id)
+    without_moments = shutil.ignore_patterns("moments")
+    shutil.copytree(tiny_cache.path, tmp_path / "root" / tiny_cache.id, ignore=without_moments)
     return ActivationCache(tmp_path / "root" / tiny_cache.id)
 
 

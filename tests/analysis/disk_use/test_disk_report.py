@@ -27,7 +27,8 @@ from ...support.scenes import Scene, write_texts
 @pytest.fixture
 def cache(tiny_cache: ActivationCache, tmp_path: Path) -> ActivationCache:
     """A copy of `tiny_cache` under a root of its own."""
-    shutil.copytree(tiny_cache.path, tmp_path / "root" / tiny_cache.id)
+    without_moments = shutil.ignore_patterns("moments")
+    shutil.copytree(tiny_cache.path, tmp_path / "root" / tiny_cache.id, ignore=without_moments)
     return ActivationCache(tmp_path / "root" / tiny_cache.id)
 
 

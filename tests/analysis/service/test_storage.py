@@ -24,7 +24,8 @@ from ...support.services import running_service
 def root(tiny_cache: ActivationCache, tmp_path: Path) -> Path:
     """A root with a cache, a probe of it, and a leftover."""
     root = tmp_path / "root"
-    shutil.copytree(tiny_cache.path, root / tiny_cache.id)
+    without_moments = shutil.ignore_patterns("moments")
+    shutil.copytree(tiny_cache.path, root / tiny_cache.id, ignore=without_moments)
     probe = residua.RidgeProbe([0], layers=[1]).fit(ActivationCache(root / tiny_cache.id))
     residua.save_probe(probe, probe_path(root, probe))
     (root / f".new-{'0' * 32}").mkdir()
