@@ -55,7 +55,6 @@ from residua.probes.training.softmax_loss import (
     ModelDistribution,
     Target,
     add_head_gradients,
-    difference_kl,
     fast_products,
     head_losses,
     row_tiles,
@@ -264,14 +263,8 @@ def measure_lens(bench: Bench) -> list[Any]:
     def measure_loss() -> torch.Tensor:
         u, kl = fit.translate_by_mean(fit.inputs(x)), torch.empty(n, device=x.device)
         for tile in tiles:
-            found, target = None, distribution(tile, negentropy=products == "float32")
-            if products == "bfloat16" and target.p is not None:
-                difference = head.normalize(u[tile]) - head.normalize(last[tile])
-                found = difference_kl(difference, target.p, head)
-            if found is None:
-                target = distribution(tile, negentropy=True)
-                found = head_losses(u[tile], head, target, tile_rows=tile.stop - tile.start)
-            kl[tile] = found
+            target, rows = distribution(tile, negentropy=True), tile.stop - tile.start
+            kl[tile] = head_losses(u[tile], head, target, tile_rows=rows)
         return kl
 
     def take_step() -> torch.Tensor:

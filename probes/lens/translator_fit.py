@@ -50,7 +50,6 @@ from ..training.softmax_loss import (
     ModelDistribution,
     Target,
     add_head_gradients,
-    difference_kl,
     head_losses,
     most_tile_rows,
 )
@@ -99,9 +98,8 @@ class LensFitSettings:
     across_documents: bool = False
     drop_first: int = 0
     products: str = "float32"
-    """dtype of the products with the unembedding, `float32` or `bfloat16`. On the validation split,
-    bfloat16 rounds the difference to the model alone (`difference_kl`): the KL moves by less than
-    1e-3 of itself."""
+    """dtype of the products with the unembedding in steps, `float32` or `bfloat16`; the KL on the
+    validation split is always of float32."""
 
     @property
     def scope(self) -> PairScope:
@@ -530,31 +528,13 @@ class LensFitRun:
         }
 
         def write_losses(tile: slice) -> None:
-            residual, rounds = rows.residual[tile], self._rounds_differences
-            normed = self.head.normalize(residual) if rounds else None
-            target = self._model_distribution(residual, negentropy=not rounds)
+            target = self._model_distribution(rows.residual[tile])
             for (pair, i), pair_losses in losses.items():
                 u = translations[i](self.translators[pair], rows.hidden[pair][tile])
-                found = None
-                if normed is not None and target.p is not None:
-                    difference = self.head.normalize(u).sub_(normed)
-                    found = difference_kl(difference, target.p, self.head)
-                if found is None:
-                    if target.negentropy is None:
-                        target = self._model_distribution(residual)
-                    found = head_losses(u, self.head, target, tile_rows=len(u))
-                pair_losses[tile] = found
+                pair_losses[tile] = head_losses(u, self.head, target, tile_rows=len(u))
 
         self.tiles.run(len(rows.residual), write_losses)
         return losses
-
-    @property
-    def _rounds_differences(self) -> bool:
-        """Whether the KL on the validation split may come from `difference_kl`."""
-        head = self.head.head
-        return (
-            self.settings.products == "bfloat16" and head.kind != "program" and head.softcap is None
-        )
 
     def _model_distribution(
         self, residual: Tensor, products: str = "float32", negentropy: bool = True

@@ -402,26 +402,6 @@ def add_head_gradients(
     _run_head(hidden, head, target, grads, tile_rows, None)
 
 
-def difference_kl(difference: Tensor, p: Tensor, head: TorchHead) -> Tensor | None:
-    """KL(p || q) `(n,)` in nats for logits that differ from those of `p` by a rounded product.
-
-    `difference` `(n, d_model)` is that of the normed rows to the model's own, p `(n, vocab)` the
-    model's distribution; the head has a formula without a softcap. With
-    d = scale difference unembedding', in bfloat16, KL = log sum p exp(d - sum p d): what is rounded
-    vanishes with the KL. None where an exponential overflows.
-    """
-    product = reused_rows("product", *p.shape, like=p, dtype=torch.bfloat16)
-    if head.head.scale != 1.0:
-        difference = difference * head.head.scale
-    torch.mm(difference.bfloat16(), head.rounded_unembedding.T, out=product)
-    kl = p.new_empty(len(p))
-    for rows in cache_blocks(product):
-        d = reused_rows("block", *product[rows].shape, like=p).copy_(product[rows])
-        d.sub_(expectation(p[rows], d)[:, None]).exp_()
-        kl[rows] = expectation(p[rows], d).log_()
-    return kl if math.isfinite(kl.sum().item()) else None
-
-
 def _run_head(
     hidden: Tensor,
     head: TorchHead,

@@ -225,6 +225,7 @@ def test_files_of_others_are_listed_and_left_alone(cache: ActivationCache, tmp_p
         (root / name).write_text("mine")
     (root / "link").symlink_to(outside)
     (root / f".new-{'1' * 32}").symlink_to(outside)
+    (cache.path / "moments").mkdir(exist_ok=True)
     (cache.path / "moments" / f".{'0' * 32}.tmp").symlink_to(outside)
     report = measure_disk(root)
     assert {item.name for item in report.of_kind("foreign")} == set(foreign.values())

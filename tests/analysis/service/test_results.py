@@ -1,6 +1,7 @@
 """Results over HTTP are those of the library; they are bounded, kept, and of this root alone."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from ...support.services import running_service
 
 
 @pytest.fixture(scope="module")
-def root(tiny_cache: ActivationCache) -> Path:
+def root(tiny_cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The root of a cache with a ridge probe, a basis and a bigram."""
-    folder = tiny_cache.path.parent
+    folder = tmp_path_factory.mktemp("results")
+    shutil.copytree(tiny_cache.path, folder / tiny_cache.id)
     ridge = residua.RidgeProbe([0, 2]).fit(tiny_cache, keep=False)
     basis = residua.CausalBasis(k=2, layers=[1, 2], positions=128, test_positions=64)
     basis.fit(tiny_cache, residua.LogitLens.of(tiny_cache, 0), progress=None)

@@ -11,7 +11,7 @@ from residua.cache.extraction.request import ExtractionRequest
 from residua.cli import main
 
 ONLY_KEYWORDS = {"client", "progress", "tokenizer"}
-ONLY_OPTIONS = {"scheduler", "dry_run", "no_tty", "as_json"}
+ONLY_OPTIONS = {"scheduler", "dry_run", "find", "server", "no_tty", "as_json"}
 
 
 def request_defaults() -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -33,13 +34,14 @@ from ...support.synthetic import make_cache, random_head
 
 
 @pytest.fixture(scope="module")
-def local(tiny_cache: ActivationCache) -> ActivationCache:
-    """The cache on disk, with a probe beside it."""
-    probe = residua.RidgeProbe([0, 1]).fit(tiny_cache, progress=None)
-    path = new_probe_path(tiny_cache.path.parent, probe, tiny_cache.id)
-    if not path.exists():
-        probe.save(path)
-    return tiny_cache
+def local(tiny_cache: ActivationCache, tmp_path_factory: pytest.TempPathFactory) -> ActivationCache:
+    """A cache on disk, with a probe beside it, in a root that no other test changes."""
+    path = tmp_path_factory.mktemp("served") / tiny_cache.id
+    shutil.copytree(tiny_cache.path, path, ignore=shutil.ignore_patterns("moments"))
+    cache = ActivationCache(path)
+    probe = residua.RidgeProbe([0, 1]).fit(cache, progress=None)
+    probe.save(new_probe_path(path.parent, probe, cache.id))
+    return ActivationCache(path)
 
 
 @pytest.fixture(scope="module")
