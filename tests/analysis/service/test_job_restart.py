@@ -21,7 +21,7 @@ def test_a_killed_server_goes_on_and_its_client_with_it(
     root, port = tmp_path / "root", free_port()
     root.mkdir()
     shutil.copytree(tiny_cache.path, root / tiny_cache.id)
-    arguments = {"cache": tiny_cache.id, "layers": "1", "lr": "1e-5", "epochs": 800}
+    arguments = {"cache": tiny_cache.id, "layers": "1", "lr": "1e-5", "epochs": 3000}
     arguments["checkpoint_seconds"] = "1"
     found: list[Any] = []
     with service_process(root, "--port", port) as (address, process):

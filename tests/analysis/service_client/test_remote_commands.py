@@ -183,7 +183,7 @@ def test_reading_and_removing_are_done_by_the_server(
     assert path.is_dir()
     assert run("rm", path.name, "--server", server).returncode == 2
     assert run("rm", path.name, "--yes", "--server", server, token="x").returncode != 0
-    removed = run("rm", path.name[:20], "--yes", "--server", server)
+    removed = run("rm", path.name, "--yes", "--server", server)
     assert removed.returncode == 0, removed.stderr
     assert removed.stdout.startswith(f"removed: probe {path}")
     assert not path.exists()
@@ -203,18 +203,23 @@ def test_the_disk_of_a_server_is_looked_after_from_here(
     pinned = run("pin", tiny_cache.id[:8], "--reason", "a figure", "--server", server)
     assert pinned.returncode == 0, pinned.stderr
     assert "a figure" in assert_same(["pin"], root, server)
-    gc = ["gc", "--unused-caches", "--server", server]
-    assert "named by a pin (a figure)" in run(*gc).stdout
-    assert "give --yes" in run(*gc, "--json").stdout
-    kept = json.loads(run(*gc, "--yes", "--json").stdout)
-    assert kept["removed"] is True
-    assert (root / tiny_cache.id).is_dir()
+    gc = ["gc", "--unused-caches", "--leftovers", "--server", server]
+    planned = json.loads(run(*gc, "--dry-run", "--json").stdout)
+    assert tiny_cache.id not in [item["name"] for item in planned["items"]]
+    assert "a pin (a figure)" in json.dumps(planned["kept"])
     assert run("pin", "--remove", tiny_cache.id[:8], "--server", server).returncode == 0
+    planned = json.loads(run(*gc, "--dry-run", "--json").stdout)
+    assert tiny_cache.id in [item["name"] for item in planned["items"]]
+    # Without --yes it shows what would go, and asks here.
+    assert "give --yes" in run(*gc, "--json").stdout
     unanswered = run(*gc)
     assert unanswered.returncode == 2
     assert tiny_cache.id[:12] in unanswered.stderr
-    planned = json.loads(run(*gc, "--dry-run", "--json").stdout)
-    assert [item["name"] for item in planned["items"]] == [tiny_cache.id]
+    assert (root / tiny_cache.id).is_dir()
+    left = root / f".new-{'0' * 32}"
+    left.mkdir()
+    collected = json.loads(run("gc", "--yes", "--json", "--server", server).stdout)
+    assert (collected["removed"], left.exists()) == (True, False)
     assert (root / tiny_cache.id).is_dir()
 
 
