@@ -14,10 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from ...cache.documents.data_files import STANDARD_INPUT
-from ...cache.errors import LimitError, MismatchError, NotFoundError, UsageError
+from ...cache.errors import (
+    CorruptError,
+    LimitError,
+    MismatchError,
+    NotFoundError,
+    UsageError,
+)
+from ...cache.files.confined_files import read_confined
 from ...cache.files.disk_errors import translate_disk_errors
+from ...cache.files.json_fields import (
+    as_object,
+    digest_field,
+    list_field,
+    parse_json_object,
+    text_field,
+)
 from ...cache.files.json_files import make_folder, sync_folder
 from ...cache.files.paths import open_new
+from ...cache.files.staging import publish_folder, staging_folder
 from .job_settings import JobSettings
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(:[\w.-]{1,96})?")
@@ -26,6 +41,9 @@ UPLOAD = re.compile(r"upload:([0-9a-f]{64})/([A-Za-z0-9][A-Za-z0-9._-]{0,99})")
 TEXT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 UPLOADS_FOLDER = "texts"
 """Folder of uploaded texts in the state."""
+LIST_NAME = "several.json"
+"""Name of an uploaded list of other uploads, in their order: {"files": [{"sha256", "name"}]}."""
+MAX_LIST_BYTES = 8 << 20
 MAX_FILES = 20_000
 """Most files of a model or of texts."""
 
@@ -52,6 +70,8 @@ def confine_data(settings: JobSettings, name: Any) -> Path | str:
     """
     text = str(name)
     if match := UPLOAD.fullmatch(text):
+        if match[2] == LIST_NAME:
+            return join_uploads(settings, match[1])
         return find_upload(settings, match[1], match[2])
     if text == STANDARD_INPUT:
         raise UsageError("a job reads no standard input; upload the texts")
@@ -127,6 +147,39 @@ def find_upload(settings: JobSettings, digest: str, name: str) -> Path:
     if not path.is_file() or path.is_symlink():
         raise NotFoundError(f"no text {digest[:12]}/{name} was uploaded; upload it first")
     return path
+
+
+def join_uploads(settings: JobSettings, digest: str) -> Path:
+    """Folder of the uploads that an uploaded list names, as links that sort as the list does.
+
+    Raises `UsageError` for a list that is none, `NotFoundError` for a text that is not there.
+    """
+    listed = find_upload(settings, digest, LIST_NAME)
+    folder = listed.with_name("several")
+    if folder.is_dir():
+        return folder
+    try:
+        value = parse_json_object(
+            read_confined(listed.parent, LIST_NAME, MAX_LIST_BYTES), "the list of texts"
+        )
+        items = [as_object(item, "a text") for item in list_field(value, "files", 1, MAX_FILES)]
+        named = [(digest_field(item, "sha256"), text_field(item, "name", 100)) for item in items]
+    except CorruptError as error:
+        raise UsageError(f"the list of texts cannot be read: {error}") from None
+    with (
+        translate_disk_errors(settings.state),
+        staging_folder(folder.parent, ".several-") as staged,
+    ):
+        for number, (sha256, name) in enumerate(named):
+            if not TEXT_NAME.fullmatch(name) or name == LIST_NAME:
+                raise UsageError(f"{name!r} cannot be the name of a text")
+            os.link(find_upload(settings, sha256, name), staged / f"{number:05d}-{name}")
+        try:
+            publish_folder(staged, folder)
+        except OSError:
+            if not folder.is_dir():  # else another request has made it meanwhile
+                raise
+    return folder
 
 
 class TextUpload:

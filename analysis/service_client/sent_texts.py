@@ -6,12 +6,13 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from ...cache.documents.data_files import STANDARD_INPUT, data_paths
 from ...cache.errors import InputTypeError, NotFoundError, UsageError
+from ..jobs.job_inputs import LIST_NAME
 from .server_connection import ServerConnection
 
 MAX_NAME = 100
@@ -20,9 +21,9 @@ MAX_NAME = 100
 def send_data(connection: ServerConnection, data: str, data_format: str | None = None) -> str:
     """The argument `data` of a job for the texts that `data` names on this machine.
 
-    A file, or standard input for `-`, is sent, unless the server has it. What is not there is the
-    server's to find: a name under its folders, or on the hub. Raises `UsageError` for several
-    files.
+    Files, one or those of a pattern or folder, and standard input for `-` are sent, unless the
+    server has them. What is not there is the server's to find: a name under its folders, or on the
+    hub. Raises `UsageError` for a folder that `datasets` saved.
     """
     if data == STANDARD_INPUT:
         with tempfile.TemporaryFile() as file:
@@ -32,12 +33,26 @@ def send_data(connection: ServerConnection, data: str, data_format: str | None =
     if path.is_file():
         with path.open("rb") as file:
             return _send(connection, file, path.name)
-    if data_paths(data) or path.is_dir():
+    if paths := data_paths(data):
+        return _send_several(connection, paths)
+    if path.is_dir():
         raise UsageError(
-            f"{data} are several files: one file is sent to a server; join them, or name a folder "
+            f"{data} is no folder of text files, which alone are sent to a server; name a folder "
             "that the server has (--texts)"
         )
     return data
+
+
+def _send_several(connection: ServerConnection, paths: Sequence[Path]) -> str:
+    """Send files, and a list of them in their order."""
+    files = []
+    for path in paths:
+        with path.open("rb") as file:
+            _, digest, name = re.split("[:/]", _send(connection, file, path.name))
+        files.append({"sha256": digest, "name": name})
+    with tempfile.TemporaryFile() as file:
+        file.write(json.dumps({"files": files}).encode())
+        return _send(connection, file, LIST_NAME, is_list=True)
 
 
 def send_rows(connection: ServerConnection, rows: Iterable[Any]) -> str:
@@ -55,14 +70,16 @@ def send_rows(connection: ServerConnection, rows: Iterable[Any]) -> str:
         return _send(connection, file, "texts.jsonl")
 
 
-def _send(connection: ServerConnection, file: IO[bytes], name: str) -> str:
-    """Send an open file, whose name says the format."""
+def _send(connection: ServerConnection, file: IO[bytes], name: str, is_list: bool = False) -> str:
+    """Send an open file, whose name says the format; returns `upload:<sha256>/<name>`."""
     file.seek(0)
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
     path = f"/v1/texts/{digest.hexdigest()}"
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("._-")[-MAX_NAME:].lstrip("._-") or "texts"
+    if plain == LIST_NAME and not is_list:
+        plain = f"texts-{plain}"
     try:
         return str(connection.get(path, name=plain)["data"])
     except NotFoundError:

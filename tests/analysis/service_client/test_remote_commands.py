@@ -110,9 +110,19 @@ def test_texts_of_this_machine_are_sent(
     here = run(*words, "--root", tmp_path / "here")
     assert json.loads(there.stdout)["cache"] == json.loads(here.stdout)["cache"]
     assert (root / json.loads(there.stdout)["cache"] / "manifest.json").is_file()
-    folder = run("extract", model_folder, texts_file.parent, "--server", server)
+    # Several files are the same texts in the same order.
+    shards, lines = tmp_path / "shards", texts_file.read_text().splitlines(keepends=True)
+    shards.mkdir()
+    for name, part in (("b.jsonl", lines[20:]), ("a.jsonl", lines[:20])):
+        (shards / name).write_text("".join(part))
+    for data in (shards, shards / "*.jsonl"):
+        several = run(*words[:2], data, *words[3:], "--server", server)
+        assert several.returncode == 0, several.stderr + several.stdout
+        assert json.loads(several.stdout)["cache"] == json.loads(here.stdout)["cache"]
+    (tmp_path / "empty").mkdir()
+    folder = run("extract", model_folder, tmp_path / "empty", "--server", server)
     assert folder.returncode == 2
-    assert "one file is sent" in folder.stderr
+    assert "no folder of text files" in folder.stderr
 
 
 @pytest.mark.slow
