@@ -1530,6 +1530,128 @@ def jobs(root: Path, quiet: bool, job: str | None, cancel: bool, follow: bool) -
     return jobs_command(server_of_command(), job, cancel=cancel, follow=follow, quiet=quiet)
 
 
+@main.group()
+def data() -> None:
+    """Make texts for studies."""
+
+
+@data.command("kv")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--pairs",
+    type=NUMBERS,
+    default="4,8",
+    show_default=True,
+    help="Numbers of pairs in a text; the longest text must fit the context of the model.",
+)
+@click.option(
+    "--questions",
+    type=WHOLE_NUMBER,
+    default=100,
+    show_default=True,
+    help="Questions for each number of pairs; each stands at every position.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["json", "record", "assignments", "sentences"]),
+    default="json",
+    show_default=True,
+    help="How pairs are written; json is that of Liu et al.",
+)
+@click.option("--seed", type=WHOLE_NUMBER, default=0, show_default=True, help="Seed of the codes.")
+@residua_command
+def key_value(root: Path, quiet: bool, out: Path, **options: Any) -> Any:
+    """Write OUT.jsonl: lists of keys and values that ask for one of them, at every position.
+
+    Labels: documents (number of pairs), gold (position of the answer's pair, from 0), question.
+
+    \b
+    residua data kv kv.jsonl --pairs 4,8,16 --questions 200
+    residua extract MODEL kv.jsonl --no-pack --positions answer
+    residua study essential-layers 3f2a --question question
+    """
+    from residua.analysis.studies.key_value_data import write_key_value_data
+    from residua.cache.files.disk_errors import check_target
+
+    check_target(out)
+    value = write_key_value_data(out, **options)
+    text = f"{value['texts']:,} texts, the longest of {value['longest']:,} characters: {out}"
+    return value, lambda: print(text)
+
+
+@main.group()
+def study() -> None:
+    """Study what the probes of a cache say about one question.
+
+    A study reads caches and probes alone, and gives a table, a picture, and a page to read from top
+    to bottom.
+    """
+
+
+@study.command("essential-layers")
+@cache_argument()
+@click.argument("probes", nargs=-1, metavar="[PROBE]...", shell_complete=complete_names)
+@click.option(
+    "--documents",
+    default="documents",
+    show_default=True,
+    help="Label with the number of documents, or pairs, in the context.",
+)
+@click.option(
+    "--gold",
+    default="gold",
+    show_default=True,
+    help="Label with the position of the one with the answer, from 0.",
+)
+@click.option(
+    "--question",
+    help="Label of the question, if one stands in several sequences: differences are then within "
+    "questions.",
+)
+@click.option(
+    "--split",
+    default="all",
+    show_default=True,
+    help="Split to read: train, validation, test or all.",
+)
+@click.option("--seed", type=WHOLE_NUMBER, default=0, show_default=True, help="Seed of intervals.")
+@device_option
+@click.option("--html", type=click.Path(path_type=Path), help="File to write the page to.")
+@click.option("--png", type=click.Path(path_type=Path), help="File to write the picture to.")
+@click.option("--csv", type=click.Path(path_type=Path), help="File to write the table to.")
+@residua_command
+def essential_layers(
+    root: Path,
+    quiet: bool,
+    cache: str,
+    probes: tuple[str, ...],
+    html: Path | None,
+    png: Path | None,
+    csv: Path | None,
+    **options: Any,
+) -> Any:
+    """Find where answers first appear among the layers, and from where they stay.
+
+    CACHE keeps the positions of answers (extract --no-pack --positions answer), with labels for the
+    number of documents in the context and the position of the one with the answer. The logit lens
+    is always read; PROBE is a tuned lens or ridge probe of this cache or of another one of the
+    model.
+
+    \b
+    residua study essential-layers 3f2a
+    residua study essential-layers 3f2a lens-81d9 --question question --html essential.html
+    """
+    from residua.analysis.console.study_actions import run_essential_layers
+    from residua.analysis.console.study_messages import print_essential_layers
+
+    options["command"] = " ".join(["residua", *sys.argv[1:]])
+    result, written = run_essential_layers(
+        cache, probes, root, quiet, html=html, png=png, csv=csv, **options
+    )
+    value = {**result.to_dict(), "files": written}
+    return value, lambda: print_essential_layers(result, written)
+
+
 @main.command()
 @click.option(
     "--out",

@@ -46,6 +46,7 @@ FLOORS = (
     "analysis.jobs",
     "analysis.console",
     "analysis.disk_use",
+    "analysis.studies",
     "analysis.basis_report",
     "analysis.display",
     "analysis.report",

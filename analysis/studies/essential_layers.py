@@ -1,0 +1,434 @@
+"""Essential layers (Kongmanee, 2501.15054): where an answer first appears and where it stays.
+
+For every number of documents K in the context and position g of the one with the answer, the study
+gives the first-correct layer F, the final layer S, the gap S - F and their spread, and tests
+whether the gap over g is an inverted U. `answer_depths.py` has the definitions;
+`essential_layers_page.py` draws the result.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...cache.devices import choose_device
+from ...cache.errors import UsageError
+from ...cache.progress import Auto, Progress, show_stage
+from ...probes.base.readout import Readout
+from ...probes.base.resampling import Interval, bootstrap_interval, resampling_counts
+from ...probes.lens.logit_lens import LogitLens
+from ..evaluation.probe_names import name_readouts
+from .answer_depths import (
+    AnswerDepths,
+    check_labels,
+    find_answers,
+    measure_answer_depths,
+    numeric_label,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ...cache.store.activation_cache import ActivationCache
+
+SUBSETS = ("final", "everywhere")
+"""Answers whose last layer is correct; those of questions that are correct at every position."""
+MEASURES = ("first", "final", "gap", "flips", "stay")
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """Depths of one lens at one number of documents and position of the answer's."""
+
+    lens: str
+    subset: str
+    """`final`: the model's last layer is correct; `everywhere`: at all positions of the question.
+    """
+    documents: float
+    """K, the number of documents (or of pairs) in the context."""
+    gold: float
+    """g, the position of the document with the answer, from 0."""
+    n: int
+    """Answers in this cell."""
+    accuracy: float
+    """Share of them that the model's last layer has on top."""
+    accuracy_interval: Interval
+    kept: int
+    """Answers of the subset, of which the other fields are."""
+    first: float | None
+    """Mean first-correct layer F; None without kept answers."""
+    first_interval: Interval
+    final: float | None
+    """Mean final layer S."""
+    final_interval: Interval
+    gap: float | None
+    """Mean of S - F."""
+    gap_interval: Interval
+    gap_median: float | None
+    flips: float | None
+    """Mean number of changes between neighbouring layers."""
+    stay: float | None
+    """Mean share of the layers from F on that are correct."""
+    halfway: float | None
+    """Mean first layer with more than half of the probability on the answer, where there is one."""
+    halfway_share: float | None
+    """Share of answers for which there is one."""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What one lens reads of the answers at one layer, for one K and g, all answers counted."""
+
+    lens: str
+    documents: float
+    gold: float
+    layer: int
+    n: int
+    accuracy: float
+    log_probability: float | None
+    """Mean log p of the answer, in nats."""
+    rank_median: float
+    first_share: float
+    """Share of answers whose first-correct layer this is."""
+    final_share: float
+    """Share of answers whose final layer this is."""
+
+
+@dataclass(frozen=True)
+class CurveRow:
+    """The quadratic term of the gap over x = g / (K - 1), for one lens, subset and K.
+
+    An inverted U has a negative one. Of questions that stand at several positions, differences
+    within the question count (fixed effects).
+    """
+
+    lens: str
+    subset: str
+    documents: float
+    quadratic: float | None
+    """None with fewer than three positions, or without kept answers at three of them."""
+    interval: Interval
+    n: int
+    paired: bool
+
+
+@dataclass(frozen=True)
+class EssentialLayers:
+    """The result of `study_essential_layers`."""
+
+    cache_id: str
+    model_name: str
+    data_name: str
+    split: str
+    n_blocks: int
+    units: str
+    """What intervals resample: `question` or `sequence`."""
+    n_units: int
+    rows: list[DepthRow]
+    layers: list[LayerRow]
+    curves: list[CurveRow]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `residua study essential-layers`."""
+        return asdict(self)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """`rows` as a data frame (extra `report`)."""
+        from ...cache.optional_libraries import require_library
+
+        require_library("pandas", "a data frame")
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.rows])
+
+
+def study_essential_layers(
+    cache: "ActivationCache",
+    lenses: Sequence[Readout] | Mapping[str, Readout] = (),
+    *,
+    documents: str = "documents",
+    gold: str = "gold",
+    question: str | None = None,
+    split: str = "all",
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress | Auto | None = "auto",
+) -> EssentialLayers:
+    """Find the layers at which lenses first and finally read the answers of `cache`.
+
+    The logit lens is always among the lenses. `documents` and `gold` name the labels with K and g;
+    `question` that of the question, which may stand in several sequences with the answer at several
+    positions: then differences are within questions, and intervals resample questions; else
+    sequences. Raises `UsageError` for a cache without answers, `NotFoundError` for labels and
+    lenses that do not fit.
+    """
+    named = name_readouts(lenses, [LogitLens.of(cache, 0)])
+    check_labels(cache, [documents, gold, *([question] if question else [])])
+    answers = find_answers(cache, split)
+    of_documents = numeric_label(cache, documents, answers.sequences)
+    of_gold = numeric_label(cache, gold, answers.sequences)
+    if question is None:
+        units = np.arange(len(answers.rows))
+    else:
+        _, units = np.unique(cache.label(question)[answers.sequences], return_inverse=True)
+    cells = Cells(of_documents, of_gold, units.ravel(), seed)
+    torch_device = choose_device(device)
+    with show_stage(progress, "answers") as report:
+        depths = []
+        for number, (name, lens) in enumerate(named.items()):
+
+            def share(done: int, total: int, number: int = number) -> None:
+                assert report is not None
+                report(number * total + done, len(named) * total)
+
+            depths.append(
+                measure_answer_depths(
+                    cache, answers, name, lens, torch_device, share if report else None
+                )
+            )
+    rows = [row for found in depths for row in cells.depth_rows(found, question is not None)]
+    return EssentialLayers(
+        cache_id=cache.id,
+        model_name=cache.manifest.model_name,
+        data_name=cache.manifest.data_name,
+        split=split,
+        n_blocks=cache.n_blocks,
+        units="sequence" if question is None else "question",
+        n_units=cells.n_units,
+        rows=rows,
+        layers=[row for found in depths for row in cells.layer_rows(found)],
+        curves=[row for found in depths for row in cells.curve_rows(found, question is not None)],
+        notes=_notes(depths, rows),
+    )
+
+
+def _notes(depths: Sequence[AnswerDepths], rows: Sequence[DepthRow]) -> list[str]:
+    """What a reader must know about the figures."""
+    notes = [
+        "The subset `final` holds the answers that the model gets right; where accuracy depends on "
+        "the position, the subsets of two positions hold different questions.",
+        "The gap of the logit lens mixes refinement with the drift of the basis between layers: "
+        "compare it with a tuned or ridge lens.",
+    ]
+    gaps = [row.gap for row in rows if row.subset == "final" and row.gap is not None]
+    if gaps and max(gaps) == 0:
+        notes.append("The gap is 0 everywhere: once it is on top, the answer stays there.")
+    undefined = sum(int(np.isnan(found.log_probability).any(1).sum()) for found in depths)
+    if undefined:
+        notes.append(f"{undefined} readings have logits that are not finite; they count as wrong.")
+    return notes
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """The answers by number of documents and position of the answer's, and the units of intervals.
+
+    All arrays are `(n,)`.
+    """
+
+    documents: np.ndarray
+    gold: np.ndarray
+    units: np.ndarray
+    seed: int
+
+    @property
+    def n_units(self) -> int:
+        """Number of questions or sequences."""
+        return int(self.units.max()) + 1
+
+    def masks(self) -> list[tuple[float, float, np.ndarray]]:
+        """K, g and the mask of their answers, ascending."""
+        pairs = np.unique(np.stack([self.documents, self.gold], 1), axis=0)
+        return [(k, g, (self.documents == k) & (self.gold == g)) for k, g in pairs.tolist()]
+
+    def subset(self, correct: np.ndarray, name: str) -> np.ndarray:
+        """Mask of the answers of a subset; `correct` `(n,)` says where the last layer is right."""
+        if name == "final":
+            return correct
+        kept = np.zeros(len(correct), bool)
+        for k in np.unique(self.documents):
+            of_k = self.documents == k
+            count = np.bincount(self.units[of_k], minlength=self.n_units)
+            right = np.bincount(self.units[of_k & correct], minlength=self.n_units)
+            positions = len(np.unique(self.gold[of_k]))
+            kept |= of_k & ((count == right) & (count >= positions))[self.units]
+        return kept
+
+    def interval(self, values: np.ndarray, units: np.ndarray) -> Interval:
+        """95 % bootstrap interval over units of the mean of `values`; None without values."""
+        if not len(values):
+            return None, None
+        names, numbers = np.unique(units, return_inverse=True)
+        n = np.bincount(numbers, minlength=len(names)).astype(np.float64)
+        sums = np.bincount(numbers, values, minlength=len(names))
+        return bootstrap_interval(n, sums, resampling_counts(len(names), self.seed))
+
+    def depth_rows(self, depths: AnswerDepths, has_questions: bool) -> list[DepthRow]:
+        """The depths of one lens in every cell; the subset `everywhere` needs questions."""
+        correct = depths.correct[:, -1]
+        values = {
+            "first": depths.first,
+            "final": depths.final,
+            "gap": depths.final - depths.first,
+            "flips": depths.flips.astype(np.float64),
+            "stay": depths.stay,
+        }
+        halfway = depths.halfway
+        rows = []
+        for subset in SUBSETS[: 1 + has_questions]:
+            kept = self.subset(correct, subset)
+            for k, g, cell in self.masks():
+                both = cell & kept
+                means = {name: _mean(found[both]) for name, found in values.items()}
+                first, final, gap = (
+                    self.interval(values[name][both], self.units[both])
+                    for name in ("first", "final", "gap")
+                )
+                has_half = both & np.isfinite(halfway)
+                rows.append(
+                    DepthRow(
+                        lens=depths.lens,
+                        subset=subset,
+                        documents=k,
+                        gold=g,
+                        n=int(cell.sum()),
+                        accuracy=float(correct[cell].mean()),
+                        accuracy_interval=self.interval(
+                            correct[cell].astype(np.float64), self.units[cell]
+                        ),
+                        kept=int(both.sum()),
+                        gap_median=float(np.median(values["gap"][both])) if both.any() else None,
+                        halfway=_mean(halfway[has_half]),
+                        halfway_share=_mean(has_half[both].astype(np.float64)),
+                        first_interval=first,
+                        final_interval=final,
+                        gap_interval=gap,
+                        **means,
+                    )
+                )
+        return rows
+
+    def layer_rows(self, depths: AnswerDepths) -> list[LayerRow]:
+        """What one lens reads at each layer, in every cell."""
+        return [
+            LayerRow(
+                lens=depths.lens,
+                documents=k,
+                gold=g,
+                layer=layer,
+                n=int(cell.sum()),
+                accuracy=float(depths.correct[cell, column].mean()),
+                log_probability=_mean(depths.log_probability[cell, column]),
+                rank_median=float(np.median(depths.rank[cell, column])),
+                first_share=float((depths.first[cell] == layer).mean()),
+                final_share=float((depths.final[cell] == layer).mean()),
+            )
+            for k, g, cell in self.masks()
+            for column, layer in enumerate(depths.layers)
+        ]
+
+    def curve_rows(self, depths: AnswerDepths, has_questions: bool) -> list[CurveRow]:
+        """The quadratic term of the gap of one lens, for each K and subset."""
+        correct, gap = depths.correct[:, -1], depths.final - depths.first
+        rows = []
+        for subset in SUBSETS[: 1 + has_questions]:
+            kept = self.subset(correct, subset)
+            for k in np.unique(self.documents).tolist():
+                chosen = kept & (self.documents == k)
+                x = self.gold[chosen] / max(k - 1, 1)
+                curve = QuadraticFit(x, gap[chosen], self.units[chosen], has_questions)
+                rows.append(
+                    CurveRow(
+                        lens=depths.lens,
+                        subset=subset,
+                        documents=k,
+                        quadratic=curve.term(),
+                        interval=curve.interval(self.seed),
+                        n=int(chosen.sum()),
+                        paired=has_questions,
+                    )
+                )
+        return rows
+
+
+class QuadraticFit:
+    """Least squares of y on 1, x and x^2, with an intercept for each question if `paired`.
+
+    The sums of every unit are kept, so that a resample of the units is a weighted sum.
+    """
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, units: np.ndarray, paired: bool) -> None:
+        names, numbers = np.unique(units, return_inverse=True)
+        self.positions = len(np.unique(x))
+        columns = np.stack([x, x * x, y], 1) if len(x) else np.zeros((0, 3))
+        if paired and len(x):
+            count = np.bincount(numbers)[:, None]
+            means = np.stack([np.bincount(numbers, column) for column in columns.T], 1) / count
+            columns = columns - means[numbers]
+        else:
+            columns = np.concatenate([columns, np.ones((len(x), 1))], 1)
+        size = columns.shape[1]
+        self.paired = paired
+        self.moments = np.zeros((len(names), size, size))
+        """Sum over the rows of each unit of the products of the columns x, x^2, y (and 1)."""
+        np.add.at(self.moments, numbers, columns[:, :, None] * columns[:, None, :])
+
+    def term(self, weights: np.ndarray | None = None) -> float | None:
+        """The coefficient of x^2; None where the rows do not determine it."""
+        if self.positions < 3:
+            return None
+        moments = np.tensordot(
+            np.ones(len(self.moments)) if weights is None else weights, self.moments, 1
+        )
+        known = [0, 1] if self.paired else [0, 1, 3]
+        normal, right = moments[np.ix_(known, known)], moments[known, 2]
+        scale = np.sqrt(np.diag(normal))
+        if not (scale > 0).all():
+            return None
+        scaled = normal / np.outer(scale, scale)
+        if np.linalg.cond(scaled) > 1e10:
+            return None
+        return float(np.linalg.solve(scaled, right / scale)[1] / scale[1])
+
+    def interval(self, seed: int) -> Interval:
+        """95 % bootstrap interval of `term` over units; None where a fifth has no term."""
+        if self.positions < 3 or len(self.moments) < 2:
+            return None, None
+        found = [self.term(weights) for weights in resampling_counts(len(self.moments), seed)]
+        terms = [term for term in found if term is not None]
+        if len(terms) < 0.8 * len(found):
+            return None, None
+        low, high = np.percentile(terms, (2.5, 97.5))
+        return float(low), float(high)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Mean of the defined values; None without any."""
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def write_csv(result: EssentialLayers, path: Path) -> Path:
+    """Write the rows of `result` as a table for other programs."""
+    import csv
+
+    if not result.rows:
+        raise UsageError("the study has no rows to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        names = list(asdict(result.rows[0]))
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for row in result.rows:
+            writer.writerow([_csv_value(value) for value in asdict(row).values()])
+    return path
+
+
+def _csv_value(value: Any) -> Any:
+    """Intervals as `low..high`, unknown values empty."""
+    if isinstance(value, tuple):
+        return "" if value[0] is None else f"{value[0]:.6g}..{value[1]:.6g}"
+    return "" if value is None else value
