@@ -1641,13 +1641,21 @@ def essential_layers(
     residua study essential-layers 3f2a
     residua study essential-layers 3f2a lens-81d9 --question question --html essential.html
     """
-    from residua.analysis.console.study_actions import run_essential_layers
-    from residua.analysis.console.study_messages import print_essential_layers
+    from residua.analysis.console.messages import print_essential_layers
+    from residua.analysis.console.terminal import Meter
+    from residua.analysis.studies.essential_layers import study_essential_layers
+    from residua.analysis.studies.study_files import check_study_files, write_study_files
+    from residua.cache.store.catalog import find_cache
+    from residua.probes.saved.library import find_probe, load_probe_for
 
-    options["command"] = " ".join(["residua", *sys.argv[1:]])
-    result, written = run_essential_layers(
-        cache, probes, root, quiet, html=html, png=png, csv=csv, **options
-    )
+    check_study_files(html, png, csv)
+    source = find_cache(cache, root)
+    lenses = [load_probe_for(source, find_probe(name, root)) for name in probes]
+    with Meter(quiet) as meter:
+        options["progress"] = meter.progress_of("answers")
+        result = study_essential_layers(source, lenses, **options)
+    command = " ".join(["residua", *sys.argv[1:]])
+    written = write_study_files(result, html, png, csv, command)
     value = {**result.to_dict(), "files": written}
     return value, lambda: print_essential_layers(result, written)
 

@@ -65,7 +65,7 @@ def draw_essential_layers(result: EssentialLayers, subset: str = "final") -> "Fi
             panel.set_xlabel("position of the answer's document")
         for panel in line[2:]:
             panel.set_xlabel("layer")
-        line[0].legend(fontsize=8, frameon=False)
+        line[3].legend(fontsize=8, frameon=False)
         bottom, top = line[0].get_ylim()
         line[0].set_ylim(min(bottom, -0.05), max(top, 1.0))
     return figure
@@ -121,7 +121,7 @@ def _draw_accuracy(
             / sum(row.n for row in rows if row.layer == layer)
             for layer in layers
         ]
-        panel.plot(layers, shares, "-o", ms=4, color=color)
+        panel.plot(layers, shares, "-o", ms=4, color=color, label=f"K = {number:g}")
     panel.set_ylim(-0.03, 1.03)
 
 
@@ -133,6 +133,8 @@ def describe_curve(curve: CurveRow) -> str:
     low, high = curve.interval
     if low is None or high is None:
         return f"{where}: quadratic term {curve.quadratic:.2f}, without an interval."
+    if low == high == 0:
+        return f"{where}: the gap is the same at every position."
     shape = "no clear curve" if low <= 0 <= high else "an inverted U" if high < 0 else "a U"
     return f"{where}: quadratic term {curve.quadratic:.2f} [{low:.2f}, {high:.2f}], {shape}."
 
@@ -185,11 +187,16 @@ TABLE = {
     "halfway": "p > 1/2 at",
 }
 """Field -> heading."""
+COUNTED = ("documents", "gold")
+"""Fields that are whole numbers in most data."""
 
 
 def table_cells(row: DepthRow) -> list[str]:
     """The cells of one row of the table, as text."""
-    return [_cell(getattr(row, name)) for name in TABLE]
+    return [
+        f"{getattr(row, name):g}" if name in COUNTED else _cell(getattr(row, name))
+        for name in TABLE
+    ]
 
 
 def _cell(value: Any) -> str:
@@ -198,7 +205,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, tuple):
         return f"{value[0]:.2f} to {value[1]:.2f}"
     if isinstance(value, float):
-        return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else f"{value:.2f}"
+        return f"{value:.2f}"
     return str(value)
 
 

@@ -26,6 +26,7 @@ from residua.analysis.studies.essential_layers import (
     write_csv,
 )
 from residua.analysis.studies.essential_layers_page import (
+    describe_curve,
     draw_essential_layers,
     write_essential_layers_page,
 )
@@ -206,6 +207,14 @@ def test_the_quadratic_term_is_that_of_least_squares_and_of_real_resamples(paire
         renamed = np.concatenate([np.full(len(rows), name) for rows, name in parts])
         expected = by_least_squares(x[chosen], y[chosen], renamed)
         assert fit.term(weights) == pytest.approx(expected, rel=1e-8)
+
+
+def test_a_gap_that_never_varies_is_said_so() -> None:
+    cells, _ = planted()
+    always = depths_of(np.ones((200, 4), bool))
+    for curve in cells.curve_rows(always, True):
+        assert (curve.quadratic, curve.interval) == (0.0, (0.0, 0.0))
+        assert "the same at every position" in describe_curve(curve)
 
 
 def test_too_few_positions_give_no_curve() -> None:
