@@ -134,7 +134,8 @@ def describe_curve(curve: CurveRow) -> str:
     if low is None or high is None:
         return f"{where}: quadratic term {curve.quadratic:.2f}, without an interval."
     if low == high == 0:
-        return f"{where}: the gap is the same at every position."
+        within = "of every question, " if curve.paired else ""
+        return f"{where}: {within}the gap is the same at every position."
     shape = "no clear curve" if low <= 0 <= high else "an inverted U" if high < 0 else "a U"
     return f"{where}: quadratic term {curve.quadratic:.2f} [{low:.2f}, {high:.2f}], {shape}."
 
