@@ -1579,6 +1579,46 @@ def key_value(root: Path, quiet: bool, out: Path, **options: Any) -> Any:
     return value, lambda: print(text)
 
 
+@data.command("multidoc")
+@click.argument("gold", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--documents",
+    type=NUMBERS,
+    default="3,5",
+    show_default=True,
+    help="Numbers of documents in a text; the longest text must fit the context of the model.",
+)
+@click.option(
+    "--questions",
+    type=WHOLE_NUMBER,
+    default=100,
+    show_default=True,
+    help="Most questions for each number of documents; each stands at every position.",
+)
+@click.option("--seed", type=WHOLE_NUMBER, default=0, show_default=True, help="Seed of the draws.")
+@residua_command
+def multi_document(root: Path, quiet: bool, gold: Path, out: Path, **options: Any) -> Any:
+    """Write OUT.jsonl: questions among documents, with the answer's at every position.
+
+    GOLD is a .jsonl or .jsonl.gz file of questions with the passage that answers each, such as
+    nq-open-oracle: fields question, answers, ctxs (title, text, isgold). The other documents are
+    passages of other questions without any of the answers. Labels: documents, gold, question.
+
+    \b
+    residua data multidoc nq-open-oracle.jsonl.gz multidoc.jsonl --documents 3,5 --questions 200
+    residua extract MODEL multidoc.jsonl --no-pack --positions answer
+    residua study essential-layers 3f2a --question question
+    """
+    from residua.analysis.studies.multi_document_data import write_multi_document_data
+    from residua.cache.files.disk_errors import check_target
+
+    check_target(out)
+    value = write_multi_document_data(gold, out, **options)
+    text = f"{value['texts']:,} texts, the longest of {value['longest']:,} characters: {out}"
+    return value, lambda: print(text)
+
+
 @main.group()
 def study() -> None:
     """Study what the probes of a cache say about one question.
