@@ -201,8 +201,16 @@ def test_reading_and_removing_are_done_by_the_server(
 
 @pytest.mark.slow
 def test_the_disk_of_a_server_is_looked_after_from_here(
-    root: Path, server: str, tiny_cache: residua.ActivationCache
+    tiny_cache: residua.ActivationCache, tmp_path: Path
 ) -> None:
+    # Of its own: probes of other tests name the cache.
+    root = tmp_path / "root"
+    shutil.copytree(tiny_cache.path, root / tiny_cache.id)
+    with service_process(root) as (server, _):
+        look_after_the_disk(root, server, tiny_cache)
+
+
+def look_after_the_disk(root: Path, server: str, tiny_cache: residua.ActivationCache) -> None:
     def without_time(text: str) -> str:
         return re.sub(r"[0-9.]+(?= (s|min) ago)|used [^,]*", "", text)
 
