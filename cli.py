@@ -1571,9 +1571,9 @@ def key_value(root: Path, quiet: bool, out: Path, **options: Any) -> Any:
     residua study essential-layers 3f2a --question question
     """
     from residua.analysis.studies.key_value_data import write_key_value_data
-    from residua.cache.files.disk_errors import check_target
+    from residua.cache.files.disk_errors import check_file_target
 
-    check_target(out)
+    check_file_target(out, "texts.jsonl")
     value = write_key_value_data(out, **options)
     text = f"{value['texts']:,} texts, the longest of {value['longest']:,} characters: {out}"
     return value, lambda: print(text)
@@ -1611,9 +1611,9 @@ def multi_document(root: Path, quiet: bool, gold: Path, out: Path, **options: An
     residua study essential-layers 3f2a --question question
     """
     from residua.analysis.studies.multi_document_data import write_multi_document_data
-    from residua.cache.files.disk_errors import check_target
+    from residua.cache.files.disk_errors import check_file_target
 
-    check_target(out)
+    check_file_target(out, "texts.jsonl")
     value = write_multi_document_data(gold, out, **options)
     text = f"{value['texts']:,} texts, the longest of {value['longest']:,} characters: {out}"
     return value, lambda: print(text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...cache.cluster import connected
 from ...cache.errors import UsageError
-from ...cache.files.disk_errors import check_target
+from ...cache.files.disk_errors import check_file_target, check_target
 from ...cache.number_ranges import absolute_numbers
 from ...cache.optional_libraries import require_extra
 from ...cache.store.activation_cache import ActivationCache
@@ -70,9 +70,7 @@ def check_outputs(html: Path | None, png: Path | None) -> None:
                 f"a report is a web page, not {html.suffix}: name it {html.with_suffix('.html')}; "
                 "--png takes a folder for pictures, and a browser prints the page as .pdf"
             )
-        if html.is_dir():
-            raise UsageError(f"{html} is a folder; name a file such as {html / 'report.html'}")
-        check_target(html)
+        check_file_target(html, "report.html")
     if png is not None:
         if png.suffix.lower() in (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".html"):
             raise UsageError(f"--png takes a folder for several pictures, such as {png.stem}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache.errors import UsageError
-from ...cache.files.disk_errors import check_target
+from ...cache.files.disk_errors import check_file_target
 from ...cache.number_ranges import absolute_numbers
 from ...cache.optional_libraries import require_extra
 from ...cache.store.activation_cache import ActivationCache
@@ -73,9 +73,7 @@ def check_heatmap_outputs(html: Path | None, png: Path | None) -> None:
     require_extra("report", "a picture")
     if png.suffix.lower() != ".png":
         raise UsageError(f"the picture is a PNG file: name it {png.with_suffix('.png')}")
-    if png.is_dir():
-        raise UsageError(f"{png} is a folder; name a file such as {png / 'heatmap.png'}")
-    check_target(png)
+    check_file_target(png, "heatmap.png")
 
 
 def read_heatmaps(

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ...cache.files.disk_errors import check_target
+from ...cache.errors import UsageError
+from ...cache.files.disk_errors import check_file_target
 from ...cache.optional_libraries import require_extra
 from .essential_layers import EssentialLayers, write_csv
 
@@ -12,9 +13,11 @@ def check_study_files(html: Path | None, png: Path | None, csv: Path | None) -> 
     require_extra("fit", "the study")
     if html is not None or png is not None:
         require_extra("report", "a picture")
-    for target in (html, png, csv):
+    if png is not None and png.suffix.lower() != ".png":
+        raise UsageError(f"the picture is a PNG file: name it {png.with_suffix('.png')}")
+    for target, name in ((html, "study.html"), (png, "study.png"), (csv, "study.csv")):
         if target is not None:
-            check_target(target)
+            check_file_target(target, name)
 
 
 def write_study_files(

@@ -186,6 +186,13 @@ def check_target(path: Path) -> None:
         ) from None
 
 
+def check_file_target(path: Path, name: str) -> None:
+    """`check_target` for a file; raises `UsageError` for a folder, too, with `name` as example."""
+    if not is_remote(path) and path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file such as {path / name}")
+    check_target(path)
+
+
 def _translate_disk_error(error: Exception, folder: Path) -> ResiduaError | None:
     """The error that describes the disk of `folder`; None if `error` is about another matter."""
     number = next(filter(None, map(_errno_of, _causes(error))), 0)

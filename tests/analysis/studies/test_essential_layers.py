@@ -310,6 +310,22 @@ def test_the_command_prints_and_writes_the_study(
     assert "no label 'place'" in wrong.output
 
 
+@pytest.mark.parametrize("option", ["html", "png", "csv"])
+def test_a_folder_or_wrong_ending_is_refused_before_the_study(
+    answer_cache: ActivationCache, tmp_path: Path, option: str
+) -> None:
+    root = answer_cache.path.parent
+    folder = tmp_path / f"folder.{option}"
+    folder.mkdir()
+    words = ["study", "essential-layers", answer_cache.id[:8], "--root", str(root)]
+    result = CliRunner().invoke(main, [*words, f"--{option}", str(folder)])
+    assert result.exit_code == 2, result.output
+    assert f"{folder} is a folder" in result.output
+    result = CliRunner().invoke(main, [*words, "--png", str(tmp_path / "a.xyz")])
+    assert result.exit_code == 2, result.output
+    assert "a.png" in result.output
+
+
 def test_a_page_of_a_planted_curve_says_so(tmp_path: Path) -> None:
     cells, depths = planted()
     hostile = replace(depths, lens="<b>lens</b>")

@@ -43,6 +43,15 @@ def test_counts_that_cannot_be_are_refused(tmp_path: Path) -> None:
         write_key_value_data(tmp_path / "kv.csv", [4], 1)
 
 
+@pytest.mark.parametrize("words", [["kv"], ["multidoc", "gold.jsonl"]])
+def test_a_folder_is_no_file_to_write(tmp_path: Path, words: list[str]) -> None:
+    folder = tmp_path / "folder.jsonl"
+    folder.mkdir()
+    result = CliRunner().invoke(main, ["data", *words, str(folder)])
+    assert result.exit_code == 2, result.output
+    assert f"{folder} is a folder" in result.output
+
+
 def test_the_command_writes_the_rows(tmp_path: Path) -> None:
     out = tmp_path / "kv.jsonl"
     words = ["data", "kv", str(out), "--pairs", "2,3", "--questions", "2", "--json"]
