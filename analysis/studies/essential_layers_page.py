@@ -65,6 +65,7 @@ def draw_essential_layers(result: EssentialLayers, subset: str = "final") -> "Fi
             panel.set_xlabel("position of the answer's document")
         for panel in line[2:]:
             panel.set_xlabel("layer")
+            panel.set_ylabel("share")
         line[3].legend(fontsize=8, frameon=False)
         bottom, top = line[0].get_ylim()
         line[0].set_ylim(min(bottom, -0.05), max(top, 1.0))
@@ -116,12 +117,14 @@ def _draw_accuracy(
     for number, color in zip(numbers, _colors(len(numbers)), strict=True):
         rows = [row for row in result.layers if row.lens == lens and row.documents == number]
         layers = sorted({row.layer for row in rows})
+        count = sum(row.n for row in rows if row.layer == layers[-1])
+        label = f"K = {number:g}, n = {count:,}"
         shares = [
             sum(row.accuracy * row.n for row in rows if row.layer == layer)
             / sum(row.n for row in rows if row.layer == layer)
             for layer in layers
         ]
-        panel.plot(layers, shares, "-o", ms=4, color=color, label=f"K = {number:g}")
+        panel.plot(layers, shares, "-o", ms=4, color=color, label=label)
     panel.set_ylim(-0.03, 1.03)
 
 
