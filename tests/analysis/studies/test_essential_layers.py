@@ -348,6 +348,8 @@ def test_a_page_of_a_planted_curve_says_so(tmp_path: Path) -> None:
     axes = draw_essential_layers(result).axes
     assert len(axes) == 4
     assert all(panel.get_xlabel() and panel.get_title() for panel in axes)
-    assert [text.get_text() for text in axes[3].get_legend().get_texts()] == ["K = 5, n = 200"]
+    legend = axes[3].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["K = 5, n = 200"]
     assert write_csv(result, tmp_path / "t.csv").read_text().startswith("lens,subset,")
     assert len(result.to_dataframe()) == 10
