@@ -140,7 +140,10 @@ class Cells:
     def masks(self) -> list[tuple[float, float, np.ndarray]]:
         """K, g and the mask of their answers, ascending."""
         pairs = np.unique(np.stack([self.documents, self.gold], 1), axis=0)
-        return [(k, g, (self.documents == k) & (self.gold == g)) for k, g in pairs.tolist()]
+        return [
+            (_whole(k), _whole(g), (self.documents == k) & (self.gold == g))
+            for k, g in pairs.tolist()
+        ]
 
     def subset(self, correct: np.ndarray, name: str) -> np.ndarray:
         """Mask of the answers of a subset; `correct` `(n,)` says where the last layer is right."""
@@ -234,7 +237,7 @@ class Cells:
         rows = []
         for subset in SUBSETS[: 1 + has_questions]:
             kept = self.subset(correct, subset)
-            for k in np.unique(self.documents).tolist():
+            for k in map(_whole, np.unique(self.documents).tolist()):
                 chosen = kept & (self.documents == k)
                 x = self.gold[chosen] / max(k - 1, 1)
                 curve = QuadraticFit(x, gap[chosen], self.units[chosen], has_questions)
@@ -301,6 +304,11 @@ class QuadraticFit:
             return None, None
         low, high = np.percentile(terms, (2.5, 97.5))
         return float(low), float(high)
+
+
+def _whole(number: float) -> float:
+    """`number` as an int where it is whole, as numbers of documents mostly are."""
+    return int(number) if number.is_integer() else number
 
 
 def _mean(values: np.ndarray) -> float | None:
