@@ -27,6 +27,7 @@ DOORS = {
         "cache/model/config_check.py",
         "cache/extraction/chat_template.py",
         "cache/extraction/prepare.py",
+        "cache/resuming/upper_blocks.py",
     },
     "datasets": {"cache/documents/document_loading.py"},
     "click": {
@@ -73,6 +74,7 @@ FLOORS = (
     "probes.training",
     "probes.saved",
     "probes.base",
+    "cache.resuming",
     "cache.extraction",
     "cache.checks",
     "cache.forward",
