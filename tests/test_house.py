@@ -51,6 +51,7 @@ FLOORS = (
     "analysis.commands",
     "analysis.console",
     "analysis.disk_use",
+    "analysis.interventions",
     "analysis.studies",
     "analysis.studies.essential_layers",
     "analysis.studies.texts",
