@@ -26,6 +26,8 @@ class StudyEntry:
     """Whether it takes `sample` and `readings`, which several studies share."""
     takes_positions: bool = True
     """Whether it takes `max_positions`."""
+    caches: tuple[str, ...] = ()
+    """Arguments of its command that name more caches: `CACHE`, or `NAME=CACHE`."""
     split: str | None = None
     """Split that it reads whatever the others read; None for theirs."""
     missing: str = ""
