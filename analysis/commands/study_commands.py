@@ -4,10 +4,11 @@ from typing import Any
 
 import click
 
+from ..console.options import JsonErrorGroup
 from .study_calls import StudyCall, run_every_study, run_study, study_command
 
 
-@click.group()
+@click.group(cls=JsonErrorGroup)
 def study() -> None:
     """Study what the probes of a cache say about one question.
 
