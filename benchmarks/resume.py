@@ -58,7 +58,9 @@ def main() -> None:
         for layer in range(depth + 1)
     }
     head = ratios[depth]
-    print(f"{type(model.blocks.model).__name__}, {args.batch} x {args.length} tokens, {depth} blocks")
+    print(
+        f"{type(model.blocks.model).__name__}, {args.batch} x {args.length} tokens, {depth} blocks"
+    )
     for layer, ratio in ratios.items():
         bound = 1 - layer / depth + head
         print(f"from layer {layer}: {ratio:.2f} of a whole run; 1 - l/L + head's share {bound:.2f}")

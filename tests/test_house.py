@@ -35,6 +35,7 @@ DOORS = {
         "analysis/console/options.py",
         "analysis/console/command_arguments.py",
         "analysis/commands/data_commands.py",
+        "analysis/commands/intervention_commands.py",
         "analysis/commands/study_calls.py",
         "analysis/commands/study_commands.py",
     },

@@ -38,9 +38,7 @@ class FutureMoments:
     """The same of layer L with itself."""
 
     @classmethod
-    def collect(
-        cls, sample: PositionSample, layer: int, offsets: Sequence[int]
-    ) -> "FutureMoments":
+    def collect(cls, sample: PositionSample, layer: int, offsets: Sequence[int]) -> "FutureMoments":
         """Read the rows of `sample` once for all offsets; rows that are not finite do not count."""
         cache = sample.cache
         d = cache.d_model

@@ -71,9 +71,7 @@ class LayerRuns:
     def batches(self) -> Iterator["RunBatch"]:
         """Yield all sequences of the sample in batches."""
         counted = np.ones(len(self.sample.positions), bool)
-        influence = InfluenceSample(
-            self.cache, self.sample.sequences, counted, self.sample.units
-        )
+        influence = InfluenceSample(self.cache, self.sample.sequences, counted, self.sample.units)
         for batch in influence.batches(self.batch_tokens):
             ids, mask, _ = batch.model_inputs(self.model.device)
             yield RunBatch(self, batch, ids, mask)
@@ -177,7 +175,9 @@ def load_resumable(
     return ResumableModel(load_model_of(cache, model, name, trust_remote_code))
 
 
-def mean_rows(cache: "ActivationCache", layers: "list[int]", seed: int = 0) -> dict[int, np.ndarray]:
+def mean_rows(
+    cache: "ActivationCache", layers: "list[int]", seed: int = 0
+) -> dict[int, np.ndarray]:
     """Mean of the finite rows of each layer on the train split, `(d_model,)` float64."""
     positions = train_positions(cache, seed)
     means = {}
@@ -204,16 +204,16 @@ def choose_layers(
 ) -> list[int]:
     """Layers to intervene at, ascending: all cached ones from `lowest` on by default.
 
-    The last layer is among the default ones if `last`. Raises `NotFoundError` for a layer that the
+    The last layer is among the default ones if `last`; -1 is the last layer. Raises `NotFoundError` for a layer that the
     cache lacks.
     """
-    from ...cache.number_ranges import as_tuple
+    from ...cache.number_ranges import absolute_numbers, as_tuple
 
     if layers is None:
         highest = cache.n_blocks if last else cache.n_blocks - 1
         chosen = [layer for layer in cache.layers if lowest <= layer <= highest]
     else:
-        chosen = sorted(set(as_tuple(layers, "layers")))
+        chosen = list(absolute_numbers(as_tuple(layers, "layers"), cache.n_blocks) or ())
     if not chosen:
         raise UsageError("there is no layer to intervene at; give --layers, such as 1-3")
     for layer in chosen:

@@ -406,9 +406,7 @@ def _layer_figure(rows: list[AblationRow], blocks: list[BlockRow]) -> StudyFigur
             _series(kind, [r for r in rows if (r.kind, r.offset) == (kind, offset)], "layer")
             for kind in kinds
         ]
-        panels.append(
-            Panel(f"Row ablated, read at offset {offset}", "layer", "KL, nats", series)
-        )
+        panels.append(Panel(f"Row ablated, read at offset {offset}", "layer", "KL, nats", series))
     bars = [
         _series(f"block {kind}", [r for r in blocks if r.kind == kind], "block")
         for kind in ("deleted", "mean")
@@ -470,9 +468,7 @@ def _sentences(rows: list[AblationRow], blocks: list[BlockRow]) -> list[str]:
     says = []
     for kind in dict.fromkeys(row.kind for row in rows):
         for offset in (0, 1):
-            known = [
-                r for r in rows if r.kind == kind and r.offset == offset and r.kl is not None
-            ]
+            known = [r for r in rows if r.kind == kind and r.offset == offset and r.kl is not None]
             if known:
                 top = max(known, key=lambda row: row.kl or 0.0)
                 says.append(
