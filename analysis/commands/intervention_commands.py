@@ -167,7 +167,7 @@ def erase(call: StudyCall, **options: Any) -> Any:
     "--sentences",
     type=click.Path(path_type=Path),
     required=True,
-    help="File of sentences with either word: .tsv, .csv or .jsonl with a column sentence, or .txt.",
+    help="File of sentences with either word: .tsv, .csv, .jsonl with a column sentence, or .txt.",
 )
 @click.option(
     "--words",

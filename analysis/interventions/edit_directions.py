@@ -9,7 +9,7 @@ erasure           e = S^-1 D / |S^-1/2 D|, d = D / |S^-1/2 D|: LEACE (Belrose et
                   after which no linear probe tells the classes apart; the reference is the mean
 token             e = d = the gradient of the difference of the two logits of a lens, of length 1,
                   its norm held fixed; the reference is the mean
-random            a random direction, orthonormal in the covariance metric; the reference is the mean
+random            a random direction of length 1 in the covariance metric; the reference is the mean
 """
 
 from dataclasses import dataclass

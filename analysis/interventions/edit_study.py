@@ -88,7 +88,7 @@ def study_edits(
     trust_remote_code: bool = False,
     progress: StageProgress | Auto | None = "auto",
 ) -> StudyResult:
-    """Take components of `layers` away in the model of `cache`: gain in `sentences`, harm elsewhere.
+    """Take components of `layers` away: gain in `sentences`, harm in the texts of `cache`.
 
     `directions` are of `KINDS`; each of `probes` adds one: a causal basis the span of its first
     direction, a lens the direction of the two words through it. The rows before either word in the
@@ -141,7 +141,7 @@ def study_edits(
     rare = rare_positions(runs)
     weights = resampling_counts(len(found.sentences), seed)
     rows_of = [_edit_row(effects, odds, key, amount, rare, weights) for key, amount in edits]
-    undefined = effects.undefined(effects.keys(), np.ones(runs.sample.count, bool))
+    undefined = effects.undefined(effects.changes, np.ones(runs.sample.count, bool))
     notes = [*found.describe(), *([note] if (note := runs.sample.units.note) else [])]
     if undefined:
         notes.append(f"{undefined} predictions are no distribution and do not count.")
@@ -158,8 +158,8 @@ def study_edits(
             "direction d and its encoder e: the difference of class means, LEACE (Belrose et al., "
             "2306.03819), the words' own direction through a lens, a causal basis, or a random one "
             "as control. The gain is the fall of the mean |p(first) - p(second)| after the text "
-            "before the word in each sentence (Winogender, Rudinger et al., 1804.09301); the harm is "
-            "measured on whole sequences of the cache, from whose layers the model runs on."
+            "before the word in each sentence (Winogender, Rudinger et al., 1804.09301); the harm "
+            "is measured on whole sequences of the cache, from whose layers the model runs on."
         ),
         subject=StudySubject.of(
             cache,
@@ -175,7 +175,7 @@ def study_edits(
         does_not_say=[
             "A smaller difference between two words is not a fair model: it is one measure of one "
             "pair of words.",
-            "The texts of the cache may hold what the edit changes; their loss is then no pure harm.",
+            "The texts of the cache may hold what the edit changes; their loss is no pure harm.",
         ],
         notes=notes,
         settings={

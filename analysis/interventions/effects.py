@@ -47,7 +47,8 @@ class Effects:
         for name, values in measured.items():
             kept[name][numbers] = values
 
-    def keys(self) -> list[tuple]:
+    @property
+    def changes(self) -> list[tuple]:
         """The changes, in the order in which they were measured."""
         return list(self._values)
 

@@ -1,8 +1,8 @@
 """What erasing information on later tokens does to later predictions: `study_erasure`.
 
 At one position in `spacing`, the subspace of a layer that tells of the prediction N steps later
-(`future_subspaces.py`) is erased, and the model runs on. If the model used it, the loss N steps later
-grows more than after controls of equal rank and of equal removed variance.
+(`future_subspaces.py`) is erased, and the model runs on. If the model used it, the loss N steps
+later grows more than after controls of equal rank and of equal removed variance.
 """
 
 from collections.abc import Mapping
@@ -142,7 +142,7 @@ def study_erasure(
                         report("erasures", done, total)
     rows = _rows(effects, subspaces, offsets)
     contrasts = _contrasts(effects, chosen, offsets)
-    undefined = effects.undefined(effects.keys(), edited)
+    undefined = effects.undefined(effects.changes, edited)
     notes = [note] if (note := runs.sample.units.note) else []
     if not_resumed := [layer for layer in chosen if not runs.is_resumed(layer)]:
         notes.append(f"All blocks ran for layers {not_resumed}: the model cannot be resumed there.")

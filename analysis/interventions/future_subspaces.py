@@ -2,10 +2,11 @@
 
 x is the whitened row of layer l at t, y_N the row of layer L at t + N, which the head turns into
 the prediction of the token after t + N. A = cov(x, y_N), B = cov(x, y_0), C = cov(y_0, y_N), all of
-rows of the train split. The partial covariance P = A - B cov(y_0)^-1 C is what x tells of y_N beyond
-y_0. Its left singular vectors, weighted by what the head makes of y (`W_U'W_U` with the gain of the
-norm, if the head is explicit), orthogonal to the first ones of B, span the future subspace: in the
-covariance metric (LEACE, Belrose et al., 2306.03819) its erasure leaves what it is uncorrelated with.
+rows of the train split. The partial covariance P = A - B cov(y_0)^-1 C is what x tells of y_N
+beyond y_0. Its left singular vectors, weighted by what the head makes of y (`W_U'W_U` with the gain
+of the norm, if the head is explicit), orthogonal to the first ones of B, span the future subspace:
+in the covariance metric (LEACE, Belrose et al., 2306.03819) its erasure leaves what it is
+uncorrelated with.
 """
 
 from collections.abc import Sequence
@@ -39,12 +40,12 @@ class FutureMoments:
 
     @classmethod
     def collect(cls, sample: PositionSample, layer: int, offsets: Sequence[int]) -> "FutureMoments":
-        """Read the rows of `sample` once for all offsets; rows that are not finite do not count."""
+        """Read the rows of `sample` once for all offsets; those not finite do not count."""
         cache = sample.cache
         d = cache.d_model
         rows = np.asarray(cache.residual_array(layer).take(sample.positions), np.float32)
         last = np.asarray(cache.residual_array(cache.n_blocks).take(sample.positions), np.float32)
-        finite = np.isfinite(rows).all(1) & np.isfinite(last).all(1)
+        finite: np.ndarray = np.isfinite(rows).all(1) & np.isfinite(last).all(1)
         at_offset, of_last = {}, {}
         # The same rows for all offsets, so that their covariances belong to one population.
         starts = same_passage(sample, max(offsets)) & finite
@@ -53,8 +54,8 @@ class FutureMoments:
         numbers = np.flatnonzero(starts)
         if len(numbers) < 2:
             raise UsageError(
-                f"the train split has {len(numbers)} positions with {max(offsets)} more after them, "
-                "too few for a covariance; extract more text"
+                f"the train split has {len(numbers)} positions with {max(offsets)} more after "
+                "them, too few for a covariance; extract more text"
             )
         for offset in offsets:
             first, second = Accumulator(d, d), Accumulator(d, d)
@@ -140,9 +141,9 @@ def find_subspaces(
 ) -> list[FutureSubspace]:
     """The future subspaces of all offsets from 1 on, that of the next step, and their controls.
 
-    Names: `future N`; `next step`; `random` and `PCA` of k directions; `random, variance`, of as many
-    random directions as remove about the variance of the first future subspace, and `PCA, variance`,
-    the k neighbouring principal axes that do.
+    Names: `future N`; `next step`; `random` and `PCA` of k directions; `random, variance`, of as
+    many random directions as remove about the variance of the first future subspace, and `PCA,
+    variance`, the k neighbouring principal axes that do.
     Raises `UsageError` if the rows vary in fewer than 2 k directions.
     """
     coordinates = moments.coordinates

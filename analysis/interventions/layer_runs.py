@@ -204,8 +204,8 @@ def choose_layers(
 ) -> list[int]:
     """Layers to intervene at, ascending: all cached ones from `lowest` on by default.
 
-    The last layer is among the default ones if `last`; -1 is the last layer. Raises `NotFoundError` for a layer that the
-    cache lacks.
+    The last layer is among the default ones if `last`; -1 is the last layer. Raises `NotFoundError`
+    for a layer that the cache lacks.
     """
     from ...cache.number_ranges import absolute_numbers, as_tuple
 

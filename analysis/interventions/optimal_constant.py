@@ -13,7 +13,7 @@ from ...cache.errors import UsageError
 from .layer_runs import LayerRuns, spaced_positions
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 STEPS = 60
 """Steps of Adam."""

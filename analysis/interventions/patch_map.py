@@ -74,9 +74,9 @@ def patch_passage(
     """Change the rows of `sequence`, one at a time, in the `width` positions up to `last`.
 
     `sequence` and `source` are numbers of sequences of the cache; without `source` rows become the
-    mean row of the layer. `last` is the index of the position whose prediction is read (default: the
-    last that both have). `tokens` are two texts of one token whose log-odds are compared. Raises
-    `UsageError` for sequences and tokens that are not there.
+    mean row of the layer. `last` is the index of the position whose prediction is read (default:
+    the last that both have). `tokens` are two texts of one token whose log-odds are compared.
+    Raises `UsageError` for sequences and tokens that are not there.
     """
     import torch
 
@@ -211,7 +211,7 @@ def token_id(cache: "ActivationCache", text: str) -> int:
         ids = [number for number, is_space in zip(ids, spaces, strict=True) if not is_space]
         if len(ids) == 1:
             return int(ids[0])
-        pieces = pieces or [token for token in encoding.tokens]
+        pieces = pieces or list(encoding.tokens)
     raise UsageError(f"{text!r} is not one token of this model but {pieces}; choose another word")
 
 

@@ -98,10 +98,11 @@ def study_patching(
 ) -> StudyResult:
     """Ablate rows of `layers` in the model of `cache`, and leave out whole blocks.
 
-    `bases` are causal bases whose whole span is ablated, beside the `kinds` of `KINDS`. One position
-    in `spacing` is changed, and read at offsets 0 to `offsets`. `passage` and `source` are numbers
-    of sequences for the map of `patch_passage` (default: the first sequence of the split, ablated
-    to the mean). Raises `UsageError` for what cannot be ablated, `MismatchError` for another model.
+    `bases` are causal bases whose whole span is ablated, beside the `kinds` of `KINDS`. One
+    position in `spacing` is changed, and read at offsets 0 to `offsets`. `passage` and `source` are
+    numbers of sequences for the map of `patch_passage` (default: the first sequence of the split,
+    ablated to the mean). Raises `UsageError` for what cannot be ablated, `MismatchError` for
+    another model.
     """
     import torch
 
@@ -156,7 +157,7 @@ def study_patching(
         )
     rows = _ablation_rows(effects, chosen, changes, offsets)
     block_rows = _block_rows(effects, blocks)
-    undefined = effects.undefined([row for row in effects.keys() if row[0] == "ablate"], edited)
+    undefined = effects.undefined([key for key in effects.changes if key[0] == "ablate"], edited)
     return StudyResult(
         study="patch",
         title=f"Ablated layers of {cache.manifest.model_name}",
@@ -414,8 +415,8 @@ def _layer_figure(rows: list[AblationRow], blocks: list[BlockRow]) -> StudyFigur
     panels.append(Panel("Block left out everywhere", "block", "KL, nats", bars))
     return StudyFigure(
         "layers",
-        "KL from the unchanged model to the model with one row ablated, at the changed position and "
-        "the one after it, and with one block left out at all positions.",
+        "KL from the unchanged model to the model with one row ablated, at the changed position "
+        "and the one after it, and with one block left out at all positions.",
         [panels],
     )
 
@@ -497,8 +498,8 @@ def _notes(runs: LayerRuns, layers: list[int], undefined: int) -> list[str]:
     not_resumed = [layer for layer in layers if not runs.is_resumed(layer)]
     if not_resumed:
         notes.append(
-            f"The model cannot be resumed from layers {not_resumed}: all of its blocks ran, and the "
-            "layer was overwritten."
+            f"The model cannot be resumed from layers {not_resumed}: all of its blocks ran, and "
+            "the layer was overwritten."
         )
     if undefined:
         notes.append(f"{undefined} predictions are no distribution and do not count.")

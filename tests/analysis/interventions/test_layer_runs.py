@@ -73,9 +73,9 @@ def test_unchanged_rows_give_the_heads_logits(runs: LayerRuns) -> None:
 
 def test_another_model_is_refused(tiny_cache: residua.ActivationCache) -> None:
     other = load_model(models.build_model("gpt_neox", seed=5))
+    batch = next(iter(LayerRuns.prepare(tiny_cache, other, max_positions=100).batches()))
     with pytest.raises(MismatchError, match="layer 1 of the cache does not give"):
-        stranger = LayerRuns.prepare(tiny_cache, other, max_positions=100)
-        next(iter(stranger.batches())).clean_logits(1)
+        batch.clean_logits(1)
     with pytest.raises(MismatchError, match="this model has 2 of width 16"):
         LayerRuns.prepare(tiny_cache, load_model_of_toy())
 
