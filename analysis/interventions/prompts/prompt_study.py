@@ -53,7 +53,7 @@ def study_prompts(
     cache: "ActivationCache",
     lenses: Sequence[Any] | Mapping[str, Any] = (),
     *,
-    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    prompts: Sequence[str | PatchedPrompt] = DEFAULT_PROMPTS,
     layers: int | Sequence[int] | None = None,
     offsets: int | Sequence[int] = (0, 1, 2, 3),
     target_layer: int | None = None,
@@ -73,10 +73,11 @@ def study_prompts(
     """Put cached states into `prompts`, and compare what the model says with what it said in place.
 
     `lenses` are fitted `LearnedPrompt`s, read at their layers and offsets, and probes to compare
-    with. `prompts` are texts, or `simlens` (a start token and the state's own token). States of
-    `layers` (default: all of the cache) are put in at the same layer, or at `target_layer`. `free`
-    adds readings without the text's tokens. Unless `rivals` is off, a bigram and a vocabulary probe
-    of [state; embedding of the next token] are fitted on the train split and stand beside each row.
+    with. `prompts` are texts, `PatchedPrompt`s, or `simlens` (a start token and the state's own
+    token). States of `layers` (default: all of the cache) are put in at the same layer, or at
+    `target_layer`. `free` adds readings without the text's tokens. Unless `rivals` is off, a bigram
+    and a vocabulary probe of [state; embedding of the next token] are fitted on the train split and
+    stand beside each row.
     `where` is a bool mask over the positions t, of which at most `max_positions` are drawn.
     `passage` is the number of a sequence to draw (default: the first of the split), of which
     `passage_tokens` tokens are shown; 0 leaves the picture out. `model` is the folder, hub id or
@@ -94,7 +95,10 @@ def study_prompts(
         cache, split, max(offset_numbers), max_positions, seed=seed, where=where
     )
     places = _places(sample, seed)
-    fixed = [read_prompt(text, cache) for text in prompts]
+    fixed = [
+        prompt if isinstance(prompt, PatchedPrompt) else read_prompt(prompt, cache)
+        for prompt in prompts
+    ]
     entries = _entries(fixed, learned, layer_numbers, offset_numbers, target_layer)
     for entry in entries:
         check_context(resumable, entry.prompt.length + max(offset_numbers))
@@ -155,7 +159,7 @@ def study_prompts(
         does_not_say=NOT_SAID,
         notes=_notes(rows, places, resumable, entries),
         settings={
-            "prompts": list(prompts),
+            "prompts": [prompt.name for prompt in fixed],
             "layers": list(layer_numbers),
             "offsets": list(offset_numbers),
             "target_layer": target_layer,
