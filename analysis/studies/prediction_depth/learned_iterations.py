@@ -50,6 +50,24 @@ class CheckpointReadings:
         return np.where(self.known & np.isnan(found), np.inf, found)
 
 
+def parse_checkpoints(arguments: Sequence[str]) -> dict[int, str]:
+    """Iteration -> name of a cache, from arguments such as `1000=3f2a`.
+
+    Raises `UsageError` for another form, and for an iteration that comes twice.
+    """
+    names: dict[int, str] = {}
+    for argument in arguments:
+        iteration, sign, name = argument.partition("=")
+        if not (sign and name and iteration.strip().isdecimal()):
+            raise UsageError(
+                f"a checkpoint is ITERATION=CACHE, such as 1000=3f2a, not {argument!r}"
+            )
+        if int(iteration) in names:
+            raise UsageError(f"the iteration {int(iteration)} has two checkpoints: give one")
+        names[int(iteration)] = name
+    return names
+
+
 def iterations_learned(correct: np.ndarray, iterations: Sequence[int]) -> np.ndarray:
     """First iteration from which `correct` `(n, checkpoints)` is true to the end, `(n,)` float64.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ....cache.devices import choose_device
 from ....cache.errors import UsageError
-from ....cache.progress import Auto, Progress, show_stage
+from ....cache.progress import Auto, StageProgress, progress_of_stage, show_stages
 from ....probes.base.readout import Readout
 from ....probes.lens.logit_lens import LogitLens
 from ...evaluation.probe_names import name_readouts
@@ -32,7 +32,7 @@ from .depth_rows import (
 )
 from .depth_sentences import DOES_NOT_SAY, METHOD, QUESTION, depth_sentences
 from .depths import prediction_depths
-from .learned_iterations import read_checkpoints
+from .learned_iterations import CheckpointReadings, read_checkpoints
 from .token_classes import classify_next_tokens, count_tokens, frequency_deciles
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def study_prediction_depth(
     learned: str | None = None,
     seed: int = 0,
     device: str = "auto",
-    progress: Progress | Auto | None = "auto",
+    progress: StageProgress | Auto | None = "auto",
     sample: PositionSample | None = None,
     readings: Mapping[str, Trajectories] | None = None,
 ) -> StudyResult:
@@ -67,11 +67,19 @@ def study_prediction_depth(
     if sample is None:
         sample = choose_positions(cache, split, max_positions, seed)
     of_label = None if learned is None else _label_numbers(sample, learned)
-    if readings is None:
-        named = name_readouts(lenses, [LogitLens.of(cache, 0)])
-        readings = measure_trajectories(
-            sample, named, measures=NEEDED, device=device, progress=progress
-        )
+    found: CheckpointReadings | None = None
+    with show_stages(progress) as report:
+        if readings is None:
+            readings = measure_trajectories(
+                sample,
+                name_readouts(lenses, [LogitLens.of(cache, 0)]),
+                measures=NEEDED,
+                device=device,
+                progress=progress_of_stage(report, "trajectories"),
+            )
+        if checkpoints is not None:
+            stage = progress_of_stage(report, "checkpoints")
+            found = read_checkpoints(sample, checkpoints, choose_device(device), stage)
     notes: list[str] = []
 
     # What is known of each position: loss, class and frequency of the next token, when learned.
@@ -79,9 +87,7 @@ def study_prediction_depth(
     loss = any_lens.values["cross_entropy"][:, -1].astype(np.float64)
     correct = np.where(np.isnan(loss), np.nan, any_lens.top[:, -1] == sample.text_tokens)
     groups, variables = _next_token_groups(sample, loss, correct, notes)
-    if checkpoints is not None:
-        with show_stage(progress, "checkpoints") as report:
-            found = read_checkpoints(sample, checkpoints, choose_device(device), report)
+    if found is not None:
         when = found.learned_or_later()
         groups[LEARNED] = when
         variables["iteration learned", "learned"] = np.where(np.isinf(when), np.nan, when)

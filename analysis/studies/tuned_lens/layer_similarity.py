@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ....cache.errors import UsageError
-from ....cache.progress import Auto, Progress, show_stage
+from ....cache.progress import Progress
 from ....probes.moments.moment_sources import obtain_moments
 from ....probes.moments.moments import merge_all
 from ....probes.moments.pass_plan import MomentRequest
@@ -86,7 +86,7 @@ class LayerCovariance:
 
 
 def read_covariances(
-    cache: "ActivationCache", progress: Progress | Auto | None = "auto"
+    cache: "ActivationCache", progress: Progress | None = None
 ) -> dict[int, LayerCovariance]:
     """Covariance of every layer of `cache`, over its train split; nothing is written.
 
@@ -97,11 +97,10 @@ def read_covariances(
         raise UsageError("the train split has fewer than 2 positions: covariances need more")
     request = MomentRequest.of(cache, None, [0], None)
     found: dict[int, LayerCovariance] = {}
-    with show_stage(progress, "moments") as report:
-        for moments in obtain_moments(cache, request, keep=False, progress=report):
-            for (layer, _, _), folds in moments.pairs.items():
-                total = merge_all(folds)
-                found[layer] = LayerCovariance(total.n, total.mean_x, total.xx / total.n)
+    for moments in obtain_moments(cache, request, keep=False, progress=progress):
+        for (layer, _, _), folds in moments.pairs.items():
+            total = merge_all(folds)
+            found[layer] = LayerCovariance(total.n, total.mean_x, total.xx / total.n)
     return dict(sorted(found.items()))
 
 

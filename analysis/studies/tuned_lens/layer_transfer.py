@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ....cache.devices import TileRows, copy_to_device, copy_to_host
-from ....cache.progress import Auto, Progress, show_stage
+from ....cache.progress import Progress
 from ....probes.base.readout import Readout
 from ....probes.base.resampling import Interval, bootstrap_interval
 from ...evaluation.pair_tiles import default_tile_rows
@@ -92,7 +92,7 @@ def measure_transfer(
     *,
     positions: int,
     device: "torch.device",
-    progress: Progress | Auto | None = "auto",
+    progress: Progress | None = None,
 ) -> list[LayerTransferRow]:
     """Every translator of `lens` on every one of `layers`, at `positions` random positions.
 
@@ -100,8 +100,7 @@ def measure_transfer(
     """
     rng = np.random.default_rng([sample.seed, 1])
     chosen = np.sort(rng.permutation(sample.count)[:positions])
-    with show_stage(progress, f"transfer of {name}") as report:
-        sums = _TransferReader(sample, lens, tuple(layers), chosen, device).read(report)
+    sums = _TransferReader(sample, lens, tuple(layers), chosen, device).read(progress)
     units, rows = sample.unit_numbers[chosen], []
     for column, layer in enumerate(layers):
         for number, translator in enumerate(layers):

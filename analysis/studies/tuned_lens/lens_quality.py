@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ....cache.devices import choose_device
 from ....cache.errors import UsageError
-from ....cache.progress import Auto, Progress
+from ....cache.progress import Auto, Progress, StageProgress, progress_of_stage, show_stages
 from ....probes.base.readout import Readout
 from ....probes.lens.logit_lens import LogitLens
 from ...evaluation.lens_heatmap import WIDTH
@@ -76,7 +76,7 @@ def study_tuned_lens(
     token: str | int | None = None,
     seed: int = 0,
     device: str = "auto",
-    progress: Progress | Auto | None = "auto",
+    progress: StageProgress | Auto | None = "auto",
     sample: PositionSample | None = None,
     readings: Mapping[str, Trajectories] | None = None,
 ) -> StudyResult:
@@ -99,34 +99,40 @@ def study_tuned_lens(
     labelled = None if label is None else LabelledSequences.of(sample, label)
     notes: list[str] = []
 
-    # One pass over the rows, for all lenses and layers.
-    if readings is None:
-        readings = measure_trajectories(
-            sample, named, measures=MEASURES, marginals=True, device=device, progress=progress
-        )
+    with show_stages(progress) as report:
+        # One pass over the rows, for all lenses and layers; and the passage.
+        if readings is None:
+            readings = measure_trajectories(
+                sample,
+                named,
+                measures=MEASURES,
+                marginals=True,
+                device=device,
+                progress=progress_of_stage(report, "trajectories"),
+            )
+        of_passage = progress_of_stage(report, "passage")
+        in_passage = read_passage(cache, passage, named, tracked, device, of_passage)
+
+        # How alike the layers are, and what translators do on other layers.
+        pairs, spreads = _similarities(sample, progress_of_stage(report, "moments"), notes)
+        transfer: list[LayerTransferRow] = []
+        for name, lens in named.items():
+            layers = readings[name].layers[:-1] if name in readings else ()
+            if transfer_positions and is_affine(lens, layers):
+                transfer += measure_transfer(
+                    sample,
+                    str(name),
+                    lens,
+                    layers,
+                    positions=transfer_positions,
+                    device=choose_device(device),
+                    progress=progress_of_stage(report, f"transfer of {name}"),
+                )
+            elif transfer_positions and name != LogitLens.kind:
+                notes.append(f"{name} has no affine map to the last layer: it is not transferred")
     layer_rows = lens_layer_rows(sample, readings)
     guesses = early_guess_rows(sample, readings, count_tokens(cache))
-    cells = passage_rows(
-        cache, passage, read_passage(cache, passage, named, tracked, device, progress)
-    )
-
-    # How alike the layers are, and what translators do on other layers.
-    pairs, spreads = _similarities(sample, progress, notes)
-    transfer: list[LayerTransferRow] = []
-    for name, lens in named.items():
-        layers = readings[name].layers[:-1] if name in readings else ()
-        if transfer_positions and is_affine(lens, layers):
-            transfer += measure_transfer(
-                sample,
-                str(name),
-                lens,
-                layers,
-                positions=transfer_positions,
-                device=choose_device(device),
-                progress=progress,
-            )
-        elif transfer_positions and name != LogitLens.kind:
-            notes.append(f"{name} has no affine map to the last layer: it is not transferred")
+    cells = passage_rows(cache, passage, in_passage)
     drift = drift_rows(transfer, pairs, sample.seed)
 
     # Entropy profiles by class.
@@ -195,7 +201,7 @@ def study_tuned_lens(
 
 
 def _similarities(
-    sample: PositionSample, progress: Progress | Auto | None, notes: list[str]
+    sample: PositionSample, progress: Progress | None, notes: list[str]
 ) -> "tuple[Sequence[LayerPairRow], Sequence[object]]":
     """Rows of pairs of layers and of layers; none, with a note, without a train split."""
     try:

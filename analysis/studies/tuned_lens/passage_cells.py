@@ -8,7 +8,7 @@ import numpy as np
 
 from ....cache.devices import choose_device
 from ....cache.errors import UsageError
-from ....cache.progress import Auto, Progress
+from ....cache.progress import Progress
 from ....probes.base.readout import Readout
 from ...evaluation.lens_heatmap import find_telling_passages
 from ...token_texts.token_names import TokenNames
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PassageRow:
+class PassageCellRow:
     """What one lens says at one layer after one token; nats, None where undefined."""
 
     lens: str
@@ -49,7 +49,7 @@ class PassageRow:
 
 
 @dataclass(frozen=True)
-class Passage:
+class LensPassage:
     """A run of tokens of one sequence."""
 
     sequence: int
@@ -65,7 +65,7 @@ def choose_passage(
     start: int | None,
     width: int,
     device: str,
-) -> Passage:
+) -> LensPassage:
     """The passage that was asked for, else the most telling one of the split.
 
     Raises `UsageError` for a sequence or start that is not there.
@@ -81,7 +81,7 @@ def choose_passage(
     length, start = int(cache.sequence_length[sequence]), start or 0
     if not 0 <= start < length:
         raise UsageError(f"sequence {sequence} has {length} tokens: none at {start}")
-    return Passage(sequence, start, min(width, length - start))
+    return LensPassage(sequence, start, min(width, length - start))
 
 
 def find_token(cache: "ActivationCache", token: "str | int | None") -> int | None:
@@ -108,11 +108,11 @@ def find_token(cache: "ActivationCache", token: "str | int | None") -> int | Non
 
 def read_passage(
     cache: "ActivationCache",
-    passage: Passage,
+    passage: LensPassage,
     lenses: Mapping[str, Readout],
     tracked: int | None,
     device: str,
-    progress: Progress | Auto | None,
+    progress: Progress | None = None,
 ) -> dict[str, Trajectories]:
     """All measures of all lenses in `passage`; arrays are `(width, layers)`."""
     first = int(cache.sequence_start[passage.sequence]) + passage.start
@@ -125,13 +125,15 @@ def read_passage(
 
 
 def passage_rows(
-    cache: "ActivationCache", passage: Passage, readings: Mapping[str, Trajectories]
-) -> list[PassageRow]:
+    cache: "ActivationCache", passage: LensPassage, readings: Mapping[str, Trajectories]
+) -> list[PassageCellRow]:
     """One row for each lens, token and layer."""
     names = TokenNames(cache)
     first = int(cache.sequence_start[passage.sequence]) + passage.start
     tokens = np.asarray(cache.tokens[first : first + passage.width], np.int64)
-    fields = [name for name in PassageRow.__dataclass_fields__ if name in (*MEASURES, "tracked")]
+    fields = [
+        name for name in PassageCellRow.__dataclass_fields__ if name in (*MEASURES, "tracked")
+    ]
     fields += ["tracked_rank", "tracked_log_p"]
     rows = []
     for lens in readings.values():
@@ -142,7 +144,7 @@ def passage_rows(
                     for name in fields
                 }
                 rows.append(
-                    PassageRow(
+                    PassageCellRow(
                         lens=str(lens.lens),
                         index=passage.start + place,
                         token=names(token),

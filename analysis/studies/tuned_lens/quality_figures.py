@@ -12,7 +12,7 @@ from .entropy_profiles import EntropyProfileRow
 from .layer_similarity import LayerPairRow
 from .layer_transfer import LayerTransferRow
 from .lens_layers import LensLayerRow
-from .passage_cells import PassageRow
+from .passage_cells import PassageCellRow
 
 PASSAGE_MEASURES = (
     ("kl", "Top token of the lens, and KL from the model", "KL(model || lens), nats"),
@@ -24,7 +24,7 @@ PASSAGE_MEASURES = (
     ("total_variation", "Total variation from the model", "half L1"),
     ("tracked_rank", "Rank of the tracked token", "log10 of the rank"),
 )
-"""Field of `PassageRow`, title and colour of the heatmaps of a passage."""
+"""Field of `PassageCellRow`, title and colour of the heatmaps of a passage."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,6 @@ class _Curve:
 
 def quality_figure(rows: Sequence[LensLayerRow]) -> StudyFigure:
     """Perplexity, KL, marginal bias and echo of every lens over layers."""
-    echo = _curve_panel(
-        rows, _Curve("echo", "Top token is the input token", "share of positions", False, (0, 1))
-    )
-    model = next((row.echo for row in reversed(rows) if row.echo is not None), None)
-    if model is not None:
-        echo = Panel(
-            echo.title,
-            echo.x_label,
-            echo.y_label,
-            echo.series,
-            y_range=(0.0, None),
-            reference=model,
-            reference_label="the model itself",
-        )
     return StudyFigure(
         "lens-quality",
         "Every lens over layers; the last layer is the model itself. Intervals of 95 % over "
@@ -67,7 +53,9 @@ def quality_figure(rows: Sequence[LensLayerRow]) -> StudyFigure:
                 _curve_panel(
                     rows, _Curve("marginal_bias_bits", "Bias of the mean distribution", "bits")
                 ),
-                echo,
+                _curve_panel(
+                    rows, _Curve("echo", "Top token is the input token", "share of positions")
+                ),
             ],
         ],
     )
@@ -112,7 +100,7 @@ def _curve_panel(rows: Sequence[LensLayerRow], curve: _Curve) -> Panel:
     )
 
 
-def passage_figures(rows: Sequence[PassageRow], tracked: str | None) -> list[StudyFigure]:
+def passage_figures(rows: Sequence[PassageCellRow], tracked: str | None) -> list[StudyFigure]:
     """Heatmaps of one passage, a figure for each lens; `tracked` is the label of that token."""
     figures = []
     for lens in dict.fromkeys(row.lens for row in rows):
@@ -139,14 +127,14 @@ def slug(name: str) -> str:
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "lens"
 
 
-def _passage_panel(rows: Sequence[PassageRow], field: str, title: str, color: str) -> HeatPanel:
+def _passage_panel(rows: Sequence[PassageCellRow], field: str, title: str, color: str) -> HeatPanel:
     """One measure of one lens, layers by tokens."""
     layers = sorted({row.layer for row in rows})
     tokens = {row.index: row.token for row in rows}
     cell = {(row.layer, row.index): row for row in rows}
     is_rank = field.endswith("rank")
 
-    def value(row: PassageRow) -> float | None:
+    def value(row: PassageCellRow) -> float | None:
         number = getattr(row, field)
         return None if number is None else float(np.log10(number)) if is_rank else number
 
@@ -154,10 +142,10 @@ def _passage_panel(rows: Sequence[PassageRow], field: str, title: str, color: st
         title,
         "token that was read",
         "layer",
-        list(tokens.values()),
-        [str(layer) for layer in layers],
-        [[value(cell[layer, index]) for index in tokens] for layer in layers],
-        color,
+        x_names=list(tokens.values()),
+        y_names=[str(layer) for layer in layers],
+        values=[[value(cell[layer, index]) for index in tokens] for layer in layers],
+        color_label=color,
         texts=[[cell[layer, index].top for index in tokens] for layer in layers]
         if field == "kl"
         else None,
@@ -166,7 +154,7 @@ def _passage_panel(rows: Sequence[PassageRow], field: str, title: str, color: st
     )
 
 
-def _hover(row: PassageRow) -> str:
+def _hover(row: PassageCellRow) -> str:
     """What the mouse shows of a cell."""
     numbers = [
         f"{name}: {'undefined' if value is None else f'{value:.3g}'}"
@@ -193,18 +181,18 @@ def transfer_figure(
     points = [(i, j) for i in layers for j in layers if i != j and (i, j) in similarity]
     return StudyFigure(
         f"transfer-{slug(lens)}",
-        f"What the translator of one layer of {lens} costs on the states of another, beside the "
-        "Frobenius cosine of the covariances of both layers.",
+        f"What the translator of one layer of {lens} costs on the states of another (KL more than "
+        "the native translator's), beside the Frobenius cosine of the covariances of both layers.",
         [
             [
                 HeatPanel(
                     "Transfer penalty",
                     "layer of the states",
                     "layer of the translator",
-                    names,
-                    names,
-                    [[penalty.get((i, j)) for j in layers] for i in layers],
-                    "KL more than the native translator's, nats",
+                    x_names=names,
+                    y_names=names,
+                    values=[[penalty.get((i, j)) for j in layers] for i in layers],
+                    color_label="penalty, nats",
                 ),
                 Panel(
                     "Penalty over similarity",
@@ -236,10 +224,10 @@ def similarity_figure(pairs: Sequence[LayerPairRow]) -> StudyFigure:
             title,
             "layer",
             "layer",
-            names,
-            names,
-            [[values.get((i, j)) for j in layers] for i in layers],
-            color,
+            x_names=names,
+            y_names=names,
+            values=[[values.get((i, j)) for j in layers] for i in layers],
+            color_label=color,
             color_range=(0.0, 1.0),
         )
 

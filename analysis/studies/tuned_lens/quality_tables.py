@@ -16,6 +16,8 @@ TITLES = {
     "profiles": "Entropy by class and layer",
     "passage": "Prediction trajectories of the passage",
 }
+MOST_SHOWN = {"transfer": 0, "profiles": 0, "passage": 0, "layer-pairs": 21}
+"""Most rows in a terminal, of tables that pages show whole."""
 HEADINGS = {
     "layers": {
         "lens": "lens",
@@ -114,7 +116,7 @@ HEADINGS = {
 def quality_tables(rows: Mapping[str, Sequence[Any]]) -> list[StudyTable]:
     """The tables that have rows, by name."""
     return [
-        StudyTable(name, TITLES[name], HEADINGS[name], found)
+        StudyTable(name, TITLES[name], HEADINGS[name], found, MOST_SHOWN.get(name, 40))
         for name, found in rows.items()
         if found
     ]
