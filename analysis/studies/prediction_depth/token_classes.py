@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...token_texts.position_masks import word_blocks
+from ...token_texts.position_masks import check_has_words, word_blocks
 from ...token_texts.token_text import plain_texts
 
 if TYPE_CHECKING:
@@ -31,11 +31,12 @@ BLOCK_TOKENS = 1 << 20
 def classify_next_tokens(
     cache: "ActivationCache", positions: np.ndarray, text_tokens: np.ndarray
 ) -> np.ndarray:
-    """Class of the token after each of `positions`, `(n,)` str; empty at the end of a document.
+    """Class of the token after each of `positions`, `(n,)` str; empty at the end of a document. and for special tokens.
 
-    `text_tokens` `(n,)` are the next tokens, -1 for none. Words need a cache that keeps all
-    positions and a tokenizer (`check_has_words`, which raises `UsageError`).
+    `text_tokens` `(n,)` are the next tokens, -1 for none. Raises `UsageError` for a cache that
+    does not keep all positions, their texts' characters and a tokenizer.
     """
+    check_has_words(cache)
     continues, in_name = np.zeros((2, cache.positions), bool)
     for block in word_blocks(cache):
         continues[block.positions] = block.next_continues_word
@@ -61,7 +62,7 @@ def _class_of_text(text: str) -> str:
     """Class of a token by its text alone; `word` for one with letters."""
     bare = text.strip()
     if not bare:
-        return "space" if text else "punctuation"
+        return "space" if text else ""
     if bare[0].isdigit():
         return "digit"
     return (
