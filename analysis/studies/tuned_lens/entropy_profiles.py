@@ -85,7 +85,7 @@ class LabelledSequences:
         words = np.array([_class_name(value) for value in values])
         has_class = (words != "") & np.isin(sample.sequences, sample.sequence_numbers)
         numbers, words = sample.sequences[has_class], words[has_class]
-        names, sizes = np.unique(words, return_counts=True)
+        names = np.unique(words)
         if not 2 <= len(names) <= MOST_CLASSES:
             raise UsageError(
                 f"the label {label!r} has {len(names)} classes among the {len(numbers)} sampled "
@@ -93,13 +93,14 @@ class LabelledSequences:
             )
         _, documents = np.unique(cache.sequence_document[numbers], return_inverse=True)
         documents = documents.ravel()
-        fewest = min(len(np.unique(documents[words == name])) for name in names)
+        of_class = [len(np.unique(documents[words == name])) for name in names]
+        fewest = min(of_class)
         if fewest < 2:
-            rare = names[np.argmin(sizes)]
+            rare = str(names[np.argmin(of_class)])
             raise UsageError(
-                f"a class of the label {label!r} stands in one sampled document alone (the "
-                f"smallest, {rare!r}, has {sizes.min()} sequences): documents are held out whole, "
-                "so that each class needs two; take a larger split or more positions"
+                f"the class {rare!r} of the label {label!r} stands in one sampled document alone: "
+                "documents are held out whole, so that each class needs two; take a larger split "
+                "or more positions"
             )
         return cls(label, numbers, words, documents, min(FOLDS, fewest))
 
