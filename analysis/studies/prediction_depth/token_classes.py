@@ -31,7 +31,7 @@ BLOCK_TOKENS = 1 << 20
 def classify_next_tokens(
     cache: "ActivationCache", positions: np.ndarray, text_tokens: np.ndarray
 ) -> np.ndarray:
-    """Class of the token after each of `positions`, `(n,)` str; empty for special tokens and without one.
+    """Class of the token after each of `positions`, `(n,)` str; empty without a class.
 
     `text_tokens` `(n,)` are the next tokens, -1 for none. Raises `UsageError` for a cache that
     does not keep all positions, their texts' characters and a tokenizer.
