@@ -4,11 +4,11 @@ from typing import Any
 
 import click
 
-from ..console.options import WHOLE_NUMBER
-from .study_calls import StudyCall, run_study, study_command
+from ..console.options import WHOLE_NUMBER, JsonErrorGroup
+from .study_calls import StudyCall, run_every_study, run_study, study_command
 
 
-@click.group()
+@click.group(cls=JsonErrorGroup)
 def study() -> None:
     """Study what the probes of a cache say about one question.
 
@@ -17,10 +17,27 @@ def study() -> None:
     """
 
 
+@study.command("all")
+@study_command()
+def all_studies(call: StudyCall, **options: Any) -> Any:
+    """Make every study that CACHE and its probes allow, and say why not the others.
+
+    Without PROBE, all probes of CACHE under the root are read. Studies of lenses share one sample
+    of positions and one pass over its rows. What CACHE cannot answer is named with the reason, and
+    with the command that would answer it.
+
+    \b
+    residua study all 3f2a
+    residua study all 3f2a lens-81d9 --html studies.html --png figures --csv tables
+    """
+    from ..studies.all_studies import run_all_studies
+
+    return run_every_study(run_all_studies, call, **options)
+
+
 @study.command("depth")
 @click.option(
-    "--checkpoint",
-    "checkpoints",
+    "--step",
     multiple=True,
     metavar="ITERATION=CACHE",
     help="Cache of the same texts by the model after so many iterations of training; give at least "
@@ -32,7 +49,7 @@ def study() -> None:
     help="Label of sequences with the iteration at which they were learned.",
 )
 @study_command()
-def prediction_depth(call: StudyCall, checkpoints: tuple[str, ...], **options: Any) -> Any:
+def prediction_depth(call: StudyCall, step: tuple[str, ...], **options: Any) -> Any:
     """Find after how many layers predictions settle, for which tokens, and what goes with it.
 
     The prediction depth of a position is the smallest layer from which the top token of a lens is
@@ -42,13 +59,13 @@ def prediction_depth(call: StudyCall, checkpoints: tuple[str, ...], **options: A
 
     \b
     residua study depth 3f2a lens-81d9 --html depth.html
-    residua study depth 3f2a lens-81d9 --checkpoint 1000=5a05 --checkpoint 2000=3f2a
+    residua study depth 3f2a lens-81d9 --step 1000=5a05 --step 2000=3f2a
     """
     from ...cache.store.catalog import find_cache
     from ..studies.prediction_depth.learned_iterations import parse_checkpoints
     from ..studies.prediction_depth.prediction_depth_study import study_prediction_depth
 
-    names = parse_checkpoints(checkpoints)
+    names = parse_checkpoints(step)
     found = {iteration: find_cache(name, call.root) for iteration, name in names.items()}
     return run_study(study_prediction_depth, call, checkpoints=found or None, **options)
 
@@ -69,7 +86,7 @@ def prediction_depth(call: StudyCall, checkpoints: tuple[str, ...], **options: A
 @click.option(
     "--question",
     help="Label of the question, if one stands in several sequences: differences are then within "
-    "questions.",
+    "questions.  [default: question, if there is such a label]",
 )
 @study_command(split="all", max_positions=None)
 def essential_layers(call: StudyCall, **options: Any) -> Any:

@@ -59,9 +59,7 @@ def parse_checkpoints(arguments: Sequence[str]) -> dict[int, str]:
     for argument in arguments:
         iteration, sign, name = argument.partition("=")
         if not (sign and name and iteration.strip().isdecimal()):
-            raise UsageError(
-                f"a checkpoint is ITERATION=CACHE, such as 1000=3f2a, not {argument!r}"
-            )
+            raise UsageError(f"a step is ITERATION=CACHE, such as 1000=3f2a, not {argument!r}")
         if int(iteration) in names:
             raise UsageError(f"the iteration {int(iteration)} has two checkpoints: give one")
         names[int(iteration)] = name
@@ -92,7 +90,7 @@ def read_checkpoints(
     if len(checkpoints) < 2:
         raise UsageError(
             f"when a position was learned takes at least 2 checkpoints, not {len(checkpoints)}: "
-            "give --checkpoint ITERATION=CACHE for each"
+            "give --step ITERATION=CACHE for each"
         )
     iterations = tuple(sorted(checkpoints))
     rows = {number: find_positions(sample, checkpoints[number]) for number in iterations}

@@ -318,6 +318,6 @@ def test_the_command_writes_a_page(tiny_cache: ActivationCache, tmp_path: Path) 
     value = json.loads(done.output)
     assert {row["division"] for row in value["tables"]["depth"]} == {"all", "class", "frequency"}
     assert "Prediction depth of" in page.read_text()
-    wrong = CliRunner().invoke(main, [*arguments, "--checkpoint", "nonsense"])
+    wrong = CliRunner().invoke(main, [*arguments, "--step", "nonsense"])
     assert wrong.exit_code == 2
     assert "ITERATION=CACHE" in wrong.output
