@@ -64,7 +64,15 @@ def fit_jacobian_lens(
     prompts, length, skip_first, batch_tokens, seed = numbers
     offset = None if offset is None else as_whole_number(offset, "offset")
     layer_numbers = _layers_of(cache, layers)
-    chosen = _draw_prompts(cache, split, prompts, length, skip_first, offset, seed)
+    chosen = _draw_prompts(
+        cache,
+        split,
+        prompts=prompts,
+        length=length,
+        skip_first=skip_first,
+        offset=offset,
+        seed=seed,
+    )
     resumable = model_of_cache(cache, model, device, trust_remote_code)
     batches = list(_batches(chosen, batch_tokens))
     saved = None
@@ -157,6 +165,7 @@ Prompt = tuple[int, int]
 def _draw_prompts(
     cache: ActivationCache,
     split: str,
+    *,
     prompts: int,
     length: int,
     skip_first: int,

@@ -75,13 +75,21 @@ def counting_model() -> ResumableModel:
     return ResumableModel(DecoderBlocks(model, "blocks", list(model.blocks), axes, (0,)))
 
 
-def counting_cache(root: Path, model: ResumableModel, texts: int = 60) -> ActivationCache:
-    """A cache of texts that count by random steps, one document each."""
+def counting_cache(
+    root: Path, model: ResumableModel, texts: int = 60, spoilt: int | None = None
+) -> ActivationCache:
+    """A cache of texts that count by random steps, one document each.
+
+    The state of layer 1 at the position `spoilt` is not finite.
+    """
     rng = np.random.default_rng(0)
     steps, starts = rng.integers(1, NUMBERS, texts), rng.integers(0, NUMBERS, texts)
     ids = (starts[:, None] + steps[:, None] * np.arange(LENGTH)) % NUMBERS
     with torch.inference_mode():
-        layers = model.blocks.residuals(torch.from_numpy(ids))
+        streams = model.blocks.residuals(torch.from_numpy(ids))
+    layers = [stream.flatten(0, 1).numpy().copy() for stream in streams]
+    if spoilt is not None:
+        layers[1][spoilt] = np.nan
     unembedding = np.zeros((NUMBERS, 3 * NUMBERS), np.float32)
     unembedding[:, 2 * NUMBERS :] = SHARPNESS * np.eye(NUMBERS)
     width = 3 * NUMBERS
@@ -90,7 +98,7 @@ def counting_cache(root: Path, model: ResumableModel, texts: int = 60) -> Activa
     head = Head("none", 1e-5, ones, np.zeros(width, np.float32), unembedding, zeros)
     return make_cache(
         root,
-        [layer.flatten(0, 1).numpy() for layer in layers],
+        layers,
         [LENGTH] * texts,
         head,
         ids=ids.ravel(),

@@ -60,7 +60,7 @@ class ReadingKey:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class PromptReading:
     """Measures of all samples, each `(n,)` float32, NaN where undefined."""
 
     values: dict[str, np.ndarray]
@@ -68,7 +68,7 @@ class Reading:
     """Top token, `(n,)` int64; -1 where undefined."""
 
     @classmethod
-    def empty(cls, count: int) -> "Reading":
+    def empty(cls, count: int) -> "PromptReading":
         """Readings of `count` samples, none of them defined yet."""
         values = {name: np.full(count, np.nan, np.float32) for name in MEASURES}
         return cls(values, np.full(count, -1, np.int64))
@@ -83,7 +83,7 @@ class PromptMeter:
     offsets: tuple[int, ...]
     shuffle: np.ndarray
     """The sample whose state each sample gets for the control, `(n,)` int64."""
-    readings: dict[ReadingKey, Reading] = field(default_factory=dict)
+    readings: dict[ReadingKey, PromptReading] = field(default_factory=dict)
 
     def measure(
         self,
@@ -93,7 +93,7 @@ class PromptMeter:
         *,
         free: bool,
         report: Callable[[int], None],
-    ) -> dict[ReadingKey, Reading]:
+    ) -> dict[ReadingKey, PromptReading]:
         """Measure all samples; `report` is called with the samples done.
 
         `probes` are read at `layers` (those without a layer once). `free` adds readings in which
@@ -256,7 +256,7 @@ class PromptMeter:
     ) -> None:
         """Measure the logits `(n, vocab)` of the samples `rows`."""
         if key not in self.readings:
-            self.readings[key] = Reading.empty(self.sample.count)
+            self.readings[key] = PromptReading.empty(self.sample.count)
         compared = compare_pairs(reference, logits.float().contiguous())
         is_known = (compared.defined & reference.defined).cpu().numpy()
         has_text = is_known & (reference.text >= 0).cpu().numpy()

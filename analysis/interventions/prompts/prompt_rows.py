@@ -7,7 +7,7 @@ import numpy as np
 
 from ....probes.base.resampling import Interval
 from ...studies.trajectories.position_sample import PositionSample
-from .prompt_readings import Reading, ReadingKey
+from .prompt_readings import PromptReading, ReadingKey
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class RivalRow:
     kl: float | None
 
 
-def hits(reading: Reading, most: int = 1, measure: str = "rank") -> np.ndarray:
+def hits(reading: PromptReading, most: int = 1, measure: str = "rank") -> np.ndarray:
     """1 where the token is among the first `most`, 0 elsewhere, NaN where undefined, `(n,)`."""
     ranks = reading.values[measure]
     return np.where(np.isnan(ranks), np.nan, ranks <= most).astype(np.float64)
@@ -79,7 +79,7 @@ def hits(reading: Reading, most: int = 1, measure: str = "rank") -> np.ndarray:
 def prompt_row(
     name: str,
     keys: Sequence[ReadingKey],
-    readings: Mapping[ReadingKey, Reading],
+    readings: Mapping[ReadingKey, PromptReading],
     places: PositionSample,
     rivals: "Rivals",
 ) -> PromptRow:
@@ -91,10 +91,10 @@ def prompt_row(
     own_readings = [readings[key] for key in keys]
     shuffled_readings = [readings[replace(key, is_shuffled=True)] for key in keys]
 
-    def mean_hits(of: Sequence[Reading], most: int = 1, measure: str = "rank") -> np.ndarray:
+    def mean_hits(of: Sequence[PromptReading], most: int = 1, measure: str = "rank") -> np.ndarray:
         return np.mean([hits(reading, most, measure) for reading in of], 0)
 
-    def mean_of(of: Sequence[Reading], measure: str) -> np.ndarray:
+    def mean_of(of: Sequence[PromptReading], measure: str) -> np.ndarray:
         return np.mean([reading.values[measure] for reading in of], 0)
 
     own, control = mean_hits(own_readings), mean_hits(shuffled_readings)
@@ -138,7 +138,7 @@ def prompt_row(
     )
 
 
-def rival_row(key: ReadingKey, reading: Reading, places: PositionSample) -> RivalRow:
+def rival_row(key: ReadingKey, reading: PromptReading, places: PositionSample) -> RivalRow:
     """The row of a probe."""
     own = hits(reading)
     precision, interval = places.mean(own)
@@ -168,7 +168,10 @@ class Rivals:
 
     @staticmethod
     def of(
-        readings: Mapping[ReadingKey, Reading], name: str | None, layer: int | None, offset: int
+        readings: Mapping[ReadingKey, PromptReading],
+        name: str | None,
+        layer: int | None,
+        offset: int,
     ) -> np.ndarray | None:
         """Hits of a probe, `(n,)`; None where it has no reading."""
         if name is None:

@@ -26,7 +26,7 @@ from ...studies.results.study_figures import StudyFigure
 from ...studies.results.study_result import StudyResult, StudySubject
 from ...studies.trajectories.position_sample import PositionSample
 from .passage_picture import passage_figure, read_passage
-from .prompt_readings import PromptEntry, PromptMeter, Reading, ReadingKey, other_samples
+from .prompt_readings import PromptEntry, PromptMeter, PromptReading, ReadingKey, other_samples
 from .prompt_rows import PromptRow, Rivals, prompt_row, rival_row
 from .prompt_texts import (
     METHOD,
@@ -280,7 +280,7 @@ def _with_rivals(
 
 
 def _rows(
-    readings: Mapping[ReadingKey, Reading],
+    readings: Mapping[ReadingKey, PromptReading],
     entries: Sequence[PromptEntry],
     fixed: Sequence[str],
     places: PositionSample,
@@ -348,6 +348,8 @@ def _notes(
     notes = [
         "Behind the prompt the model sees the prompt's own last token at the layers below the one "
         "that takes the state.",
+        "The layer of the largest gain is chosen on the positions that are measured: read the "
+        "curve beside it.",
     ]
     if places.units.note:
         notes.append(places.units.note)

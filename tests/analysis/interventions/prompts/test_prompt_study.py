@@ -209,6 +209,54 @@ def test_other_samples_are_a_permutation_without_own_documents() -> None:
     assert other_samples(np.zeros(1, int), 1).tolist() == [0]
 
 
+def test_states_that_are_not_finite_do_not_count(model: ResumableModel, tmp_path: Path) -> None:
+    cache = counting_cache(tmp_path, model, texts=8, spoilt=LENGTH + 4)
+    found = study_prompts(
+        cache,
+        prompts=[PROMPT],
+        model=model,
+        split="all",
+        layers=1,
+        offsets=1,
+        where=positions_with_a_step(cache),
+        rivals=False,
+        passage=1,
+        passage_tokens=8,
+        progress=None,
+    )
+    (row,) = found.table("prompts").rows
+    assert row.n == found.subject.n - 1
+    assert row.precision == 1.0
+    assert any("1 readings have logits that are not finite" in note for note in found.notes)
+
+
+def test_one_position_of_one_document_has_no_interval(
+    model: ResumableModel, tmp_path: Path
+) -> None:
+    cache = counting_cache(tmp_path, model, texts=1)
+    found = study_prompts(
+        cache,
+        prompts=[PROMPT],
+        model=model,
+        split="all",
+        layers=1,
+        offsets=1,
+        where=positions_with_a_step(cache),
+        max_positions=1,
+        rivals=False,
+        progress=None,
+    )
+    (row,) = found.table("prompts").rows
+    assert (row.n, row.precision) == (1, 1.0)
+    assert row.precision_interval == (None, None)
+    assert "no interval" in found.says[0]
+    empty = [split for split in ("train", "validation", "test") if not len(cache.sequences(split))]
+    assert len(empty) == 2
+    for split in empty:
+        with pytest.raises(UsageError, match=f"the split '{split}' has no position with 1 more"):
+            study_prompts(cache, prompts=[PROMPT], model=model, split=split, offsets=1)
+
+
 def test_what_cannot_be_read_is_refused(cache: ActivationCache, model: ResumableModel) -> None:
     for options, message in (
         ({"offsets": (-1,)}, "offsets of 0 or more"),
