@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .analysis.report.html_report import write_report as write_report
     from .analysis.service_client.remote_service import RemoteService as RemoteService
     from .analysis.service_client.remote_service import connect as connect
+    from .analysis.studies.all_studies import AllStudies as AllStudies
+    from .analysis.studies.all_studies import run_all_studies as run_all_studies
+    from .analysis.studies.results.study_result import StudyResult as StudyResult
+    from .analysis.studies.study_registry import study as study
     from .cache.errors import ResiduaError as ResiduaError
     from .cache.extraction.api import extract as extract
     from .cache.extraction.damage_repair import repair as repair
