@@ -160,10 +160,11 @@ def _next_token_groups(
     try:
         groups[CLASS] = classify_next_tokens(cache, sample.positions, text)
     except UsageError as error:
-        notes.append(f"no classes of tokens: {error}")
+        notes.append(f"no classes of tokens: {str(error).partition(';')[0]}")
     counts = count_tokens(cache)
     groups[FREQUENCY] = frequency_deciles(counts, text)
-    log_count = np.log(counts[np.maximum(text, 0)].astype(np.float64))
+    # Where a text ends there is no next token, and token 0 may stand nowhere.
+    log_count = np.log(np.maximum(counts[np.maximum(text, 0)], 1).astype(np.float64))
     variables = {
         ("loss", "all"): loss,
         ("loss", "right"): np.where(correct == 1, loss, np.nan),

@@ -205,6 +205,17 @@ def test_planted_echoes_and_early_guesses_are_found(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("lengths", [[1], [1, 1], [5]])
+def test_few_positions_give_what_is_defined(tmp_path: Path, lengths: list[int]) -> None:
+    ids = np.arange(1, 1 + sum(lengths))
+    cache = cache_with_tops(tmp_path, np.stack([ids, ids + 1]), lengths, 12, ids)
+    result = study_tuned_lens(cache, split="all", progress=None, device="cpu")
+    first = row_of(result, "layers", layer=0)
+    assert (first.echo, first.agreement) == (1, 0)
+    assert (first.cross_entropy is None) == (max(lengths) == 1)
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
 def test_buckets_count_ranks_of_frequency() -> None:
     counts = np.random.default_rng(0).permutation(2000)
     buckets = frequency_buckets(counts)
