@@ -11,6 +11,7 @@ import numpy as np
 
 from ....cache.devices import choose_device
 from ....cache.errors import UsageError
+from ....cache.format.manifest import SHORT_ID
 from ....cache.progress import Auto, StageProgress, progress_of_stage, show_stages
 from ....probes.base.readout import Readout
 from ....probes.lens.logit_lens import LogitLens
@@ -257,7 +258,9 @@ def _settings(
     """Arguments that change the numbers."""
     settings: dict[str, Any] = {"split": sample.split, "seed": sample.seed}
     if checkpoints is not None:
-        settings["checkpoints"] = {str(n): other.id for n, other in sorted(checkpoints.items())}
+        settings["checkpoints"] = ", ".join(
+            f"{number}: {other.id[:SHORT_ID]}" for number, other in sorted(checkpoints.items())
+        )
     if learned is not None:
         settings["learned"] = learned
     return settings
