@@ -451,7 +451,7 @@ def _map_figure(passage_map: PatchMap) -> StudyFigure:
         _map_title(passage_map),
         "position: token",
         "layer",
-        [f"{index}: {tokens[index]!r}" for index in indices],
+        [f"{index}: {tokens[index]}" for index in indices],
         [str(layer) for layer in layers],
         [[value(layer, index) for index in indices] for layer in layers],
         label,
