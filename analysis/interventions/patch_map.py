@@ -107,9 +107,7 @@ def patch_passage(
         names = TokenNames(cache)
         texts = [names(token) for token in passage.tokens[indices].tolist()]
         source_texts = (
-            None
-            if other is None
-            else [names(token) for token in other.tokens[indices].tolist()]
+            None if other is None else [names(token) for token in other.tokens[indices].tolist()]
         )
         own = None if ids is None else passage.log_odds(ids)
         for done, layer in enumerate(chosen):
@@ -132,7 +130,15 @@ def patch_passage(
             if progress is not None:
                 progress(done + 1, len(chosen))
         from_source = None if ids is None or other is None else other.log_odds(ids)
-    return PatchMap(tuple(cells), sequence, source, last, tokens, own, from_source)
+    return PatchMap(
+        cells=tuple(cells),
+        sequence=sequence,
+        source=source,
+        last=last,
+        tokens=tokens,
+        log_odds=own,
+        source_log_odds=from_source,
+    )
 
 
 class _Passage:
