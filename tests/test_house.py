@@ -55,6 +55,8 @@ FLOORS = (
     "analysis.interventions",
     "analysis.studies",
     "analysis.studies.essential_layers",
+    "analysis.studies.tuned_lens",
+    "analysis.studies.prediction_depth",
     "analysis.studies.texts",
     "analysis.studies.trajectories",
     "analysis.studies.results",
