@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .cache.extraction.model_reload import load_model_of as load_model_of
     from .cache.head.head import Head as Head
     from .cache.head.saved_head import load_head as load_head
+    from .cache.resuming.model_resuming import load_model as load_model
+    from .cache.resuming.resumable_model import ResumableModel as ResumableModel
     from .cache.sharing.flat_export import export as export
     from .cache.sharing.hub import pull_cache as pull_cache
     from .cache.sharing.hub import push_cache as push_cache

@@ -14,6 +14,7 @@ import click
 
 from residua import __version__
 from residua.analysis.commands.data_commands import data
+from residua.analysis.commands.intervention_commands import intervene
 from residua.analysis.commands.study_commands import study
 from residua.analysis.console.options import (
     BYTE_COUNT,
@@ -1533,6 +1534,7 @@ def jobs(root: Path, quiet: bool, job: str | None, cancel: bool, follow: bool) -
 
 
 main.add_command(data)
+main.add_command(intervene)
 main.add_command(study)
 
 
