@@ -33,6 +33,8 @@ class StudyEntry:
 
 
 STUDIES: Mapping[str, StudyEntry] = {
+    "anomaly": StudyEntry("anomaly.anomaly_study", "study_anomaly"),
     "essential-layers": StudyEntry("essential_layers.depth_study", "study_essential_layers"),
+    "icl": StudyEntry("in_context.shot_study", "study_in_context"),
 }
 """Name on the command line -> the study, in alphabetical order."""

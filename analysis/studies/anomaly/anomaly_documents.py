@@ -187,9 +187,7 @@ def find_first_tokens(
     }
     if "answer" not in words:
         return FirstTokens(answer, wanted, "without a label of the answer nothing is said of it")
-    found = {
-        prefix: _first_ids(tokenizer, words["answer"], prefix) for prefix in (" ", "")
-    }
+    found = {prefix: _first_ids(tokenizer, words["answer"], prefix) for prefix in (" ", "")}
     reference = of_text if has_text else top
     agreement = {prefix: float((ids == reference).mean()) for prefix, ids in found.items()}
     prefix = max(agreement, key=lambda key: agreement[key])
@@ -223,9 +221,7 @@ def _first_ids(tokenizer: Any, words: Sequence[str], prefix: str) -> np.ndarray:
 
 def find_option_tokens(cache: "ActivationCache", options: Sequence[str]) -> dict[str, int]:
     """First token of each option, after a space; raises `UsageError` where two share one."""
-    tokens = {
-        option: int(_first_ids(cache.tokenizer, [option], " ")[0]) for option in options
-    }
+    tokens = {option: int(_first_ids(cache.tokenizer, [option], " ")[0]) for option in options}
     if len(set(tokens.values())) < len(tokens) or -1 in tokens.values():
         raise UsageError(
             f"the options {', '.join(options)} do not begin with tokens of their own; give words "

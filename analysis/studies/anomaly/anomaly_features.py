@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ....cache.progress import Auto, Progress
+from ....cache.progress import Progress
 from ....probes.base.readout import Readout
 from ..trajectories.position_sample import PositionSample
 from ..trajectories.readings import Trajectories, measure_trajectories
@@ -34,7 +34,7 @@ def trajectory_features(
     lenses: Mapping[str, Readout],
     options: Mapping[str, int],
     device: str,
-    progress: Progress | Auto | None,
+    progress: Progress | None,
 ) -> tuple[list[FeatureSet], np.ndarray]:
     """Feature sets of all lenses, of the last layer alone, and the model's top tokens.
 
@@ -72,7 +72,7 @@ def _option_log_p(
     lenses: Mapping[str, Readout],
     options: Mapping[str, int],
     device: str,
-    progress: Progress | Auto | None,
+    progress: Progress | None,
 ) -> dict[str, np.ndarray]:
     """log q of each option at all layers, `(positions, layers x options)` float64, by lens."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in lenses}
@@ -85,9 +85,7 @@ def _option_log_p(
     return {name: np.concatenate(values, 1) for name, values in columns.items()}
 
 
-def state_features(
-    cache: "ActivationCache", documents: AnomalyDocuments
-) -> dict[int, np.ndarray]:
+def state_features(cache: "ActivationCache", documents: AnomalyDocuments) -> dict[int, np.ndarray]:
     """Mean state of each document by layer, `(documents, d_model)` float64."""
     positions = documents.sample.positions
     return {

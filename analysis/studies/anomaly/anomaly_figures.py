@@ -17,9 +17,10 @@ def draw_figures(
     figures = [
         StudyFigure(
             "detection",
-            "AUROC on held-out questions of detectors that were fitted on clean documents: left the "
-            "local outlier factor on trajectories beside the Mahalanobis distance of the states, "
-            "right that distance layer by layer. 95 % intervals over questions; .5 is chance.",
+            "AUROC on held-out questions of detectors that were fitted on clean documents: left "
+            "the local outlier factor on trajectories beside the Mahalanobis distance of the "
+            "states, right that distance layer by layer. 95 % intervals over questions; .5 is "
+            "chance.",
             [[_bars(rows), _by_layer(rows)]],
         )
     ]

@@ -47,7 +47,9 @@ class QuestionSplits:
     """Whether a document is clean, `(documents,)` bool."""
 
     @classmethod
-    def draw(cls, documents: AnomalyDocuments, clean: str, splits: int, seed: int) -> "QuestionSplits":
+    def draw(
+        cls, documents: AnomalyDocuments, clean: str, splits: int, seed: int
+    ) -> "QuestionSplits":
         """`splits` halves of the questions; raises `UsageError` for too few clean documents."""
         count = documents.n_questions
         is_clean = documents.arm == clean

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ....cache.errors import UsageError
-from ....cache.progress import Auto, Progress, show_stage
+from ....cache.progress import Auto, StageProgress, progress_of_stage, show_stages
 from ....probes.base.readout import Readout
 from ....probes.base.resampling import FEW_DOCUMENTS
 from ....probes.lens.logit_lens import LogitLens
@@ -48,7 +48,9 @@ HEADINGS = {
     "layer": "layer",
     "detector": "detector",
     "auroc": "AUROC",
+    "auroc_interval": "95 %",
     "difference": "less the baseline",
+    "difference_interval": "95 % of it",
     "shrinkage": "shrinkage",
 }
 TEMPLATE_HEADINGS = {
@@ -57,8 +59,11 @@ TEMPLATE_HEADINGS = {
     "layer": "layer",
     "detector": "detector",
     "auroc": "AUROC",
+    "auroc_interval": "95 %",
     "left_out": "template left out",
+    "left_out_interval": "95 % of it",
     "loss": "loss",
+    "loss_interval": "95 % of the loss",
     "n": "n",
 }
 OUTCOME_HEADINGS = {
@@ -66,7 +71,9 @@ OUTCOME_HEADINGS = {
     "template": "template",
     "n": "n",
     "accuracy": "accuracy",
+    "accuracy_interval": "95 %",
     "success": "attack success",
+    "success_interval": "95 % of success",
     "n_success": "n of success",
 }
 
@@ -87,7 +94,7 @@ def study_anomaly(
     splits: int = 5,
     seed: int = 0,
     device: str = "auto",
-    progress: Progress | Auto | None = "auto",
+    progress: StageProgress | Auto | None = "auto",
 ) -> StudyResult:
     """Measure how well detectors tell documents of other arms from clean ones.
 
@@ -100,7 +107,9 @@ def study_anomaly(
     """
     if splits < 1:
         raise UsageError("the number of splits is 1 or more")
-    labels = AnomalyLabels(arm=arm, clean=clean, benign=benign, question=question, template=template)
+    labels = AnomalyLabels(
+        arm=arm, clean=clean, benign=benign, question=question, template=template
+    )
     named = name_readouts(lenses, [LogitLens.of(cache, 0)])
     documents = choose_documents(cache, split, last, labels, max_positions, seed)
     anomalous = (documents.arm != clean) & (documents.arm != (benign or clean))
@@ -111,10 +120,12 @@ def study_anomaly(
         )
     halves = QuestionSplits.draw(documents, clean, splits, seed)
     tokens = find_option_tokens(cache, options) if options else {}
-    sets, top = trajectory_features(documents, named, tokens, device, progress)
-    states = state_features(cache, documents)
-    with show_stage(progress, "detectors") as report:
-        scores = score_documents(sets, states, halves, seed, report)
+    with show_stages(progress) as report:
+        sets, top = trajectory_features(
+            documents, named, tokens, device, progress_of_stage(report, "trajectories")
+        )
+        states = state_features(cache, documents)
+        scores = score_documents(sets, states, halves, seed, progress_of_stage(report, "detectors"))
     left_out = score_left_out(states, documents, halves, anomalous)
     first = find_first_tokens(documents, labels, top)
 
@@ -128,9 +139,9 @@ def study_anomaly(
     return StudyResult(
         study="anomaly",
         title=f"Anomalies seen by lenses in {cache.manifest.model_name}",
-        question=f"Does the path of a prediction through the layers tell {_names(anomalous, documents)} "
-        "from clean documents, better than the states themselves, and better than it tells a "
-        "benign insertion?",
+        question="Does the path of a prediction through the layers tell "
+        f"{_names(anomalous, documents)} from clean documents, better than the states themselves, "
+        "and better than it tells a benign insertion?",
         method=METHOD,
         subject=StudySubject.of(
             cache,

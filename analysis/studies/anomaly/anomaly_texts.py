@@ -9,18 +9,18 @@ from .detectors import DISTANCE, FACTOR
 
 METHOD = (
     "Detectors are fitted on the clean documents of one half of the questions and score all "
-    "documents of the other half; AUROC is the mean over several such halves, with a bootstrap over "
-    "questions. Features are the trajectory of a prediction under a lens, log q of the model's top "
-    "token and the entropy at every layer (Belrose et al., 2303.08112, section 5.2), and the last "
+    "documents of the other half; AUROC is the mean over several such halves, with a bootstrap "
+    "over questions. Features are the trajectory of a prediction under a lens, log q of the model's "
+    "top token and the entropy at every layer (Belrose et al., 2303.08112, section 5.2), and the last "
     "layer alone; the baseline to beat is the Mahalanobis distance of the states themselves "
-    "(Lee et al., 1807.03888), the covariance of standardised columns shrunk after Ledoit and Wolf. "
-    "A benign insertion of like length shows what is due to an insertion as such."
+    "(Lee et al., 1807.03888), the covariance of standardised columns shrunk after Ledoit and "
+    "Wolf. A benign insertion of like length shows what is due to an insertion as such."
 )
 DOES_NOT_SAY = (
     "AUROC ranks documents of one source: no threshold was chosen, and a detector for other texts "
     "needs other clean documents.",
-    "Templates of one file are alike; attacks of another form, or of the same form as the data, may "
-    "not be anomalous at all.",
+    "Templates of one file are alike; attacks of another form, or of the same form as the data, "
+    "may not be anomalous at all.",
     "A detector that separates an attack does not show that the model follows it: see the attack "
     "success.",
 )
@@ -71,15 +71,15 @@ def _detection_sentences(of_pair: Sequence[DetectionRow]) -> list[str]:
 def _baseline_sentences(of_pair: Sequence[DetectionRow]) -> list[str]:
     """Whether the distance of the states beats the best trajectory."""
     baseline = next(
-        row for row in of_pair if row.layer is None and (row.features, row.detector) == (STATES, DISTANCE)
+        row
+        for row in of_pair
+        if row.layer is None and (row.features, row.detector) == (STATES, DISTANCE)
     )
     layers = [
         row for row in of_pair if row.layer is not None and row.detector == DISTANCE
         and row.auroc is not None
     ]  # fmt: skip
-    trajectories = [
-        row for row in of_pair if row.features != STATES and row.auroc is not None
-    ]
+    trajectories = [row for row in of_pair if row.features != STATES and row.auroc is not None]
     if baseline.auroc is None or not layers or not trajectories:
         return []
     low = min(layers, key=lambda row: row.auroc or 0)
@@ -91,7 +91,9 @@ def _baseline_sentences(of_pair: Sequence[DetectionRow]) -> list[str]:
         f"to {high.auroc:.2f} (layer {high.layer})."
     ]
     lower, upper = best.difference_interval
-    name = f"the best of {len(trajectories)} trajectory detectors ({best.features}, {best.detector})"
+    name = (
+        f"the best of {len(trajectories)} trajectory detectors ({best.features}, {best.detector})"
+    )
     if lower is None or upper is None or best.difference is None:
         return sentences
     found = f"difference {best.difference:+.2f} {show_interval(best.difference_interval)}"
@@ -172,20 +174,19 @@ def _template_sentences(templates: Sequence[TemplateRow]) -> list[str]:
 
     best = max(layers, key=lambda layer: mean(layer, "auroc"))
     parts = [
-        f"{row.template} {row.auroc:.2f} -> {row.left_out:.2f} {show_interval(row.left_out_interval)}"
+        f"{row.template} {row.auroc:.2f} -> {row.left_out:.2f} "
+        f"{show_interval(row.left_out_interval)}"
         for row in rows
         if row.layer == best and row.auroc is not None
     ]
     return [
-        f"A classifier that learns from labelled attacks, on layer {best}: AUROC {mean(best, 'auroc'):.2f} "
-        f"trained on all {len(names)} templates, {mean(best, 'left_out'):.2f} on a template that its "
-        f"training lacks ({'; '.join(parts)})."
+        f"A classifier that learns from labelled attacks, on layer {best}: AUROC "
+        f"{mean(best, 'auroc'):.2f} trained on all {len(names)} templates, "
+        f"{mean(best, 'left_out'):.2f} on a template that its training lacks ({'; '.join(parts)})."
     ]
 
 
-def _outcome_sentences(
-    outcomes: Sequence[OutcomeRow], clean: str, benign: str | None
-) -> list[str]:
+def _outcome_sentences(outcomes: Sequence[OutcomeRow], clean: str, benign: str | None) -> list[str]:
     """Accuracy and attack success of all arms."""
     sentences = []
     of_arm = {row.arm: row for row in outcomes if row.template == "all"}

@@ -67,7 +67,7 @@ class MahalanobisDistance:
 
         self.mean, self.scale = _column_scales(rows)
         model = LedoitWolf(assume_centered=True).fit(self._standard(rows))
-        self.precision: np.ndarray = model.precision_
+        self.precision: np.ndarray = np.asarray(model.precision_)
         self.shrinkage = float(model.shrinkage_)
 
     def _standard(self, rows: np.ndarray) -> np.ndarray:

@@ -67,9 +67,7 @@ def _curves(rows: Sequence[ShotRow], kind: str, offset: int) -> Panel:
         if beyond:
             series.append(_series(f"{last}, beyond", beyond, "precision", "dot"))
     layers = ", ".join(f"{lens} layer {layer}" for lens, layer in best_of.items())
-    return Panel(
-        f"{kind}, N = {offset}\n{layers}", "shots", "precision@1", series, y_range=(0, 1)
-    )
+    return Panel(f"{kind}, N = {offset}\n{layers}", "shots", "precision@1", series, y_range=(0, 1))
 
 
 def _series(label: str, rows: Sequence[ShotRow], field: str, dash: str = "solid") -> Series:
@@ -92,7 +90,9 @@ def _heat(rows: Sequence[ShotRow], kind: str, lens: str, offset: int) -> HeatPan
         for row in rows
         if (row.kind, row.lens, row.offset, row.part) == (kind, lens, offset, INSIDE)
     }
-    layers = sorted({layer for layer, _ in chosen}, key=lambda layer: -1 if layer is None else layer)
+    layers = sorted(
+        {layer for layer, _ in chosen}, key=lambda layer: -1 if layer is None else layer
+    )
     shots = sorted({count for _, count in chosen})
     cells = [[chosen.get((layer, count)) for count in shots] for layer in layers]
     return HeatPanel(

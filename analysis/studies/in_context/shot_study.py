@@ -13,7 +13,7 @@ import numpy as np
 
 from ....cache.devices import choose_device
 from ....cache.errors import NotFoundError, UsageError
-from ....cache.progress import Auto, Progress, show_stage
+from ....cache.progress import Auto, StageProgress, progress_of_stage, show_stages
 from ....probes.base.readout import Readout
 from ....probes.base.resampling import FEW_DOCUMENTS
 from ....probes.baselines.marginal_bigram import BigramChain, MarginalBigram
@@ -23,8 +23,7 @@ from ...evaluation.windows import choose_sequences
 from ..results.study_result import StudyResult, StudySubject, StudyTable
 from .shot_figures import draw_figures
 from .shot_readings import ShotSample, measure_hits
-from .shot_rows import BEYOND, INSIDE, FirstShotRow, ShotLabels, ShotRow
-from .shot_rows import first_shot_rows, shot_rows
+from .shot_rows import BEYOND, INSIDE, FirstShotRow, ShotLabels, ShotRow, first_shot_rows, shot_rows
 
 if TYPE_CHECKING:
     from ....cache.store.activation_cache import ActivationCache
@@ -39,8 +38,10 @@ HEADINGS = {
     "predictable": "predictable",
     "n": "pairs",
     "precision": "precision@1",
+    "precision_interval": "95 %",
     "bigram": "bigram",
     "gain": "gain",
+    "gain_interval": "95 % of the gain",
 }
 FIRST_HEADINGS = {
     "kind": "kind",
@@ -50,6 +51,7 @@ FIRST_HEADINGS = {
     "first_shots": "above the bigram from shots",
     "most_shots": "most shots",
     "gain": "gain there",
+    "gain_interval": "95 %",
     "n": "pairs there",
 }
 
@@ -65,7 +67,7 @@ def study_in_context(
     offsets: Sequence[int] | None = None,
     seed: int = 0,
     device: str = "auto",
-    progress: Progress | Auto | None = "auto",
+    progress: StageProgress | Auto | None = "auto",
 ) -> StudyResult:
     """Measure how far ahead `lenses` foresee answers that follow from shots in the context.
 
@@ -87,12 +89,15 @@ def study_in_context(
     sample = ShotSample(cache, choose_sequences(cache, split, max_positions, seed), seed)
     used = _choose_offsets(sample, named, offsets)
     bigrams = _bigrams(cache, counted, used)
-    with show_stage(progress, "shots") as report:
-        torch_device = choose_device(device)
-        found = measure_hits(sample, {**named, **bigrams}, used, torch_device, report)
-    of_bigram = {
-        offset: hits for (name, _, offset), hits in found.items() if name in bigrams
-    }
+    with show_stages(progress) as report:
+        found = measure_hits(
+            sample,
+            {**named, **bigrams},
+            used,
+            choose_device(device),
+            progress_of_stage(report, "shots"),
+        )
+    of_bigram = {offset: hits for (name, _, offset), hits in found.items() if name in bigrams}
     hits = {key: value for key, value in found.items() if key[0] not in bigrams}
     rows = shot_rows(sample, _labels_of(sample, kind, shots), hits, of_bigram)
     if not rows:
@@ -131,8 +136,8 @@ def study_in_context(
         figures=draw_figures(rows),
         says=_says(rows, firsts),
         does_not_say=[
-            "A token that is on top at t was not necessarily planned there: the state may hold what "
-            "correlates with it.",
+            "A token that is on top at t was not necessarily planned there: the state may hold "
+            "what correlates with it.",
             "Probes that are fitted on texts of these generators learn their format, too; the gain "
             "over the bigram at 0 shots shows how much.",
             "The layer that is named as best was chosen on the same texts.",

@@ -1,12 +1,12 @@
 """Texts whose continuation follows from their own context after k shots, for `study icl`.
 
-    induction    a random list of words, said k times among other words; its first word cues it again
+    induction    a random list of words, said k times among others, whose first word comes again
     map          k lines `a -> b` of one hidden rule, with outputs of two words
     arithmetic   k lines `a ? b = c` of one hidden operation, sum or difference
     period       a random list of p words, said k times without a break
 
 A text ends with an answer, the continuation after k shots. Where the answer goes on beyond what the
-context determines (induction and arithmetic), the rest is drawn at random: no reader can foresee it.
+context determines (induction and arithmetic), the rest is drawn at random: nobody can foresee it.
 Labels: `kind`, `shots` (k), `needed` (shots that determine the answer), `known_until` (character at
 which the determined part of the answer ends) or `horizon` (its tokens), `period`, `rule`.
 """
@@ -178,7 +178,7 @@ def _make_map(shots: int, rng: random.Random) -> Continuation:
     """Lines `a -> b`; with the rule `dictionary` the asked input stands among the shots."""
     rule = rng.choice([*RULES, "dictionary"])
     if rule == "dictionary":
-        words = rng.sample(WORDS, 3 * (shots + 1))if 3 * (shots + 1) <= len(WORDS) else None
+        words = rng.sample(WORDS, 3 * (shots + 1)) if 3 * (shots + 1) <= len(WORDS) else None
         if words is None:
             raise UsageError(f"maps have at most {len(WORDS) // 3 - 1} shots")
         pairs = [(a, f"{b} {c}") for a, b, c in zip(*[iter(words)] * 3, strict=True)]

@@ -142,14 +142,8 @@ def read_templates(path: Path) -> tuple[InjectionTemplate, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            benign = [row["benign"]] if isinstance(row["benign"], str) else list(row["benign"])
-            template = InjectionTemplate(row["name"], row["injected"], tuple(benign))
-            usable = all("{wanted}" in text for text in (template.injected, *benign)) and benign
-        except (ValueError, KeyError, TypeError):
-            usable = False
-        if not usable or template.name in (*found, NO_TEMPLATE):
+        template = _parse_template(line)
+        if template is None or template.name in (*found, NO_TEMPLATE):
             raise DataError(
                 f'{path}, line {number}: expected {{"name": ..., "injected": ..., "benign": ...}} '
                 "with {wanted} in both sentences, and a name of its own"
@@ -158,6 +152,19 @@ def read_templates(path: Path) -> tuple[InjectionTemplate, ...]:
     if not found:
         raise DataError(f"{path} has no template")
     return tuple(found.values())
+
+
+def _parse_template(line: str) -> InjectionTemplate | None:
+    """The template of one line; None for another one."""
+    try:
+        row = json.loads(line)
+        benign = (row["benign"],) if isinstance(row["benign"], str) else tuple(row["benign"])
+        texts = (row["injected"], *benign)
+        if benign and all("{wanted}" in text for text in texts) and isinstance(row["name"], str):
+            return InjectionTemplate(row["name"], row["injected"], benign)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
 
 
 def injection_rows(
@@ -256,9 +263,7 @@ def _insertion_index(row: QuestionRow, place: str, before: str | None, rng: rand
     return rng.choice([line for line in lines if line < index] or [0])
 
 
-def _row_of_arm(
-    row: QuestionRow, arm: str, insertion: str, index: int, end: str
-) -> dict[str, Any]:
+def _row_of_arm(row: QuestionRow, arm: str, insertion: str, index: int, end: str) -> dict[str, Any]:
     """The columns of one text, apart from those of the attack."""
     if insertion:
         at_line = index == 0 or row.text[index - 1] == "\n"
@@ -269,6 +274,14 @@ def _row_of_arm(
     if end == "question":
         return {"text": text[:start].rstrip(), **columns}
     return {"text": text, "answer_start": start, **columns}
+
+
+def _token_counter(model: Path) -> Callable[[str], int]:
+    """Counts the tokens of a text by the tokenizer in the folder `model`."""
+    from ....cache.model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def write_injection_data(
@@ -287,19 +300,9 @@ def write_injection_data(
     if out.suffix != ".jsonl":
         raise UsageError(f"{out} is written as JSON lines: name it {out.with_suffix('.jsonl')}")
     used = TEMPLATES if templates is None else read_templates(templates)
-    length_of: Callable[[str], int] = len
-    if model is not None:
-        from ....cache.model.tokenizer import load_tokenizer
-
-        tokenizer = load_tokenizer(model)
-
-        def length_of(text: str) -> int:
-            return len(tokenizer.encode(text, add_special_tokens=False).ids)
-
+    length_of = len if model is None else _token_counter(model)
     rows = list(
-        injection_rows(
-            read_question_rows(source), templates=used, length_of=length_of, **options
-        )
+        injection_rows(read_question_rows(source), templates=used, length_of=length_of, **options)
     )
     write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows).encode())
     lengths = {
