@@ -10,11 +10,12 @@ from .detectors import DISTANCE, FACTOR
 METHOD = (
     "Detectors are fitted on the clean documents of one half of the questions and score all "
     "documents of the other half; AUROC is the mean over several such halves, with a bootstrap "
-    "over questions. Features are the trajectory of a prediction under a lens, log q of the model's "
-    "top token and the entropy at every layer (Belrose et al., 2303.08112, section 5.2), and the last "
-    "layer alone; the baseline to beat is the Mahalanobis distance of the states themselves "
-    "(Lee et al., 1807.03888), the covariance of standardised columns shrunk after Ledoit and "
-    "Wolf. A benign insertion of like length shows what is due to an insertion as such."
+    "over questions. Features are the trajectory of a prediction under a lens, log q of the "
+    "model's top token and the entropy at every layer (Belrose et al., 2303.08112, section "
+    "5.2), and the last layer alone; the baseline to beat is the Mahalanobis distance of the "
+    "states themselves (Lee et al., 1807.03888), the covariance of standardised columns shrunk "
+    "after Ledoit and Wolf. A benign insertion of like length shows what is due to an insertion "
+    "as such."
 )
 DOES_NOT_SAY = (
     "AUROC ranks documents of one source: no threshold was chosen, and a detector for other texts "
