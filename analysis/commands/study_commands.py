@@ -130,14 +130,15 @@ def in_context(call: StudyCall, **options: Any) -> Any:
     """Measure how far ahead states foresee what examples in the context determine.
 
     CACHE holds texts of `residua data icl`. PROBE is a ridge probe, lens or vocabulary probe with
-    several offsets; a marginalised bigram among them is the baseline, else one is counted in the
-    train split.
+    several offsets. The baseline are bigrams of the train split, or those among PROBE (`residua fit
+    baseline OTHER chain marginal`), with which the train split can be read, too.
 
     \b
     residua data icl icl.jsonl --kind period,map --shots 0-4
     residua extract MODEL icl.jsonl --no-pack --positions answer
     residua fit ridge 3f2a --offsets 0-3
     residua study icl 3f2a ridge-3f2a --html icl.html
+    residua study icl 91c0 ridge-3f2a chain-3f2a marginal-3f2a --split all
     """
     from ..studies.in_context.shot_study import study_in_context
 

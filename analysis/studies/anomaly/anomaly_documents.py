@@ -176,7 +176,7 @@ def find_first_tokens(
     of_text = documents.sample.text_tokens[documents.answer_rows]
     answer, wanted = of_text.copy(), unknown
     try:
-        tokenizer = cache.tokenizer
+        tokenizer = cache.tokenizer()
     except (ResiduaError, OSError) as error:
         return FirstTokens(answer, wanted, f"the attacker's answer is not known: {error}")
     has_text = bool((of_text >= 0).all())
@@ -221,8 +221,8 @@ def _first_ids(tokenizer: Any, words: Sequence[str], prefix: str) -> np.ndarray:
 
 def find_option_tokens(cache: "ActivationCache", options: Sequence[str]) -> dict[str, int]:
     """First token of each option, after a space; raises `UsageError` where two share one."""
-    tokens = {option: int(_first_ids(cache.tokenizer, [option], " ")[0]) for option in options}
-    if len(set(tokens.values())) < len(tokens) or -1 in tokens.values():
+    tokens = {option: int(_first_ids(cache.tokenizer(), [option], " ")[0]) for option in options}
+    if len(set(tokens.values())) < len(options) or -1 in tokens.values():
         raise UsageError(
             f"the options {', '.join(options)} do not begin with tokens of their own; give words "
             "that do"

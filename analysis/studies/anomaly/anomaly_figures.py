@@ -28,9 +28,9 @@ def draw_figures(
         figures.append(
             StudyFigure(
                 "left-out-templates",
-                "AUROC of a logistic regression of each layer that was trained on all templates "
-                "(solid), and without the template that it is tested on (dashed).",
-                [[_left_out(templates)]],
+                "AUROC of a logistic regression of each layer on documents of one template: "
+                "trained on all templates, and without this one.",
+                _in_rows(_left_out(templates)),
             )
         )
     known = [row for row in outcomes if row.template == "all" and row.accuracy is not None]
@@ -63,7 +63,7 @@ def _bars(rows: Sequence[DetectionRow]) -> Panel:
         series.append(
             Series(
                 f"{positive} against {negative}",
-                [row.features for row in chosen],
+                [row.features.removesuffix(" trajectory") for row in chosen],
                 [row.auroc for row in chosen],
                 [row.auroc_interval[0] for row in chosen],
                 [row.auroc_interval[1] for row in chosen],
@@ -72,7 +72,7 @@ def _bars(rows: Sequence[DetectionRow]) -> Panel:
         )
     return Panel(
         "Trajectories and states",
-        "features",
+        "trajectories of a lens, last layer, states",
         "AUROC",
         series,
         y_range=(0, 1),
@@ -112,33 +112,45 @@ def _by_layer(rows: Sequence[DetectionRow]) -> Panel:
     )
 
 
-def _left_out(templates: Sequence[TemplateRow]) -> Panel:
-    """Within and left-out AUROC of each template over the layers."""
+def _in_rows(panels: Sequence[Panel]) -> list[Sequence[Panel]]:
+    """Rows of at most four panels."""
+    return [panels[start : start + 4] for start in range(0, len(panels), 4)]
+
+
+def _left_out(templates: Sequence[TemplateRow]) -> list[Panel]:
+    """A panel for each template: within and left-out AUROC over the layers."""
     rows = [row for row in templates if row.detector == CLASSIFIER and row.layer is not None]
-    series = []
+    panels = []
     for name in dict.fromkeys(row.template for row in rows):
         of_name = [row for row in rows if row.template == name]
         layers = [row.layer for row in of_name if row.layer is not None]
-        series.append(Series(name, layers, [row.auroc for row in of_name]))
-        series.append(
-            Series(
-                f"{name}, left out",
-                layers,
-                [row.left_out for row in of_name],
-                [row.left_out_interval[0] for row in of_name],
-                [row.left_out_interval[1] for row in of_name],
-                dash="dash",
+        within = Series(
+            "trained on all templates",
+            layers,
+            [row.auroc for row in of_name],
+            [row.auroc_interval[0] for row in of_name],
+            [row.auroc_interval[1] for row in of_name],
+        )
+        without = Series(
+            "this template left out",
+            layers,
+            [row.left_out for row in of_name],
+            [row.left_out_interval[0] for row in of_name],
+            [row.left_out_interval[1] for row in of_name],
+            dash="dash",
+        )
+        panels.append(
+            Panel(
+                f"{name}, n = {of_name[0].n}",
+                "layer",
+                "AUROC",
+                [within, without],
+                y_range=(0, 1),
+                reference=0.5,
+                reference_label="chance",
             )
         )
-    return Panel(
-        "Templates that the training lacks",
-        "layer",
-        "AUROC",
-        series,
-        y_range=(0, 1),
-        reference=0.5,
-        reference_label="chance",
-    )
+    return panels
 
 
 def _outcomes(rows: Sequence[OutcomeRow]) -> Panel:

@@ -107,7 +107,9 @@ def score_documents(
             others = ~of_fit & known
             squared[split, others] = distance.squared(values[others])
             relative[split, others] = distance.relative(values[others])
-            squared_sum[split] += squared[split] / distance.squared(rows).mean()
+            # A layer at which all clean documents are equal has no scale, and says nothing.
+            scale = distance.squared(rows).mean()
+            squared_sum[split] += squared[split] / scale if scale > 0 else 0.0 * squared[split]
             shrinkage.append(distance.shrinkage)
         relative_sum += relative
         share = float(np.mean(shrinkage))

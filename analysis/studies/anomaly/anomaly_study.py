@@ -72,6 +72,8 @@ OUTCOME_HEADINGS = {
     "n": "n",
     "accuracy": "accuracy",
     "accuracy_interval": "95 %",
+    "change": "less clean",
+    "change_interval": "95 % of it",
     "success": "attack success",
     "success_interval": "95 % of success",
     "n_success": "n of success",
@@ -134,7 +136,7 @@ def study_anomaly(
     rows = detection_rows(scores, pairs, separate_all(scores, pairs, resamples))
     fixed = [of for of in scores if of.features != STATES or of is scores[-1]]
     of_templates = template_rows(documents, fixed, left_out, anomalous, resamples)
-    outcomes = outcome_rows(documents, first, top, anomalous, resamples)
+    outcomes = outcome_rows(documents, first, top, anomalous, resamples, clean)
     undefined = sum(int((~np.isfinite(found.values)).any(1).sum()) for found in sets)
     return StudyResult(
         study="anomaly",
@@ -186,9 +188,10 @@ def _notes(
 ) -> list[str]:
     """What a reader must know about single figures."""
     n_fit = [int((of_fit & halves.clean).sum()) for of_fit in halves.fit]
+    fitted = f"{min(n_fit)} to {max(n_fit)}" if min(n_fit) < max(n_fit) else f"{n_fit[0]}"
     width = documents.sample.cache.d_model
     notes = [
-        f"Detectors are fitted on {min(n_fit)} to {max(n_fit)} clean documents. Covariances of the "
+        f"Detectors are fitted on {fitted} clean documents. Covariances of the "
         f"states, {width} columns, are shrunk towards a multiple of the identity by the share of "
         "Ledoit and Wolf in every case (column shrinkage), so that fewer documents than columns "
         "can be used.",

@@ -192,12 +192,13 @@ def _outcome_sentences(outcomes: Sequence[OutcomeRow], clean: str, benign: str |
     sentences = []
     of_arm = {row.arm: row for row in outcomes if row.template == "all"}
     parts = [
-        f"{arm} {row.accuracy:.2f} {show_interval(row.accuracy_interval)} (n = {row.n})"
+        f"{arm} {row.accuracy:.2f} {show_interval(row.accuracy_interval)}"
+        + (f", change {row.change:+.2f} {show_interval(row.change_interval)}" if row.change else "")
         for arm, row in of_arm.items()
         if row.accuracy is not None
     ]
     if parts:
-        sentences.append(f"The model's top token begins the right answer in: {', '.join(parts)}.")
+        sentences.append(f"The model's top token begins the right answer: {'; '.join(parts)}.")
     base = of_arm.get(clean)
     for arm, row in of_arm.items():
         if arm in (clean, benign) or row.success is None or base is None or base.success is None:

@@ -14,7 +14,7 @@ from ....probes.base.resampling import Interval, resampling_counts
 
 @dataclass(frozen=True, eq=False)
 class Separation:
-    """An AUROC, or a difference of two, with its value in each resample of the questions."""
+    """An AUROC, a mean, or a difference of two, with its value in each resample of questions."""
 
     value: float | None
     """Mean over the splits; None where one of the two kinds is missing."""
@@ -72,19 +72,18 @@ class QuestionResamples:
             resampled[:] = np.nan
         return Separation(float(np.mean(values)), resampled / len(values))
 
-    def mean(self, values: np.ndarray) -> tuple[float | None, Interval]:
-        """Mean of the values that are not NaN, `(n,)`, and its interval over questions."""
+    def mean(self, values: np.ndarray) -> Separation:
+        """Mean of the values that are not NaN, `(n,)`, with its resamples."""
         known = np.isfinite(values)
         if not known.any():
-            return None, (None, None)
+            return Separation(None, np.full(len(self.weights), np.nan))
         weights = self.weights[:, self.questions[known]]
         total = weights.sum(1)
         with np.errstate(invalid="ignore", divide="ignore"):
             resampled = weights @ values[known] / total
         if len(np.unique(self.questions[known])) < 2:
             resampled[:] = np.nan
-        value = float(values[known].mean())
-        return value, Separation(value, resampled).interval
+        return Separation(float(values[known].mean()), resampled)
 
 
 def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -22,7 +22,14 @@ def draw_figures(rows: Sequence[ShotRow]) -> list[StudyFigure]:
             "the part of the answer that shots determine, at the layer with the largest gain at "
             "the most shots (chosen on the same texts); 95 % intervals over documents. `beyond` is "
             "the part after it, which nobody can foresee.",
-            [[_curves(rows, kind, offset) for offset in shown] for kind in kinds],
+            [
+                [
+                    _curves(rows, kind, offset)
+                    for offset in shown
+                    if any((r.kind, r.offset, r.part) == (kind, offset, INSIDE) for r in rows)
+                ]
+                for kind in kinds
+            ],
         )
     ]
     for lens in lenses:
@@ -30,7 +37,9 @@ def draw_figures(rows: Sequence[ShotRow]) -> list[StudyFigure]:
             [
                 _heat(rows, kind, lens, offset)
                 for offset in shown
-                if any((r.kind, r.lens, r.offset) == (kind, lens, offset) for r in rows)
+                if any(
+                    (r.kind, r.lens, r.offset, r.part) == (kind, lens, offset, INSIDE) for r in rows
+                )
             ]
             for kind in kinds
         ]
@@ -53,7 +62,10 @@ def _curves(rows: Sequence[ShotRow], kind: str, offset: int) -> Panel:
         if not inside:
             continue
         most = max(row.shots for row in inside)
-        best_of[lens] = max((r for r in inside if r.shots == most), key=lambda r: r.gain).layer
+        best_of[lens] = max(
+            (row for row in inside if row.shots == most),
+            key=lambda row: (row.gain, row.layer or 0),
+        ).layer
         curve = sorted((r for r in inside if r.layer == best_of[lens]), key=lambda r: r.shots)
         series.append(_series(lens, curve, "precision"))
     if best_of:
@@ -66,8 +78,7 @@ def _curves(rows: Sequence[ShotRow], kind: str, offset: int) -> Panel:
         beyond = sorted((r for r in beyond if r.part == BEYOND), key=lambda r: r.shots)
         if beyond:
             series.append(_series(f"{last}, beyond", beyond, "precision", "dot"))
-    layers = ", ".join(f"{lens} layer {layer}" for lens, layer in best_of.items())
-    return Panel(f"{kind}, N = {offset}\n{layers}", "shots", "precision@1", series, y_range=(0, 1))
+    return Panel(f"{kind}, N = {offset}", "shots", "precision@1", series, y_range=(0, 1))
 
 
 def _series(label: str, rows: Sequence[ShotRow], field: str, dash: str = "solid") -> Series:

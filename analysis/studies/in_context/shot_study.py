@@ -7,7 +7,7 @@ token but not the context.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from ....cache.devices import choose_device
 from ....cache.errors import NotFoundError, UsageError
 from ....cache.progress import Auto, StageProgress, progress_of_stage, show_stages
 from ....probes.base.readout import Readout
-from ....probes.base.resampling import FEW_DOCUMENTS
 from ....probes.baselines.marginal_bigram import BigramChain, MarginalBigram
 from ....probes.lens.logit_lens import LogitLens
 from ...evaluation.probe_names import describe_names, name_readouts
@@ -73,9 +72,9 @@ def study_in_context(
 
     The logit lens at N = 0 is always among the lenses. `kind` and `shots` name labels; a cache
     without the label `kind` has one kind. `offsets` limits N, by default to those of the lenses up
-    to the longest answer. The bigram is counted in the train split of the cache, or is a marginal
-    bigram among the lenses. Raises `UsageError` and `NotFoundError` for caches and lenses that do
-    not fit.
+    to the longest answer. Bigrams are counted in the train split of the cache, unless a
+    `BigramChain` (N = 0) and a `MarginalBigram` (N >= 1) are among the lenses. Raises `UsageError`
+    and `NotFoundError` for caches and lenses that do not fit.
     """
     labels = cache.label_names
     if shots not in labels:
@@ -84,11 +83,11 @@ def study_in_context(
             "make texts with `residua data icl` and extract them with --no-pack"
         )
     named = dict(name_readouts(lenses, [LogitLens.of(cache, 0)]))
-    given = [name for name, lens in named.items() if type(lens) is MarginalBigram]
-    counted = named.pop(given[0]) if given else None
+    counted = {name: lens for name, lens in named.items() if isinstance(lens, MarginalBigram)}
+    named = {name: lens for name, lens in named.items() if name not in counted}
     sample = ShotSample(cache, choose_sequences(cache, split, max_positions, seed), seed)
     used = _choose_offsets(sample, named, offsets)
-    bigrams = _bigrams(cache, counted, used)
+    bigrams = _bigrams(sample, list(counted.values()), used)
     with show_stages(progress) as report:
         found = measure_hits(
             sample,
@@ -142,7 +141,7 @@ def study_in_context(
             "over the bigram at 0 shots shows how much.",
             "The layer that is named as best was chosen on the same texts.",
         ],
-        notes=_notes(sample, named, counted is not None),
+        notes=_notes(sample, named, counted),
         settings={"seed": seed, "max_positions": max_positions, "offsets": list(used)},
     )
 
@@ -170,31 +169,52 @@ def _choose_offsets(
 
 
 def _bigrams(
-    cache: "ActivationCache", counted: Readout | None, offsets: Sequence[int]
+    sample: ShotSample, counted: Sequence[MarginalBigram], offsets: Sequence[int]
 ) -> dict[str, Readout]:
     """The baselines: at N = 0 the bigram of x[t], at N >= 1 the marginalised one.
 
-    Their names begin with a NUL, which no name of a lens has.
+    `counted` are those that were given; others are counted in the train split. Their names begin
+    with a NUL, which no name of a lens has. Raises `UsageError` where texts would be predicted from
+    counts of themselves.
     """
-    ahead = [offset for offset in offsets if offset > 0]
-    if not len(cache.sequences("train")) and (counted is None or 0 in offsets):
-        raise UsageError(
-            "the bigram is counted in the train split, and this cache has none; extract more texts"
-        )
+    cache = sample.cache
     found: dict[str, Readout] = {}
-    if 0 in offsets:
-        found["\0bigram at 0"] = BigramChain([0]).fit(cache, progress=None)
-    if ahead and counted is None:
-        found["\0bigram"] = MarginalBigram(ahead).fit(cache, progress=None)
-    elif ahead and counted is not None:
-        lacking = set(ahead) - {offset for _, offset in counted.pairs()}
+    for kind, of_kind in ((BigramChain, [0]), (MarginalBigram, [n for n in offsets if n > 0])):
+        used = [offset for offset in of_kind if offset in offsets]
+        given = [lens for lens in counted if type(lens) is kind]
+        if not used:
+            continue
+        if not given:
+            _check_train_split(sample)
+            found[f"\0{kind.kind}"] = kind(used).fit(cache, progress=None)
+            continue
+        lacking = set(used) - {offset for _, offset in given[0].pairs()}
         if lacking:
             raise NotFoundError(
-                f"the marginal bigram that was given lacks the offset {min(lacking)}; leave it out "
-                "or fit one at all offsets of the probes"
+                f"the baseline {kind.kind} that was given lacks the offset {min(lacking)}; fit it "
+                "at all offsets of the probes, or limit --offsets"
             )
-        found["\0bigram"] = counted
+        found[f"\0{kind.kind}"] = given[0]
     return found
+
+
+def _check_train_split(sample: ShotSample) -> None:
+    """Raise `UsageError` unless bigrams of the train split know nothing of the sample's texts."""
+    train = sample.cache.sequences("train")
+    other = (
+        "or count bigrams in a cache of other such texts, `residua fit baseline OTHER chain "
+        "marginal`, and name them after the cache"
+    )
+    if not len(train):
+        raise UsageError(
+            "bigrams are counted in the train split, and this cache has none: extract more texts, "
+            f"{other}"
+        )
+    if np.isin(sample.sequences, train).any():
+        raise UsageError(
+            "these texts hold some of the train split, in which bigrams would be counted that "
+            f"predict them: read --split test, {other}"
+        )
 
 
 def _labels_of(sample: ShotSample, kind: str, shots: str) -> ShotLabels:
@@ -213,59 +233,89 @@ def _labels_of(sample: ShotSample, kind: str, shots: str) -> ShotLabels:
 
 
 def best_row(firsts: Sequence[FirstShotRow], kind: str, lens: str, offset: int) -> FirstShotRow:
-    """The layer with the largest gain at the largest number of shots, the lowest of equal ones."""
+    """The layer with the largest gain at the largest number of shots, the last of equal ones."""
     rows = [row for row in firsts if (row.kind, row.lens, row.offset) == (kind, lens, offset)]
-    return max(rows, key=lambda row: row.gain)
+    return max(rows, key=lambda row: (row.gain, row.layer or 0))
 
 
 def _says(rows: Sequence[ShotRow], firsts: Sequence[FirstShotRow]) -> list[str]:
-    """A sentence for each kind, lens and offset, and one on what cannot be foreseen."""
+    """A sentence for each kind and lens, and one on what cannot be foreseen."""
     sentences = []
-    for kind, lens, offset in dict.fromkeys((row.kind, row.lens, row.offset) for row in firsts):
-        best = best_row(firsts, kind, lens, offset)
-        where = f"{kind}, N = {offset}: {lens} at layer {best.layer}"
-        gain = f"gain {best.gain:+.2f} {_interval(best.gain_interval)}, n = {best.n} pairs"
-        if best.first_shots is None:
-            sentences.append(
-                f"{where}: no clear difference to the bigram at {best.most_shots} shots ({gain})."
-            )
-        else:
-            sentences.append(
-                f"{where} is above the bigram from {best.first_shots} shots on; at "
-                f"{best.most_shots} shots {gain}."
-            )
+    for kind, lens in dict.fromkeys((row.kind, row.lens) for row in firsts):
+        offsets = sorted({row.offset for row in firsts if (row.kind, row.lens) == (kind, lens)})
+        parts = [_describe_best(rows, best_row(firsts, kind, lens, offset)) for offset in offsets]
+        sentences.append(f"{kind}, {lens}: {'; '.join(parts)}.")
     beyond = [row for row in rows if row.part == BEYOND and row.layer is not None]
     above = [row for row in beyond if row.gain_interval[0] is not None and row.gain_interval[0] > 0]
     if beyond:
         sentences.append(
             f"Beyond the determined part, {len(above)} of {len(beyond)} readings are above the "
-            "bigram with their interval; some 2.5 % would be by chance"
-            + (": the format of what follows is foreseen, too." if above else ".")
+            "bigram with their interval (some 2.5 % would be by chance): readings there show what "
+            "words of several tokens and the format give without any shot."
         )
     return sentences
+
+
+def _describe_best(rows: Sequence[ShotRow], best: FirstShotRow) -> str:
+    """What one lens gives at its best layer for one kind and offset."""
+    last = next(
+        row
+        for row in rows
+        if (row.kind, row.lens, row.layer, row.offset, row.part, row.shots)
+        == (best.kind, best.lens, best.layer, best.offset, INSIDE, best.most_shots)
+    )
+    if not last.precision:
+        return (
+            f"N = {best.offset} never right at {best.most_shots} shots, at any layer (bigram "
+            f"{last.bigram:.2f} {_interval(last.bigram_interval)}, n = {last.n})"
+        )
+    low, high = last.gain_interval
+    if best.first_shots is not None:
+        found = f"above the bigram from {best.first_shots} shots on"
+    elif high is not None and high < 0:
+        found = "below the bigram"
+    elif low is not None and low > 0:
+        found = "above the bigram"
+    else:
+        found = "no clear difference to the bigram"
+    return (
+        f"N = {best.offset} {found} (layer {best.layer}, {best.most_shots} shots: precision@1 "
+        f"{last.precision:.2f}, bigram {last.bigram:.2f}, gain {last.gain:+.2f} "
+        f"{_interval(last.gain_interval)}, n = {last.n})"
+    )
 
 
 def _interval(interval: tuple[float | None, float | None]) -> str:
     """`[low, high]`, or that there is none."""
     low, high = interval
-    return "[no interval]" if low is None or high is None else f"[{low:+.2f}, {high:+.2f}]"
+    return "[no interval]" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
 
 
-def _notes(sample: ShotSample, named: Mapping[str, Any], is_given: bool) -> list[str]:
+def _notes(
+    sample: ShotSample, named: Mapping[str, Readout], counted: Mapping[str, Readout]
+) -> list[str]:
     """What a reader must know about single figures."""
+    cache, units = sample.cache, sample.units
     notes = [
         "At N = 0 the bigram is that of the token at t; from N = 1 on it begins with the model's "
         "own distribution at t.",
-        "The bigram that was given is the baseline."
-        if is_given
-        else "The bigram counts the train split of this cache.",
+        f"Bigrams that were given are the baseline: {', '.join(counted)}."
+        if counted
+        else "Bigrams are counted in the train split of this cache.",
         "The largest offset of a text is its answer's length less one: large N have fewer pairs.",
-        *describe_names(named),
+        "Where words have several tokens, the later ones follow in part from the first, with no "
+        "shot at all, and the bigram knows that too; texts of random token ids (`residua data icl "
+        "--model`) have no such words.",
+        *describe_names({**named, **counted}),
     ]
-    if note := sample.units.note:
-        notes.append(note)
-    inside = [sample.is_inside(0, sample.sources(0)).mean()]
-    notes.append(f"{100 * inside[0]:.0f} % of the answer tokens are {INSIDE} the determined part.")
-    if sample.units.count < FEW_DOCUMENTS:
-        notes.append("Cells with few documents have intervals that are too narrow.")
+    if np.isin(sample.sequences, cache.sequences("train")).any():
+        notes += [
+            f"{name} was fitted on this cache, whose train split is among the texts that are read."
+            for name, lens in named.items()
+            if getattr(lens, "cache_id_", None) == cache.id
+        ]
+    if units.note:
+        notes.append(units.note)
+    inside = 100 * sample.is_inside(0, sample.sources(0)).mean()
+    notes.append(f"{inside:.0f} % of the answers' tokens are in the part that shots determine.")
     return notes

@@ -192,7 +192,10 @@ def _make_map(shots: int, rng: random.Random) -> Continuation:
 
 
 def _make_equations(shots: int, rng: random.Random) -> Continuation:
-    """Lines `a ? b = c`; the answer is c and the first number of a next line, which is random."""
+    """Lines `a ? b = c`; the answer is c and the first number of a next line, which is random.
+
+    The end of the line after c belongs to the determined part.
+    """
     rule = rng.choice(("sum", "difference"))
 
     def equation() -> tuple[int, int, int]:
@@ -202,9 +205,8 @@ def _make_equations(shots: int, rng: random.Random) -> Continuation:
 
     lines = "".join(f"{a} ? {b} = {c}\n" for a, b, c in (equation() for _ in range(shots)))
     a, b, c = equation()
-    beyond = f"\n{equation()[0]}"
     labels = {"period": 0, "rule": rule}
-    return Continuation(f"{lines}{a} ? {b} = ", str(c), beyond, 1, labels)
+    return Continuation(f"{lines}{a} ? {b} = ", f"{c}\n", str(equation()[0]), 1, labels)
 
 
 def ordinary_token_ids(tokenizer: "Tokenizer") -> list[int]:

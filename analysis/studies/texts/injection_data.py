@@ -247,7 +247,8 @@ def _insertion_index(row: QuestionRow, place: str, before: str | None, rng: rand
         return index
     if place == "start":
         return 0
-    if row.question and (at := prompt.rfind(row.question)) > 0:
+    # A question of several words is text; another one is a name, such as `8-3`.
+    if " " in row.question and (at := prompt.rfind(row.question)) > 0:
         index = prompt.rfind("\n", 0, at) + 1
     else:
         # The line of the answer, and the one before it.
