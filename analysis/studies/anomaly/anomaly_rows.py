@@ -153,44 +153,41 @@ def template_rows(
     rows = []
     for name in sorted(set(template[anomalous].tolist()) - {""}):
         of_name = template == name
-        positive, negative = of_name & anomalous, of_name & ~anomalous
+        arms = ArmPair("others", name, of_name & ~anomalous, of_name & anomalous)
         for of in scores:
-            found = resamples.separate(of.scores, negative, positive)
-            rows.append(
-                _template_row(of.features, of.layer, of.detector, name, positive, found, None)
-            )
+            found = resamples.separate(of.scores, arms.is_negative, arms.is_positive)
+            rows.append(_template_row((of.features, of.layer, of.detector), arms, found))
         for of_layer in left_out:
-            found = resamples.separate(of_layer.within, negative, positive)
-            without = resamples.separate(of_layer.left_out, negative, positive)
-            rows.append(
-                _template_row(STATES, of_layer.layer, CLASSIFIER, name, positive, found, without)
+            within, without = (
+                resamples.separate(values, arms.is_negative, arms.is_positive)
+                for values in (of_layer.within, of_layer.left_out)
             )
+            key = STATES, of_layer.layer, CLASSIFIER
+            rows.append(_template_row(key, arms, within, without))
     return rows
 
 
 def _template_row(
-    features: str,
-    layer: int | None,
-    detector: str,
-    template: str,
-    positive: np.ndarray,
+    key: tuple[str, int | None, str],
+    arms: ArmPair,
     found: Separation,
-    left_out: Separation | None,
+    left_out: Separation | None = None,
 ) -> TemplateRow:
-    """One row; `left_out` is None for a detector that saw no anomaly."""
+    """One row of features, layer and detector; a detector that saw no anomaly has no `left_out`."""
+    features, layer, detector = key
     loss = None if left_out is None else found.minus(left_out)
     return TemplateRow(
         features=features,
         layer=layer,
         detector=detector,
-        template=template,
+        template=arms.positive,
         auroc=found.value,
         auroc_interval=found.interval,
         left_out=None if left_out is None else left_out.value,
         left_out_interval=(None, None) if left_out is None else left_out.interval,
         loss=None if loss is None else loss.value,
         loss_interval=(None, None) if loss is None else loss.interval,
-        n=int(positive.sum()),
+        n=int(arms.is_positive.sum()),
     )
 
 
