@@ -107,13 +107,13 @@ def _heat(rows: Sequence[ShotRow], kind: str, lens: str, offset: int) -> HeatPan
     shots = sorted({count for _, count in chosen})
     cells = [[chosen.get((layer, count)) for count in shots] for layer in layers]
     return HeatPanel(
-        f"{kind}, N = {offset}",
-        "shots",
-        "layer",
-        [str(count) for count in shots],
-        ["all" if layer is None else str(layer) for layer in layers],
-        [[None if row is None else row.gain for row in line] for line in cells],
-        "gain in precision@1",
+        title=f"{kind}, N = {offset}",
+        x_label="shots",
+        y_label="layer",
+        x_names=[str(count) for count in shots],
+        y_names=["all" if layer is None else str(layer) for layer in layers],
+        values=[[None if row is None else row.gain for row in line] for line in cells],
+        color_label="gain in precision@1",
         texts=[["" if row is None else f"{row.gain:+.2f}" for row in line] for line in cells],
         color_range=(-1, 1),
         diverging=True,
