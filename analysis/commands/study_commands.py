@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from ..console.options import WHOLE_NUMBER, JsonErrorGroup
+from ..console.options import NUMBERS, WHOLE_NUMBER, JsonErrorGroup
 from .study_calls import StudyCall, run_every_study, run_study, study_command
 
 
@@ -33,6 +33,67 @@ def all_studies(call: StudyCall, **options: Any) -> Any:
     from ..studies.all_studies import run_all_studies
 
     return run_every_study(run_all_studies, call, **options)
+
+
+@study.command("anomaly")
+@click.option(
+    "--arm", default="arm", show_default=True, help="Label that tells clean texts from others."
+)
+@click.option("--clean", default="clean", show_default=True, help="Its value for clean texts.")
+@click.option(
+    "--benign",
+    default="benign",
+    show_default=True,
+    help="Its value for a control that is no anomaly, if there is one.",
+)
+@click.option(
+    "--question",
+    default="question",
+    show_default=True,
+    help="Label of what texts have in common, if there is one: intervals resample its values.",
+)
+@click.option(
+    "--template",
+    default="template",
+    show_default=True,
+    help="Label of the kind of an anomaly, if there is one: each is left out once.",
+)
+@click.option(
+    "--last",
+    type=WHOLE_NUMBER,
+    default=1,
+    show_default=True,
+    help="Number of last positions to average, in a cache of whole texts.",
+)
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    help="A possible answer, repeatable; log p of all at every layer makes further features.",
+)
+@click.option(
+    "--splits",
+    type=WHOLE_NUMBER,
+    default=5,
+    show_default=True,
+    help="Halves of the questions that are drawn; detectors are fitted on each.",
+)
+@study_command(split="all")
+def anomaly(call: StudyCall, **options: Any) -> Any:
+    """Tell anomalous texts, such as prompt injections, from clean ones.
+
+    CACHE holds texts with a label that says which are clean, such as those of `residua data
+    injection`. Detectors are fitted on clean texts, on trajectories under the logit lens and each
+    PROBE, a tuned lens or ridge probe; the distance of the states is the baseline.
+
+    \b
+    residua data injection kv.jsonl injection.jsonl
+    residua extract MODEL injection.jsonl --no-pack --positions answer
+    residua study anomaly 3f2a lens-81d9 ridge-3f2a --html anomaly.html
+    """
+    from ..studies.anomaly.anomaly_study import study_anomaly
+
+    return run_study(study_anomaly, call, **options)
 
 
 @study.command("depth")
@@ -104,6 +165,37 @@ def essential_layers(call: StudyCall, **options: Any) -> Any:
     from ..studies.essential_layers.depth_study import study_essential_layers
 
     return run_study(study_essential_layers, call, **options)
+
+
+@study.command("icl")
+@click.option(
+    "--kind", default="kind", show_default=True, help="Label of the kind of text, if there is one."
+)
+@click.option(
+    "--shots",
+    default="shots",
+    show_default=True,
+    help="Label with the number of examples in the context.",
+)
+@click.option("--offsets", type=NUMBERS, help="Offsets N to read.  [default: those of the probes]")
+@study_command()
+def in_context(call: StudyCall, **options: Any) -> Any:
+    """Measure how far ahead states foresee what examples in the context determine.
+
+    CACHE holds texts of `residua data icl`. PROBE is a ridge probe, lens or vocabulary probe with
+    several offsets. The baseline are bigrams of the train split, or those among PROBE (`residua fit
+    baseline OTHER chain marginal`), with which the train split can be read, too.
+
+    \b
+    residua data icl icl.jsonl --kind period,map --shots 0-4
+    residua extract MODEL icl.jsonl --no-pack --positions answer
+    residua fit ridge 3f2a --offsets 0-3
+    residua study icl 3f2a ridge-3f2a --html icl.html
+    residua study icl 91c0 ridge-3f2a chain-3f2a marginal-3f2a --split all
+    """
+    from ..studies.in_context.shot_study import study_in_context
+
+    return run_study(study_in_context, call, **options)
 
 
 @study.command("tuned-lens")

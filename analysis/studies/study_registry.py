@@ -43,6 +43,7 @@ class StudyEntry:
 
 
 STUDIES: Mapping[str, StudyEntry] = {
+    "anomaly": StudyEntry("anomaly.anomaly_study", "study_anomaly", split="all"),
     "depth": StudyEntry(
         "prediction_depth.prediction_depth_study",
         "study_prediction_depth",
@@ -52,6 +53,7 @@ STUDIES: Mapping[str, StudyEntry] = {
     "essential-layers": StudyEntry(
         "essential_layers.depth_study", "study_essential_layers", takes_positions=False, split="all"
     ),
+    "icl": StudyEntry("in_context.shot_study", "study_in_context", probes="all"),
     "tuned-lens": StudyEntry("tuned_lens.lens_quality", "study_tuned_lens", takes_readings=True),
 }
 """Name on the command line -> the study, in alphabetical order."""
