@@ -51,6 +51,8 @@ FLOORS = (
     "analysis.console",
     "analysis.disk_use",
     "analysis.studies",
+    "analysis.studies.comparison",
+    "analysis.studies.jacobian",
     "analysis.studies.essential_layers",
     "analysis.studies.texts",
     "analysis.studies.trajectories",

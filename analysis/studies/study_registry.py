@@ -33,6 +33,21 @@ class StudyEntry:
 
 
 STUDIES: Mapping[str, StudyEntry] = {
+    "compare": StudyEntry(
+        "comparison.model_comparison",
+        "study_compare",
+        missing="compares two models: residua study compare CACHE CACHE",
+    ),
     "essential-layers": StudyEntry("essential_layers.depth_study", "study_essential_layers"),
+    "jacobian": StudyEntry(
+        "jacobian.jacobian_study",
+        "study_jacobian",
+        missing="needs a file of a Jacobian lens: residua study jacobian CACHE LENS.pt",
+    ),
+    "transfer": StudyEntry(
+        "comparison.lens_transfer",
+        "study_transfer",
+        missing="reads a probe on another cache: residua study transfer CACHE PROBE --to CACHE",
+    ),
 }
 """Name on the command line -> the study, in alphabetical order."""
