@@ -54,6 +54,8 @@ FLOORS = (
     "analysis.studies.comparison",
     "analysis.studies.jacobian",
     "analysis.studies.essential_layers",
+    "analysis.studies.tuned_lens",
+    "analysis.studies.prediction_depth",
     "analysis.studies.texts",
     "analysis.studies.trajectories",
     "analysis.studies.results",
