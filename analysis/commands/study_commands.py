@@ -42,8 +42,15 @@ def all_studies(call: StudyCall, **options: Any) -> Any:
     help="Compare two models token by token, or any models by relative depth.  [default: tokens "
     "for two caches, else depth]",
 )
+@click.option(
+    "--beside",
+    metavar="CACHE",
+    multiple=True,
+    shell_complete=complete_names,
+    help="Cache to compare with, like one named among the arguments. Can be given again.",
+)
 @study_command()
-def compare(call: StudyCall, **options: Any) -> Any:
+def compare(call: StudyCall, beside: tuple[str, ...], **options: Any) -> Any:
     """Compare models on the same tokens, or by relative depth.
 
     Name two caches or more, and probes of any of their models among them. Two caches of the same
@@ -60,7 +67,7 @@ def compare(call: StudyCall, **options: Any) -> Any:
     from ..studies.comparison.model_comparison import study_compare
     from .study_inputs import load_caches_and_probes
 
-    caches, probes = load_caches_and_probes((call.cache, *call.probes), call.root)
+    caches, probes = load_caches_and_probes((call.cache, *beside, *call.probes), call.root)
     with Meter(call.quiet) as meter:
         result = study_compare(caches, probes, progress=meter.stage, **options)
     return finish_study([result], call)

@@ -43,6 +43,7 @@ STUDIES: Mapping[str, StudyEntry] = {
     "compare": StudyEntry(
         "comparison.model_comparison",
         "study_compare",
+        caches=("beside",),
         missing="it compares models: residua study compare CACHE CACHE",
     ),
     "depth": StudyEntry(

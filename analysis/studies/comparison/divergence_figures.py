@@ -85,8 +85,8 @@ def draw_similarity(
                     f"layer of {names[0]}",
                     [str(layer) for layer in layers[1]],
                     [str(layer) for layer in layers[0]],
-                    cells,
-                    "CKA",
+                    values=cells,
+                    color_label="CKA",
                     texts=[["" if v is None else f"{v:.2f}" for v in row] for row in cells],
                     color_range=(0.0, 1.0),
                 )

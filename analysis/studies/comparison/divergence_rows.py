@@ -366,7 +366,16 @@ def parting_row(
     final, _ = sample.first.mean(np.where(known, js[:, -1], np.nan))
     if final is None or final <= 0:
         none: Interval = (None, None)
-        return PartingRow(lens, final, None, None, none, None, none, 0)
+        return PartingRow(
+            lens=lens,
+            final_js=final,
+            layer=None,
+            depth=None,
+            depth_interval=none,
+            by_position=None,
+            by_position_interval=none,
+            n=0,
+        )
     # Of the mean over documents, and of its resamples.
     units, count = sample.first.unit_numbers[known], sample.first.units.n_resampled
     sums = np.stack(

@@ -436,8 +436,8 @@ def draw_matrix(rows: Sequence[TransferSummaryRow]) -> StudyFigure:
                     "lens",
                     caches,
                     lenses,
-                    values,
-                    "mean KL, nats",
+                    values=values,
+                    color_label="mean KL, nats",
                     texts=[["-" if v is None else f"{v:.3f}" for v in row] for row in values],
                     color_range=(0.0, None),
                 )

@@ -138,15 +138,15 @@ class _DivergenceReader:
         all_pairs = dict.fromkeys(pair for pairs in self.pairs.values() for pair in pairs)
         self.heads = caches[0].head.torch(self.device), caches[1].head.torch(self.device)
         self.result = ModelDivergence(
-            empty(),
-            empty(),
-            empty(),
-            empty(),
-            (np.full((n, top), -1, np.int64), np.full((n, top), -1, np.int64)),
-            (empty(top), empty(top)),
-            (empty(), empty()),
-            {pair: np.zeros(n, bool) for pair in all_pairs if same_width},
-            {
+            kl=empty(),
+            reverse=empty(),
+            js=empty(),
+            differs=empty(),
+            top=(np.full((n, top), -1, np.int64), np.full((n, top), -1, np.int64)),
+            p_top=(empty(top), empty(top)),
+            cross_entropy=(empty(), empty()),
+            equal_states={pair: np.zeros(n, bool) for pair in all_pairs if same_width},
+            lenses={
                 name: LensDivergence(pairs, empty(len(pairs)), empty(len(pairs)))
                 for name, pairs in self.pairs.items()
             },
