@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from .probes.basis.causal_basis import CausalBasis as CausalBasis
     from .probes.basis.layer_basis import LayerBasis as LayerBasis
     from .probes.controls.control_probe import ControlProbe as ControlProbe
+    from .probes.lens.jacobian_lens import JacobianLens as JacobianLens
+    from .probes.lens.jacobian_lens_files import read_jacobian_lens as read_jacobian_lens
+    from .probes.lens.jacobian_lens_files import write_jacobian_lens as write_jacobian_lens
     from .probes.lens.logit_lens import LogitLens as LogitLens
     from .probes.lens.tuned_lens import FutureLens as FutureLens
     from .probes.lens.tuned_lens import TunedLens as TunedLens

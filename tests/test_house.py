@@ -55,6 +55,8 @@ FLOORS = (
     "analysis.interventions",
     "analysis.studies",
     "analysis.studies.anomaly",
+    "analysis.studies.comparison",
+    "analysis.studies.jacobian",
     "analysis.studies.essential_layers",
     "analysis.studies.in_context",
     "analysis.studies.tuned_lens",

@@ -31,6 +31,7 @@ LABELS = {
     "ridge": "ridge lens",
     "lens": "tuned lens",
     "future": "future lens",
+    "jacobian": "Jacobian lens",
     "vocab": "vocabulary probe",
     "bigram": "bigram",
     "chain": "bigram chain",
@@ -49,6 +50,7 @@ COLORS = {
     "ridge": "#0072B2",
     "lens": "#009E73",
     "future": "#CC79A7",
+    "jacobian": "#6A3D9A",
     "vocab": "#E69F00",
     "bigram": "#555555",
     "chain": "#B5A36A",
@@ -67,6 +69,7 @@ MARKERS = {
     "ridge": ("s", "square"),
     "lens": ("^", "triangle-up"),
     "future": ("D", "diamond"),
+    "jacobian": ("h", "hexagon"),
     "vocab": ("v", "triangle-down"),
 }
 """Markers of kinds of probes, for matplotlib and plotly."""

@@ -8,6 +8,7 @@ KINDS = {
     "bigram": ("..baselines.ngrams", "Bigram"),
     "chain": ("..baselines.marginal_bigram", "BigramChain"),
     "future": ("..lens.tuned_lens", "FutureLens"),
+    "jacobian": ("..lens.jacobian_lens", "JacobianLens"),
     "lagged": ("..baselines.ngrams", "LaggedBigram"),
     "lens": ("..lens.tuned_lens", "TunedLens"),
     "marginal": ("..baselines.marginal_bigram", "MarginalBigram"),
