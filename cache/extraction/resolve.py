@@ -17,15 +17,18 @@ from ..documents.document_loading import load_documents, load_given_documents
 from ..documents.documents import Documents, RenderConversation
 from ..errors import DataError, ModelError, UsageError
 from ..files.disk_columns import row_blocks, scratch_folder
+from ..files.json_files import json_digest
 from ..format.logits_arrays import logits_mode_covers
 from ..format.manifest import (
     FORMAT,
+    IMAGE,
     SEQUENCE,
     CaptureIdentity,
     ModelIdentity,
     TokenIdentity,
     identity_of,
 )
+from ..images.classifier_source import ClassifierSource
 from ..model.source import ModelSource
 from ..model.tokenizer import tokenizer_digest
 from ..number_ranges import absolute_numbers
@@ -37,6 +40,7 @@ from ..tokens.stream_summary import StreamSummary
 from ..tokens.token_stream import TokenStream
 from ..tokens.tokenization import tokenize
 from .chat_template import LazyChatTemplate
+from .image_request import read_image_stream
 from .request import ExtractionRequest
 
 ANSWERS = ("hit", "covers", "partial", "miss")
@@ -115,6 +119,8 @@ def read_stream(
     Raises `DataError` if no text can be read, `ModelError` if the tokenizer gives ids beyond the
     model's vocabulary.
     """
+    if isinstance(source, ClassifierSource):
+        return read_image_stream(request, source, progress)
     scratch = scratch_folder(cache_root(request.root))
     template = None
     if source.has_chat_template and request.format > 1:
@@ -217,6 +223,8 @@ def choose_context(request: ExtractionRequest, source: ModelSource) -> int:
     Default the model's, at most `DEFAULT_CONTEXT`. Raises `UsageError` beyond the model's.
     """
     limit = source.context
+    if isinstance(source, ClassifierSource):
+        return source.grid.tokens
     if request.context is None:
         return min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     if limit is not None and request.context > limit:
@@ -229,7 +237,12 @@ def choose_context(request: ExtractionRequest, source: ModelSource) -> int:
 def summarize_stream(
     request: ExtractionRequest, source: ModelSource, stream: TokenStream
 ) -> StreamSummary:
-    """The identity of `stream`, the token stream of `request`."""
+    """The identity of `stream`, the token stream of `request`.
+
+    An image processor takes the place of the tokenizer.
+    """
+    if isinstance(source, ClassifierSource):
+        return StreamSummary.of(stream, json_digest(source.processor_settings))
     return StreamSummary.of(stream, tokenizer_digest(source.tokenizer_for_format(request.format)))
 
 
@@ -300,9 +313,10 @@ def _match_with(cache: ActivationCache, wanted: WantedCache) -> CacheMatch:
             return miss
 
     # Sequences: either stream may contain the other. Where only some positions are kept, a cache
-    # of more tokens cannot be extended.
+    # of more tokens cannot be extended; nor are caches of images.
     missing_sequences, more_sequences = _compare_sequences(wanted.hashes, cache.sequence_hash)
-    if missing_sequences and (more_sequences or wanted.capture.positions != "all"):
+    cannot_grow = wanted.capture.positions != "all" or wanted.tokens.split_by == IMAGE
+    if missing_sequences and (more_sequences or cannot_grow):
         return miss
 
     # Layers: any of them may be missing, they are added in place.
