@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...cache.errors import ResiduaError, ResiduaWarning
 from ...cache.files.confined_files import read_confined
-from ...cache.files.json_files import parse_json_object
+from ...cache.files.json_fields import parse_json_object
 from ...cache.images.classifier_source import class_names_of
 from .token_text import byte_text, token_text
 
@@ -55,6 +55,10 @@ class TokenNames:
             return self.class_names[token]
         text = self._text(token)
         return f"#{int(token)}" if text is None else visible(text)
+
+    def label_read_token(self, token: int) -> str:
+        """Label of a token that the model read: like `self(token)`, of images the position."""
+        return f"#{int(token)}" if self.class_names else self(token)
 
     def passage(self, tokens: Iterable[int]) -> str:
         """Printable text of several tokens in a row: like their labels, but spaces are spaces.

@@ -51,6 +51,10 @@ STREAM_FIELDS = frozenset(f"tokens.{name}" for name in ("digest", "positions", "
 """Identity fields that may differ where one token stream contains the other."""
 LOGITS_FIELD = "capture.logits"
 """Identity field that may differ where the cache keeps more logits than requested."""
+PLACEHOLDERS = tuple(
+    f"{kind}_token_{key}" for kind in ("image", "video", "audio") for key in ("id", "index")
+)
+"""Keys of config.json with the token in whose place a model reads something that is no text."""
 Difference = tuple[str, Any, Any]
 """An identity field with its values in the first and in the second identity."""
 
@@ -173,6 +177,7 @@ def _check_vocabulary(source: ModelSource, stream: TokenStream, documents: Docum
 
     A tokenizer of another model shows itself by ids that the embedding does not have.
     """
+    _check_no_placeholder(source, stream)
     vocab = source.config_value("vocab_size")
     largest_id = max(int(block.max()) for block in row_blocks(stream.ids))
     if not isinstance(vocab, int) or largest_id < vocab:
@@ -186,6 +191,29 @@ def _check_vocabulary(source: ModelSource, stream: TokenStream, documents: Docum
         f"the tokenizer gives token {largest_id}, but the model's vocabulary has "
         f"{vocab}; the tokenizer files do not belong to this model"
     )
+
+
+def _check_no_placeholder(source: ModelSource, stream: TokenStream) -> None:
+    """Raise `DataError` if a token stands for an image, a video or a sound, which no text has.
+
+    The model would read the placeholder's own embedding in its place.
+    """
+    placeholders = {
+        value: name
+        for name in PLACEHOLDERS
+        if isinstance(value := source.config_value(name), int) and value >= 0
+    }
+    if not placeholders:
+        return
+    for block in row_blocks(stream.ids):
+        found = np.flatnonzero(np.isin(block, list(placeholders)))
+        if len(found):
+            token = int(block[found[0]])
+            raise DataError(
+                f"the data hold token {token}, in whose place {source.name} reads an image, a video "
+                f"or a sound ({placeholders[token]}); only texts are read here, and the rows would "
+                "be those of no image: take it out of the texts"
+            )
 
 
 def _load_documents(
