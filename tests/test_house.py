@@ -54,6 +54,7 @@ FLOORS = (
     "analysis.console",
     "analysis.disk_use",
     "analysis.studies",
+    "analysis.studies.vision",
     "analysis.studies.essential_layers",
     "analysis.studies.texts",
     "analysis.studies.trajectories",

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from ..console.options import WHOLE_NUMBER
 from .study_calls import StudyCall, run_study, study_command
 
 
@@ -50,3 +51,30 @@ def essential_layers(call: StudyCall, **options: Any) -> Any:
     from ..studies.essential_layers.depth_study import study_essential_layers
 
     return run_study(study_essential_layers, call, **options)
+
+
+@study.command("vision")
+@click.option(
+    "--image",
+    type=WHOLE_NUMBER,
+    help="Number of the image in the cache whose patches are shown.  [default: the first read]",
+)
+@click.option(
+    "--label",
+    help="Label that names the class of each image.  [default: label, if the cache has it]",
+)
+@study_command()
+def vision(call: StudyCall, **options: Any) -> Any:
+    """Read the class tokens and patches of a cache of images, layer by layer.
+
+    CACHE is one of an image classifier (extract MODEL IMAGES). At the class token of every image,
+    the logit lens and PROBEs are compared with the model and with the label; of one image, the
+    probability of the model's class is shown on the grid of patches. --max-positions counts images.
+
+    \b
+    residua study vision 3f2a
+    residua study vision 3f2a lens-81d9 --image 7 --html vision.html
+    """
+    from ..studies.vision.class_token_study import study_vision
+
+    return run_study(study_vision, call, **options)

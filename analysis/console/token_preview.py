@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 def with_token_labels(request: "ExtractionRequest", estimate: "Estimate") -> dict[str, Any]:
     """The JSON object of `estimate`, whose `beginnings` also have the labels `tokens`.
 
-    Labels are those of heatmaps: `␣` is a space, `\\n` a line break. Positions of images are numbers.
+    Labels are those of heatmaps: `␣` is a space, `\\n` a line break. Positions of images are
+    numbers.
     """
     from ...cache.extraction.answer import request_tokenizer
     from ..token_texts.token_names import TokenNames

@@ -114,8 +114,8 @@ def plan_evaluation(
         )
     if is_of_images(cache) and max(plan_offsets) > 0 and not across_documents:
         raise UsageError(
-            f"offsets {format_ranges([n for n in plan_offsets if n])} have no meaning in a cache of "
-            "images, in which position t+N is another patch; measure offset 0"
+            f"offsets {format_ranges([n for n in plan_offsets if n])} have no meaning in a cache "
+            "of images, in which position t+N is another patch; measure offset 0"
         )
     if not plan_layers:
         raise UsageError(

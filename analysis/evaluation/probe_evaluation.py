@@ -80,8 +80,8 @@ def evaluate(
       distribution is float32 always. A note in the result says so.
     - `device`: torch's device for products and measures; `auto` is the first GPU, else the CPU. A
       window that does not fit into its memory is halved.
-    - In a cache of images the class tokens count, of which `max_positions` are taken; a mask `where`
-      of other positions compares probes with the head on the last layer there.
+    - In a cache of images the class tokens count, of which `max_positions` are taken; a mask
+      `where` of other positions compares probes with the head on the last layer there.
     - `where`: bool mask `(positions,)` of the cache, such as `position_masks.name_mask` makes: only
       pairs whose target t+N is in the mask are counted. The sequences are the same without a mask.
     - `force`: evaluate probes of another model, too.
@@ -255,7 +255,9 @@ def image_notes(cache: "ActivationCache", where: np.ndarray | None) -> list[str]
     if not is_of_images(cache) or where is None:
         return []
     if np.array_equal(where, class_token_mask(cache)):
-        return ["of each image the class token counts; patches count with `where` (--where patches)"]
+        return [
+            "of each image the class token counts; patches count with `where` (--where patches)"
+        ]
     return [
         "patches are compared with the head on their own last layer, which the model itself reads "
         "at the class token alone"

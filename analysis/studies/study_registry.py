@@ -34,5 +34,6 @@ class StudyEntry:
 
 STUDIES: Mapping[str, StudyEntry] = {
     "essential-layers": StudyEntry("essential_layers.depth_study", "study_essential_layers"),
+    "vision": StudyEntry("vision.class_token_study", "study_vision"),
 }
 """Name on the command line -> the study, in alphabetical order."""

@@ -210,9 +210,9 @@ def _check_no_placeholder(source: ModelSource, stream: TokenStream) -> None:
         if len(found):
             token = int(block[found[0]])
             raise DataError(
-                f"the data hold token {token}, in whose place {source.name} reads an image, a video "
-                f"or a sound ({placeholders[token]}); only texts are read here, and the rows would "
-                "be those of no image: take it out of the texts"
+                f"the data hold token {token}, in whose place {source.name} reads an image, a "
+                f"video or a sound ({placeholders[token]}); only texts are read here, and "
+                "the rows would be those of no image: take it out of the texts"
             )
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
+    from .block_candidates import block_shapes as block_shapes
     from .classifier_blocks import find_image_blocks as find_image_blocks
     from .classifier_checks import check_classifier as check_classifier
     from .classifier_source import ClassifierSource as ClassifierSource

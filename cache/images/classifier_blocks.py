@@ -6,7 +6,7 @@ first of an image being the key by which its pixels are found. Its `DecoderBlock
 only if position 0 of layer L alone, the class token, decides the logits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,15 @@ from torch import nn
 
 from ..devices import is_out_of_memory
 from ..errors import ModelError
-from ..model.block_search import BlockCall
 from ..model.blocks import DecoderBlocks, logits_of, run_model
 from ..model.checkpoint_comparison import compare_with_checkpoint
 from ..model.config_check import describe_error
 from ..model.model_loading import LOADING_ERRORS
-from ..model.residual_axes import ResidualAxes, tensors_of
+from ..model.residual_axes import ResidualAxes
 from ..model.resume import ResumableRun
 from ..model.safetensors_header import read_header
 from ..model.transformers_guard import guard_transformers
+from .block_candidates import block_candidates
 from .classifier_source import ClassifierSource
 
 PixelSource = Callable[[Sequence[int]], np.ndarray]
@@ -136,18 +136,8 @@ class ClassTokenTail(DecoderBlocks):
 
 
 def with_class_token(stream: torch.Tensor, class_token: torch.Tensor) -> torch.Tensor:
-    """`stream` `(images, positions, d_model)` with position 0 replaced by `(images, 1, d_model)`."""
+    """`stream` `(images, positions, d_model)`, position 0 replaced by `(images, 1, d_model)`."""
     return torch.cat([class_token.to(stream), stream[:, 1:]], 1)
-
-
-def block_shapes(
-    classifier: nn.Module, pixels: torch.Tensor
-) -> list[tuple[int, ...]]:
-    """Shapes (images, positions, d_model) of the streams of the candidates for the blocks.
-
-    Candidates with most parameters come first. `pixels` has two images or more.
-    """
-    return [shape for _, _, shape in _candidates(classifier, lambda n: classifier(pixel_values=pixels[:n]), len(pixels))]
 
 
 def find_image_blocks(
@@ -167,7 +157,9 @@ def find_image_blocks(
             f"by {change:.1e}"
         )
     reasons: list[str] = []
-    for name, calls, shape in _candidates(model, lambda n: run_model(model, ids[:n]), len(ids)):
+    for name, calls, shape in block_candidates(
+        model, lambda n: run_model(model, ids[:n]), len(ids)
+    ):
         if shape[1] != ids.shape[1]:
             reasons.append(f"{name}: {shape[1]} positions, not {ids.shape[1]}")
             continue
@@ -216,55 +208,6 @@ def _change(logits: torch.Tensor, others: torch.Tensor) -> float:
 def _limit(logits: torch.Tensor) -> float:
     """Change of logits that is still rounding."""
     return 1e-3 if logits.dtype == torch.float32 else 5e-2
-
-
-def _candidates(
-    model: nn.Module, run: Callable[[int], Any], images: int
-) -> Iterator[tuple[str, list[nn.Module], tuple[int, ...]]]:
-    """Yield name, calls and stream of the lists of blocks, those with most parameters first.
-
-    `run(n)` runs the model on n images. The first tensor of every call of a block must be
-    (images, positions, d_model) with the same numbers in all calls.
-    """
-    lists = {
-        name: list(module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module)
-    }
-    modules = [module for members in lists.values() for module in members]
-    calls, fewer_calls = (_record_calls(modules, lambda n=n: run(n)) for n in (images, images - 1))
-    ranked = []
-    for name, members in lists.items():
-        member_set = set(members)
-        of_list = [(block, shapes) for block, shapes in calls if block in member_set]
-        of_fewer = [shapes for block, shapes in fewer_calls if block in member_set]
-        streams = {shapes[0] if shapes else () for _, shapes in of_list}
-        fewer = {shapes[0] if shapes else () for shapes in of_fewer}
-        if len(streams) != 1 or len(of_list) < len(members) or len(of_fewer) != len(of_list):
-            continue
-        (shape,) = streams
-        if len(shape) == 3 and shape[0] == images and fewer == {(images - 1, *shape[1:])}:
-            size = sum(p.numel() for block in members for p in block.parameters())
-            ranked.append((size, name, [block for block, _ in of_list], shape))
-    ranked.sort(key=lambda entry: -entry[0])
-    for _, name, blocks, shape in ranked:
-        yield name, blocks, shape
-
-
-def _record_calls(modules: list[nn.Module], run: Callable[[], Any]) -> list[BlockCall]:
-    """The calls of `modules` in `run`, in order, with the shapes of their output tensors."""
-    calls: list[BlockCall] = []
-
-    def record(module: nn.Module, _: object, output: object) -> None:
-        calls.append((module, [tuple(tensor.shape) for tensor in tensors_of(output)]))
-
-    handles = [module.register_forward_hook(record) for module in dict.fromkeys(modules)]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
 
 
 def _find_unembedding(model: ImageClassifier, ids: torch.Tensor) -> nn.Linear:

@@ -109,7 +109,9 @@ def check_classifier(
             head=head,
             tensors=tensors,
             head_error=head_error,
-            logits=_logits_errors(head, layers[-1], model_logits, dtypes[stack.depth], policy, logits),
+            logits=_logits_errors(
+                head, layers[-1], model_logits, dtypes[stack.depth], policy, logits
+            ),
             independence=independence,
             dtypes=dtypes,
         )

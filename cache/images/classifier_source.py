@@ -87,7 +87,7 @@ class ClassifierSource(ModelSource):
         """Name and settings of the image processor, as `head/image_processor.json` keeps them."""
         settings = json.loads(self.processor.to_json_string())
         kept = {key: value for key, value in settings.items() if key not in NO_SETTINGS}
-        return {"class": type(self.processor).__name__, "settings": kept}
+        return {"class": type(self.processor).__name__.removesuffix("Pil"), "settings": kept}
 
     @cached_property
     def tokenizer_files_digest(self) -> str:
@@ -126,15 +126,18 @@ class ClassifierSource(ModelSource):
 
         Raises `ModelError` where no list of blocks has the same positions in every layer.
         """
-        from .classifier_blocks import block_shapes
-
         import torch
         from PIL import Image
         from transformers import AutoConfig, AutoModelForImageClassification
 
+        from .block_candidates import block_shapes
+
         check_config_readable(self.folder)
         check_config_size(
-            self.folder, self.config, self.weight_files, model_class="AutoModelForImageClassification"
+            self.folder,
+            self.config,
+            self.weight_files,
+            model_class="AutoModelForImageClassification",
         )
         shape = self.pixels([Image.new("RGB", (97, 61))], ["a blank image"]).shape
         name = self._architecture
@@ -182,7 +185,7 @@ class ClassifierSource(ModelSource):
         """Positions of an image."""
         return self.grid.tokens
 
-    @property
+    @cached_property
     def has_chat_template(self) -> bool:
         return False
 

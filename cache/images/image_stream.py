@@ -31,7 +31,7 @@ class ImageStream(TokenStream):
     """Images as sequences of their positions; `documents` are the hashes of the images."""
 
     def sequence(self, number: int) -> np.ndarray:
-        """Ids of one image for the model, `(positions,)` int64: its key, then numbers of patches."""
+        """Ids of one image for the model, `(positions,)` int64: its key, then positions."""
         ids = super().sequence(number).astype(np.int64)
         ids[0] = image_keys(self.sequence_documents[number : number + 1])[0]
         return ids

@@ -57,7 +57,8 @@ def check_config_size(
     """Raise `ModelError` if config.json describes a far larger model than the weights hold.
 
     `config` is the content of config.json in `folder`. The model, of `model_class` of transformers,
-    is built without memory for its tensors. A configuration that cannot be built so is left to `from_pretrained`, which says why.
+    is built without memory for its tensors. A configuration that cannot be built so is left to
+    `from_pretrained`, which says why.
     """
     import torch
     import transformers

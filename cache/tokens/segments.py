@@ -11,8 +11,8 @@ follows another by chance, so pairs stay inside one segment unless `PairScope` a
 array `tokens/row_id` holds the document number of each position; a cache without this array, made
 of token ids, has one document per sequence.
 
-In a cache of images every position is a segment by itself, unless `PairScope` allows more: patch t+N
-is not what follows patch t. Its token ids are numbers of patches, and no text follows them.
+In a cache of images every position is a segment by itself, unless `PairScope` allows more: patch
+t+N is not what follows patch t. Its token ids number the positions, and no text follows them.
 
 Fits ask `PairScope.largest_offsets`; count baselines read `context_blocks`; evaluation reads
 `neighbour_tokens` and `segment_indices`. All take the cache as a `SequenceIndex`.

@@ -71,3 +71,43 @@ def save_pictures(folder: Path, count: int, seed: int = 0, side: int = SIZE + 5)
             picture = Image.fromarray(make_picture(rng, name, side))
             picture.save(folder / name / f"{number:03}.png")
     return folder
+
+
+def save_planted_classifier(folder: Path, block: int, layers: int = 4) -> Path:
+    """A ViT whose class token learns the colour of an image in block `block` (1-based), exactly.
+
+    Patches hold their mean colour in dimensions 3 to 5 from layer 0 on, the class token nothing but
+    a little of class 0; the other blocks are identities. Block `block` adds to each position the
+    mean of the (normed) colours of all. The head reads dimensions 3 to 5 as the three classes of
+    the colours red, green, blue.
+    """
+    import transformers
+
+    changes = {"num_hidden_layers": layers, "num_attention_heads": 1}
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**{**CONFIG, **changes})  # type: ignore[arg-type]
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = "layernorm" in name and name.endswith("weight")
+            parameter.fill_(1.0 if is_norm else 0.0)
+        modules: Any = model.named_modules()
+        for name, module in modules:
+            if isinstance(module, torch.nn.Conv2d):
+                for channel in range(3):
+                    module.weight[3 + channel, channel] = 1 / PATCH**2
+            if f"layers.{block - 1}." in name or f"layer.{block - 1}." in name:
+                if name.endswith(("v_proj", "value")):
+                    for number in range(3, 6):
+                        module.weight[number, number] = 1.0
+                if name.endswith(("o_proj", "attention.output.dense")):
+                    for number in range(3, 6):
+                        module.weight[number, number] = 1.0
+        whole: Any = model
+        whole.vit.embeddings.cls_token[0, 0, 3] = 0.02
+        whole.vit.layernorm.weight.fill_(1.5)
+        for number in range(3):
+            whole.classifier.weight[number, 3 + number] = 4.0
+    model.save_pretrained(folder)
+    save_processor(folder)
+    return folder
