@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
-from ..console.options import NUMBERS, WHOLE_NUMBER, residua_command
+from ..console.options import NUMBERS, WHOLE_NUMBER, JsonErrorGroup, residua_command
 
 
-@click.group()
+@click.group(cls=JsonErrorGroup)
 def data() -> None:
     """Make texts for studies."""
 

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from ....cache.store.activation_cache import ActivationCache
 
 
+QUESTION_LABEL = "question"
+"""Label of the question, where no other is named."""
+
+
 def study_essential_layers(
     cache: "ActivationCache",
     lenses: Sequence[Readout] | Mapping[str, Readout] = (),
@@ -48,14 +52,16 @@ def study_essential_layers(
     """Find the layers at which lenses first and finally read the answers of `cache`.
 
     The logit lens is always among the lenses. `documents` and `gold` name the labels with K and g;
-    `question` that of the question, which may stand in several sequences with the answer at several
-    positions: then differences are within questions, and intervals resample questions; else
-    sequences. Raises `UsageError` for a cache without answers, `NotFoundError` for labels and
-    lenses that do not fit.
+    `question` that of the question (default: `question`, if there is such a label), which may stand
+    in several sequences with the answer at several positions: then differences are within
+    questions, and intervals resample questions; else sequences. Raises `UsageError` for a cache
+    without answers, `NotFoundError` for labels and lenses that do not fit.
     """
     named = name_readouts(lenses, [LogitLens.of(cache, 0)])
-    check_labels(cache, [documents, gold, *([question] if question else [])])
     answers = find_answers(cache, split)
+    if question is None and QUESTION_LABEL in cache.label_names:
+        question = QUESTION_LABEL
+    check_labels(cache, [documents, gold, *([question] if question else [])])
     of_documents = numeric_label(cache, documents, answers.sequences)
     of_gold = numeric_label(cache, gold, answers.sequences)
     if question is None:

@@ -48,13 +48,16 @@ def study_vision(
     label: str | None = None,
     seed: int = 0,
     device: "str | torch.device" = "auto",
+    sample: PositionSample | None = None,
+    readings: Mapping[str, Trajectories] | None = None,
     progress: StageProgress | Auto | None = "auto",
 ) -> StudyResult:
     """Read the class token of each image, and the patches of one, by the logit lens and `lenses`.
 
     `max_positions` class tokens of `split` are read. `image` is the number of the sequence whose
     patches are shown (default: the first that was read); a cache of class tokens alone shows none.
-    `label` names the classes of the images (default: `label`, if the cache has it).
+    `label` names the classes of the images (default: `label`, if the cache has it). `sample` and
+    `readings` of the lenses are read where they are known already.
 
     Raises `UsageError` for a cache of texts, and for an image of a cache without patches,
     `NotFoundError` for a label or an image that the cache lacks, `MismatchError` for lenses of
@@ -76,18 +79,19 @@ def study_vision(
         () if has_logit_lens else (LogitLens.of(cache, (0,)),),
     )
     labels = label_classes(cache, label)
-    sample = choose_positions(cache, split, max_positions, seed)
+    sample = sample or choose_positions(cache, split, max_positions, seed)
     has_patches = not cache.has("context/ids")
     studied = _choose_image(cache, sample, image, labels, has_patches)
 
     with show_stages(progress) as report:
-        readings = measure_trajectories(
-            sample,
-            named,
-            measures=MEASURES,
-            device=device,
-            progress=progress_of_stage(report, "class tokens"),
-        )
+        if readings is None:
+            readings = measure_trajectories(
+                sample,
+                named,
+                measures=MEASURES,
+                device=device,
+                progress=progress_of_stage(report, "class tokens"),
+            )
         maps: list[PatchMaps] = []
         if studied is not None:
             of_image = measure_trajectories(
