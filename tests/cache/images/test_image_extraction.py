@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -152,6 +153,34 @@ def test_equal_files_are_one_image_and_missing_ones_are_left_out(
     assert len(cache.sequence_length) == 36
     dropped = json.loads((cache.path / "provenance.json").read_text())["reading"]["dropped"]
     assert dropped["the same file as an earlier image"]["documents"] == 1
+
+
+def test_a_data_set_given_in_python_is_extracted_with_its_classes(
+    images: residua.ActivationCache, vit: Path, pictures: Path, tmp_path: Path
+) -> None:
+    files = [pictures / name for name in ("cat/001.png", "dog/002.png", "bird/003.png")]
+    values = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    given: Any = datasets.Dataset.from_dict(
+        {"photo": [*values, None], "kind": [0, 1, 2, 0]},
+        features=datasets.Features(
+            photo=datasets.Image(), kind=datasets.ClassLabel(names=list(CLASSES))
+        ),
+    )
+    cache = residua.extract(str(vit), given, root=tmp_path, dtype="float32")
+    assert sorted(cache.label("kind")) == sorted(CLASSES)
+    reading = json.loads((cache.path / "provenance.json").read_text())["reading"]
+    assert reading["text_column"] == "photo"
+    assert reading["dropped"]["missing"] == {"documents": 1, "rows": [3]}
+    # The same files are the same rows, wherever they come from.
+    order = {name: n for n, name in enumerate(images.label("file"))}
+    for number, kind in enumerate(cache.label("kind")):
+        name = {"cat": "cat/001.png", "dog": "dog/002.png", "bird": "bird/003.png"}[kind]
+        start = TOKENS * order[name]
+        np.testing.assert_allclose(
+            cache.residual_array(2)[TOKENS * number : TOKENS * (number + 1)],
+            images.residual_array(2)[start : start + TOKENS],
+            atol=1e-5,
+        )
 
 
 def test_class_tokens_alone_are_the_same_rows(
