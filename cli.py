@@ -124,7 +124,7 @@ def main() -> None:
     default="all",
     show_default=True,
     help="Positions to keep: all, last, sample:K, answer or explicit (columns `answer`, "
-    "`positions` of the data).",
+    "`positions` of the data); of images all, cls (the class token) or sample:K.",
 )
 @click.option(
     "--logits",
@@ -1232,7 +1232,7 @@ def basis(
     "--where",
     type=click.Choice(MASKS),
     help="Targets to count: only those inside words (continued) or inside capitalised words "
-    "(names) of several tokens.  [default: all]",
+    "(names) of several tokens; of images the patches.  [default: all, of images the class token]",
 )
 @click.option("--force", is_flag=True, help="Evaluate probes of another model, too.")
 @click.option(

@@ -348,3 +348,30 @@ def tuned_lens(call: StudyCall, **options: Any) -> Any:
     from ..studies.tuned_lens.lens_quality import study_tuned_lens
 
     return run_study(study_tuned_lens, call, **options)
+
+
+@study.command("vision")
+@click.option(
+    "--image",
+    type=WHOLE_NUMBER,
+    help="Number of the image in the cache whose patches are shown.  [default: the first read]",
+)
+@click.option(
+    "--label",
+    help="Label that names the class of each image.  [default: label, if the cache has it]",
+)
+@study_command()
+def vision(call: StudyCall, **options: Any) -> Any:
+    """Read the class tokens and patches of a cache of images, layer by layer.
+
+    CACHE is one of an image classifier (extract MODEL IMAGES). At the class token of every image,
+    the logit lens and PROBEs are compared with the model and with the label; of one image, the
+    probability of the model's class is shown on the grid of patches. --max-positions counts images.
+
+    \b
+    residua study vision 3f2a
+    residua study vision 3f2a lens-81d9 --image 7 --html vision.html
+    """
+    from ..studies.vision.class_token_study import study_vision
+
+    return run_study(study_vision, call, **options)

@@ -72,6 +72,7 @@ STUDIES: Mapping[str, StudyEntry] = {
         missing="it reads a probe on another cache: residua study transfer CACHE PROBE --to CACHE",
     ),
     "tuned-lens": StudyEntry("tuned_lens.lens_quality", "study_tuned_lens", takes_readings=True),
+    "vision": StudyEntry("vision.class_token_study", "study_vision", takes_readings=True),
 }
 """Name on the command line -> the study, in alphabetical order."""
 
