@@ -34,6 +34,7 @@ LOGGER = logging.getLogger("residua")
 LOG_SECONDS = 30.0
 """Time between two lines of the log about one stage."""
 UNITS = {
+    "answers": "readings",
     "basis": "evaluations",
     "count": "tokens",
     "lens": "steps",
@@ -90,6 +91,13 @@ def show_stage(progress: Progress | Auto | None, name: str) -> Iterator[Progress
     with show_stages(progress) as report:
         assert report is not None
         yield lambda done, total: report(name, done, total)
+
+
+def progress_of_stage(progress: StageProgress | None, name: str) -> Progress | None:
+    """The callback (done, total) of stage `name`; None where nothing is shown."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(name, done, total)
 
 
 def choose_display() -> StageDisplay:

@@ -101,10 +101,10 @@ def test_the_rooms_of_the_architecture_page_are_the_folders() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     drawing = page.split("## Floors and rooms")[1].split("## Six ways in")[0]
     drawn: set[str] = set()
-    floor = ""
+    path: list[str] = []
     for indent, name in re.findall(r"^ {4}( *)(\w+)/ ", drawing, re.MULTILINE):
-        floor = floor if indent else name
-        drawn.add(f"{floor}/{name}" if indent else name)
+        path = [*path[: len(indent) // 2], name]
+        drawn.add("/".join(path))
     folders = {
         path.parent.relative_to(ROOT).as_posix()
         for floor in ("analysis", "probes", "cache")

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ...cache.extraction.damage_repair import Repair
     from ...cache.store.verification import Verification
     from ..evaluation.result import Evaluation
-    from ..studies.essential_layers import EssentialLayers
     from .basis_actions import BasisResult
 
 
@@ -433,21 +432,3 @@ def print_quickstart(value: dict[str, Any], evaluation: "Evaluation") -> None:
     """Print the tables of the quickstart, where its files are, and what to try next."""
     print_layer_tables(evaluation)
     print(value["text"])
-
-
-def print_essential_layers(result: "EssentialLayers", written: Sequence[str]) -> None:
-    """Print the depths of right answers, the curves and the notes of a study."""
-    from ..studies.essential_layers_page import TABLE, describe_curve, table_cells
-
-    print_table(
-        f"{result.n_units:,} {result.units}s, {result.n_blocks} layers; F, S and the gap of "
-        "answers that the model gets right",
-        tuple(TABLE.values()),
-        [tuple(table_cells(row)) for row in result.rows if row.subset == "final"],
-    )
-    for curve in result.curves:
-        print(describe_curve(curve))
-    for note in result.notes:
-        print(note)
-    for path in written:
-        print(f"written: {path}")

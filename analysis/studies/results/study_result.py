@@ -1,7 +1,7 @@
 """`StudyResult`: what every study gives: its question and method, tables, figures, sentences."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,14 @@ class StudyTable:
     most_shown: int = 40
     """Most rows in a terminal; pages show all."""
 
+    def __post_init__(self) -> None:
+        kinds = {type(row) for row in self.rows}
+        if len(kinds) > 1 or not all(is_dataclass(kind) for kind in kinds):
+            raise ValueError(f"the rows of the table {self.name!r} are not of one dataclass")
+        for kind in kinds:
+            if missing := set(self.headings) - {field.name for field in fields(kind)}:
+                raise ValueError(f"the rows of {self.name!r} have no field {sorted(missing)}")
+
     def to_dicts(self) -> list[dict[str, Any]]:
         """Rows as plain values for JSON; undefined and infinite numbers are None."""
         return [plain_value(asdict(row)) for row in self.rows]
@@ -59,7 +67,7 @@ class StudySubject:
     """Name in the tables -> what it is, for probes that were given."""
 
     @classmethod
-    def of(cls, cache: "ActivationCache", split: str, **fields: Any) -> "StudySubject":
+    def of(cls, cache: "ActivationCache", split: str, **others: Any) -> "StudySubject":
         """The subject of a study of one cache."""
         manifest = cache.manifest
         return cls(
@@ -67,7 +75,7 @@ class StudySubject:
             model_name=manifest.model_name,
             data_name=manifest.data_name,
             split=split,
-            **fields,
+            **others,
         )
 
 
@@ -151,20 +159,10 @@ class StudyResult:
     def write_html(self, path: "str | Path", command: str | None = None) -> "Path":
         """Write the page to `path`; it quotes the `command` that made it (extra `report`)."""
         require_library("plotly", "a page")
-        page = "analysis.studies.results.study_page"
-        return call_above(page, "write_study_page", [self], Path(path), command)
+        return call_above(
+            "analysis.studies.results.study_page", "write_study_page", [self], Path(path), command
+        )
 
     def __repr__(self) -> str:
         tables = ", ".join(f"{table.name} ({len(table.rows)} rows)" for table in self.tables)
         return f"<study {self.study} of {self.subject.model_name}: {tables}>"
-
-
-def check_rows(table: StudyTable) -> None:
-    """Raise `ValueError` unless the rows are of one dataclass that has the headed fields."""
-    kinds = {type(row) for row in table.rows}
-    if len(kinds) > 1 or not all(is_dataclass(kind) for kind in kinds):
-        raise ValueError(f"the rows of the table {table.name!r} are not of one dataclass")
-    for kind in kinds:
-        missing = set(table.headings) - set(kind.__dataclass_fields__)
-        if missing:
-            raise ValueError(f"the rows of {table.name!r} have no field {sorted(missing)}")

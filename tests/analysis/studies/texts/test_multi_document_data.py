@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from residua.analysis.studies.multi_document_data import (
+from residua.analysis.studies.texts.multi_document_data import (
     multi_document_rows,
     read_gold_questions,
 )

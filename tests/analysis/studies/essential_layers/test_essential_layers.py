@@ -11,32 +11,32 @@ import pytest
 from click.testing import CliRunner
 
 import residua
-from residua.analysis.studies import answer_depths
-from residua.analysis.studies.answer_depths import (
+from residua.analysis.studies.essential_layers import answer_depths
+from residua.analysis.studies.essential_layers.answer_depths import (
     AnswerDepths,
     Answers,
     find_answers,
     measure_answer_depths,
 )
-from residua.analysis.studies.essential_layers import (
+from residua.analysis.studies.essential_layers.depth_study import (
     Cells,
-    EssentialLayers,
     QuadraticFit,
     study_essential_layers,
-    write_csv,
 )
-from residua.analysis.studies.essential_layers_page import (
+from residua.analysis.studies.essential_layers.depth_texts import (
+    depth_figure,
+    depth_tables,
     describe_curve,
-    draw_essential_layers,
-    write_essential_layers_page,
 )
+from residua.analysis.studies.results.study_files import write_table
+from residua.analysis.studies.results.study_result import StudyResult, StudySubject
 from residua.cache.devices import choose_device
 from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cli import main
 from residua.probes.base.resampling import resampling_counts
 
-from ...support.synthetic import make_cache, random_head
+from ....support.synthetic import make_cache, random_head
 
 LAYERS = (1, 2, 3, 5)
 
@@ -265,14 +265,16 @@ def test_the_study_reads_answers_by_label(answer_cache: ActivationCache) -> None
     first = cache.tokenizer().encode("What is 1? red sun", add_special_tokens=False).ids
     assert set(answers.tokens) <= set(first)
     result = study_essential_layers(cache, question="question", progress=None)
-    assert (result.units, result.n_units) == ("question", 6)
-    assert {(row.documents, row.gold) for row in result.rows} == {
+    assert (result.subject.units, result.subject.n_units) == ("question", 6)
+    assert result.subject.n == len(answers.rows)
+    rows = result.table("depths").rows
+    assert {(row.documents, row.gold) for row in rows} == {
         *((3, gold) for gold in range(3)),
         *((4, gold) for gold in range(4)),
     }
-    assert {row.n for row in result.rows} == {6}
-    assert {row.lens for row in result.rows} == {"logit"}
-    for row in result.layers:
+    assert {row.n for row in rows} == {6}
+    assert {row.lens for row in rows} == {"logit"}
+    for row in result.table("layers").rows:
         assert row.log_probability is not None
         assert row.log_probability < 0
     again = study_essential_layers(cache, question="question", progress=None)
@@ -289,19 +291,20 @@ def test_the_command_prints_and_writes_the_study(
 ) -> None:
     root = answer_cache.path.parent
     words = ["study", "essential-layers", answer_cache.id[:8], "--root", str(root)]
-    files = {name: tmp_path / f"study.{name}" for name in ("html", "png", "csv")}
+    files = {"html": tmp_path / "study.html", "png": tmp_path / "p", "csv": tmp_path / "c"}
     options = [f"--{name}={path}" for name, path in files.items()]
     result = CliRunner().invoke(main, [*words, *options, "--json"])
     assert result.exit_code == 0, result.output
     value = json.loads(result.stdout)
-    assert sorted(value["files"]) == sorted(str(path) for path in files.values())
-    assert len(value["rows"]) == 7
+    pictures = [files["png"] / "essential-layers-essential-layers.png"]
+    tables = [files["csv"] / f"essential-layers-{x}.csv" for x in ("depths", "curves", "layers")]
+    assert value["files"] == [str(path) for path in (*tables, *pictures, files["html"])]
+    assert len(value["tables"]["depths"]) == 7
     page = files["html"].read_text()
-    assert "<script>" not in page.replace("<script></script>", "")
     assert "Question" in page
     assert "What it says" in page
-    assert files["png"].read_bytes()[:4] == b"\x89PNG"
-    assert len(files["csv"].read_text().splitlines()) == 8
+    assert pictures[0].read_bytes()[:4] == b"\x89PNG"
+    assert len(tables[0].read_text().splitlines()) == 8
     shown = CliRunner().invoke(main, words)
     assert shown.exit_code == 0, shown.output
     assert "K = 4" in shown.stdout
@@ -311,45 +314,46 @@ def test_the_command_prints_and_writes_the_study(
 
 
 @pytest.mark.parametrize("option", ["html", "png", "csv"])
-def test_a_folder_or_wrong_ending_is_refused_before_the_study(
+def test_a_folder_for_a_file_and_a_file_for_a_folder_are_refused_before_the_study(
     answer_cache: ActivationCache, tmp_path: Path, option: str
 ) -> None:
     root = answer_cache.path.parent
-    folder = tmp_path / f"folder.{option}"
-    folder.mkdir()
+    target = tmp_path / "target"
+    target.mkdir() if option == "html" else target.touch()
     words = ["study", "essential-layers", answer_cache.id[:8], "--root", str(root)]
-    result = CliRunner().invoke(main, [*words, f"--{option}", str(folder)])
+    result = CliRunner().invoke(main, [*words, f"--{option}", str(target)])
     assert result.exit_code == 2, result.output
-    assert f"{folder} is a folder" in result.output
-    result = CliRunner().invoke(main, [*words, "--png", str(tmp_path / "a.xyz")])
-    assert result.exit_code == 2, result.output
-    assert "a.png" in result.output
+    assert f"{target} is a {'folder' if option == 'html' else 'file'}" in result.output
 
 
 def test_a_page_of_a_planted_curve_says_so(tmp_path: Path) -> None:
     cells, depths = planted()
     hostile = replace(depths, lens="<b>lens</b>")
-    result = EssentialLayers(
-        "0" * 64,
-        "<i>model</i>",
-        "data",
-        "all",
-        4,
-        "question",
-        40,
-        cells.depth_rows(hostile, True),
-        cells.layer_rows(hostile),
-        cells.curve_rows(hostile, True),
+    rows, layers = cells.depth_rows(hostile, True), cells.layer_rows(hostile)
+    curves = cells.curve_rows(hostile, True)
+    subject = StudySubject(
+        ("0" * 64,), "<i>model</i>", "data", "all", 200, "answers", "question", 40
     )
-    page = write_essential_layers_page(result, tmp_path / "page.html", "residua study").read_text()
+    result = StudyResult(
+        study="essential-layers",
+        title="Layers of <i>model</i>",
+        question="?",
+        method=".",
+        subject=subject,
+        tables=depth_tables(rows, layers, curves),
+        figures=[depth_figure(rows, layers, 4)],
+        says=[describe_curve(curve) for curve in curves],
+        does_not_say=[],
+    )
+    page = result.write_html(tmp_path / "page.html", "residua study").read_text()
     assert "an inverted U" in page
-    assert "<b>lens</b>" not in page
-    assert "<i>model</i>" not in page
-    axes = draw_essential_layers(result).axes
+    body = page[page.index("<body>") :]
+    assert "<b>lens</b>" not in body.replace("\\u003c", "<")
+    assert "<i>model</i>" not in body
+    axes = result.plot().axes
     assert len(axes) == 4
-    assert all(panel.get_xlabel() and panel.get_title() for panel in axes)
-    legend = axes[3].get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["K = 5, n = 200"]
-    assert write_csv(result, tmp_path / "t.csv").read_text().startswith("lens,subset,")
+    assert all(panel.get_xlabel() and panel.get_title(loc="left") for panel in axes)
+    table = write_table(result.tables[0], tmp_path / "t.csv").read_text()
+    assert table.startswith("lens,subset,")
+    assert "gap_low,gap_high" in table.splitlines()[0]
     assert len(result.to_dataframe()) == 10

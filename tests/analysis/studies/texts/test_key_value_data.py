@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from residua.analysis.studies.key_value_data import LAYOUTS, key_value_rows, write_key_value_data
+from residua.analysis.studies.texts.key_value_data import (
+    LAYOUTS,
+    key_value_rows,
+    write_key_value_data,
+)
 from residua.cache.errors import UsageError
 from residua.cli import main
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...cache.errors import DataError, UsageError
-from ...cache.files.json_files import write_atomically
+from ....cache.errors import DataError, UsageError
+from ....cache.files.json_files import write_atomically
 
 PROMPT = (
     "Write a high-quality answer for the given question using only the provided search results "

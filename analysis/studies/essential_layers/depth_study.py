@@ -2,24 +2,23 @@
 
 For every number of documents K in the context and position g of the one with the answer, the study
 gives the first-correct layer F, the final layer S, the gap S - F and their spread, and tests
-whether the gap over g is an inverted U. `answer_depths.py` has the definitions;
-`essential_layers_page.py` draws the result.
+whether the gap over g is an inverted U. `answer_depths.py` has the definitions, `depth_rows.py` the
+rows of the tables, `depth_texts.py` sentences and figures.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...cache.devices import choose_device
-from ...cache.errors import UsageError
-from ...cache.progress import Auto, Progress, show_stage
-from ...probes.base.readout import Readout
-from ...probes.base.resampling import Interval, bootstrap_interval, resampling_counts
-from ...probes.lens.logit_lens import LogitLens
-from ..evaluation.probe_names import name_readouts
+from ....cache.devices import choose_device
+from ....cache.progress import Auto, StageProgress, show_stages
+from ....probes.base.readout import Readout
+from ....probes.base.resampling import Interval, bootstrap_interval, resampling_counts
+from ....probes.lens.logit_lens import LogitLens
+from ...evaluation.probe_names import name_readouts
+from ..results.study_result import StudyResult, StudySubject
 from .answer_depths import (
     AnswerDepths,
     check_labels,
@@ -27,122 +26,11 @@ from .answer_depths import (
     measure_answer_depths,
     numeric_label,
 )
+from .depth_rows import SUBSETS, CurveRow, DepthRow, LayerRow
+from .depth_texts import METHOD, NOT_SAID, QUESTION, depth_figure, depth_tables, describe_curve
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from ...cache.store.activation_cache import ActivationCache
-
-SUBSETS = ("final", "everywhere")
-"""Answers whose last layer is correct; those of questions that are correct at every position."""
-MEASURES = ("first", "final", "gap", "flips", "stay")
-
-
-@dataclass(frozen=True)
-class DepthRow:
-    """Depths of one lens at one number of documents and position of the answer's."""
-
-    lens: str
-    subset: str
-    """`final`: the model's last layer is correct; `everywhere`: at all positions of the question.
-    """
-    documents: float
-    """K, the number of documents (or of pairs) in the context."""
-    gold: float
-    """g, the position of the document with the answer, from 0."""
-    n: int
-    """Answers in this cell."""
-    accuracy: float
-    """Share of them that the model's last layer has on top."""
-    accuracy_interval: Interval
-    kept: int
-    """Answers of the subset, of which the other fields are."""
-    first: float | None
-    """Mean first-correct layer F; None without kept answers."""
-    first_interval: Interval
-    final: float | None
-    """Mean final layer S."""
-    final_interval: Interval
-    gap: float | None
-    """Mean of S - F."""
-    gap_interval: Interval
-    gap_median: float | None
-    flips: float | None
-    """Mean number of changes between neighbouring layers."""
-    stay: float | None
-    """Mean share of the layers from F on that are correct."""
-    halfway: float | None
-    """Mean first layer with more than half of the probability on the answer, where there is one."""
-    halfway_share: float | None
-    """Share of answers for which there is one."""
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """What one lens reads of the answers at one layer, for one K and g, all answers counted."""
-
-    lens: str
-    documents: float
-    gold: float
-    layer: int
-    n: int
-    accuracy: float
-    log_probability: float | None
-    """Mean log p of the answer, in nats."""
-    rank_median: float
-    first_share: float
-    """Share of answers whose first-correct layer this is."""
-    final_share: float
-    """Share of answers whose final layer this is."""
-
-
-@dataclass(frozen=True)
-class CurveRow:
-    """The quadratic term of the gap over x = g / (K - 1), for one lens, subset and K.
-
-    An inverted U has a negative one. Of questions that stand at several positions, differences
-    within the question count (fixed effects).
-    """
-
-    lens: str
-    subset: str
-    documents: float
-    quadratic: float | None
-    """None with fewer than three positions, or without kept answers at three of them."""
-    interval: Interval
-    n: int
-    paired: bool
-
-
-@dataclass(frozen=True)
-class EssentialLayers:
-    """The result of `study_essential_layers`."""
-
-    cache_id: str
-    model_name: str
-    data_name: str
-    split: str
-    n_blocks: int
-    units: str
-    """What intervals resample: `question` or `sequence`."""
-    n_units: int
-    rows: list[DepthRow]
-    layers: list[LayerRow]
-    curves: list[CurveRow]
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object of `residua study essential-layers`."""
-        return asdict(self)
-
-    def to_dataframe(self) -> "pd.DataFrame":
-        """`rows` as a data frame (extra `report`)."""
-        from ...cache.optional_libraries import require_library
-
-        require_library("pandas", "a data frame")
-        import pandas as pd
-
-        return pd.DataFrame([asdict(row) for row in self.rows])
+    from ....cache.store.activation_cache import ActivationCache
 
 
 def study_essential_layers(
@@ -155,8 +43,8 @@ def study_essential_layers(
     split: str = "all",
     seed: int = 0,
     device: str = "auto",
-    progress: Progress | Auto | None = "auto",
-) -> EssentialLayers:
+    progress: StageProgress | Auto | None = "auto",
+) -> StudyResult:
     """Find the layers at which lenses first and finally read the answers of `cache`.
 
     The logit lens is always among the lenses. `documents` and `gold` name the labels with K and g;
@@ -176,13 +64,13 @@ def study_essential_layers(
         _, units = np.unique(cache.label(question)[answers.sequences], return_inverse=True)
     cells = Cells(of_documents, of_gold, units.ravel(), seed)
     torch_device = choose_device(device)
-    with show_stage(progress, "answers") as report:
+    with show_stages(progress) as report:
         depths = []
         for number, (name, lens) in enumerate(named.items()):
 
             def share(done: int, total: int, number: int = number) -> None:
                 assert report is not None
-                report(number * total + done, len(named) * total)
+                report("answers", number * total + done, len(named) * total)
 
             depths.append(
                 measure_answer_depths(
@@ -190,18 +78,28 @@ def study_essential_layers(
                 )
             )
     rows = [row for found in depths for row in cells.depth_rows(found, question is not None)]
-    return EssentialLayers(
-        cache_id=cache.id,
-        model_name=cache.manifest.model_name,
-        data_name=cache.manifest.data_name,
-        split=split,
-        n_blocks=cache.n_blocks,
-        units="sequence" if question is None else "question",
-        n_units=cells.n_units,
-        rows=rows,
-        layers=[row for found in depths for row in cells.layer_rows(found)],
-        curves=[row for found in depths for row in cells.curve_rows(found, question is not None)],
+    layers = [row for found in depths for row in cells.layer_rows(found)]
+    curves = [row for found in depths for row in cells.curve_rows(found, question is not None)]
+    units_name = "sequence" if question is None else "question"
+    return StudyResult(
+        study="essential-layers",
+        title=f"Essential layers of {cache.manifest.model_name}",
+        question=QUESTION,
+        method=METHOD,
+        subject=StudySubject.of(
+            cache,
+            split,
+            n=len(answers.rows),
+            n_of="answers",
+            units=units_name,
+            n_units=cells.n_units,
+        ),
+        tables=depth_tables(rows, layers, curves),
+        figures=[depth_figure(rows, layers, cache.n_blocks)],
+        says=[describe_curve(curve) for curve in curves],
+        does_not_say=[NOT_SAID],
         notes=_notes(depths, rows),
+        settings={"documents": documents, "gold": gold, "question": question, "seed": seed},
     )
 
 
@@ -409,26 +307,3 @@ def _mean(values: np.ndarray) -> float | None:
     """Mean of the defined values; None without any."""
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else None
-
-
-def write_csv(result: EssentialLayers, path: Path) -> Path:
-    """Write the rows of `result` as a table for other programs."""
-    import csv
-
-    if not result.rows:
-        raise UsageError("the study has no rows to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        names = list(asdict(result.rows[0]))
-        writer = csv.writer(file)
-        writer.writerow(names)
-        for row in result.rows:
-            writer.writerow([_csv_value(value) for value in asdict(row).values()])
-    return path
-
-
-def _csv_value(value: Any) -> Any:
-    """Intervals as `low..high`, unknown values empty."""
-    if isinstance(value, tuple):
-        return "" if value[0] is None else f"{value[0]:.6g}..{value[1]:.6g}"
-    return "" if value is None else value

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...cache.devices import copy_to_device
-from ...cache.errors import NotFoundError, UsageError
-from ...cache.number_ranges import format_ranges
-from ...cache.progress import Progress
-from ...probes.base.readout import Readout, ReadoutBatch
+from ....cache.devices import copy_to_device
+from ....cache.errors import NotFoundError, UsageError
+from ....cache.number_ranges import format_ranges
+from ....cache.progress import Progress
+from ....probes.base.readout import Readout, ReadoutBatch
 
 if TYPE_CHECKING:
     import torch
 
-    from ...cache.head.head import TorchHead
-    from ...cache.store.activation_cache import ActivationCache
+    from ....cache.head.head import TorchHead
+    from ....cache.store.activation_cache import ActivationCache
 
 BLOCK_BYTES = 64 << 20
 """Size of a float32 matrix of logits, `(rows, vocab)`."""

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...cache.errors import UsageError
-from ...cache.files.json_files import write_atomically
+from ....cache.errors import UsageError
+from ....cache.files.json_files import write_atomically
 
 LAYOUTS = {
     "json": (

@@ -1,0 +1,11 @@
+"""Texts for studies: questions, lists and patterns whose answers are known."""
+
+from typing import TYPE_CHECKING
+
+from ....cache.lazy_exports import lazy_exports
+
+if TYPE_CHECKING:
+    from .key_value_data import write_key_value_data as write_key_value_data
+    from .multi_document_data import write_multi_document_data as write_multi_document_data
+else:
+    __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
