@@ -52,6 +52,7 @@ FLOORS = (
     "analysis.disk_use",
     "analysis.studies",
     "analysis.studies.essential_layers",
+    "analysis.studies.future_lens",
     "analysis.studies.texts",
     "analysis.studies.trajectories",
     "analysis.studies.results",

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from ..console.options import LAYERS, NUMBERS, WHOLE_NUMBER
 from .study_calls import StudyCall, run_study, study_command
 
 
@@ -50,3 +51,58 @@ def essential_layers(call: StudyCall, **options: Any) -> Any:
     from ..studies.essential_layers.depth_study import study_essential_layers
 
     return run_study(study_essential_layers, call, **options)
+
+
+@study.command("future-lens")
+@click.option("--offsets", type=NUMBERS, help="Offsets N.  [default: those of the probes, or 0-3]")
+@click.option("--layers", type=LAYERS, help="Layers to read.  [default: those of the probes]")
+@click.option(
+    "--keep",
+    type=click.Choice(["none", "correct", "agree"]),
+    default="none",
+    show_default=True,
+    help="Pairs to keep: all (none); those whose model token after t+N is the text's (correct); "
+    "those for which this holds at all of t to t+N (agree).",
+)
+@click.option(
+    "--first-only",
+    is_flag=True,
+    help="Only pairs from the first kept position of each sequence, such as the end of a context.",
+)
+@click.option(
+    "--names",
+    metavar="document|data|any|none|FILE.npy",
+    default="document",
+    show_default=True,
+    help="Where a name of several tokens must occur again to count as one; or a bool array of the "
+    "positions whose next token continues an entity.",
+)
+@click.option("--sequence", type=WHOLE_NUMBER, help="Sequence of the picture.  [default: telling]")
+@click.option(
+    "--start",
+    type=WHOLE_NUMBER,
+    default=0,
+    show_default=True,
+    help="First token of the picture in --sequence.",
+)
+@click.option(
+    "--width", type=WHOLE_NUMBER, default=12, show_default=True, help="Tokens of the picture."
+)
+@study_command()
+def future_lens(call: StudyCall, names: str, **options: Any) -> Any:
+    """Find what layers say of the tokens after the next one.
+
+    PROBEs (ridge, lenses, vocabulary probes, their controls) predict the model's token after t+N
+    from the state at t. Beside them: the logit lens, the bigram, and the marginalised bigram,
+    which like the probes reads no token after t. Precision, surprisal and KL by layer and N, the
+    best layers, calibration, names of several tokens, and the Future Lens picture of a passage.
+
+    \b
+    residua fit ridge 3f2a --offsets 0-3
+    residua study future-lens 3f2a ridge-3f2a --html future.html
+    residua study future-lens 3f2a ridge-3f2a --keep agree --sequence 4 --start 20
+    """
+    from ..studies.future_lens.repeated_names import read_names_option
+    from ..studies.future_lens.study_offsets import study_future_lens
+
+    return run_study(study_future_lens, call, names=read_names_option(names), **options)

@@ -34,5 +34,6 @@ class StudyEntry:
 
 STUDIES: Mapping[str, StudyEntry] = {
     "essential-layers": StudyEntry("essential_layers.depth_study", "study_essential_layers"),
+    "future-lens": StudyEntry("future_lens.study_offsets", "study_future_lens"),
 }
 """Name on the command line -> the study, in alphabetical order."""

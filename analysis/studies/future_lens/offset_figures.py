@@ -42,7 +42,8 @@ def layer_figures(
             name="precision-by-layer",
             caption=f"How often a probe of the state at t has the model's token after t+N on top, "
             f"over {pairs}. Bands: 95 % intervals over documents. Dashed and dotted: baselines and "
-            "controls; the bigram reads the true token at t+N, which the probes do not.",
+            "controls, without bands, since differences are in a table; the bigram reads the true "
+            "token at t+N, which the probes do not.",
             rows=[[_layer_panel(rows, readouts, offset, FIRST[0]) for offset in shown]],
         ),
         StudyFigure(
@@ -82,6 +83,7 @@ def _layer_panel(
                 chosen,
                 measure,
                 dash,
+                band=dash == "solid",
             )
         )
     n = max((row.n for row in here), default=0)
@@ -94,14 +96,16 @@ def _layer_panel(
     )
 
 
-def _series(name: str, x: Sequence[Any], rows: Sequence[Any], field: str, dash: str) -> Series:
+def _series(
+    name: str, x: Sequence[Any], rows: Sequence[Any], field: str, dash: str, band: bool = True
+) -> Series:
     intervals = [getattr(row, f"{field}_interval") for row in rows]
     return Series(
         label=name,
         x=list(x),
         y=[getattr(row, field) for row in rows],
-        low=[interval[0] for interval in intervals],
-        high=[interval[1] for interval in intervals],
+        low=[interval[0] for interval in intervals] if band else None,
+        high=[interval[1] for interval in intervals] if band else None,
         dash=dash,
     )
 

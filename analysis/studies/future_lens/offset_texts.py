@@ -11,6 +11,8 @@ from .offset_figures import shown_name
 from .pair_filters import KeptRow
 from .repeated_names import NameMask
 
+FEWEST_PAIRS = 50
+"""Fewest pairs inside names that a sentence is made of."""
 QUESTION = (
     "Does the state of a layer at one token say what the model will predict not only next, but "
     "two, three, four tokens further, and at which layer is that read best?"
@@ -156,6 +158,12 @@ def describe_results(
             )
     for row in names:
         if row.offset < 1 or row.precision_at_1 is None or row.difference is None:
+            continue
+        if row.n < FEWEST_PAIRS:
+            says.append(
+                f"{shown_name(row.probe)} at N = {row.offset}: only {row.n} pairs lie inside names, "
+                "too few to say anything."
+            )
             continue
         says.append(
             f"{shown_name(row.probe)} at N = {row.offset}, layer {row.layer}, inside names: "

@@ -16,8 +16,9 @@ from ....probes.lens.logit_lens import LogitLens
 from ...display.lens_maps import CachePassage, LensMap, read_lens_maps
 from ...evaluation.confidence_buckets import ResultKey
 from ...report.probe_style import label
+from ...token_texts.token_names import TokenNames
 from ..results.study_figures import HeatPanel
-from .pair_measures import HIT, PairMeasures
+from .pair_measures import HIT, TEXT_HIT, PairMeasures
 
 if TYPE_CHECKING:
     import torch
@@ -49,19 +50,28 @@ def find_telling_future(
     baseline: str | None,
     width: int,
 ) -> PassageChoice | None:
-    """The recorded passage in which a probe says most of later tokens that the baseline does not.
+    """The recorded passage in which a probe says most of later words that the baseline does not.
 
     `peaks` are the results of the probe by offset; a pair at N >= 1 counts where the probe's top
-    token is the model's, and the `baseline`'s at the same target is not. None without such a pair.
+    token is the model's and the text's, has a letter, and is not the `baseline`'s at the same
+    target. None without such a pair.
     """
     records = measures.records
     assert records is not None
     n = records.n
+    positions = cache.positions_of(sequences)[:n]
+    following, names = cache.following_tokens(positions), TokenNames(cache)
+    has_letter = {
+        token: any(letter.isalpha() for letter in names(token).replace("\\n", ""))
+        for token in np.unique(following).tolist()
+        if token >= 0
+    }
+    is_word = np.array([has_letter.get(token, False) for token in following.tolist()], bool)
     score = np.zeros(n)
     for offset, key in peaks.items():
         if offset < 1 or offset >= n:
             continue
-        right = records.has(key, HIT)
+        right = records.has(key, HIT) & records.has(key, TEXT_HIT) & is_word
         other = ResultKey(baseline or "", None, offset)
         if other in records.bits:
             right &= ~records.has(other, HIT)

@@ -7,11 +7,12 @@ and occurs again in the same document, or in another one.
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ....cache.errors import UsageError
+from ....cache.errors import DataError, NotFoundError, UsageError
 from ....cache.tokens.segments import document_of
 from ...token_texts.position_masks import check_has_words, word_blocks, words_of
 from ...token_texts.token_text import plain_texts
@@ -23,6 +24,28 @@ if TYPE_CHECKING:
 REPEATS = ("document", "data", "any")
 """Where a name must occur again: in its document, in another document of the sampled sequences,
 or nowhere."""
+
+
+def read_names_option(value: str) -> str | np.ndarray | None:
+    """The argument `names` of the study from text: one of `REPEATS`, `none`, or a .npy file.
+
+    Raises `UsageError` for another word, `NotFoundError` and `DataError` for a file that is no
+    array; no object is unpickled.
+    """
+    if value in REPEATS or value == "none":
+        return None if value == "none" else value
+    if not value.endswith(".npy"):
+        raise UsageError(
+            f"names must be one of {', '.join((*REPEATS, 'none'))}, or a .npy file with a bool "
+            f"array over positions, not {value!r}"
+        )
+    path = Path(value)
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} does not exist; save the mask with numpy.save") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is no array of numpy: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ....cache.devices import choose_device
 from ....cache.errors import MismatchError, UsageError
-from ....cache.number_ranges import as_whole_number
+from ....cache.number_ranges import absolute_numbers, as_tuple, as_whole_number
 from ....cache.progress import Auto, StageProgress, show_stages
 from ....cache.tokens.segments import PairScope
 from ....probes.base.readout import Readout
@@ -128,6 +128,8 @@ def study_future_lens(
     for lens in probe_list(lenses):
         check_belongs(lens, cache)
     check_where(cache, where)
+    if layers is not None:
+        layers = absolute_numbers(as_tuple(layers, "layers"), cache.n_blocks)
     torch_device = choose_device(device)
     sequences = choose_sequences(cache, split, max_positions, seed)
     scope = PairScope()
@@ -398,8 +400,9 @@ def _picture(
     return StudyFigure(
         name="future-tokens",
         caption="What each layer says after each token: the likeliest tokens t+1, t+2, ... one "
-        "after the other; darker cells are more probable on average. The passage is one in which "
-        "later tokens are read that the bigram does not give: it shows the probes at their best.",
+        "after the other; the colour is the mean of their probabilities. Unless it was named, the "
+        "passage is the one with most later words that the bigram does not give: it shows the "
+        "probes at their best.",
         rows=[[panel] for panel in panels],
     )
 
