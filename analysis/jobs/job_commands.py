@@ -51,6 +51,7 @@ JOB_COMMANDS = {
     "fit baseline": JobCommand(),
     "fit lens": JobCommand(layers=("layers",)),
     "fit vocab": JobCommand(layers=("layers",)),
+    "fit mlp": JobCommand(layers=("layers",)),
     "fit basis": JobCommand(layers=("layers",)),
     "evaluate": JobCommand(),
 }

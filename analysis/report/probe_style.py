@@ -32,6 +32,7 @@ LABELS = {
     "lens": "tuned lens",
     "future": "future lens",
     "vocab": "vocabulary probe",
+    "mlp": "MLP probe",
     "bigram": "bigram",
     "chain": "bigram chain",
     "lagged": "lagged bigram",
@@ -50,6 +51,7 @@ COLORS = {
     "lens": "#009E73",
     "future": "#CC79A7",
     "vocab": "#E69F00",
+    "mlp": "#7A0177",
     "bigram": "#555555",
     "chain": "#B5A36A",
     "lagged": "#8C6D31",
@@ -68,6 +70,7 @@ MARKERS = {
     "lens": ("^", "triangle-up"),
     "future": ("D", "diamond"),
     "vocab": ("v", "triangle-down"),
+    "mlp": ("X", "x"),
 }
 """Markers of kinds of probes, for matplotlib and plotly."""
 STROKES = {"shuffled": (":", "dot"), "permuted": ("-.", "dashdot"), "next-token": ("--", "dash")}

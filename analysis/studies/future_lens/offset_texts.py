@@ -161,8 +161,8 @@ def describe_results(
             continue
         if row.n < FEWEST_PAIRS:
             says.append(
-                f"{shown_name(row.probe)} at N = {row.offset}: only {row.n} pairs lie inside names, "
-                "too few to say anything."
+                f"{shown_name(row.probe)} at N = {row.offset}: only {row.n} pairs lie inside "
+                "names, too few to say anything."
             )
             continue
         says.append(
