@@ -273,6 +273,7 @@ def test_the_picture_shows_the_tokens_of_the_probe(
     )
     (panel,) = result.figure("future-tokens").rows[0]
     assert isinstance(panel, HeatPanel)
+    assert panel.hovers is not None
     assert panel.y_names == ["0", "1", "2"]
     assert len(panel.x_names) == 6
     y = np.asarray(planted.residual_array(3)[:]).argmax(1)
