@@ -107,38 +107,43 @@ def find_repeated_names(
 def find_name_continuations(cache: "ActivationCache") -> np.ndarray:
     """Whether the next token continues a run of capitalised words, `(positions,)` bool.
 
-    Of a word as in `name_mask`; and a word of one token or its beginning, with one space before
-    it, where it is capitalised and follows such a word.
+    Of a word as in `name_mask`; and a capitalised word, with one space before it, that follows such
+    a word.
     """
     mask = np.zeros(cache.positions, bool)
     texts = plain_texts(cache.tokenizer(), cache.vocab)
-    # Columns: ends in a word; is one space and a capitalised word or its beginning.
     ends_in_word = np.array([words_of(text).ends_in_word for text in texts], bool)
-    begins_name = np.array(
-        [text[:1] == " " and text[1:2].isupper() and words_of(text[1:]).is_word for text in texts],
-        bool,
+    is_space = np.array([text == " " for text in texts], bool)
+    is_capital, is_spaced_capital = (
+        np.array([_begins_capital(text, space) for text in texts], bool) for space in ("", " ")
     )
     ids = cache.tokens[:]
-    is_last = np.zeros(cache.positions, bool)
-    stops = cache.sequence_start[:] + cache.sequence_length[:] - 1
-    is_last[stops[cache.sequence_length[:] > 0]] = True
     for block in word_blocks(cache):
         positions = block.positions
-        mask[positions] = block.next_continues_word & block.in_name
-        joins = np.zeros(len(positions), bool)
-        joins[:-1] = (
-            block.in_name[:-1]
-            & block.in_name[1:]
-            & ends_in_word[ids[positions[:-1]]]
-            & begins_name[ids[positions[1:]]]
-            & (positions[1:] == positions[:-1] + 1)
-        )
-        mask[positions] |= joins & ~is_last[positions]
+        tokens, in_name = ids[positions], block.in_name
+        mask[positions] = block.next_continues_word & in_name
+        # A name, then a token of a space and a capitalised word, or two tokens for these.
+        ends_name = in_name & ends_in_word[tokens]
+        is_next = positions[1:] == positions[:-1] + 1
+        at_once = ends_name[:-1] & is_next & (in_name & is_spaced_capital[tokens])[1:]
+        mask[positions[:-1][at_once]] = True
+        apart = ends_name[:-2] & is_next[:-1] & is_space[tokens[1:-1]] & is_next[1:]
+        apart = np.flatnonzero(apart & (in_name & is_capital[tokens])[2:])
+        mask[positions[apart]] = mask[positions[apart + 1]] = True
+    # No name joins two sequences or documents.
+    stops = cache.sequence_start[:] + cache.sequence_length[:] - 1
+    mask[stops[cache.sequence_length[:] > 0]] = False
     documents = cache.document_numbers
     if documents is not None and cache.positions > 1:
         numbers = documents.take(np.arange(cache.positions))
         mask[:-1] &= numbers[1:] == numbers[:-1]
     return mask
+
+
+def _begins_capital(text: str, space: str) -> bool:
+    """Whether a token is `space` and a capitalised word, or the beginning of one."""
+    word = text.removeprefix(space)
+    return text.startswith(space) and word[:1].isupper() and words_of(word).is_word
 
 
 def masks_inside_names(mask: np.ndarray, offsets: tuple[int, ...]) -> dict[int, np.ndarray]:

@@ -76,7 +76,7 @@ def test_a_model_that_reads_its_padding_is_run_without_a_cache() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.inner = build_model("gpt2")
+            self.inner: Any = build_model("gpt2")
 
         def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
             options.pop("attention_mask", None)

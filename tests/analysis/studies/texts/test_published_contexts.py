@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import residua
@@ -58,7 +59,7 @@ def test_an_extraction_keeps_the_last_token_of_the_context_and_the_phrase(
     )
     tokenizer = cache.tokenizer()
     for sequence in range(len(cache.sequence_length)):
-        positions = cache.positions_of([sequence])
+        positions = cache.positions_of(np.array([sequence]))
         following = cache.following_tokens(positions).tolist()
         assert tokenizer.decode(following) == " the cat sat on"
     assert "prefix_len" in cache.label_names
