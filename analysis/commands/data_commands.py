@@ -5,10 +5,16 @@ from typing import Any
 
 import click
 
-from ..console.options import NUMBERS, WHOLE_NUMBER, device_option, residua_command
+from ..console.options import (
+    NUMBERS,
+    WHOLE_NUMBER,
+    JsonErrorGroup,
+    device_option,
+    residua_command,
+)
 
 
-@click.group()
+@click.group(cls=JsonErrorGroup)
 def data() -> None:
     """Make texts for studies."""
 

@@ -1,7 +1,7 @@
 """What all commands of studies share: their options, and the call of the study."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..console.options import (
 )
 
 if TYPE_CHECKING:
+    from ..studies.all_studies import AllStudies
     from ..studies.results.study_files import StudyFiles
     from ..studies.results.study_result import StudyResult
 
@@ -129,6 +130,32 @@ def run_study(study: Callable[..., "StudyResult"], call: StudyCall, **options: A
     with Meter(call.quiet) as meter:
         result = study(source, lenses, progress=meter.stage, **options)
     return finish_study([result], call)
+
+
+def run_every_study(study_all: Callable[..., "AllStudies"], call: StudyCall, **options: Any) -> Any:
+    """`run_study` of all studies; without given probes, with all of the cache under the root."""
+    from ...cache.store.catalog import find_cache
+    from ...probes.saved.probe_list import list_probes
+    from ..console.probe_names import load_named_probes
+    from ..console.terminal import Meter
+
+    source = find_cache(call.cache, call.root)
+    arguments = list(call.probes)
+    if not arguments:
+        arguments = [
+            probe["path"]
+            for probe in list_probes(call.root)
+            if probe["cache"] == source.id and probe["state"] == "saved" and predicts_tokens(probe)
+        ]
+    probes = load_named_probes(source, arguments, call.root)
+    with Meter(call.quiet) as meter:
+        found = study_all(source, probes, progress=meter.stage, **options)
+    return finish_study(found.results, call, dict(found.skipped))
+
+
+def predicts_tokens(probe: Mapping[str, Any]) -> bool:
+    """Whether a probe of `list_probes` is a readout: bases of directions are none."""
+    return probe["kind"] != "basis"
 
 
 def finish_study(

@@ -4,17 +4,35 @@ from typing import Any
 
 import click
 
-from ..console.options import LAYERS, NUMBERS, WHOLE_NUMBER
-from .study_calls import StudyCall, run_study, study_command
+from ..console.options import LAYERS, NUMBERS, WHOLE_NUMBER, JsonErrorGroup
+from .study_calls import StudyCall, run_every_study, run_study, study_command
 
 
-@click.group()
+@click.group(cls=JsonErrorGroup)
 def study() -> None:
     """Study what the probes of a cache say about one question.
 
     A study reads caches and probes alone, and gives tables, pictures, and a page to read from top
     to bottom.
     """
+
+
+@study.command("all")
+@study_command()
+def all_studies(call: StudyCall, **options: Any) -> Any:
+    """Make every study that CACHE and its probes allow, and say why not the others.
+
+    Without PROBE, all probes of CACHE under the root are read. Studies of lenses share one sample
+    of positions and one pass over its rows. What CACHE cannot answer is named with the reason, and
+    with the command that would answer it.
+
+    \b
+    residua study all 3f2a
+    residua study all 3f2a lens-81d9 --html studies.html --png figures --csv tables
+    """
+    from ..studies.all_studies import run_all_studies
+
+    return run_every_study(run_all_studies, call, **options)
 
 
 @study.command("essential-layers")
@@ -33,7 +51,7 @@ def study() -> None:
 @click.option(
     "--question",
     help="Label of the question, if one stands in several sequences: differences are then within "
-    "questions.",
+    "questions.  [default: question, if there is such a label]",
 )
 @study_command(split="all", max_positions=None)
 def essential_layers(call: StudyCall, **options: Any) -> Any:

@@ -73,7 +73,11 @@ def command_words(command: click.Command, arguments: Mapping[str, Any]) -> list[
             options += _flag_words(name, parameter, value)
         else:
             word = max(parameter.opts, key=len)
-            options.append(f"{word}{'=' * word.startswith('--')}{_as_word(name, value)}")
+            is_repeated = isinstance(parameter, click.Option) and parameter.multiple
+            for item in value if is_repeated and isinstance(value, list) else [value]:
+                options.append(f"{word}{'=' * word.startswith('--')}{_as_word(name, item)}")
+            if len(options) > MAX_VALUES:
+                raise UsageError(f"{name} has more than {MAX_VALUES} values")
     return [*options, "--", *positional]
 
 
@@ -131,6 +135,8 @@ def raw_arguments(command: click.Command, words: Sequence[str]) -> dict[str, Any
         value = values.get(str(parameter.name))
         if isinstance(parameter, click.Argument) and parameter.nargs == -1:
             arguments[name] = list(value) if isinstance(value, list | tuple) else []
+        elif isinstance(parameter, click.Option) and parameter.multiple:
+            arguments[name] = list(value or ())
         elif isinstance(value, str | bool | int | float):
             arguments[name] = value
     return {name: value for name, value in arguments.items() if value != []}
@@ -171,7 +177,8 @@ def _parameter_schema(parameter: click.Parameter) -> dict[str, Any]:
     else:
         schema = {"type": "string"}
     schema["x-type"] = parameter.type.name
-    if parameter.nargs == -1:
+    is_repeated = isinstance(parameter, click.Option) and parameter.multiple
+    if parameter.nargs == -1 or is_repeated:
         schema = {"type": "array", "items": schema}
     if isinstance(parameter, click.Option):
         schema["description"] = " ".join((parameter.help or "").split())

@@ -26,6 +26,7 @@ from ..console.command_arguments import (
     find_command,
     parse_arguments,
 )
+from ..studies.study_registry import STUDIES
 from .job_files import ID_LETTERS
 from .job_inputs import confine_data, confine_model, fingerprint
 from .job_settings import JobSettings
@@ -39,6 +40,8 @@ class JobCommand:
     """Arguments that name layers of the cache, which must exist."""
     prefers_gpu: bool = False
     """Whether the work runs the model: on a worker with a GPU, if there is one."""
+    caches: tuple[str, ...] = ()
+    """Arguments beside `cache` that name caches of the server, each `CACHE` or `NAME=CACHE`."""
     is_repeated: bool = False
     """Whether asking again after the end runs it again: what it found may not be so any more."""
 
@@ -54,6 +57,8 @@ JOB_COMMANDS = {
     "fit mlp": JobCommand(layers=("layers",)),
     "fit basis": JobCommand(layers=("layers",)),
     "evaluate": JobCommand(),
+    "study all": JobCommand(is_repeated=True),
+    **{f"study {name}": JobCommand(caches=entry.caches) for name, entry in STUDIES.items()},
 }
 """Words of a command -> how it runs. A new command of cli.py joins by one line."""
 LOOKS = ("dry_run", "find")
@@ -67,7 +72,7 @@ SERVER_CHOICES = {
     "no_tty": "the progress of a job is in its events",
 }
 """Arguments that no job takes -> the reason."""
-OUTPUTS = {"html": "report.html", "png": "pictures"}
+OUTPUTS = {"html": "report.html", "png": "pictures", "csv": "tables"}
 """Argument for a file or folder to write -> its name in the folder of the job's files."""
 OUTPUT_FOLDER = "files"
 LOGIT_LENS = "logit"
@@ -159,7 +164,11 @@ def _complete_names(
     uses_hub = False
     if "cache" in given:
         given["cache"] = run["cache"] = cache_id(settings.root, given["cache"])
-    if command == "evaluate" and given.get("probes"):
+    for name in JOB_COMMANDS[command].caches:
+        if given.get(name):
+            names = given[name] if isinstance(given[name], list) else [given[name]]
+            given[name] = run[name] = [named_cache(settings.root, one) for one in names]
+    if given.get("probes"):
         names = given["probes"] if isinstance(given["probes"], list) else [given["probes"]]
         given["probes"] = run["probes"] = [named_probe(settings.root, name) for name in names]
     if command == "fit basis" and given.get("lens", LOGIT_LENS) != LOGIT_LENS:
@@ -192,6 +201,12 @@ def cache_id(root: Path, name: Any) -> str:
     if path.parent != root:
         raise NotFoundError(f"no cache {name!r} under the root of this server")
     return path.name
+
+
+def named_cache(root: Path, argument: Any) -> str:
+    """CACHE or NAME=CACHE with the whole id of the cache; no path is taken."""
+    name, equals, cache = str(argument).rpartition("=")
+    return f"{name}{equals}{cache_id(root, cache)}"
 
 
 def named_probe(root: Path, argument: Any) -> str:

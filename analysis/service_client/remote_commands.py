@@ -16,9 +16,10 @@ from ..console.saved_actions import Removal, SavedItem
 from ..console.saved_messages import describe_removal
 from ..console.terminal import Meter, print_warning
 from ..disk_use.users import User
-from ..jobs.job_commands import JOB_COMMANDS, SERVER_CHOICES
+from ..jobs.job_commands import JOB_COMMANDS, OUTPUTS, SERVER_CHOICES
+from ..studies.results.study_files import StudyFiles
 from .job_following import follow_job
-from .sent_texts import OUTPUT_NAMES, fetch_outputs, send_data
+from .sent_texts import fetch_outputs, send_data
 from .server_connection import ServerConnection, named_error, quoted
 
 CommandPlace = Literal["job", "short", "removal", "root", "client", "here"]
@@ -77,10 +78,13 @@ def _run_job(
         if arguments.get(name) and name != "no_tty":
             raise UsageError(f"--{name} and --server exclude each other: {reason}")
     lines = bool(arguments.pop("no_tty", False))
-    outputs = {name: Path(arguments[name]) for name in OUTPUT_NAMES if arguments.get(name)}
-    check_outputs(outputs.get("html"), outputs.get("png"))
-    arguments |= {name: OUTPUT_NAMES[name] for name in outputs}
-    _name_for_server(connection, arguments)
+    outputs = {name: Path(arguments[name]) for name in OUTPUTS if arguments.get(name)}
+    if command.startswith("study "):
+        StudyFiles(outputs.get("html"), outputs.get("png"), outputs.get("csv")).check()
+    else:
+        check_outputs(outputs.get("html"), outputs.get("png"))
+    arguments |= {name: OUTPUTS[name] for name in outputs}
+    _name_for_server(connection, command, arguments)
 
     job = connection.request("POST", "/v1/jobs", body={"command": command, "arguments": arguments})
     try:
@@ -126,7 +130,7 @@ def _run_short(
     return run(yes=True)
 
 
-def _name_for_server(connection: ServerConnection, arguments: dict[str, Any]) -> None:
+def _name_for_server(connection: ServerConnection, command: str, arguments: dict[str, Any]) -> None:
     """Send the texts, and name model and cache as the server knows them."""
     if "data" in arguments:
         form = arguments.get("data_format")
@@ -137,6 +141,10 @@ def _name_for_server(connection: ServerConnection, arguments: dict[str, Any]) ->
     for name in ("cache", "lens"):
         if isinstance(arguments.get(name), str):
             arguments[name] = _last_part(connection.url, arguments[name])
+    for name in JOB_COMMANDS[command].caches:
+        if name in arguments:
+            names = arguments[name] if isinstance(arguments[name], list) else [arguments[name]]
+            arguments[name] = [_last_part(connection.url, one) for one in names]
     if "probes" in arguments:
         arguments["probes"] = [_last_part(connection.url, name) for name in arguments["probes"]]
 

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from ...cache.documents.data_files import STANDARD_INPUT, data_paths
 from ...cache.errors import InputTypeError, NotFoundError, UsageError
+from ..jobs.job_commands import OUTPUTS
 from ..jobs.job_inputs import LIST_NAME
 from .server_connection import ServerConnection
 
@@ -87,18 +88,14 @@ def _send(connection: ServerConnection, file: IO[bytes], name: str, is_list: boo
         return str(connection.send_file(path, file, name=plain)["data"])
 
 
-OUTPUT_NAMES = {"html": "report.html", "png": "pictures"}
-"""Argument -> name of the job's file, or folder of files."""
-
-
 def fetch_outputs(
     connection: ServerConnection, job: Mapping[str, Any], outputs: Mapping[str, Path]
 ) -> dict[str, str]:
-    """Fetch report and pictures of a job; name in the job's results -> path of this machine."""
-    paths = {f"files/{OUTPUT_NAMES[name]}": str(path) for name, path in outputs.items()}
+    """Fetch what a job wrote; name in the results of the job -> path of this machine."""
+    paths = {f"files/{OUTPUTS[name]}": str(path) for name, path in outputs.items()}
     for name in job["files"]:
         first, _, rest = str(name).partition("/")
-        argument = next((key for key, value in OUTPUT_NAMES.items() if value == first), "")
+        argument = next((key for key, value in OUTPUTS.items() if value == first), "")
         if argument not in outputs or ".." in name.split("/") or "\0" in name:
             continue
         target = outputs[argument] / rest if rest else outputs[argument]

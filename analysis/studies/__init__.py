@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from ...cache.lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
+    from .all_studies import AllStudies as AllStudies
+    from .all_studies import run_all_studies as run_all_studies
     from .study_registry import STUDIES as STUDIES
     from .study_registry import StudyEntry as StudyEntry
 else:

@@ -1,6 +1,6 @@
 """All studies by name, and what each needs; `residua study all` runs those that a cache allows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -8,23 +8,30 @@ from typing import TYPE_CHECKING
 from ...cache.function_above import PACKAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from .results.study_result import StudyResult
 
 
 @dataclass(frozen=True)
 class StudyEntry:
-    """One study: where its function is, and when one cache is enough for it."""
+    """One study: where its function is, and what it reads."""
 
     module: str
     """Module below `analysis.studies`, such as `tuned_lens.lens_quality`."""
     function: str
-    """Name of the function `(cache, lenses, *, split, seed, device, progress, ...)`."""
+    """Name of the function `(cache, lenses, *, split, seed, device, progress, ...) ->
+    StudyResult`."""
+    probes: str = "lenses"
+    """What of the given probes it reads: `lenses`, which read layers at offset 0, or `all`."""
     takes_readings: bool = False
     """Whether it takes `sample` and `readings`, which several studies share."""
+    takes_positions: bool = True
+    """Whether it takes `max_positions`."""
+    caches: tuple[str, ...] = ()
+    """Arguments of its command that name more caches: `CACHE`, or `NAME=CACHE`."""
+    split: str | None = None
+    """Split that it reads whatever the others read; None for theirs."""
     missing: str = ""
-    """What a cache alone cannot give, with the command that would; empty if it may be enough."""
+    """What one cache and its probes can never give, with the command that does; else empty."""
 
     def load(self) -> "Callable[..., StudyResult]":
         """The function of the study."""
@@ -33,7 +40,9 @@ class StudyEntry:
 
 
 STUDIES: Mapping[str, StudyEntry] = {
-    "essential-layers": StudyEntry("essential_layers.depth_study", "study_essential_layers"),
-    "future-lens": StudyEntry("future_lens.study_offsets", "study_future_lens"),
+    "essential-layers": StudyEntry(
+        "essential_layers.depth_study", "study_essential_layers", takes_positions=False, split="all"
+    ),
+    "future-lens": StudyEntry("future_lens.study_offsets", "study_future_lens", probes="all"),
 }
 """Name on the command line -> the study, in alphabetical order."""

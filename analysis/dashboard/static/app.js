@@ -8,11 +8,12 @@ import { el, errorBox, field, loading, replace } from "./elements.js";
 import { showJob, showJobs, showNewJob } from "./job_views.js";
 import { showLens } from "./lens_view.js";
 import { showStorage } from "./storage_view.js";
+import { showStudies } from "./study_view.js";
 import { startTheme } from "./theme.js";
 
 const VIEWS = [
   ["caches", "Caches"], ["jobs", "Jobs"], ["lens", "Lenses"], ["curves", "Curves"],
-  ["bases", "Bases"], ["storage", "Storage"],
+  ["bases", "Bases"], ["studies", "Studies"], ["storage", "Storage"],
 ];
 
 const main = document.getElementById("main");
@@ -22,7 +23,7 @@ function viewOf(parts) {
   const [view, name] = parts;
   if (view === "caches") return name ? [showCache, name] : [showCaches];
   if (view === "jobs") return name === "new" ? [showNewJob] : name ? [showJob, name] : [showJobs];
-  return { lens: [showLens], curves: [showCurves], bases: [showBases, name], storage: [showStorage] }[view] ?? null;
+  return { lens: [showLens], curves: [showCurves], bases: [showBases, name], studies: [showStudies, name], storage: [showStorage] }[view] ?? null;
 }
 
 // Shows the view of the address; the one before gets its signal, and stops what it watches.

@@ -216,5 +216,6 @@ def check_labels(cache: "ActivationCache", names: Sequence[str]) -> None:
             labels = ", ".join(cache.label_names) or "none"
             raise NotFoundError(
                 f"there is no label {name!r} in this cache (labels: {labels}); labels are columns "
-                "of the texts beside the text"
+                "of the texts beside the text, which `residua data kv` and `residua data multidoc` "
+                "write"
             )

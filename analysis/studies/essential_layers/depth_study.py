@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from ....cache.store.activation_cache import ActivationCache
 
 
+QUESTION_LABEL = "question"
+"""Label of the question, where no other is named."""
+
+
 def study_essential_layers(
     cache: "ActivationCache",
     lenses: Sequence[Readout] | Mapping[str, Readout] = (),
@@ -48,14 +52,16 @@ def study_essential_layers(
     """Find the layers at which lenses first and finally read the answers of `cache`.
 
     The logit lens is always among the lenses. `documents` and `gold` name the labels with K and g;
-    `question` that of the question, which may stand in several sequences with the answer at several
-    positions: then differences are within questions, and intervals resample questions; else
-    sequences. Raises `UsageError` for a cache without answers, `NotFoundError` for labels and
-    lenses that do not fit.
+    `question` that of the question (default: `question`, if there is such a label), which may stand
+    in several sequences with the answer at several positions: then differences are within
+    questions, and intervals resample questions; else sequences. Raises `UsageError` for a cache
+    without answers, `NotFoundError` for labels and lenses that do not fit.
     """
     named = name_readouts(lenses, [LogitLens.of(cache, 0)])
-    check_labels(cache, [documents, gold, *([question] if question else [])])
     answers = find_answers(cache, split)
+    if question is None and QUESTION_LABEL in cache.label_names:
+        question = QUESTION_LABEL
+    check_labels(cache, [documents, gold, *([question] if question else [])])
     of_documents = numeric_label(cache, documents, answers.sequences)
     of_gold = numeric_label(cache, gold, answers.sequences)
     if question is None:
@@ -140,7 +146,10 @@ class Cells:
     def masks(self) -> list[tuple[float, float, np.ndarray]]:
         """K, g and the mask of their answers, ascending."""
         pairs = np.unique(np.stack([self.documents, self.gold], 1), axis=0)
-        return [(k, g, (self.documents == k) & (self.gold == g)) for k, g in pairs.tolist()]
+        return [
+            (_whole(k), _whole(g), (self.documents == k) & (self.gold == g))
+            for k, g in pairs.tolist()
+        ]
 
     def subset(self, correct: np.ndarray, name: str) -> np.ndarray:
         """Mask of the answers of a subset; `correct` `(n,)` says where the last layer is right."""
@@ -234,7 +243,7 @@ class Cells:
         rows = []
         for subset in SUBSETS[: 1 + has_questions]:
             kept = self.subset(correct, subset)
-            for k in np.unique(self.documents).tolist():
+            for k in map(_whole, np.unique(self.documents).tolist()):
                 chosen = kept & (self.documents == k)
                 x = self.gold[chosen] / max(k - 1, 1)
                 curve = QuadraticFit(x, gap[chosen], self.units[chosen], has_questions)
@@ -301,6 +310,11 @@ class QuadraticFit:
             return None, None
         low, high = np.percentile(terms, (2.5, 97.5))
         return float(low), float(high)
+
+
+def _whole(number: float) -> float:
+    """`number` as an int where it is whole, as numbers of documents mostly are."""
+    return int(number) if number.is_integer() else number
 
 
 def _mean(values: np.ndarray) -> float | None:

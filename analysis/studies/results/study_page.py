@@ -20,8 +20,8 @@ STUDY_STYLE = (
     + """
 .study { border-top: 3px solid var(--rule); margin-top: 44px; padding-top: 4px; }
 .study:first-of-type { border: 0; margin-top: 0; }
-.key { display: inline-block; width: 22px; height: 4px; vertical-align: middle;
-  margin-right: 7px; border-radius: 2px; }
+.study .panels { grid-template-columns: repeat(auto-fit, minmax(min(100%, 250px), 1fr)); }
+.study .panel:has(.wide) { grid-column: 1 / -1; }
 nav ul { columns: 2; font-size: 14px; }
 .skipped code { display: block; margin-top: 2px; }
 """

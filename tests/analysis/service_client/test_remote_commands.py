@@ -100,6 +100,24 @@ def test_reports_and_pictures_come_to_this_machine(
 
 
 @pytest.mark.slow
+def test_studies_print_the_same_and_their_files_come_to_this_machine(
+    root: Path, server: str, tiny_cache: residua.ActivationCache, tmp_path: Path
+) -> None:
+    outputs = []
+    for name, place in (("there", ["--server", server]), ("here", ["--root", root])):
+        folder = tmp_path / name
+        folder.mkdir()
+        words = ["study", "all", tiny_cache.id, "--split", "all", "--max-positions", "200"]
+        words += ["--html", folder / "s.html", "--png", folder / "p", "--csv", folder / "c"]
+        result = run(*words, *place)
+        assert result.returncode == 0, result.stderr
+        names = sorted(path.name for path in folder.rglob("*"))
+        outputs.append((result.stdout.replace(str(folder), "FOLDER"), names))
+    assert outputs[0] == outputs[1]
+    assert "s.html" in outputs[0][1]
+
+
+@pytest.mark.slow
 def test_texts_of_this_machine_are_sent(
     root: Path, server: str, model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:

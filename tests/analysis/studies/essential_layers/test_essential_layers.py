@@ -228,8 +228,6 @@ def test_too_few_positions_give_no_curve() -> None:
 
 def test_a_cache_without_answers_is_refused(tiny_cache: ActivationCache) -> None:
     with pytest.raises(UsageError, match="--positions answer"):
-        find_answers(tiny_cache)
-    with pytest.raises(NotFoundError, match="no label 'documents'"):
         study_essential_layers(tiny_cache, progress=None)
 
 
@@ -281,6 +279,11 @@ def test_the_study_reads_answers_by_label(answer_cache: ActivationCache) -> None
     assert again == result
 
 
+def test_a_missing_label_names_the_texts_that_have_it(answer_cache: ActivationCache) -> None:
+    with pytest.raises(NotFoundError, match=r"no label 'place'.*residua data kv"):
+        study_essential_layers(answer_cache, gold="place", progress=None)
+
+
 def test_a_label_of_words_is_no_position(answer_cache: ActivationCache) -> None:
     with pytest.raises(UsageError, match="has words"):
         study_essential_layers(answer_cache, gold="question", progress=None)
@@ -299,12 +302,12 @@ def test_the_command_prints_and_writes_the_study(
     pictures = [files["png"] / "essential-layers-essential-layers.png"]
     tables = [files["csv"] / f"essential-layers-{x}.csv" for x in ("depths", "curves", "layers")]
     assert value["files"] == [str(path) for path in (*tables, *pictures, files["html"])]
-    assert len(value["tables"]["depths"]) == 7
+    assert len(value["tables"]["depths"]) == 2 * 7
     page = files["html"].read_text()
     assert "Question" in page
     assert "What it says" in page
     assert pictures[0].read_bytes()[:4] == b"\x89PNG"
-    assert len(tables[0].read_text().splitlines()) == 8
+    assert len(tables[0].read_text().splitlines()) == 15
     shown = CliRunner().invoke(main, words)
     assert shown.exit_code == 0, shown.output
     assert "K = 4" in shown.stdout
