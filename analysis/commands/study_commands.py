@@ -1,5 +1,6 @@
 """`residua study`: what the probes of a cache say about one question."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -89,11 +90,16 @@ def essential_layers(call: StudyCall, **options: Any) -> Any:
 )
 @click.option(
     "--names",
-    metavar="document|data|any|none|FILE.npy",
+    type=click.Choice(["document", "data", "any", "none"]),
     default="document",
     show_default=True,
-    help="Where a name of several tokens must occur again to count as one; or a bool array of the "
-    "positions whose next token continues an entity.",
+    help="Where a name of several tokens must occur again to count as one.",
+)
+@click.option(
+    "--names-mask",
+    metavar="FILE.npy",
+    type=click.Path(path_type=Path),
+    help="Instead of --names: a bool array of the positions whose next token continues an entity.",
 )
 @click.option("--sequence", type=WHOLE_NUMBER, help="Sequence of the picture.  [default: telling]")
 @click.option(
@@ -107,7 +113,7 @@ def essential_layers(call: StudyCall, **options: Any) -> Any:
     "--width", type=WHOLE_NUMBER, default=12, show_default=True, help="Tokens of the picture."
 )
 @study_command()
-def future_lens(call: StudyCall, names: str, **options: Any) -> Any:
+def future_lens(call: StudyCall, names: str, names_mask: Path | None, **options: Any) -> Any:
     """Find what layers say of the tokens after the next one.
 
     PROBEs (ridge, lenses, vocabulary probes, their controls) predict the model's token after t+N
@@ -120,7 +126,9 @@ def future_lens(call: StudyCall, names: str, **options: Any) -> Any:
     residua study future-lens 3f2a ridge-3f2a --html future.html
     residua study future-lens 3f2a ridge-3f2a --keep agree --sequence 4 --start 20
     """
-    from ..studies.future_lens.repeated_names import read_names_option
+    from ..studies.future_lens.repeated_names import read_names_mask
     from ..studies.future_lens.study_offsets import study_future_lens
 
-    return run_study(study_future_lens, call, names=read_names_option(names), **options)
+    chosen = None if names == "none" else names
+    mask = chosen if names_mask is None else read_names_mask(names_mask)
+    return run_study(study_future_lens, call, names=mask, **options)

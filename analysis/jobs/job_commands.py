@@ -69,6 +69,7 @@ SERVER_CHOICES = {
     "scratch": "the server chooses its scratch files",
     "scheduler": "the server has workers of its own",
     "part": "the server's workers write all parts",
+    "names_mask": "it is a file of the machine of the command, which the server does not see",
     "no_tty": "the progress of a job is in its events",
 }
 """Arguments that no job takes -> the reason."""

@@ -125,7 +125,7 @@ def calibration_rows(
     rows = []
     for key in peaks:
         assert key.layer is not None
-        pairs = _Pairs.of(measures, key, units)
+        pairs = _RecordedPairs.of(measures, key, units)
         if not len(pairs.hit):
             continue
         text = records.has(key, HAS_TEXT)[pairs.index]
@@ -158,7 +158,7 @@ def curve_points(
         assert key.layer is not None
         records = measures.records
         assert records is not None
-        pairs = _Pairs.of(measures, key, units)
+        pairs = _RecordedPairs.of(measures, key, units)
         has_text, text_hit = (records.has(key, bit)[pairs.index] for bit in (HAS_TEXT, TEXT_HIT))
         numbers = bin_numbers(pairs.confidence, SHOWN_BINS)
         for number in np.unique(numbers):
@@ -183,7 +183,7 @@ def curve_points(
 
 
 @dataclass(frozen=True, eq=False)
-class _Pairs:
+class _RecordedPairs:
     """The defined recorded pairs of one result; arrays `(n,)`."""
 
     index: np.ndarray
@@ -194,7 +194,7 @@ class _Pairs:
     units: int
 
     @classmethod
-    def of(cls, measures: PairMeasures, key: ResultKey, units: ResamplingUnits) -> "_Pairs":
+    def of(cls, measures: PairMeasures, key: ResultKey, units: ResamplingUnits) -> "_RecordedPairs":
         records = measures.records
         assert records is not None
         index = np.flatnonzero(records.has(key, DEFINED))
@@ -206,10 +206,10 @@ class _Pairs:
             units=units.n_resampled,
         )
 
-    def select(self, chosen: np.ndarray, hit: np.ndarray) -> "_Pairs":
+    def select(self, chosen: np.ndarray, hit: np.ndarray) -> "_RecordedPairs":
         """The pairs `chosen`, with other hits."""
         arrays = self.index[chosen], self.confidence[chosen], hit, self.unit[chosen]
-        return _Pairs(*arrays, self.units)
+        return _RecordedPairs(*arrays, self.units)
 
     def share(self, chosen: np.ndarray, hit: np.ndarray, weights: np.ndarray) -> Interval:
         """95 % interval of the share of `hit` among the pairs `chosen`, both `(n,)` bool."""

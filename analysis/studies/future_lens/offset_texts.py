@@ -129,6 +129,7 @@ NAME_HEADINGS = {
 def describe_results(
     peaks: Sequence[PeakRow],
     differences: Sequence[DifferenceRow],
+    *,
     buckets: Sequence[BucketPrecision],
     calibration: Sequence[CalibrationRow],
     kept: Sequence[KeptRow],

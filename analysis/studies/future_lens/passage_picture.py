@@ -34,7 +34,7 @@ LETTERS = 24
 
 
 @dataclass(frozen=True)
-class PassageChoice:
+class PicturePassage:
     """Some tokens of a sequence."""
 
     sequence: int
@@ -49,7 +49,7 @@ def find_telling_future(
     peaks: Mapping[int, ResultKey],
     baseline: str | None,
     width: int,
-) -> PassageChoice | None:
+) -> PicturePassage | None:
     """The recorded passage in which a probe says most of later words that the baseline does not.
 
     `peaks` are the results of the probe by offset; a pair at N >= 1 counts where the probe's top
@@ -89,7 +89,7 @@ def find_telling_future(
         sums = np.convolve(part, np.ones(size), "valid")
         start = int(sums.argmax())
         if sums[start] > best:
-            best, choice = float(sums[start]), PassageChoice(sequence, start, size)
+            best, choice = float(sums[start]), PicturePassage(sequence, start, size)
     return choice
 
 
@@ -98,7 +98,7 @@ def picture_panel(
     name: str,
     lens: Readout,
     offsets: Sequence[int],
-    passage: PassageChoice,
+    passage: PicturePassage,
     device: "str | torch.device" = "auto",
 ) -> HeatPanel:
     """The panel of one probe in a passage: the offsets 0 to 3 that it reads.

@@ -26,26 +26,20 @@ REPEATS = ("document", "data", "any")
 or nowhere."""
 
 
-def read_names_option(value: str) -> str | np.ndarray | None:
-    """The argument `names` of the study from text: one of `REPEATS`, `none`, or a .npy file.
+def read_names_mask(path: Path) -> np.ndarray:
+    """The array in the .npy file `path`; no object is unpickled.
 
-    Raises `UsageError` for another word, `NotFoundError` and `DataError` for a file that is no
-    array; no object is unpickled.
+    Raises `NotFoundError` and `DataError` for a file that is missing or no array.
     """
-    if value in REPEATS or value == "none":
-        return None if value == "none" else value
-    if not value.endswith(".npy"):
-        raise UsageError(
-            f"names must be one of {', '.join((*REPEATS, 'none'))}, or a .npy file with a bool "
-            f"array over positions, not {value!r}"
-        )
-    path = Path(value)
     try:
-        return np.load(path, allow_pickle=False)
+        found = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise NotFoundError(f"{path} does not exist; save the mask with numpy.save") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is no array of numpy: {error}") from None
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"{path} holds several arrays; save one with numpy.save")
+    return found
 
 
 @dataclass(frozen=True, eq=False)

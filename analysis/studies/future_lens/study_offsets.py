@@ -66,7 +66,7 @@ from .offset_texts import (
 )
 from .pair_filters import KEEPS, Masks, filter_masks, find_correct_positions, kept_rows
 from .pair_measures import MOST_RECORDED, PairMeasures, measure_pairs
-from .passage_picture import WIDTH, PassageChoice, find_telling_future, picture_panel
+from .passage_picture import WIDTH, PicturePassage, find_telling_future, picture_panel
 from .repeated_names import REPEATS, find_repeated_names, masks_inside_names
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def study_future_lens(
         given,
         best_keys,
         sequences=sequences,
-        passage=None if sequence is None else PassageChoice(sequence, start, width),
+        passage=None if sequence is None else PicturePassage(sequence, start, width),
         width=width,
         device=torch_device,
     )
@@ -259,11 +259,11 @@ def study_future_lens(
         says=describe_results(
             [row for row in peaks if row.probe in given],
             differences,
-            buckets,
-            calibration,
-            kept,
-            of_names,
-            keep,
+            buckets=buckets,
+            calibration=calibration,
+            kept=kept,
+            names=of_names,
+            keep=keep,
         ),
         does_not_say=DOES_NOT_SAY,
         notes=[*notes, *_notes(rows, units, measures)],
@@ -379,7 +379,7 @@ def _picture(
     best_keys: Sequence[ResultKey],
     *,
     sequences: np.ndarray,
-    passage: PassageChoice | None,
+    passage: PicturePassage | None,
     width: int,
     device: "torch.device",
 ) -> StudyFigure | None:

@@ -10,7 +10,7 @@ import residua
 from residua.analysis.studies.future_lens.repeated_names import (
     find_repeated_names,
     masks_inside_names,
-    read_names_option,
+    read_names_mask,
 )
 from residua.cache.errors import DataError, NotFoundError, UsageError
 
@@ -100,12 +100,12 @@ def test_a_cache_without_words_and_unknown_options_are_refused(
     with pytest.raises(UsageError, match="names must repeat in one of"):
         find_repeated_names(cache, np.array([0]), "book")
     np.save(tmp_path / "mask.npy", np.ones(3, bool))
-    assert isinstance(read_names_option(str(tmp_path / "mask.npy")), np.ndarray)
-    assert (read_names_option("none"), read_names_option("data")) == (None, "data")
-    with pytest.raises(UsageError, match="names must be one of document, data, any, none"):
-        read_names_option("people")
+    assert read_names_mask(tmp_path / "mask.npy").tolist() == [True] * 3
     with pytest.raises(NotFoundError, match="does not exist"):
-        read_names_option(str(tmp_path / "other.npy"))
+        read_names_mask(tmp_path / "other.npy")
     (tmp_path / "text.npy").write_text("no array")
     with pytest.raises(DataError, match="no array of numpy"):
-        read_names_option(str(tmp_path / "text.npy"))
+        read_names_mask(tmp_path / "text.npy")
+    np.savez(tmp_path / "two.npz", a=np.ones(1), b=np.ones(1))
+    with pytest.raises(DataError, match="several arrays"):
+        read_names_mask(tmp_path / "two.npz")
