@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.studies.future_lens import study_future_lens
@@ -22,6 +23,7 @@ from residua.cache.head.head import Head
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.segments import PairScope
 from residua.cache.tokens.token_stream import KeptRuns
+from residua.cli import main
 from residua.probes.controls.control_probe import ControlProbe
 from residua.probes.lens.logit_lens import LogitLens
 from residua.probes.ridge.ridge_probe import RidgeProbe
@@ -336,3 +338,16 @@ def test_what_cannot_be_answered_is_said(planted: ActivationCache) -> None:
         study_future_lens(planted, where=nothing, progress=None)
     with pytest.raises(UsageError, match="bool array"):
         study_future_lens(planted, names=np.zeros(3, bool), progress=None)
+
+
+def test_the_command_gives_the_tables_as_json(planted: ActivationCache) -> None:
+    root = planted.path.parent
+    arguments = ["study", "future-lens", planted.id[:12], "--root", str(root), "--json"]
+    arguments += ["--offsets", "1-2", "--layers", "1,-1", "--names", "none", "--keep", "correct"]
+    run = CliRunner().invoke(main, arguments)
+    assert run.exit_code == 0, run.output
+    value = json.loads(run.stdout)
+    assert value["settings"]["layers"] == [1, 3]
+    assert {row["probe"] for row in value["tables"]["measures"]} == {"logit", "bigram", "marginal"}
+    assert value["tables"]["names"] == []
+    assert {row["offset"] for row in value["tables"]["kept"]} == {1, 2}
