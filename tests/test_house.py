@@ -53,6 +53,8 @@ FLOORS = (
     "analysis.studies",
     "analysis.studies.essential_layers",
     "analysis.studies.future_lens",
+    "analysis.studies.tuned_lens",
+    "analysis.studies.prediction_depth",
     "analysis.studies.texts",
     "analysis.studies.trajectories",
     "analysis.studies.results",

@@ -36,6 +36,41 @@ def all_studies(call: StudyCall, **options: Any) -> Any:
     return run_every_study(run_all_studies, call, **options)
 
 
+@study.command("depth")
+@click.option(
+    "--step",
+    multiple=True,
+    metavar="ITERATION=CACHE",
+    help="Cache of the same texts by the model after so many iterations of training; give at least "
+    "two, the last one of the finished model.",
+)
+@click.option(
+    "--learned",
+    metavar="LABEL",
+    help="Label of sequences with the iteration at which they were learned.",
+)
+@study_command()
+def prediction_depth(call: StudyCall, step: tuple[str, ...], **options: Any) -> Any:
+    """Find after how many layers predictions settle, for which tokens, and what goes with it.
+
+    The prediction depth of a position is the smallest layer from which the top token of a lens is
+    the model's own to the end. It is given by class and frequency of the next token, with its
+    correlations with the loss and, from caches of checkpoints, with the iteration learned. The
+    logit lens is always read; PROBE is any lens at offset 0.
+
+    \b
+    residua study depth 3f2a lens-81d9 --html depth.html
+    residua study depth 3f2a lens-81d9 --step 1000=5a05 --step 2000=3f2a
+    """
+    from ...cache.store.catalog import find_cache
+    from ..studies.prediction_depth.learned_iterations import parse_checkpoints
+    from ..studies.prediction_depth.prediction_depth_study import study_prediction_depth
+
+    names = parse_checkpoints(step)
+    found = {iteration: find_cache(name, call.root) for iteration, name in names.items()}
+    return run_study(study_prediction_depth, call, checkpoints=found or None, **options)
+
+
 @study.command("essential-layers")
 @click.option(
     "--documents",
@@ -132,3 +167,51 @@ def future_lens(call: StudyCall, names: str, names_mask: Path | None, **options:
     chosen = None if names == "none" else names
     mask = chosen if names_mask is None else read_names_mask(names_mask)
     return run_study(study_future_lens, call, names=mask, **options)
+
+
+@study.command("tuned-lens")
+@click.option(
+    "--label",
+    help="Label of sequences with classes that are told from the entropy profiles of lenses.",
+)
+@click.option(
+    "--transfer-positions",
+    type=WHOLE_NUMBER,
+    default=1024,
+    show_default=True,
+    help="Positions at which translators are applied to the states of all layers; 0 for none.",
+)
+@click.option(
+    "--sequence",
+    type=WHOLE_NUMBER,
+    help="Sequence of the passage of the heatmaps.  [default: a telling passage]",
+)
+@click.option(
+    "--start", type=WHOLE_NUMBER, help="Index of its first token in the sequence.  [default: 0]"
+)
+@click.option(
+    "--width",
+    type=click.IntRange(min=1),
+    default=24,
+    show_default=True,
+    help="Tokens of the passage.",
+)
+@click.option(
+    "--token", help="Token whose rank is tracked in the passage, such as '␣the' (␣: a space)."
+)
+@study_command()
+def tuned_lens(call: StudyCall, **options: Any) -> Any:
+    """Measure lenses layer by layer: perplexity, KL, bias, drift of the basis, early guesses.
+
+    The logit lens is always read; PROBE is any lens at offset 0. Translators of affine lenses
+    (tuned lens, ridge) are applied to all layers, and their penalty is set against the similarity
+    of the layers' covariances, from moments that fits kept with the cache.
+
+    \b
+    residua study tuned-lens 3f2a lens-81d9 ridge-a2 --html lenses.html
+    residua study tuned-lens 3f2a lens-81d9 --sequence 12 --start 40 --token '␣the' --png figures
+    residua study tuned-lens 3f2a lens-81d9 --label language
+    """
+    from ..studies.tuned_lens.lens_quality import study_tuned_lens
+
+    return run_study(study_tuned_lens, call, **options)

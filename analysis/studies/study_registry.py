@@ -40,9 +40,16 @@ class StudyEntry:
 
 
 STUDIES: Mapping[str, StudyEntry] = {
+    "depth": StudyEntry(
+        "prediction_depth.prediction_depth_study",
+        "study_prediction_depth",
+        takes_readings=True,
+        caches=("step",),
+    ),
     "essential-layers": StudyEntry(
         "essential_layers.depth_study", "study_essential_layers", takes_positions=False, split="all"
     ),
     "future-lens": StudyEntry("future_lens.study_offsets", "study_future_lens", probes="all"),
+    "tuned-lens": StudyEntry("tuned_lens.lens_quality", "study_tuned_lens", takes_readings=True),
 }
 """Name on the command line -> the study, in alphabetical order."""
