@@ -63,7 +63,13 @@ def _layer_panel(
     rows: Sequence[OffsetRow], readouts: dict[str, Readout], offset: int, measure: str
 ) -> Panel:
     here = [row for row in rows if row.offset == offset]
-    layers = sorted({row.layer for row in here if row.layer is not None})
+    layers = sorted(
+        {
+            row.layer
+            for row in here
+            if row.layer is not None and not is_baseline(readouts[row.probe])
+        }
+    )
     series = []
     for name, readout in readouts.items():
         of_probe = sorted(

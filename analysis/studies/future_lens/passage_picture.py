@@ -29,8 +29,8 @@ MOST_OFFSETS = 4
 """Most tokens of a cell."""
 WIDTH = 12
 """Tokens of a passage."""
-LETTERS = 24
-"""Letters of a cell."""
+LETTERS = 20
+"""Letters of a cell in pictures for papers."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,9 @@ def picture_panel(
     layers = sorted(set.intersection(*(set(entry.layers) for entry in maps)))
     width = min(len(entry.tokens) for entry in maps)
     cells = [[_cell(maps, layer, column) for column in range(width)] for layer in layers]
-    source = "" if 0 in fitted else "; the next token is the logit lens's"
+    source = "" if 0 in fitted else " (t+1: logit lens)"
     return HeatPanel(
-        title=f"{label(name)}: next tokens, sequence {passage.sequence} from token {passage.start}"
-        + source,
+        title=f"{label(name)}{source}, sequence {passage.sequence} from token {passage.start}",
         x_label="token that was read",
         y_label="layer",
         x_names=list(maps[0].tokens[:width]),
@@ -129,6 +128,7 @@ def picture_panel(
         texts=[[cell.text for cell in row] for row in cells],
         hovers=[[cell.hover for cell in row] for row in cells],
         color_range=(0.0, 1.0),
+        letters=LETTERS,
     )
 
 
@@ -153,7 +153,7 @@ def _cell(maps: Sequence[LensMap], layer: int, column: int) -> _PictureCell:
     mean = float(np.mean(probabilities))
     text = "".join(tokens).replace("␣", " ")
     return _PictureCell(
-        text=text[:LETTERS],
+        text=text,
         mean=mean if np.isfinite(mean) else None,
         hover="\n".join([f"mean probability {mean:.3f}", *lines]),
     )
