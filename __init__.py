@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .probes.saved.hub import push_probe as push_probe
     from .probes.saved.save import load_probe as load_probe
     from .probes.saved.save import save_probe as save_probe
+    from .probes.vocabulary.mlp_probe import MlpProbe as MlpProbe
     from .probes.vocabulary.vocab_probe import VocabProbe as VocabProbe
 
     __all__: list[str]

@@ -63,6 +63,7 @@ FLOORS = (
     "analysis.studies.vision",
     "analysis.studies.essential_layers",
     "analysis.studies.in_context",
+    "analysis.studies.future_lens",
     "analysis.studies.tuned_lens",
     "analysis.studies.prediction_depth",
     "analysis.studies.texts",

@@ -1,10 +1,11 @@
 """`residua study`: what the probes of a cache say about one question."""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ..console.options import NUMBERS, WHOLE_NUMBER, JsonErrorGroup, complete_names
+from ..console.options import LAYERS, NUMBERS, WHOLE_NUMBER, JsonErrorGroup, complete_names
 from .study_calls import StudyCall, finish_study, run_every_study, run_study, study_command
 
 
@@ -300,6 +301,68 @@ def transfer(call: StudyCall, to: tuple[str, ...], **options: Any) -> Any:
     with Meter(call.quiet) as meter:
         result = study_transfer(caches[0], probes, to=caches[1:], progress=meter.stage, **options)
     return finish_study([result], call)
+
+
+@study.command("future-lens")
+@click.option("--offsets", type=NUMBERS, help="Offsets N.  [default: those of the probes, or 0-3]")
+@click.option("--layers", type=LAYERS, help="Layers to read.  [default: those of the probes]")
+@click.option(
+    "--keep",
+    type=click.Choice(["none", "correct", "agree"]),
+    default="none",
+    show_default=True,
+    help="Pairs to keep: all (none); those whose model token after t+N is the text's (correct); "
+    "those for which this holds at all of t to t+N (agree).",
+)
+@click.option(
+    "--first-only",
+    is_flag=True,
+    help="Only pairs from the first kept position of each sequence, such as the end of a context.",
+)
+@click.option(
+    "--names",
+    type=click.Choice(["document", "data", "any", "none"]),
+    default="document",
+    show_default=True,
+    help="Where a name of several tokens must occur again to count as one.",
+)
+@click.option(
+    "--names-mask",
+    metavar="FILE.npy",
+    type=click.Path(path_type=Path),
+    help="Instead of --names: a bool array of the positions whose next token continues an entity.",
+)
+@click.option("--sequence", type=WHOLE_NUMBER, help="Sequence of the picture.  [default: telling]")
+@click.option(
+    "--start",
+    type=WHOLE_NUMBER,
+    default=0,
+    show_default=True,
+    help="First token of the picture in --sequence.",
+)
+@click.option(
+    "--width", type=WHOLE_NUMBER, default=12, show_default=True, help="Tokens of the picture."
+)
+@study_command()
+def future_lens(call: StudyCall, names: str, names_mask: Path | None, **options: Any) -> Any:
+    """Find what layers say of the tokens after the next one.
+
+    PROBEs (ridge, lenses, vocabulary probes, their controls) predict the model's token after t+N
+    from the state at t. Beside them: the logit lens, the bigram, and the marginalised bigram,
+    which like the probes reads no token after t. Precision, surprisal and KL by layer and N, the
+    best layers, calibration, names of several tokens, and the Future Lens picture of a passage.
+
+    \b
+    residua fit ridge 3f2a --offsets 0-3
+    residua study future-lens 3f2a ridge-3f2a --html future.html
+    residua study future-lens 3f2a ridge-3f2a --keep agree --sequence 4 --start 20
+    """
+    from ..studies.future_lens.repeated_names import read_names_mask
+    from ..studies.future_lens.study_offsets import study_future_lens
+
+    chosen = None if names == "none" else names
+    mask = chosen if names_mask is None else read_names_mask(names_mask)
+    return run_study(study_future_lens, call, names=mask, **options)
 
 
 @study.command("tuned-lens")

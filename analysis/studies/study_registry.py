@@ -71,6 +71,7 @@ STUDIES: Mapping[str, StudyEntry] = {
         caches=("to",),
         missing="it reads a probe on another cache: residua study transfer CACHE PROBE --to CACHE",
     ),
+    "future-lens": StudyEntry("future_lens.study_offsets", "study_future_lens", probes="all"),
     "tuned-lens": StudyEntry("tuned_lens.lens_quality", "study_tuned_lens", takes_readings=True),
     "vision": StudyEntry("vision.class_token_study", "study_vision", takes_readings=True),
 }
