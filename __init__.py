@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .analysis.report.html_report import write_report as write_report
     from .analysis.service_client.remote_service import RemoteService as RemoteService
     from .analysis.service_client.remote_service import connect as connect
+    from .analysis.studies.all_studies import AllStudies as AllStudies
+    from .analysis.studies.all_studies import run_all_studies as run_all_studies
+    from .analysis.studies.results.study_result import StudyResult as StudyResult
+    from .analysis.studies.study_registry import study as study
     from .cache.errors import ResiduaError as ResiduaError
     from .cache.extraction.api import extract as extract
     from .cache.extraction.damage_repair import repair as repair
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from .probes.saved.hub import push_probe as push_probe
     from .probes.saved.save import load_probe as load_probe
     from .probes.saved.save import save_probe as save_probe
+    from .probes.vocabulary.mlp_probe import MlpProbe as MlpProbe
     from .probes.vocabulary.vocab_probe import VocabProbe as VocabProbe
 
     __all__: list[str]

@@ -1,12 +1,13 @@
 """The subspace of a layer that tells of a later prediction, without what tells of the next one.
 
-x is the whitened row of layer l at t, y_N the row of layer L at t + N, which the head turns into
-the prediction of the token after t + N. A = cov(x, y_N), B = cov(x, y_0), C = cov(y_0, y_N), all of
-rows of the train split. The partial covariance P = A - B cov(y_0)^-1 C is what x tells of y_N
-beyond y_0. Its left singular vectors, weighted by what the head makes of y (`W_U'W_U` with the gain
-of the norm, if the head is explicit), orthogonal to the first ones of B, span the future subspace:
-in the covariance metric (LEACE, Belrose et al., 2306.03819) its erasure leaves what it is
-uncorrelated with.
+x is the whitened row of layer l at t, z_N = y_N G^1/2 the row of layer L at t + N, weighted by what
+the head makes of it (G = E'E with the unembedding E times the gain of the norm, if the head is
+explicit). A = cov(x, z_N), B = cov(x, z_0), C = cov(z_0, z_N), all of rows of the train split. The
+partial covariance P = A - B (cov(z_0) + c I)^-1 C is what x tells of the prediction at t + N beyond
+the one at t; c, a small share of the mean variance of z_0, leaves out what layer L carries without
+the head reading it. The left singular vectors of P orthogonal to the first ones of B span the
+future subspace: in the covariance metric (LEACE, Belrose et al., 2306.03819) its erasure leaves
+what it is uncorrelated with.
 """
 
 from collections.abc import Sequence
@@ -25,8 +26,8 @@ from .layer_runs import same_passage
 if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
 
-RIDGE = 1e-6
-"""Share of the mean variance that is added to the variances of y_0 before they are inverted."""
+RIDGE = 1e-2
+"""Share c of the mean variance of z_0 below which a direction is no part of the next prediction."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class FutureMoments:
         d = cache.d_model
         rows = np.asarray(cache.residual_array(layer).take(sample.positions), np.float32)
         last = np.asarray(cache.residual_array(cache.n_blocks).take(sample.positions), np.float32)
-        finite: np.ndarray = np.isfinite(rows).all(1) & np.isfinite(last).all(1)
+        finite = np.asarray(np.isfinite(rows).all(1) & np.isfinite(last).all(1))
         at_offset, of_last = {}, {}
         # The same rows for all offsets, so that their covariances belong to one population.
         starts = same_passage(sample, max(offsets)) & finite
@@ -71,19 +72,19 @@ class FutureMoments:
         """Whitened coordinates of the layer's rows."""
         return AblationCoordinates.of(self.at_offset[0], "covariance")
 
-    def partial(self, offset: int, whiten: np.ndarray) -> np.ndarray:
-        """P `(r, d)`: covariance of whitened rows with y_N beyond what y_0 explains."""
+    def partial(self, offset: int, whiten: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """P `(r, d)`: covariance of whitened rows with z_N beyond what z_0 explains."""
         moments, last = self.at_offset[offset], self.last[offset]
-        variance = last.xx / last.n
-        ridge = RIDGE * np.trace(variance) / len(variance)
-        explained = np.linalg.solve(variance + ridge * np.eye(len(variance)), last.xy / last.n)
-        direct = moments.xy / moments.n
-        next_step = self.at_offset[0].xy / self.at_offset[0].n
-        return whiten.T @ (direct - next_step @ explained)
+        variance = weights @ (last.xx / last.n) @ weights
+        ridge = max(RIDGE * np.trace(variance) / len(variance), 1e-300)
+        later = weights @ (last.xy / last.n) @ weights
+        explained = np.linalg.solve(variance + ridge * np.eye(len(variance)), later)
+        direct = whiten.T @ (moments.xy / moments.n) @ weights
+        return direct - self.next_step(whiten, weights) @ explained
 
-    def next_step(self, whiten: np.ndarray) -> np.ndarray:
-        """B `(r, d)`: covariance of whitened rows with y_0."""
-        return whiten.T @ (self.at_offset[0].xy / self.at_offset[0].n)
+    def next_step(self, whiten: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """B `(r, d)`: covariance of whitened rows with z_0."""
+        return whiten.T @ (self.at_offset[0].xy / self.at_offset[0].n) @ weights
 
 
 def readout_weights(cache: "ActivationCache") -> np.ndarray:
@@ -156,11 +157,11 @@ def find_subspaces(
     def subspace(name: str, basis: np.ndarray) -> FutureSubspace:
         return FutureSubspace(name, basis, coordinates, mean)
 
-    of_next = left_vectors(moments.next_step(coordinates.whiten) @ weights)[:, :k]
+    of_next = left_vectors(moments.next_step(coordinates.whiten, weights))[:, :k]
     found = []
     for offset in sorted(moments.at_offset):
         if offset:
-            partial = moments.partial(offset, coordinates.whiten) @ weights
+            partial = moments.partial(offset, coordinates.whiten, weights)
             partial -= of_next @ (of_next.T @ partial)
             vectors = left_vectors(partial)[:, :k]
             found.append(subspace(f"future {offset}", vectors))

@@ -15,7 +15,7 @@ from .layer_runs import LayerRuns, spaced_positions
 if TYPE_CHECKING:
     pass
 
-STEPS = 60
+STEPS = 40
 """Steps of Adam."""
 LEARNING_RATE = 0.05
 """Learning rate at the first step, in units of the root mean square of the mean row; falls to 0."""

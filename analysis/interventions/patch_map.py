@@ -12,6 +12,7 @@ import numpy as np
 
 from ...cache.errors import UsageError
 from ...cache.progress import Progress
+from ..token_texts.token_names import TokenNames
 from .layer_runs import choose_layers, load_resumable, mean_rows
 
 if TYPE_CHECKING:
@@ -103,8 +104,11 @@ def patch_passage(
     other = None if source is None else _Passage(cache, loaded, source, last)
     cells: list[PatchCell] = []
     with torch.inference_mode():
-        texts = _token_texts(cache, passage.tokens[indices])
-        source_texts = None if other is None else _token_texts(cache, other.tokens[indices])
+        names = TokenNames(cache)
+        texts = [names(token) for token in passage.tokens[indices].tolist()]
+        source_texts = (
+            None if other is None else [names(token) for token in other.tokens[indices].tolist()]
+        )
         own = None if ids is None else passage.log_odds(ids)
         for done, layer in enumerate(chosen):
             rows = passage.rows(layer)
@@ -126,7 +130,15 @@ def patch_passage(
             if progress is not None:
                 progress(done + 1, len(chosen))
         from_source = None if ids is None or other is None else other.log_odds(ids)
-    return PatchMap(tuple(cells), sequence, source, last, tokens, own, from_source)
+    return PatchMap(
+        cells=tuple(cells),
+        sequence=sequence,
+        source=source,
+        last=last,
+        tokens=tokens,
+        log_odds=own,
+        source_log_odds=from_source,
+    )
 
 
 class _Passage:
@@ -213,11 +225,6 @@ def token_id(cache: "ActivationCache", text: str) -> int:
             return int(ids[0])
         pieces = pieces or list(encoding.tokens)
     raise UsageError(f"{text!r} is not one token of this model but {pieces}; choose another word")
-
-
-def _token_texts(cache: "ActivationCache", ids: np.ndarray) -> list[str]:
-    tokenizer = cache.tokenizer()
-    return [tokenizer.decode([int(number)], skip_special_tokens=False) for number in ids]
 
 
 def _finite(value: Any) -> float | None:

@@ -448,13 +448,13 @@ def _map_figure(passage_map: PatchMap) -> StudyFigure:
         label = f"change of log p({first}) - log p({second}), nats"
     tokens = {cell.index: cell.token for cell in passage_map.cells}
     panel = HeatPanel(
-        _map_title(passage_map),
-        "position: token",
-        "layer",
-        [f"{index}: {tokens[index]!r}" for index in indices],
-        [str(layer) for layer in layers],
-        [[value(layer, index) for index in indices] for layer in layers],
-        label,
+        title=_map_title(passage_map),
+        x_label="position: token",
+        y_label="layer",
+        x_names=[f"{index}: {tokens[index]}" for index in indices],
+        y_names=[str(layer) for layer in layers],
+        values=[[value(layer, index) for index in indices] for layer in layers],
+        color_label=label,
         diverging=has_tokens,
     )
     return StudyFigure(

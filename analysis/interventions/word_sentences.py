@@ -36,6 +36,8 @@ class WordSentences:
     sentences: tuple[WordSentence, ...]
     without_word: int
     """Sentences of the file with neither word."""
+    at_start: int
+    """Sentences that begin with the word: nothing comes before it."""
     repeated: int
     """Sentences whose text before the word stood before."""
     not_distinguished: int
@@ -45,6 +47,7 @@ class WordSentences:
         """Sentences on what was left out."""
         parts = [
             (self.without_word, f"hold neither {self.words[0]!r} nor {self.words[1]!r}"),
+            (self.at_start, "begin with the word"),
             (self.repeated, "repeat the text before the word of another one"),
             (self.not_distinguished, "have words that begin with one token, or tokens across them"),
         ]
@@ -88,7 +91,8 @@ def read_word_sentences(
         words=(first, second),
         sentences=tuple(sentences),
         without_word=len(texts) - len(before),
-        repeated=len(before) - len(unique),
+        at_start=before.count(""),
+        repeated=len(before) - before.count("") - len(unique),
         not_distinguished=len(unique) - len(sentences),
     )
 
