@@ -14,6 +14,7 @@ import click
 
 from residua import __version__
 from residua.analysis.commands.data_commands import data
+from residua.analysis.commands.prompt_commands import fit_jacobian, fit_prompt, intervene
 from residua.analysis.commands.study_commands import study
 from residua.analysis.console.options import (
     BYTE_COUNT,
@@ -123,7 +124,7 @@ def main() -> None:
     default="all",
     show_default=True,
     help="Positions to keep: all, last, sample:K, answer or explicit (columns `answer`, "
-    "`positions` of the data).",
+    "`positions` of the data); of images all, cls (the class token) or sample:K.",
 )
 @click.option(
     "--logits",
@@ -745,7 +746,13 @@ def fit() -> None:
     residua fit mlp 3f2a --offsets 1-3     MLP in front of the head, a control
     residua fit basis 3f2a --lens NAME     causal bases: directions that matter to a lens
     residua fit baseline 3f2a              baselines that count tokens
+    residua fit prompt 3f2a                learned prompts, with the model
+    residua fit jacobian 3f2a              mean Jacobians, with the model
     """
+
+
+fit.add_command(fit_prompt)
+fit.add_command(fit_jacobian)
 
 
 @fit.command()
@@ -1312,7 +1319,7 @@ def basis(
     "--where",
     type=click.Choice(MASKS),
     help="Targets to count: only those inside words (continued) or inside capitalised words "
-    "(names) of several tokens.  [default: all]",
+    "(names) of several tokens; of images the patches.  [default: all, of images the class token]",
 )
 @click.option("--force", is_flag=True, help="Evaluate probes of another model, too.")
 @click.option(
@@ -1614,6 +1621,7 @@ def jobs(root: Path, quiet: bool, job: str | None, cancel: bool, follow: bool) -
 
 
 main.add_command(data)
+main.add_command(intervene)
 main.add_command(study)
 
 

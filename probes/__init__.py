@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .baselines.ngrams import Trigram as Trigram
     from .baselines.ngrams import Unigram as Unigram
     from .controls.control_probe import ControlProbe as ControlProbe
+    from .lens.jacobian_lens import JacobianLens as JacobianLens
     from .lens.logit_lens import LogitLens as LogitLens
     from .lens.tuned_lens import FutureLens as FutureLens
     from .lens.tuned_lens import TunedLens as TunedLens

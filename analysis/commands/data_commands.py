@@ -19,6 +19,132 @@ def data() -> None:
     """Make texts for studies."""
 
 
+@data.command("icl")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--kind",
+    "kinds",
+    metavar="KIND,...",
+    help="Kinds of text: induction, map, arithmetic, period.  [default: all of them]",
+)
+@click.option(
+    "--shots",
+    type=NUMBERS,
+    default="0-8",
+    show_default=True,
+    help="Numbers of examples in the context.",
+)
+@click.option(
+    "--documents",
+    type=WHOLE_NUMBER,
+    default=50,
+    show_default=True,
+    help="Texts of each kind and number of shots.",
+)
+@click.option(
+    "--period",
+    "periods",
+    type=NUMBERS,
+    default="3,5",
+    show_default=True,
+    help="Words, or tokens, of a period.",
+)
+@click.option("--seed", type=WHOLE_NUMBER, default=0, show_default=True, help="Seed of the texts.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of a model: write random token ids of its tokenizer (induction and period).",
+)
+@residua_command
+def in_context(root: Path, quiet: bool, out: Path, kinds: str | None, **options: Any) -> Any:
+    """Write OUT.jsonl: texts whose end follows from examples in the context.
+
+    induction: a list of words said k times, cued once more. map: k lines `a -> b` of a hidden rule.
+    arithmetic: k lines `a ? b = c` of a hidden operation. period: k periods of a list of words.
+    Labels: kind, shots (k), needed, known_until or horizon, period, rule.
+
+    \b
+    residua data icl icl.jsonl --kind induction,period --shots 0-4
+    residua extract MODEL icl.jsonl --no-pack --positions answer
+    residua data icl ids.jsonl --kind period --model MODEL
+    residua extract MODEL ids.jsonl --no-pack --positions explicit
+    """
+    from ...cache.files.disk_errors import check_file_target
+    from ..studies.texts.in_context_data import write_in_context_data
+
+    check_file_target(out, "texts.jsonl")
+    names = None if kinds is None else [kind.strip() for kind in kinds.split(",")]
+    value = write_in_context_data(out, kinds=names, **options)
+    text = f"{value['texts']:,} texts, the longest of {value['longest']:,} {value['unit']}: {out}"
+    return value, lambda: print(text)
+
+
+@data.command("injection")
+@click.argument("source", metavar="QUESTIONS", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--questions",
+    type=WHOLE_NUMBER,
+    help="Most questions; each gives three texts.  [default: all of the file]",
+)
+@click.option(
+    "--place",
+    type=click.Choice(["question", "start", "middle"]),
+    default="question",
+    show_default=True,
+    help="Where the insertion stands: before the question (the last two lines where it is not "
+    "known), at the start, or before a random line between.",
+)
+@click.option("--before", help="Text before whose last occurrence the insertion stands instead.")
+@click.option(
+    "--wanted", multiple=True, help="An answer that attackers want.  [default: other answers]"
+)
+@click.option(
+    "--templates",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help='File of own templates: lines {"name", "injected", "benign"} with {wanted} in both.',
+)
+@click.option(
+    "--end",
+    type=click.Choice(["answer", "question"]),
+    default="answer",
+    show_default=True,
+    help="Where texts end: with their answer, or before it.",
+)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of a model whose tokens count as lengths.  [default: characters]",
+)
+@click.option("--seed", type=WHOLE_NUMBER, default=0, show_default=True, help="Seed of the draws.")
+@residua_command
+def injection(root: Path, quiet: bool, source: Path, out: Path, **options: Any) -> Any:
+    """Write OUT.jsonl: each question clean, with an injected instruction, with a benign sentence.
+
+    QUESTIONS is a .jsonl or .jsonl.gz file of texts that end with their answer: columns text,
+    answer, question, such as `residua data kv` writes; one row of each question is taken. Labels:
+    arm (clean, injected, benign), template, wanted (the attacker's answer), question, inserted
+    (length), and other columns of the file.
+
+    \b
+    residua data kv kv.jsonl --pairs 8 --layout record
+    residua data injection kv.jsonl injection.jsonl
+    residua extract MODEL injection.jsonl --no-pack --positions answer
+    """
+    from ...cache.files.disk_errors import check_file_target
+    from ..studies.texts.injection_data import write_injection_data
+
+    check_file_target(out, "texts.jsonl")
+    value = write_injection_data(source, out, **options)
+    lengths = ", ".join(f"{arm} {mean:.1f}" for arm, mean in value["inserted"].items())
+    text = (
+        f"{value['texts']:,} texts of {value['questions']:,} questions, the longest of "
+        f"{value['longest']:,} characters: {out}\n"
+        f"inserted on average, in {value['unit']}: {lengths}"
+    )
+    return value, lambda: print(text)
+
+
 @data.command("continue")
 @click.argument("model")
 @click.argument("texts", metavar="DATA")

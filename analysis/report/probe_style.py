@@ -31,6 +31,7 @@ LABELS = {
     "ridge": "ridge lens",
     "lens": "tuned lens",
     "future": "future lens",
+    "jacobian": "Jacobian lens",
     "vocab": "vocabulary probe",
     "mlp": "MLP probe",
     "bigram": "bigram",
@@ -50,6 +51,7 @@ COLORS = {
     "ridge": "#0072B2",
     "lens": "#009E73",
     "future": "#CC79A7",
+    "jacobian": "#6A3D9A",
     "vocab": "#E69F00",
     "mlp": "#7A0177",
     "bigram": "#555555",
@@ -69,6 +71,7 @@ MARKERS = {
     "ridge": ("s", "square"),
     "lens": ("^", "triangle-up"),
     "future": ("D", "diamond"),
+    "jacobian": ("h", "hexagon"),
     "vocab": ("v", "triangle-down"),
     "mlp": ("X", "x"),
 }
