@@ -44,6 +44,12 @@ class StudyEntry:
 
 STUDIES: Mapping[str, StudyEntry] = {
     "anomaly": StudyEntry("anomaly.anomaly_study", "study_anomaly", split="all"),
+    "compare": StudyEntry(
+        "comparison.model_comparison",
+        "study_compare",
+        caches=("beside",),
+        missing="it compares models: residua study compare CACHE CACHE",
+    ),
     "depth": StudyEntry(
         "prediction_depth.prediction_depth_study",
         "study_prediction_depth",
@@ -53,8 +59,21 @@ STUDIES: Mapping[str, StudyEntry] = {
     "essential-layers": StudyEntry(
         "essential_layers.depth_study", "study_essential_layers", takes_positions=False, split="all"
     ),
+    "future-lens": StudyEntry("future_lens.study_offsets", "study_future_lens", probes="all"),
     "icl": StudyEntry("in_context.shot_study", "study_in_context", probes="all"),
+    "jacobian": StudyEntry(
+        "jacobian.jacobian_study",
+        "study_jacobian",
+        missing="it reads a file of a Jacobian lens: residua study jacobian CACHE LENS.pt",
+    ),
+    "transfer": StudyEntry(
+        "comparison.lens_transfer",
+        "study_transfer",
+        caches=("to",),
+        missing="it reads a probe on another cache: residua study transfer CACHE PROBE --to CACHE",
+    ),
     "tuned-lens": StudyEntry("tuned_lens.lens_quality", "study_tuned_lens", takes_readings=True),
+    "vision": StudyEntry("vision.class_token_study", "study_vision", takes_readings=True),
 }
 """Name on the command line -> the study, in alphabetical order."""
 
