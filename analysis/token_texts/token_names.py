@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ...cache.errors import ResiduaError, ResiduaWarning
+from ...cache.errors import ResiduaError, ResiduaWarning, UsageError
 from ...cache.files.confined_files import read_confined
 from ...cache.files.json_fields import parse_json_object
 from ...cache.images.classifier_source import class_names_of
@@ -81,6 +81,23 @@ class TokenNames:
         if text is not None and "\ufffd" in text:
             text = byte_text(self.tokenizer.id_to_token(int(token))) or text
         return text
+
+
+def token_of_text(text: str, tokenizer: Any, names: TokenNames) -> int:
+    """The id of the one token that `text` is; raises `UsageError` for a text of several tokens."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if len(ids) != 1 and text.startswith(" "):
+        # A tokenizer of SentencePiece puts a space before a text: "the" is its token " the".
+        without_space = tokenizer.encode(text[1:], add_special_tokens=False).ids
+        if [names(token) for token in without_space] == [f"␣{text[1:]}"]:
+            ids = without_space
+    if len(ids) != 1:
+        pieces = ", ".join(repr(names(token)) for token in ids) or "no token"
+        raise UsageError(
+            f"{text!r} is not one token of this model but {pieces}; track one of them, or another "
+            'spelling (many tokens begin with a space: " Paris")'
+        )
+    return int(ids[0])
 
 
 def read_class_names(cache: "ActivationCache") -> tuple[str, ...]:
