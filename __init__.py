@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .probes.basis.causal_basis import CausalBasis as CausalBasis
     from .probes.basis.layer_basis import LayerBasis as LayerBasis
     from .probes.controls.control_probe import ControlProbe as ControlProbe
+    from .probes.jacobian.jacobian_fit import fit_jacobian_lens as fit_jacobian_lens
     from .probes.lens.jacobian_lens import JacobianLens as JacobianLens
     from .probes.lens.jacobian_lens_files import read_jacobian_lens as read_jacobian_lens
     from .probes.lens.jacobian_lens_files import write_jacobian_lens as write_jacobian_lens
@@ -56,6 +57,9 @@ if TYPE_CHECKING:
     from .probes.lens.tuned_lens import TunedLens as TunedLens
     from .probes.lens.tuned_lens_files import read_tuned_lens as read_tuned_lens
     from .probes.lens.tuned_lens_files import write_tuned_lens as write_tuned_lens
+    from .probes.prompts.learned_prompt import LearnedPrompt as LearnedPrompt
+    from .probes.prompts.patched_prompt import PatchedPrompt as PatchedPrompt
+    from .probes.prompts.patched_prompt import read_prompt as read_prompt
     from .probes.ridge.ridge_probe import RidgeProbe as RidgeProbe
     from .probes.saved.hub import pull_probe as pull_probe
     from .probes.saved.hub import push_probe as push_probe

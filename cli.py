@@ -14,7 +14,7 @@ import click
 
 from residua import __version__
 from residua.analysis.commands.data_commands import data
-from residua.analysis.commands.intervention_commands import intervene
+from residua.analysis.commands.prompt_commands import fit_jacobian, fit_prompt, intervene
 from residua.analysis.commands.study_commands import study
 from residua.analysis.console.options import (
     BYTE_COUNT,
@@ -746,7 +746,13 @@ def fit() -> None:
     residua fit mlp 3f2a --offsets 1-3     MLP in front of the head, a control
     residua fit basis 3f2a --lens NAME     causal bases: directions that matter to a lens
     residua fit baseline 3f2a              baselines that count tokens
+    residua fit prompt 3f2a                learned prompts, with the model
+    residua fit jacobian 3f2a              mean Jacobians, with the model
     """
+
+
+fit.add_command(fit_prompt)
+fit.add_command(fit_jacobian)
 
 
 @fit.command()

@@ -141,6 +141,8 @@ def injection(root: Path, quiet: bool, source: Path, out: Path, **options: Any) 
         f"{value['texts']:,} texts of {value['questions']:,} questions, the longest of "
         f"{value['longest']:,} characters: {out}\n"
         f"inserted on average, in {value['unit']}: {lengths}"
+    )
+    return value, lambda: print(text)
 
 
 @data.command("continue")

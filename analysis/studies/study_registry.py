@@ -59,6 +59,7 @@ STUDIES: Mapping[str, StudyEntry] = {
     "essential-layers": StudyEntry(
         "essential_layers.depth_study", "study_essential_layers", takes_positions=False, split="all"
     ),
+    "future-lens": StudyEntry("future_lens.study_offsets", "study_future_lens", probes="all"),
     "icl": StudyEntry("in_context.shot_study", "study_in_context", probes="all"),
     "jacobian": StudyEntry(
         "jacobian.jacobian_study",
@@ -71,7 +72,6 @@ STUDIES: Mapping[str, StudyEntry] = {
         caches=("to",),
         missing="it reads a probe on another cache: residua study transfer CACHE PROBE --to CACHE",
     ),
-    "future-lens": StudyEntry("future_lens.study_offsets", "study_future_lens", probes="all"),
     "tuned-lens": StudyEntry("tuned_lens.lens_quality", "study_tuned_lens", takes_readings=True),
     "vision": StudyEntry("vision.class_token_study", "study_vision", takes_readings=True),
 }

@@ -434,8 +434,8 @@ def _notes(rows: Sequence[OffsetRow], units: ResamplingUnits, measures: PairMeas
         notes.append(units.note)
     notes.append(
         "the precision at the best layer is the largest of several noisy numbers, and slightly too "
-        "high; an expected calibration error has no sign, and noise alone raises it, in resamples more "
-        "than in the data"
+        "high; an expected calibration error has no sign, and noise alone raises it, in resamples "
+        "more than in the data"
     )
     records = measures.records
     if records is not None and records.n == MOST_RECORDED:
