@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .analysis.report.html_report import write_report as write_report
     from .analysis.service_client.remote_service import RemoteService as RemoteService
     from .analysis.service_client.remote_service import connect as connect
+    from .analysis.studies.all_studies import AllStudies as AllStudies
+    from .analysis.studies.all_studies import run_all_studies as run_all_studies
+    from .analysis.studies.results.study_result import StudyResult as StudyResult
+    from .analysis.studies.study_registry import study as study
     from .cache.errors import ResiduaError as ResiduaError
     from .cache.extraction.api import extract as extract
     from .cache.extraction.damage_repair import repair as repair
@@ -44,16 +48,24 @@ if TYPE_CHECKING:
     from .probes.basis.causal_basis import CausalBasis as CausalBasis
     from .probes.basis.layer_basis import LayerBasis as LayerBasis
     from .probes.controls.control_probe import ControlProbe as ControlProbe
+    from .probes.jacobian.jacobian_fit import fit_jacobian_lens as fit_jacobian_lens
+    from .probes.lens.jacobian_lens import JacobianLens as JacobianLens
+    from .probes.lens.jacobian_lens_files import read_jacobian_lens as read_jacobian_lens
+    from .probes.lens.jacobian_lens_files import write_jacobian_lens as write_jacobian_lens
     from .probes.lens.logit_lens import LogitLens as LogitLens
     from .probes.lens.tuned_lens import FutureLens as FutureLens
     from .probes.lens.tuned_lens import TunedLens as TunedLens
     from .probes.lens.tuned_lens_files import read_tuned_lens as read_tuned_lens
     from .probes.lens.tuned_lens_files import write_tuned_lens as write_tuned_lens
+    from .probes.prompts.learned_prompt import LearnedPrompt as LearnedPrompt
+    from .probes.prompts.patched_prompt import PatchedPrompt as PatchedPrompt
+    from .probes.prompts.patched_prompt import read_prompt as read_prompt
     from .probes.ridge.ridge_probe import RidgeProbe as RidgeProbe
     from .probes.saved.hub import pull_probe as pull_probe
     from .probes.saved.hub import push_probe as push_probe
     from .probes.saved.save import load_probe as load_probe
     from .probes.saved.save import save_probe as save_probe
+    from .probes.vocabulary.mlp_probe import MlpProbe as MlpProbe
     from .probes.vocabulary.vocab_probe import VocabProbe as VocabProbe
 
     __all__: list[str]

@@ -26,7 +26,7 @@ from ...probes.base.readout import Readout, ReadoutBatch
 from ...probes.saved.save import check_belongs
 from ..evaluation.lens_heatmap import WIDTH, find_telling_passages
 from ..evaluation.probe_names import name_readouts, probe_list
-from ..token_texts.token_names import UNDEFINED, TokenNames
+from ..token_texts.token_names import UNDEFINED, TokenNames, token_of_text
 from .frames import data_frame
 from .own_text import PassageStreams, read_own_text
 
@@ -294,6 +294,7 @@ def read_lens_maps(
                 f"a passage cannot be a {type(passage).__name__}; give a text, a "
                 "residua.CachePassage(cache, ...) or a cache"
             )
+        place.cache.check_texts("it has no passage of text")
         streams = streams_of_cache(place, ahead, torch_device)
     owner: Any = streams
     for lens in listed:
@@ -383,20 +384,7 @@ def token_to_track(track: str | int, streams: PassageStreams) -> int:
         if not 0 <= token < streams.vocab:
             raise UsageError(f"track must be a token in 0-{streams.vocab - 1}, not {token}")
         return token
-    tokenizer = streams.tokenizer()
-    ids = tokenizer.encode(track, add_special_tokens=False).ids
-    if len(ids) != 1 and track.startswith(" "):
-        # A tokenizer of SentencePiece puts a space before a text: "the" is its token " the".
-        without_space = tokenizer.encode(track[1:], add_special_tokens=False).ids
-        if [streams.names(token) for token in without_space] == [f"␣{track[1:]}"]:
-            ids = without_space
-    if len(ids) != 1:
-        pieces = ", ".join(repr(streams.names(token)) for token in ids) or "no token"
-        raise UsageError(
-            f"{track!r} is not one token of this model but {pieces}; track one of them, or another "
-            'spelling (many tokens begin with a space: " Paris")'
-        )
-    return ids[0]
+    return token_of_text(track, streams.tokenizer(), streams.names)
 
 
 def _read_map(

@@ -385,8 +385,8 @@ def _gain_figure(rows: list[EditRow]) -> StudyFigure:
     )
     return StudyFigure(
         "gain-harm",
-        "Gain, the fall of the mean |p(first) - p(second)|, against harm. Each curve is one direction, "
-        "from amount 0 at the left on.",
+        "Gain, the fall of the mean |p(first) - p(second)|, against harm. Each curve is one "
+        "direction, from amount 0 at the left on.",
         [[panel]],
     )
 

@@ -46,8 +46,7 @@ class FutureMoments:
         d = cache.d_model
         rows = np.asarray(cache.residual_array(layer).take(sample.positions), np.float32)
         last = np.asarray(cache.residual_array(cache.n_blocks).take(sample.positions), np.float32)
-        finite = np.isfinite(np.concatenate([rows, last], 1)).all(axis=1)
-        assert isinstance(finite, np.ndarray)
+        finite = np.asarray(np.isfinite(rows).all(1) & np.isfinite(last).all(1))
         at_offset, of_last = {}, {}
         # The same rows for all offsets, so that their covariances belong to one population.
         starts = same_passage(sample, max(offsets)) & finite

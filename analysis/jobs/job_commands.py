@@ -54,6 +54,7 @@ JOB_COMMANDS = {
     "fit baseline": JobCommand(),
     "fit lens": JobCommand(layers=("layers",)),
     "fit vocab": JobCommand(layers=("layers",)),
+    "fit mlp": JobCommand(layers=("layers",)),
     "fit basis": JobCommand(layers=("layers",)),
     "evaluate": JobCommand(),
     "study all": JobCommand(is_repeated=True),
@@ -68,6 +69,7 @@ SERVER_CHOICES = {
     "scratch": "the server chooses its scratch files",
     "scheduler": "the server has workers of its own",
     "part": "the server's workers write all parts",
+    "names_mask": "it is a file of the machine of the command, which the server does not see",
     "no_tty": "the progress of a job is in its events",
 }
 """Arguments that no job takes -> the reason."""

@@ -31,7 +31,9 @@ LABELS = {
     "ridge": "ridge lens",
     "lens": "tuned lens",
     "future": "future lens",
+    "jacobian": "Jacobian lens",
     "vocab": "vocabulary probe",
+    "mlp": "MLP probe",
     "bigram": "bigram",
     "chain": "bigram chain",
     "lagged": "lagged bigram",
@@ -49,7 +51,9 @@ COLORS = {
     "ridge": "#0072B2",
     "lens": "#009E73",
     "future": "#CC79A7",
+    "jacobian": "#6A3D9A",
     "vocab": "#E69F00",
+    "mlp": "#7A0177",
     "bigram": "#555555",
     "chain": "#B5A36A",
     "lagged": "#8C6D31",
@@ -67,7 +71,9 @@ MARKERS = {
     "ridge": ("s", "square"),
     "lens": ("^", "triangle-up"),
     "future": ("D", "diamond"),
+    "jacobian": ("h", "hexagon"),
     "vocab": ("v", "triangle-down"),
+    "mlp": ("X", "x"),
 }
 """Markers of kinds of probes, for matplotlib and plotly."""
 STROKES = {"shuffled": (":", "dot"), "permuted": ("-.", "dashdot"), "next-token": ("--", "dash")}

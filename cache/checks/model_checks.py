@@ -29,6 +29,7 @@ from ..model.model_devices import input_device
 from ..store.activation_cache import ActivationCache
 from ..tokens.token_stream import TokenStream
 from .independence import (
+    ImageIndependence,
     Independence,
     lowest_dtype,
     measure_independence,
@@ -62,7 +63,7 @@ class ModelReport:
     """Largest |head(layer L) - logits| over the largest |logit|, on held-out tokens."""
     logits: LogitsErrors
     """Error of each logits mode against the model."""
-    independence: Independence
+    independence: Independence | ImageIndependence
     """Change of rows by padding, other sequences and later tokens."""
     dtypes: dict[int, str]
     """Stored dtype of each layer, by the range of its values."""

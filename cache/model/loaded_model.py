@@ -284,6 +284,11 @@ def check_loaded_module(module: Any) -> None:
             f"a {type(module).__name__} is no model of transformers; give a causal language model, "
             "such as AutoModelForCausalLM.from_pretrained gives"
         )
+    if "ForImageClassification" in type(module).__name__:
+        raise ModelError(
+            f"a {type(module).__name__} is an image classifier, which is read from its folder with "
+            "its image processor: save both there with save_pretrained, and give the folder"
+        )
     if getattr(module.config, "is_encoder_decoder", False):
         raise ModelError(
             f"a {type(module).__name__} is an encoder-decoder; expected a causal language model, a "

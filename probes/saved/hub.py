@@ -59,10 +59,12 @@ probe = residua.pull_probe("{repo_id}")
 Cite the model, the texts, residua {residua}{paper}.
 """
 PAPER_OF = {
+    "jacobian": "Gurnee et al., Verbalizable Representations Form a Global Workspace (2026)",
     "ridge": "Din et al., Jump to Conclusions (arXiv 2303.09435)",
     "lens": "Belrose et al., Tuned Lens (arXiv 2303.08112)",
     "future": "Pal et al., Future Lens (arXiv 2311.04897)",
     "vocab": "Pal et al., Future Lens (arXiv 2311.04897)",
+    "mlp": "Pal et al., Future Lens (arXiv 2311.04897), with a hidden layer",
     "basis": "Belrose et al., Tuned Lens (arXiv 2303.08112), section 4",
 }
 """Kind of a probe -> the paper of its method."""

@@ -38,6 +38,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "ffn_dim": 48,
         "max_position_embeddings": 128,
     },
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 3,
+        "num_heads": 4,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "max_position_embeddings": 128,
+    },
     "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
     "mpt": {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 128},
     "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +41,13 @@ def make_cache(
     seed: int = 0,
     documents: np.ndarray | None = None,
     runs: KeptRuns | None = None,
+    model: str = "synthetic",
 ) -> ActivationCache:
     """A complete cache of `layers`, each `(sum(lengths), d_model)`, with random token ids.
 
     `documents` `(tokens,)` are the document numbers of the tokens, as in a packed cache. With
-    `runs` only these positions are kept, and `layers` have a row for each of them.
+    `runs` only these positions are kept, and `layers` have a row for each of them. Models of
+    different names are different models.
     """
     positions, d_model = layers[0].shape
     rng = np.random.default_rng(seed)
@@ -58,8 +61,9 @@ def make_cache(
         stream = stream.with_runs(runs)
     digest, hashes = stream.digests()
     layout = Layout(chunk_rows, part_rows)
+    weights = "0" * 64 if model == "synthetic" else sha256(model.encode()).hexdigest()
     manifest = Manifest(
-        model=ModelIdentity("0" * 64, "0" * 64, "Synthetic"),
+        model=ModelIdentity(weights, "0" * 64, "Synthetic"),
         tokens=TokenIdentity(
             digest=digest,
             positions=positions,
@@ -75,7 +79,7 @@ def make_cache(
         vocab=head.vocab,
         depth=len(layers) - 1,
         batch_tokens=1024,
-        model_name="synthetic",
+        model_name=model,
         data_name="random",
     )
     # Write the parts, each with rows writer.start..writer.stop-1 of all layers.
