@@ -19,12 +19,18 @@ if TYPE_CHECKING:
     from .analysis.report.html_report import write_report as write_report
     from .analysis.service_client.remote_service import RemoteService as RemoteService
     from .analysis.service_client.remote_service import connect as connect
+    from .analysis.studies.all_studies import AllStudies as AllStudies
+    from .analysis.studies.all_studies import run_all_studies as run_all_studies
+    from .analysis.studies.results.study_result import StudyResult as StudyResult
+    from .analysis.studies.study_registry import study as study
     from .cache.errors import ResiduaError as ResiduaError
     from .cache.extraction.api import extract as extract
     from .cache.extraction.damage_repair import repair as repair
     from .cache.extraction.model_reload import load_model_of as load_model_of
     from .cache.head.head import Head as Head
     from .cache.head.saved_head import load_head as load_head
+    from .cache.resuming.model_resuming import load_model as load_model
+    from .cache.resuming.resumable_model import ResumableModel as ResumableModel
     from .cache.sharing.flat_export import export as export
     from .cache.sharing.hub import pull_cache as pull_cache
     from .cache.sharing.hub import push_cache as push_cache
@@ -42,6 +48,7 @@ if TYPE_CHECKING:
     from .probes.basis.causal_basis import CausalBasis as CausalBasis
     from .probes.basis.layer_basis import LayerBasis as LayerBasis
     from .probes.controls.control_probe import ControlProbe as ControlProbe
+    from .probes.jacobian.jacobian_fit import fit_jacobian_lens as fit_jacobian_lens
     from .probes.lens.jacobian_lens import JacobianLens as JacobianLens
     from .probes.lens.jacobian_lens_files import read_jacobian_lens as read_jacobian_lens
     from .probes.lens.jacobian_lens_files import write_jacobian_lens as write_jacobian_lens
@@ -50,11 +57,15 @@ if TYPE_CHECKING:
     from .probes.lens.tuned_lens import TunedLens as TunedLens
     from .probes.lens.tuned_lens_files import read_tuned_lens as read_tuned_lens
     from .probes.lens.tuned_lens_files import write_tuned_lens as write_tuned_lens
+    from .probes.prompts.learned_prompt import LearnedPrompt as LearnedPrompt
+    from .probes.prompts.patched_prompt import PatchedPrompt as PatchedPrompt
+    from .probes.prompts.patched_prompt import read_prompt as read_prompt
     from .probes.ridge.ridge_probe import RidgeProbe as RidgeProbe
     from .probes.saved.hub import pull_probe as pull_probe
     from .probes.saved.hub import push_probe as push_probe
     from .probes.saved.save import load_probe as load_probe
     from .probes.saved.save import save_probe as save_probe
+    from .probes.vocabulary.mlp_probe import MlpProbe as MlpProbe
     from .probes.vocabulary.vocab_probe import VocabProbe as VocabProbe
 
     __all__: list[str]

@@ -14,6 +14,7 @@ import click
 
 from residua import __version__
 from residua.analysis.commands.data_commands import data
+from residua.analysis.commands.prompt_commands import fit_jacobian, fit_prompt, intervene
 from residua.analysis.commands.study_commands import study
 from residua.analysis.console.options import (
     BYTE_COUNT,
@@ -123,7 +124,7 @@ def main() -> None:
     default="all",
     show_default=True,
     help="Positions to keep: all, last, sample:K, answer or explicit (columns `answer`, "
-    "`positions` of the data).",
+    "`positions` of the data); of images all, cls (the class token) or sample:K.",
 )
 @click.option(
     "--logits",
@@ -742,9 +743,16 @@ def fit() -> None:
     residua fit ridge 3f2a --offsets 0-3   ridge regression to the last layer
     residua fit lens 3f2a                  tuned lens; with --offsets 0-8 a future lens
     residua fit vocab 3f2a --offsets 0-3   softmax regression to the token
+    residua fit mlp 3f2a --offsets 1-3     MLP in front of the head, a control
     residua fit basis 3f2a --lens NAME     causal bases: directions that matter to a lens
     residua fit baseline 3f2a              baselines that count tokens
+    residua fit prompt 3f2a                learned prompts, with the model
+    residua fit jacobian 3f2a              mean Jacobians, with the model
     """
+
+
+fit.add_command(fit_prompt)
+fit.add_command(fit_jacobian)
 
 
 @fit.command()
@@ -1059,6 +1067,86 @@ def vocab(
 
 
 @fit.command()
+@probe_options
+@click.option(
+    "--loss",
+    type=click.Choice(["kl", "model", "text"]),
+    default="kl",
+    show_default=True,
+    help="Loss: KL to the model's distribution (kl), or cross-entropy to the model's top token "
+    "(model) or to the text's next token (text).",
+)
+@click.option(
+    "--hidden", type=WHOLE_NUMBER, default=256, show_default=True, help="Units of the hidden layer."
+)
+@click.option("--lr", type=NUMBER, help="Learning rate.  [default: the best of a short sweep]")
+@click.option(
+    "--epochs",
+    type=WHOLE_NUMBER,
+    default=3,
+    show_default=True,
+    help="Largest number of passes over the train split.",
+)
+@click.option(
+    "--seed", type=WHOLE_NUMBER, default=0, show_default=True, help="Seed of start and batches."
+)
+@click.option(
+    "--checkpoint-seconds",
+    type=NUMBER,
+    default=60.0,
+    show_default=True,
+    help="Time between two checkpoints, in seconds; a killed fit goes on from the last one.",
+)
+@device_option
+@checkpoint_option
+@residua_command
+def mlp(
+    root: Path,
+    quiet: bool,
+    cache: str,
+    offsets: tuple[int, ...],
+    layers: tuple[int, ...] | None,
+    across_documents: bool,
+    drop_first: int,
+    loss: str,
+    hidden: int,
+    lr: float | None,
+    epochs: int,
+    seed: int,
+    **options: Any,
+) -> Any:
+    """Fit an MLP in front of the head: a non-linear control.
+
+    From the state at t to the model's token after t+N. Its linear twin is `fit vocab --form head
+    --loss kl`: what the MLP says beyond that, no affine map reads from the state. After an
+    interruption, the same command goes on where the fit stopped.
+
+    \b
+    residua fit mlp 3f2a --offsets 1-3
+    residua fit vocab 3f2a --offsets 1-3 --form head --loss kl
+    """
+    from residua.analysis.console.actions import fit_and_save
+    from residua.analysis.console.messages import print_fit
+    from residua.probes.vocabulary.mlp_probe import MlpProbe
+
+    mlp = MlpProbe(
+        offsets=offsets,
+        layers=layers,
+        loss=loss,
+        hidden=hidden,
+        lr=lr,
+        epochs=epochs,
+        seed=seed,
+        across_documents=across_documents,
+        drop_first=drop_first,
+    )
+    source, probe, path = fit_and_save(mlp, cache, root, quiet, stage="positions", **options)
+    metrics, sweep = probe.metrics(), getattr(probe, "probe_", probe).sweep_
+    value = {"probe": str(path), "cache": source.id, "metrics": metrics, "sweep": sweep}
+    return value, lambda: print_fit(probe.kind, source.id, path, metrics, root)
+
+
+@fit.command()
 @cache_argument()
 @click.option(
     "--lens",
@@ -1231,7 +1319,7 @@ def basis(
     "--where",
     type=click.Choice(MASKS),
     help="Targets to count: only those inside words (continued) or inside capitalised words "
-    "(names) of several tokens.  [default: all]",
+    "(names) of several tokens; of images the patches.  [default: all, of images the class token]",
 )
 @click.option("--force", is_flag=True, help="Evaluate probes of another model, too.")
 @click.option(
@@ -1533,6 +1621,7 @@ def jobs(root: Path, quiet: bool, job: str | None, cancel: bool, follow: bool) -
 
 
 main.add_command(data)
+main.add_command(intervene)
 main.add_command(study)
 
 

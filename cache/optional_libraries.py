@@ -15,6 +15,7 @@ from types import FrameType, ModuleType
 from .errors import MissingLibraryError
 
 EXTRA_OF = {
+    "PIL": "vision",
     "accelerate": "accelerate",
     "datasets": "extract",
     "pyarrow": "extract",
@@ -43,6 +44,7 @@ LIBRARIES_OF: dict[str, tuple[str, ...]] = {
     "fit": ("torch",),
     "report": ("torch", "matplotlib", "plotly", "tokenizers"),
     "serve": ("cryptography", "httptools", "prometheus_client", "starlette", "uvicorn"),
+    "vision": ("torch", "transformers", "PIL"),
 }
 """Extra -> top modules that work in need of the extra uses, for `require_extra`."""
 PROJECT = __name__.partition(".")[0]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .ridge.ridge_probe import RidgeProbe as RidgeProbe
     from .saved.save import load_probe as load_probe
     from .saved.save import save_probe as save_probe
+    from .vocabulary.mlp_probe import MlpProbe as MlpProbe
     from .vocabulary.vocab_probe import VocabProbe as VocabProbe
 else:
     __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

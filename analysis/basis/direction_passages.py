@@ -91,7 +91,7 @@ class PassageFinder:
             before = "…" + before[1 - LETTERS_BEFORE :]
         if len(after) > LETTERS_AFTER:
             after = after[: LETTERS_AFTER - 1] + "…"
-        label = shorten_label(self.names(int(ids[token])))
+        label = shorten_label(self.names.label_read_token(int(ids[token])))
         document = int(self.documents[index])
         return Passage(position, document, before, label, after, coordinate)
 

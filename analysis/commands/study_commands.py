@@ -1,10 +1,11 @@
 """`residua study`: what the probes of a cache say about one question."""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ..console.options import NUMBERS, WHOLE_NUMBER, JsonErrorGroup, complete_names
+from ..console.options import LAYERS, NUMBERS, WHOLE_NUMBER, JsonErrorGroup, complete_names
 from .study_calls import StudyCall, finish_study, run_every_study, run_study, study_command
 
 
@@ -33,6 +34,67 @@ def all_studies(call: StudyCall, **options: Any) -> Any:
     from ..studies.all_studies import run_all_studies
 
     return run_every_study(run_all_studies, call, **options)
+
+
+@study.command("anomaly")
+@click.option(
+    "--arm", default="arm", show_default=True, help="Label that tells clean texts from others."
+)
+@click.option("--clean", default="clean", show_default=True, help="Its value for clean texts.")
+@click.option(
+    "--benign",
+    default="benign",
+    show_default=True,
+    help="Its value for a control that is no anomaly, if there is one.",
+)
+@click.option(
+    "--question",
+    default="question",
+    show_default=True,
+    help="Label of what texts have in common, if there is one: intervals resample its values.",
+)
+@click.option(
+    "--template",
+    default="template",
+    show_default=True,
+    help="Label of the kind of an anomaly, if there is one: each is left out once.",
+)
+@click.option(
+    "--last",
+    type=WHOLE_NUMBER,
+    default=1,
+    show_default=True,
+    help="Number of last positions to average, in a cache of whole texts.",
+)
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    help="A possible answer, repeatable; log p of all at every layer makes further features.",
+)
+@click.option(
+    "--splits",
+    type=WHOLE_NUMBER,
+    default=5,
+    show_default=True,
+    help="Halves of the questions that are drawn; detectors are fitted on each.",
+)
+@study_command(split="all")
+def anomaly(call: StudyCall, **options: Any) -> Any:
+    """Tell anomalous texts, such as prompt injections, from clean ones.
+
+    CACHE holds texts with a label that says which are clean, such as those of `residua data
+    injection`. Detectors are fitted on clean texts, on trajectories under the logit lens and each
+    PROBE, a tuned lens or ridge probe; the distance of the states is the baseline.
+
+    \b
+    residua data injection kv.jsonl injection.jsonl
+    residua extract MODEL injection.jsonl --no-pack --positions answer
+    residua study anomaly 3f2a lens-81d9 ridge-3f2a --html anomaly.html
+    """
+    from ..studies.anomaly.anomaly_study import study_anomaly
+
+    return run_study(study_anomaly, call, **options)
 
 
 @study.command("compare")
@@ -144,6 +206,37 @@ def essential_layers(call: StudyCall, **options: Any) -> Any:
     return run_study(study_essential_layers, call, **options)
 
 
+@study.command("icl")
+@click.option(
+    "--kind", default="kind", show_default=True, help="Label of the kind of text, if there is one."
+)
+@click.option(
+    "--shots",
+    default="shots",
+    show_default=True,
+    help="Label with the number of examples in the context.",
+)
+@click.option("--offsets", type=NUMBERS, help="Offsets N to read.  [default: those of the probes]")
+@study_command()
+def in_context(call: StudyCall, **options: Any) -> Any:
+    """Measure how far ahead states foresee what examples in the context determine.
+
+    CACHE holds texts of `residua data icl`. PROBE is a ridge probe, lens or vocabulary probe with
+    several offsets. The baseline are bigrams of the train split, or those among PROBE (`residua fit
+    baseline OTHER chain marginal`), with which the train split can be read, too.
+
+    \b
+    residua data icl icl.jsonl --kind period,map --shots 0-4
+    residua extract MODEL icl.jsonl --no-pack --positions answer
+    residua fit ridge 3f2a --offsets 0-3
+    residua study icl 3f2a ridge-3f2a --html icl.html
+    residua study icl 91c0 ridge-3f2a chain-3f2a marginal-3f2a --split all
+    """
+    from ..studies.in_context.shot_study import study_in_context
+
+    return run_study(study_in_context, call, **options)
+
+
 @study.command("jacobian")
 @click.option("--track", help='A token whose rank is measured, such as " Paris".')
 @click.option(
@@ -210,6 +303,68 @@ def transfer(call: StudyCall, to: tuple[str, ...], **options: Any) -> Any:
     return finish_study([result], call)
 
 
+@study.command("future-lens")
+@click.option("--offsets", type=NUMBERS, help="Offsets N.  [default: those of the probes, or 0-3]")
+@click.option("--layers", type=LAYERS, help="Layers to read.  [default: those of the probes]")
+@click.option(
+    "--keep",
+    type=click.Choice(["none", "correct", "agree"]),
+    default="none",
+    show_default=True,
+    help="Pairs to keep: all (none); those whose model token after t+N is the text's (correct); "
+    "those for which this holds at all of t to t+N (agree).",
+)
+@click.option(
+    "--first-only",
+    is_flag=True,
+    help="Only pairs from the first kept position of each sequence, such as the end of a context.",
+)
+@click.option(
+    "--names",
+    type=click.Choice(["document", "data", "any", "none"]),
+    default="document",
+    show_default=True,
+    help="Where a name of several tokens must occur again to count as one.",
+)
+@click.option(
+    "--names-mask",
+    metavar="FILE.npy",
+    type=click.Path(path_type=Path),
+    help="Instead of --names: a bool array of the positions whose next token continues an entity.",
+)
+@click.option("--sequence", type=WHOLE_NUMBER, help="Sequence of the picture.  [default: telling]")
+@click.option(
+    "--start",
+    type=WHOLE_NUMBER,
+    default=0,
+    show_default=True,
+    help="First token of the picture in --sequence.",
+)
+@click.option(
+    "--width", type=WHOLE_NUMBER, default=12, show_default=True, help="Tokens of the picture."
+)
+@study_command()
+def future_lens(call: StudyCall, names: str, names_mask: Path | None, **options: Any) -> Any:
+    """Find what layers say of the tokens after the next one.
+
+    PROBEs (ridge, lenses, vocabulary probes, their controls) predict the model's token after t+N
+    from the state at t. Beside them: the logit lens, the bigram, and the marginalised bigram,
+    which like the probes reads no token after t. Precision, surprisal and KL by layer and N, the
+    best layers, calibration, names of several tokens, and the Future Lens picture of a passage.
+
+    \b
+    residua fit ridge 3f2a --offsets 0-3
+    residua study future-lens 3f2a ridge-3f2a --html future.html
+    residua study future-lens 3f2a ridge-3f2a --keep agree --sequence 4 --start 20
+    """
+    from ..studies.future_lens.repeated_names import read_names_mask
+    from ..studies.future_lens.study_offsets import study_future_lens
+
+    chosen = None if names == "none" else names
+    mask = chosen if names_mask is None else read_names_mask(names_mask)
+    return run_study(study_future_lens, call, names=mask, **options)
+
+
 @study.command("tuned-lens")
 @click.option(
     "--label",
@@ -256,3 +411,30 @@ def tuned_lens(call: StudyCall, **options: Any) -> Any:
     from ..studies.tuned_lens.lens_quality import study_tuned_lens
 
     return run_study(study_tuned_lens, call, **options)
+
+
+@study.command("vision")
+@click.option(
+    "--image",
+    type=WHOLE_NUMBER,
+    help="Number of the image in the cache whose patches are shown.  [default: the first read]",
+)
+@click.option(
+    "--label",
+    help="Label that names the class of each image.  [default: label, if the cache has it]",
+)
+@study_command()
+def vision(call: StudyCall, **options: Any) -> Any:
+    """Read the class tokens and patches of a cache of images, layer by layer.
+
+    CACHE is one of an image classifier (extract MODEL IMAGES). At the class token of every image,
+    the logit lens and PROBEs are compared with the model and with the label; of one image, the
+    probability of the model's class is shown on the grid of patches. --max-positions counts images.
+
+    \b
+    residua study vision 3f2a
+    residua study vision 3f2a lens-81d9 --image 7 --html vision.html
+    """
+    from ..studies.vision.class_token_study import study_vision
+
+    return run_study(study_vision, call, **options)

@@ -181,6 +181,8 @@ def print_cache(value: dict[str, Any]) -> None:
     # The measurements on the model lie under `canary` in provenance.json.
     identity, measured = value["identity"], value["provenance"]["canary"]
     model, tokens, capture = identity["model"], identity["tokens"], identity["capture"]
+    of_images = tokens["split_by"] == "image"
+    causal = "yes" if measured["causal"] else "NO: later tokens change earlier residuals"
     facts = [
         ("cache", value["cache"]),
         ("path", value["path"]),
@@ -190,7 +192,12 @@ def print_cache(value: dict[str, Any]) -> None:
         ("data", value["data"]),
         *((f"{name} is at", path) for name, path in value["origin"].items()),
         ("positions", f"{value['positions']:,} in {value['sequences']:,} sequences"),
-        ("tokens", f"{'packed to' if tokens['packed'] else 'rows of at most'} {tokens['context']}"),
+        (
+            "images" if of_images else "tokens",
+            f"{tokens['context']} positions each, position 0 the class token"
+            if of_images
+            else f"{'packed to' if tokens['packed'] else 'rows of at most'} {tokens['context']}",
+        ),
         ("splits", ", ".join(f"{k} {v:,}" for k, v in value["splits"].items()) + " sequences"),
         ("shape", f"L={value['depth']}, d_model {value['d_model']}, vocab {value['vocab']:,}"),
         ("head", ", ".join(f"{k} {v}" for k, v in value["head"].items() if k != "geometry")),
@@ -200,9 +207,13 @@ def print_cache(value: dict[str, Any]) -> None:
             f"{measured['head_error']:.1e} of the largest logit, head on layer L vs model",
         ),
         ("stored KL", f"{measured['stored_kl']:.1e} nats per position, layer L as stored"),
-        ("padding", f"{measured['padding_error']:.1e} largest change of a residual by padding"),
+        *(
+            [("padding", f"{measured[name]:.1e} largest change of a residual by padding")]
+            if (name := "padding_error") in measured
+            else []
+        ),
         ("batches", "one sequence alone" if value["alone"] else "of several sequences"),
-        ("causal", "yes" if measured["causal"] else "NO: later tokens change earlier residuals"),
+        ("causal", "no: a position reads all of its image" if of_images else causal),
     ]
     width = max(len(name) for name, _ in facts)
     for name, fact in facts:

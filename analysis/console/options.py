@@ -236,7 +236,7 @@ class Gibibytes(ParamType):
 CONTROLS = ("shuffled", "permuted", "next-token")
 """Names of the views in probes/controls/cache_views.py, a module too heavy to import for --help."""
 
-MASKS = ("continued", "names")
+MASKS = ("continued", "names", "patches")
 """Names of `MASKS` in analysis/token_texts/position_masks.py, likewise."""
 
 scheduler_option: OptionDecorator = click.option(

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
 def with_token_labels(request: "ExtractionRequest", estimate: "Estimate") -> dict[str, Any]:
     """The JSON object of `estimate`, whose `beginnings` also have the labels `tokens`.
 
-    Labels are those of heatmaps: `␣` is a space, `\\n` a line break.
+    Labels are those of heatmaps: `␣` is a space, `\\n` a line break. Positions of images are
+    numbers.
     """
     from ...cache.extraction.answer import request_tokenizer
     from ..token_texts.token_names import TokenNames
 
-    names = TokenNames.of_tokenizer(request_tokenizer(request))
+    tokenizer = request_tokenizer(request)
+    names = str if tokenizer is None else TokenNames.of_tokenizer(tokenizer)
     value = estimate.to_dict()
     for beginning in value["beginnings"]:
         beginning["tokens"] = [names(token) for token in beginning["ids"]]

@@ -294,6 +294,7 @@ def read_lens_maps(
                 f"a passage cannot be a {type(passage).__name__}; give a text, a "
                 "residua.CachePassage(cache, ...) or a cache"
             )
+        place.cache.check_texts("it has no passage of text")
         streams = streams_of_cache(place, ahead, torch_device)
     owner: Any = streams
     for lens in listed:

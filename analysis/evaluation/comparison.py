@@ -43,6 +43,8 @@ class Comparison:
     Of token 0 where the text ends."""
     ranks: "tuple[torch.Tensor, torch.Tensor]"
     """Ranks of these two tokens in the probe's order, each `(n,)` int64, see `rank_of`."""
+    confidence: "torch.Tensor"
+    """The probe's largest probability, `(n,)` float32; arbitrary where it is not defined."""
 
 
 def compare_pairs(
@@ -99,6 +101,7 @@ def compare_pairs(
         reverse=reverse,
         nll=(nll[0], nll[1]),
         ranks=(top_rank, text_rank),
+        confidence=sums.log_top.exp(),
     )
 
 

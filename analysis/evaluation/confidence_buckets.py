@@ -125,6 +125,10 @@ class BucketTally:
         self._cell_of[units, buckets] = cells
         self._unit_of_cell[cells], self._bucket_of_cell[cells] = units, buckets
 
+    def unit_sums(self, key: ResultKey) -> MetricSums:
+        """Sums of one result per unit, over all confidences."""
+        return self.sums[key].sum_by_unit(self._unit_of_cell, self.units)
+
     def rows(self, weights: np.ndarray) -> tuple[list[EvaluationRow], list[BucketRow]]:
         """Rows of all keys, and of their buckets; a key or bucket without a pair has no row.
 
@@ -134,7 +138,7 @@ class BucketTally:
         rows: list[EvaluationRow] = []
         bucket_rows: list[BucketRow] = []
         for key, sums in self.sums.items():
-            row = sums.sum_by_unit(self._unit_of_cell, self.units).row(*key, weights)
+            row = self.unit_sums(key).row(*key, weights)
             if row is None:
                 continue
             rows.append(row)

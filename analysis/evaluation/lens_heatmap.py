@@ -182,6 +182,7 @@ def heatmap(
     """
     import torch
 
+    cache.check_texts("it has no passage of text")
     offset, start = as_whole_number(offset, "offset"), as_whole_number(start, "start")
     width = as_whole_number(width, "width")
     readout = readout or LogitLens.of(cache, (offset,))

@@ -38,8 +38,11 @@ COLUMNS = (
     "n_text",
     "nll_text",
     *(f"precision_at_{k}_text" for k in KS),
+    "confidence",
 )
-"""Measures that are summed over positions, in the order of the columns of `MetricSums`."""
+"""Measures that are summed over positions, in the order of the columns of `MetricSums`.
+
+`confidence` is the probe's own largest probability."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,14 @@ def measure_distribution(
         *((text_rank < k) & has_text for k in KS),
     ]
     both_defined = compared.defined & reference.defined[target_rows]
-    columns = [torch.ones_like(has_text), ~both_defined, *against_model, has_text, *against_text]
+    columns = [
+        torch.ones_like(has_text),
+        ~both_defined,
+        *against_model,
+        has_text,
+        *against_text,
+        compared.confidence,
+    ]
     # One copy from the device, and float64 on the host.
     values = torch.stack([column.float() for column in (*columns, compared.defined)])
     *measured, defined = copy_to_host(values).double()
@@ -151,7 +161,8 @@ def measure_distribution(
         first, first_text = COLUMNS.index("kl"), COLUMNS.index("nll_text")
         measures[undefined, first : first + len(against_model)] = math.nan
         text_undefined = (defined == 0) & (measures[:, COLUMNS.index("n_text")] > 0)
-        measures[text_undefined, first_text:] = math.nan
+        measures[text_undefined, first_text : COLUMNS.index("confidence")] = math.nan
+        measures[defined == 0, COLUMNS.index("confidence")] = math.nan
     return measures
 
 
@@ -204,6 +215,7 @@ class MetricSums:
         `weights` comes from `resampling_counts`.
         """
         total = dict(zip(COLUMNS, self.sums.sum(0).tolist(), strict=True))
+        del total["confidence"]
         n, n_text, n_undefined = (int(total.pop(name)) for name in ("n", "n_text", "n_undefined"))
         if n == 0:
             return None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ...cache.errors import NotFoundError, UsageError
 from ...cache.number_ranges import as_tuple, format_ranges
 from ...cache.progress import Auto
+from ...cache.tokens.segments import is_of_images
 from ...probes.base.readout import Readout
 from ...probes.baselines.ngrams import Bigram, CrossFittedBigram
 from ...probes.baselines.token_counts import CountBaseline
@@ -102,13 +103,19 @@ def plan_evaluation(
     # Defaults come from the probes.
     plan_offsets, plan_layers = requested_offsets, requested_layers
     if plan_offsets is None:
-        plan_offsets = tuple(sorted({offset for _, offset in probe_pairs})) or DEFAULT_OFFSETS
+        default = (0,) if is_of_images(cache) else DEFAULT_OFFSETS
+        plan_offsets = tuple(sorted({offset for _, offset in probe_pairs})) or default
     if plan_layers is None:
         probe_layers = {layer for layer, _ in probe_pairs if layer is not None}
         plan_layers = tuple(sorted(probe_layers)) or cache.layers
     if not plan_offsets or min(plan_offsets) < 0:
         raise UsageError(
             f"name at least one offset; offsets are 0 or more, not {list(plan_offsets)}"
+        )
+    if is_of_images(cache) and max(plan_offsets) > 0 and not across_documents:
+        raise UsageError(
+            f"offsets {format_ranges([n for n in plan_offsets if n])} have no meaning in a cache "
+            "of images, in which position t+N is another patch; measure offset 0"
         )
     if not plan_layers:
         raise UsageError(

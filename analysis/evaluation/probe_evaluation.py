@@ -21,7 +21,7 @@ from ...cache.devices import choose_device
 from ...cache.errors import ResiduaWarning, UsageError
 from ...cache.number_ranges import as_whole_number, format_ranges
 from ...cache.progress import Auto, Progress, show_stage
-from ...cache.tokens.segments import PairScope
+from ...cache.tokens.segments import PairScope, is_of_images
 from ...probes.base.readout import Readout
 from ...probes.base.resampling import ResamplingUnits, resampling_counts
 from ...probes.baselines.ngrams import CrossFittedBigram
@@ -34,7 +34,7 @@ from .probe_head import check_products, rounding_notes
 from .probe_names import probe_list
 from .result import Evaluation
 from .window_tally import tally_windows
-from .windows import EvaluationSample, check_where, choose_sequences
+from .windows import EvaluationSample, check_where, choose_sequences, class_token_mask
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,8 @@ def evaluate(
       distribution is float32 always. A note in the result says so.
     - `device`: torch's device for products and measures; `auto` is the first GPU, else the CPU. A
       window that does not fit into its memory is halved.
+    - In a cache of images the class tokens count, of which `max_positions` are taken; a mask
+      `where` of other positions compares probes with the head on the last layer there.
     - `where`: bool mask `(positions,)` of the cache, such as `position_masks.name_mask` makes: only
       pairs whose target t+N is in the mask are counted. The sequences are the same without a mask.
     - `force`: evaluate probes of another model, too.
@@ -110,7 +112,10 @@ def evaluate(
     torch_device = choose_device(device)
 
     # 1. What is measured: sequences and their pairs, probes with their layers and offsets.
-    sequences = choose_sequences(cache, split, max_positions, seed)
+    grid, most = cache.manifest.image_grid, max_positions
+    if grid is not None and where is None:
+        where, most = class_token_mask(cache), max_positions * grid.tokens
+    sequences = choose_sequences(cache, split, most, seed)
     scope = PairScope(across_documents, drop_first).check()
     sample = EvaluationSample(cache, sequences, scope, where)
     plan = plan_evaluation(
@@ -155,6 +160,7 @@ def evaluate(
         *fitted_split_notes(cache, plan.readouts, split),
         *domination_notes(shares),
         *plan.baseline_notes,
+        *image_notes(cache, where),
         *rounding_notes(products),
     ]
     return Evaluation(
@@ -241,6 +247,20 @@ def fitted_split_notes(
     return [
         f"the {split} split holds text that these probes were fitted on: {', '.join(names)}; "
         "use split='test' for what they say of other text"
+    ]
+
+
+def image_notes(cache: "ActivationCache", where: np.ndarray | None) -> list[str]:
+    """What counts in a cache of images, whose model says something at the class token alone."""
+    if not is_of_images(cache) or where is None:
+        return []
+    if np.array_equal(where, class_token_mask(cache)):
+        return [
+            "of each image the class token counts; patches count with `where` (--where patches)"
+        ]
+    return [
+        "patches are compared with the head on their own last layer, which the model itself reads "
+        "at the class token alone"
     ]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...cache.format.manifest import SHORT_ID
 from ...cache.function_above import call_above
 from ...cache.number_ranges import format_ranges
-from ...cache.tokens.segments import PairScope
+from ...cache.tokens.segments import PairScope, is_of_images
 from ...probes.base.readout import Readout
 from ...probes.ridge.error_share import ErrorShare
 from .confidence_buckets import BucketRow, ResultKey
@@ -239,9 +239,9 @@ class Evaluation:
         """Lens heatmaps of at most `passages` passages of `split` (default: the evaluated split).
 
         In each, the logit lens and the probes that read layers at offset 0, without controls, which
-        say little about a passage; empty without a cache.
+        say little about a passage; empty without a cache, and for images, which have no text.
         """
-        if self.cache is None:
+        if self.cache is None or is_of_images(self.cache):
             return []
         lenses = {
             name: readout
@@ -256,9 +256,9 @@ class Evaluation:
         """Pairs with the largest and the smallest KL, of every lens in its middle layer.
 
         Of the probes that read layers, without controls, at their smallest offset; pairs come from
-        the first of the evaluated sequences. Empty without a cache.
+        the first of the evaluated sequences. Empty without a cache, and for images.
         """
-        if self.cache is None:
+        if self.cache is None or is_of_images(self.cache):
             return []
         found = []
         for name, readout in zip(self.probes, self.readouts, strict=False):

@@ -5,7 +5,7 @@ the logits of each probe with the model's. All matrices `(rows, vocab)` are writ
 next window.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from ...cache.head.head import TorchHead
     from ...cache.store.activation_cache import ActivationCache
 
+Observe = Callable[[ResultKey, EvaluationWindow, np.ndarray, np.ndarray], None]
+"""Is called with the key of a result, a window, the numbers of the result's targets in the window
+`(pairs,)`, and their measures `(pairs, columns)`."""
+
 
 def tally_windows(
     sample: EvaluationSample,
@@ -40,11 +44,13 @@ def tally_windows(
     device: "torch.device",
     products: str = "auto",
     batch_rows: int | None = None,
+    observe: Observe | None = None,
     progress: Progress | None = None,
 ) -> str:
     """Add the measures of all positions of `sample` to `tally`, window by window.
 
-    A window that does not fit into the memory of `device` is halved, and so are the next. Gives the
+    `observe` is called with the measures of single pairs, once for each result and window. A window
+    that does not fit into the memory of `device` is halved, and so are the next. Gives the
     precision of the probes' products, `float32` or `bfloat16`.
     """
     import torch
@@ -52,6 +58,7 @@ def tally_windows(
     tiles = TileRows(batch_rows or MAX_ROWS, device)
     with torch.no_grad():
         measurer = WindowMeasurer(sample.cache, plan, tally, device, products)
+        measurer.observe = observe
         for window in evaluation_windows(
             sample, plan.offsets, batch_rows=batch_rows, units=units, device=device
         ):
@@ -84,6 +91,8 @@ class WindowMeasurer:
         self.head: TorchHead = cache.head.torch(device)
         self.products: str = choose_products(products, self.head, device)
         """Precision of the head's products for probes; the model's own are float32."""
+        self.observe: Observe | None = None
+        """Called with the measures of single pairs of windows that were measured as a whole."""
         self._buffers = VocabBuffers(cache.vocab, device)
         self._measure_buffers: MeasureBuffers | None = None
         self._probe_head = ProbeHead(self.head, self._buffers, self.products)
@@ -117,12 +126,18 @@ class WindowMeasurer:
         window_cells, cell_of = np.unique(cells, return_inverse=True)
         buffers = self._buffers_of_measures(n)
         sums: dict[ResultKey, MetricSums] = {}
+        observed: list[tuple[ResultKey, np.ndarray, np.ndarray]] = []
         for group in self.groups:
             for key, targets, measures in self._group_measures(group, window, reference, buffers):
                 sums[key] = MetricSums(len(window_cells))
                 sums[key].add_measures(cell_of[targets], measures)
+                if self.observe is not None:
+                    observed.append((key, targets, measures))
         for key, window_sums in sums.items():
             self.tally.sums[key].sums[window_cells] += window_sums.sums
+        for key, targets, measures in observed:
+            assert self.observe is not None
+            self.observe(key, window, targets, measures)
 
     def _buffers_of_measures(self, rows: int) -> MeasureBuffers:
         """Buffers for the rows that are measured at once."""

@@ -51,6 +51,19 @@ def choose_sequences(
     return draw_sequences(cache, numbers, max_positions, seed)
 
 
+def class_token_mask(cache: "ActivationCache") -> np.ndarray:
+    """Positions of class tokens in a cache of images, `(positions,)` bool.
+
+    Raises `UsageError` where the cache keeps none of them.
+    """
+    mask = cache.tokens[:] == 0
+    if not mask.any():
+        raise UsageError(
+            "this cache of images keeps no class token; extract with --positions all or cls"
+        )
+    return mask
+
+
 def check_where(cache: "ActivationCache", where: np.ndarray | None) -> None:
     """Raise `UsageError` unless `where` is None or a bool mask over the positions of `cache`."""
     if where is None:

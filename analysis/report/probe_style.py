@@ -33,6 +33,7 @@ LABELS = {
     "future": "future lens",
     "jacobian": "Jacobian lens",
     "vocab": "vocabulary probe",
+    "mlp": "MLP probe",
     "bigram": "bigram",
     "chain": "bigram chain",
     "lagged": "lagged bigram",
@@ -52,6 +53,7 @@ COLORS = {
     "future": "#CC79A7",
     "jacobian": "#6A3D9A",
     "vocab": "#E69F00",
+    "mlp": "#7A0177",
     "bigram": "#555555",
     "chain": "#B5A36A",
     "lagged": "#8C6D31",
@@ -71,6 +73,7 @@ MARKERS = {
     "future": ("D", "diamond"),
     "jacobian": ("h", "hexagon"),
     "vocab": ("v", "triangle-down"),
+    "mlp": ("X", "x"),
 }
 """Markers of kinds of probes, for matplotlib and plotly."""
 STROKES = {"shuffled": (":", "dot"), "permuted": ("-.", "dashdot"), "next-token": ("--", "dash")}

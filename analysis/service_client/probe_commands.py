@@ -12,6 +12,7 @@ COMMANDS = {
     "TunedLens": "fit lens",
     "FutureLens": "fit lens",
     "VocabProbe": "fit vocab",
+    "MlpProbe": "fit mlp",
     "CausalBasis": "fit basis",
 }
 """Class of a probe -> command that fits it."""

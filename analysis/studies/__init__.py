@@ -9,5 +9,6 @@ if TYPE_CHECKING:
     from .all_studies import run_all_studies as run_all_studies
     from .study_registry import STUDIES as STUDIES
     from .study_registry import StudyEntry as StudyEntry
+    from .study_registry import study as study
 else:
     __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

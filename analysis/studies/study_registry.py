@@ -1,13 +1,16 @@
 """All studies by name, and what each needs; `residua study all` runs those that a cache allows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ...cache.errors import NotFoundError
 from ...cache.function_above import PACKAGE
+from ...probes.base.readout import Readout
 
 if TYPE_CHECKING:
+    from ...cache.store.activation_cache import ActivationCache
     from .results.study_result import StudyResult
 
 
@@ -40,6 +43,7 @@ class StudyEntry:
 
 
 STUDIES: Mapping[str, StudyEntry] = {
+    "anomaly": StudyEntry("anomaly.anomaly_study", "study_anomaly", split="all"),
     "compare": StudyEntry(
         "comparison.model_comparison",
         "study_compare",
@@ -55,6 +59,8 @@ STUDIES: Mapping[str, StudyEntry] = {
     "essential-layers": StudyEntry(
         "essential_layers.depth_study", "study_essential_layers", takes_positions=False, split="all"
     ),
+    "future-lens": StudyEntry("future_lens.study_offsets", "study_future_lens", probes="all"),
+    "icl": StudyEntry("in_context.shot_study", "study_in_context", probes="all"),
     "jacobian": StudyEntry(
         "jacobian.jacobian_study",
         "study_jacobian",
@@ -67,5 +73,22 @@ STUDIES: Mapping[str, StudyEntry] = {
         missing="it reads a probe on another cache: residua study transfer CACHE PROBE --to CACHE",
     ),
     "tuned-lens": StudyEntry("tuned_lens.lens_quality", "study_tuned_lens", takes_readings=True),
+    "vision": StudyEntry("vision.class_token_study", "study_vision", takes_readings=True),
 }
 """Name on the command line -> the study, in alphabetical order."""
+
+
+def study(
+    name: str,
+    cache: "ActivationCache",
+    probes: Sequence[Readout] | Mapping[str, Readout] = (),
+    **options: Any,
+) -> "StudyResult":
+    """Make the study `name` of `cache` and `probes`, as `residua study NAME` does.
+
+    `options` are those of the study's own function, such as `split`, `max_positions`, `seed`,
+    `device` and `progress`. Raises `NotFoundError` for an unknown name, and what the study raises.
+    """
+    if name not in STUDIES:
+        raise NotFoundError(f"there is no study {name!r}; studies are {', '.join(STUDIES)}")
+    return STUDIES[name].load()(cache, probes, **options)

@@ -64,12 +64,23 @@ def name_mask(cache: "ActivationCache") -> np.ndarray:
     return mask
 
 
-MASKS = {"continued": word_continuation_mask, "names": name_mask}
+def patch_mask(cache: "ActivationCache") -> np.ndarray:
+    """Positions of a cache of images that are no class token, `(positions,)` bool.
+
+    Raises `UsageError` for a cache of texts.
+    """
+    if cache.manifest.image_grid is None:
+        raise UsageError("only a cache of images has patches; choose another mask")
+    return cache.tokens[:] != 0
+
+
+MASKS = {"continued": word_continuation_mask, "names": name_mask, "patches": patch_mask}
 """Functions that make a mask, by their names on the command line (`--where`)."""
 
 
 def check_has_words(cache: "ActivationCache") -> None:
     """Raise `UsageError` if words cannot be found in what the cache keeps."""
+    cache.check_texts("it has no words")
     missing = []
     if cache.has("context/ids"):
         missing.append("all positions")

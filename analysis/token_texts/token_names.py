@@ -2,9 +2,13 @@
 
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ...cache.errors import ResiduaWarning, UsageError
+from ...cache.errors import ResiduaError, ResiduaWarning, UsageError
+from ...cache.files.confined_files import read_confined
+from ...cache.files.json_fields import parse_json_object
+from ...cache.images.classifier_source import class_names_of
 from .token_text import byte_text, token_text
 
 if TYPE_CHECKING:
@@ -20,11 +24,17 @@ class TokenNames:
     """Readable labels of token ids: `␣` for a space, `\\n` for a line break, `#7` if unknown.
 
     Different texts have different labels. Without a tokenizer that can be read, all labels are ids.
+    In a cache of images they are the names of the classes, which logits have in place of tokens.
     """
+
+    class_names: tuple[str, ...] = ()
+    """Names of the classes by id, in a cache of images."""
 
     def __init__(self, cache: "ActivationCache") -> None:
         self.tokenizer: Any = None
-        if (cache.path / "head" / "tokenizer.json").is_file():
+        if cache.manifest.image_grid is not None:
+            self.class_names = read_class_names(cache)
+        elif (cache.path / "head" / "tokenizer.json").is_file():
             try:
                 self.tokenizer = cache.tokenizer()
             except Exception as error:  # tokenizers raises bare Exception
@@ -41,8 +51,14 @@ class TokenNames:
     def __call__(self, token: int) -> str:
         if token < 0:
             return UNDEFINED
+        if token < len(self.class_names):
+            return self.class_names[token]
         text = self._text(token)
         return f"#{int(token)}" if text is None else visible(text)
+
+    def label_read_token(self, token: int) -> str:
+        """Label of a token that the model read: like `self(token)`, of images the position."""
+        return f"#{int(token)}" if self.class_names else self(token)
 
     def passage(self, tokens: Iterable[int]) -> str:
         """Printable text of several tokens in a row: like their labels, but spaces are spaces.
@@ -82,6 +98,16 @@ def token_of_text(text: str, tokenizer: Any, names: TokenNames) -> int:
             'spelling (many tokens begin with a space: " Paris")'
         )
     return int(ids[0])
+
+
+def read_class_names(cache: "ActivationCache") -> tuple[str, ...]:
+    """Names of the classes of an image classifier, printable; `#7` where it names none."""
+    names: tuple[str, ...] = ()
+    with suppress(ResiduaError, OSError):
+        raw = read_confined(cache.path, "head/config.json")
+        names = class_names_of(parse_json_object(raw, cache.path / "head" / "config.json"))
+    found = [visible(name).replace("␣", " ") for name in names[: cache.vocab]]
+    return (*found, *(f"#{number}" for number in range(len(found), cache.vocab)))
 
 
 def visible(text: str) -> str:

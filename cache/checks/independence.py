@@ -91,6 +91,34 @@ class Independence:
         return None
 
 
+@dataclass(frozen=True)
+class ImageIndependence:
+    """Measured dependence of an image's residual stream on the other images of its batch.
+
+    Images have one number of positions, so that none is ever padded; every position reads all
+    others, and layer 0 the pixels.
+    """
+
+    batch_error: float
+    """Largest relative change of a row by the other images of its batch."""
+    longest: int
+    """Positions of an image."""
+    limit: float
+    """Relative change up to which a row counts as the same."""
+    causal: bool = False
+    embedding: bool = False
+
+    @property
+    def pad(self) -> bool:
+        """False: padding was not measured."""
+        return False
+
+    @property
+    def alone(self) -> bool:
+        """Whether each image must run alone."""
+        return not self.batch_error <= self.limit
+
+
 def measure_independence(
     stack: DecoderBlocks,
     stream: TokenStream,

@@ -29,6 +29,7 @@ from ..model.model_devices import input_device
 from ..store.activation_cache import ActivationCache
 from ..tokens.token_stream import TokenStream
 from .independence import (
+    ImageIndependence,
     Independence,
     lowest_dtype,
     measure_independence,
@@ -62,7 +63,7 @@ class ModelReport:
     """Largest |head(layer L) - logits| over the largest |logit|, on held-out tokens."""
     logits: LogitsErrors
     """Error of each logits mode against the model."""
-    independence: Independence
+    independence: Independence | ImageIndependence
     """Change of rows by padding, other sequences and later tokens."""
     dtypes: dict[int, str]
     """Stored dtype of each layer, by the range of its values."""
@@ -138,7 +139,7 @@ def check_model(
     """
     device = input_device(model)
     with torch.inference_mode(), _memory_errors_of_checks(model, int(stream.lengths.max())):
-        tokens = _check_tokens(stream, model, _vocabulary_size(model), device)
+        tokens = _check_tokens(stream, model, vocabulary_size(model), device)
 
         # Logits before the model has read anything else, compared below.
         first_tokens = tokens.held_out[:1, :FIRST_TOKENS]
@@ -182,7 +183,7 @@ def recheck_model(model: torch.nn.Module, cache: ActivationCache) -> DecoderBloc
     stream = TokenStream(cache.contexts.ids, lengths, np.arange(len(lengths)))
     device = input_device(model)
     with torch.inference_mode(), _memory_errors_of_checks(model, int(lengths.max())):
-        tokens = _check_tokens(stream, model, _vocabulary_size(model), device)
+        tokens = _check_tokens(stream, model, vocabulary_size(model), device)
         stack = find_blocks(model, tokens.text, tokens.random)
         _head_error(cache.head, stack, tokens)
         with _length_errors(model, int(lengths.max())):
@@ -202,7 +203,7 @@ def independence_of(stack: DecoderBlocks, stream: TokenStream, batch_tokens: int
     model = stack.model
     device = input_device(model)
     with torch.inference_mode(), _memory_errors_of_checks(model, int(stream.lengths.max())):
-        tokens = _check_tokens(stream, model, _vocabulary_size(model), device)
+        tokens = _check_tokens(stream, model, vocabulary_size(model), device)
         with _length_errors(model, int(stream.lengths.max())):
             return measure_independence(stack, stream, tokens.held_out, batch_tokens)
 
@@ -259,7 +260,7 @@ def _check_tokens(stream: TokenStream, model: Any, vocab: int, device: torch.dev
     return CheckTokens(*(torch.from_numpy(ids).to(device) for ids in (text, random, held_out)))
 
 
-def _vocabulary_size(model: torch.nn.Module) -> int:
+def vocabulary_size(model: torch.nn.Module) -> int:
     """Rows of the token embedding; raises `ModelError` if the model has none."""
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     if not hasattr(embedding, "weight"):

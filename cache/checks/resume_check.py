@@ -50,7 +50,7 @@ def check_resume(
     reports = {}
     for layer, cached in rows.items():
         resume_error = _resume_error(run, layer, cached, seed)
-        _check_resume_error(run, layer, resume_error)
+        check_resume_error(run.blocks.model, layer, resume_error)
         stored = None if stored_dtypes is None else stored_dtypes[layer]
         cache_error = check_cached_logits(run, layer, run.resume(layer, cached), stored)
         reports[layer] = ResumeReport(resume_error, cache_error)
@@ -91,31 +91,35 @@ def _resume_error(run: ResumableRun, layer: int, cached: torch.Tensor, seed: int
     changed = cached.float() * SCALE + NOISE * cached.float().std(-1, keepdim=True) * noise
     in_text = _positions_of_text(run)
 
-    def first_line(error: Exception) -> str:
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-    def logits_by(run_changed: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        try:
-            return run_changed(layer, changed)[in_text]
-        except (RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise ModelError(
-                f"{type(run.blocks.model).__name__} cannot be resumed from layer {layer}: the "
-                f"blocks above it need what the blocks below compute ({first_line(error)})"
-            ) from error
+    def logits_by(run_layer: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return run_changed(run.blocks.model, layer, lambda: run_layer(layer, changed)[in_text])
 
     dtype = lowest_dtype(run.blocks.model)
     return row_change(logits_by(run.overwrite), logits_by(run.resume), dtype)
 
 
-def _check_resume_error(run: ResumableRun, layer: int, resume_error: float) -> None:
+def check_resume_error(model: torch.nn.Module, layer: int, resume_error: float) -> None:
     """Raise `ModelError` if resumed logits differ from those of a full run beyond rounding."""
-    limit = REPEAT_TOLERANCE.get(lowest_dtype(run.blocks.model), 1e-5)
+    limit = REPEAT_TOLERANCE.get(lowest_dtype(model), 1e-5)
     if not resume_error <= limit:
         raise ModelError(
-            f"{type(run.blocks.model).__name__} cannot be resumed from layer {layer}: with a "
-            f"changed residual stream its logits differ from those of a full run by "
-            f"{resume_error:.1e}, allowed {limit:.0e}; the blocks above read what the blocks below "
-            "compute beside the stream"
+            f"{type(model).__name__} cannot be resumed from layer {layer}: with a changed residual "
+            f"stream its logits differ from those of a full run by {resume_error:.1e}, allowed "
+            f"{limit:.0e}; the blocks above read what the blocks below compute beside the stream"
         )
+
+
+def run_changed(
+    model: torch.nn.Module, layer: int, logits_of_changed: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """The logits of a run with a changed `layer`; an error of the blocks becomes a `ModelError`."""
+    try:
+        return logits_of_changed()
+    except (RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{type(model).__name__} cannot be resumed from layer {layer}: the blocks above it "
+            f"need what the blocks below compute ({reason})"
+        ) from error

@@ -18,6 +18,7 @@ from ..format.dtypes import choose_dtype
 from ..format.manifest import ALONE, BATCH
 from ..forward.stage_times import StageTimes
 from ..forward.write_parts import write_missing_parts
+from ..images.classifier_source import ClassifierSource
 from ..model.model_devices import input_device
 from ..model.source import ModelSource
 from ..progress import StageProgress
@@ -27,6 +28,7 @@ from ..store.cache_extension import add_layers, add_tokens, join_stream, unnamed
 from ..store.catalog import cache_root
 from ..tokens.stream_summary import StreamSummary
 from ..tokens.token_stream import TokenStream
+from .image_request import locate_source, recheck_requested_classifier, request_for
 from .plan import Estimate, ExtractionPlan, kept_layers, layout_like
 from .prepare import load_requested_model, make_cache, plan_extraction, with_loaded_dtype
 from .request import ExtractionRequest
@@ -150,31 +152,30 @@ def answer_request(
 def estimate_request(request: ExtractionRequest, progress: StageProgress | None = None) -> Estimate:
     """Bytes and files of a new cache for `request`; loads the model, writes nothing."""
     root = cache_root(request.root)
-    source = _locate_model(request)
+    source = locate_source(request)
+    request = request_for(request, source)
     stream = read_stream(request, source, progress)
     model = load_requested_model(request, source)
     source = with_loaded_dtype(source, model)
     return plan_extraction(request, source, model, stream).estimate(root)
 
 
-def request_tokenizer(request: ExtractionRequest) -> "Tokenizer":
-    """The tokenizer of the model of `request`; loads no weights."""
-    return _locate_model(request).tokenizer_for_format(request.format)
+def request_tokenizer(request: ExtractionRequest) -> "Tokenizer | None":
+    """The tokenizer of the model of `request`, None for an image classifier; loads no weights."""
+    source = locate_source(request)
+    if isinstance(source, ClassifierSource):
+        return None
+    return source.tokenizer_for_format(request.format)
 
 
 def find_match(request: ExtractionRequest, progress: StageProgress | None = None) -> CacheMatch:
     """The cache under the root that answers `request` best; loads no weights."""
-    source = _locate_model(request)
+    source = locate_source(request)
+    request = request_for(request, source)
     summary = read_stream_memo(request, source)
     if summary is None:
         _, summary = _read_and_summarize(request, source, progress)
     return match_cache(wanted_cache(request, source, summary), cache_root(request.root))
-
-
-def _locate_model(request: ExtractionRequest) -> ModelSource:
-    if request.given.model is not None:
-        return request.given.model
-    return ModelSource.locate(request.model, request.revision, request.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,8 @@ def _look_up_or_load(
     request: ExtractionRequest, root: Path, progress: StageProgress | None
 ) -> _Lookup:
     """Look for a cache that answers `request`; load the model if no cache is sufficient."""
-    source = _locate_model(request)
+    source = locate_source(request)
+    request = request_for(request, source)
     stream, summary = None, None
     if request.max_bytes is None:
         summary = read_stream_memo(request, source)
@@ -264,7 +266,7 @@ def _extend(
     Layers are added to the matching cache in place. Tokens go into a new cache, which shares the
     full parts of the matching one; these are therefore written first.
     """
-    from ..checks.model_checks import independence_of, recheck_model
+    from ..checks.model_checks import independence_of
 
     request, match = lookup.request, lookup.match
     assert match.path is not None
@@ -273,8 +275,7 @@ def _extend(
 
     # This machine must compute the rows that the cache has already.
     cache = ActivationCache(match.path)
-    stack = recheck_model(lookup.model, cache)
-    check_reference_rows(stack, cache.path, cache.manifest.capture.compute_dtype)
+    stack = _recheck_model(lookup, cache)
 
     # Missing layers, in place.
     new_layers = unnamed_layers(cache, kept_layers(request.layers, cache.n_blocks))
@@ -301,6 +302,21 @@ def _extend(
     independence = independence_of(stack, stream, cache.manifest.batch_tokens)
     extra = _stricter_batching(cache, independence)
     return add_tokens(cache, tokens, stream, layout, extra), "extended", stack
+
+
+def _recheck_model(lookup: _Lookup, cache: ActivationCache) -> "DecoderBlocks":
+    """The blocks of the model, after a check that it gives the rows that `cache` has."""
+    from ..checks.model_checks import recheck_model
+
+    assert lookup.model is not None
+    assert lookup.stream is not None
+    if isinstance(lookup.source, ClassifierSource):
+        return recheck_requested_classifier(
+            lookup.request, lookup.source, lookup.model, lookup.stream, cache
+        )
+    stack = recheck_model(lookup.model, cache)
+    check_reference_rows(stack, cache.path, cache.manifest.capture.compute_dtype)
+    return stack
 
 
 def _stored_dtypes(

@@ -64,6 +64,10 @@ def hold_cache_model(
     from ..model.loaded_model import attention_of, hold_loaded_model, is_loaded_model
     from ..model.model_loading import load_model
 
+    cache.check_texts(
+        "its model reads pixels, which the cache does not keep, so that nothing runs it again but "
+        "`residua extract` with the images"
+    )
     attention = cache.manifest.capture.attention
     if is_loaded_model(model):
         if tokenizer is None:  # the cache keeps a copy

@@ -202,12 +202,13 @@ class SequenceBeginning:
     @classmethod
     def of(cls, stream: TokenStream, number: int) -> "SequenceBeginning":
         """The beginning of the sequence `number` of `stream`."""
+        start, length = int(stream.starts[number]), int(stream.lengths[number])
         return cls(
             sequence=int(number),
             split=SPLITS[stream.sequence_splits[number]],
             document=int(stream.row_ids[number]),
-            length=int(stream.lengths[number]),
-            ids=tuple(stream.sequence(number)[:SHOWN_TOKENS].tolist()),
+            length=length,
+            ids=tuple(stream.ids[start : start + min(SHOWN_TOKENS, length)].tolist()),
         )
 
 

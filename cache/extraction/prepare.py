@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks.reference_rows import save_reference_rows
 from ..devices import choose_device, memory_errors
-from ..format.manifest import ALONE, BATCH, CODEC, Manifest
+from ..format.manifest import ALONE, BATCH, CODEC, GRID, Manifest
+from ..images.classifier_source import ClassifierSource
+from ..images.image_stream import ImageStream
 from ..model.loaded_model import LoadedModel
 from ..model.model_devices import device_names
 from ..model.source import ModelSource
@@ -22,6 +24,7 @@ from ..store.cache_creation import create_cache
 from ..store.local_origin import public_name, write_origin
 from ..tokens.token_stream import TokenStream
 from .given_inputs import LOADED
+from .image_request import check_requested_classifier, load_requested_classifier
 from .plan import ExtractionPlan, kept_layers
 from .request import ExtractionRequest
 from .resolve import WantedCache
@@ -46,6 +49,8 @@ def load_requested_model(request: ExtractionRequest, source: ModelSource) -> "to
         f"{source.name} does not fit into the memory of {device}; take another --device, "
         "--device-map auto (all GPUs, then the host), or a checkpoint of lower precision"
     ):
+        if isinstance(source, ClassifierSource):
+            return load_requested_classifier(request, source, device)
         return load_model(
             source,
             device,
@@ -75,9 +80,12 @@ def plan_extraction(
     """
     from ..checks.model_checks import check_model
 
-    report = check_model(
-        model, stream, source.compute_dtype, request.dtype, request.logits, request.batch_tokens
-    )
+    if isinstance(source, ClassifierSource):
+        report = check_requested_classifier(request, source, model, stream)
+    else:
+        report = check_model(
+            model, stream, source.compute_dtype, request.dtype, request.logits, request.batch_tokens
+        )
     layers = kept_layers(request.layers, report.stack.depth)
     report = replace(report, dtypes={layer: report.dtypes[layer] for layer in layers})
     plan = ExtractionPlan(request, report, stream)
@@ -103,12 +111,17 @@ def make_cache(plan: ExtractionPlan, source: ModelSource, wanted: WantedCache, r
 
     def write_head(folder: Path) -> None:
         save_head_and_tokenizer(folder, source, report, request.format)
-        save_reference_rows(report.stack, stream, folder)
+        if isinstance(stream, ImageStream):
+            from ..images.classifier_checks import save_reference_image
+
+            save_reference_image(report.stack, stream, folder)
+        else:
+            save_reference_rows(report.stack, stream, folder)
         write_origin(folder.parent, request.model, request.data)
 
     return create_cache(
         root,
-        _manifest(plan, wanted),
+        _manifest(plan, source, wanted),
         stream,
         hashes=stream.digests()[1],
         dtypes=report.dtypes,
@@ -118,7 +131,7 @@ def make_cache(plan: ExtractionPlan, source: ModelSource, wanted: WantedCache, r
     )
 
 
-def _manifest(plan: ExtractionPlan, wanted: WantedCache) -> Manifest:
+def _manifest(plan: ExtractionPlan, source: ModelSource, wanted: WantedCache) -> Manifest:
     request, report = plan.request, plan.model_report
     extra: dict[str, Any] = {
         "pad": report.pad,
@@ -127,6 +140,8 @@ def _manifest(plan: ExtractionPlan, wanted: WantedCache) -> Manifest:
     }
     if report.alone:
         extra[BATCH] = ALONE
+    if isinstance(source, ClassifierSource):
+        extra[GRID] = source.to_extra()
     if request.codec != "raw":  # absent in raw caches, as in those made before codecs existed
         extra[CODEC] = request.codec
     return Manifest(
@@ -178,9 +193,15 @@ def _provenance(plan: ExtractionPlan, source: ModelSource) -> dict[str, Any]:
 def save_head_and_tokenizer(
     folder: Path, source: ModelSource, report: "ModelReport", format: int
 ) -> None:
-    """Write head, tokenizer and copies of the configuration to `folder`, in the cache's format."""
+    """Write head, tokenizer and copies of the configuration to `folder`, in the cache's format.
+
+    An image classifier has an image processor in place of the tokenizer.
+    """
     report.head.save(folder, report.tensors)
-    source.tokenizer_for_format(format).save(str(folder / "tokenizer.json"))
+    if isinstance(source, ClassifierSource):
+        source.save_processor(folder)
+    else:
+        source.tokenizer_for_format(format).save(str(folder / "tokenizer.json"))
     for name in ("config.json", "tokenizer_config.json"):
         if (source.folder / name).is_file():
             (folder / name).write_bytes(_without_paths((source.folder / name).read_bytes()))

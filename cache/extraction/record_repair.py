@@ -43,6 +43,7 @@ HEAD_FILES = (
     "head.json",
     "head.safetensors",
     "tokenizer.json",
+    "image_processor.json",
     "canary.safetensors",
     "config.json",
     "tokenizer_config.json",
@@ -323,9 +324,9 @@ def _check_content(path: Path, name: str, manifest: Manifest) -> None:
         return
     raw = read_confined(path, name, MAX_JSON_BYTES)
     value = parse_json_object(raw, path / name)
-    if name == "head/tokenizer.json" and manifest.format > 1:
+    if name in ("head/tokenizer.json", "head/image_processor.json") and manifest.format > 1:
         if json_digest(value) != manifest.tokens.tokenizer:
-            raise CorruptError("it is not the tokenizer of the manifest")
+            raise CorruptError("it is not the tokenizer, or image processor, of the manifest")
     elif name.endswith("/zarr.json"):
         array = array_of_metadata(name)
         if array is not None and value.get("node_type") == "array":

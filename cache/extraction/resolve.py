@@ -17,15 +17,18 @@ from ..documents.document_loading import load_documents, load_given_documents
 from ..documents.documents import Documents, RenderConversation
 from ..errors import DataError, ModelError, UsageError
 from ..files.disk_columns import row_blocks, scratch_folder
+from ..files.json_files import json_digest
 from ..format.logits_arrays import logits_mode_covers
 from ..format.manifest import (
     FORMAT,
+    IMAGE,
     SEQUENCE,
     CaptureIdentity,
     ModelIdentity,
     TokenIdentity,
     identity_of,
 )
+from ..images.classifier_source import ClassifierSource
 from ..model.source import ModelSource
 from ..model.tokenizer import tokenizer_digest
 from ..number_ranges import absolute_numbers
@@ -37,6 +40,7 @@ from ..tokens.stream_summary import StreamSummary
 from ..tokens.token_stream import TokenStream
 from ..tokens.tokenization import tokenize
 from .chat_template import LazyChatTemplate
+from .image_request import read_image_stream
 from .request import ExtractionRequest
 
 ANSWERS = ("hit", "covers", "partial", "miss")
@@ -47,6 +51,10 @@ STREAM_FIELDS = frozenset(f"tokens.{name}" for name in ("digest", "positions", "
 """Identity fields that may differ where one token stream contains the other."""
 LOGITS_FIELD = "capture.logits"
 """Identity field that may differ where the cache keeps more logits than requested."""
+PLACEHOLDERS = tuple(
+    f"{kind}_token_{key}" for kind in ("image", "video", "audio") for key in ("id", "index")
+)
+"""Keys of config.json with the token in whose place a model reads something that is no text."""
 Difference = tuple[str, Any, Any]
 """An identity field with its values in the first and in the second identity."""
 
@@ -115,6 +123,8 @@ def read_stream(
     Raises `DataError` if no text can be read, `ModelError` if the tokenizer gives ids beyond the
     model's vocabulary.
     """
+    if isinstance(source, ClassifierSource):
+        return read_image_stream(request, source, progress)
     scratch = scratch_folder(cache_root(request.root))
     template = None
     if source.has_chat_template and request.format > 1:
@@ -167,6 +177,7 @@ def _check_vocabulary(source: ModelSource, stream: TokenStream, documents: Docum
 
     A tokenizer of another model shows itself by ids that the embedding does not have.
     """
+    _check_no_placeholder(source, stream)
     vocab = source.config_value("vocab_size")
     largest_id = max(int(block.max()) for block in row_blocks(stream.ids))
     if not isinstance(vocab, int) or largest_id < vocab:
@@ -180,6 +191,29 @@ def _check_vocabulary(source: ModelSource, stream: TokenStream, documents: Docum
         f"the tokenizer gives token {largest_id}, but the model's vocabulary has "
         f"{vocab}; the tokenizer files do not belong to this model"
     )
+
+
+def _check_no_placeholder(source: ModelSource, stream: TokenStream) -> None:
+    """Raise `DataError` if a token stands for an image, a video or a sound, which no text has.
+
+    The model would read the placeholder's own embedding in its place.
+    """
+    placeholders = {
+        value: name
+        for name in PLACEHOLDERS
+        if isinstance(value := source.config_value(name), int) and value >= 0
+    }
+    if not placeholders:
+        return
+    for block in row_blocks(stream.ids):
+        found = np.flatnonzero(np.isin(block, list(placeholders)))
+        if len(found):
+            token = int(block[found[0]])
+            raise DataError(
+                f"the data hold token {token}, in whose place {source.name} reads an image, a "
+                f"video or a sound ({placeholders[token]}); only texts are read here, and "
+                "the rows would be those of no image: take it out of the texts"
+            )
 
 
 def _load_documents(
@@ -217,6 +251,8 @@ def choose_context(request: ExtractionRequest, source: ModelSource) -> int:
     Default the model's, at most `DEFAULT_CONTEXT`. Raises `UsageError` beyond the model's.
     """
     limit = source.context
+    if isinstance(source, ClassifierSource):
+        return source.grid.tokens
     if request.context is None:
         return min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     if limit is not None and request.context > limit:
@@ -229,7 +265,12 @@ def choose_context(request: ExtractionRequest, source: ModelSource) -> int:
 def summarize_stream(
     request: ExtractionRequest, source: ModelSource, stream: TokenStream
 ) -> StreamSummary:
-    """The identity of `stream`, the token stream of `request`."""
+    """The identity of `stream`, the token stream of `request`.
+
+    An image processor takes the place of the tokenizer.
+    """
+    if isinstance(source, ClassifierSource):
+        return StreamSummary.of(stream, json_digest(source.processor_settings))
     return StreamSummary.of(stream, tokenizer_digest(source.tokenizer_for_format(request.format)))
 
 
@@ -300,9 +341,10 @@ def _match_with(cache: ActivationCache, wanted: WantedCache) -> CacheMatch:
             return miss
 
     # Sequences: either stream may contain the other. Where only some positions are kept, a cache
-    # of more tokens cannot be extended.
+    # of more tokens cannot be extended; nor are caches of images.
     missing_sequences, more_sequences = _compare_sequences(wanted.hashes, cache.sequence_hash)
-    if missing_sequences and (more_sequences or wanted.capture.positions != "all"):
+    cannot_grow = wanted.capture.positions != "all" or wanted.tokens.split_by == IMAGE
+    if missing_sequences and (more_sequences or cannot_grow):
         return miss
 
     # Layers: any of them may be missing, they are added in place.

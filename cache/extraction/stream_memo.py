@@ -135,7 +135,7 @@ def _memo_file(request: ExtractionRequest, source: ModelSource) -> Path:
 def _code_digest() -> str:
     """sha256 of the files of this package that read texts and make token streams of them."""
     digest = hashlib.sha256()
-    for pattern in ("documents/*.py", "tokens/*.py", "files/text_lines.py"):
+    for pattern in ("documents/*.py", "images/*.py", "tokens/*.py", "files/text_lines.py"):
         for file in sorted(Path(__file__).parents[1].glob(pattern)):
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

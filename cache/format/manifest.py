@@ -38,8 +38,10 @@ BATCH, ALONE = "batch", "alone"
 """Key of `Manifest.extra`, and the value for models that run every sequence alone; else absent."""
 EXTENDS = "extends"
 """Key of `Manifest.extra`: id of the extended cache, whose rows come first; else absent."""
-DOCUMENT, SEQUENCE = "document", "sequence"
-"""Values of `TokenIdentity.split_by`."""
+DOCUMENT, SEQUENCE, IMAGE = "document", "sequence", "image"
+"""Values of `TokenIdentity.split_by`; `IMAGE` in caches of images, whose positions are patches."""
+GRID = "image"
+"""Key of `Manifest.extra`: positions of an image; absent in caches of texts."""
 MAX_POSITIONS = 1 << 48
 """Most positions of a cache."""
 MAX_WIDTH = 1 << 20
@@ -48,6 +50,8 @@ MAX_VOCAB = 1 << 26
 """Most logits of a head."""
 MAX_DEPTH = 1 << 16
 """Most blocks of a model."""
+MAX_IMAGE_TOKENS = 1 << 20
+"""Most positions of an image."""
 MAX_SEED = 1 << 512
 """Bound of the seed's absolute value."""
 SHORT_ID = 12
@@ -88,7 +92,8 @@ class TokenIdentity:
     """Seed of the permutation of the documents."""
     split_by: str = DOCUMENT
     """Unit of the splits: each `document`, or each `sequence` if fewer than three documents were
-    packed, lies whole in one split. Absent in format 1, in which the unit is the sequence."""
+    packed, or each `image`, lies whole in one split. Absent in format 1, in which the unit is the
+    sequence."""
     bos: str = "auto"
     """Token before each document. `auto`: the one that the tokenizer adds, else, for packed
     documents, its BOS or EOS token. Absent in format 1."""
@@ -136,6 +141,28 @@ def identity_of(
 
 
 @dataclass(frozen=True)
+class ImageGrid:
+    """Positions of an image: a class token, perhaps further tokens, and patches row by row."""
+
+    tokens: int
+    """Positions of an image; the patches are the last ones, position 0 is the class token."""
+    rows: int
+    """Rows of patches, from the top."""
+    columns: int
+    """Patches of a row, from the left."""
+
+    @property
+    def patches(self) -> int:
+        """Number of patches."""
+        return self.rows * self.columns
+
+    @property
+    def first_patch(self) -> int:
+        """Position of the first patch."""
+        return self.tokens - self.patches
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Content of `manifest.json`; `model`, `tokens` and `capture` alone determine the id."""
 
@@ -172,6 +199,12 @@ class Manifest:
     def alone(self) -> bool:
         """Whether each sequence runs through the model alone."""
         return self.extra.get(BATCH) == ALONE
+
+    @property
+    def image_grid(self) -> ImageGrid | None:
+        """Positions of an image; None for a cache of texts."""
+        value = self.extra.get(GRID)
+        return None if value is None else ImageGrid(**value)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -263,7 +296,7 @@ def _parse_tokens(value: dict[str, Any], version: int) -> TokenIdentity:
         return replace(tokens, split_by=SEQUENCE)
     return replace(
         tokens,
-        split_by=choice_field(value, "split_by", (DOCUMENT, SEQUENCE)),
+        split_by=choice_field(value, "split_by", (DOCUMENT, SEQUENCE, IMAGE)),
         bos=text_field(value, "bos"),
         chat_template=optional_field(text_field, value, "chat_template"),
     )
@@ -294,13 +327,35 @@ def _check_extra(extra: dict[str, Any], cache_id: str) -> dict[str, Any]:
     for name, choices in ((BATCH, (ALONE,)), (CODEC, CODECS)):
         if name in extra:
             choice_field(extra, name, choices)
+    if GRID in extra:
+        _check_grid(object_field(extra, GRID))
     if EXTENDS in extra and digest_field(extra, EXTENDS) == cache_id:
         raise FieldError("extends names the cache itself; expected the id of an earlier cache")
     return extra
 
 
+def _check_grid(value: dict[str, Any]) -> None:
+    """Raise `FieldError` unless `value` is the object of an `ImageGrid` with a class token."""
+    names = [field.name for field in fields(ImageGrid)]
+    check_known_fields(value, names, "extra.image")
+    grid = ImageGrid(*(integer_field(value, name, 1, MAX_IMAGE_TOKENS) for name in names))
+    if not grid.patches < grid.tokens:
+        raise FieldError(
+            f"extra.image has {grid.rows} x {grid.columns} patches in {grid.tokens} positions; "
+            "expected a class token beside them"
+        )
+
+
 def _check_parts(manifest: Manifest) -> None:
-    """Raise `FieldError` unless the number of parts is one that a journal can hold."""
+    """Raise `FieldError` unless the number of parts is one that a journal can hold.
+
+    Positions of images are known where, and only where, images are the unit of the splits.
+    """
+    if (manifest.tokens.split_by == IMAGE) != (GRID in manifest.extra):
+        raise FieldError(
+            f"split_by is {manifest.tokens.split_by!r}, extra has "
+            f"{'positions' if GRID in manifest.extra else 'no positions'} of images"
+        )
     parts = manifest.layout.parts(manifest.tokens.positions)
     if parts > MAX_PARTS:
         raise FieldError(

@@ -206,9 +206,8 @@ def find_batch_tokens(
     n_sequences, tokens = 1, length
     with torch.inference_mode():
         while n_sequences * length <= cap:
-            shape = (n_sequences, length)
-            ids = np.resize(stream.ids[: n_sequences * length], shape).astype(np.int64)
-            if not _fits(stack, torch.from_numpy(ids).to(device), copies):
+            ids = torch.from_numpy(stream.beginning(n_sequences))
+            if not _fits(stack, ids.to(device), copies):
                 break
             tokens, n_sequences = n_sequences * length, 2 * n_sequences
     if device.type == "cuda":

@@ -53,6 +53,8 @@ class PartRunner:
         self.lengths: np.ndarray = self.contexts.length
         self.sparse: bool = cache.has("context/ids")
         """Whether only some positions of each sequence are kept."""
+        self.image_keys: np.ndarray | None = cache.image_keys
+        """First id of each context for the model, in caches of images."""
         self.device: torch.device = input_device(stack.model)
         self.stages: StageTimes = StageTimes() if stages is None else stages
         self._copies = device_copies_for(self.device, self.stages)
@@ -114,6 +116,8 @@ class PartRunner:
         for index, sequence in enumerate(batch.sequences):
             start = int(self.contexts.start[sequence])
             ids[index, : lengths[index]] = self.contexts.ids[start : start + lengths[index]]
+        if self.image_keys is not None:
+            ids[:, 0] = self.image_keys[list(batch.sequences)]
         tokens = torch.from_numpy(ids)
         mask = None
         if min(lengths) < max(lengths):

@@ -25,7 +25,7 @@ from ..errors import ModelError
 from .residual_axes import ResidualAxes, replace_tensors, tensors_of
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Ends a forward pass after the last block: norm and unembedding are not needed."""
 
 
@@ -90,14 +90,14 @@ class DecoderBlocks:
             # What follows the blocks may change their output in place.
             layers.append(stream if stop_after_blocks else stream.clone())
             if stop_after_blocks and len(layers) > self.depth:
-                raise _StopForward
+                raise StopForward
 
         output = None
         handles = [self.blocks[0].register_forward_pre_hook(record_input, with_kwargs=True)]
         handles += [block.register_forward_hook(record_output) for block in self.distinct_blocks()]
         try:
             output = run_model(self.model, ids, mask)
-        except _StopForward:
+        except StopForward:
             pass
         finally:
             for handle in handles:
@@ -112,12 +112,12 @@ class DecoderBlocks:
 
         def record_input(_: nn.Module, args: tuple, kwargs: dict) -> None:
             layers.append(self.extract_stream((*args, *kwargs.values()), ids))
-            raise _StopForward
+            raise StopForward
 
         handle = self.blocks[0].register_forward_pre_hook(record_input, with_kwargs=True)
         try:
             run_model(self.model, ids)
-        except _StopForward:
+        except StopForward:
             pass
         finally:
             handle.remove()

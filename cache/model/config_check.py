@@ -48,21 +48,27 @@ def check_config_readable(folder: Path, trust_remote_code: bool = False) -> None
 
 
 def check_config_size(
-    folder: Path, config: dict[str, Any], weight_files: list[Path], trust_remote_code: bool = False
+    folder: Path,
+    config: dict[str, Any],
+    weight_files: list[Path],
+    trust_remote_code: bool = False,
+    model_class: str = "AutoModelForCausalLM",
 ) -> None:
     """Raise `ModelError` if config.json describes a far larger model than the weights hold.
 
-    `config` is the content of config.json in `folder`. The model is built without memory for its
-    tensors. A configuration that cannot be built so is left to `from_pretrained`, which says why.
+    `config` is the content of config.json in `folder`. The model, of `model_class` of transformers,
+    is built without memory for its tensors. A configuration that cannot be built so is left to
+    `from_pretrained`, which says why.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     headers = [read_header(path) for path in weight_files]
     shapes = [entry.shape for header in headers for entry in header.values()]
     stored = sum(math.prod(shape) for shape in shapes)
     _check_layers(folder, config, len(shapes))
-    auto: Any = AutoModelForCausalLM
+    auto: Any = getattr(transformers, model_class)
     try:
         with guard_transformers():
             loaded_config = AutoConfig.from_pretrained(

@@ -138,7 +138,7 @@ def hold_loaded_model(module: Any, tokenizer: Any = None) -> Iterator[LoadedMode
     a model in training mode, with hooks, or with tensors that are elsewhere; `UsageError` without a
     tokenizer.
     """
-    _check_module(module)
+    check_loaded_module(module)
     dtype = _running_dtype(module)
     origin = _origin_folder(module)
     name = str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
@@ -277,12 +277,17 @@ def _without_tied(module: Any, tensors: "dict[str, torch.Tensor]") -> "dict[str,
     return {name: tensor for name, tensor in tensors.items() if name not in tied}
 
 
-def _check_module(module: Any) -> None:
+def check_loaded_module(module: Any) -> None:
     """Raise `ModelError` for what is no causal model, or would not give the rows of its tensors."""
     if not hasattr(module, "config") or not hasattr(module.config, "to_dict"):
         raise ModelError(
             f"a {type(module).__name__} is no model of transformers; give a causal language model, "
             "such as AutoModelForCausalLM.from_pretrained gives"
+        )
+    if "ForImageClassification" in type(module).__name__:
+        raise ModelError(
+            f"a {type(module).__name__} is an image classifier, which is read from its folder with "
+            "its image processor: save both there with save_pretrained, and give the folder"
         )
     if getattr(module.config, "is_encoder_decoder", False):
         raise ModelError(

@@ -96,6 +96,8 @@ def load_model(
         if is_out_of_memory(error):
             raise
         reason = describe_error(error)
+        if "Unrecognized configuration class" in reason:  # followed by all classes there are
+            reason = _reason_of_class(source)
         if "CONVERSION" in reason:  # transformers refers to a report that is not shown
             reason = (
                 "tensors that are packed together, such as those of all experts of a layer, do not "
@@ -111,6 +113,21 @@ def load_model(
     module = module.eval().requires_grad_(False)
     module.checkpoint_notes = notes
     return module
+
+
+def _reason_of_class(source: ModelSource) -> str:
+    """Why transformers has no causal language model for the configuration of `source`."""
+    name = (source.config.get("architectures") or [source.config.get("model_type")])[0]
+    if isinstance(source.config.get("vision_config"), dict):
+        return (
+            f"{name} reads images among its texts, and images in a text are not read; save its "
+            "language model alone as a causal language model, or give a classifier of images "
+            "(...ForImageClassification)"
+        )
+    return (
+        f"transformers has none for {name} (model_type {source.config.get('model_type')!r}); "
+        "expected a class ...ForCausalLM, or ...ForImageClassification with images"
+    )
 
 
 def checkpoint_tensors(

@@ -6,11 +6,12 @@ computing, the last of them with the changed stream. Masks, rotary embeddings, p
 whatever else the blocks above read are made by the model itself.
 
 `checks/resume_check.py` proves on the spot that a model can be resumed. Measures of
-`analysis/basis` run it, in `torch.inference_mode()`.
+`analysis/basis` run it, in `torch.inference_mode()`. `resuming/resumable_model.py` resumes models
+whose lower blocks have not run, with the same contexts (`skip_blocks`, `change_layers`).
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,19 +59,13 @@ class ResumableRun:
         of the first block, layer L the output of the last. Blocks 1..`layer` do not compute.
         """
         hidden = self._checked_stream(layer, hidden)
-        if layer == 0:
-            with self._replaced_input(hidden):
-                return self._run_model()
-        with self._skipped_blocks(layer, hidden):
+        with skip_blocks(self.blocks, layer, hidden, lambda call: self._outputs[call - 1]):
             return self._run_model()
 
     def overwrite(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """The logits of `resume` by a run of all blocks, whose layer `layer` is overwritten."""
         hidden = self._checked_stream(layer, hidden)
-        if layer == 0:
-            with self._replaced_input(hidden):
-                return self._run_model()
-        with self.blocks.replace_layer(layer, hidden):
+        with change_layers(self.blocks, {layer: lambda _: hidden}, self.ids):
             return self._run_model()
 
     def _run_model(self) -> torch.Tensor:
@@ -85,7 +80,7 @@ class ResumableRun:
                 self._first_stream = stream.clone()
 
         def record_output(_: nn.Module, __: Any, output: Any) -> None:
-            self._outputs.append(_copy_output(output))
+            self._outputs.append(copy_output(output))
 
         blocks = self.blocks
         handles = [blocks.blocks[0].register_forward_pre_hook(record_input, with_kwargs=True)]
@@ -100,63 +95,6 @@ class ResumableRun:
                 f"{blocks.name}: the blocks ran {len(self._outputs)} times, not {blocks.depth}"
             )
         return logits
-
-    @contextmanager
-    def _replaced_input(self, hidden: torch.Tensor) -> Iterator[None]:
-        """Context in which one forward pass has `hidden` as the input of the first block."""
-        is_first = True
-
-        def replace_input(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            nonlocal is_first
-            if not is_first:
-                return None
-            is_first = False
-            inputs = self.blocks.replace_stream((*args, *kwargs.values()), hidden)
-            values = dict(zip(kwargs, inputs[len(args) :], strict=True))
-            return inputs[: len(args)], values
-
-        handle = self.blocks.blocks[0].register_forward_pre_hook(replace_input, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def _skipped_blocks(self, layer: int, hidden: torch.Tensor) -> Iterator[None]:
-        """Context in which one forward pass has `hidden` as layer `layer`, computed by no block.
-
-        The attribute `forward` of each block hides the method of the class. Calls 1..`layer`, over
-        all blocks, give the recorded outputs; later calls compute, also those of a block that was
-        skipped before.
-        """
-        calls = 0
-
-        def stub_of(block: nn.Module) -> Any:
-            forward = block.forward
-
-            def give_recorded_output(*args: Any, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls > layer:
-                    return forward(*args, **kwargs)
-                output = _copy_output(self._outputs[calls - 1])
-                return self.blocks.replace_stream(output, hidden) if calls == layer else output
-
-            return give_recorded_output
-
-        blocks = self.blocks.distinct_blocks()
-        # A library may have put a `forward` of its own on a block, which comes back.
-        own = [vars(block).get("forward") for block in blocks]
-        try:
-            for block in blocks:
-                vars(block)["forward"] = stub_of(block)
-            yield
-        finally:
-            for block, forward in zip(blocks, own, strict=True):
-                if forward is None:
-                    vars(block).pop("forward", None)
-                else:
-                    vars(block)["forward"] = forward
 
     def _checked_stream(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """A copy of `hidden` in the dtype of layer `layer`: blocks may change their input."""
@@ -176,7 +114,99 @@ class ResumableRun:
             )
 
 
-def _copy_output(output: Any, depth: int = 2) -> Any:
+@contextmanager
+def skip_blocks(
+    blocks: DecoderBlocks, layer: int, hidden: torch.Tensor, output_of: Callable[[int], Any]
+) -> Iterator[None]:
+    """Context in which one forward pass has `hidden` as layer `layer`, computed by no block.
+
+    `hidden` is `(batch, length, d_model)`; layer 0 is the input of the first block.
+    `output_of(call)` is the output of the call (1..`layer`) of a block for these token ids, which
+    is copied; its stream at call `layer` is replaced by `hidden`. Later calls compute, also those
+    of a block that was skipped before. The attribute `forward` of each block hides the method of
+    the class meanwhile.
+    """
+    if layer == 0:
+        with change_layers(blocks, {0: lambda _: hidden}, hidden[..., 0]):
+            yield
+        return
+    calls = 0
+
+    def stub_of(block: nn.Module) -> Any:
+        forward = block.forward
+
+        def give_recorded_output(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > layer:
+                return forward(*args, **kwargs)
+            output = copy_output(output_of(calls))
+            return blocks.replace_stream(output, hidden) if calls == layer else output
+
+        return give_recorded_output
+
+    distinct = blocks.distinct_blocks()
+    # A library may have put a `forward` of its own on a block, which comes back.
+    own = [vars(block).get("forward") for block in distinct]
+    try:
+        for block in distinct:
+            vars(block)["forward"] = stub_of(block)
+        yield
+    finally:
+        for block, forward in zip(distinct, own, strict=True):
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                vars(block)["forward"] = forward
+
+
+LayerChange = Callable[[torch.Tensor], torch.Tensor]
+"""A function of a stream `(batch, length, d_model)` that gives the stream to put in its place."""
+
+
+@contextmanager
+def change_layers(
+    blocks: DecoderBlocks, changes: Mapping[int, LayerChange], ids: torch.Tensor
+) -> Iterator[None]:
+    """Context in which one forward pass has its layers 0..L replaced by `changes` of them.
+
+    `ids` are `(batch, length)`. A change is given the stream at its layer, which those of lower
+    layers have changed already, and must not write into it; the result is copied and cast.
+    """
+    calls = 0
+
+    def change(layer: int, values: Any) -> Any:
+        stream = blocks.extract_stream(values, ids)
+        changed = changes[layer](stream)
+        if changed.shape != stream.shape:
+            raise UsageError(
+                f"a change of layer {layer} gives a stream {tuple(changed.shape)}, expected "
+                f"{tuple(stream.shape)}"
+            )
+        return blocks.replace_stream(values, changed.to(stream, copy=True))
+
+    def change_input(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if calls or 0 not in changes:
+            return None
+        inputs = change(0, (*args, *kwargs.values()))
+        values = dict(zip(kwargs, inputs[len(args) :], strict=True))
+        return inputs[: len(args)], values
+
+    def change_output(_: nn.Module, __: Any, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return change(calls, output) if calls in changes else None
+
+    handles = [blocks.blocks[0].register_forward_pre_hook(change_input, with_kwargs=True)]
+    handles += [block.register_forward_hook(change_output) for block in blocks.distinct_blocks()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def copy_output(output: Any, depth: int = 2) -> Any:
     """A block's output with copies of its floating-point tensors and of its dictionaries.
 
     The model may change them in place afterwards. `depth` is the nesting that `tensors_of` reads.

@@ -250,7 +250,11 @@ class ActivationCache:
         return self.array("sequences/hash")[:]
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer (`tokenizers.Tokenizer`), from the file kept in the cache."""
+        """The model's tokenizer (`tokenizers.Tokenizer`), from the file kept in the cache.
+
+        Raises `UsageError` for a cache of images.
+        """
+        self.check_texts("its positions are patches, and it has no tokenizer")
         from tokenizers import Tokenizer
 
         raw = read_confined(self.path, "head/tokenizer.json", MAX_JSON_BYTES)
@@ -273,6 +277,14 @@ class ActivationCache:
         from ..tokens.segments import neighbour_tokens
 
         return neighbour_tokens(self, positions, 1, across_documents)
+
+    def check_texts(self, reason: str) -> None:
+        """Raise `UsageError` with the `reason` if this is a cache of images."""
+        if self.manifest.image_grid is not None:
+            raise UsageError(
+                f"cache {self.id[:SHORT_ID]} is of images: {reason}; `residua study vision` reads "
+                "caches of images"
+            )
 
     # Splits and folds
 
@@ -368,6 +380,17 @@ class ActivationCache:
         if not self.has("context/ids"):
             return np.arange(len(self.sequence_length))
         return self.array("sequences/context")[:]
+
+    @cached_property
+    def image_keys(self) -> np.ndarray | None:
+        """Hash of the image of each context, by which models find its pixels, `(contexts,)` int64.
+
+        None for a cache of texts.
+        """
+        if self.manifest.image_grid is None:
+            return None
+        _, first = np.unique(self.sequence_context, return_index=True)
+        return np.ascontiguousarray(self.sequence_document[first]).view(np.int64)
 
     @cached_property
     def context_document_numbers(self) -> CacheArray | None:

@@ -127,8 +127,10 @@ class CheckedArray(CacheArray):
         self._cache = metadata.path
         self._name = name
         self._metadata: ArrayMetadata | None = metadata
-        # Token ids choose rows of matrices of this length.
-        self._vocab = metadata.manifest.vocab if name in TOKEN_IDS else None
+        # Token ids choose rows of matrices of this length; of images they number the positions.
+        grid = metadata.manifest.image_grid
+        most = metadata.manifest.vocab if grid is None else grid.tokens
+        self._vocab = most if name in TOKEN_IDS else None
         super().__init__(metadata.path / GROUP / name, journal)
         # From here on, the array stands for itself; the metadata would be pickled and kept alive.
         self._metadata = None

@@ -2,8 +2,9 @@
 
 `all` keeps every position, `last` the last one, `sample:K` K random ones, `answer` those that
 predict the tokens of the document's answer (columns `answer`, `answer_start`), `explicit` those
-that the column `positions` lists. `keep_positions` takes the token stream of `tokenize` and returns
-a stream with `KeptRuns`; `extraction/resolve.py` calls it.
+that the column `positions` lists, `cls` the first of each image. `keep_positions` takes the token
+stream of `tokenize`, or of images, and returns a stream with `KeptRuns`; `extraction/resolve.py`
+calls it.
 """
 
 import re
@@ -18,12 +19,14 @@ from ..documents.labels import ANSWER, ANSWER_START, EXPLICIT
 from ..errors import DataError, UsageError
 from .token_stream import KeptRuns, TokenStream
 
-POLICIES = ("all", "last", "sample:K", "answer", "explicit")
+CLASS_TOKEN = "cls"
+"""Policy of caches of images: the class token of each image."""
+POLICIES = ("all", "last", "sample:K", "answer", "explicit", CLASS_TOKEN)
 
 
 def check_positions(policy: str, pack: bool) -> None:
     """Raise `UsageError` unless `policy` is one of `POLICIES` and goes with `pack`."""
-    if policy not in ("all", "last", "answer", "explicit") and not sample_size(policy):
+    if policy not in ("all", "last", "answer", "explicit", CLASS_TOKEN) and not sample_size(policy):
         known = ", ".join(POLICIES)
         raise UsageError(f"positions {policy!r} is unknown; choose one of {known}")
     if pack and policy in ("answer", "explicit"):
@@ -63,6 +66,8 @@ def _kept_indices(
     """Yield the kept token indices of each sequence, ascending."""
     if policy == "last":
         yield from (np.array([length - 1]) for length in stream.lengths)
+    elif policy == CLASS_TOKEN:
+        yield from (np.zeros(1, np.int64) for _ in stream.lengths)
     elif size := sample_size(policy):
         _, hashes = stream.digests()
         for length, sequence_hash in zip(stream.lengths, hashes, strict=True):

@@ -11,6 +11,9 @@ follows another by chance, so pairs stay inside one segment unless `PairScope` a
 array `tokens/row_id` holds the document number of each position; a cache without this array, made
 of token ids, has one document per sequence.
 
+In a cache of images every position is a segment by itself, unless `PairScope` allows more: patch
+t+N is not what follows patch t. Its token ids number the positions, and no text follows them.
+
 Fits ask `PairScope.largest_offsets`; count baselines read `context_blocks`; evaluation reads
 `neighbour_tokens` and `segment_indices`. All take the cache as a `SequenceIndex`.
 """
@@ -118,6 +121,12 @@ def is_sparse(cache: SequenceIndex) -> bool:
     return cache.has("context/ids")
 
 
+def is_of_images(cache: Any) -> bool:
+    """Return whether the positions of the cache are the class tokens and patches of images."""
+    manifest = getattr(cache, "manifest", None)
+    return manifest is not None and manifest.image_grid is not None
+
+
 def segment_indices(
     cache: SequenceIndex, sequences: np.ndarray, across_documents: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -131,8 +140,10 @@ def segment_indices(
     total = int(lengths.sum())
     is_first = np.zeros(total, bool)
     is_first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
-    # ... and where the document number changes.
-    if not across_documents and cache.document_numbers is not None:
+    # ... and where the document number changes; in images, at every position.
+    if not across_documents and is_of_images(cache):
+        is_first[:] = True
+    elif not across_documents and cache.document_numbers is not None:
         document = cache.document_numbers.take(cache.positions_of(sequences))
         is_first[1:] |= document[1:] != document[:-1]
     return _indices_between(is_first)
@@ -181,8 +192,11 @@ def neighbour_tokens(
     """Token id `step` (1 or -1) further in the text than each of `positions`, `(n,)` int64.
 
     The value is -1 where the context, or the document, ends before. If only some positions are
-    kept, the token comes from the context, whether or not it is a row of the cache.
+    kept, the token comes from the context, whether or not it is a row of the cache. In a cache of
+    images there is no text: all values are -1.
     """
+    if is_of_images(cache):
+        return np.full(len(positions), -1, np.int64)
     sequence = sequence_of(cache, positions)
     sparse = is_sparse(cache)
     documents = cache.context_document_numbers
@@ -229,8 +243,14 @@ def context_blocks(
     """Yield the tokens of whole `contexts` (ascending numbers), about `block` tokens at a time.
 
     Each item is three int64 arrays of one value per token: token id, number of tokens after it in
-    its segment, document number. All tokens of the contexts count, kept positions or not.
+    its segment, document number. All tokens of the contexts count, kept positions or not. Raises
+    `UsageError` for a cache of images, which has no text to count.
     """
+    if is_of_images(cache):
+        raise UsageError(
+            "this cache is of images: its positions are numbers of patches, no tokens of a text "
+            "that can be counted"
+        )
     token_table = cache.contexts
     documents = cache.context_document_numbers
     start, length = token_table.start[contexts], token_table.length[contexts]
@@ -280,7 +300,12 @@ def context_documents(cache: SequenceIndex) -> np.ndarray:
 
 
 def has_document_borders(cache: SequenceIndex) -> bool:
-    """Return whether any sequence holds two documents; reads `tokens/row_id` until the first."""
+    """Return whether any sequence holds two documents; reads `tokens/row_id` until the first.
+
+    True for a cache of images: pairs of two patches are left out as those of two documents are.
+    """
+    if is_of_images(cache):
+        return True
     if cache.document_numbers is None:
         return False
     for sequences in cache.blocks(np.arange(len(cache.sequence_length)), BLOCK_POSITIONS):

@@ -116,6 +116,11 @@ class TokenStream:
         start = int(self.starts[number])
         return self.ids[start : start + int(self.lengths[number])]
 
+    def beginning(self, count: int) -> np.ndarray:
+        """The first tokens for trial runs: `count` rows of the longest length, int64."""
+        length = int(self.lengths.max())
+        return np.resize(self.ids[: count * length], (count, length)).astype(np.int64)
+
     def select(self, numbers: np.ndarray) -> "TokenStream":
         """A stream of the sequences `numbers`, in this order."""
         # Consecutive sequence numbers are copied together: token ranges of these groups.

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from ...cache.errors import UsageError
 from ...cache.number_ranges import format_ranges
 from ...cache.store.activation_cache import ActivationCache
-from ...cache.tokens.segments import PairScope
+from ...cache.tokens.segments import PairScope, is_of_images
 
 
 def largest_pair_offset(
@@ -58,6 +58,12 @@ def check_pair_offsets(
     missing = [offset for offset in offsets if offset > largest]
     if not missing:
         return
+    if is_of_images(cache) and not scope.across_documents:
+        raise UsageError(
+            f"offsets {format_ranges(missing)} have no meaning in a cache of images, in which "
+            "position t+N is another patch; leave offsets out (0), or give across_documents=True "
+            "(--across-documents) to pair patches all the same"
+        )
     condition = " with a token of the text after it" if text else ""
     segment = "sequence" if scope.across_documents else "document of one sequence"
     dropped = (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...cache.tokens.segments import document_of
+from ...cache.tokens.segments import document_of, is_of_images
 
 if TYPE_CHECKING:
     from ...cache.store.activation_cache import ActivationCache
@@ -31,7 +31,7 @@ class ResamplingUnits:
     """The units of the bootstrap: documents, because positions of one document are alike."""
 
     name: str
-    """`document`, or `sequence` where all positions are of one document."""
+    """`document`, `image`, or `sequence` where all positions are of one document."""
     count: int
     """Number of documents (or sequences) in the evaluation."""
     unit_numbers: np.ndarray
@@ -48,7 +48,7 @@ class ResamplingUnits:
         """
         positions = cache.positions_of(sequences)
         documents, unit_numbers = np.unique(document_of(cache, positions), return_inverse=True)
-        name, count = "document", len(documents)
+        name, count = "image" if is_of_images(cache) else "document", len(documents)
         if count < 2:
             name, count = "sequence", len(sequences)
             unit_numbers = np.repeat(np.arange(count), cache.sequence_length[sequences])
@@ -68,7 +68,8 @@ class ResamplingUnits:
             )
         if self.count < FEW_DOCUMENTS:
             return (
-                f"only {self.count} documents were evaluated: intervals from so few are too narrow"
+                f"only {self.count} {self.name}s were evaluated: intervals from so few are too "
+                "narrow"
             )
         return ""
 

@@ -70,6 +70,7 @@ class CountBaseline(FittedProbe, ProbeFiles, Params):
 
     def _begin_fit(self, cache: "ActivationCache") -> None:
         """Check the parameters, and note which cache is counted."""
+        cache.check_texts("its positions are patches, no tokens of a text that can be counted")
         self._forget_folder()
         offsets = self._offsets()
         if not offsets or min(offsets) < self.least_offset:

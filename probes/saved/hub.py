@@ -64,6 +64,7 @@ PAPER_OF = {
     "lens": "Belrose et al., Tuned Lens (arXiv 2303.08112)",
     "future": "Pal et al., Future Lens (arXiv 2311.04897)",
     "vocab": "Pal et al., Future Lens (arXiv 2311.04897)",
+    "mlp": "Pal et al., Future Lens (arXiv 2311.04897), with a hidden layer",
     "basis": "Belrose et al., Tuned Lens (arXiv 2303.08112), section 4",
 }
 """Kind of a probe -> the paper of its method."""

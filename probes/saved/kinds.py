@@ -12,6 +12,8 @@ KINDS = {
     "lagged": ("..baselines.ngrams", "LaggedBigram"),
     "lens": ("..lens.tuned_lens", "TunedLens"),
     "marginal": ("..baselines.marginal_bigram", "MarginalBigram"),
+    "mlp": ("..vocabulary.mlp_probe", "MlpProbe"),
+    "prompt": ("..prompts.learned_prompt", "LearnedPrompt"),
     "ridge": ("..ridge.ridge_probe", "RidgeProbe"),
     "trigram": ("..baselines.ngrams", "Trigram"),
     "unigram": ("..baselines.ngrams", "Unigram"),

@@ -238,7 +238,7 @@ def check_widths(probe: Any, cache: "ActivationCache") -> None:
         # The view of a control may have other rows, of which the head reads a part.
         probe, allowed = control, {cache.d_model, control.n_features_in_}
     widths = {affine.weight.shape[1] for affine in getattr(probe, "maps_", {}).values()}
-    if getattr(probe, "form", None) == "head":
+    if getattr(probe, "form", None) in ("head", "mlp"):
         widths |= {len(fit.parameters["bias"]) for fit in getattr(probe, "fitted_", {}).values()}
     if not widths <= allowed:
         raise MismatchError(

@@ -36,7 +36,15 @@ from ..training.threads import CPU
 from ..training.top_tokens import find_top_tokens
 from .descent import Descent
 from .examples import Examples, LabelledRows, array_examples, cache_examples
-from .parametrizations import FullMatrix, LowRank, Parametrization, ThroughHead, default_rank
+from .parametrizations import (
+    THROUGH_HEAD,
+    FullMatrix,
+    LowRank,
+    MlpThroughHead,
+    Parametrization,
+    ThroughHead,
+    default_rank,
+)
 
 VALIDATION_POSITIONS = 8192
 """Most positions of the validation split on which a fit is measured."""
@@ -63,7 +71,7 @@ class VocabFit:
     """Identity of the data; a checkpoint of a fit of other data is refused."""
 
     head: TorchHead | None = None
-    """The model's head on the device, for `form="head"`."""
+    """The model's head on the device, for the forms of `THROUGH_HEAD`."""
     device: torch.device = CPU
     """Device of parameters and batches."""
     progress: Callable[[int], None] = lambda rows: None
@@ -93,9 +101,13 @@ class VocabFit:
     def form(self) -> Parametrization:
         """Parametrization of every regression."""
         vocab, rank = len(self.classes), self.rank
-        if self.options["form"] == "head":
+        form = self.options["form"]
+        if form in THROUGH_HEAD:
             if self.head is None:
-                raise UsageError("form='head' needs a cache: labelled rows have no head")
+                raise UsageError(f"form={form!r} needs a cache: labelled rows have no head")
+            if form == "mlp":
+                hidden, seed = self.options["hidden"], self.options["seed"]
+                return MlpThroughHead(self.head, self.d_in, self.size(), hidden, seed)
             return ThroughHead(self.head, self.d_in, self.size())
         if rank is None:
             return FullMatrix(vocab, self.d_in, self.products)
@@ -163,7 +175,7 @@ class CacheVocabFit(VocabFit):
             d_in=cache.d_model,
             options=options,
             identity={"cache": cache.id},
-            head=cache.head.torch(device) if options["form"] == "head" else None,
+            head=cache.head.torch(device) if options["form"] in THROUGH_HEAD else None,
             device=device,
             cache=cache,
         )

@@ -1,8 +1,8 @@
-"""Parametrizations of a softmax regression: full matrix, low rank, and a map before the head.
+"""Parametrizations of a softmax regression: full matrix, low rank, maps and an MLP before the head.
 
 `VocabFit.form` chooses one for all pairs of a fit; `Trainer` (`descent.py`) fits its parameters,
-and `apply_parametrization` applies them after the fit. `FullMatrix`, `LowRank` and `ThroughHead`
-have the same members:
+and `apply_parametrization` applies them after the fit. `FullMatrix`, `LowRank`, `ThroughHead` and
+`MlpThroughHead` have the same members:
 
     names       names of the parameters
     rate        learning rate in the middle of the sweep
@@ -31,6 +31,9 @@ FLOOR = 1e-7
 POWER = 0.25
 """Default power of `PrincipalAxes`; 0 to 0.5 are about as good, 1 is worse than raw states."""
 PARAMETRIZATIONS = ("auto", "full", "head")
+"""Values of `form` of a vocabulary probe; the form of an `MlpProbe` is `mlp`."""
+THROUGH_HEAD = ("head", "mlp")
+"""Forms whose result the head reads."""
 LARGEST_MATRIX = 100_000_000
 """Most weights of a matrix that is fitted where nobody names its form.
 
@@ -246,17 +249,98 @@ class ThroughHead:
         return {"weight": parameters["weight"] @ axes.inverse.T / self.size, "bias": bias}
 
 
-Parametrization = FullMatrix | LowRank | ThroughHead
+class MlpThroughHead:
+    """logits = head(size (x' weight' + bias + gelu(x' inner' + inner_bias) outer')).
+
+    `ThroughHead` with a hidden layer beside its map: `inner` `(hidden, d_in)`, `inner_bias`
+    `(hidden,)`, `outer` `(d, hidden)`. `outer` begins at 0, so that both begin as the same map.
+    """
+
+    names: tuple[str, ...] = ("weight", "bias", "inner", "inner_bias", "outer")
+    rate: float = 3e-3
+
+    def __init__(self, head: TorchHead, d_in: int, size: float, hidden: int, seed: int = 0) -> None:
+        self.linear: ThroughHead = ThroughHead(head, d_in, size)
+        self.hidden = hidden
+        self.seed = seed
+        self.weights: int = self.linear.weights + hidden * (2 * d_in + 1)
+
+    def start(self, axes: PrincipalAxes, log_frequencies: Tensor) -> ParameterTensors:
+        """The logit lens; directions of the hidden layer are drawn by the seed, on the CPU."""
+        d_in, device = self.linear.d_in, axes.axes.device
+        generator = torch.Generator().manual_seed(self.seed)
+        inner = torch.randn(self.hidden, d_in, generator=generator) / d_in**0.5
+        inner_bias = torch.randn(self.hidden, generator=generator) / 2
+        return {
+            **self.linear.start(axes, log_frequencies),
+            "inner": copy_to_device(inner, device),
+            "inner_bias": copy_to_device(inner_bias, device),
+            "outer": torch.zeros(d_in, self.hidden, device=device),
+        }
+
+    def losses(
+        self,
+        parameters: ParameterTensors,
+        x: Tensor,
+        target: Target,
+        grads: ParameterTensors | None,
+    ) -> Tensor:
+        """Losses `(n,)` of rotated states `x`; gradients of their mean are added to `grads`."""
+        size, head = self.linear.size, self.linear.head
+        inner = torch.addmm(parameters["inner_bias"], x, parameters["inner"].T)
+        active = torch.nn.functional.gelu(inner)
+        hidden = torch.addmm(parameters["bias"], x, parameters["weight"].T)
+        hidden.addmm_(active, parameters["outer"].T).mul_(size)
+        gradients = Gradients()
+        if grads is not None:
+            gradients = Gradients(x=torch.zeros_like(hidden), scale=size / max(1, len(x)))
+        losses = head_losses(hidden, head, target, gradients)
+        if grads is not None and gradients.x is not None:
+            # Chain rule, first through the sum of the map and the hidden layer.
+            grads["weight"].addmm_(gradients.x.T, x)
+            grads["bias"].add_(gradients.x.sum(0))
+            grads["outer"].addmm_(gradients.x.T, active)
+            of_inner = gradients.x @ parameters["outer"]
+            of_inner = torch.ops.aten.gelu_backward(of_inner, inner)
+            grads["inner"].addmm_(of_inner.T, x)
+            grads["inner_bias"].add_(of_inner.sum(0))
+        return losses
+
+    def folded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
+        """The map from raw states x to the head's input, by x' = (x - mean) axes."""
+        inner = parameters["inner"] @ axes.axes.T
+        return {
+            **self.linear.folded(parameters, axes),
+            "inner": inner,
+            "inner_bias": parameters["inner_bias"] - inner @ axes.mean,
+            "outer": self.linear.size * parameters["outer"],
+        }
+
+    def unfolded(self, parameters: ParameterTensors, axes: PrincipalAxes) -> ParameterTensors:
+        """The parameters for rotated states x', from a map of raw states to the head's input."""
+        return {
+            **self.linear.unfolded(parameters, axes),
+            "inner": parameters["inner"] @ axes.inverse.T,
+            "inner_bias": parameters["inner_bias"] + parameters["inner"] @ axes.mean,
+            "outer": parameters["outer"] / self.linear.size,
+        }
+
+
+Parametrization = FullMatrix | LowRank | ThroughHead | MlpThroughHead
 
 
 def apply_parametrization(parameters: ParameterTensors, rows: Tensor) -> Tensor:
     """Apply folded parameters to raw states `(n, d)`: logits, or the head's input.
 
-    The head's input, `(n, d)`, is that of `ThroughHead`. States of any dtype are cast to that of
-    the parameters, on the device of the states.
+    The head's input, `(n, d)`, is that of `ThroughHead` and `MlpThroughHead`. States of any dtype
+    are cast to that of the parameters, on the device of the states.
     """
     parameters = {name: value.to(rows.device) for name, value in parameters.items()}
     rows = rows.to(parameters["weight"].dtype)
     if "down" in parameters:
         rows = rows @ parameters["down"].T
-    return torch.addmm(parameters["bias"], rows, parameters["weight"].T)
+    mapped = torch.addmm(parameters["bias"], rows, parameters["weight"].T)
+    if "outer" in parameters:
+        inner = torch.addmm(parameters["inner_bias"], rows, parameters["inner"].T)
+        mapped.addmm_(torch.nn.functional.gelu(inner), parameters["outer"].T)
+    return mapped

@@ -46,7 +46,7 @@ from .descent import CHECKPOINT_SECONDS, Outcome, Trainer, advance
 from .examples import LOSSES, cache_examples
 from .fit_groups import CheckpointFolder, fit_vocab_groups
 from .fit_job import ArrayVocabFit, CacheVocabFit, VocabFit, layers_and_offsets, scope_of
-from .parametrizations import PARAMETRIZATIONS, apply_parametrization
+from .parametrizations import PARAMETRIZATIONS, THROUGH_HEAD, apply_parametrization
 
 PARTIAL_STEPS = 300
 """Steps of `partial_fit` that divide its first learning rate by sqrt 2."""
@@ -88,6 +88,8 @@ class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
     kind = "vocab"
     fitted_attribute = "fitted_"
     not_pickled: ClassVar[tuple[str, ...]] = ("_trainers",)
+    forms: ClassVar[tuple[str, ...]] = PARAMETRIZATIONS
+    """Values of `form`."""
     _chosen_rank: int | None = None
     """Rank that `form="auto"` chose, None for a full matrix or a given rank."""
 
@@ -237,7 +239,7 @@ class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
         self._check_params()
         chosen = choose_device(device)
         # Numbers of numpy as Python's: they come back in checkpoints and metrics.
-        options = plain_value(self.get_params())
+        options = self._fit_options()
         offsets = as_tuple(self.offsets, "offsets")
         if isinstance(X, ActivationCache):
             layers = X.layers if self.layers is None else as_tuple(self.layers, "layers")
@@ -268,9 +270,13 @@ class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
             [pair], classes, X.shape[1], options, identity, device=chosen, X=X, y=y
         )
 
+    def _fit_options(self) -> dict[str, Any]:
+        """All parameters of a fit: those of the constructor."""
+        return plain_value(self.get_params())
+
     def _check_params(self) -> None:
         """Raise `UsageError` for a parameter that cannot be right."""
-        choices = {"loss": LOSSES, "form": PARAMETRIZATIONS, "products": PRODUCTS}
+        choices = {"loss": LOSSES, "form": self.forms, "products": PRODUCTS}
         for name, values in choices.items():
             value = getattr(self, name)
             if value not in values:
@@ -375,7 +381,7 @@ class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
     ) -> Any:
         """`read` of the logits of rows `(n, d)`: `(n, classes)` if `per_class`, else `(n,)`."""
         parameters, classes = self.map(*pair), len(self.classes_)
-        if self.form == "head" and self.head_ is None:
+        if self.form in THROUGH_HEAD and self.head_ is None:
             raise UsageError("a saved map needs its head: set probe.head_ = cache.head.torch()")
 
         def predict_block(rows: np.ndarray) -> np.ndarray:
@@ -431,7 +437,7 @@ class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
             y = as_array(y, "y", known_length=False, kinds=LABELS)
             predicted = np.asarray(self.predict(X, *pair))
             return accuracy_score(np.asarray(y), predicted, sample_weight=sample_weight)
-        if self.form == "head" and self.head_ is None:
+        if self.form in THROUGH_HEAD and self.head_ is None:
             self.head_ = X.head.torch()
         top_tokens = np.zeros(0, np.int32)
         if self.loss != "text":
@@ -466,7 +472,7 @@ class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
         if batch.hidden is None:
             raise UsageError("the vocabulary probe reads a layer; this batch has none")
         mapped = apply_parametrization(self.map(layer, offset), batch.hidden)
-        return batch.head(mapped) if self.form == "head" else mapped
+        return batch.head(mapped) if self.form in THROUGH_HEAD else mapped
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """A JSON object and tensors for `save_probe`; `restore` is the inverse."""
@@ -502,7 +508,7 @@ class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
         classes = np.arange(vocab) if labels is None else array_of(labels, dtype, "classes")
         if classes.shape != (vocab,):
             raise FieldError(f"classes have shape {classes.shape}; expected {(vocab,)}")
-        probe._clear(VocabFit([], classes, config["d_model"], params))
+        probe._clear(VocabFit([], classes, width, probe._fit_options()))
         probe._restore_origin(config)
         probe.sweep_ = config["sweep"]
         probe.steps_, probe.passes_ = config.get("steps", 0), config.get("passes", 0)
@@ -516,10 +522,16 @@ class VocabProbe(  # pyright: ignore[reportIncompatibleVariableOverride] (HTML o
             if f"{prefix}down" in tensors:
                 down = tensors.array(f"{prefix}down", (None, width))
                 parameters["down"], rank = torch.tensor(down), len(down)
-            n_outputs = None if probe.form == "head" else vocab
+            n_outputs = None if probe.form in THROUGH_HEAD else vocab
             weight = tensors.array(f"{prefix}weight", (n_outputs, rank))
             bias = tensors.array(f"{prefix}bias", weight.shape[:1])
             parameters |= {"weight": torch.tensor(weight), "bias": torch.tensor(bias)}
+            if probe.form == "mlp":
+                inner = tensors.array(f"{prefix}inner", (None, width))
+                outer = tensors.array(f"{prefix}outer", (len(weight), len(inner)))
+                inner_bias = tensors.array(f"{prefix}inner_bias", (len(inner),))
+                arrays = {"inner": inner, "inner_bias": inner_bias, "outer": outer}
+                parameters |= {name: torch.tensor(array) for name, array in arrays.items()}
             metrics = {name: value for name, value in row.items() if name != "history"}
             if "crossing" in row:
                 probe._crossing = {**(probe._crossing or {}), pair[1]: row["crossing"]}

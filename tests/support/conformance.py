@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from residua.cache.checks.model_checks import ModelReport, check_model
-from residua.cache.errors import ResiduaError
+from residua.cache.errors import ModelError, ResiduaError
 from residua.cache.head.saved_head import load_head
-from residua.cache.model.blocks import run_model
+from residua.cache.model.blocks import DecoderBlocks, run_model
+from residua.cache.resuming.resumable_model import ResumableModel
 from residua.cache.tokens.token_stream import TokenStream, from_sequences
 
 from .architectures import VOCAB, build_architecture
@@ -45,8 +46,12 @@ class Verdict:
     pad: bool = True
     states: str = ""
     """Layers 0..L-1 compared with transformers' hidden states: `same`, `other`; empty if absent."""
+    not_resumed: tuple[int, ...] = ()
+    """Layers from which the model is refused to be resumed."""
+    resume_error: float = 0.0
+    """Largest error of the other layers, on a changed stream, with padding."""
     error: float = 0.0
-    """Largest error of all comparisons."""
+    """Largest error of all other comparisons."""
 
 
 @cache
@@ -73,6 +78,7 @@ def check_architecture(kind: str, folder: Path, **fields: Any) -> Verdict:
         layers = [layer.clone() for layer in report.stack.residuals(ids)]
         states = _compare_hidden_states(model, ids, layers)
         padding = _padding_error(report, ids, layers) if report.pad else 0.0
+    not_resumed, resume_error = measure_resuming(report.stack)
     error = max(padding, report.head_error, _head_error(model, report, layers[-1], logits, folder))
     stack, axes = report.stack, report.stack.axes
     plain = axes.is_plain and len(stack.stream_indices) == 1
@@ -91,8 +97,41 @@ def check_architecture(kind: str, folder: Path, **fields: Any) -> Verdict:
         causal=report.causal,
         pad=report.pad,
         states=states,
+        not_resumed=not_resumed,
+        resume_error=resume_error,
         error=error,
     )
+
+
+def measure_resuming(blocks: DecoderBlocks) -> tuple[tuple[int, ...], float]:
+    """Layers that `ResumableModel` refuses, and the largest error of resuming from the others.
+
+    A changed stream is compared with a full run in which a hook overwrites the layer, on tokens and
+    a shape that the model's own proof does not have.
+    """
+    try:
+        model = ResumableModel(blocks)
+    except ModelError:
+        return tuple(range(blocks.depth + 1)), 0.0
+    refused: list[int] = []
+    largest = 0.0
+    ids = torch.from_numpy(np.random.default_rng(5).integers(3, VOCAB - 1, (3, 26)))
+    mask = torch.ones_like(ids)
+    mask[2, 19:] = 0
+    with torch.inference_mode():
+        for layer in range(blocks.depth + 1):
+            if not model.can_resume(layer):
+                refused.append(layer)
+                continue
+            stream = blocks.residuals(ids, mask)[layer]
+            generator = torch.Generator().manual_seed(layer)
+            hidden = 0.7 * stream + 0.4 * stream.float().std() * torch.randn(
+                stream.shape, generator=generator
+            ).to(stream.dtype)
+            full = model.overwrite(layer, hidden, ids, mask)[mask > 0]
+            resumed = model.resume(layer, hidden, ids, mask)[mask > 0]
+            largest = max(largest, float((full - resumed).abs().max() / full.abs().max()))
+    return tuple(refused), largest
 
 
 def _head_error(

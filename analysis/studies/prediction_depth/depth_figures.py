@@ -88,10 +88,18 @@ def _group_series(rows: Sequence[PredictionDepthRow], lens: str, division: str) 
     own = [row for row in rows if row.lens == lens and row.division == division]
     return Series(
         lens,
-        [row.group for row in own],
+        [_group_x(row) for row in own],
         [row.depth for row in own],
         [row.depth_interval[0] for row in own],
         [row.depth_interval[1] for row in own],
         kind="bars" if division == CLASS else "line",
         names=[f"{row.n} positions, loss {row.loss or float('nan'):.2f} nats" for row in own],
     )
+
+
+def _group_x(row: PredictionDepthRow) -> float | str:
+    """Where a group stands: deciles are numbers, classes and iterations words."""
+    if row.division == FREQUENCY:
+        return float(row.group)
+    is_iteration = row.division == LEARNED and row.group != "never"
+    return f"step {row.group}" if is_iteration else row.group

@@ -11,6 +11,7 @@ import numpy as np
 
 from ....cache.devices import choose_device
 from ....cache.errors import UsageError
+from ....cache.format.manifest import SHORT_ID
 from ....cache.progress import Auto, StageProgress, progress_of_stage, show_stages
 from ....probes.base.readout import Readout
 from ....probes.lens.logit_lens import LogitLens
@@ -160,10 +161,11 @@ def _next_token_groups(
     try:
         groups[CLASS] = classify_next_tokens(cache, sample.positions, text)
     except UsageError as error:
-        notes.append(f"no classes of tokens: {error}")
+        notes.append(f"no classes of tokens: {str(error).partition(';')[0]}")
     counts = count_tokens(cache)
     groups[FREQUENCY] = frequency_deciles(counts, text)
-    log_count = np.log(counts[np.maximum(text, 0)].astype(np.float64))
+    # Where a text ends there is no next token, and token 0 may stand nowhere.
+    log_count = np.log(np.maximum(counts[np.maximum(text, 0)], 1).astype(np.float64))
     variables = {
         ("loss", "all"): loss,
         ("loss", "right"): np.where(correct == 1, loss, np.nan),
@@ -256,7 +258,9 @@ def _settings(
     """Arguments that change the numbers."""
     settings: dict[str, Any] = {"split": sample.split, "seed": sample.seed}
     if checkpoints is not None:
-        settings["checkpoints"] = {str(n): other.id for n, other in sorted(checkpoints.items())}
+        settings["checkpoints"] = ", ".join(
+            f"{number}: {other.id[:SHORT_ID]}" for number, other in sorted(checkpoints.items())
+        )
     if learned is not None:
         settings["learned"] = learned
     return settings

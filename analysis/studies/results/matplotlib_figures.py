@@ -76,6 +76,8 @@ def _panel_size(panel: Panel | HeatPanel) -> tuple[float, float]:
     if isinstance(panel, Panel):
         return PANEL_WIDTH, PANEL_HEIGHT
     width, height = (CELL_WIDTH, CELL_HEIGHT) if panel.texts else (SMALL_CELL, SMALL_CELL)
+    if panel.texts:
+        width *= max(1.0, panel.letters / CELL_LETTERS)
     names = max((len(name) for name in panel.y_names), default=0)
     return (
         min(40.0, max(PANEL_WIDTH, width * len(panel.x_names) + 1.6 + 0.06 * names)),
@@ -171,7 +173,7 @@ def _draw_heat(place: Any, panel: HeatPanel) -> None:
             place.text(
                 x,
                 y,
-                plain(text, CELL_LETTERS),
+                plain(text, panel.letters),
                 ha="center",
                 va="center",
                 fontsize=7,

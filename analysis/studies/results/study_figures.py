@@ -74,6 +74,9 @@ class HeatPanel:
     hovers: Sequence[Sequence[str]] | None = None
     """Text of each cell under the mouse; lines are divided by newlines."""
     color_range: tuple[float | None, float | None] = (None, None)
+    letters: int = 12
+    """Letters of a cell in pictures for papers; pages have room for 12, and show all under the
+    mouse."""
     diverging: bool = False
     """Whether 0 is the middle of two colours."""
 

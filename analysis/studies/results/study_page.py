@@ -1,6 +1,7 @@
 """The page of a study, or of several: question, method, picture, what it says, numbers."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,17 @@ def _cell_html(value: Any) -> str:
     kind = "" if is_number or key is None else ' class="name"'
     sorted_by = "" if key is None else escape(str(key))
     return f'<td{kind} data-v="{sorted_by}">{escape(cell_text(value))}</td>'
+
+
+def short_html(result: StudyResult, most_rows: int = 12) -> str:
+    """Question, sentences and the first rows of the main table, without a picture."""
+    says = "".join(f"<li>{escape(sentence)}</li>" for sentence in result.says)
+    notes = "".join(f"<li>{escape(sentence)}</li>" for sentence in result.does_not_say)
+    table = result.tables[0]
+    first = replace(table, rows=table.rows[:most_rows])
+    left = len(table.rows) - len(first.rows)
+    more = f"<p>{left:,} more rows in <code>to_dataframe()</code></p>" if left else ""
+    return (
+        f"<div><h4>{escape(result.title)}</h4><p>{escape(result.question)}</p><ul>{says}</ul>"
+        f"<ul>{notes}</ul>{table_html(first)}{more}</div>"
+    )

@@ -163,6 +163,10 @@ class StudyResult:
             "analysis.studies.results.study_page", "write_study_page", [self], Path(path), command
         )
 
+    def _repr_html_(self) -> str:
+        """Question, what the study says, and its main table, for notebooks."""
+        return call_above("analysis.studies.results.study_page", "short_html", self)
+
     def __repr__(self) -> str:
         tables = ", ".join(f"{table.name} ({len(table.rows)} rows)" for table in self.tables)
         return f"<study {self.study} of {self.subject.model_name}: {tables}>"

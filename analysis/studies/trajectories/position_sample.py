@@ -14,7 +14,7 @@ from ....probes.base.resampling import (
     bootstrap_interval,
     resampling_counts,
 )
-from ...evaluation.windows import check_where, choose_sequences
+from ...evaluation.windows import check_where, choose_sequences, class_token_mask
 
 if TYPE_CHECKING:
     from ....cache.store.activation_cache import ActivationCache
@@ -108,9 +108,13 @@ def choose_positions(
     """Positions of whole sequences of `split`, drawn at random by `seed`.
 
     Up to `max_positions`, but one sequence at least; `where` is a bool mask `(positions,)` of those
-    that count. Raises `UsageError` for an empty split, and a mask without a position of the sample.
+    that count; by default all, of images the class token. Raises `UsageError` for an empty split,
+    and a mask without a position of the sample.
     """
     check_where(cache, where)
+    grid = cache.manifest.image_grid
+    if grid is not None and where is None:
+        where, max_positions = class_token_mask(cache), max_positions * grid.tokens
     sequences = choose_sequences(cache, split, max_positions, seed)
     sequences = sequences[cache.sequence_length[sequences] > 0]
     sample = PositionSample(cache, split, sequences, seed, where)

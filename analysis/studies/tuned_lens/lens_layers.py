@@ -42,6 +42,9 @@ class LensLayerRow:
     echo: float | None
     """Share of positions where the top token is the token that was just read."""
     echo_interval: Interval
+    echo_excess: float | None
+    """`echo` less that of the model at the same positions."""
+    echo_excess_interval: Interval
     agreement: float | None
     """Share of positions where the top token is the model's."""
     agreement_interval: Interval
@@ -83,6 +86,8 @@ def _layer_row(sample: PositionSample, lens: Trajectories, column: int, layer: i
     kl, kl_interval = sample.mean(values("kl"))
     loss, loss_interval = sample.mean(values("cross_entropy"))
     echo, echo_interval = sample.mean(echoes(lens.top[:, column], sample.tokens))
+    own_echoes = echoes(lens.top[:, -1], sample.tokens)
+    excess, excess_interval = sample.mean(echoes(lens.top[:, column], sample.tokens) - own_echoes)
     agreement, agreement_interval = sample.mean(agrees(lens.top, column))
     entropy, entropy_interval = sample.mean(values("entropy"))
     js, js_interval = sample.mean(values("js"))
@@ -106,6 +111,8 @@ def _layer_row(sample: PositionSample, lens: Trajectories, column: int, layer: i
         marginal_bias_bits=None if bias is None else bias * BITS,
         echo=echo,
         echo_interval=echo_interval,
+        echo_excess=excess,
+        echo_excess_interval=excess_interval,
         agreement=agreement,
         agreement_interval=agreement_interval,
         entropy=entropy,

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from ....probes.base.resampling import Interval
 from ..prediction_depth.number_texts import holds_zero, number_text, percent_text
 from .early_guesses import BUCKETS, EarlyGuessRow
 from .entropy_profiles import ProfileClassifierRow
@@ -67,19 +66,15 @@ def quality_sentences(rows: Sequence[LensLayerRow], middle_layer: int) -> list[s
             )
         echoing = max(below, key=lambda row: row.echo or 0.0)
         own = last[lens]
-        clear = _is_above(echoing.echo_interval, own.echo_interval)
+        clear = not holds_zero(echoing.echo_excess_interval)
         says.append(
             f"{lens} repeats the input token most at layer {echoing.layer}: "
-            f"{percent_text(echoing.echo, echoing.echo_interval)} of positions; the model itself "
-            f"{percent_text(own.echo, own.echo_interval)}"
+            f"{percent_text(echoing.echo, echoing.echo_interval)} of positions, the model itself "
+            f"{percent_text(own.echo, own.echo_interval)}; difference "
+            f"{percent_text(echoing.echo_excess, echoing.echo_excess_interval)}"
             f"{'' if clear else ': no clear difference'}."
         )
     return says
-
-
-def _is_above(first: Interval, second: Interval) -> bool:
-    """Whether the first interval lies above the second."""
-    return first[0] is not None and second[1] is not None and first[0] > second[1]
 
 
 def drift_sentences(rows: Sequence[DriftRow], pairs: Sequence[LayerPairRow]) -> list[str]:

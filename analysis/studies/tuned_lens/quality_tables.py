@@ -29,6 +29,7 @@ HEADINGS = {
         "kl": "KL (nats)",
         "marginal_bias_bits": "marginal bias (bits)",
         "echo": "input echo",
+        "echo_excess": "more than the model",
         "agreement": "top-1 agreement",
         "entropy": "entropy (nats)",
         "rank": "median rank",

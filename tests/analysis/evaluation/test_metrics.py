@@ -41,6 +41,7 @@ def measures_in_float64(
         out["kl_reverse"].append(sum(back))
         out["nll"].append(-log_q[top])
         out["surprisal"].append(-log_p[order[0]])
+        out["confidence"].append(np.exp(log_q.max()))
         out["n_text"].append(known)
         out["nll_text"].append(-log_q[text[row]] if known else 0)
         for k in KS:
@@ -98,7 +99,7 @@ def test_row_is_the_mean_over_positions_and_over_text(example):
     assert row is not None
     assert (row.probe, row.layer, row.offset, row.n) == ("ridge", 3, 1, ROWS)
     assert row.n_text == (text >= 0).sum()
-    for name in set(COLUMNS) - {"n", "n_text"}:
+    for name in set(COLUMNS) - {"n", "n_text", "confidence"}:
         mean = want[name].sum() / (row.n_text if name.endswith("_text") else row.n)
         assert getattr(row, name) == pytest.approx(mean, rel=1e-5), name
 

@@ -9,20 +9,25 @@ import torch
 
 from residua.analysis.evaluation import comparison, metrics, windows
 from residua.analysis.evaluation.comparison import rank_of
+from residua.analysis.evaluation.confidence_buckets import BucketTally
 from residua.analysis.evaluation.distributions import Reference
 from residua.analysis.evaluation.lens_heatmap import heatmap, heatmaps
 from residua.analysis.evaluation.pair_tiles import matching_tiles
+from residua.analysis.evaluation.plan import plan_evaluation
 from residua.analysis.evaluation.probe_evaluation import evaluate
 from residua.analysis.evaluation.probe_head import VocabBuffers, choose_products
 from residua.analysis.evaluation.result import Evaluation
+from residua.analysis.evaluation.window_tally import tally_windows
 from residua.analysis.evaluation.windows import EvaluationSample, default_window_rows
 from residua.cache.errors import ModelError, ResiduaWarning, UsageError
 from residua.cache.store.activation_cache import ActivationCache
 from residua.cache.tokens.segments import PairScope
 from residua.probes.base.readout import ReadoutBatch
+from residua.probes.base.resampling import ResamplingUnits
 from residua.probes.baselines.marginal_bigram import MarginalBigram
 from residua.probes.baselines.ngrams import Bigram, Trigram
 from residua.probes.controls.control_probe import ControlProbe
+from residua.probes.lens.logit_lens import LogitLens
 from residua.probes.lens.tuned_lens import TunedLens
 from residua.probes.ridge.ridge_probe import RidgeProbe
 from residua.probes.vocabulary.vocab_probe import VocabProbe
@@ -314,3 +319,30 @@ def test_buffers_grow_and_are_given_up():
     assert buffers.rows("other", 1).data_ptr() != buffers.rows("logits", 1).data_ptr()
     buffers.clear()
     assert buffers.rows("logits", 1).shape == (1, 5)
+
+
+def test_an_observer_sees_every_pair_once_with_the_measures_that_are_summed(
+    cache: ActivationCache,
+) -> None:
+    sequences = cache.sequences("test")
+    sample = EvaluationSample(cache, sequences)
+    plan = plan_evaluation(cache, {"lens": LogitLens([0, 1], [0, 2])}, progress=None)
+    units = ResamplingUnits.of(cache, sequences, 0)
+    tally = BucketTally(plan.keys, units.n_resampled, sample.targets.count)
+    seen: dict = {}
+
+    def observe(key, window, targets, measures):
+        rows = window.sample_index[window.target_rows[targets]]
+        seen.setdefault(key, []).append((rows, measures))
+
+    tally_windows(
+        sample, plan, units, tally, device=torch.device("cpu"), batch_rows=37, observe=observe
+    )
+    assert set(seen) == set(plan.keys)
+    for key, parts in seen.items():
+        rows = np.concatenate([rows for rows, _ in parts])
+        measures = np.concatenate([measures for _, measures in parts])
+        assert len(rows) == len(set(rows.tolist())) > 0
+        sums = np.zeros((units.n_resampled, len(metrics.COLUMNS)))
+        np.add.at(sums, units.unit_numbers[rows], measures)
+        np.testing.assert_allclose(tally.unit_sums(key).sums, sums, rtol=1e-6, atol=1e-6)

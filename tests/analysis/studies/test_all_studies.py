@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import residua
+from residua.analysis.commands.study_commands import study
 from residua.analysis.studies import all_studies as all_studies_file
 from residua.analysis.studies.all_studies import run_all_studies
 from residua.analysis.studies.study_registry import STUDIES
-from residua.cache.errors import UsageError
+from residua.cache.errors import NotFoundError, UsageError
 from residua.cache.store.activation_cache import ActivationCache
-from residua.cli import main, study
+from residua.cli import main
 from residua.probes.lens.logit_lens import LogitLens
 
 
@@ -74,3 +76,10 @@ def test_the_command_writes_a_page_and_prints_what_was_skipped(
     assert (tmp_path / "page.html").stat().st_size > 1000
     value = json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)
     assert set(value["skipped"]) | set(value["studies"]) == set(STUDIES)
+
+
+def test_a_study_is_made_by_its_name(tiny_cache: ActivationCache) -> None:
+    result = residua.study("tuned-lens", tiny_cache, split="all", max_positions=100, progress=None)
+    assert result.study == "tuned-lens"
+    with pytest.raises(NotFoundError, match="no study 'astrology'; studies are"):
+        residua.study("astrology", tiny_cache)

@@ -47,6 +47,8 @@ REFUSED = {
 """Refused, with a part of the reason."""
 NOT_BUILT = {"gemma3n", "gemma4_assistant", "gemma4_unified_assistant"}
 """Need the timm library, or another model's key-value cache."""
+NOT_RESUMED = {"cpmant", "gemma3n_text", "hy_v4", "zaya"}
+"""Carry more than the stream from block to block: some layers are refused to be resumed."""
 VARIANTS: dict[str, tuple[str, dict]] = {
     "bert, decoder": ("bert", {"is_decoder": True}),
     "roformer, decoder": ("roformer", {"is_decoder": True}),
@@ -80,6 +82,10 @@ def check(verdict: Verdict) -> None:
     assert verdict.status == expected, verdict
     assert REFUSED.get(verdict.kind, "") in verdict.reason
     assert verdict.error <= TOLERANCE
+    assert verdict.resume_error <= TOLERANCE
+    if expected == "extracted":
+        assert bool(verdict.not_resumed) == (verdict.kind in NOT_RESUMED), verdict
+        assert not {0, verdict.depth} & {*verdict.not_resumed}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAST if kind in KINDS])

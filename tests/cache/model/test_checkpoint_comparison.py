@@ -261,7 +261,7 @@ def test_every_class_loads_what_it_saved_and_misses_what_is_taken_out(
     folder = save_checkpoint(tmp_path / "model", model)
     first = load_or_reason(folder)
     if isinstance(first, str):  # the class reads the configuration of a part, which has no folder
-        assert "Unrecognized configuration class" in first
+        assert "transformers has none for" in first or "reads images among" in first
         return
     whole = {name: tensor.clone() for name, tensor in first.named_parameters()}
     for name, tensor in model.named_parameters():

@@ -310,6 +310,19 @@ def test_one_document_and_few_layers_are_said(tmp_path: Path) -> None:
     assert result.subject.units == "sequence"
 
 
+@pytest.mark.parametrize("lengths", [[1], [1, 1], [5]])
+def test_few_positions_give_what_is_defined(tmp_path: Path, lengths: list[int]) -> None:
+    ids = np.arange(1, 1 + sum(lengths))
+    tops = np.stack([ids, ids + 1, ids + 1])
+    cache = cache_with_tops(tmp_path, tops, lengths, VOCAB, ids)
+    result = study_prediction_depth(cache, split="all", progress=None, device="cpu")
+    row = row_of(result, "depth", division="all")
+    assert (row.n, row.depth) == (len(ids), 1)
+    assert row.depth_interval == ((1, 1) if len(lengths) > 1 else (None, None))
+    assert {row.correlation for row in result.table("correlations").rows} == {None}
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
 def test_the_command_writes_a_page(tiny_cache: ActivationCache, tmp_path: Path) -> None:
     page = tmp_path / "depth.html"
     arguments = ["study", "depth", str(tiny_cache.path), "--json", "--max-positions", "500"]

@@ -105,6 +105,13 @@ def test_json_tables_and_frames_hold_all_fields() -> None:
         result_of().plot("x")
 
 
+def test_a_notebook_shows_what_the_study_says_and_its_table() -> None:
+    shown = result_of()._repr_html_()
+    assert "Does it?" in shown
+    assert "0.500 to 1.500" in shown
+    assert "<script>" not in shown
+
+
 def test_pictures_have_every_panel_and_one_legend() -> None:
     figure = result_of().plot()
     titles = {axis.get_title(loc="left") for axis in figure.axes}

@@ -116,6 +116,9 @@ def test_rows_of_layers_are_those_of_plain_numpy(tmp_path: Path, spoil: bool) ->
             kl = (p[both] * np.log(p[both] / q[both])).sum(1).mean()
             assert row.kl == pytest.approx(kl, rel=1e-3, abs=1e-6)
             assert row.echo == pytest.approx((q[lens].argmax(1) == tokens[lens]).mean())
+            excess = (q[both].argmax(1) == tokens[both]).mean()
+            excess -= (p[both].argmax(1) == tokens[both]).mean()
+            assert row.echo_excess == pytest.approx(excess)
             agrees = (q[both].argmax(1) == p[both].argmax(1)).mean()
             assert row.agreement == pytest.approx(agrees)
             mean_p, mean_q = p[np.isfinite(p).all(1)].mean(0), q[both].mean(0)
@@ -203,6 +206,17 @@ def test_planted_echoes_and_early_guesses_are_found(tmp_path: Path) -> None:
         "layer-spread",
         "passage",
     }
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 1], [5]])
+def test_few_positions_give_what_is_defined(tmp_path: Path, lengths: list[int]) -> None:
+    ids = np.arange(1, 1 + sum(lengths))
+    cache = cache_with_tops(tmp_path, np.stack([ids, ids + 1]), lengths, 12, ids)
+    result = study_tuned_lens(cache, split="all", progress=None, device="cpu")
+    first = row_of(result, "layers", layer=0)
+    assert (first.echo, first.agreement) == (1, 0)
+    assert (first.cross_entropy is None) == (max(lengths) == 1)
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_buckets_count_ranks_of_frequency() -> None:
