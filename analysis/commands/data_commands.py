@@ -52,7 +52,7 @@ def data() -> None:
 @click.option("--seed", type=WHOLE_NUMBER, default=0, show_default=True, help="Seed of the texts.")
 @click.option(
     "--model",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=click.Path(path_type=Path),
     help="Folder of a model: write random token ids of its tokenizer (induction and period).",
 )
 @residua_command
@@ -101,7 +101,7 @@ def in_context(root: Path, quiet: bool, out: Path, kinds: str | None, **options:
 )
 @click.option(
     "--templates",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=click.Path(path_type=Path),
     help='File of own templates: lines {"name", "injected", "benign"} with {wanted} in both.',
 )
 @click.option(
@@ -113,7 +113,7 @@ def in_context(root: Path, quiet: bool, out: Path, kinds: str | None, **options:
 )
 @click.option(
     "--model",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=click.Path(path_type=Path),
     help="Folder of a model whose tokens count as lengths.  [default: characters]",
 )
 @click.option("--seed", type=WHOLE_NUMBER, default=0, show_default=True, help="Seed of the draws.")

@@ -194,7 +194,7 @@ def _make_map(shots: int, rng: random.Random) -> Continuation:
 def _make_equations(shots: int, rng: random.Random) -> Continuation:
     """Lines `a ? b = c`; the answer is c and the first number of a next line, which is random.
 
-    The end of the line after c belongs to the determined part.
+    The line break after c is no part of the determined one: it follows from no shot.
     """
     rule = rng.choice(("sum", "difference"))
 
@@ -206,7 +206,7 @@ def _make_equations(shots: int, rng: random.Random) -> Continuation:
     lines = "".join(f"{a} ? {b} = {c}\n" for a, b, c in (equation() for _ in range(shots)))
     a, b, c = equation()
     labels = {"period": 0, "rule": rule}
-    return Continuation(f"{lines}{a} ? {b} = ", f"{c}\n", str(equation()[0]), 1, labels)
+    return Continuation(f"{lines}{a} ? {b} = ", str(c), f"\n{equation()[0]}", 1, labels)
 
 
 def ordinary_token_ids(tokenizer: "Tokenizer") -> list[int]:
