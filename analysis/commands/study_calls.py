@@ -154,8 +154,8 @@ def run_every_study(study_all: Callable[..., "AllStudies"], call: StudyCall, **o
 
 
 def predicts_tokens(probe: Mapping[str, Any]) -> bool:
-    """Whether a probe of `list_probes` is a readout: bases of directions are none."""
-    return probe["kind"] != "basis"
+    """Whether a probe of `list_probes` is a readout: bases and prompts are none."""
+    return probe["kind"] not in ("basis", "prompt")
 
 
 def finish_study(

@@ -378,13 +378,16 @@ def _gain_figure(rows: list[EditRow]) -> StudyFigure:
     panel = Panel(
         "Gain against harm",
         "harm: KL on other text, nats",
-        "gain: fall of the mean |p(first) - p(second)|",
+        "gain",
         series,
         reference=0.0,
         reference_label="unchanged",
     )
     return StudyFigure(
-        "gain-harm", "Each curve is one direction, from amount 0 at the left on.", [[panel]]
+        "gain-harm",
+        "Gain, the fall of the mean |p(first) - p(second)|, against harm. Each curve is one "
+        "direction, from amount 0 at the left on.",
+        [[panel]],
     )
 
 

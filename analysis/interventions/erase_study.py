@@ -144,6 +144,10 @@ def study_erasure(
     contrasts = _contrasts(effects, chosen, offsets)
     undefined = effects.undefined(effects.changes, edited)
     notes = [note] if (note := runs.sample.units.note) else []
+    notes.append(
+        f"Positions of a sequence are changed {spacing} apart in one run: a prediction may also "
+        "feel changes further back."
+    )
     if not_resumed := [layer for layer in chosen if not runs.is_resumed(layer)]:
         notes.append(f"All blocks ran for layers {not_resumed}: the model cannot be resumed there.")
     if undefined:
@@ -182,6 +186,8 @@ def study_erasure(
         does_not_say=[
             "What a linear subspace holds is not all that a layer tells of later tokens, and other "
             "positions may tell the same: no effect is no proof that the model does not plan.",
+            "Of many contrasts some are clear by chance: intervals are not corrected for their "
+            "number.",
             "A larger loss at t + N shows that the state at t is read later, not that the model "
             "computed it for that purpose.",
         ],

@@ -42,13 +42,17 @@ class JobCommand:
     """Whether the work runs the model: on a worker with a GPU, if there is one."""
     caches: tuple[str, ...] = ()
     """Arguments beside `cache` that name caches of the server, each `CACHE` or `NAME=CACHE`."""
+    texts: tuple[str, ...] = ()
+    """Arguments beside `data` that name files of texts of the server."""
+    needs_model: bool = False
+    """Whether it runs the model of the cache, which its origin names if no argument does."""
     is_repeated: bool = False
     """Whether asking again after the end runs it again: what it found may not be so any more."""
 
 
 JOB_COMMANDS = {
     "extract": JobCommand(prefers_gpu=True),
-    "repair": JobCommand(prefers_gpu=True, is_repeated=True),
+    "repair": JobCommand(prefers_gpu=True, is_repeated=True, needs_model=True),
     "verify": JobCommand(is_repeated=True),
     "fit ridge": JobCommand(layers=("layers", "target")),
     "fit baseline": JobCommand(),
@@ -57,6 +61,15 @@ JOB_COMMANDS = {
     "fit mlp": JobCommand(layers=("layers",)),
     "fit basis": JobCommand(layers=("layers",)),
     "evaluate": JobCommand(),
+    "fit jacobian": JobCommand(layers=("layers",), prefers_gpu=True, needs_model=True),
+    "fit prompt": JobCommand(layers=("layers",), prefers_gpu=True, needs_model=True),
+    "intervene patch": JobCommand(layers=("layers",), prefers_gpu=True, needs_model=True),
+    "intervene prompt": JobCommand(layers=("layers",), prefers_gpu=True, needs_model=True),
+    "intervene erase": JobCommand(layers=("layers",), prefers_gpu=True, needs_model=True),
+    "intervene edit": JobCommand(
+        layers=("layers",), prefers_gpu=True, needs_model=True, texts=("sentences",)
+    ),
+    "intervene exit": JobCommand(),
     "study all": JobCommand(is_repeated=True),
     **{f"study {name}": JobCommand(caches=entry.caches) for name, entry in STUDIES.items()},
 }
@@ -174,7 +187,7 @@ def _complete_names(
         given["probes"] = run["probes"] = [named_probe(settings.root, name) for name in names]
     if command == "fit basis" and given.get("lens", LOGIT_LENS) != LOGIT_LENS:
         given["lens"] = run["lens"] = probe_name(settings.root, given["lens"])
-    if command == "repair" and "model" not in given:
+    if JOB_COMMANDS[command].needs_model and "model" not in given:
         cache = ActivationCache(find_path(given["cache"], settings.root))
         name = read_origin(cache.path).get("model", cache.manifest.model_name)
         run["model"] = str(confine_model(settings, name))
@@ -183,6 +196,12 @@ def _complete_names(
         run["model"] = str(model)
         uses_hub |= isinstance(model, str)
         inputs["model"] = fingerprint(model)
+    for name in JOB_COMMANDS[command].texts:
+        if name in given:
+            texts = confine_data(settings, given[name])
+            run[name] = str(texts)
+            uses_hub |= isinstance(texts, str)
+            inputs[name] = fingerprint(texts)
     if "data" in given:
         data = confine_data(settings, given["data"])
         run["data"] = str(data)

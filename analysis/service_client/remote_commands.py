@@ -79,7 +79,7 @@ def _run_job(
             raise UsageError(f"--{name} and --server exclude each other: {reason}")
     lines = bool(arguments.pop("no_tty", False))
     outputs = {name: Path(arguments[name]) for name in OUTPUTS if arguments.get(name)}
-    if command.startswith("study "):
+    if command.startswith(("study ", "intervene ")):
         StudyFiles(outputs.get("html"), outputs.get("png"), outputs.get("csv")).check()
     else:
         check_outputs(outputs.get("html"), outputs.get("png"))
@@ -141,6 +141,9 @@ def _name_for_server(connection: ServerConnection, command: str, arguments: dict
     for name in ("cache", "lens"):
         if isinstance(arguments.get(name), str):
             arguments[name] = _last_part(connection.url, arguments[name])
+    for name in JOB_COMMANDS[command].texts:
+        if name in arguments:
+            arguments[name] = send_data(connection, arguments[name])
     for name in JOB_COMMANDS[command].caches:
         if name in arguments:
             names = arguments[name] if isinstance(arguments[name], list) else [arguments[name]]

@@ -209,7 +209,7 @@ function showResult(card, job) {
   const value = job.value ?? {};
   if (value.cache) links.push(el("a", { class: "button", href: addressOf(`caches/${value.cache}`) }, "The cache"));
   if (job.command === "evaluate" && job.state === "done") links.push(el("a", { class: "button main", href: addressOf("curves", { evaluation: job.id }) }, "The curves"));
-  if (job.command.startsWith("study ") && job.state === "done") links.push(el("a", { class: "button main", href: addressOf(`studies/${shortId(job.id)}`) }, "The study"));
+  if (/^(study|intervene) /.test(job.command) && job.state === "done") links.push(el("a", { class: "button main", href: addressOf(`studies/${shortId(job.id)}`) }, "The study"));
   const probe = typeof value.probe === "string" ? value.probe.split("/").at(-1) : null;
   if (probe && job.command === "fit basis") links.push(el("a", { class: "button main", href: addressOf(`bases/${probe}`) }, "The basis"));
   else if (probe && value.cache) links.push(el("a", { class: "button main", href: addressOf("lens", { cache: value.cache, probe }) }, "Read with it"));
@@ -238,7 +238,7 @@ export async function showNewJob({ body, heading, parameters, signal }) {
   if (parameters.get("cache")) given.cache = caches.find((one) => one.cache.startsWith(parameters.get("cache")))?.cache;
   const known = {
     cache: caches.map((one) => [one.cache, `${shortId(one.cache)} ${one.model ?? ""} on ${one.data ?? ""}`]),
-    probes: probes.filter((one) => one.kind !== "basis").map((one) => [one.probe, one.probe]),
+    probes: probes.filter((one) => !["basis", "prompt"].includes(one.kind)).map((one) => [one.probe, one.probe]),
     to: caches.map((one) => [one.cache, `${shortId(one.cache)} ${one.model ?? ""} on ${one.data ?? ""}`]),
     lens: [["logit", "logit lens"], ...probes.filter((one) => ["ridge", "lens"].includes(one.kind)).map((one) => [one.probe, one.probe])],
   };

@@ -5,7 +5,7 @@ import { count, dataTable, el, field, measure, moment, replace, select, shortId 
 import { addressOf, rememberState } from "./location.js";
 import { figureCards } from "./study_figures.js";
 
-const isStudy = (job) => job.command.startsWith("study ") && job.state === "done";
+const isStudy = (job) => /^(study|intervene) /.test(job.command) && job.state === "done";
 
 export async function showStudies({ body, heading, name, signal, parameters }) {
   const { jobs } = await getJson("/v1/jobs", {}, signal);
@@ -18,7 +18,7 @@ export async function showStudies({ body, heading, name, signal, parameters }) {
   let wanted = parameters.get("study");
   const view = el("div");
   const parts = el("div", { class: "controls" });
-  const label = (job) => `${job.command.slice(6)} of ${shortId(job.arguments.cache)} (${moment(job.ended)})`;
+  const label = (job) => `${job.command.replace(/^study /, "")} of ${shortId(job.arguments.cache)} (${moment(job.ended)})`;
   replace(body, el("div", { class: "card" }, el("div", { class: "controls" },
     field("Study", select(studies.map((job) => [job.id, label(job)]), chosen, (id) => {
       chosen = id;

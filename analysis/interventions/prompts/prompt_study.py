@@ -104,7 +104,15 @@ def study_prompts(
         check_context(resumable, entry.prompt.length + max(offset_numbers))
     named = name_readouts(readouts)
     with show_stages(progress) as show:
-        beside = _with_rivals(cache, named, layer_numbers, offset_numbers, rivals, show, device)
+        beside = _with_rivals(
+            cache,
+            named,
+            layer_numbers,
+            offset_numbers,
+            wanted=rivals,
+            show=show,
+            device=device,
+        )
         meter = PromptMeter(
             sample, resumable, offset_numbers, other_samples(places.unit_numbers, seed)
         )
@@ -258,6 +266,7 @@ def _with_rivals(
     named: Mapping[str, Readout],
     layers: Sequence[int],
     offsets: Sequence[int],
+    *,
     wanted: bool,
     show: StageProgress | None,
     device: str,

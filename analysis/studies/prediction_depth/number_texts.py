@@ -8,8 +8,15 @@ def number_text(value: float | None, interval: Interval = (None, None), digits: 
     if value is None:
         return "undefined"
     low, high = interval
-    text = f"{value:.{digits}g}"
-    return text if low is None or high is None else f"{text} [{low:.{digits}g}, {high:.{digits}g}]"
+    text = _rounded(value, digits)
+    if low is None or high is None:
+        return text
+    return f"{text} [{_rounded(low, digits)}, {_rounded(high, digits)}]"
+
+
+def _rounded(value: float, digits: int) -> str:
+    """`value` with significant digits; whole from 1,000 on."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.{digits}g}"
 
 
 def percent_text(value: float | None, interval: Interval = (None, None)) -> str:
@@ -25,8 +32,3 @@ def holds_zero(interval: Interval) -> bool:
     """Whether an interval is unknown or holds 0: no clear difference."""
     low, high = interval
     return low is None or high is None or low <= 0 <= high
-
-
-def list_names(names: "list[str] | tuple[str, ...]") -> str:
-    """Such as `a, b and c`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

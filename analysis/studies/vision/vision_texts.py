@@ -113,7 +113,7 @@ def layer_figure(rows: Sequence[VisionLayerRow], n_classes: int, labelled: bool)
     else:
         top.append(panel("kl", "KL(model || lens)", "nats"))
     below = [
-        panel("perplexity", "Perplexity over the classes", "classes"),
+        panel("perplexity", "Perplexity over the classes", "classes", y_range=(0.0, None)),
         panel("confidence", "Largest probability", "probability", **chance),
     ]
     if labelled:

@@ -208,7 +208,7 @@ def test_sentences_of_all_kinds_of_files(
         assert sentence.first != sentence.second
         prefix = tiny_cache.tokenizer().encode(f"one {first}").ids
         assert [*sentence.tokens, sentence.first] == prefix[: len(sentence.tokens) + 1]
-    assert len(found.describe()) == 3
+        assert len(found.describe()) == 3
 
 
 def test_sentences_that_cannot_be_read_are_said(

@@ -119,7 +119,7 @@ def test_moments_are_those_of_numpy_on_the_same_pairs(cache: ActivationCache) ->
 def test_questions_that_cannot_be_answered_are_refused(
     cache: ActivationCache, model: ResumableModel
 ) -> None:
-    for options, message in (
+    cases: list[tuple[Any, str]] = [
         ({"k": 0}, "k must be 1 to 8"),
         ({"k": 9}, "k must be 1 to 8"),
         ({"k": 8, "layers": 0}, "fewer than 2 x 8"),
@@ -127,7 +127,8 @@ def test_questions_that_cannot_be_answered_are_refused(
         ({"spacing": 2}, "spacing must be more than 3"),
         ({"offsets": 60, "spacing": 70}, "."),
         ({"lenses": [1]}, "leave probes out"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(UsageError, match=message):
             study_erasure(cache, model=model, progress=None, **options)
 
@@ -194,12 +195,13 @@ def test_the_map_is_that_of_every_row_patched_by_hand(
 def test_passages_that_are_not_there_are_refused(
     cache: ActivationCache, model: ResumableModel
 ) -> None:
-    for options, message in (
+    cases: list[tuple[Any, str]] = [
         ({"sequence": 99}, "there is no 99"),
         ({"sequence": 0, "source": -1}, "there is no -1"),
         ({"sequence": 0, "last": 48}, "positions 0 to 47, there is no 48"),
         ({"sequence": 0, "width": 0}, "width must be"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(UsageError, match=message):
             patch_passage(cache, model=model, **options)
     with pytest.raises(UsageError, match="there is no ablation 'one'"):

@@ -188,3 +188,24 @@ def test_sent_texts_are_bounded(settings: JobSettings) -> None:
     with pytest.raises(LimitError, match="larger than 10 bytes"):
         upload.write(b"1")
     upload.discard()
+
+
+def test_studies_and_interventions_name_caches_texts_and_the_model_of_the_cache(
+    settings: JobSettings, texts_file: Path, tiny_cache: residua.ActivationCache
+) -> None:
+    short = tiny_cache.id[:8]
+    study = check_request(settings, "study depth", {"cache": short, "step": [f"10={short}"]})
+    assert f"--step=10={tiny_cache.id}" in study.words
+    other = check_request(settings, "study depth", {"cache": short, "step": [f"20={short}"]})
+    assert other.job_id != study.job_id
+    with pytest.raises(NotFoundError, match="a job names a cache of the server"):
+        check_request(settings, "study transfer", {"cache": short, "to": "../elsewhere"})
+    files = check_request(settings, "study all", {"cache": short, "csv": "x", "png": "y"})
+    assert {"--csv=files/tables", "--png=files/pictures"} <= set(files.words)
+    edit = check_request(
+        settings, "intervene edit", {"cache": short, "sentences": texts_file.name, "layers": "-2"}
+    )
+    assert f"--sentences={texts_file}" in edit.words
+    assert any(word.startswith("--model=") for word in edit.words)
+    with pytest.raises(UsageError, match=r"must lie below|leads out|no path|names no"):
+        check_request(settings, "intervene edit", {"cache": short, "sentences": "/etc/passwd"})

@@ -137,7 +137,8 @@ def test_the_layer_before_the_last_block_reads_nearly_like_the_model(
 
     logit = residua.LogitLens.of(tiny_cache, 0)
     rows = residua.evaluate(tiny_cache, [logit, lens], progress=None).rows
-    kl = {(str(row.probe), row.layer): row.kl for row in rows if row.offset == 0}
+    kl = {(str(row.probe), row.layer): row.kl or 0.0 for row in rows if row.offset == 0}
+    assert kl["jacobian", 2] > 0
     assert kl["jacobian", 2] < kl["logit", 2]
 
 

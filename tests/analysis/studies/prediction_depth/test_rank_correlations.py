@@ -4,6 +4,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from residua.analysis.studies.prediction_depth.number_texts import (
+    holds_zero,
+    number_text,
+    percent_text,
+)
 from residua.analysis.studies.prediction_depth.rank_correlations import correlate_ranks
 from residua.probes.base.resampling import resampling_counts
 
@@ -86,3 +91,13 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         assert high is not None
         holds += low <= 0 <= high
     assert 51 <= holds <= 60
+
+
+def test_numbers_in_sentences_are_rounded_and_keep_their_intervals() -> None:
+    assert number_text(0.12345, (0.1, 0.25)) == "0.123 [0.1, 0.25]"
+    assert number_text(1064.4, (877.2, 1290.0)) == "1,064 [877, 1,290]"
+    assert number_text(float("inf")) == "inf"
+    assert number_text(None, (0.0, 1.0)) == "undefined"
+    assert number_text(2.0, (None, None)) == "2"
+    assert percent_text(0.456, (0.4, 0.5)) == "46 % [40, 50]"
+    assert [holds_zero(one) for one in ((None, None), (-1.0, 1.0), (0.1, 0.2))] == [1, 1, 0]
