@@ -61,11 +61,7 @@ STUDIES: Mapping[str, StudyEntry] = {
     ),
     "future-lens": StudyEntry("future_lens.study_offsets", "study_future_lens", probes="all"),
     "icl": StudyEntry("in_context.shot_study", "study_in_context", probes="all"),
-    "jacobian": StudyEntry(
-        "jacobian.jacobian_study",
-        "study_jacobian",
-        missing="it reads a file of a Jacobian lens: residua study jacobian CACHE LENS.pt",
-    ),
+    "jacobian": StudyEntry("jacobian.jacobian_study", "study_jacobian"),
     "transfer": StudyEntry(
         "comparison.lens_transfer",
         "study_transfer",

@@ -132,7 +132,7 @@ def study_jacobian(
     if not jacobian:
         raise UsageError(
             "give a Jacobian lens: a file .pt or .safetensors (residua.write_jacobian_lens, or a "
-            "published one), or a saved probe of the kind jacobian"
+            "published one), or a probe that residua fit jacobian made"
         )
     for lens in jacobian.values():
         check_shape(lens, cache)
