@@ -6,16 +6,21 @@ caches up, `prepare.py` makes them, `forward/write_parts.py` runs the model.
 """
 
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..checks.reference_rows import check_reference_rows
 from ..documents.documents import Reading
+from ..documents.labels import LABEL_PREFIX
+from ..errors import ResiduaWarning
 from ..files.confined_files import read_confined_json
 from ..files.disk_errors import check_writable, translate_disk_errors
 from ..format.dtypes import choose_dtype
-from ..format.manifest import ALONE, BATCH
+from ..format.manifest import ALONE, BATCH, SHORT_ID
 from ..forward.stage_times import StageTimes
 from ..forward.write_parts import write_missing_parts
 from ..images.classifier_source import ClassifierSource
@@ -26,7 +31,7 @@ from ..store.activation_cache import ActivationCache
 from ..store.cache_creation import sweep_unfinished
 from ..store.cache_extension import add_layers, add_tokens, join_stream, unnamed_layers
 from ..store.catalog import cache_root
-from ..tokens.stream_summary import StreamSummary
+from ..tokens.stream_summary import StreamSummary, label_digest
 from ..tokens.token_stream import TokenStream
 from .image_request import locate_source, recheck_requested_classifier, request_for
 from .plan import Estimate, ExtractionPlan, kept_layers, layout_like
@@ -233,7 +238,34 @@ def _look_up_or_load(
             source = loaded_source
             wanted = wanted_cache(request, source, summary)
             match = match_cache(wanted, root)
+    warn_of_other_labels(match, summary)
     return _Lookup(request, source, stream, summary, wanted, match, model=model, plan=plan)
+
+
+def warn_of_other_labels(match: CacheMatch, summary: StreamSummary) -> None:
+    """Warn if the matching cache has the same sequences with other labels: it keeps its own."""
+    if match.path is None or match.answer == "miss" or not summary.labels:
+        return
+    cache = ActivationCache(match.path)
+    if not np.array_equal(cache.sequence_hash, summary.hashes):
+        return
+    other = []
+    for name, digest in summary.labels.items():
+        array = LABEL_PREFIX + name
+        if name not in cache.label_names:
+            other.append(name)
+            continue
+        words = cache.categories(array) if cache.has_categories(array) else None
+        if label_digest(cache.array(array)[:], words) != digest:
+            other.append(name)
+    if other:
+        warnings.warn(
+            f"the cache {cache.id[:SHORT_ID]} holds the same token sequences with other labels "
+            f"({', '.join(sorted(other))}), and keeps its own; for those of these texts remove it "
+            f"first (residua rm {cache.id[:SHORT_ID]}), or extract under another root",
+            ResiduaWarning,
+            stacklevel=2,
+        )
 
 
 def _read_and_summarize(

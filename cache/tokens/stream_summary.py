@@ -6,12 +6,15 @@ runs.
 
 import base64
 import binascii
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..documents.documents import Dropped, Reading
+from ..documents.labels import LABEL_PREFIX
 from ..errors import CorruptError
 from .token_stream import TokenStream
 
@@ -36,6 +39,8 @@ class StreamSummary:
     """How the texts were read, and which documents were left out."""
     chat_template: str | None = None
     """Digest of the template that rendered conversations; None for other texts."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Name of each label of the sequences -> `label_digest` of its values."""
 
     @classmethod
     def of(cls, stream: TokenStream, tokenizer: str) -> "StreamSummary":
@@ -53,6 +58,11 @@ class StreamSummary:
             cut=stream.cut_counts,
             reading=stream.reading,
             chat_template=stream.chat_template,
+            labels={
+                name.removeprefix(LABEL_PREFIX): label_digest(values, stream.categories.get(name))
+                for name, values in stream.sequence_arrays.items()
+                if name.startswith(LABEL_PREFIX)
+            },
         )
 
     @property
@@ -70,6 +80,7 @@ class StreamSummary:
             "tokenizer": self.tokenizer,
             "cut": self.cut,
             "chat_template": self.chat_template,
+            "labels": self.labels,
             "reading": {
                 "text_column": self.reading.text_column,
                 "column_reason": self.reading.column_reason,
@@ -104,6 +115,16 @@ class StreamSummary:
                     dropped,
                 ),
                 chat_template=None if template is None else str(template),
+                labels={str(name): str(found) for name, found in value["labels"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
             raise CorruptError(f"this is no summary of a token stream: {error!r}") from None
+
+
+def label_digest(values: np.ndarray, words: tuple[str, ...] | None) -> str:
+    """Hex sha256 of the `(sequences,)` values of a label, numbers or codes of `words`."""
+    values = np.asarray(values)
+    digest = hashlib.sha256(f"{values.dtype.kind} {json.dumps(words)}".encode())
+    # Codes and numbers of any width and byte order that mean the same.
+    digest.update(values.astype("<f8" if values.dtype.kind == "f" else "<i8").tobytes())
+    return digest.hexdigest()
