@@ -11,7 +11,12 @@ import pytest
 import torch
 
 import residua
-from residua.cache.checks.independence import CHECKED_LENGTHS, choose_lengths, row_change
+from residua.cache.checks.independence import (
+    CHECKED_LENGTHS,
+    Independence,
+    choose_lengths,
+    row_change,
+)
 from residua.cache.checks.model_checks import ModelReport, check_model, recheck_model
 from residua.cache.errors import MismatchError, ModelError, ResiduaError
 from residua.cache.format.layout import Layout
@@ -166,6 +171,7 @@ def test_sequences_run_alone_where_a_few_of_all_positions_are_chosen(
         pytest.skip("not in this version of transformers")
     report = check_every_row(build_architecture(kind), mixed_stream(SHORT), tmp_path)
     assert report.alone
+    assert isinstance(report.independence, Independence)
     assert report.independence.choice == "topk 16 of 40"
 
 
@@ -174,6 +180,7 @@ def test_a_choice_that_takes_all_positions_is_none(tmp_path: Path) -> None:
     report = check_model(
         build_architecture("axk2"), mixed_stream((5, 12, 16)), "float32", "float32"
     )
+    assert isinstance(report.independence, Independence)
     assert report.independence.choice is None
 
 
