@@ -1,4 +1,4 @@
-"""What `residua serve --demo` shows: the sample model's cache, probes, a basis, evaluations.
+"""What `residua serve --demo` shows: a cache of the sample model, probes, a basis, measures.
 
 `start_demo` asks the service's own queue for the jobs, one after the other, so that a newcomer sees
 them run; on a second start all of them are done already.
@@ -21,6 +21,8 @@ LAYERS = "2-5"
 """Layers of the basis and of the tuned lens."""
 QUICK_LENS = {"steps": 100, "lr": 0.05}
 """Options of a tuned lens that is fitted in seconds, before its KL stops falling."""
+QUICK_STUDY = {"max_positions": 2048, "transfer_positions": 256}
+"""Options of a study that takes seconds."""
 POLL_SECONDS = 0.3
 """Pause between two looks at the running job."""
 
@@ -64,7 +66,9 @@ def list_demo_steps() -> Generator[JobStep, Any, None]:
         {"cache": cache, "lens": ridge_name, "layers": LAYERS, "k": 8, "positions": 2048},
     )
     lens = yield "fit lens", {"cache": cache, "layers": LAYERS, **QUICK_LENS}
-    yield "evaluate", {"cache": cache, "probes": [ridge_name, Path(lens["probe"]).name]}
+    lenses = [ridge_name, Path(lens["probe"]).name]
+    yield "study tuned-lens", {"cache": cache, "probes": lenses, **QUICK_STUDY}
+    yield "evaluate", {"cache": cache, "probes": lenses}
 
 
 def start_demo(jobs: JobQueue, tell: Callable[[str], None]) -> threading.Event:

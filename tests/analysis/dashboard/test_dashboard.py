@@ -64,19 +64,18 @@ def wait_for_job(server: ServiceServer, job: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server(root: Path) -> Iterator[ServiceServer]:
-    """A service with an evaluation that it ran itself."""
+    """A service with an evaluation and studies that it ran itself."""
     settings = demo_settings(ServiceSettings(root=root, state=root / ".service"))
     with running_service(root, jobs=True, models=settings.models, texts=settings.texts) as running:
         token = {"Authorization": f"Bearer {running.service.tokens.write}"}
         cache = largest_cache(root).id
-        request = {
-            "command": "evaluate",
-            "arguments": {"cache": cache, "probes": ["ridge"], "max_positions": 512},
-        }
-        job = httpx.post(f"{running.address}/v1/jobs", json=request, headers=token, timeout=30)
-        assert job.status_code == 201, job.text
-        ended = wait_for_job(running, job.json()["id"])
-        assert ended["state"] == "done", ended
+        arguments = {"cache": cache, "probes": ["ridge"], "max_positions": 512}
+        for command in ("evaluate", "study all"):
+            request = {"command": command, "arguments": arguments}
+            job = httpx.post(f"{running.address}/v1/jobs", json=request, headers=token, timeout=30)
+            assert job.status_code == 201, job.text
+            ended = wait_for_job(running, job.json()["id"])
+            assert ended["state"] == "done", ended
         yield running
 
 
@@ -118,6 +117,8 @@ VIEWS: dict[str, tuple[str, Callable[[Browser], Any]]] = {
     ),
     "curves": ("#/curves", lambda page: page.find(".uplot canvas")),
     "storage": ("#/storage", lambda page: page.find("h2", "Everything")),
+    "study": ("#/studies", lambda page: page.find("h2", "What it says")),
+    "lenses": ("#/studies?study=tuned-lens", lambda page: page.find("h1", "layer by layer")),
     "basis": ("#/bases", lambda page: page.find("h2", "Direction 2")),
 }
 
@@ -272,6 +273,24 @@ def test_a_basis_shows_spectra_and_directions(server: ServiceServer, browser: Br
     browser.find("h1", "layer 2")
     browser.find("h2", "Direction 0")
     assert browser.count(".token") >= 3 * 2 * 8
+
+
+def test_a_study_shows_its_question_pictures_and_numbers(
+    server: ServiceServer, browser: Browser, tmp_path: Path
+) -> None:
+    browser.open(f"{server.address}/#/studies")
+    browser.choose("Part", "Lenses of")
+    browser.find("h1", "layer by layer")
+    browser.find("h2", "Question")
+    browser.find("h2", "What it does not say")
+    browser.find("h2", "What this cache cannot answer")
+    assert browser.count(".uplot") >= 4
+    assert browser.count("canvas[role=img]") >= 2
+    browser.click("summary", "layers (")
+    browser.find("tbody th", "ridge")
+    browser.click("main .actions button", "CSV")
+    rows = list(csv.DictReader(wait_for_file(tmp_path, "*.csv").read_text().splitlines()))
+    assert {row["line"] for row in rows} >= {"logit", "ridge"}
 
 
 def test_a_job_is_started_with_the_token_watched_and_cancelled(

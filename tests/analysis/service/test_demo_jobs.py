@@ -30,6 +30,7 @@ def test_each_job_of_the_demo_names_what_the_one_before_made() -> None:
         seen.append((command, arguments.get("probes", arguments.get("lens"))))
     assert ("evaluate", ["ridge-1"]) in seen
     assert ("fit basis", "ridge-1") in seen
+    assert ("study tuned-lens", ["ridge-1", "lens-1"]) in seen
     assert seen[-1] == ("evaluate", ["ridge-1", "lens-1"])
 
 
@@ -47,7 +48,7 @@ def test_the_demo_gives_every_view_something(tmp_path: Path) -> None:
         assert told == ["the demo is complete"]
         jobs = httpx.get(f"{server.address}/v1/jobs", timeout=30).json()["jobs"]
         assert {job["state"] for job in jobs} == {"done"}, [job["error"] for job in jobs]
-        assert len(jobs) == 6
+        assert len(jobs) == 7
         evaluations = httpx.get(f"{server.address}/v1/evaluations", timeout=30).json()
         assert [len(entry["probes"]) for entry in evaluations["evaluations"]] == [4, 3]
         probes = httpx.get(f"{server.address}/v1/probes", timeout=30).json()["probes"]
