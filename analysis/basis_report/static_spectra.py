@@ -34,12 +34,13 @@ def spectra(
     Bands are 95 % intervals. Curves measured in the model are dashed. All panels share their axes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+
+    from ..report.shown_figure import ShownFigure
 
     columns = min(COLUMNS, len(rows))
     lines = math.ceil(len(rows) / columns)
     width = max(5.6, 2.9 * columns + 0.6)
-    figure = Figure(figsize=(width, 2.6 * lines + 1.4), layout="constrained")
+    figure = ShownFigure(figsize=(width, 2.6 * lines + 1.4), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     curves_of = [span_curves(row, model_influence.get(row["layer"])) for row in rows]

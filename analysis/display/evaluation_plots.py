@@ -287,7 +287,8 @@ def future_lens_figure(
     evaluation of one offset.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+
+    from ..report.shown_figure import ShownFigure
 
     if len(evaluation.offsets) < 2:
         raise UsageError(
@@ -296,7 +297,7 @@ def future_lens_figure(
         )
     if offset is None:
         offset = next(n for n in evaluation.offsets if n > 0)
-    figure = Figure(figsize=(10.4, 4.4), layout="constrained")
+    figure = ShownFigure(figsize=(10.4, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     plot_evaluation(evaluation, measure, "offset", layer=layer, ax=left)

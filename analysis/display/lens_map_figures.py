@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 def lens_maps_figure(maps: LensMaps) -> "Figure":
     """A panel per map, one above the other (a matplotlib figure)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+
+    from ..report.shown_figure import ShownFigure
 
     tokens = max(len(entry.tokens) for entry in maps)
     heights = [(0.42 if entry.is_difference else 0.3) * len(entry.layers) + 1.9 for entry in maps]
-    figure = Figure(
+    figure = ShownFigure(
         figsize=(max(6.0, 0.6 * tokens + 2.2), max(2.8, sum(heights))), layout="constrained"
     )
     FigureCanvasAgg(figure)

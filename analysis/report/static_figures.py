@@ -49,13 +49,14 @@ LEGEND_COLUMNS = 5
 def curves(evaluation: Evaluation, measure: str) -> "Figure":
     """One panel per offset with one line per probe: `measure` by layer (a matplotlib figure)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+
+    from .shown_figure import ShownFigure
 
     # Panels, two side by side.
     panels = len(evaluation.offsets)
     columns = min(2, panels)
     lines = math.ceil(panels / columns)
-    figure = Figure(figsize=(4.9 * columns, 3.4 * lines + 0.8), layout="constrained")
+    figure = ShownFigure(figsize=(4.9 * columns, 3.4 * lines + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     grid = np.atleast_1d(figure.subplots(lines, columns)).ravel()
     for axes, offset in zip(grid, evaluation.offsets, strict=False):
@@ -137,11 +138,12 @@ def heatmap_figure(heatmap: Heatmap) -> "Figure":
     """Tokens by layers with the likeliest token in each cell (a matplotlib figure)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
+
+    from .shown_figure import ShownFigure
 
     layers, tokens = len(heatmap.layers), len(heatmap.tokens)
     size = (max(5.0, 0.56 * tokens + 1.8), max(2.6, 0.3 * layers + 1.9))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = ShownFigure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
 
@@ -179,7 +181,8 @@ def confidence_figure(evaluation: Evaluation) -> "Figure":
     differ. Raises `UsageError` if they differ nowhere (`telling_confidence`).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+
+    from .shown_figure import ShownFigure
 
     telling = telling_confidence(evaluation)
     if not telling:
@@ -187,7 +190,7 @@ def confidence_figure(evaluation: Evaluation) -> "Figure":
     probes = [name for name in evaluation.probes if any(name == probe for probe, _ in telling)]
     offsets = [n for n in evaluation.offsets if any(n == offset for _, offset in telling)]
     lines, columns = len(probes), len(offsets)
-    figure = Figure(
+    figure = ShownFigure(
         figsize=(max(5.6, 2.7 * columns + 0.6), 2.1 * lines + 1.7), layout="constrained"
     )
     FigureCanvasAgg(figure)

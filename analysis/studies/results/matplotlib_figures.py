@@ -32,12 +32,13 @@ MOST_NAMES = 40
 def draw_figure(figure: StudyFigure) -> "Figure":
     """Draw `figure`: its rows of panels one below the other, with one legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+
+    from ...report.shown_figure import ShownFigure
 
     sizes = [[_panel_size(panel) for panel in row] for row in figure.rows]
     width = max(sum(size[0] for size in row) for row in sizes)
     heights = [max(size[1] for size in row) for row in sizes]
-    drawn = Figure(figsize=(max(width, 5.0), sum(heights) + 0.5), layout="constrained")
+    drawn = ShownFigure(figsize=(max(width, 5.0), sum(heights) + 0.5), layout="constrained")
     FigureCanvasAgg(drawn)
     styles = series_colors(series_labels(figure))
     parts: Any = drawn.subfigures(len(figure.rows), 1, squeeze=False, height_ratios=heights)

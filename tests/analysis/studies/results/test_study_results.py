@@ -116,6 +116,7 @@ def test_pictures_have_every_panel_and_one_legend() -> None:
     figure = result_of().plot()
     titles = {axis.get_title(loc="left") for axis in figure.axes}
     assert {"curves", "words", "cloud", "heat"} <= titles
+    assert figure._repr_png_().startswith(b"\x89PNG")  # pyright: ignore[reportAttributeAccessIssue]
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 3
     drawn: Any = result_of().to_plotly()
