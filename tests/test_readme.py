@@ -58,7 +58,19 @@ def test_the_example_runs_as_it_stands(
     assert "ridge" in (script_folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES[1:] if python_blocks(p)], ids=page_id)
+LONG_PAGES = ("python.md", "tutorial.md")
+"""Pages whose Python takes more than a few seconds."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.name in LONG_PAGES else ())
+        for page in PAGES[1:]
+        if python_blocks(page)
+    ],
+    ids=page_id,
+)
 def test_the_python_of_a_page_runs_as_one_script(
     page: Path, script_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

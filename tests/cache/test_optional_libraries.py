@@ -46,6 +46,7 @@ def distributions_of(library: str) -> set[str]:
     return {re.sub(r"[._]", "-", name.lower()) for name in packages_distributions()[library]}
 
 
+@pytest.mark.slow
 def test_every_imported_library_is_of_the_base_or_of_a_named_extra() -> None:
     base = distribution_names(PROJECT["dependencies"])
     for library in imported_libraries():
@@ -54,6 +55,7 @@ def test_every_imported_library_is_of_the_base_or_of_a_named_extra() -> None:
         assert of_base != (library in EXTRA_OF), (library, distributions)
 
 
+@pytest.mark.slow
 def test_an_extra_brings_what_it_is_named_for() -> None:
     for library, extra in EXTRA_OF.items():
         try:

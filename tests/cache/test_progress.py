@@ -259,6 +259,7 @@ def test_lines_carry_the_note_of_their_stage(
     ]
 
 
+@pytest.mark.slow
 def test_extraction_prints_lines_where_it_is_asked_to_and_json_stays_alone(
     model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:

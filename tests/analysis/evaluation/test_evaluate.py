@@ -122,7 +122,7 @@ def test_streamed_equals_whole(tiny_cache, streamed, layer, offset):
         assert getattr(row, name) == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 5, 64])
 def test_results_do_not_depend_on_batch_rows(tiny_cache, rows):
     one = evaluate(tiny_cache, [NegatedLens()], split="train", batch_rows=rows).to_dicts()
     other = evaluate(tiny_cache, [NegatedLens()], split="train").to_dicts()

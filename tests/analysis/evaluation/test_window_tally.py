@@ -85,6 +85,7 @@ def test_an_evaluation_on_a_device_equals_that_of_the_cpu(cache, probes, float64
     assert_same_rows(found, expected)
 
 
+@pytest.mark.slow
 def test_a_window_that_does_not_fit_into_memory_is_halved(cache, probes):
     expected = evaluate(cache, probes[:2], split="all", device="cpu")
     # A matrix of 40 rows fits, the window of all rows does not.

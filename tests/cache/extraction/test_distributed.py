@@ -75,6 +75,7 @@ def progress_that_kills(calls: int, client: Client, count: int) -> Any:
     return progress
 
 
+@pytest.mark.slow
 def test_workers_share_a_request_and_the_bytes_are_those_of_one_process(
     client: Client,
     model_folder: Path,

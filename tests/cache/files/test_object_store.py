@@ -230,6 +230,7 @@ def test_probes_fitted_from_the_store_are_those_of_the_disk(
     np.testing.assert_array_equal(again.maps_[1, 1].weight, remote_probe.maps_[1, 1].weight)
 
 
+@pytest.mark.slow
 def test_asking_again_is_a_hit_and_more_layers_and_tokens_extend(
     root: str, model_folder: Path, data: Path, local_cache: ActivationCache, tmp_path: Path
 ) -> None:
@@ -286,6 +287,7 @@ def test_a_cut_and_a_missing_shard_are_found(root: str, model_folder: Path, data
     assert "missing" in messages[128]
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_urls(
     driver: Driver, remote_cache: ActivationCache, tmp_path: Path
 ) -> None:

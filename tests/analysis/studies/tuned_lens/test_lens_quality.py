@@ -322,6 +322,7 @@ def test_lenses_that_are_not_affine_are_named(tmp_path: Path) -> None:
     assert row_of(result, "layers", lens="permuted", layer=1).echo_interval[0] is not None
 
 
+@pytest.mark.slow
 def test_the_command_tells_classes_and_writes_a_page(model_folder: Path, tmp_path: Path) -> None:
     rows = [
         json.dumps({"text": text, "kind": "ab"[number % 2]})
