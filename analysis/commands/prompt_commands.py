@@ -192,8 +192,9 @@ def fit_prompt(
     source = find_cache(cache, root)
     parameters["layers"] = absolute_numbers(parameters["layers"], source.n_blocks)
     probe = LearnedPrompt(**parameters)
-    folder = new_probe_path(root, probe, source.id, out)
-    kept = checkpoint_path(root, probe, source.id, checkpoint, f"-{where}" if where else "")
+    mark = f"-{where}" if where else ""
+    folder = _marked(new_probe_path(root, probe, source.id, out), mark, out)
+    kept = checkpoint_path(root, probe, source.id, checkpoint, mark)
     mask = None if where is None else _mask(where, cache, root)
     loaded = model_of_cache(source, model, device, trust_remote_code)
     with Meter(quiet) as meter:
@@ -280,6 +281,7 @@ def fit_jacobian(
     residua fit jacobian 3f2a --layers 2-4 --offset 1 --not-centered
     residua evaluate 3f2a jacobian-3f2a
     """
+    from ...cache.files.json_files import json_digest
     from ...cache.number_ranges import absolute_numbers
     from ...cache.optional_libraries import require_extra
     from ...cache.store.catalog import find_cache
@@ -294,13 +296,18 @@ def fit_jacobian(
     source = find_cache(cache, root)
     offset, centered = options["offset"], options["centered"]
     unfitted = JacobianLens(offsets=0 if offset is None else offset, centered=centered)
-    folder = new_probe_path(root, unfitted, source.id, out)
-    kept = checkpoint_path(root, unfitted, source.id, checkpoint)
+    read = absolute_numbers(layers, source.n_blocks)
+    # What the prompts are decides the lens, and is no parameter of it.
+    names = ("prompts", "length", "skip_first", "split", "seed")
+    drawn = {"layers": list(read or ()), **{name: options[name] for name in names}}
+    mark = f"-{json_digest(drawn)[:8]}"
+    folder = _marked(new_probe_path(root, unfitted, source.id, out), mark, out)
+    kept = checkpoint_path(root, unfitted, source.id, checkpoint, mark)
     with Meter(quiet) as meter:
         lens = fit_jacobian_lens(
             source,
             model,
-            layers=absolute_numbers(layers, source.n_blocks),
+            layers=read,
             checkpoint=kept,
             progress=meter.stage,
             **options,
@@ -312,6 +319,11 @@ def fit_jacobian(
     ]
     value = {"probe": str(path), "cache": source.id, "metrics": metrics}
     return value, lambda: print_fit(lens.kind, source.id, path, metrics, root)
+
+
+def _marked(folder: Path, mark: str, out: Path | None) -> Path:
+    """`folder` with `mark` at the end of its name, unless the user named it."""
+    return folder if out is not None else folder.with_name(folder.name + mark)
 
 
 def _name(path: Path, root: Path) -> str:

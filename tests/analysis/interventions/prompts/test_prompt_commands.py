@@ -1,6 +1,7 @@
 """The commands of prompts and Jacobian lenses, from a cache to a page."""
 
 import json
+import shutil
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -40,3 +41,19 @@ def test_commands_fit_a_prompt_and_a_jacobian_lens_and_read_states(
     )  # fmt: skip
     assert {row["prompt"] for row in read["tables"]["prompts"]} == {"learned", "simlens"}
     assert not [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+
+
+def test_other_fits_have_other_folders(tiny_cache: ActivationCache, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(tiny_cache.path, root / tiny_cache.id)
+
+    def fit(*words: str) -> Path:
+        command = ["fit", "jacobian", tiny_cache.id[:12], "--length", "8", "--skip-first", "2"]
+        result = CliRunner().invoke(main, [*command, *words, "--root", str(root), "--json"])
+        assert result.exit_code == 0, result.output
+        return Path(json.loads(result.stdout)["probe"])
+
+    two, three = fit("--layers", "2", "--prompts", "2"), fit("--layers", "2", "--prompts", "3")
+    assert two != three
+    assert two.is_dir()
+    assert fit("--layers", "2", "--prompts", "3") == three
