@@ -106,6 +106,11 @@ def compare_two_models(
         f"{sample.shares[0]:.1%} of the first cache's positions of the split and "
         f"{sample.shares[1]:.1%} of the other's hold the same tokens; the others are left out"
     ] * (min(sample.shares) < 1)
+    computed = [cache.manifest.capture.compute_dtype for cache in (first, other)]
+    notes += [
+        f"the models were computed in {computed[0]} and {computed[1]}, which alone makes states "
+        "differ; save both models with weights of one dtype, and extract them again"
+    ] * (computed[0] != computed[1])
     notes += [f"{undefined:,} positions have logits that are no distribution"] * (undefined > 0)
     notes += [sample.first.units.note] * bool(sample.first.units.note)
     notes += [

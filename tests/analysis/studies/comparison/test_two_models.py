@@ -1,5 +1,6 @@
 """Two models on the same tokens part where they were made to; divergences are those of numpy."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,17 @@ def test_equal_models_do_not_part(tmp_path: Path) -> None:
     assert any("no layer at which they part" in text for text in result.says)
     assert any("No clear difference" in text for text in result.says)
     assert result.table("passages").rows == []
+
+
+def test_other_precisions_of_the_models_are_said(tmp_path: Path) -> None:
+    first, other = parted_pair(tmp_path, 2)
+    assert not any(
+        "computed in" in note for note in study_compare([first, other], split="all").notes
+    )
+    capture = replace(other.manifest.capture, compute_dtype="float16")
+    other.manifest = replace(other.manifest, capture=capture)
+    notes = study_compare([first, other], split="all").notes
+    assert any("computed in float32 and float16" in note for note in notes)
 
 
 def test_means_are_those_of_the_distributions_in_memory(tmp_path: Path) -> None:
