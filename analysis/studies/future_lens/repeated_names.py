@@ -32,14 +32,18 @@ def read_names_mask(path: Path) -> np.ndarray:
     Raises `NotFoundError` and `DataError` for a file that is missing or no array.
     """
     try:
-        found = np.load(path, allow_pickle=False)
+        # A map of the file: what its header claims beyond the end of it takes no memory.
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise NotFoundError(f"{path} does not exist; save the mask with numpy.save") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is no array of numpy: {error}") from None
+    except (OSError, ValueError, EOFError, OverflowError, MemoryError):
+        raise DataError(
+            f"{path} is no array of numpy (a .npy file of plain values); save the mask with "
+            "numpy.save"
+        ) from None
     if not isinstance(found, np.ndarray):
         raise DataError(f"{path} holds several arrays; save one with numpy.save")
-    return found
+    return np.array(found)
 
 
 @dataclass(frozen=True, eq=False)

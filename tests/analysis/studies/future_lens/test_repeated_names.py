@@ -103,6 +103,15 @@ def test_a_cache_without_words_and_unknown_options_are_refused(
     assert read_names_mask(tmp_path / "mask.npy").tolist() == [True] * 3
     with pytest.raises(NotFoundError, match="does not exist"):
         read_names_mask(tmp_path / "other.npy")
+    # A header of a petabyte, without values: refused, not allocated.
+    np.save(tmp_path / "small.npy", np.zeros(8, bool))
+    raw = (tmp_path / "small.npy").read_bytes()
+    (tmp_path / "huge.npy").write_bytes(
+        raw.replace(b"(8,), } " + b" " * 14, b"(1000000000000000,), }")
+    )
+    assert (tmp_path / "huge.npy").read_bytes() != raw
+    with pytest.raises(DataError, match="no array of numpy"):
+        read_names_mask(tmp_path / "huge.npy")
     (tmp_path / "text.npy").write_text("no array")
     with pytest.raises(DataError, match="no array of numpy"):
         read_names_mask(tmp_path / "text.npy")
