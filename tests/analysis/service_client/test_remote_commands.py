@@ -118,6 +118,22 @@ def test_studies_print_the_same_and_their_files_come_to_this_machine(
 
 
 @pytest.mark.slow
+def test_interventions_print_the_same_and_their_sentences_are_sent(
+    root: Path, server: str, tiny_cache: residua.ActivationCache, tmp_path: Path
+) -> None:
+    few = ["--max-positions", "100"]
+    assert "blocks" in assert_same(["intervene", "exit", tiny_cache.id, *few], root, server)
+    patch = ["intervene", "patch", tiny_cache.id, "--layers", "1", "--kinds", "mean", *few]
+    assert "mean at offset 0" in assert_same(patch, root, server)
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("the cat sat here\na dog ran there\n")
+    words = ["intervene", "edit", tiny_cache.id, "--sentences", sentences, "--words", "cat,dog"]
+    words += ["--layers", "2", "--directions", "random", "--amounts", "0,1", *few]
+    there, here = run(*words, "--server", server), run(*words, "--root", root)
+    assert there.returncode == here.returncode, there.stderr + here.stderr
+
+
+@pytest.mark.slow
 def test_texts_of_this_machine_are_sent(
     root: Path, server: str, model_folder: Path, texts_file: Path, tmp_path: Path
 ) -> None:
