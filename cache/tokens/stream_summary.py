@@ -49,6 +49,11 @@ class StreamSummary:
         if stream.runs is not None:
             # A cache of some positions has a sequence for each run of kept positions.
             hashes = hashes[stream.runs.sequence]
+        labels = {
+            name: values if stream.runs is None else values[stream.runs.sequence]
+            for name, values in stream.sequence_arrays.items()
+            if name.startswith(LABEL_PREFIX)
+        }
         return cls(
             digest,
             hashes,
@@ -60,8 +65,7 @@ class StreamSummary:
             chat_template=stream.chat_template,
             labels={
                 name.removeprefix(LABEL_PREFIX): label_digest(values, stream.categories.get(name))
-                for name, values in stream.sequence_arrays.items()
-                if name.startswith(LABEL_PREFIX)
+                for name, values in labels.items()
             },
         )
 

@@ -52,6 +52,25 @@ def test_other_labels_of_the_same_texts_are_said_and_equal_ones_are_not(
     assert again.label_names == ("kind", "size")
 
 
+def test_labels_of_a_cache_of_some_positions_are_compared_run_by_run(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+
+    def extract_some(data: Path) -> None:
+        residua.extract(
+            model_folder, data, root=root, pack=False, positions="sample:2", progress=None
+        )
+
+    same = write_rows(tmp_path / "a.jsonl", kind=["x", "y", "x", "y"])
+    extract_some(same)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResiduaWarning)
+        extract_some(same)
+    with pytest.warns(ResiduaWarning, match=r"other labels \(kind\)"):
+        extract_some(write_rows(tmp_path / "b.jsonl", kind=["x", "x", "x", "y"]))
+
+
 def test_other_labels_are_said_of_texts_that_are_not_read_again(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
