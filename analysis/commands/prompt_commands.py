@@ -11,6 +11,7 @@ from ..console.options import (
     NUMBER,
     NUMBERS,
     WHOLE_NUMBER,
+    OptionDecorator,
     WordsCommand,
     cache_argument,
     checkpoint_option,
@@ -23,7 +24,7 @@ from ..console.options import (
 from .intervention_commands import intervene, model_options
 from .study_calls import StudyCall, run_study, study_command
 
-where_option = click.option(
+where_option: OptionDecorator = click.option(
     "--where",
     type=click.Choice(MASKS),
     help="Only states whose next token continues a word, or a capitalised word (names).",

@@ -6,7 +6,7 @@ NaN where a prediction is no distribution, and `loss_change` where the text ends
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,11 +24,11 @@ class Effects:
 
     def __init__(self, sample: PositionSample) -> None:
         self.sample = sample
-        self._values: dict[tuple, dict[str, np.ndarray]] = {}
+        self._values: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
 
     def add(
         self,
-        key: tuple,
+        key: tuple[Any, ...],
         numbers: np.ndarray,
         clean: "torch.Tensor",
         changed: "torch.Tensor",
@@ -48,29 +48,29 @@ class Effects:
             kept[name][numbers] = values
 
     @property
-    def changes(self) -> list[tuple]:
+    def changes(self) -> list[tuple[Any, ...]]:
         """The changes, in the order in which they were measured."""
         return list(self._values)
 
-    def values(self, key: tuple, measure: str) -> np.ndarray:
+    def values(self, key: tuple[Any, ...], measure: str) -> np.ndarray:
         """One measure of one change by position, NaN where it was not measured."""
         return self._values[key][measure]
 
-    def mean(self, key: tuple, measure: str) -> tuple[float | None, Interval]:
+    def mean(self, key: tuple[Any, ...], measure: str) -> tuple[float | None, Interval]:
         """Mean and 95 % interval over documents."""
         return self.sample.mean(self.values(key, measure))
 
     def mean_difference(
-        self, key: tuple, other: tuple, measure: str
+        self, key: tuple[Any, ...], other: tuple[Any, ...], measure: str
     ) -> tuple[float | None, Interval]:
         """Mean of the difference of two changes at the same positions, `key` less `other`."""
         return self.sample.mean(self.values(key, measure) - self.values(other, measure))
 
-    def count(self, key: tuple) -> int:
+    def count(self, key: tuple[Any, ...]) -> int:
         """Number of positions at which the distributions are defined."""
         return int(np.isfinite(self.values(key, "kl")).sum())
 
-    def undefined(self, keys: Iterable[tuple], measured: np.ndarray) -> int:
+    def undefined(self, keys: Iterable[tuple[Any, ...]], measured: np.ndarray) -> int:
         """Number of values of `keys` at the positions `measured` that are not defined."""
         return sum(int(np.isnan(self.values(key, "kl")[measured]).sum()) for key in keys)
 

@@ -278,7 +278,7 @@ def _ablate(
 
 def add_offsets(
     effects: Effects,
-    key: tuple,
+    key: tuple[Any, ...],
     batch: RunBatch,
     places: np.ndarray,
     logits: "tuple[torch.Tensor, torch.Tensor]",

@@ -133,7 +133,7 @@ class JobFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.id = path.name
+        self.id: str = path.name
 
     # Request and state.
 

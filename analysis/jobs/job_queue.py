@@ -103,7 +103,7 @@ class JobQueue:
 
     def __init__(self, settings: JobSettings) -> None:
         self.settings = settings
-        self.folder = settings.state / "jobs"
+        self.folder: Path = settings.state / "jobs"
         self._workers = JobWorkers(settings)
         self._session = uuid.uuid4().hex
         self._owned: dict[str, OwnedJob] = {}

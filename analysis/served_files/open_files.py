@@ -27,17 +27,22 @@ class OpenFile:
         self.path = path
         self.readers = 1
         """Requests that read it now."""
-        self.opened = time.monotonic()
+        self.opened: float = time.monotonic()
         self.is_kept = True
         """Whether it stays open without readers."""
         self.set_status(os.fstat(descriptor))
 
     def set_status(self, status: os.stat_result) -> None:
         """Take over size and times of the file."""
-        self.identity = status.st_dev, status.st_ino
-        self.size = status.st_size
-        self.modified = status.st_mtime
-        self.state = (*self.identity, self.size, status.st_mtime_ns, status.st_ctime_ns)
+        self.identity: tuple[int, int] = status.st_dev, status.st_ino
+        self.size: int = status.st_size
+        self.modified: float = status.st_mtime
+        self.state: tuple[int, ...] = (
+            *self.identity,
+            self.size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
         """Numbers that differ once the file was replaced or written to."""
 
     def is_in_memory(self, start: int, stop: int) -> bool:

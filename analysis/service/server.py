@@ -92,10 +92,11 @@ class ServiceServer(uvicorn.Server):
         self.listener = open_socket(settings.host, settings.port)
         port = self.listener.getsockname()[1]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        self.address = f"http://{host}:{port}"
+        self.address: str = f"http://{host}:{port}"
         settings = replace(settings, port=port)
         queue = None if read_only else make_queue(settings)
-        self.service = service = Service(settings, tokens, queue)
+        service = Service(settings, tokens, queue)
+        self.service: Service = service
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:

@@ -37,8 +37,8 @@ class ServerConnection:
         """`token` is by default that of $RESIDUA_TOKEN. Raises `UsageError` for no URL."""
         import urllib3
 
-        self.url = check_server_url(url)
-        self.token = token or os.environ.get(TOKEN_VARIABLE)
+        self.url: str = check_server_url(url)
+        self.token: str | None = token or os.environ.get(TOKEN_VARIABLE)
         self._headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         parts = urlsplit(self.url)
         self._prefix = parts.path

@@ -44,9 +44,9 @@ class ResumableModel:
 
     def __init__(self, blocks: DecoderBlocks) -> None:
         self.blocks = blocks
-        self.first_layer = 0
+        self.first_layer: int = 0
         """The lowest layer that can be resumed from; the blocks below are not in memory."""
-        self.vocab_read = vocabulary_size(blocks.model)
+        self.vocab_read: int = vocabulary_size(blocks.model)
         """Number of tokens that the model reads."""
         self._outputs: list[Any] = []
         """The template: output of each call of a block for token ids of `TEMPLATE_SHAPE`."""

@@ -115,9 +115,12 @@ class JacobianLens(FittedMaps[LayerOffset], ProbeFiles, Params):
         self._forget_folder()
         self.jacobians_ = {}
         self.means_ = {layer: means[layer] for layer in sorted(means)}
-        self.depth_, self.n_features_in_ = depth, int(width[0])
+        self.depth_ = depth
+        self.n_features_in_: int = int(width[0])
         self.n_prompts_ = self.n_positions_ = None
-        self.cache_id_ = self.geometry_ = self.split_ = None
+        self.cache_id_: str | None = None
+        self.geometry_: str | None = None
+        self.split_: str | None = None
         self._device_copies = {}
         self.maps_: dict[LayerOffset, AffineMap] = {}
         for layer in sorted(jacobians):

@@ -65,10 +65,12 @@ class MahalanobisDistance:
     def __init__(self, rows: np.ndarray) -> None:
         from sklearn.covariance import LedoitWolf
 
+        self.mean: np.ndarray
+        self.scale: np.ndarray
         self.mean, self.scale = _column_scales(rows)
         model = LedoitWolf(assume_centered=True).fit(self._standard(rows))
         self.precision: np.ndarray = np.asarray(model.precision_)
-        self.shrinkage = float(model.shrinkage_)
+        self.shrinkage: float = float(model.shrinkage_)
 
     def _standard(self, rows: np.ndarray) -> np.ndarray:
         return (rows - self.mean) / self.scale

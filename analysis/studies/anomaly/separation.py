@@ -43,7 +43,7 @@ class QuestionResamples:
 
     def __init__(self, questions: np.ndarray, seed: int) -> None:
         self.questions = questions
-        self.count = int(questions.max(initial=-1)) + 1
+        self.count: int = int(questions.max(initial=-1)) + 1
         self.weights: np.ndarray = resampling_counts(max(self.count, 1), seed)
         """How often each resample draws each question, `(resamples, questions)`."""
 

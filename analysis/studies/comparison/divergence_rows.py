@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ....cache.store.activation_cache import ActivationCache
 from ....probes.base.resampling import Interval
 from ...token_texts.token_names import TokenNames
 from .joined_sequences import JoinedSample
@@ -200,9 +201,10 @@ class DivergenceTables:
     """Tables of what was measured at the positions of a sample."""
 
     def __init__(self, sample: JoinedSample, found: ModelDivergence) -> None:
-        self.sample, self.found = sample, found
-        self.cache = sample.first.cache
-        self.names = TokenNames(self.cache)
+        self.sample: JoinedSample = sample
+        self.found: ModelDivergence = found
+        self.cache: ActivationCache = sample.first.cache
+        self.names: TokenNames = TokenNames(self.cache)
         self.difference: np.ndarray = found.cross_entropy[1] - found.cross_entropy[0]
 
     def group_rows(self) -> list[DivergenceRow]:

@@ -316,7 +316,7 @@ class TransferScores:
         }
 
     def __post_init__(self) -> None:
-        self.bytes = self.bytes_per_token()
+        self.bytes: float | None = self.bytes_per_token()
 
     def layer_rows(self) -> list[TransferRow]:
         """A row for each lens and layer below the last."""

@@ -269,7 +269,7 @@ class QuadraticFit:
 
     def __init__(self, x: np.ndarray, y: np.ndarray, units: np.ndarray, paired: bool) -> None:
         names, numbers = np.unique(units, return_inverse=True)
-        self.positions = len(np.unique(x))
+        self.positions: int = len(np.unique(x))
         columns = np.stack([x, x * x, y], 1) if len(x) else np.zeros((0, 3))
         if paired and len(x):
             count = np.bincount(numbers)[:, None]
@@ -279,7 +279,7 @@ class QuadraticFit:
             columns = np.concatenate([columns, np.ones((len(x), 1))], 1)
         size = columns.shape[1]
         self.paired = paired
-        self.moments = np.zeros((len(names), size, size))
+        self.moments: np.ndarray = np.zeros((len(names), size, size))
         """Sum over the rows of each unit of the products of the columns x, x^2, y (and 1)."""
         np.add.at(self.moments, numbers, columns[:, :, None] * columns[:, None, :])
 
