@@ -171,6 +171,8 @@ def test_an_interrupted_client_leaves_the_job_and_says_how_to_find_it(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Tests that run in the background ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         job = wait_for(
