@@ -116,7 +116,12 @@ def describe_divergence(
         everything.cross_entropy_difference_interval,
     )
     if change is not None:
-        if low is None or high is None or low <= 0 <= high:
+        if low is None or high is None:
+            says.append(
+                f"They differ by {change:+.3f} nats in how well they predict this text, without an "
+                "interval."
+            )
+        elif low <= 0 <= high:
             says.append(
                 f"No clear difference in how well they predict this text ({change:+.3f} nats, "
                 f"{format_interval((low, high), '+.3f')})."

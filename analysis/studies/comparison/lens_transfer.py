@@ -468,7 +468,11 @@ def describe_transfer(rows: Sequence[TransferSummaryRow]) -> list[str]:
                 + ("." if kept is None else f"; it keeps {kept:.0%} of the native lens's gain.")
             )
         low, high = row.gain_interval
-        if row.gain is not None and (low is None or high is None or low <= 0 <= high):
+        if row.gain is not None and (low is None or high is None):
+            says.append(
+                f"{carried}: {row.gain:+.3f} nats beside the logit lens, without an interval."
+            )
+        elif row.gain is not None and low is not None and high is not None and low <= 0 <= high:
             says.append(
                 f"{carried}: no clear difference from the logit lens ({row.gain:+.3f} nats)."
             )

@@ -539,7 +539,11 @@ def _compared(
     if difference is None:
         return f"{name} and {other} have no position in common where both are defined."
     where = f"mean over {len(layers)} layers, n = {sample.count:,}"
-    if low is None or high is None or low <= 0 <= high:
+    if low is None or high is None:
+        return (
+            f"{name} and {other} differ in KL by {difference:+.3f}, without an interval ({where})."
+        )
+    if low <= 0 <= high:
         return f"No clear difference between {name} and {other} in KL ({difference:+.3f}; {where})."
     word = "less" if difference > 0 else "more"
     return (
